@@ -1,0 +1,31 @@
+"""Hostile settings for every test: strict promotion of dtypes and ranks, warnings are errors."""
+
+import os
+from pathlib import Path
+
+# Eight devices on one processor, for the sharding tests; read once, when jax starts.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def x64():
+    """Run a test in float64 (finite differences need it)."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Return the folder with MNIST, tiny-shakespeare and the names; skip where it is absent."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("GRADFN_TEST_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"needs the data folder {folder} (or GRADFN_TEST_DATA), which is not here")
+    return folder
