@@ -1,0 +1,47 @@
+"""Activations by name: what a node makes of its weighted sum."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+Activation = Callable[[jax.Array], jax.Array]
+
+activations: dict[str, Activation] = {
+    "sigmoid": jax.nn.sigmoid,
+    "tanh": jnp.tanh,
+    "relu": jax.nn.relu,
+    "leaky_relu": jax.nn.leaky_relu,
+    "elu": jax.nn.elu,
+    "selu": jax.nn.selu,
+    "gelu": jax.nn.gelu,
+    "silu": jax.nn.silu,
+    "softplus": jax.nn.softplus,
+    "softmax": jax.nn.softmax,
+    "identity": lambda x: x,
+}
+
+
+def activation(name: str | Activation) -> Activation:
+    """Return an activation by its name; a function passes through.
+
+    Args:
+        name: one of `gf.layers.activations`, or a function of one array.
+
+    Raises:
+        ValueError: an unknown name, with the nearest ones.
+
+    >>> import jax.numpy as jnp, gradfn as gf
+    >>> gf.layers.activation("sigmoid")(jnp.zeros(2))
+    Array([0.5, 0.5], dtype=float32)
+    """
+    if callable(name):
+        return name
+    if name not in activations:
+        near = difflib.get_close_matches(str(name), activations, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"activation: expected one of {', '.join(activations)}; came {name!r}.{hint}")
+    return activations[name]

@@ -1,0 +1,80 @@
+"""Norms: layers that bring each example's features to one scale."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from gradfn.names import ParameterError
+from gradfn.net import Net
+from gradfn.params import Param, Params
+
+
+def layer_norm(n: int, bias: bool = True, epsilon: float = 1e-5) -> Net:
+    """Return a layer that takes each vector to mean 0 and variance 1, times a gain, plus a bias.
+
+    Ba et al., *Layer Normalization*, 2016.
+
+    Args:
+        n: features.
+        bias: whether to add a bias.
+        epsilon: added to the variance.
+
+    Returns:
+        A net `[..., n] -> [..., n]` with `gain` `[n]` (ones) and `b` `[n]` (zeros).
+
+    Raises:
+        ParameterError: an input of another size.
+
+    >>> import jax, jax.numpy as jnp, gradfn as gf
+    >>> norm = gf.layers.layer_norm(2)
+    >>> norm.apply(norm.init(jax.random.key(0)), jnp.array([-3.0, 5.0]))
+    Array([-0.9999997,  0.9999997], dtype=float32)
+    """
+    spec = {"gain": Param((n,), jax.nn.initializers.ones)} | ({"b": Param((n,))} if bias else {})
+
+    def apply(params: Params, x: jax.Array) -> jax.Array:
+        gain, b = _aligned(params["gain"], x), params.get("b")
+        centred = x - x.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + epsilon) * gain
+        return y if b is None else y + _aligned(b, x)
+
+    return Net(spec, apply)
+
+
+def rms_norm(n: int, epsilon: float = 1e-6) -> Net:
+    """Return a layer that takes each vector to root mean square 1, times a gain.
+
+    Zhang and Sennrich, *Root Mean Square Layer Normalization*, 2019.
+
+    Args:
+        n: features.
+        epsilon: added to the mean square.
+
+    Returns:
+        A net `[..., n] -> [..., n]` with `gain` `[n]` (ones).
+
+    Raises:
+        ParameterError: an input of another size.
+
+    >>> import jax, jax.numpy as jnp, gradfn as gf
+    >>> norm = gf.layers.rms_norm(2)
+    >>> norm.apply(norm.init(jax.random.key(0)), jnp.array([3.0, -3.0]))
+    Array([ 0.99999994, -0.99999994], dtype=float32)
+    """
+
+    def apply(params: Params, x: jax.Array) -> jax.Array:
+        gain = _aligned(params["gain"], x)
+        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon) * gain
+
+    return Net({"gain": Param((n,), jax.nn.initializers.ones)}, apply)
+
+
+def _aligned(gain: jax.Array, x: jax.Array) -> jax.Array:
+    if x.ndim == 0 or x.shape[-1] != gain.shape[0]:
+        raise ParameterError(
+            "gain",
+            f"gain is {list(gain.shape)}, expected an input of [..., {gain.shape[0]}], came {list(x.shape)}",
+        )
+    return gain.reshape((1,) * (x.ndim - 1) + gain.shape)  # [n] -> [1, ..., n]

@@ -1,0 +1,267 @@
+"""Parameters: what a spec declares, how its arrays are made, counted and checked.
+
+A spec is a nested dict whose leaves are `Param`s. Parameters are the same dict with arrays in it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradfn.names import ParameterError
+
+if TYPE_CHECKING:
+    from gradfn.text import TextTable
+
+Spec = dict[str, Any]  # nested; its leaves are Params
+Params = Any  # the same tree with arrays
+Initializer = Callable[..., jax.Array]  # (key, shape, dtype) -> array, as in jax.nn.initializers
+
+
+@dataclass(frozen=True)
+class Param:
+    """Declare one array of a network.
+
+    Args:
+        shape: its shape. Matrices are `[out, in]`; convolution kernels `[out, in, *window]`.
+        init: `(key, shape, dtype) -> array`, as in `jax.nn.initializers`. By default vectors and scalars are
+            zeros, and arrays of two and more axes are normal with variance 1 / (fan in), LeCun's choice
+            (LeCun et al., *Efficient BackProp*, 1998), the fan in being all but the first axis.
+        dtype: float32 unless told.
+        axes: a logical name for each axis, for sharding over devices.
+
+    Raises:
+        ValueError: a negative size, or as many axis names as the array does not have.
+
+    >>> import gradfn as gf
+    >>> gf.Param([16, 784]).shape
+    (16, 784)
+    """
+
+    shape: tuple[int, ...]
+    init: Initializer | None = None
+    dtype: Any = jnp.float32
+    axes: tuple[str | None, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        if any(size < 0 for size in self.shape):
+            raise ValueError(f"Param: sizes are zero or more, came {list(self.shape)}")
+        if self.axes is not None and len(self.axes) != len(self.shape):
+            raise ValueError(
+                f"Param: {list(self.shape)} needs {len(self.shape)} axis names, came {self.axes}"
+            )
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of values."""
+        return math.prod(self.shape)
+
+    def make(self, key: jax.Array) -> jax.Array:
+        """Make the array that this declares."""
+        init = self.init or (default_init if self.ndim > 1 else jax.nn.initializers.zeros)
+        return init(key, self.shape, self.dtype)
+
+
+# Fans of an [out, in] matrix; for kernels the window counts into both, as is usual.
+default_init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=1, out_axis=0)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """Return a leaf's key path as text: `blocks.attention.W`."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def init(spec: Spec, key: jax.Array) -> Params:
+    """Make the parameters that a spec declares.
+
+    Each leaf's key is folded from its path, so adding, removing or reordering parameters changes no other.
+
+    Args:
+        spec: a nested dict of `Param`.
+        key: from `jax.random.key`.
+
+    Returns:
+        The same dict with arrays.
+
+    Raises:
+        ParameterError: a leaf that is no `Param`, or whose initialiser made another shape or dtype.
+
+    >>> import jax, gradfn as gf
+    >>> params = gf.init({"W": gf.Param([2, 3]), "b": gf.Param([2])}, jax.random.key(0))
+    >>> gf.shapes(params)
+    {'W': [2, 3], 'b': [2]}
+    """
+
+    def make(path: tuple[Any, ...], param: Param) -> jax.Array:
+        name = path_name(path)
+        if not isinstance(param, Param):
+            raise ParameterError(name, f"a spec's leaves are gf.Param, came {describe(param)}")
+        words = np.frombuffer(hashlib.sha256(name.encode()).digest()[:8], np.uint32)
+        leaf_key = jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1])
+        value = param.make(leaf_key)
+        if value.shape != param.shape:
+            message = f"its init made {list(value.shape)}, declared is {list(param.shape)}"
+            raise ParameterError(name, message)
+        return value
+
+    return jax.tree_util.tree_map_with_path(make, spec, is_leaf=lambda leaf: isinstance(leaf, Param))
+
+
+def count(tree: Any) -> int:
+    """Count the values in a spec or in parameters.
+
+    >>> import gradfn as gf
+    >>> gf.count(gf.mlp([784, 16, 10]).spec)
+    12730
+    """
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def shapes(tree: Any) -> Any:
+    """Return the tree with each leaf's shape, as a list, in its place.
+
+    >>> import gradfn as gf
+    >>> gf.shapes(gf.mlp([784, 16, 10]).spec)
+    {'W1': [16, 784], 'W2': [10, 16], 'b1': [16], 'b2': [10]}
+    """
+    return jax.tree.map(lambda leaf: list(leaf.shape), tree)
+
+
+def table(tree: Any) -> TextTable:
+    """Return a table of a spec or of parameters: path, shape, dtype, count, bytes, and the total.
+
+    Weights are what has two axes or more, biases (and gains) what has one or none.
+
+    Returns:
+        A `rich` table that `print` shows too.
+
+    >>> import gradfn as gf
+    >>> print(gf.table({"W": gf.Param([2, 3]), "b": gf.Param([2])}))
+      path    shape    dtype      count   bytes
+     ───────────────────────────────────────────
+      W       [2, 3]   float32        6      24
+      b       [2]      float32        2       8
+     ───────────────────────────────────────────
+      total            2 arrays       8      32
+    6 weights + 2 biases = 8 parameters
+    """
+    from gradfn.text import TextTable
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    rows = [(path_name(path), leaf.shape, jnp.dtype(leaf.dtype)) for path, leaf in leaves]
+    rows.sort(key=lambda row: _reading_order(row[0]))
+    sizes = [math.prod(shape) for _, shape, _ in rows]
+    size_bytes = [size * dtype.itemsize for size, (_, _, dtype) in zip(sizes, rows, strict=True)]
+    weights = sum(size for size, (_, shape, _) in zip(sizes, rows, strict=True) if len(shape) > 1)
+    out = TextTable(
+        caption=f"{weights:,} weights + {sum(sizes) - weights:,} biases = {sum(sizes):,} parameters",
+        show_footer=True,
+    )
+    out.add_column("path", footer="total")
+    out.add_column("shape")
+    out.add_column("dtype", footer=f"{len(rows)} arrays")
+    out.add_column("count", footer=f"{sum(sizes):,}", justify="right")
+    out.add_column("bytes", footer=f"{sum(size_bytes):,}", justify="right")
+    for (name, shape, dtype), size, n_bytes in zip(rows, sizes, size_bytes, strict=True):
+        out.add_row(name, str(list(shape)), str(dtype), f"{size:,}", f"{n_bytes:,}")
+    return out
+
+
+def _reading_order(name: str) -> list[Any]:
+    """Sort W1, b1, W2, ..., W10 as a reader would: by number, then weights before biases."""
+    *scopes, leaf = name.split(".")
+    stem = leaf.rstrip("0123456789")
+    return [*scopes, int(leaf[len(stem) :] or 0), stem]
+
+
+def describe(value: Any) -> str:
+    """Say what a value is, for an error: `[16, 784] float32`, or its type."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{list(value.shape)} {value.dtype}"
+    if isinstance(value, Mapping):
+        return f"a dict with {', '.join(map(str, value)) or 'nothing in it'}"
+    return f"{type(value).__name__} {value!r:.40}"
+
+
+def check(spec: Any, params: Any) -> None:
+    """Check that parameters are what a spec declares, before anything is traced with them.
+
+    Shapes must be the declared ones. A whole tree may be cast (to bfloat16, say), so of dtypes it asks that
+    arrays declared alike come alike, and that floats come as floats, integers as integers.
+
+    Raises:
+        ParameterError: with the parameter's path, what was expected and what came.
+
+    >>> import jax, jax.numpy as jnp, gradfn as gf
+    >>> net = gf.mlp([784, 16, 10])
+    >>> params = net.init(jax.random.key(0))
+    >>> gf.check(net.spec, params | {"W1": jnp.ones([784, 16])})
+    Traceback (most recent call last):
+    gradfn.names.ParameterError: W1: expected [16, 784] float32, came [784, 16] float32. Weights are [out, in]: pass its transpose, W1.T
+    """  # noqa: E501
+    _check(spec, params, "", {})
+
+
+def _check(spec: Any, params: Any, path: str, seen: dict[Any, tuple[str, Any]]) -> None:
+    if isinstance(spec, Mapping):
+        _check_names(spec, params, path)
+        for name in spec:
+            _check(spec[name], params[name], f"{path}.{name}" if path else str(name), seen)
+        return
+    expected = f"expected {list(spec.shape)} {spec.dtype}, came {describe(params)}"
+    if not (hasattr(params, "shape") and hasattr(params, "dtype")):
+        raise ParameterError(path, f"{expected}. Make it an array: jnp.asarray(..., jnp.{spec.dtype})")
+    if tuple(params.shape) != spec.shape:
+        hint = ""
+        if len(spec.shape) == 2 and tuple(params.shape) == spec.shape[::-1]:
+            hint = f". Weights are [out, in]: pass its transpose, {path}.T"
+        elif len(spec.shape) == 1 and tuple(params.shape) == (*spec.shape, 1):
+            hint = f". Biases are vectors: pass {path}[:, 0]"
+        raise ParameterError(path, expected + hint)
+    dtype = jnp.dtype(params.dtype)
+    if _kind(dtype) != _kind(spec.dtype):
+        raise ParameterError(path, f"{expected}. Cast it: .astype(jnp.{spec.dtype})")
+    first_path, first = seen.setdefault(spec.dtype, (path, dtype))
+    if dtype != first:
+        message = f"{expected}, while {first_path} came as {first}. Cast the whole tree or none of it"
+        raise ParameterError(path, message)
+
+
+def _check_names(spec: Mapping[str, Any], params: Any, path: str) -> None:
+    here = path or "parameters"
+    declared = ", ".join(map(str, spec))
+    if not isinstance(params, Mapping):
+        raise ParameterError(here, f"expected a dict with {declared}, came {describe(params)}")
+    prefix = f"{path}." if path else ""
+    for name in spec:
+        if name not in params:
+            raise ParameterError(
+                f"{prefix}{name}", f"missing. Expected {declared}; came {', '.join(map(str, params))}"
+            )
+    for name in params:
+        if name not in spec:
+            near = difflib.get_close_matches(str(name), map(str, spec), 1)
+            hint = f". Did you mean {near[0]}?" if near else ""
+            raise ParameterError(f"{prefix}{name}", f"not declared. Expected {declared}{hint}")
+
+
+def _kind(dtype: Any) -> str:
+    for kind in (jnp.floating, jnp.complexfloating, jnp.integer):
+        if jnp.issubdtype(dtype, kind):
+            return kind.__name__
+    return str(dtype)
