@@ -1,0 +1,1 @@
+"""Reports: what a run shows when it is done."""

@@ -1,0 +1,309 @@
+"""Figures: pure functions from numpy arrays to matplotlib figures.
+
+They use no global matplotlib state, so they work without a screen, in threads and in notebooks. Red and blue
+stand for more and less, never red and green.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+History = Sequence[dict[str, Any]]  # one dict an evaluation, as `gf.fit` returns them
+Layout = Literal["constrained", "compressed"]  # compressed: for grids of images
+
+MAX_WEIGHT_IMAGES = 100  # more would be too small to read
+MAX_MISTAKES = 24
+LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito's, safe for colour-blind readers
+LINE_STYLES = ("-", "--", "-.", ":")  # so that the lines are told apart in black and white, too
+
+
+def weight_images(W: Any, shape: Sequence[int] = (28, 28), name: str = "W1") -> Figure:
+    """Draw the rows of a weight matrix as images, on one diverging colour scale centred at zero.
+
+    Row i holds the weights from every input into node i, so each image is what its node looks for.
+
+    Args:
+        W: `[out, in]`.
+        shape: the images' height and width in pixels; their product is `in`.
+        name: what to call the matrix.
+
+    Returns:
+        A figure with an image a row, the first 100 where there are more, and a colour bar.
+
+    Raises:
+        ValueError: the rows do not have as many weights as the images have pixels.
+
+    >>> from gradfn.report.figures import weight_images
+    >>> figure = weight_images(np.ones([16, 784]))
+    >>> len(figure.axes)  # 16 images and the colour bar
+    17
+    """
+    W = np.asarray(W, np.float64)
+    if W.ndim != 2 or W.shape[1] != math.prod(shape):
+        expected = f"{list(shape)} images need [out, {math.prod(shape)}]"
+        raise ValueError(f"weight_images: {expected}, came {list(W.shape)}")
+    n_shown = min(len(W), MAX_WEIGHT_IMAGES)
+    shown = W[:n_shown].reshape(n_shown, *shape)  # [n, in] -> [n, height, width]
+    # The largest weights of all, often of inputs that are hardly ever on, would make the others pale.
+    sizes = np.abs(shown[np.isfinite(shown)])
+    limit = float(np.percentile(sizes, 99.5)) if sizes.any() else 1.0
+    n_columns = _columns(n_shown)
+    n_rows = math.ceil(n_shown / n_columns)
+    cell = min(1.4, 11 / n_columns)  # inches
+    figure = _figure(max(n_columns * cell + 1.2, 4.5), n_rows * (cell + 0.2) + 0.4, "compressed")
+    panels = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
+    for i, panel in enumerate(panels):
+        panel.set_axis_off()
+        if i < n_shown:
+            image = panel.imshow(shown[i], cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+            panel.set_title(str(i), fontsize=8, pad=2, color="0.35")
+    label = "weight (red excites the node, blue inhibits it)" if n_rows > 1 else "weight"
+    extend = "both" if sizes.any() and sizes.max() > limit else "neither"
+    figure.colorbar(image, ax=list(panels), label=label, extend=extend, aspect=min(12 * n_rows, 50), pad=0.02)
+    title = f"{name}: what each of the {len(W):,} hidden nodes looks for"
+    if n_shown < len(W):
+        title = f"{name}: what each of the first {n_shown} of {len(W):,} hidden nodes looks for"
+    figure.suptitle(title if len(W) > 1 else f"{name}: what the hidden node looks for")
+    return figure
+
+
+def curves(history: History, loss_unit: str = "nats") -> Figure:
+    """Draw how the loss and the accuracy went.
+
+    Args:
+        history: a dict an evaluation with `step`, `loss`, and other losses and accuracies, which are the
+            names that end so: `test_loss`, `train_accuracy`. Accuracies are shares in [0, 1].
+        loss_unit: of the losses.
+
+    Returns:
+        A figure with a panel for the losses and, if there are any, one for the accuracies.
+
+    Raises:
+        ValueError: an empty history.
+
+    >>> from gradfn.report.figures import curves
+    >>> figure = curves([{"step": 1, "loss": 2.3, "test_accuracy": 0.1}, {"step": 2, "loss": 2.0}])
+    >>> [panel.get_ylabel() for panel in figure.axes]
+    ['loss (nats)', 'accuracy (%)']
+    """
+    if not history:
+        raise ValueError("curves: the history is empty, so there is nothing to draw")
+    names = dict.fromkeys(name for row in history for name in row)
+    losses = [name for name in names if name.endswith("loss")]
+    accuracies = [name for name in names if name.endswith("accuracy")]
+    figure = _figure(5.2 * (1 + bool(accuracies)), 4.0)
+    panels = figure.subplots(1, 1 + bool(accuracies), squeeze=False).ravel()
+    _lines(panels[0], history, losses, 1.0)
+    panels[0].set_ylim(bottom=0)
+    panels[0].set_ylabel(f"loss ({loss_unit})")
+    if accuracies:
+        _lines(panels[1], history, accuracies, 100.0)
+        panels[1].set_ylabel("accuracy (%)")
+        panels[1].set_ylim(top=100)
+    figure.suptitle(_finding(history, [*accuracies, *losses]))
+    return figure
+
+
+def confusion(labels: Any, predictions: Any, what: str = "examples") -> Figure:
+    """Draw which class was taken for which: counts, one row a true class.
+
+    Args:
+        labels: integers `[n]`, the true classes.
+        predictions: integers `[n]`, the answers.
+        what: what to call the examples: `"test digits"`.
+
+    Returns:
+        A figure with one panel; its title says how many are right and what the most frequent mistake is.
+
+    Raises:
+        ValueError: no example, or not one answer a label.
+
+    >>> from gradfn.report.figures import confusion
+    >>> confusion([0, 1, 1, 1], [0, 1, 0, 0]).get_suptitle()
+    '50.0 % of 4 examples right; 1 is most often taken for 0 (2 times)'
+    """
+    labels, predictions = np.asarray(labels), np.asarray(predictions)
+    if labels.shape != predictions.shape or labels.ndim != 1 or not len(labels):
+        came = f"{list(predictions.shape)} for {list(labels.shape)}"
+        raise ValueError(f"confusion: one answer a label and at least one of them, came {came}")
+    n_classes = int(max(labels.max(), predictions.max())) + 1
+    counts = np.zeros([n_classes, n_classes], int)
+    np.add.at(counts, (labels, predictions), 1)
+
+    totals = counts.sum(1)  # [classes]
+    shares = counts / np.maximum(totals, 1)[:, None]
+    figure = _figure(0.62 * n_classes + 2.4, 0.55 * n_classes + 1.7)
+    panel = figure.subplots()
+    # The square root lets one mistake in a hundred be seen beside what is right.
+    panel.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for true, said in np.ndindex(*counts.shape):
+        if counts[true, said]:
+            colour = "white" if shares[true, said] > 0.4 else "black"
+            panel.text(said, true, str(counts[true, said]), ha="center", va="center", color=colour)
+    panel.set_xticks(range(n_classes))
+    panel.set_yticks(range(n_classes))
+    panel.set_xlabel("what the network said it is")
+    panel.set_ylabel("what it is")
+    right_side = panel.secondary_yaxis("right")
+    right = [f"{100 * counts[i, i] / totals[i]:.0f} %" if totals[i] else "-" for i in range(n_classes)]
+    right_side.set_yticks(range(n_classes), right)
+    right_side.set_ylabel("right, share of the row")
+    right_side.tick_params(length=0)
+    panel.set_xticks(np.arange(n_classes + 1) - 0.5, minor=True)
+    panel.set_yticks(np.arange(n_classes + 1) - 0.5, minor=True)
+    panel.grid(which="minor", color="0.85", linewidth=0.6)
+    panel.tick_params(which="minor", length=0)
+
+    title = f"{100 * (labels == predictions).mean():.1f} % of {len(labels):,} {what} right"
+    wrong = counts - np.diag(np.diag(counts))
+    if wrong.max() > 1:
+        true, said = np.unravel_index(wrong.argmax(), wrong.shape)
+        title += f"; {true} is most often taken for {said} ({wrong.max()} times)"
+    elif wrong.any():
+        title += "; no two mistakes are alike"
+    figure.suptitle(title)
+    return figure
+
+
+def mistakes(
+    images: Any, labels: Any, probabilities: Any, shape: Sequence[int] = (28, 28), what: str = "examples"
+) -> Figure:
+    """Draw some images that were taken for something else, the surest mistakes first.
+
+    Where there is no mistake it draws the right answers that were least sure.
+
+    Args:
+        images: `[n, height * width]` or `[n, height, width]`.
+        labels: integers `[n]`, the true classes.
+        probabilities: `[n, classes]`, how sure the network was of each class.
+        shape: the images' height and width in pixels.
+        what: what to call the examples: `"test digits"`.
+
+    Returns:
+        A figure with a panel an image, 24 at most; each says what the network said, what it is, and how sure
+        the network was of both.
+
+    Raises:
+        ValueError: not one label and one row of probabilities an image.
+
+    >>> from gradfn.report.figures import mistakes
+    >>> mistakes(np.zeros([2, 784]), [0, 1], [[0.1, 0.9], [0.2, 0.8]]).get_suptitle()
+    '1 of 2 examples taken for another, the surest mistakes first'
+    """
+    images, labels, probabilities = np.asarray(images), np.asarray(labels), np.asarray(probabilities)
+    if not len(images) == len(labels) == len(probabilities):
+        came = f"{len(images)} images, {len(labels)} labels, {len(probabilities)} rows of probabilities"
+        raise ValueError(f"mistakes: one label and one row of probabilities an image, came {came}")
+    said = probabilities.argmax(1)
+    sure = probabilities.max(1)
+    wrong = np.flatnonzero(said != labels)
+    if len(wrong):
+        chosen = wrong[np.argsort(-sure[wrong], kind="stable")][:MAX_MISTAKES]
+        title = f"{len(wrong):,} of {len(labels):,} {what} taken for another"
+        few = len(chosen) == len(wrong)
+        title += ", the surest mistakes first" if few else f"; the {len(chosen)} surest mistakes"
+        second, second_word = labels, "is"
+    else:
+        chosen = np.argsort(sure, kind="stable")[:MAX_MISTAKES]
+        title = f"No mistake in {len(labels):,} {what}; the {len(chosen)} that the network was least sure of"
+        second, second_word = np.argsort(probabilities, 1)[:, -2], "next was"
+    n_columns = min(8, max(len(chosen), 4))
+    n_rows = max(1, math.ceil(len(chosen) / n_columns))
+    figure = _figure(1.4 * n_columns, 1.85 * n_rows + 0.4, "compressed")
+    panels = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
+    for panel in panels:
+        panel.set_axis_off()
+    for panel, i in zip(panels, chosen, strict=False):
+        panel.imshow(images[i].reshape(shape), cmap="gray_r", interpolation="nearest")
+        said_text = f"said {said[i]} ({_percent(sure[i])})"
+        second_text = f"{second_word} {second[i]} ({_percent(probabilities[i, second[i]])})"
+        panel.set_title(f"{said_text}\n{second_text}", fontsize=9)
+    figure.suptitle(title)
+    return figure
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Write a figure as a picture; a reader never sees half of it.
+
+    Args:
+        figure: from the functions above.
+        path: its ending says the format: `.png`, `.svg`, `.pdf`.
+
+    Returns:
+        The path.
+
+    >>> import tempfile
+    >>> from gradfn.report.figures import curves, save
+    >>> save(curves([{"step": 1, "loss": 2.3}]), f"{tempfile.mkdtemp()}/curves.png").name
+    'curves.png'
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.stem}.part{path.suffix}")
+    figure.savefig(part, dpi=130, bbox_inches="tight", pad_inches=0.12)
+    os.replace(part, path)
+    return path
+
+
+def _figure(width: float, height: float, layout: Layout = "constrained") -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("figures need matplotlib: pip install 'gradfn[run]'") from error
+    return Figure(figsize=(width, height), layout=layout)
+
+
+def _columns(n: int) -> int:
+    """Return a number of columns that fills n cells into something a little wider than high."""
+    widest = max(1, math.ceil(math.sqrt(1.6 * n)))
+    even = [columns for columns in range(math.ceil(math.sqrt(n)), 2 * widest) if n % columns == 0]
+    return min([*even, widest], key=lambda columns: (columns not in even, abs(columns - widest)))
+
+
+def _lines(panel: Any, history: History, names: Sequence[str], scale: float) -> None:
+    for name, colour, style in zip(names, cycle(LINE_COLOURS), cycle(LINE_STYLES), strict=False):
+        rows = [row for row in history if name in row]
+        steps, values = [row["step"] for row in rows], [scale * row[name] for row in rows]
+        marker = "o" if len(rows) < 3 else None  # two points make no curve
+        panel.plot(steps, values, style, color=colour, marker=marker, label=_words(name), clip_on=False)
+    panel.set_xlim(left=0)
+    panel.set_xlabel("training step")
+    panel.grid(color="0.9")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False)
+
+
+def _finding(history: History, names: Sequence[str]) -> str:
+    """Say where it ended: by test figures where there are any."""
+    names = sorted(names, key=lambda name: "test" not in name)
+    name = names[0]
+    rows = [row for row in history if name in row]
+    start, end = rows[0][name], rows[-1][name]
+    n_steps = rows[-1]["step"]
+    steps = f"after {n_steps:,} step{'s' if n_steps > 1 else ''}"
+    words = _words(name).capitalize()
+    if name.endswith("accuracy"):
+        return f"{words} {100 * end:.1f} % {steps}"
+    return f"{words} from {start:.3g} to {end:.3g} {steps}"
+
+
+def _percent(share: float) -> str:
+    if share < 0.005:
+        return "< 1 %"
+    return "> 99 %" if share > 0.995 else f"{100 * share:.0f} %"
+
+
+def _words(name: str) -> str:
+    if name == "loss":
+        return "training loss"
+    return name.replace("train_", "training_").replace("_", " ")

@@ -1,0 +1,120 @@
+"""Figures: what is in them, by their panels, titles and colour scales, not by their pixels."""
+
+import matplotlib
+import matplotlib.image
+import numpy as np
+import pytest
+
+from gradfn.report.figures import confusion, curves, mistakes, save, weight_images
+
+
+def images_in(figure):
+    return [panel.images[0] for panel in figure.axes if panel.images]
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "n_shown"), [(1, 1), (16, 16), (17, 17), (30, 30), (100, 100), (397, 100)]
+)
+def test_weight_images_draw_every_row_on_one_scale_centred_at_zero(n_rows, n_shown):
+    W = np.random.default_rng(0).normal(size=[n_rows, 784]) + 0.3
+    figure = weight_images(W)
+    images = images_in(figure)
+    assert len(images) == n_shown
+    assert {(image.get_clim(), image.cmap.name) for image in images} == {(images[0].get_clim(), "RdBu_r")}
+    low, high = images[0].get_clim()
+    assert low == -high
+    assert high > 0
+    np.testing.assert_array_equal(images[-1].get_array(), W[n_shown - 1].reshape(28, 28))
+    assert (f"first {n_shown} of {n_rows}" in figure.get_suptitle()) == (n_shown < n_rows)
+
+
+def test_weight_images_of_nothing_but_zeros_and_of_broken_weights():
+    assert images_in(weight_images(np.zeros([2, 784])))[0].get_clim() == (-1.0, 1.0)
+    W = np.ones([2, 784])
+    W[0, 0], W[1, 1] = np.nan, np.inf
+    assert images_in(weight_images(W))[0].get_clim() == (-1.0, 1.0)
+
+
+def test_weight_images_say_which_shape_they_want():
+    with pytest.raises(ValueError, match=r"need \[out, 784\], came \[784, 16\]"):
+        weight_images(np.zeros([784, 16]))
+
+
+HISTORY = [
+    {"step": 10, "loss": 2.0, "test_accuracy": 0.5, "examples_per_second": 1e5},
+    {"step": 20, "loss": 1.0, "test_accuracy": 0.936, "train_accuracy": 0.95, "test_loss": 1.5},
+]
+
+
+def test_curves_have_a_panel_for_losses_and_one_for_accuracies_in_percent():
+    losses, accuracies = curves(HISTORY).axes
+    assert [line.get_label() for line in losses.lines] == ["training loss", "test loss"]
+    assert [line.get_label() for line in accuracies.lines] == ["test accuracy", "training accuracy"]
+    np.testing.assert_array_equal(losses.lines[0].get_ydata(), [2.0, 1.0])
+    np.testing.assert_array_equal(losses.lines[1].get_xdata(), [20])
+    np.testing.assert_allclose(accuracies.lines[0].get_ydata(), [50.0, 93.6])
+    assert (losses.get_xlabel(), losses.get_ylabel()) == ("training step", "loss (nats)")
+    assert accuracies.get_ylabel() == "accuracy (%)"
+
+
+def test_curves_title_is_where_it_ended():
+    assert curves(HISTORY).get_suptitle() == "Test accuracy 93.6 % after 20 steps"
+    assert curves([{"step": 1, "loss": 2.0}]).get_suptitle() == "Training loss from 2 to 2 after 1 step"
+    with pytest.raises(ValueError, match="empty"):
+        curves([])
+
+
+def test_confusion_counts_with_the_true_class_as_row():
+    figure = confusion([0, 4, 4, 4, 9], [0, 9, 9, 4, 9], "test digits")
+    assert figure.get_suptitle() == "60.0 % of 5 test digits right; 4 is most often taken for 9 (2 times)"
+    texts = {(text.get_position(), text.get_text()) for text in figure.axes[0].texts}
+    # (column, row) of each count: what was said, what it is
+    assert texts == {((0, 0), "1"), ((9, 4), "2"), ((4, 4), "1"), ((9, 9), "1")}
+
+
+def test_confusion_without_mistakes_and_without_examples():
+    assert confusion([0, 1], [0, 1]).get_suptitle() == "100.0 % of 2 examples right"
+    assert confusion([0, 1], [0, 0]).get_suptitle().endswith("no two mistakes are alike")
+    with pytest.raises(ValueError, match="one answer a label"):
+        confusion([0, 1], [0])
+    with pytest.raises(ValueError, match="at least one"):
+        confusion([], [])
+
+
+def test_mistakes_say_what_they_are_and_show_the_surest_first():
+    pictures = np.arange(4.0)[:, None] * np.ones(784)
+    probabilities = [[0.4, 0.6, 0.0], [0.0, 0.9, 0.1], [0.2, 0.1, 0.7], [1.0, 0.0, 0.0]]
+    figure = mistakes(pictures, [0, 2, 2, 0], probabilities, what="test digits")
+    assert figure.get_suptitle() == "2 of 4 test digits taken for another, the surest mistakes first"
+    shown = [panel for panel in figure.axes if panel.images]
+    assert [panel.get_title() for panel in shown] == [
+        "said 1 (90 %)\nis 2 (10 %)",
+        "said 1 (60 %)\nis 0 (40 %)",
+    ]
+    assert shown[0].images[0].get_array().shape == (28, 28)
+    assert shown[0].images[0].get_array()[0, 0] == 1.0
+
+
+def test_no_mistake_shows_the_least_sure_answers():
+    figure = mistakes(np.zeros([2, 784]), [0, 1], [[0.9, 0.1], [0.45, 0.55]])
+    assert figure.get_suptitle() == "No mistake in 2 examples; the 2 that the network was least sure of"
+    shown = [panel.get_title() for panel in figure.axes if panel.images]
+    assert shown == ["said 1 (55 %)\nnext was 0 (45 %)", "said 0 (90 %)\nnext was 1 (10 %)"]
+
+
+def test_many_mistakes_are_cut_to_what_can_be_read():
+    figure = mistakes(np.zeros([100, 784]), np.zeros(100, int), np.eye(2)[np.ones(100, int)])
+    assert len(images_in(figure)) == 24
+    assert figure.get_suptitle() == "100 of 100 examples taken for another; the 24 surest mistakes"
+
+
+def test_mistakes_want_as_many_labels_as_images():
+    with pytest.raises(ValueError, match="2 images, 1 labels"):
+        mistakes(np.zeros([2, 784]), [0], np.zeros([2, 10]))
+
+
+def test_save_leaves_a_whole_picture_and_nothing_else(tmp_path):
+    path = save(curves(HISTORY), tmp_path / "new" / "curves.png")
+    assert [each.name for each in path.parent.iterdir()] == ["curves.png"]
+    height, width, _ = matplotlib.image.imread(path).shape
+    assert width > height > 100
