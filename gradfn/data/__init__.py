@@ -1,0 +1,14 @@
+"""Data sets as numpy arrays: handwritten digits, MNIST, a regression set, splits, shuffled batches."""
+
+from gradfn.data.dataset import DataError, Dataset
+from gradfn.data.diabetes import diabetes
+from gradfn.data.digits import digits
+from gradfn.data.split import split
+
+__all__ = [
+    "DataError",
+    "Dataset",
+    "diabetes",
+    "digits",
+    "split",
+]

@@ -1,0 +1,75 @@
+"""Deterministic train, validation and test parts."""
+
+import numpy as np
+
+from gradfn.data._checks import sklearn, whole
+from gradfn.data.dataset import Examples
+
+
+def split(
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    validation: int,
+    test: int,
+    seed: int = 0,
+    stratify: bool = False,
+) -> tuple[Examples, Examples, Examples]:
+    """Split examples at random, the same way each time, into train, validation and test.
+
+    The test part depends on `test` and `seed` alone, so changing `validation` never moves a training
+    example into the test.
+
+    Args:
+        x: inputs [N, ...].
+        y: targets [N, ...]; with `stratify`, labels [N].
+        validation: how many examples go to validation; 0 for none.
+        test: how many go to the test; 0 for none. The rest, at least one, is for training.
+        seed: from 0 to 2**32 - 1.
+        stratify: keep each label's share in every part (each part then needs an example per label).
+
+    Returns:
+        `(x, y)` of train, validation and test, in random order.
+
+    Raises:
+        ValueError: x and y differ in length, or the sizes do not fit; TypeError: a size is no whole number.
+
+    >>> import gradfn as gf
+    >>> import numpy as np
+    >>> x, y = np.arange(10), np.arange(10) % 2
+    >>> train, validation, test = gf.data.split(x, y, validation=2, test=4, stratify=True)
+    >>> len(train[0]), len(validation[0]), sorted(test[1].tolist())
+    (4, 2, [0, 0, 1, 1])
+    """
+    n = len(x)
+    if len(y) != n:
+        raise ValueError(f"x and y must have one row per example, got {n:,} rows of x and {len(y):,} of y")
+    whole("seed", seed, 0, 2**32 - 1)
+    whole("test", test, 0)
+    whole("validation", validation, 0)
+    train = n - test - validation
+    if train < 1:
+        raise ValueError(
+            f"test={test:,} and validation={validation:,} leave no training example of the {n:,} there are: "
+            "make them smaller"
+        )
+    if stratify:
+        labels = len(np.unique(y))
+        for part, size in (("test", test), ("validation", validation), ("train", train)):
+            if 0 < size < labels:
+                raise ValueError(
+                    f"{part} would hold {size} examples, fewer than the {labels} labels there are"
+                )
+
+    def take(rows: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draw `size` of the rows; return the others and these."""
+        if size == 0:
+            return rows, rows[:0]
+        others, drawn = sklearn("model_selection").train_test_split(
+            rows, test_size=size, random_state=seed, stratify=y[rows] if stratify else None
+        )
+        return others, drawn
+
+    rest, in_test = take(np.arange(n), test)
+    in_train, in_validation = take(rest, validation)
+    return (x[in_train], y[in_train]), (x[in_validation], y[in_validation]), (x[in_test], y[in_test])
