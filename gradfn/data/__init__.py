@@ -3,6 +3,8 @@
 from gradfn.data.dataset import DataError, Dataset
 from gradfn.data.diabetes import diabetes
 from gradfn.data.digits import digits
+from gradfn.data.idx import read_idx
+from gradfn.data.mnist import idx_folder, mnist
 from gradfn.data.split import split
 
 __all__ = [
@@ -10,5 +12,8 @@ __all__ = [
     "Dataset",
     "diabetes",
     "digits",
+    "idx_folder",
+    "mnist",
+    "read_idx",
     "split",
 ]

@@ -1,0 +1,102 @@
+"""The IDX reader: what it reads it reads right, and whatever is damaged it refuses."""
+
+import gzip
+import struct
+
+import hypothesis.extra.numpy as hnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gradfn.data import DataError, read_idx
+
+arrays = hnp.arrays(np.uint8, hnp.array_shapes(min_dims=1, max_dims=4, max_side=6))
+by_example = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def encode(array):
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+@by_example
+@given(array=arrays, compressed=st.booleans())
+def test_round_trip(tmp_path, array, compressed):
+    file = tmp_path / ("data.gz" if compressed else "data")
+    file.write_bytes(gzip.compress(encode(array)) if compressed else encode(array))
+    read = read_idx(file)
+    np.testing.assert_array_equal(read, array, strict=True)
+    read += 1  # the array is the caller's own
+
+
+@settings(by_example, max_examples=20)
+@given(array=arrays, compressed=st.booleans())
+def test_every_truncation_is_refused(tmp_path, array, compressed):
+    file = tmp_path / ("data.gz" if compressed else "data")
+    whole = gzip.compress(encode(array)) if compressed else encode(array)
+    for length in range(len(whole)):
+        file.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=r"data.*: (.*cut off|not gzip|the file is empty)"):
+            read_idx(file)
+
+
+@settings(by_example, max_examples=300)
+@given(array=arrays, data=st.data())
+def test_every_damaged_header_byte_is_refused(tmp_path, array, data):
+    whole = bytearray(encode(array))
+    place = data.draw(st.integers(0, 3 + 4 * array.ndim))
+    whole[place] = data.draw(st.integers(0, 255).filter(lambda byte: byte != whole[place]))
+    file = tmp_path / "data"
+    file.write_bytes(whole)
+    with pytest.raises(DataError, match="data: "):
+        read_idx(file)
+
+
+@settings(by_example, max_examples=300)
+@given(array=arrays, data=st.data())
+def test_a_damaged_gzip_byte_never_gives_a_wrong_array(tmp_path, array, data):
+    whole = bytearray(gzip.compress(encode(array)))
+    place = data.draw(st.integers(0, len(whole) - 1))
+    whole[place] ^= data.draw(st.integers(1, 255))
+    file = tmp_path / "data.gz"
+    file.write_bytes(whole)
+    try:
+        read = read_idx(file)
+    except DataError:
+        return
+    np.testing.assert_array_equal(read, array, strict=True)  # the time stamp, for one, means nothing
+
+
+@by_example
+@given(junk=st.binary(max_size=60))
+def test_junk_is_refused_or_was_idx(tmp_path, junk):
+    file = tmp_path / "junk"
+    file.write_bytes(junk)
+    try:
+        read = read_idx(file)
+    except DataError:
+        return
+    assert encode(read) in (junk, gzip.decompress(junk) if junk[:2] == b"\x1f\x8b" else junk)
+
+
+def test_messages(tmp_path):
+    file = tmp_path / "labels.gz"
+    good = encode(np.arange(5, dtype=np.uint8))
+    cases = {
+        b"<!DOCTYPE html><title>404</title>": "not gzip data, though named .gz: it starts with b'<!DOCTYPE",
+        good: r"Decompressed already\? Take .gz off its name",
+        gzip.compress(good + b"!!"): r"too long: its header says 5 = 5 bytes of data, 7 came",
+        gzip.compress(good[:-1]): r"cut off: its header says 5 = 5 bytes of data, 4 came",
+        gzip.compress(b"PK\x03\x04 zip"): "not an IDX file",
+        gzip.compress(struct.pack(">HBBI", 0, 0x0D, 1, 1) + bytes(4)): "type 0x0d, where unsigned bytes",
+        gzip.compress(struct.pack(">HBBII", 0, 8, 2, 0, 9)): r"empty array, of shape \[0, 9\]",
+        b"": "the file is empty",
+    }
+    for content, message in cases.items():
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            read_idx(file)
+    with pytest.raises(DataError, match="nothing-here: there is no such file"):
+        read_idx(tmp_path / "nothing-here")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_idx(tmp_path)

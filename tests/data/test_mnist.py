@@ -1,0 +1,358 @@
+"""MNIST: the real files, every way in which a folder of four files can be wrong, and the download."""
+
+import contextlib
+import functools
+import gzip
+import hashlib
+import http.server
+import importlib
+import struct
+import threading
+
+import numpy as np
+import pytest
+
+from gradfn.data import DataError, idx_folder, mnist
+
+# `gradfn.data.mnist` is the function; this is the module of that name.
+module = importlib.import_module("gradfn.data.mnist")
+TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = module.SHA256
+
+
+def encode(array):
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def small_arrays():
+    rng = np.random.default_rng(0)
+    return {
+        TRAIN_IMAGES: rng.integers(0, 256, (30, 4, 3), dtype=np.uint8),
+        TRAIN_LABELS: rng.integers(0, 10, 30, dtype=np.uint8),
+        TEST_IMAGES: rng.integers(0, 256, (20, 4, 3), dtype=np.uint8),
+        TEST_LABELS: rng.integers(0, 10, 20, dtype=np.uint8),
+    }
+
+
+def write(folder, arrays):
+    folder.mkdir(exist_ok=True)
+    for name, array in arrays.items():
+        (folder / f"{name}.gz").write_bytes(gzip.compress(encode(array)))
+    return folder
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A folder of four small files, whose sums stand in for MNIST's."""
+    arrays = small_arrays()
+    sums = {name: hashlib.sha256(encode(array)).hexdigest() for name, array in arrays.items()}
+    monkeypatch.setattr(module, "SHA256", sums)
+    return write(tmp_path / "small", arrays)
+
+
+# The real files
+
+
+@pytest.fixture(scope="module")
+def real(shared_data):
+    return mnist(shared_data / "mnist")
+
+
+def test_real_mnist_is_in_nielsens_split(real):
+    sizes = [(x.shape, y.shape) for x, y in (real.train, real.validation, real.test)]
+    assert sizes == [((n, 784), (n,)) for n in (50_000, 10_000, 10_000)]
+    assert all(x.dtype == np.float32 and y.dtype == np.int32 for x, y in real[:3])
+    assert real.name == "MNIST"
+    assert real.shape == (28, 28)
+    assert real.classes == tuple("0123456789")
+    assert real.train[0].min() == 0.0
+    assert real.train[0].max() == 1.0
+    # Known from elsewhere: the first labels, the counts of each digit in the test, the mean grey that
+    # everybody normalises with (0.1307, over all 60,000).
+    assert real.train[1][:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
+    assert np.bincount(real.test[1]).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    pixels = (real.train[0].sum(dtype=np.float64) + real.validation[0].sum(dtype=np.float64)) / (60_000 * 784)
+    assert abs(pixels - 0.1307) < 5e-5
+
+
+def test_real_files_renamed_into_one_another_are_found_out(shared_data, tmp_path):
+    for name, other in [
+        (TRAIN_IMAGES, TEST_IMAGES),
+        (TRAIN_LABELS, TEST_LABELS),
+        (TEST_IMAGES, TRAIN_IMAGES),
+        (TEST_LABELS, TRAIN_LABELS),
+    ]:
+        (tmp_path / f"{name}.gz").symlink_to(shared_data / "mnist" / f"{other}.gz")
+    with pytest.raises(DataError, match=f"{TRAIN_IMAGES}.gz: holds MNIST's {TEST_IMAGES}.*swapped"):
+        mnist(tmp_path)
+
+
+# Folders
+
+
+def test_folder(small):
+    arrays = small_arrays()
+    data = mnist(small, validation=10)
+    np.testing.assert_array_equal(data.train[0] * 255, arrays[TRAIN_IMAGES][:20].reshape(20, 12))
+    np.testing.assert_array_equal(data.validation[1], arrays[TRAIN_LABELS][20:])
+    np.testing.assert_array_equal(data.test[1], arrays[TEST_LABELS])
+    assert data.shape == (4, 3)
+
+
+def test_decompressed_files_will_do(small):
+    expected = mnist(small, validation=0)
+    for file in list(small.iterdir()):
+        file.with_suffix("").write_bytes(gzip.decompress(file.read_bytes()))
+        file.unlink()
+    np.testing.assert_array_equal(mnist(small, validation=0).train[0], expected.train[0])
+
+
+def test_order_of_places(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("GRADFN_MNIST", str(small))
+    mnist(validation=0)  # the environment's folder, nothing is downloaded
+    monkeypatch.setenv("GRADFN_MNIST", str(tmp_path / "elsewhere"))
+    with pytest.raises(DataError, match="elsewhere: there is no such folder"):
+        mnist()
+    mnist(small, validation=0)  # a folder given comes first
+    monkeypatch.delenv("GRADFN_MNIST")
+    (tmp_path / "cache" / "gradfn").mkdir(parents=True)
+    small.rename(tmp_path / "cache" / "gradfn" / "mnist")
+    mnist(validation=0)  # the cache, and nothing is downloaded
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert module.cache_folder() == tmp_path / ".cache" / "gradfn" / "mnist"
+
+
+def swap(folder, one, other):
+    one, other = folder / f"{one}.gz", folder / f"{other}.gz"
+    one.rename(folder / "aside")
+    other.rename(one)
+    (folder / "aside").rename(other)
+
+
+def change(folder, name, new):
+    (folder / f"{name}.gz").write_bytes(gzip.compress(encode(new)))
+
+
+def cut(folder, name):
+    file = folder / f"{name}.gz"
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+DAMAGE = {
+    "missing": (lambda f: (f / f"{TEST_LABELS}.gz").unlink(), f"{TEST_LABELS}.gz: there is no such file"),
+    "cut off": (lambda f: cut(f, TEST_IMAGES), f"{TEST_IMAGES}.gz: gzip data cut off"),
+    "not gzip": (
+        lambda f: (f / f"{TRAIN_LABELS}.gz").write_text("Not Found"),
+        f"{TRAIN_LABELS}.gz: not gzip data.*Not Found",
+    ),
+    "labels for images": (
+        lambda f: swap(f, TRAIN_IMAGES, TRAIN_LABELS),
+        rf"{TRAIN_IMAGES}.gz: holds an array of shape \[30\], but images have 3 dim.*swapped",
+    ),
+    "the test's images for training": (
+        lambda f: swap(f, TRAIN_IMAGES, TEST_IMAGES),
+        f"{TRAIN_IMAGES}.gz: holds 20 images, but {TRAIN_LABELS}.gz 30 labels",
+    ),
+    "a label too few": (
+        lambda f: change(f, TRAIN_LABELS, small_arrays()[TRAIN_LABELS][1:]),
+        f"{TRAIN_IMAGES}.gz: holds 30 images, but {TRAIN_LABELS}.gz 29 labels",
+    ),
+    "a label of 10": (
+        lambda f: change(f, TEST_LABELS, np.arange(20, dtype=np.uint8) % 11),
+        f"{TEST_LABELS}.gz: labels must be 0 to 9, but number 10 .* is 10",
+    ),
+}
+
+
+@pytest.mark.parametrize("read", [mnist, idx_folder])
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_folder(small, kind, read):
+    damage, message = DAMAGE[kind]
+    damage(small)
+    with pytest.raises(DataError, match=message):
+        read(small, validation=0)
+
+
+def test_contents_that_are_not_mnists(small):
+    labels = small_arrays()[TRAIN_LABELS]
+    change(small, TRAIN_LABELS, 9 - labels)
+    with pytest.raises(DataError, match=f"{TRAIN_LABELS}.gz: damaged, or not MNIST.*idx_folder"):
+        mnist(small)
+    data = idx_folder(small, validation=5)
+    np.testing.assert_array_equal(data.train[1], 9 - labels[:25])
+    assert data.name == f"IDX files in {small}"
+
+
+def test_train_and_test_swapped(small):
+    swap(small, TRAIN_IMAGES, TEST_IMAGES)
+    swap(small, TRAIN_LABELS, TEST_LABELS)
+    with pytest.raises(
+        DataError, match=f"{TRAIN_IMAGES}.gz: holds MNIST's {TEST_IMAGES}, not its {TRAIN_IMAGES}"
+    ):
+        mnist(small)
+
+
+def test_images_of_two_shapes(small):
+    change(small, TEST_IMAGES, np.zeros([20, 3, 4], np.uint8))
+    with pytest.raises(DataError, match=r"training images are \(4, 3\) pixels, test images \(3, 4\)"):
+        idx_folder(small)
+
+
+def test_bad_validation(small):
+    for bad in (-1, 30):
+        with pytest.raises(ValueError, match=f"validation must be from 0 to 29, got {bad}"):
+            mnist(small, validation=bad)
+    with pytest.raises(TypeError, match=r"validation must be a whole number, got 0\.5"):
+        mnist(small, validation=0.5)
+
+
+# The download, from a server on the loopback
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder; notes what was asked; `cut` names files whose body ends early."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        if self.path.split("/")[-1] not in self.server.cut:
+            return super().do_GET()
+        with open(self.translate_path(self.path), "rb") as file:
+            body = file.read()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[:-20])
+        return None
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def serving(folder):
+    """Serve a folder as http://127.0.0.1:.../mnist."""
+    handler = functools.partial(Handler, directory=str(folder.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.asked, server.cut, server.folder = [], set(), folder
+        server.mirror = f"http://127.0.0.1:{server.server_port}/mnist"
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder, and nothing in the environment that would lead elsewhere."""
+    monkeypatch.delenv("GRADFN_MNIST", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "*")
+    return tmp_path / "cache" / "gradfn" / "mnist"
+
+
+@pytest.fixture
+def server(small, cache, tmp_path):
+    (tmp_path / "pub").mkdir()
+    with serving(small.rename(tmp_path / "pub" / "mnist")) as server:
+        server.cache = cache
+        yield server
+
+
+def kept(server):
+    return sorted(file.name for file in server.cache.iterdir()) if server.cache.exists() else []
+
+
+def test_the_real_files_come_through_whole(shared_data, cache):
+    with serving(shared_data / "mnist") as server:
+        data = mnist(mirror=server.mirror)
+    assert repr(data) == (
+        "Dataset('MNIST': 50,000 train, 10,000 validation, 10,000 test; inputs 28x28; 10 classes)"
+    )
+    for file in cache.iterdir():
+        assert file.read_bytes() == (shared_data / "mnist" / file.name).read_bytes()
+
+
+def test_one_download_serves_ever_after(server, capfd):
+    data = mnist(mirror=server.mirror + "/", validation=10)
+    np.testing.assert_array_equal(data.test[1], small_arrays()[TEST_LABELS])
+    names = [f"{name}.gz" for name in (TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS)]
+    assert server.asked == [f"/mnist/{name}" for name in names]
+    assert kept(server) == sorted(names)
+    out, err = capfd.readouterr()
+    assert out == ""  # the progress bar leaves standard output to the program
+    assert TRAIN_IMAGES in err
+    server.asked.clear()
+    mnist(mirror=server.mirror, validation=10)
+    assert server.asked == []
+    (server.cache / names[2]).unlink()
+    mnist(mirror=server.mirror, validation=10)
+    assert server.asked == [f"/mnist/{names[2]}"]
+
+
+def expect_failure(server, message, keeps=()):
+    with pytest.raises(DataError, match=message) as caught:
+        mnist(mirror=server.mirror)
+    assert server.mirror in str(caught.value)
+    assert "GRADFN_MNIST" in str(caught.value)  # what else one can do
+    assert kept(server) == sorted(keeps)
+
+
+def test_truncated_body(server):
+    server.cut.add(f"{TRAIN_IMAGES}.gz")
+    size = (server.folder / f"{TRAIN_IMAGES}.gz").stat().st_size
+    expect_failure(server, f"{TRAIN_IMAGES}.gz: the download was cut off: {size - 20} of {size} bytes")
+
+
+def test_files_before_the_failure_are_whole_and_stay(server):
+    server.cut.add(f"{TEST_IMAGES}.gz")
+    expect_failure(server, "cut off", keeps=[f"{TRAIN_IMAGES}.gz", f"{TRAIN_LABELS}.gz"])
+    server.cut.clear()
+    server.asked.clear()
+    mnist(mirror=server.mirror, validation=0)
+    assert len(server.asked) == 2
+
+
+def test_wrong_sum(server):
+    change(server.folder, TRAIN_IMAGES, 255 - small_arrays()[TRAIN_IMAGES])
+    expect_failure(server, f"{TRAIN_IMAGES}.gz: damaged, or not MNIST: the sha256")
+
+
+def test_a_page_instead_of_the_file(server):
+    (server.folder / f"{TRAIN_IMAGES}.gz").write_text("<html>please log in</html>")
+    expect_failure(server, f"{TRAIN_IMAGES}.gz: not gzip data.*<html>")
+
+
+def test_not_there(server):
+    (server.folder / f"{TRAIN_IMAGES}.gz").unlink()
+    expect_failure(server, f"{TRAIN_IMAGES}.gz: the server answered 404")
+
+
+def test_no_server(server):
+    server.mirror = "http://127.0.0.1:9/mnist"  # the discard port: nobody listens
+    expect_failure(server, "could not be brought to")
+
+
+def test_interrupted_write_leaves_nothing(server, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("gradfn.data.download").os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mnist(mirror=server.mirror)
+    assert kept(server) == []
+
+
+def test_damaged_cache_says_how_to_renew_it(server):
+    mnist(mirror=server.mirror, validation=0)
+    cut(server.cache, TRAIN_IMAGES)
+    with pytest.raises(DataError, match=f"(?s){TRAIN_IMAGES}.gz: gzip data cut off.*Delete that file"):
+        mnist(mirror=server.mirror)
+
+
+def test_bad_mirror(server):
+    with pytest.raises(ValueError, match=r"mirror must be an address .* got 'example\.org/mnist'"):
+        mnist(mirror="example.org/mnist")
