@@ -1,5 +1,6 @@
 """Data sets as numpy arrays: handwritten digits, MNIST, a regression set, splits, shuffled batches."""
 
+from gradfn.data.batches import batches, epoch_order
 from gradfn.data.dataset import DataError, Dataset
 from gradfn.data.diabetes import diabetes
 from gradfn.data.digits import digits
@@ -10,8 +11,10 @@ from gradfn.data.split import split
 __all__ = [
     "DataError",
     "Dataset",
+    "batches",
     "diabetes",
     "digits",
+    "epoch_order",
     "idx_folder",
     "mnist",
     "read_idx",

@@ -1,0 +1,98 @@
+"""Shuffled batches: which examples make up which step, from the seed and the epoch alone."""
+
+import itertools
+from collections.abc import Iterator
+from typing import TypeVar
+
+import jax
+import numpy as np
+
+from gradfn.data._checks import whole
+
+Data = TypeVar("Data")
+
+
+def epoch_order(n: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """Shuffle one epoch: row s holds the indices of the examples of step s.
+
+    A pure function of its four arguments (a numpy generator is seeded with `[seed, epoch]`), so that a
+    resumed run meets the batches that an uninterrupted one would have. What is left over when `batch_size`
+    does not divide `n` is dropped: up to batch_size - 1 examples, others each epoch.
+
+    Args:
+        n: how many examples there are.
+        batch_size: how many make a step, at most `n`.
+        seed: from 0 to 2**32 - 1.
+        epoch: counted from 0, below 2**32.
+
+    Returns:
+        Indices [n // batch_size, batch_size] int32 in [0, n), each at most once.
+
+    Raises:
+        ValueError: no examples, a batch larger than the data, a seed or epoch out of range; TypeError: an
+            argument that is not a whole number.
+
+    >>> import gradfn as gf
+    >>> gf.data.epoch_order(5, 2, seed=0, epoch=0).shape
+    (2, 2)
+    """
+    n = whole("n (the number of examples)", n, 0, 2**31 - 1)
+    batch_size = whole("batch_size", batch_size, 1)
+    # Numpy joins the seed's 32-bit words into one list: without these bounds, two seeds could meet in it.
+    seed, epoch = whole("seed", seed, 0, 2**32 - 1), whole("epoch", epoch, 0, 2**32 - 1)
+    if n == 0:
+        raise ValueError("there are no examples to make batches of: n is 0")
+    if batch_size > n:
+        raise ValueError(f"batch_size={batch_size:,} is larger than the data, {n:,} examples")
+    steps = n // batch_size
+    order = np.random.default_rng([seed, epoch]).permutation(n)[: steps * batch_size]
+    return order.astype(np.int32).reshape(steps, batch_size)  # [steps*batch_size] -> [steps, batch_size]
+
+
+def batches(data: Data, size: int, seed: int = 0, epochs: int | None = 1) -> Iterator[Data]:
+    """Yield shuffled batches of any tree of arrays, for those who own their training loop.
+
+    Epoch e visits the examples in the order of `epoch_order(n, size, seed, e)`: a partial last batch is
+    dropped, so every batch has one shape and a jitted step compiles once.
+
+    Args:
+        data: a tree (pytree) of arrays with one leading length n, such as `(images, labels)`.
+        size: examples per batch, at most n.
+        seed: from 0 to 2**32 - 1.
+        epochs: how often to go through the data; None for ever.
+
+    Returns:
+        An iterator of trees like `data`, each array [size, ...].
+
+    Raises:
+        ValueError: at the call and not at the first batch: no arrays or examples, arrays of different
+            lengths, a batch larger than the data, a seed out of range; TypeError: an argument that is not a
+            whole number.
+
+    >>> import gradfn as gf, numpy as np
+    >>> x, y = np.arange(6.0), np.arange(6)
+    >>> [(x.shape, y.dtype.kind) for x, y in gf.data.batches((x, y), size=3)]
+    [((3,), 'i'), ((3,), 'i')]
+    """
+    lengths = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(data):
+        name = "data" + jax.tree_util.keystr(path)
+        if not np.ndim(leaf) or not hasattr(leaf, "shape"):
+            raise ValueError(f"{name} must be an array [examples, ...], got {leaf!r:.60}")
+        lengths[name] = leaf.shape[0]
+    if not lengths:
+        raise ValueError(f"there are no arrays in the data to make batches of: {data!r:.60}")
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{name}: {n:,}" for name, n in lengths.items())
+        raise ValueError(f"all arrays must have one row per example, but their lengths differ: {told}")
+    n = next(iter(lengths.values()))
+    if epochs is not None:
+        whole("epochs", epochs, 0)
+    epoch_order(n, size, seed, 0)  # raises now, where the caller can see what was wrong
+
+    def generate() -> Iterator[Data]:
+        for epoch in itertools.count() if epochs is None else range(epochs):
+            for rows in epoch_order(n, size, seed, epoch):
+                yield jax.tree.map(lambda a, rows=rows: a[rows], data)
+
+    return generate()
