@@ -1,0 +1,7 @@
+"""What a user asks about gradients and activations, of any JAX function."""
+
+from gradfn.inspection.inspect import Inspection, inspect
+from gradfn.inspection.patch import patch
+from gradfn.inspection.sites import sites
+
+__all__ = ["Inspection", "inspect", "patch", "sites"]

@@ -1,0 +1,68 @@
+"""`gf.sites`: the values of a function that can be inspected and patched."""
+
+from collections.abc import Callable
+from typing import Any
+
+from gradfn.text import TextTable
+from gradfn.transform import Site, find_sites, trace
+
+
+class SiteList(list[Site]):
+    """A list of sites that shows itself as a table."""
+
+    @property
+    def names(self) -> list[str]:
+        """The names, in the order in which the function computes the values."""
+        return [site.name for site in self]
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    __repr__ = __str__
+
+    def __rich__(self) -> TextTable:
+        return self.table()
+
+    def table(self) -> TextTable:
+        """Return the sites as a rich table."""
+        table = TextTable(caption=None if self else "No sites: name a value with gf.tap(x, 'name').")
+        for column in ("site", "shape", "dtype", "activation", "source", "line"):
+            table.add_column(column, overflow="fold")
+        for s in self:
+            table.add_row(s.name, shape_text(s), s.dtype, s.kind, s.source, s.line)
+        return table
+
+
+def shape_text(site: Site) -> str:
+    """Return a site's shape as text; the iterations of loops stand in front: ``4 × [32, 16]``."""
+    return "".join(f"{n} × " for n in site.axes) + str(list(site.shape))
+
+
+def sites(f: Callable) -> Callable[..., SiteList]:
+    """List the values inside a function that can be inspected and patched by name.
+
+    Args:
+        f: any JAX function; its first argument counts as the parameters.
+
+    Returns:
+        A function of the same arguments (arrays, or anything that has a shape and dtype) that returns the
+        sites in the order of computation, each with name, shape, dtype, source line, and which source named
+        it: ``name`` (``gf.tap``), ``scope`` (``jax.named_scope``: the modules of Linen and Haiku) or
+        ``parameter`` (the first place where the parameter of that path meets data). Nothing is computed.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from gradfn.inspection import sites
+        >>> def f(params, x):
+        ...     return jnp.sum(jnp.tanh(x @ params["W"] + params["b"]))
+        >>> listed = sites(f)({"W": jnp.ones((3, 2)), "b": jnp.zeros(2)}, jnp.ones((5, 3)))
+        >>> listed.names
+        ['W', 'b', 'b:tanh']
+        >>> listed[0].shape, listed[0].source
+        ((5, 2), 'parameter')
+    """
+
+    def listed(*args: Any, **kwargs: Any) -> SiteList:
+        return SiteList(find_sites(trace(f, *args, **kwargs)))
+
+    return listed

@@ -1,0 +1,88 @@
+"""Trace any function into a jaxpr, and put its results back into the shape that the function gave them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr
+
+
+@dataclass(frozen=True)
+class Program:
+    """A traced call of a function: ``jaxpr`` takes ``inputs``, the array leaves of all arguments in order.
+
+    ``owners[i]`` is the number of the positional argument that input i belongs to (-1: a keyword argument)
+    and ``names[i]`` its path in that argument, such as ``layers/0/W``. Leaves that are no arrays (functions,
+    strings: some frameworks keep them in their models) are fixed at tracing.
+    """
+
+    jaxpr: ClosedJaxpr
+    inputs: list[Any]
+    owners: tuple[int, ...]
+    names: tuple[str, ...]
+    out_tree: Any
+    in_tree: Any
+    is_array: tuple[bool, ...]
+
+    def rebuild(self, outs: Sequence[Any]) -> Any:
+        """Put flat outputs back into the tree that the function returned."""
+        return jax.tree.unflatten(self.out_tree, outs)
+
+    def like_arguments(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        """Shape one value per input like the positional arguments; None for leaves that are no arrays."""
+        rest = iter(values)
+        args, _ = jax.tree.unflatten(self.in_tree, [next(rest) if known else None for known in self.is_array])
+        return args
+
+
+def is_array(leaf: Any) -> bool:
+    """Tell whether jax can trace a leaf."""
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex))
+
+
+def leaf_name(path: Any, default: str = "params") -> str:
+    """Return a leaf's path as users write it: ``layers/0/W``; ``default`` for an argument that is a leaf."""
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # the box that nnx keeps each array in
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/") or default
+
+
+def trace(f: Callable, *args: Any, **kwargs: Any) -> Program:
+    """Trace ``f(*args, **kwargs)``.
+
+    A fresh closure each time: ``make_jaxpr`` caches on the identity of the function, and gave a stale jaxpr
+    once something that the function closes over had changed.
+    """
+    with_paths, in_tree = jax.tree_util.tree_flatten_with_path((args, kwargs))
+    leaves = [leaf for _, leaf in with_paths]
+    known = tuple(is_array(leaf) for leaf in leaves)
+    # A path is (0, i, ...) for the i-th positional argument, (1, name, ...) for a keyword.
+    owners = [path[1].idx if path[0].idx == 0 else -1 for path, _ in with_paths]
+    names = [
+        leaf_name(path[2:], "params" if owner == 0 else "x")
+        for (path, _), owner in zip(with_paths, owners, strict=True)
+    ]
+    out_tree = None
+
+    def flat(*arrays: Any) -> list[Any]:
+        nonlocal out_tree
+        rest = iter(arrays)
+        args, kwargs = jax.tree.unflatten(
+            in_tree, [next(rest) if k else x for k, x in zip(known, leaves, strict=True)]
+        )
+        outs, out_tree = jax.tree.flatten(f(*args, **kwargs))
+        return outs
+
+    inputs = [leaf for leaf, k in zip(leaves, known, strict=True) if k]
+    jaxpr = jax.make_jaxpr(flat)(*inputs)
+    return Program(
+        jaxpr=jaxpr,
+        inputs=inputs,
+        owners=tuple(o for o, k in zip(owners, known, strict=True) if k),
+        names=tuple(n for n, k in zip(names, known, strict=True) if k),
+        out_tree=out_tree,
+        in_tree=in_tree,
+        is_array=known,
+    )

@@ -1,0 +1,89 @@
+"""`inspect` against plain `value_and_grad`, and against functions split by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.ad_checkpoint import checkpoint_name
+
+from gradfn.inspection import inspect
+
+
+def assert_same(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+def mlp(params, x, y):
+    h = checkpoint_name(jax.nn.sigmoid(x @ params["W1"] + params["b1"]), "a1")
+    out = h @ params["W2"] + params["b2"]
+    return jnp.mean((out - y) ** 2)
+
+
+@pytest.fixture
+def mlp_args():
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "W1": jax.random.normal(keys[0], (4, 8)),
+        "b1": jnp.full((8,), 0.1),
+        "W2": jax.random.normal(keys[1], (8, 2)),
+        "b2": jnp.zeros(2),
+    }
+    return params, jax.random.normal(keys[2], (16, 4)), jax.random.normal(keys[3], (16, 2))
+
+
+# rank promotion is an error in the tests; the functions here broadcast biases as users' code does
+@pytest.fixture(autouse=True)
+def as_users_write():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def test_gradients_are_those_of_value_and_grad_bit_for_bit(mlp_args):
+    seen = jax.jit(inspect(mlp, keep=None))(*mlp_args)
+    value, grads = jax.jit(jax.value_and_grad(mlp, argnums=(0, 1, 2)))(*mlp_args)
+    assert_same((seen.value, seen.grads, *seen.input_grads), (value, *grads))
+    assert seen.aux is None
+
+
+def test_activation_gradients_are_those_of_the_function_split_by_hand(mlp_args):
+    params, x, y = mlp_args
+    seen = inspect(mlp, keep=["a1", "b1"])(*mlp_args)
+
+    def tail(a1):
+        return jnp.mean((a1 @ params["W2"] + params["b2"] - y) ** 2)
+
+    z1 = x @ params["W1"] + params["b1"]
+    np.testing.assert_allclose(seen.activations["b1"], z1, rtol=1e-6)
+    np.testing.assert_allclose(seen.activations["a1"], jax.nn.sigmoid(z1), rtol=1e-6)
+    np.testing.assert_allclose(seen.activation_grads["a1"], jax.grad(tail)(jax.nn.sigmoid(z1)), rtol=1e-6)
+    np.testing.assert_allclose(
+        seen.activation_grads["b1"], jax.grad(lambda z: tail(jax.nn.sigmoid(z)))(z1), rtol=1e-5, atol=1e-8
+    )
+    g = np.asarray(seen.activation_grads["a1"])
+    stats = seen.grad_stats["a1"]
+    np.testing.assert_allclose(stats.rms, np.sqrt(np.mean(g**2)), rtol=1e-6)
+    np.testing.assert_allclose(stats.mean, np.mean(g), rtol=1e-5)
+    np.testing.assert_allclose(stats.max, np.max(np.abs(g)), rtol=1e-6)
+    assert float(stats.count) == g.size
+
+
+def test_every_looks_on_some_steps_and_always_gives_gradients(mlp_args):
+    step = jax.jit(inspect(mlp, every=3))
+    plain = jax.jit(jax.grad(mlp))(*mlp_args)
+    for i in range(4):
+        seen = step(*mlp_args, step=i)
+        assert bool(seen.inspected) == (i % 3 == 0)
+        assert_same(seen.grads, plain)
+        assert (float(seen.stats["a1"].rms) > 0) == (i % 3 == 0)
+    with pytest.raises(ValueError, match="step="):
+        inspect(mlp, every=3)(*mlp_args)
+    assert "cond" in str(jax.make_jaxpr(inspect(mlp, every=3))(*mlp_args, step=1))
+
+
+def test_unknown_names_raise_and_list_near_ones(mlp_args):
+    with pytest.raises(ValueError, match=r"no site 'a2'.*Near: .*a1"):
+        inspect(mlp, sites=["a2"])(*mlp_args)
+    with pytest.raises(ValueError, match="no statistic 'median'"):
+        inspect(mlp, stats=["median"])
+    with pytest.raises(TypeError, match="floating scalar"):
+        inspect(lambda p, x: x)(*mlp_args[:2])
