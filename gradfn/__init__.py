@@ -1,23 +1,29 @@
 """gradfn: networks as pure functions over plain dicts of arrays, with every gradient visible."""
 
-from gradfn import layers
+from gradfn import data, layers
 from gradfn.losses import accuracy, batch_mean, classification_loss, quadratic_loss, regression_loss
 from gradfn.names import ParameterError, tap
 from gradfn.net import Net, repeat, residual, serial
 from gradfn.nets import hidden_width, mlp
 from gradfn.params import Param, check, count, init, shapes, table
+from gradfn.train import CheckpointError, Fit, TrainState, fit, stalled, train_state, train_step
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
+    "Fit",
     "Net",
     "Param",
     "ParameterError",
+    "TrainState",
     "accuracy",
     "batch_mean",
     "check",
     "classification_loss",
     "count",
+    "data",
+    "fit",
     "hidden_width",
     "init",
     "layers",
@@ -28,6 +34,9 @@ __all__ = [
     "residual",
     "serial",
     "shapes",
+    "stalled",
     "table",
     "tap",
+    "train_state",
+    "train_step",
 ]

@@ -150,7 +150,7 @@ def repeat(net: Net, n: int) -> Net:
             return call(net, layer_params, x, layer_key), None
 
         keys = None if key is None else jax.random.split(key, n)
-        return jax.lax.scan(layer, x, (params, keys))[0]
+        return jax.lax.scan(layer, x, (params, keys), length=n)[0]
 
     return Net(jax.tree.map(stacked, net.spec), with_or_without_key(run, takes_key(net.apply)))
 

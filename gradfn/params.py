@@ -73,7 +73,8 @@ class Param:
 
     def make(self, key: jax.Array) -> jax.Array:
         """Make the array that this declares."""
-        init = self.init or (default_init if self.ndim > 1 else jax.nn.initializers.zeros)
+        default = default_init if self.ndim > 1 and self.size else jax.nn.initializers.zeros
+        init = self.init or default
         return init(key, self.shape, self.dtype)
 
 

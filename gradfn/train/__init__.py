@@ -1,0 +1,7 @@
+"""Training: a step, a loop of compiled chunks of steps, and checkpoints."""
+
+from gradfn.train.checkpoint import CheckpointError
+from gradfn.train.fit import Fit, fit, stalled
+from gradfn.train.step import TrainState, train_state, train_step
+
+__all__ = ["CheckpointError", "Fit", "TrainState", "fit", "stalled", "train_state", "train_step"]

@@ -1,0 +1,89 @@
+"""Checkpoints: one safetensors file that is replaced in one go, so that a readable one is always there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradfn.params import path_name
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or that is of another run."""
+
+
+def save(file: Path, state: Any, notes: dict[str, Any]) -> None:
+    """Write a state and some JSON notes to a file; whatever interrupts it, the old file or the new one is there.
+
+    Args:
+        file: where to, `checkpoint.safetensors`.
+        state: a pytree of arrays and typed keys.
+        notes: what JSON can hold.
+    """
+    from safetensors.numpy import save as to_bytes
+
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    arrays = {path_name(path): np.array(_plain(leaf), order="C") for path, leaf in leaves}
+    data = to_bytes(arrays, metadata={"notes": json.dumps(notes)})
+    replace_file(file, data)
+
+
+def load(file: Path, like: Any) -> tuple[Any, dict[str, Any]]:
+    """Read a state and its notes back.
+
+    Args:
+        file: what `save` wrote.
+        like: a state of the same structure, whose shapes and dtypes the file must have.
+
+    Returns:
+        The state, and the notes.
+
+    Raises:
+        CheckpointError: the file cannot be read, or does not fit `like`; it names the array.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "numpy") as content:
+            notes = json.loads(content.metadata()["notes"])
+            arrays = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file}: not a readable checkpoint ({error})") from error
+
+    def restore(path: tuple[Any, ...], leaf: Any) -> jax.Array:
+        name, expected = path_name(path), _plain(leaf)
+        if name not in arrays:
+            raise CheckpointError(f"{file}: holds no {name}; it is of another network or optimizer")
+        came = arrays.pop(name)
+        if (came.shape, came.dtype) != (expected.shape, expected.dtype):
+            fits = f"expected {list(expected.shape)} {expected.dtype}, came {list(came.shape)} {came.dtype}"
+            raise CheckpointError(f"{file}: {name}: {fits}")
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(jnp.asarray(came), impl=jax.random.key_impl(leaf))
+        return jnp.asarray(came)
+
+    state = jax.tree_util.tree_map_with_path(restore, like)
+    if arrays:
+        raise CheckpointError(f"{file}: holds {', '.join(arrays)} too; it is of another network or optimizer")
+    return state, notes
+
+
+def replace_file(file: Path, data: bytes) -> None:
+    """Put data into a file in one go: others see the old content or the new, never a part."""
+    part = file.with_name(f".{file.name}.part")
+    with part.open("wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+    part.replace(file)
+
+
+def _plain(leaf: Any) -> np.ndarray:
+    typed_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if typed_key else leaf)

@@ -1,0 +1,139 @@
+"""What a run says while it trains: rows of metrics in memory, in files and on the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradfn.train.checkpoint import CheckpointError, replace_file
+
+METRICS = "metrics.jsonl"
+
+
+class Log:
+    """The history of a run, and where it is shown.
+
+    Between two rows it keeps the sums that the next row is made of, so that a checkpoint can hold them too.
+    """
+
+    def __init__(self, folder: Path | None, settings: dict[str, Any], progress: bool) -> None:
+        self.folder, self.settings, self.progress = folder, settings, progress
+        self.history: list[dict[str, Any]] = []
+        self.finished = False
+        self.sums: dict[str, float] = {}
+        self.n_steps = 0
+        self.examples = 0
+        self.row_seconds = 0.0  # spent in steps since the last row
+        self.seconds = 0.0  # in all
+        self._bar: Any = None
+
+    def steps(self, values: dict[str, np.ndarray], batch_size: int, seconds: float) -> None:
+        """Take in the metrics of a chunk of steps, `[steps]` each."""
+        n = len(values["loss"])
+        for name, column in values.items():
+            # One by one in float64: the sum must not depend on how steps were grouped into chunks.
+            self.sums[name] = float(np.cumsum([self.sums.get(name, 0.0), *column], dtype=np.float64)[-1])
+        self.n_steps += n
+        self.examples += n * batch_size
+        self.row_seconds += seconds
+        self.seconds += seconds
+        if self._bar is not None:
+            self._advance(n, float(values["loss"][-1]))
+
+    def row(self, step: int, epoch: float | None, answers: dict[str, float]) -> None:
+        """Close a row: the means since the last one, and what the evaluation said."""
+        means = {name: total / self.n_steps for name, total in self.sums.items()}
+        row = {"step": step} | ({} if epoch is None else {"epoch": epoch}) | means | answers
+        row |= {"examples_per_second": self.examples / max(self.row_seconds, 1e-9), "seconds": self.seconds}
+        self.history.append(row)
+        self.sums, self.n_steps, self.examples, self.row_seconds = {}, 0, 0, 0.0
+        if self.folder:
+            with (self.folder / METRICS).open("a") as out:
+                out.write(json.dumps(row) + "\n")
+            for name, value in row.items():
+                if name != "step":
+                    self._events.add_scalar(name, value, step)
+        if self._bar is None and self.progress:
+            print(_line(row, self.settings["steps"]), flush=True)
+
+    def notes(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold for the log to go on."""
+        names = ("settings", "history", "finished", "sums", "n_steps", "examples", "row_seconds", "seconds")
+        return {name: getattr(self, name) for name in names}
+
+    def restore(self, notes: dict[str, Any]) -> None:
+        """Go on from a checkpoint's notes.
+
+        Raises:
+            CheckpointError: they are of a run with other settings.
+        """
+        for name, value in self.settings.items():
+            if notes["settings"][name] != value:
+                was = f"{name} {notes['settings'][name]}, came {value}"
+                raise CheckpointError(
+                    f"{self.folder}: its checkpoint is of a run with {was}. Start a new folder"
+                )
+        for name, value in notes.items():
+            setattr(self, name, value)
+
+    @contextlib.contextmanager
+    def bar(self) -> Iterator[None]:
+        """Show progress, and keep the files open, while a run goes on."""
+        with contextlib.ExitStack() as stack:
+            if self.folder:
+                self._open_files(stack)
+            if self.progress:
+                self._open_bar(stack)
+            yield
+
+    def _open_files(self, stack: contextlib.ExitStack) -> None:
+        from tensorboardX import SummaryWriter
+
+        assert self.folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Rows that an interrupted run wrote after its last checkpoint are about to be made again.
+        text = "".join(json.dumps(row) + "\n" for row in self.history)
+        replace_file(self.folder / METRICS, text.encode())
+        last = self.history[-1]["step"] if self.history else 0
+        self._events = stack.enter_context(SummaryWriter(str(self.folder / "events"), purge_step=last + 1))
+
+    def _open_bar(self, stack: contextlib.ExitStack) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        console = Console()
+        if not console.is_terminal:
+            return
+        text = TextColumn("{task.description}")
+        bar = Progress(
+            text, BarColumn(), TimeElapsedColumn(), TextColumn("of which left"), TimeRemainingColumn()
+        )
+        self._bar = stack.enter_context(bar)
+        self._task = bar.add_task("compiling", total=self.settings["steps"], completed=self._steps_taken())
+        stack.callback(setattr, self, "_bar", None)
+
+    def _steps_taken(self) -> int:
+        return (self.history[-1]["step"] if self.history else 0) + self.n_steps
+
+    def _advance(self, n: int, loss: float) -> None:
+        rate = self.examples / max(self.row_seconds, 1e-9)
+        text = f"step {self._steps_taken():,} loss {loss:.4f}"
+        if self.history:
+            skip = ("step", "epoch", "loss", "examples_per_second", "seconds")
+            text += "".join(
+                f" {name} {value:.4g}" for name, value in self.history[-1].items() if name not in skip
+            )
+        self._bar.update(self._task, advance=n, description=f"{text} {rate:,.0f} examples/s")
+
+
+def _line(row: dict[str, Any], steps: int) -> str:
+    left = row["seconds"] / row["step"] * (steps - row["step"])
+    skip = ("step", "epoch", "examples_per_second", "seconds")
+    named = " ".join(f"{name} {value:.4f}" for name, value in row.items() if name not in skip)
+    rate = f"{row['examples_per_second']:,.0f} examples/s"
+    return f"step {row['step']:,}/{steps:,} {named} {rate}, {row['seconds']:.1f} s, {left:.1f} s left"

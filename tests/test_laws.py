@@ -1,0 +1,120 @@
+"""Laws that every layer and net obeys. A new one is added to CASES and is tested with the rest."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import gradfn as gf
+
+tower = gf.serial(
+    start=gf.layers.dense(3, 4),
+    blocks=gf.repeat(
+        gf.residual(gf.serial(norm=gf.layers.layer_norm(4), mix=gf.layers.dense(4, 4), squash=jnp.tanh)), 3
+    ),
+    out=gf.layers.dense(4, 2, bias=False),
+)
+
+# name: (net, shape of one example)
+CASES = {
+    "dense": (gf.layers.dense(3, 2), (3,)),
+    "dense over time": (gf.layers.dense(3, 2), (5, 3)),
+    "dense without bias": (gf.layers.dense(3, 2, bias=False), (3,)),
+    "layer_norm": (gf.layers.layer_norm(4), (4,)),
+    "layer_norm without bias, over time": (gf.layers.layer_norm(4, bias=False), (5, 4)),
+    "rms_norm": (gf.layers.rms_norm(4), (4,)),
+    "dropout": (gf.layers.dropout(0.5), (4,)),
+    "mlp": (gf.mlp([3, 4, 2]), (3,)),
+    "mlp of columns": (gf.mlp([3, 4, 2], "tanh"), (3, 1)),
+    "deep mlp with output activation": (gf.mlp([3, 5, 4, 2], "gelu", output="sigmoid"), (3,)),
+    "serial, residual, repeat": (tower, (3,)),
+    "noisy tower": (gf.repeat(gf.serial(mix=gf.layers.dense(4, 4), drop=gf.layers.dropout(0.5)), 2), (4,)),
+}
+
+pytestmark = pytest.mark.parametrize("name", CASES)
+
+
+@functools.cache
+def made(name):
+    net, shape = CASES[name]
+    params = jax.jit(net.init)(jax.random.key(1))
+    # Away from the symmetric start: biases that are not zero, gains that are not one.
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), max(len(leaves), 1))
+    leaves = [leaf + 0.3 * jax.random.normal(key, leaf.shape, leaf.dtype) for leaf, key in zip(leaves, keys)]
+    return (
+        net,
+        jax.tree.unflatten(tree, leaves),
+        jax.random.normal(jax.random.key(3), (6, *shape), jnp.float32),
+    )
+
+
+def test_parameters_have_the_declared_shapes(name):
+    net, params, _ = made(name)
+    assert gf.shapes(params) == gf.shapes(net.spec)
+    assert gf.count(params) == gf.count(net.spec)
+
+
+def test_a_spec_stands_for_parameters_in_eval_shape(name):
+    net, params, xs = made(name)
+    assert jax.eval_shape(net.apply, net.spec, xs[0]).shape == net.apply(params, xs[0]).shape
+
+
+def test_a_batch_is_its_examples(name):
+    net, params, xs = made(name)
+    batched = jax.vmap(net.apply, (None, 0))(params, xs)
+    apply = jax.jit(net.apply)
+    one_by_one = np.stack([apply(params, x) for x in xs])
+    np.testing.assert_allclose(batched, one_by_one, rtol=1e-5, atol=1e-6)
+
+
+def test_jit_changes_nothing(name):
+    net, params, xs = made(name)
+    np.testing.assert_allclose(
+        jax.jit(net.apply)(params, xs[0]), net.apply(params, xs[0]), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_gradients_are_those_of_finite_differences(name, x64):
+    net, params, xs = made(name)
+    params, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (params, xs[0]))
+    check_grads(jax.jit(net.apply), (params, x), order=1, modes=["rev", "fwd"], rtol=1e-5, atol=1e-8)
+
+
+def test_every_parameter_is_used(name):
+    net, params, xs = made(name)
+    if not params:
+        pytest.skip("it has no parameters")
+    jacobian = jax.jit(jax.jacrev(lambda params: net.apply(params, xs[0])))(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jacobian):
+        assert (leaf != 0).any(), f"{jax.tree_util.keystr(path)} has no effect"
+
+
+def test_parameters_may_be_written_by_hand_in_numpy(name):
+    net, params, xs = made(name)
+    by_hand = jax.tree.map(np.asarray, params)
+    np.testing.assert_array_equal(net.apply(by_hand, np.asarray(xs[0])), net.apply(params, xs[0]))
+
+
+def test_it_runs_in_bfloat16_when_all_is_cast(name):
+    net, params, xs = made(name)
+    cast = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    answer = net.apply(cast, xs[0].astype(jnp.bfloat16))
+    assert answer.dtype == jnp.bfloat16
+    np.testing.assert_allclose(answer.astype(jnp.float32), net.apply(params, xs[0]), rtol=0.1, atol=0.1)
+
+
+def test_a_mistake_in_any_parameter_is_named(name):
+    net, params, xs = made(name)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        wrong = jax.tree_util.tree_map_with_path(
+            lambda here, other, path=path: jnp.zeros([*other.shape, 7]) if here == path else other, params
+        )
+        with pytest.raises(gf.ParameterError) as error:
+            net.apply(wrong, xs[0])
+        dotted = ".".join(entry.key for entry in path)
+        assert str(error.value).startswith(f"{dotted}: expected {list(leaf.shape)}")
+        assert str([*leaf.shape, 7]) in str(error.value)

@@ -1,0 +1,324 @@
+import json
+import operator
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gradfn as gf
+from gradfn.train import fit as fit_module  # the function of that name hides the module
+from gradfn.train.fit import take_rows
+
+module = sys.modules["gradfn.train.fit"]
+net = gf.mlp([3, 4, 2])
+x = jax.random.normal(jax.random.key(0), [50, 3])
+data = (x, (x[:, 0] > 0).astype(jnp.int32))
+start = net.init(jax.random.key(1))
+loss = gf.classification_loss(net)
+
+
+def train(steps=40, **options):
+    options = {"batch_size": 8, "progress": False, "seed": 3} | options
+    optimizer = options.pop("optimizer", optax.adam(0.05))
+    return gf.fit(options.pop("loss", loss), start, options.pop("data", data), optimizer, steps, **options)
+
+
+def assert_same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def by_hand(steps):
+    """The same training as a plain loop of plain JAX."""
+    optimizer = optax.adam(0.05)
+    params, state, losses = start, optimizer.init(start), []
+    mean = lambda params, batch: jax.vmap(lambda one: loss(params, one))(batch).mean()  # noqa: E731
+    value_and_grad = jax.jit(jax.value_and_grad(mean))
+    for step in range(steps):
+        index = gf.data.epoch_order(50, 8, 3, step // 6)[step % 6]
+        value, grads = value_and_grad(params, jax.tree.map(operator.itemgetter(index), data))
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        losses.append(float(value))
+    return params, losses
+
+
+def test_fit_is_the_plain_loop():
+    fitted = train(20)
+    params, losses = by_hand(20)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), fitted.params, params)
+    assert [row["step"] for row in fitted.history] == [6, 12, 18, 20]
+    np.testing.assert_allclose(fitted.history[0]["loss"], np.mean(losses[:6]), rtol=1e-5)
+    np.testing.assert_allclose(fitted.history[-1]["loss"], np.mean(losses[18:]), rtol=1e-5)
+    assert fitted.history[1]["epoch"] == 2
+    assert fitted.state.step == 20
+
+
+def test_the_users_parameters_are_left_as_they_are():
+    before = jax.tree.map(np.array, start)
+    train(3)
+    assert_same(start, before)
+
+
+def test_how_steps_are_grouped_changes_no_bit(monkeypatch):
+    whole = train(40)
+    monkeypatch.setattr(module, "CHUNK_SECONDS", 0)  # chunks of one step
+    assert_same(train(40).params, whole.params)
+    assert [row["loss"] for row in train(40).history] == [row["loss"] for row in whole.history]
+
+
+def test_train_step_is_what_fit_does():
+    optimizer = optax.adam(0.05)
+    step = gf.train_step(loss, optimizer)
+    state = gf.train_state(start, optimizer, jax.random.key(3))
+    for index in gf.data.epoch_order(50, 8, 3, 0):
+        state, metrics = step(state, jax.tree.map(operator.itemgetter(index), data))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), state.params, train(6).params)
+    assert set(metrics) == {"loss"}
+
+
+def test_training_learns():
+    accuracy = gf.accuracy(net)
+    fitted = train(300, evaluate=lambda params: {"accuracy": accuracy(params, data)}, eval_every=100)
+    assert fitted.history[-1]["accuracy"] > 0.95
+    assert [row["step"] for row in fitted.history] == [100, 200, 300]
+
+
+def test_aux_and_noise():
+    def noisy(params, batch, key):
+        return params["w"] * 0 + 1.0, {"draw": jax.random.uniform(key), "vector": jnp.ones(3)}
+
+    options = {"loss": noisy, "optimizer": optax.sgd(0.1), "eval_every": 1}
+    fitted = gf.fit(
+        noisy, {"w": jnp.ones([])}, x, optax.sgd(0.1), 4, batch_size=2, eval_every=1, progress=False
+    )
+    draws = [row["draw"] for row in fitted.history]
+    assert len(set(draws)) == 4  # a key of its own each step
+    assert "vector" not in fitted.history[0]
+    assert options
+
+
+def test_data_from_a_function():
+    def batch(key):
+        return jax.random.normal(key, [16, 2])
+
+    fitted = gf.fit(
+        lambda params, batch: jnp.square(params - batch.mean(0)).sum(),
+        jnp.ones(2),
+        batch,
+        optax.sgd(0.05),
+        400,
+        progress=False,
+    )
+    np.testing.assert_allclose(fitted.params, 0, atol=0.1)
+    assert len(fitted.history) == 10
+    assert "epoch" not in fitted.history[0]
+    assert len({row["loss"] for row in fitted.history}) == 10
+
+
+def test_stop_ends_early():
+    fitted = train(1000, eval_every=5, stop=lambda history: len(history) == 3)
+    assert fitted.state.step == 15
+    assert len(fitted.history) == 3
+
+
+def test_stalled_waits_for_something_better():
+    stop = gf.stalled("accuracy", evaluations=2, better=max)
+    rows = [{"accuracy": value} for value in (0.5, 0.7, 0.7, 0.6)]
+    assert [stop(rows[:n]) for n in range(5)] == [False, False, False, False, True]
+
+
+def test_many_devices_share_a_batch():
+    mesh = jax.make_mesh((8,), ("data",))
+    shared = train(12, mesh=mesh)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), shared.params, train(12).params
+    )
+    assert len(shared.params["W1"].devices()) == 8
+
+
+@pytest.mark.parametrize("shape", [[20], [20, 3], [20, 2, 2]])
+def test_take_rows_is_indexing(shape):
+    array = jax.random.normal(jax.random.key(0), shape)
+    index = jnp.array([3, 3, 19, 0])
+    np.testing.assert_array_equal(jax.jit(take_rows)(array, index), array[index])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": (x, x[:3])}, "one leading axis of examples, came \\(\\[50, 3\\], \\[3, 3\\]\\)"),
+        ({"data": (x, 1.0)}, "one leading axis of examples"),
+        ({"batch_size": 51}, "at most the 50 examples there are, came 51"),
+        ({"batch_size": 0}, "batch_size is 1 or more, came 0"),
+        ({"steps": 0}, "steps is 1 or more, came 0"),
+        ({"eval_every": 0}, "eval_every is 1 or more, came 0"),
+        ({"loss": lambda params, batch: jnp.ones(3)}, "scalar"),
+    ],
+)
+def test_mistakes_are_named(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        train(**options)
+
+
+# What a run leaves in its folder
+
+
+def test_folder_holds_metrics_and_events(tmp_path):
+    fitted = train(20, folder=tmp_path / "run", evaluate=lambda params: {"one": 1.0})
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows == fitted.history
+    assert rows[-1]["one"] == 1
+    events = list((tmp_path / "run" / "events").iterdir())
+    assert len(events) == 1
+    assert events[0].stat().st_size > 200
+
+
+def test_a_finished_run_is_returned_as_it_was(tmp_path):
+    fitted = train(20, folder=tmp_path)
+    again = train(20, folder=tmp_path, resume=True, evaluate=lambda params: pytest.fail("it trained on"))
+    assert_same(again.params, fitted.params)
+    assert again.history == fitted.history
+
+
+class InterruptionError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_an_interrupted_run_goes_on_to_the_bit(tmp_path, noisy):
+    dropping = gf.serial(drop=gf.layers.dropout(0.2), mlp=net)
+    begin = {"mlp": start}
+    options = {"batch_size": 8, "progress": False, "checkpoint_seconds": 0}
+
+    def run(**more):
+        chosen, params = (gf.classification_loss(dropping), begin) if noisy else (loss, start)
+        return gf.fit(chosen, params, data, optax.adam(0.05), 40, **options, **more)
+
+    def interrupt(params, calls=[]):  # noqa: B006
+        calls.append(0)
+        if len(calls) == 4:
+            raise InterruptionError
+        return {}
+
+    whole = run()
+    with pytest.raises(InterruptionError):
+        run(folder=tmp_path, evaluate=interrupt)
+    resumed = run(folder=tmp_path, resume=True)
+    assert_same(resumed.state.params, whole.state.params)
+    assert_same(resumed.state.opt_state, whole.state.opt_state)
+    assert [row["loss"] for row in resumed.history] == [row["loss"] for row in whole.history]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == resumed.history
+
+
+def test_resume_with_nothing_there_begins(tmp_path):
+    assert_same(train(5, folder=tmp_path / "new", resume=True).params, train(5).params)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 21}, "is of a run with steps 20, came 21"),
+        ({"seed": 4}, "is of a run with seed 3, came 4"),
+        ({"batch_size": 5}, "is of a run with batch_size 8, came 5"),
+        ({"optimizer": optax.sgd(0.1)}, "too; it is of another network or optimizer"),
+        ({"optimizer": optax.lion(0.1)}, "of another network or optimizer"),
+    ],
+)
+def test_the_checkpoint_of_another_run_is_refused(tmp_path, options, message):
+    train(20, folder=tmp_path, eval_every=10)
+    with pytest.raises(gf.CheckpointError, match=message):
+        train(**({"steps": 20, "folder": tmp_path, "resume": True, "eval_every": 10} | options))
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_a_damaged_checkpoint_is_refused(tmp_path, keep):
+    train(5, folder=tmp_path)
+    file = tmp_path / "checkpoint.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(gf.CheckpointError, match="not a readable checkpoint"):
+        train(5, folder=tmp_path, resume=True)
+
+
+def test_a_loss_that_is_no_longer_finite_stops_and_keeps_the_last_good(tmp_path):
+    def explode(params, batch):
+        return jnp.exp(params) * batch.mean()
+
+    options = {"batch_size": 5, "progress": False, "folder": tmp_path, "checkpoint_seconds": 0}
+    with pytest.raises(FloatingPointError, match="the loss became"):
+        gf.fit(explode, jnp.array(1.0), jnp.ones(50), optax.sgd(-1.0), 100, **options)
+    state, _ = gf.train.checkpoint.load(
+        tmp_path / "checkpoint.safetensors",
+        gf.train_state(jnp.array(1.0), optax.sgd(-1.0), jax.random.key(0)),
+    )
+    assert np.isfinite(state.params)
+
+
+VICTIM = """
+import jax, jax.numpy as jnp, optax, sys, time
+import gradfn as gf
+x = jax.random.normal(jax.random.key(0), [50, 3])
+net = gf.mlp([3, 4, 2])
+def slow(params):
+    print("row", flush=True)
+    time.sleep(0.02)
+    return {}
+fitted = gf.fit(gf.classification_loss(net), net.init(jax.random.key(1)), (x, (x[:, 0] > 0).astype(jnp.int32)),
+    optax.adam(0.05), 600, batch_size=8, folder=sys.argv[1], resume=True, checkpoint_seconds=0, progress=False,
+    evaluate=slow)
+print(fitted.params["W1"].tobytes().hex())
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_loses_nothing(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(Path(gf.__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
+
+    def start_run(folder):
+        command = [sys.executable, "-c", VICTIM, str(folder)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        run = start_run(tmp_path / "killed")
+        run.stdout.readline()  # it trains
+        time.sleep(rng.uniform(0, 0.3))
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        run.stdout.close()
+    resumed = start_run(tmp_path / "killed").communicate()[0].split()
+    whole = start_run(tmp_path / "whole").communicate()[0].split()
+    assert resumed.count("row") < whole.count("row")  # it went on, it did not begin again
+    assert len(whole[-1]) > 50
+    assert resumed[-1] == whole[-1]
+
+
+# What it says on the way
+
+
+def test_lines_where_there_is_no_terminal(capsys):
+    train(20, progress=True, eval_every=10, evaluate=lambda params: {"accuracy": 0.5})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith("step 20/20 loss 0.")
+    assert "accuracy 0.5000" in lines[1]
+    assert lines[1].endswith("0.0 s left")
+
+
+def test_a_bar_where_there_is_one(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    train(20, progress=True, eval_every=10, evaluate=lambda params: {"accuracy": 0.5})
+    text = capsys.readouterr().out
+    assert "examples/s" in text
+    assert "accuracy 0.5" in text
+    assert fit_module is gf.fit
