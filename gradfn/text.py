@@ -13,7 +13,7 @@ class TextTable(Table):
     """A `rich` table that `print` shows as text (a plain one shows its address)."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(**{"box": box.SIMPLE, "caption_justify": "left"} | settings)
+        super().__init__(box=box.SIMPLE, caption_justify="left", **settings)
 
     def __str__(self) -> str:
         console = Console(width=1000, color_system=None)  # wide: a table is as wide as it needs to be

@@ -7,6 +7,7 @@ is change no bit of the outcome.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradfn.data.batches import epoch_order
 from gradfn.losses import Loss
 from gradfn.train import checkpoint
 from gradfn.train.log import Log
+from gradfn.train.source import Source, source_of
 from gradfn.train.step import TrainState, train_state, train_step
 
 Row = dict[
@@ -98,9 +99,10 @@ def fit(
     >>> print(fitted.params["W1"].round(3))
     [[ 1. -2.]]
     """
-    source = _Source(data, batch_size, seed)
     _positive(steps=steps, eval_every=1 if eval_every is None else eval_every)
+    source = source_of(data, batch_size, seed)
     eval_every = eval_every or min(source.epoch_steps or max(steps // 10, 1), steps)
+    epoch_steps = source.epoch_steps or steps
     state = train_state(params, optimizer, jax.random.key(seed))
     settings = {"steps": steps, "batch_size": batch_size, "seed": seed, "eval_every": eval_every}
     log = Log(None if folder is None else Path(folder), settings, progress)
@@ -118,25 +120,29 @@ def fit(
 
     with log.bar():
         step = int(state.step)
+        jax.block_until_ready(
+            run_chunk(state, source.order(source.epoch(step)), 0, 0)
+        )  # compile, take no step
         length = 1  # the first chunk is one step, to learn what a step takes
         saved = time.monotonic()
         while step < steps and not log.finished:
-            end = min(step + length, source.epoch_end(step), (step // eval_every + 1) * eval_every, steps)
+            boundaries = ((step // every + 1) * every for every in (eval_every, epoch_steps))
+            end = min(step + length, steps, *boundaries)
             began = time.monotonic()
-            after, metrics = run_chunk(state, source.order(step), source.row(step), end - step)
-            if end == source.epoch_end(step) and end < steps:
-                source.order(end)  # shuffle the next epoch while the device is at work
+            after, metrics = run_chunk(state, source.order(source.epoch(step)), source.row(step), end - step)
+            source.order(source.epoch(end))  # a new epoch's is shuffled while the device works
             values = {name: np.asarray(column)[: end - step] for name, column in metrics.items()}
             took = time.monotonic() - began
             _finite(values["loss"], step)
             log.steps(values, source.batch_size, took)
             if end - step == length:  # not cut short by a boundary, so its time is telling
-                length = int(np.clip(length * CHUNK_SECONDS / max(took, 1e-9), length / 2, length * 8))
-                length = min(max(length, 1), CAPACITY)
+                aim = length * CHUNK_SECONDS / max(took, 1e-9)
+                length = int(np.clip(aim, max(length // 2, 1), min(length * 8, CAPACITY)))
             state, step = after, end
             if step % eval_every == 0 or step == steps:
                 answers = {} if evaluate is None else evaluate(state.params)
-                log.row(step, source.epoch_of(step), {name: float(value) for name, value in answers.items()})
+                epoch = step / source.epoch_steps if source.epoch_steps else None
+                log.row(step, epoch, {name: float(value) for name, value in answers.items()})
                 log.finished = step == steps or (stop is not None and stop(log.history))
             if log.folder and (log.finished or time.monotonic() - saved >= checkpoint_seconds):
                 checkpoint.save(log.folder / CHECKPOINT, state, log.notes())
@@ -166,68 +172,14 @@ def stalled(
         values = [row[name] for row in history]
         if len(values) <= evaluations:
             return False
-        before, recent = values[:-evaluations], values[-evaluations:]
-        best = better(before)
-        return better(best, *recent) == best
+        best = functools.reduce(better, values[:-evaluations])
+        return functools.reduce(better, values[-evaluations:], best) == best
 
     return stop
 
 
-class _Source:
-    """Where batches come from: arrays in a new order each epoch, or a function of a key."""
-
-    def __init__(self, data: Any, batch_size: int, seed: int) -> None:
-        self.make = data if callable(data) else None
-        self.seed = seed
-        self.arrays: Any = None
-        self.epoch_steps: int | None = None
-        if self.make is not None:
-            batch = jax.eval_shape(self.make, jax.random.key(0))
-            self.batch_size = jax.tree.leaves(batch)[0].shape[0]
-            return
-        self.arrays = jax.tree.map(jnp.asarray, data)
-        lengths = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(self.arrays)}
-        if len(lengths) != 1 or None in lengths:
-            found = jax.tree.map(lambda leaf: list(leaf.shape), self.arrays)
-            raise ValueError(f"fit: data are arrays with one leading axis of examples, came {found}")
-        self.n = lengths.pop()
-        _positive(batch_size=batch_size)
-        if batch_size > self.n:
-            raise ValueError(f"fit: batch_size is at most the {self.n} examples there are, came {batch_size}")
-        self.batch_size = batch_size
-        self.epoch_steps = self.n // batch_size
-        self._order: tuple[int, Any] = (-1, None)
-
-    def order(self, step: int) -> Any:
-        """Return the epoch's order, int32 [steps an epoch, batch], on the device."""
-        if self.epoch_steps is None:
-            return None
-        epoch = step // self.epoch_steps
-        if self._order[0] != epoch:
-            self._order = (epoch, jnp.asarray(epoch_order(self.n, self.batch_size, self.seed, epoch)))
-        return self._order[1]
-
-    def row(self, step: int) -> int:
-        """Return the row of the epoch's order that a step uses."""
-        return step % self.epoch_steps if self.epoch_steps else 0
-
-    def epoch_of(self, step: int) -> float | None:
-        """Return how many epochs some steps are."""
-        return step / self.epoch_steps if self.epoch_steps else None
-
-    def epoch_end(self, step: int) -> float:
-        """Return the step at which the epoch of this step is over."""
-        return (step // self.epoch_steps + 1) * self.epoch_steps if self.epoch_steps else float("inf")
-
-    def batch(self, arrays: Any, order: Any, row: jax.Array, key: jax.Array) -> Any:
-        """Return one batch; traced."""
-        if self.make is not None:
-            return self.make(key)
-        return jax.tree.map(lambda array: take_rows(array, order[row]), arrays)
-
-
 def _chunk_of_steps(
-    loss: Loss, optimizer: optax.GradientTransformation, source: _Source, mesh: jax.sharding.Mesh | None
+    loss: Loss, optimizer: optax.GradientTransformation, source: Source, mesh: jax.sharding.Mesh | None
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Return `(state, order, row, n) -> (state, metrics)`: `n` steps in one call, one program for every `n`."""
     one_step = train_step(loss, optimizer)
@@ -253,26 +205,6 @@ def _chunk_of_steps(
         return jax.lax.fori_loop(0, n, body, (state, columns))
 
     return lambda state, order, row, n: chunk(source.arrays, state, order, row, n)
-
-
-def take_rows(array: jax.Array, index: jax.Array) -> jax.Array:
-    """Return `array[index]`: rows `[batch, ...]` of `[examples, ...]`, quickly on every platform.
-
-    XLA:CPU splits a gather over its threads and pays more for that than the copy costs; a loop of row copies
-    keeps to one. Where a row is one number, and on accelerators, the gather is the quicker one.
-    """
-    if array.ndim == 1:
-        return array[index]
-
-    def copy_rows(array: jax.Array, index: jax.Array) -> jax.Array:
-        def put(i: jax.Array, rows: jax.Array) -> jax.Array:
-            row = jax.lax.dynamic_slice_in_dim(array, index[i], 1)  # [1, ...]
-            return jax.lax.dynamic_update_slice_in_dim(rows, row, i, 0)
-
-        rows = jnp.zeros((len(index), *array.shape[1:]), array.dtype)
-        return jax.lax.fori_loop(0, len(index), put, rows)
-
-    return jax.lax.platform_dependent(array, index, cpu=copy_rows, default=lambda array, index: array[index])
 
 
 def _positive(**numbers: int) -> None:

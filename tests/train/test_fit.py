@@ -15,7 +15,7 @@ import pytest
 
 import gradfn as gf
 from gradfn.train import fit as fit_module  # the function of that name hides the module
-from gradfn.train.fit import take_rows
+from gradfn.train.source import take_rows
 
 module = sys.modules["gradfn.train.fit"]
 net = gf.mlp([3, 4, 2])
@@ -158,7 +158,7 @@ def test_take_rows_is_indexing(shape):
         ({"data": (x, x[:3])}, "one leading axis of examples, came \\(\\[50, 3\\], \\[3, 3\\]\\)"),
         ({"data": (x, 1.0)}, "one leading axis of examples"),
         ({"batch_size": 51}, "at most the 50 examples there are, came 51"),
-        ({"batch_size": 0}, "batch_size is 1 or more, came 0"),
+        ({"batch_size": 0}, "batch_size is 1 or more and at most the 50 examples there are, came 0"),
         ({"steps": 0}, "steps is 1 or more, came 0"),
         ({"eval_every": 0}, "eval_every is 1 or more, came 0"),
         ({"loss": lambda params, batch: jnp.ones(3)}, "scalar"),
