@@ -1,0 +1,87 @@
+"""Set gradfn up from nothing but Python and git, and do the main things with it.
+
+    python3 make.py digits    an environment in .venv, then the digit network; options go on to `gradfn run digits`
+    python3 make.py test      an environment in .venv-test, then every check: ruff, mypy, all tests, all examples
+    python3 make.py quick     the same environment, then the tests that take no time
+
+It needs no package; each command makes its environment when it is not there yet.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+
+OLDEST = (3, 11)
+HERE = os.path.dirname(os.path.abspath(__file__))
+PYTEST = ["-m", "pytest", "-q"]
+CHECKS = {
+    "test": [
+        ["-m", "ruff", "check", "."],
+        ["-m", "ruff", "format", "--check", "."],
+        ["-m", "mypy"],
+        [*PYTEST, "-n", "2"],
+    ],
+    "quick": [[*PYTEST, "-n", "2", "-m", "not slow"]],
+}
+
+
+def main():
+    """Do what the command line asks for; return the exit code."""
+    command, options = (sys.argv[1:2] or ["help"])[0], sys.argv[2:]
+    if command == "digits":
+        python = environment(".venv", "run")
+        return run([python, "-m", "gradfn", "run", "digits", *options])
+    if command in CHECKS:
+        python = environment(".venv-test", "test,frameworks")
+        failed = [check for check in CHECKS[command] if run([python, *check])]
+        for check in failed:
+            print("FAILED: " + " ".join(check[1:]))
+        return len(failed)
+    print(__doc__.strip())
+    return 0 if command in ("help", "-h", "--help") else 2
+
+
+def environment(name, extras):
+    """Make the environment, where there is none of this state of pyproject.toml; return its Python."""
+    folder = os.path.join(HERE, name)
+    python = os.path.join(folder, "Scripts" if os.name == "nt" else "bin", "python")
+    with open(os.path.join(HERE, "pyproject.toml")) as file:
+        wanted = file.read()
+    stamp = os.path.join(folder, "made-from.toml")
+    if os.path.exists(stamp):
+        with open(stamp) as file:
+            if file.read() == wanted:
+                return python
+    print(f"Setting up {name} (a minute or more: it installs jax and what else is needed) ...", flush=True)
+    try:
+        venv.create(folder, with_pip=True, clear=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"make.py: no environment could be made ({error}). Debian, Ubuntu: apt install python3-venv")
+    if run([python, "-m", "pip", "install", "--quiet", "--editable", HERE + "[" + extras + "]"]):
+        sys.exit("make.py: the installation failed; what pip says is above")
+    with open(stamp, "w") as file:
+        file.write(wanted)
+    return python
+
+
+def run(command):
+    """Run a command here; return its exit code."""
+    return subprocess.call(command, cwd=HERE)
+
+
+def newer_python():
+    """Go on under a Python that is new enough, where this one is too old."""
+    if sys.version_info >= OLDEST:
+        return
+    for name in ("python3.13", "python3.12", "python3.11"):
+        found = shutil.which(name)
+        if found:
+            sys.exit(subprocess.call([found, *sys.argv]))
+    sys.exit(f"make.py: gradfn needs Python 3.11 or newer, this is {sys.version.split()[0]}")
+
+
+if __name__ == "__main__":
+    newer_python()
+    sys.exit(main())

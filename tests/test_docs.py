@@ -1,0 +1,50 @@
+"""What the README and the guide pages show runs as written."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = blocks(page, "python")
+    assert found, f"{page.name} shows no code"
+    names = {"__name__": "__docs__"}
+    for block in found:
+        exec(compile(block, str(page), "exec"), names)
+
+
+def commands():
+    """Every `gradfn ...` line of a shell block."""
+    for page in PAGES:
+        for block in blocks(page, "sh"):
+            for line in block.splitlines():
+                if line.startswith("gradfn "):
+                    yield pytest.param(line, id=f"{page.name}: {line}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", commands())
+def test_commands_run(line, tmp_path, monkeypatch, request):
+    from gradfn.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    arguments = shlex.split(line, comments=True)[1:]
+    if "mnist" in line:
+        monkeypatch.setenv("GRADFN_MNIST", str(request.getfixturevalue("shared_data") / "mnist"))
+    if "--epochs" in arguments:  # as written but for the time that it takes
+        arguments[arguments.index("--epochs") + 1] = "1"
+    elif arguments[0] == "run":
+        arguments += ["--epochs", "1"]
+    assert main(arguments) in (0, None)
