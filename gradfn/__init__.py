@@ -1,6 +1,7 @@
 """gradfn: networks as pure functions over plain dicts of arrays, with every gradient visible."""
 
 from gradfn import data, layers
+from gradfn.inspection import Inspection, inspect, patch, sites
 from gradfn.losses import accuracy, batch_mean, classification_loss, quadratic_loss, regression_loss
 from gradfn.names import ParameterError, tap
 from gradfn.net import Net, repeat, residual, serial
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "Fit",
+    "Inspection",
     "Net",
     "Param",
     "ParameterError",
@@ -26,14 +28,17 @@ __all__ = [
     "fit",
     "hidden_width",
     "init",
+    "inspect",
     "layers",
     "mlp",
+    "patch",
     "quadratic_loss",
     "regression_loss",
     "repeat",
     "residual",
     "serial",
     "shapes",
+    "sites",
     "stalled",
     "table",
     "tap",

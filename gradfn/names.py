@@ -32,7 +32,7 @@ def tap(x: jax.Array, name: str) -> jax.Array:
 class ParameterError(ValueError):
     """A parameter or an input that does not fit: says where, what was expected and what came.
 
-    `path` is the parameter's dotted path, for instance `blocks.attention.W`.
+    `path` is the parameter's path, for instance `blocks/attention/W`.
 
     >>> import gradfn as gf
     >>> gf.ParameterError("W1", "expected [16, 784], came [784, 16]")
@@ -46,7 +46,7 @@ class ParameterError(ValueError):
 
     def under(self, name: str) -> ParameterError:
         """Return the same error as seen from the dict that holds `name`."""
-        return ParameterError(f"{name}.{self.path}", self.message)
+        return ParameterError(f"{name}/{self.path}", self.message)
 
 
 @contextlib.contextmanager

@@ -83,8 +83,8 @@ default_init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_no
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """Return a leaf's key path as text: `blocks.attention.W`."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+    """Return a leaf's key path as text: `blocks/attention/W`, as named scopes are written."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def init(spec: Spec, key: jax.Array) -> Params:
@@ -185,7 +185,7 @@ def table(tree: Any) -> TextTable:
 
 def _reading_order(name: str) -> list[Any]:
     """Sort W1, b1, W2, ..., W10 as a reader would: by number, then weights before biases."""
-    *scopes, leaf = name.split(".")
+    *scopes, leaf = name.split("/")
     stem = leaf.rstrip("0123456789")
     return [*scopes, int(leaf[len(stem) :] or 0), stem]
 
@@ -213,7 +213,7 @@ def check(spec: Any, params: Any) -> None:
     >>> params = net.init(jax.random.key(0))
     >>> gf.check(net.spec, params | {"W1": jnp.ones([784, 16])})
     Traceback (most recent call last):
-    gradfn.names.ParameterError: W1: expected [16, 784] float32, came [784, 16] float32. Weights are [out, in]: pass its transpose, W1.T
+    gradfn.names.ParameterError: W1: expected [16, 784] float32, came [784, 16] float32. Weights are [out, in]: pass its transpose
     """  # noqa: E501
     _check(spec, params, "", {})
 
@@ -222,7 +222,7 @@ def _check(spec: Any, params: Any, path: str, seen: dict[Any, tuple[str, Any]]) 
     if isinstance(spec, Mapping):
         _check_names(spec, params, path)
         for name in spec:
-            _check(spec[name], params[name], f"{path}.{name}" if path else str(name), seen)
+            _check(spec[name], params[name], f"{path}/{name}" if path else str(name), seen)
         return
     expected = f"expected {list(spec.shape)} {spec.dtype}, came {describe(params)}"
     if not (hasattr(params, "shape") and hasattr(params, "dtype")):
@@ -230,9 +230,9 @@ def _check(spec: Any, params: Any, path: str, seen: dict[Any, tuple[str, Any]]) 
     if tuple(params.shape) != spec.shape:
         hint = ""
         if len(spec.shape) == 2 and tuple(params.shape) == spec.shape[::-1]:
-            hint = f". Weights are [out, in]: pass its transpose, {path}.T"
+            hint = ". Weights are [out, in]: pass its transpose"
         elif len(spec.shape) == 1 and tuple(params.shape) == (*spec.shape, 1):
-            hint = f". Biases are vectors: pass {path}[:, 0]"
+            hint = ". Biases are vectors: pass its [:, 0]"
         raise ParameterError(path, expected + hint)
     dtype = jnp.dtype(params.dtype)
     if _kind(dtype) != _kind(spec.dtype):
@@ -248,7 +248,7 @@ def _check_names(spec: Mapping[str, Any], params: Any, path: str) -> None:
     declared = ", ".join(map(str, spec))
     if not isinstance(params, Mapping):
         raise ParameterError(here, f"expected a dict with {declared}, came {describe(params)}")
-    prefix = f"{path}." if path else ""
+    prefix = f"{path}/" if path else ""
     for name in spec:
         if name not in params:
             raise ParameterError(

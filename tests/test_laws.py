@@ -115,6 +115,6 @@ def test_a_mistake_in_any_parameter_is_named(name):
         )
         with pytest.raises(gf.ParameterError) as error:
             net.apply(wrong, xs[0])
-        dotted = ".".join(entry.key for entry in path)
-        assert str(error.value).startswith(f"{dotted}: expected {list(leaf.shape)}")
+        name = "/".join(entry.key for entry in path)
+        assert str(error.value).startswith(f"{name}: expected {list(leaf.shape)}")
         assert str([*leaf.shape, 7]) in str(error.value)

@@ -36,7 +36,7 @@ def test_errors_name_the_whole_path():
     params = net.init(jax.random.key(0))
     with pytest.raises(
         gf.ParameterError,
-        match=r"second\.inner\.W: W is \[2, 3\], expected an input of \[\.\.\., 3\], came \[2\]",
+        match=r"second/inner/W: W is \[2, 3\], expected an input of \[\.\.\., 3\], came \[2\]",
     ):
         net.apply(params, jnp.ones(2))
 

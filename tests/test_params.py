@@ -63,12 +63,12 @@ def test_init_works_in_jit_and_takes_own_initialisers_and_dtypes():
 
 
 def test_an_initialiser_of_another_shape_is_refused():
-    with pytest.raises(gf.ParameterError, match=r"layer\.w: its init made \[2\], declared is \[3\]"):
+    with pytest.raises(gf.ParameterError, match=r"layer/w: its init made \[2\], declared is \[3\]"):
         gf.init({"layer": {"w": gf.Param([3], lambda key, shape, dtype: jnp.ones(2))}}, jax.random.key(0))
 
 
 def test_a_leaf_that_is_no_param_is_refused():
-    with pytest.raises(gf.ParameterError, match=r"layer\.w: a spec's leaves are gf\.Param, came int 3"):
+    with pytest.raises(gf.ParameterError, match=r"layer/w: a spec's leaves are gf\.Param, came int 3"):
         gf.init({"layer": {"w": 3}}, jax.random.key(0))
 
 
@@ -108,33 +108,33 @@ def replaced(**changes):
     [
         (
             replaced(W1=np.zeros([784, 16], np.float32)),
-            "net.W1: expected [16, 784] float32, came [784, 16] float32. "
-            "Weights are [out, in]: pass its transpose, net.W1.T",
+            "net/W1: expected [16, 784] float32, came [784, 16] float32. "
+            "Weights are [out, in]: pass its transpose",
         ),
         (
             replaced(b1=np.zeros([16, 1], np.float32)),
-            "net.b1: expected [16] float32, came [16, 1] float32. Biases are vectors: pass net.b1[:, 0]",
+            "net/b1: expected [16] float32, came [16, 1] float32. Biases are vectors: pass its [:, 0]",
         ),
         (
             replaced(b1=np.zeros(16, np.int32)),
-            "net.b1: expected [16] float32, came [16] int32. Cast it: .astype(jnp.float32)",
+            "net/b1: expected [16] float32, came [16] int32. Cast it: .astype(jnp.float32)",
         ),
         (
             replaced(b1=np.zeros(16, np.float16)),
-            "net.b1: expected [16] float32, came [16] float16, while net.W1 came as float32. "
+            "net/b1: expected [16] float32, came [16] float16, while net/W1 came as float32. "
             "Cast the whole tree or none of it",
         ),
         (
             replaced(b1=[0.0] * 2),
-            "net.b1: expected [16] float32, came list [0.0, 0.0]. Make it an array: jnp.asarray(..., jnp.float32)",
+            "net/b1: expected [16] float32, came list [0.0, 0.0]. Make it an array: jnp.asarray(..., jnp.float32)",
         ),
         (
             replaced(b1=None),
-            "net.b1: missing. Expected W1, b1; came W1",
+            "net/b1: missing. Expected W1, b1; came W1",
         ),
         (
             replaced(bb1=np.zeros(1)),
-            "net.bb1: not declared. Expected W1, b1. Did you mean b1?",
+            "net/bb1: not declared. Expected W1, b1. Did you mean b1?",
         ),
         (
             GOOD | {"net": np.zeros(3)},

@@ -11,6 +11,7 @@ import optax
 
 from gradfn.losses import Loss, over_batch
 from gradfn.net import takes_key
+from gradfn.params import path_name
 
 
 class TrainState(NamedTuple):
@@ -88,7 +89,5 @@ def scalar_and_aux(loss: Loss) -> Loss:
 def scalars(aux: Any) -> dict[str, jax.Array]:
     """Return the scalars in a tree by their paths."""
     leaves = jax.tree_util.tree_leaves_with_path(aux)
-    named = {
-        jax.tree_util.keystr(path, simple=True, separator="."): jnp.asarray(leaf) for path, leaf in leaves
-    }
+    named = {path_name(path): jnp.asarray(leaf) for path, leaf in leaves}
     return {name: leaf for name, leaf in named.items() if leaf.ndim == 0}
