@@ -10,16 +10,14 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gradfn.names import ParameterError
-
-if TYPE_CHECKING:
-    from gradfn.text import TextTable
+from gradfn.text import TextTable
 
 Spec = dict[str, Any]  # nested; its leaves are Params
 Params = Any  # the same tree with arrays
@@ -161,8 +159,6 @@ def table(tree: Any) -> TextTable:
       total            2 arrays       8      32
     6 weights + 2 biases = 8 parameters
     """
-    from gradfn.text import TextTable
-
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     rows = [(path_name(path), leaf.shape, jnp.dtype(leaf.dtype)) for path, leaf in leaves]
     rows.sort(key=lambda row: _reading_order(row[0]))

@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
-class TextTable(Table):
-    """A `rich` table that `print` shows as text (a plain one shows its address)."""
+class TextTable:
+    """A table that becomes a `rich` one when it is shown, so that `import gradfn` need not wait for rich.
+
+    `settings` and what `add_column` and `add_row` take are those of `rich.table.Table`.
+    """
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(box=box.SIMPLE, caption_justify="left", **settings)
+        self.settings = settings
+        self.columns: list[tuple[str, dict[str, Any]]] = []
+        self.rows: list[tuple[str, ...]] = []
+
+    def add_column(self, header: str, **settings: Any) -> None:
+        """Add a column."""
+        self.columns.append((header, settings))
+
+    def add_row(self, *cells: str) -> None:
+        """Add a row, one cell a column."""
+        self.rows.append(cells)
+
+    def __rich__(self) -> Table:
+        from rich import box
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE, caption_justify="left", title_justify="left", **self.settings)
+        for header, settings in self.columns:
+            table.add_column(header, **settings)
+        for row in self.rows:
+            table.add_row(*row)
+        return table
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(width=1000, color_system=None)  # wide: a table is as wide as it needs to be
         with console.capture() as capture:
             console.print(self)
         lines = [line.rstrip() for line in capture.get().splitlines()]
         return "\n".join(line for line in lines if line)
+
+    def _repr_mimebundle_(self, *args: Any, **kwargs: Any) -> dict[str, str]:
+        return self.__rich__()._repr_mimebundle_(*args, **kwargs)

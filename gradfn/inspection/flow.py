@@ -167,7 +167,6 @@ def table(seen: "Inspection") -> TextTable:
     title = f"value {value:.6g}" + f" (the last of {np.shape(seen.value)} inspections)" * bool(stacked)
     out = TextTable(
         title=title,
-        title_justify="left",
         caption="grad ×: the norm of the gradient here over that at the next site towards the loss",
     )
     out.add_column("site", overflow="fold")

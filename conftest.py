@@ -1,4 +1,4 @@
-"""Hostile settings for every test: strict promotion of dtypes and ranks, warnings are errors."""
+"""Hostile settings for every test: strict promotion of dtypes and ranks. Examples run as users have it."""
 
 import os
 from pathlib import Path
@@ -14,6 +14,16 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(autouse=True)
+def usual_promotion_in_examples(request):
+    """Run examples of docstrings and pages under jax's own defaults, as their readers will."""
+    if isinstance(request.node, pytest.DoctestItem) or "test_docs" in request.node.nodeid:
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            yield
+    else:
+        yield
+
+
 @pytest.fixture
 def x64():
     """Run a test in float64 (finite differences need it)."""
@@ -24,7 +34,7 @@ def x64():
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Return the folder with MNIST, tiny-shakespeare and the names; skip where it is absent."""
-    default = Path(__file__).parents[2] / "shared" / "data"
+    default = Path(__file__).parents[1] / "shared" / "data"
     folder = Path(os.environ.get("GRADFN_TEST_DATA", default))
     if not folder.is_dir():
         pytest.skip(f"needs the data folder {folder} (or GRADFN_TEST_DATA), which is not here")
