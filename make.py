@@ -3,6 +3,8 @@
     python3 make.py digits    an environment in .venv, then the digit network; options go on to `gradfn run digits`
     python3 make.py test      an environment in .venv-test, then every check: ruff, mypy, all tests, all examples
     python3 make.py quick     the same environment, then the tests that take no time
+    python3 make.py matrix    the tests under each of Python 3.11, 3.12 and 3.13 that is on the PATH, each with the
+                              newest jax that it gets
 
 It needs no package; each command makes its environment when it is not there yet.
 """
@@ -11,9 +13,8 @@ import os
 import shutil
 import subprocess
 import sys
-import venv
 
-OLDEST = (3, 11)
+PYTHONS = ("python3.11", "python3.12", "python3.13")
 HERE = os.path.dirname(os.path.abspath(__file__))
 PYTEST = ["-m", "pytest", "-q"]
 CHECKS = {
@@ -39,11 +40,34 @@ def main():
         for check in failed:
             print("FAILED: " + " ".join(check[1:]))
         return len(failed)
+    if command == "matrix":
+        return matrix()
     print(__doc__.strip())
     return 0 if command in ("help", "-h", "--help") else 2
 
 
-def environment(name, extras):
+def matrix():
+    """Run the tests under each Python; return how many failed."""
+    outcome = {}
+    for name in PYTHONS:
+        found = works(name)
+        if found:
+            python = environment(".venv-" + name, "test,frameworks", found)
+            outcome[name] = "FAILED" if run([python, *PYTEST, "-n", "2"]) else "passed"
+        else:
+            outcome[name] = "not on the PATH"
+    for name, text in outcome.items():
+        print(f"{name}: {text}")
+    return list(outcome.values()).count("FAILED")
+
+
+def works(name):
+    """Return a Python's path where there is one that starts (some version managers leave stubs that do not)."""
+    found = shutil.which(name)
+    return found if found and subprocess.call([found, "-c", ""], stderr=subprocess.DEVNULL) == 0 else None
+
+
+def environment(name, extras, base=sys.executable):
     """Make the environment, where there is none of this state of pyproject.toml; return its Python."""
     folder = os.path.join(HERE, name)
     python = os.path.join(folder, "Scripts" if os.name == "nt" else "bin", "python")
@@ -55,10 +79,9 @@ def environment(name, extras):
             if file.read() == wanted:
                 return python
     print(f"Setting up {name} (a minute or more: it installs jax and what else is needed) ...", flush=True)
-    try:
-        venv.create(folder, with_pip=True, clear=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        sys.exit(f"make.py: no environment could be made ({error}). Debian, Ubuntu: apt install python3-venv")
+    shutil.rmtree(folder, ignore_errors=True)
+    if run([base, "-m", "venv", folder]):
+        sys.exit("make.py: no environment could be made. On Debian and Ubuntu: apt install python3-venv")
     if run([python, "-m", "pip", "install", "--quiet", "--editable", HERE + "[" + extras + "]"]):
         sys.exit("make.py: the installation failed; what pip says is above")
     with open(stamp, "w") as file:
@@ -73,10 +96,10 @@ def run(command):
 
 def newer_python():
     """Go on under a Python that is new enough, where this one is too old."""
-    if sys.version_info >= OLDEST:
+    if sys.version_info >= (3, 11):
         return
-    for name in ("python3.13", "python3.12", "python3.11"):
-        found = shutil.which(name)
+    for name in reversed(PYTHONS):
+        found = works(name)
         if found:
             sys.exit(subprocess.call([found, *sys.argv]))
     sys.exit(f"make.py: gradfn needs Python 3.11 or newer, this is {sys.version.split()[0]}")
