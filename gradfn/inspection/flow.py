@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 VANISHING, EXPLODING = 1e-3, 1e3
 SATURATED_SHARE, DEAD_SHARE = 0.5, 0.5
-ROWS_PER_LOOP = 12  # of a longer loop, that many iterations are shown, evenly spaced
+ROWS_PER_LOOP = 8  # of a longer loop, that many iterations are shown, evenly spaced
 
 
 class Row(NamedTuple):
@@ -62,6 +62,8 @@ def _numbers(stats: Stats | None, index: tuple[int, ...], depth: int) -> dict[st
             array = np.asarray(value)
             array = array[(-1,) * (array.ndim - depth)]
             out[name] = float(array[index])
+    if out["count"] == 0:  # never computed, or not reached by the gradient: nothing to tell
+        return {"count": 0.0}
     return out
 
 
@@ -167,7 +169,6 @@ def table(seen: "Inspection") -> TextTable:
     title = f"value {value:.6g}" + f" (the last of {np.shape(seen.value)} inspections)" * bool(stacked)
     out = TextTable(
         title=title,
-        caption="grad ×: the norm of the gradient here over that at the next site towards the loss",
     )
     out.add_column("site", overflow="fold")
     out.add_column("shape")
@@ -175,7 +176,13 @@ def table(seen: "Inspection") -> TextTable:
     for column in right:
         out.add_column(column, justify="right")
     out.add_column("flags")
-    for row in _shown(rows(seen)):
+    everything = rows(seen)
+    shown = _shown(everything)
+    left_out = f"; {len(everything) - len(shown)} more rows of longer loops" * (len(shown) < len(everything))
+    out.caption = (
+        f"grad ×: the norm of the gradient here over that at the next site towards the loss{left_out}"
+    )
+    for row in shown:
         s, g = row.stats, row.grads
         out.add_row(
             row.label,

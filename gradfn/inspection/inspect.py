@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gradfn.inspection import flow
 from gradfn.text import TextTable
@@ -252,7 +253,11 @@ def _look(
 
     places = {place.path: place for place in walk(program.jaxpr) if place.path in by_path}
     tokens = {
-        path: {site.name: _token(site, backward[site.name]) for site in group if site.differentiable}
+        path: {
+            site.name: _token(site, backward[site.name], places[path].eqn.outvars[site.index].aval)
+            for site in group
+            if site.differentiable
+        }
         for path, group in by_path.items()
     }
     leaves = [inputs[i] for i in grown]
@@ -309,10 +314,16 @@ def _backward(site: Site, stats: tuple[str, ...], raw: bool) -> Callable[[Any, A
     return summary
 
 
-def _token(site: Site, summary: Callable) -> Any:
-    """Return zeros shaped like a summary, with a leading axis for each loop around the site."""
-    shapes = jax.eval_shape(summary, jax.ShapeDtypeStruct(site.shape, site.dtype), None)
-    return jax.tree.map(lambda s: jnp.zeros(site.axes + s.shape, s.dtype), shapes)
+def _token(site: Site, summary: Callable, aval: Any) -> Any:
+    """Return zeros shaped, and sharded, like a summary, with a leading axis for each loop around the site."""
+
+    def zeros(shape: Any) -> jax.Array:
+        sharding = shape.sharding  # known only where the shardings are part of the types
+        if sharding is not None:
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*[None] * len(site.axes), *sharding.spec))
+        return jnp.zeros(site.axes + shape.shape, shape.dtype, device=sharding)
+
+    return jax.tree.map(zeros, jax.eval_shape(summary, aval, None))
 
 
 def _zeros(shapes: Any) -> Any:

@@ -29,13 +29,19 @@ class SiteList(list[Site]):
         for column in ("site", "shape", "dtype", "activation", "source", "line"):
             table.add_column(column, overflow="fold")
         for s in self:
-            table.add_row(s.name, shape_text(s), s.dtype, s.kind, s.source, s.line)
+            table.add_row(s.name, shape_text(s), s.dtype, s.kind, s.source, short_line(s.line))
         return table
 
 
 def shape_text(site: Site) -> str:
     """Return a site's shape as text; the iterations of loops stand in front: ``4 × [32, 16]``."""
     return "".join(f"{n} × " for n in site.axes) + str(list(site.shape))
+
+
+def short_line(line: str) -> str:
+    """Return a source line with no more of its file than the last folder: ``linen/linear.py:294 (f)``."""
+    file, _, rest = line.partition(":")
+    return ":".join(["/".join(file.split("/")[-2:]), rest])
 
 
 def sites(f: Callable) -> Callable[..., SiteList]:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -143,11 +143,13 @@ def evaluate(eqn: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
         fresh = iter(jax.make_jaxpr(lambda *xs: xs)(*[v.aval for v, _ in operands]).jaxpr.invars)
         eqn = eqn.replace(invars=[v if isinstance(v, Literal) else next(fresh) for v in eqn.invars])
     variables = [v for v in eqn.invars if not isinstance(v, Literal)]
-    one = _EMPTY.replace(invars=variables, outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
+    one = _empty().replace(invars=variables, outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
     return list(jax.core.eval_jaxpr(one, (), *[x for _, x in operands]))
 
 
-_EMPTY = jax.make_jaxpr(lambda: ())().jaxpr
+@cache
+def _empty() -> Jaxpr:
+    return jax.make_jaxpr(lambda: ())().jaxpr
 
 
 class _Run(NamedTuple):

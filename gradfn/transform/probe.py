@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 
+Summary = Callable[[Any, Any], Any]
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def probe(summary: Callable[[Any, Any], Any], x: Any, token: Any, residual: Any = None) -> Any:
+
+def probe(summary: Summary, x: Any, token: Any, residual: Any = None) -> Any:
     """Return ``x``; differentiated, the gradient of ``token`` is ``summary(cotangent of x, residual)``.
 
     Args:
@@ -32,15 +33,35 @@ def probe(summary: Callable[[Any, Any], Any], x: Any, token: Any, residual: Any 
         >>> float(jax.grad(f, argnums=1)(jnp.array([1.0, 2.0]), 0.0))  # cotangent of y: [6, 12]
         180.0
     """
+    # Inside a shard_map each device has its own token, even where the value is the same on all of them.
+    varying = [jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(token)]
+
+    def typed(g: Any, residual: Any) -> Any:
+        leaves, tree = jax.tree.flatten(summary(g, residual))
+        return jax.tree.unflatten(
+            tree, [as_varying(s, axes) for s, axes in zip(leaves, varying, strict=True)]
+        )
+
+    return _probe(typed if any(varying) else summary, x, token, residual)
+
+
+def as_varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """Mark a value as one of each device's own along the axes of a shard_map along which it is not yet."""
+    missing = axes - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _probe(summary: Summary, x: Any, token: Any, residual: Any) -> Any:
     return x
 
 
-def _forward(summary: Callable, x: Any, token: Any, residual: Any) -> tuple[Any, Any]:
+def _forward(summary: Summary, x: Any, token: Any, residual: Any) -> tuple[Any, Any]:
     return x, residual
 
 
-def _backward(summary: Callable, residual: Any, g: Any) -> tuple[Any, Any, None]:
+def _backward(summary: Summary, residual: Any, g: Any) -> tuple[Any, Any, None]:
     return g, summary(g, residual), None
 
 
-probe.defvjp(_forward, _backward)
+_probe.defvjp(_forward, _backward)

@@ -38,8 +38,8 @@ class Program:
 
 
 def is_array(leaf: Any) -> bool:
-    """Tell whether jax can trace a leaf."""
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex))
+    """Tell whether a leaf is traced. Python's own bools and integers are settings that models branch on."""
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, float, complex))
 
 
 def leaf_name(path: Any, default: str = "params") -> str:

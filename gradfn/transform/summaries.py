@@ -26,7 +26,7 @@ SATURATED = math.sqrt(0.9)
 DEAD_ROWS = 8
 # Bin k of a histogram counts 2^(k + FIRST_EXPONENT) <= |x| < twice that; the ends take what lies beyond, bin
 # 0 zeros too.
-FIRST_EXPONENT, N_BINS, SAMPLE = -32, 48, 4096
+FIRST_EXPONENT, N_BINS, SAMPLE = -32, 48, 1024
 
 
 @partial(
@@ -50,7 +50,7 @@ class Stats:
         saturated: of a sigmoid or tanh: share whose slope is below a tenth of the largest slope.
         dead: of a relu: share of units (last axis) that are zero for every row, given at least 8 rows.
         nonfinite: number of NaN and infinite elements.
-        histogram: `[48]` counts of magnitudes by powers of two from 2^-32 up, on at most 4096 sampled
+        histogram: `[48]` counts of magnitudes by powers of two from 2^-32 up, on at most 1024 sampled
             elements.
     """
 
@@ -75,7 +75,7 @@ def sums(x: jax.Array, stats: tuple[str, ...], kind: str = "") -> dict[str, jax.
     """Return what the statistics are made of, in scalars that are zero for a value never computed."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         x = x.astype(jnp.float32)
-    accumulate = jnp.promote_types(x.dtype, jnp.float32)
+    accumulate = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     wide = x.astype(accumulate)
     rows = x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1)
     out = {"count": jnp.full((), x.size, accumulate)}
@@ -114,7 +114,7 @@ def _histogram(x: jax.Array) -> jax.Array:
     sample = flat[:: max(1, -(-flat.size // SAMPLE))]
     _, exponent = jnp.frexp(sample)  # |x| = m 2^exponent, 0.5 <= m < 1
     bins = jnp.where(sample == 0, 0, jnp.clip(exponent - 1 - FIRST_EXPONENT, 0, N_BINS - 1))
-    return jnp.sum((bins[:, None] == jnp.arange(N_BINS)).astype(x.dtype), axis=0)
+    return jnp.sum((bins[:, None] == jnp.arange(N_BINS)[None]).astype(x.dtype), axis=0)
 
 
 def finalise(sums: dict[str, jax.Array], stats: tuple[str, ...]) -> Stats:
