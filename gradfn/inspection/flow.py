@@ -167,21 +167,17 @@ def table(seen: "Inspection") -> TextTable:
     stacked = np.ndim(seen.value)
     value = float(np.asarray(seen.value)[(-1,) * stacked])
     title = f"value {value:.6g}" + f" (the last of {np.shape(seen.value)} inspections)" * bool(stacked)
-    out = TextTable(
-        title=title,
-    )
+    everything = rows(seen)
+    shown = _shown(everything)
+    left_out = f"; {len(everything) - len(shown)} more rows of longer loops" * (len(shown) < len(everything))
+    caption = f"grad ×: the norm of the gradient here over that at the next site towards the loss{left_out}"
+    out = TextTable(title=title, caption=caption)
     out.add_column("site", overflow="fold")
     out.add_column("shape")
     right = ("mean", "rms", "max", "zero", "sat/dead", "non-finite", "grad rms", "grad norm", "grad ×")
     for column in right:
         out.add_column(column, justify="right")
     out.add_column("flags")
-    everything = rows(seen)
-    shown = _shown(everything)
-    left_out = f"; {len(everything) - len(shown)} more rows of longer loops" * (len(shown) < len(everything))
-    out.caption = (
-        f"grad ×: the norm of the gradient here over that at the next site towards the loss{left_out}"
-    )
     for row in shown:
         s, g = row.stats, row.grads
         out.add_row(
