@@ -110,7 +110,7 @@ def curves(history: History, loss_unit: str = "nats") -> Figure:
         _lines(panels[1], history, accuracies, 100.0)
         panels[1].set_ylabel("accuracy (%)")
         panels[1].set_ylim(top=100)
-    figure.suptitle(_finding(history, [*accuracies, *losses]))
+    figure.suptitle(_finding(history, accuracies or losses))
     return figure
 
 
@@ -284,17 +284,14 @@ def _lines(panel: Any, history: History, names: Sequence[str], scale: float) -> 
 
 
 def _finding(history: History, names: Sequence[str]) -> str:
-    """Say where it ended: by test figures where there are any."""
-    names = sorted(names, key=lambda name: "test" not in name)
-    name = names[0]
-    rows = [row for row in history if name in row]
-    start, end = rows[0][name], rows[-1][name]
-    n_steps = rows[-1]["step"]
-    steps = f"after {n_steps:,} step{'s' if n_steps > 1 else ''}"
-    words = _words(name).capitalize()
-    if name.endswith("accuracy"):
-        return f"{words} {100 * end:.1f} % {steps}"
-    return f"{words} from {start:.3g} to {end:.3g} {steps}"
+    """Say where it ended: the accuracies, or the losses where there are none."""
+    ends = {name: row[name] for row in history for name in names if name in row}
+    said = [
+        f"{_words(name)} {f'{100 * end:.1f} %' if name.endswith('accuracy') else f'{end:.3g}'}"
+        for name, end in ends.items()
+    ]
+    n_steps = history[-1]["step"]
+    return f"After {n_steps:,} step{'s' if n_steps > 1 else ''}: {', '.join(said)}"
 
 
 def _percent(share: float) -> str:

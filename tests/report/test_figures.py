@@ -58,8 +58,9 @@ def test_curves_have_a_panel_for_losses_and_one_for_accuracies_in_percent():
 
 
 def test_curves_title_is_where_it_ended():
-    assert curves(HISTORY).get_suptitle() == "Test accuracy 93.6 % after 20 steps"
-    assert curves([{"step": 1, "loss": 2.0}]).get_suptitle() == "Training loss from 2 to 2 after 1 step"
+    ended = "After 20 steps: test accuracy 93.6 %, training accuracy 95.0 %"
+    assert curves(HISTORY).get_suptitle() == ended
+    assert curves([{"step": 1, "loss": 2.0}]).get_suptitle() == "After 1 step: training loss 2"
     with pytest.raises(ValueError, match="empty"):
         curves([])
 

@@ -1,0 +1,1 @@
+"""Experiments: one a file, each a script (`python experiments/digits.py`) and a function (`run(Config())`)."""

@@ -1,0 +1,249 @@
+"""The command line: `gradfn run digits --hidden 30`, `gradfn list`, `gradfn table 784 16 10`.
+
+An experiment is a module in `experiments/` with a line that says what it does, `EXPECTED` (what it comes to),
+`Config` (a dataclass of options) and `run(config)`. A user's mistake is answered with one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import importlib.util
+import io
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import dropwhile, takewhile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+USAGE = """\
+gradfn: networks as pure functions over plain dicts of arrays, with every gradient visible
+
+  gradfn run NAME [options]   run an experiment; gradfn run NAME --help shows its options
+  gradfn list                 say which experiments there are, and what to expect of them
+  gradfn table 784 16 10      show the parameters of a network with so many nodes a layer
+  gradfn --version            say which version this is
+"""
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one line."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the words after `gradfn`; the process's own by default.
+
+    Returns:
+        The exit code: 0, 1 for a run that failed, 2 for a user's mistake, 130 for Ctrl-C.
+
+    >>> from gradfn.cli import main
+    >>> main(["table", "728", "16", "10"])  # doctest: +ELLIPSIS
+      path    shape       dtype       count    bytes
+    ...
+    11,808 weights + 26 biases = 11,834 parameters
+    0
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _command(words)
+    except UserError as error:
+        return _fail(f"gradfn: {error}", 2)
+    except KeyboardInterrupt:
+        return _fail("gradfn: interrupted", 130)
+
+
+def script(file: str) -> None:
+    """Run an experiment's file as a script, with the options on the command line, and exit.
+
+    Args:
+        file: the experiment's `__file__`.
+    """
+    sys.exit(_run(Path(file), sys.argv[1:], f"python {sys.argv[0]}"))
+
+
+def _command(words: list[str]) -> int:
+    match words:
+        case [] | ["-h" | "--help"] | ["run" | "list" | "table", "-h" | "--help"]:
+            print(USAGE, end="")
+            return 0
+        case ["--version"]:
+            import gradfn
+
+            print(f"gradfn {gradfn.__version__}")
+            return 0
+        case ["list"]:
+            _list()
+            return 0
+        case ["list", extra, *_]:
+            raise UserError(f"list takes nothing more, came {extra}")
+        case ["table", *sizes]:
+            return _table(sizes)
+        case ["run"]:
+            raise UserError(f"run wants the name of an experiment: {', '.join(experiments())}")
+        case ["run", name, *options]:
+            found = experiments()
+            if name not in found:
+                raise UserError(f"no experiment {name!r}{_near(name, found)}; there are {', '.join(found)}")
+            return _run(found[name], options, f"gradfn run {name}")
+        case [name, *_]:
+            commands = ("run", "list", "table", "--help", "--version")
+            raise UserError(f"no command {name!r}{_near(name, commands)}; there are {', '.join(commands)}")
+    return 0
+
+
+def experiments() -> dict[str, Path]:
+    """Return the experiments there are, by name: those in gradfn itself (a wheel) or beside it (a clone)."""
+    package = Path(__file__).parent
+    for folder in (package / "experiments", package.parent / "experiments"):
+        files = sorted(file for file in folder.glob("*.py") if not file.stem.startswith("_"))
+        if files:
+            return {file.stem: file for file in files}
+    raise UserError(f"no experiments in {package / 'experiments'} or {package.parent / 'experiments'}")
+
+
+def _list() -> None:
+    found = experiments()
+    width = max(map(len, found))
+    for name, file in found.items():
+        what, expected = _described(file)
+        print(f"{name:{width}}  {what}")
+        print(f"{'':{width}}  Expect {expected}.")
+
+
+def _described(file: Path) -> tuple[str, str]:
+    """Return an experiment's first line and what to expect of it, without importing what it imports."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    what = (ast.get_docstring(tree) or "").partition("\n")[0]
+    expected = ""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "EXPECTED":
+            expected = ast.literal_eval(node.value)
+    return what, expected
+
+
+def _table(words: list[str]) -> int:
+    import gradfn as gf
+
+    sizes = [int(word) for word in words if word.isascii() and word.isdigit() and int(word) > 0]
+    if len(sizes) != len(words) or len(sizes) < 2:
+        came = " ".join(words) or "nothing"
+        raise UserError(
+            f"table wants two or more numbers of nodes from 1 up, inputs first (784 16 10), came {came}"
+        )
+    print(gf.table(gf.mlp(sizes).spec))
+    return 0
+
+
+def _run(file: Path, words: list[str], command: str) -> int:
+    """Run an experiment's file with the options in `words`; `command` is what the user typed before them."""
+    from gradfn import run as runs
+    from gradfn.data import DataError
+    from gradfn.train.checkpoint import CheckpointError
+
+    config: Any = None
+    try:
+        module = _load(file)
+        config = _config(module, words, command)
+        config = runs.settle(file.stem, config)
+        module.run(config)
+    except (UserError, runs.RunError, DataError, CheckpointError, ImportError) as error:
+        return _fail(f"{command}: {error}", 2)
+    except (FloatingPointError, OSError) as error:  # the loss became nan; the disk is full
+        return _fail(f"{command}: {error}", 1)
+    except KeyboardInterrupt:
+        if config is None or config.folder is None or not (Path(config.folder) / runs.CONFIG).exists():
+            return _fail(f"{command}: interrupted before the run began", 130)
+        return _fail(f"interrupted; to go on: {command} --resume --folder {config.folder}", 130)
+    except SystemExit as error:  # --help
+        return int(error.code or 0)
+    return 0
+
+
+def _load(file: Path) -> ModuleType:
+    name = f"gradfn_experiment_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for the types that annotations name
+    spec.loader.exec_module(module)
+    return module
+
+
+def _config(module: ModuleType, words: list[str], command: str) -> Any:
+    """Read an experiment's options; with --resume the stored ones are the defaults, and given ones must agree."""
+    from gradfn import run as runs
+
+    config = _parse(module, words, command, module.Config())
+    was = runs.stored(Path(module.__file__ or "").stem, config) if config.resume else None
+    if was is None:
+        return config
+    # What is now other than stored was said on the command line, even where it is the experiment's default.
+    config = _parse(module, words, command, dataclasses.replace(was, resume=False))
+    return runs.merge(config, was, was)
+
+
+def _parse(module: ModuleType, words: list[str], command: str, default: Any) -> Any:
+    try:
+        import tyro
+    except ImportError as error:
+        raise UserError("options need tyro: pip install 'gradfn[run]'") from error
+
+    what, expected = (module.__doc__ or "").partition("\n")[0], module.EXPECTED
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config, unknown = tyro.cli(
+                module.Config,
+                prog=command,
+                description=f"{what}\n\nExpect {expected}.",
+                args=words,
+                default=default,
+                return_unknown_args=True,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as end:
+        if end.code:
+            raise UserError(_one_line(said.getvalue())) from None
+        raise
+    if unknown:
+        known = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(module.Config)]
+        word = unknown[0].partition("=")[0]
+        raise UserError(f"no option {word!r}{_near(word, known)}; there are {', '.join(known)}")
+    return config
+
+
+def _one_line(box: str) -> str:
+    """Return what one of tyro's boxes says under its title, without the frame (of lines or, in ASCII, dashes)."""
+    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
+    under_title = dropwhile(_is_rule, lines[1:])
+    text = " ".join(takewhile(lambda line: not _is_rule(line), under_title))
+    text = text.removeprefix("Error parsing Config: ").removeprefix("Error parsing ")
+    option, _, reason = text.partition(": ")
+    came = re.findall(r"'(.*?)'", reason)
+    for kind, word in {"int": "a whole number", "float": "a number"}.items():
+        if option.startswith("--") and re.search(rf"\b{kind}\b", reason.lower()) and came:
+            return f"{option}: expected {word}, came {came[-1]}"
+    return text
+
+
+def _is_rule(line: str) -> bool:
+    return not line.strip("─-")
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stdout.flush()
+    print(" ".join(message.split()), file=sys.stderr)
+    return code

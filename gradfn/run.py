@@ -1,0 +1,203 @@
+"""Run folders: where an experiment keeps what it was told and what came of it.
+
+A run is a folder with a `config.json` in it, which is written last and in one go. So whatever interrupts the
+beginning of a run, it is there as a whole or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from gradfn.train.checkpoint import replace_file
+
+RUNS = Path("runs")
+CONFIG, VERSIONS, RESULT = "config.json", "versions.json", "result.json"
+PACKAGES = ("jax", "jaxlib", "optax", "numpy")
+
+
+class RunError(ValueError):
+    """A run that cannot be begun, or gone on with, as asked."""
+
+
+class RunConfig(Protocol):
+    """A dataclass of options, among them where to run and whether to go on."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def folder(self) -> str | None:
+        """The run's folder; None for a new one, or, with `resume`, for the latest."""
+
+    @property
+    def resume(self) -> bool:
+        """Whether to go on with a run."""
+
+
+C = TypeVar("C", bound=RunConfig)
+
+
+def settle(experiment: str, config: C) -> C:
+    """Settle where a run takes place, and with `resume` what its options are.
+
+    Args:
+        experiment: its name.
+        config: with `folder` and `resume`. With `resume`, options left at their defaults stand for the stored ones.
+
+    Returns:
+        The config with its folder, and with the stored options; `resume` is False where there is no run to go
+        on with, which it says.
+
+    Raises:
+        RunError: the folder holds a run already; or, with `resume`, a run of something else or with other options.
+    """
+    if config.resume:
+        was = stored(experiment, config)
+        if was is not None:
+            return merge(config, was, type(config)())
+        print(f"no run to go on with in {config.folder or RUNS / experiment}: starting a new one")
+        return settle(experiment, dataclasses.replace(config, resume=False))
+    if config.folder is None:
+        # To the microsecond, so that runs that are started together do not meet in one folder.
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+        return dataclasses.replace(config, folder=str(RUNS / experiment / stamp))
+    if (Path(config.folder) / CONFIG).exists():
+        raise RunError(f"{config.folder} holds a run: go on with it (--resume), or name another folder")
+    return config
+
+
+def begin(experiment: str, config: RunConfig) -> Path:
+    """Make the folder of a settled run and write its options and the versions it runs on; say where it is.
+
+    Args:
+        experiment: its name.
+        config: from `settle`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        RunError: the folder cannot be made.
+    """
+    folder = Path(config.folder or "")
+    if config.resume:
+        finished = (folder / RESULT).exists()
+        print(
+            f"{folder}: finished before, so here is its result again" if finished else f"going on in {folder}"
+        )
+        return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / VERSIONS, versions() | {"seed": getattr(config, "seed", None)})
+        write_json(folder / CONFIG, {"experiment": experiment, "options": options(config)})
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be made a run's folder ({error.strerror})") from error
+    print(f"running in {folder}")
+    return folder
+
+
+def finish(folder: Path, result: Mapping[str, Any]) -> None:
+    """Write what came of a run, which marks it as finished: `result.json`."""
+    write_json(folder / RESULT, dict(result))
+
+
+def stored(experiment: str, config: C) -> C | None:
+    """Return the config of the run that `config` would go on with, or None where there is no such run.
+
+    It is the run in `config.folder`, or, where that is None, the latest in `runs/<experiment>`.
+
+    Raises:
+        RunError: the folder holds a run of another experiment, or one that cannot be read.
+    """
+    folder = _latest(experiment) if config.folder is None else Path(config.folder)
+    if folder is None or not (folder / CONFIG).exists():
+        return None
+    file = folder / CONFIG
+    try:
+        content = json.loads(file.read_text())
+        name, found = (
+            content["experiment"],
+            {key: _tuples(value) for key, value in content["options"].items()},
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{file}: not a readable config of a run ({error})") from error
+    if name != experiment:
+        raise RunError(f"{folder} holds a run of {name}, not of {experiment}")
+    try:
+        kind: Any = type(config)
+        return kind(**found, folder=str(folder), resume=True)
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{file}: not what {experiment} takes now ({error}); start a new run") from error
+
+
+def merge(config: C, was: C, default: C) -> C:
+    """Return the stored config `was`, if `config` asks for nothing else: each option is as stored or as in `default`.
+
+    Raises:
+        RunError: it names the option.
+    """
+    for name, value in options(config).items():
+        before = options(was)[name]
+        if value != before and value != options(default)[name]:
+            raise RunError(
+                f"{name} {value}: the run in {was.folder} has {name} {before}. "
+                "Drop the option, or start a new run without --resume"
+            )
+    return was
+
+
+def options(config: RunConfig) -> dict[str, Any]:
+    """Return the options that make a run what it is: all but where it takes place."""
+    found = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {name: value for name, value in found.items() if name not in ("folder", "resume")}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a run's outcome rests on.
+
+    >>> from gradfn.run import versions
+    >>> sorted(versions())
+    ['gradfn', 'jax', 'jaxlib', 'numpy', 'optax', 'platform', 'python']
+    """
+    import gradfn
+
+    ours = {
+        "gradfn": gradfn.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+    return ours | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def within(low: int, high: int | None, **numbers: int | None) -> None:
+    """Raise a ValueError that names the first option outside of `low` to `high`; None is no bound, and no number.
+
+    >>> from gradfn.run import within
+    >>> within(1, None, epochs=3, hidden=0)
+    Traceback (most recent call last):
+    ValueError: hidden: a whole number from 1 up, came 0
+    """
+    for name, number in numbers.items():
+        if number is not None and (number < low or (high is not None and number > high)):
+            bounds = f"from {low} up" if high is None else f"from {low} to {high}"
+            raise ValueError(f"{name}: a whole number {bounds}, came {number}")
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write JSON in one go: a reader finds the old file or the new, never a part."""
+    replace_file(file, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _latest(experiment: str) -> Path | None:
+    runs = sorted(file.parent for file in (RUNS / experiment).glob(f"*/{CONFIG}"))  # their names are times
+    return runs[-1] if runs else None
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -1,0 +1,116 @@
+"""The digit network end to end: learns, draws, and goes on after kill -9 to the very same parameters."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from experiments.digits import Config, run
+
+ROOT = Path(__file__).parents[2]
+PICTURES = {"weights.png", "curves.png", "confusion.png", "mistakes.png"}
+
+
+def test_a_run_as_a_function(tmp_path, capsys):
+    result = run(Config(hidden=4, epochs=2, batch=128, folder=str(tmp_path / "run")))
+    assert result.folder == tmp_path / "run"
+    files = {file.name for file in result.folder.iterdir()}
+    assert PICTURES | {"config.json", "versions.json", "result.json", "metrics.jsonl"} <= files
+    assert result.params["W1"].shape == (4, 784)
+    assert [row["epoch"] for row in result.history] == [1.0, 2.0]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["test_accuracy"] == result.test_accuracy
+    out = capsys.readouterr().out
+    assert "8x8 resized to 28x28" in out
+    assert "3,176 weights + 14 biases = 3,190 parameters" in out
+    assert result.verdict in out
+
+
+@pytest.mark.slow
+def test_a_finished_run_gives_its_result_again(tmp_path, capsys):
+    result = run(Config(hidden=4, epochs=2, batch=128, folder=str(tmp_path / "run")))
+    again = run(Config(resume=True, folder=str(tmp_path / "run")))
+    assert "finished before" in capsys.readouterr().out
+    assert again.test_accuracy == result.test_accuracy
+    assert again.history == result.history
+    np.testing.assert_array_equal(again.params["W1"], result.params["W1"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden": 0}, "hidden: a whole number from 1 up, came 0"),
+        ({"batch": -1}, "batch: a whole number from 1 up, came -1"),
+        ({"rate": 0.0}, "rate: a number above 0, came 0.0"),
+        ({"rate": float("nan")}, "rate: a number above 0, came nan"),
+        ({"seed": 2**32}, "seed: a whole number from 0 to 4294967295"),
+    ],
+)
+def test_options_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**options)
+
+
+def test_a_batch_of_more_than_there_is_makes_no_run(tmp_path):
+    with pytest.raises(ValueError, match="batch: there are 1,257 training digits, came 1258"):
+        run(Config(batch=1258, folder=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_defaults_reach_what_is_promised(tmp_path):
+    result = run(Config(folder=str(tmp_path / "run")))
+    assert result.test_accuracy >= 0.93
+    assert result.verdict.endswith("expected at least 93 %: reached")
+
+
+def start(folder, *options):
+    """Start a run in a process of its own, which writes a checkpoint whenever it can."""
+    code = (
+        "import functools, sys, gradfn as gf; from gradfn.cli import main;"
+        "gf.fit = functools.partial(gf.fit, checkpoint_seconds=0.0); sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "run", "digits", "--folder", str(folder), *options]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    process = start(folder, "--epochs", "60")
+    out, _ = process.communicate()
+    assert process.returncode == 0, out
+    return load_file(folder / "checkpoint.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="there is no kill -9 on Windows")
+@pytest.mark.parametrize("moment", ["", "checkpoint.safetensors", "weights.png"])
+def test_kill_9_and_resume_ends_with_the_parameters_of_an_uninterrupted_run(tmp_path, uninterrupted, moment):
+    folder = tmp_path / "run"
+    killed = start(folder, "--epochs", "60")
+    while not (folder / moment).exists():
+        assert killed.poll() is None, killed.communicate()[0]
+        time.sleep(0.001)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert not (folder / "result.json").exists()
+
+    # Where it was killed before its options were written, they are to be given again.
+    known = (folder / "config.json").exists()
+    resumed = start(folder, "--resume", *([] if known else ["--epochs", "60"]))
+    out, _ = resumed.communicate()
+    assert resumed.returncode == 0, out
+    assert ("going on in" if known else "starting a new one") in out
+    assert {file.name for file in folder.iterdir()} >= PICTURES | {"result.json"}
+    ended = load_file(folder / "checkpoint.safetensors")
+    assert set(ended) == set(uninterrupted)
+    for name, array in uninterrupted.items():
+        np.testing.assert_array_equal(ended[name], array, err_msg=name)

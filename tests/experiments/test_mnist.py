@@ -1,0 +1,66 @@
+"""The classics on MNIST: their networks and recipes, and one short run of each."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gradfn as gf
+from experiments.mnist import RECIPES, Config, judge, run, shifted
+
+
+def test_the_recipes_have_the_networks_that_they_say():
+    sizes = {name: gf.count(make().net.spec) for name, make in RECIPES.items()}
+    assert sizes == {"note": 12_730, "nielsen": 23_860, "best": 79_510}
+
+
+def test_nielsens_parameters_are_all_from_a_standard_normal():
+    params = RECIPES["nielsen"]().net.init(jax.random.key(0))
+    W1, biases = np.asarray(params["W1"]), np.concatenate([params["b1"], params["b2"]])
+    # Within five standard errors of what N(0, 1) has.
+    assert abs(W1.mean()) < 5 / np.sqrt(W1.size)
+    assert abs(W1.std() - 1) < 5 / np.sqrt(2 * W1.size)
+    assert abs((biases**2).mean() - 1) < 5 * np.sqrt(2 / biases.size)
+
+
+def test_shifted_moves_each_image_by_at_most_a_pixel_each_way():
+    image = jnp.zeros([28, 28]).at[10, 20].set(1.0).reshape(784)
+
+    def where(params, example):  # the one pixel's number
+        return jnp.argmax(example[0]).astype(jnp.float32)
+
+    keys = jax.random.split(jax.random.key(0), 200)
+    seen = jax.vmap(lambda key: shifted(where)({}, (image[None], jnp.zeros(1)), key=key))(keys)
+    assert set(np.asarray(seen, int)) == {
+        28 * (10 + down) + 20 + right for down in (-1, 0, 1) for right in (-1, 0, 1)
+    }
+
+
+@pytest.mark.parametrize(
+    ("recipe", "accuracies", "epochs", "verdict"),
+    [
+        ("best", [0.97, 0.981], 20, "best 98.10 %; expected best at least 98.0 %: reached"),
+        (
+            "best",
+            [0.97],
+            20,
+            "over 1 seed: mean 97.00 %, best 97.00 %; expected best at least 98.0 %: NOT reached",
+        ),
+        ("note", [0.93, 0.96], 40, "expected mean at least 94.9 %: NOT reached"),
+        ("note", [0.96], 1, "(nothing was promised for fewer epochs)"),
+    ],
+)
+def test_the_verdict_is_of_the_best_seed_or_of_the_mean(recipe, accuracies, epochs, verdict):
+    assert judge(RECIPES[recipe](), accuracies, epochs).endswith(verdict)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_an_epoch_of_each_recipe(recipe, tmp_path, shared_data):
+    path = str(shared_data / "mnist")
+    config = Config(recipe=recipe, epochs=1, seeds=2, data_path=path, folder=str(tmp_path / "run"))
+    result = run(config)
+    assert len(result.test_accuracies) == 2
+    assert min(result.test_accuracies) > {"note": 0.88, "nielsen": 0.75, "best": 0.94}[recipe]
+    files = {file.name for file in result.folder.iterdir()}
+    assert {"weights.png", "curves.png", "confusion.png", "mistakes.png", "seed-0", "seed-1"} <= files

@@ -1,0 +1,210 @@
+"""The command line: what it shows, and that a user's mistake gets one line and exit code 2."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gradfn import cli
+from gradfn.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+# An experiment that only says what it was asked.
+EXPERIMENT = '''"""Say what it was asked.
+
+More of it.
+"""
+from __future__ import annotations
+from dataclasses import dataclass
+from typing import Literal
+from gradfn import run as runs
+
+EXPECTED = "nothing " "much"
+
+@dataclass(frozen=True)
+class Config:
+    """Options."""
+
+    hidden: int = 16
+    """nodes in the hidden layer"""
+    rate: float | None = None
+    data: Literal["digits", "mnist"] = "digits"
+    resume: bool = False
+    folder: str | None = None
+
+    def __post_init__(self) -> None:
+        runs.within(1, None, hidden=self.hidden)
+
+def run(config):
+    config = runs.settle("echo", config)
+    folder = runs.begin("echo", config)
+    if config.hidden == 13:
+        raise KeyboardInterrupt
+    if config.hidden == 14:
+        raise FloatingPointError("the loss became nan at step 3")
+    runs.finish(folder, {})
+    print(f"hidden={config.hidden} rate={config.rate} data={config.data}")
+'''
+
+
+@pytest.fixture
+def echo(tmp_path, monkeypatch):
+    """Stand in an empty folder, with an experiment called echo."""
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    (folder / "echo.py").write_text(EXPERIMENT)
+    monkeypatch.setattr(cli, "experiments", lambda: {"echo": folder / "echo.py"})
+    monkeypatch.chdir(tmp_path)
+
+
+def said(capsys, *words):
+    """Return the exit code, and what was said on stdout and stderr."""
+    code = main(words)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_help_names_every_command(capsys):
+    for words in ([], ["--help"], ["run", "--help"], ["table", "-h"]):
+        code, out, err = said(capsys, *words)
+        assert (code, err) == (0, "")
+        assert all(f"gradfn {command}" in out for command in ("run", "list", "table", "--version"))
+
+
+def test_version(capsys):
+    assert re.fullmatch(r"gradfn \d+\.\d+\.\d+\n", said(capsys, "--version")[1])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "caption"),
+    [
+        ("784 16 10", "12,704 weights + 26 biases = 12,730 parameters"),
+        ("728 16 10", "11,808 weights + 26 biases = 11,834 parameters"),
+        ("784 100 50 10", "83,900 weights + 160 biases = 84,060 parameters"),
+    ],
+)
+def test_table_counts(capsys, sizes, caption):
+    code, out, _ = said(capsys, "table", *sizes.split())
+    assert code == 0
+    assert out.splitlines()[-1] == caption
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "rnu",
+            "gradfn: no command 'rnu' (did you mean run?); there are run, list, table, --help, --version",
+        ),
+        ("run", "gradfn: run wants the name of an experiment: echo"),
+        ("run ecko", "gradfn: no experiment 'ecko' (did you mean echo?); there are echo"),
+        ("run echo --hiden 3", "no option '--hiden' (did you mean --hidden?); there are --hidden, --rate"),
+        ("run echo --hiden=3", "no option '--hiden' (did you mean --hidden?)"),
+        ("run echo 3", "no option '3'; there are --hidden"),
+        ("run echo --hidden x", "gradfn run echo: --hidden: expected a whole number, came x"),
+        ("run echo --hidden 1.5", "--hidden: expected a whole number, came 1.5"),
+        ("run echo --hidden", "Missing value for argument '--hidden'"),
+        ("run echo --rate fast", "--rate: expected a number, came fast"),
+        ("run echo --data cifar", "invalid choice 'cifar' for argument '--data'"),
+        ("run echo --hidden 0", "gradfn run echo: hidden: a whole number from 1 up, came 0"),
+        ("run echo --folder experiments/echo.py", "experiments/echo.py: cannot be made a run's folder"),
+        ("list all", "gradfn: list takes nothing more, came all"),
+        (
+            "table",
+            "gradfn: table wants two or more numbers of nodes from 1 up, inputs first (784 16 10), came nothing",
+        ),
+        ("table 784", "came 784"),
+        ("table a b", "came a b"),
+        ("table 784 -1 10", "came 784 -1 10"),
+        ("table 784 0", "came 784 0"),
+    ],
+)
+@pytest.mark.usefixtures("echo")
+def test_a_mistake_gets_one_line_and_exit_code_2(capsys, words, message):
+    code, out, err = said(capsys, *words.split())
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("echo")
+def test_options_reach_the_experiment(capsys):
+    code, out, _ = said(capsys, "run", "echo", "--hidden", "30", "--rate=0.5", "--data", "mnist")
+    assert code == 0
+    assert out.splitlines()[-1] == "hidden=30 rate=0.5 data=mnist"
+
+
+@pytest.mark.usefixtures("echo")
+def test_help_of_an_experiment_shows_its_options_and_what_to_expect(capsys):
+    code, out, err = said(capsys, "run", "echo", "--help")
+    assert (code, err) == (0, "")
+    assert all(text in out for text in ("--hidden INT", "nodes in the hidden layer", "Expect nothing much."))
+
+
+def test_list_says_what_there_is_without_running_any_of_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "echo.py").write_text(EXPERIMENT + "\nraise AssertionError('imported')\n")
+    monkeypatch.setattr(cli, "experiments", lambda: {"echo": tmp_path / "echo.py"})
+    code, out, _ = said(capsys, "list")
+    assert (code, out) == (0, "echo  Say what it was asked.\n      Expect nothing much.\n")
+
+
+def test_every_experiment_says_what_it_does_and_what_to_expect(capsys):
+    _, out, _ = said(capsys, "list")
+    lines = out.splitlines()
+    assert len(lines) == 2 * len(cli.experiments())
+    assert {"digits", "mnist"} <= set(cli.experiments())
+    assert all(len(line.split()) > 4 for line in lines)
+
+
+@pytest.mark.usefixtures("echo")
+def test_resume_takes_the_stored_options_and_refuses_others(capsys):
+    said(capsys, "run", "echo", "--hidden", "30")
+    code, out, _ = said(capsys, "run", "echo", "--resume")
+    assert (code, out.splitlines()[-1]) == (0, "hidden=30 rate=None data=digits")
+    assert "finished before" in out
+    assert said(capsys, "run", "echo", "--resume", "--hidden", "30")[0] == 0
+    # 16 is the experiment's default, yet it was said, and it is not what the run has.
+    code, out, err = said(capsys, "run", "echo", "--resume", "--hidden", "16")
+    assert (code, out) == (2, "")
+    assert re.fullmatch(
+        r"gradfn run echo: hidden 16: the run in runs/echo/\S+ has hidden 30. "
+        r"Drop the option, or start a new run without --resume\n",
+        err,
+    )
+
+
+@pytest.mark.usefixtures("echo")
+def test_resume_with_nothing_there_starts_a_new_run_and_says_so(capsys):
+    code, out, _ = said(capsys, "run", "echo", "--resume", "--hidden", "3")
+    assert code == 0
+    assert "no run to go on with in runs/echo: starting a new one\nrunning in runs/echo/" in out
+    assert out.splitlines()[-1] == "hidden=3 rate=None data=digits"
+
+
+@pytest.mark.usefixtures("echo")
+def test_ctrl_c_says_how_to_go_on(capsys):
+    code, _, err = said(capsys, "run", "echo", "--hidden", "13", "--folder", "here")
+    assert (code, err) == (130, "interrupted; to go on: gradfn run echo --resume --folder here\n")
+
+
+@pytest.mark.usefixtures("echo")
+def test_a_run_that_fails_gets_one_line_and_exit_code_1(capsys):
+    code, _, err = said(capsys, "run", "echo", "--hidden", "14")
+    assert (code, err) == (1, "gradfn run echo: the loss became nan at step 3\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["-m", "gradfn", "run", "digits"], ["experiments/digits.py"]])
+def test_processes_end_with_the_exit_code(command):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # as an editable installation has it
+    found = subprocess.run(
+        [sys.executable, *command, "--hidden", "x"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert (found.returncode, found.stdout) == (2, "")
+    assert re.fullmatch(
+        r"(gradfn run digits|python \S*digits.py): --hidden: expected .* came x\n", found.stderr
+    )

@@ -1,0 +1,109 @@
+"""Run folders: where a run takes place, what it holds, and what --resume goes on with."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+
+from gradfn import run as runs
+
+
+@dataclass(frozen=True)
+class Config:
+    hidden: int = 16
+    sizes: tuple[int, ...] = (1, 2)
+    rate: float = 0.1
+    seed: int = 0
+    resume: bool = False
+    folder: str | None = None
+
+
+@pytest.fixture(autouse=True)
+def _stand_in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def start(config):
+    config = runs.settle("toy", config)
+    return runs.begin("toy", config)
+
+
+def test_a_run_has_a_folder_with_its_options_and_versions():
+    folder = start(Config(hidden=30))
+    assert folder.parts[:2] == ("runs", "toy")
+    content = json.loads((folder / "config.json").read_text())
+    assert content == {
+        "experiment": "toy",
+        "options": {"hidden": 30, "sizes": [1, 2], "rate": 0.1, "seed": 0},
+    }
+    versions = json.loads((folder / "versions.json").read_text())
+    assert versions["seed"] == 0
+    assert {"python", "gradfn", "jax", "jaxlib", "optax", "numpy", "platform"} <= set(versions)
+    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "versions.json"]
+
+
+def test_runs_started_together_have_folders_of_their_own():
+    assert len({start(Config()) for _ in range(5)}) == 5
+
+
+def test_settling_a_settled_config_changes_nothing():
+    config = runs.settle("toy", Config())
+    assert runs.settle("toy", config) == config
+    runs.begin("toy", config)
+    resumed = runs.settle("toy", Config(resume=True))
+    assert resumed == Config(resume=True, folder=config.folder)
+    assert runs.settle("toy", resumed) == resumed
+
+
+def test_resume_goes_on_with_the_latest_that_has_begun(capsys):
+    start(Config(hidden=1))
+    latest = start(Config(hidden=2, rate=0.30000000000000004, sizes=(3,)))
+    (runs.RUNS / "toy" / "99991231T000000.000000Z").mkdir()  # killed before it had written its config
+    config = runs.settle("toy", Config(resume=True))
+    assert config == Config(2, (3,), 0.30000000000000004, resume=True, folder=str(latest))
+    capsys.readouterr()
+    runs.begin("toy", config)
+    assert capsys.readouterr().out == f"going on in {latest}\n"
+    runs.finish(latest, {"accuracy": 1.0})
+    runs.begin("toy", config)
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_resume_in_a_folder_that_was_killed_before_its_config_starts_anew(tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / ".config.json.part").write_text('{"experi')
+    config = runs.settle("toy", Config(hidden=5, resume=True, folder="here"))
+    assert config == Config(hidden=5, resume=False, folder="here")
+    runs.begin("toy", config)
+    assert runs.settle("toy", Config(resume=True, folder="here")).hidden == 5
+
+
+def test_options_other_than_the_stored_ones_are_refused():
+    folder = start(Config(hidden=30))
+    asked = Config(hidden=20, resume=True, folder=str(folder))
+    with pytest.raises(runs.RunError, match=r"hidden 20: the run in .* has hidden 30. Drop the option"):
+        runs.settle("toy", asked)
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over():
+    folder = start(Config(folder="here"))
+    with pytest.raises(runs.RunError, match=r"here holds a run: go on with it \(--resume\)"):
+        start(Config(folder="here"))
+    with pytest.raises(runs.RunError, match="holds a run of toy, not of other"):
+        runs.settle("other", Config(folder=str(folder), resume=True))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not a readable config"),
+        ("[]", "not a readable config"),
+        ('{"experiment": "toy"}', "not a readable config"),
+        ('{"experiment": "toy", "options": {"depth": 3}}', "not what toy takes now"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_named(content, message):
+    folder = start(Config())
+    (folder / "config.json").write_text(content)
+    with pytest.raises(runs.RunError, match=rf"config.json: {message}"):
+        runs.settle("toy", Config(resume=True))
