@@ -1,0 +1,696 @@
+"""`gf.nan_origin` and `gf.nan_guard`: where the first NaN and the first infinity came from.
+
+Both trace the value and the gradients of a function into one program and run it with a look at the result of
+every equation. Which came first is decided by the order of execution: a *key* per equation and iteration,
+compared number by number, that holds for each level of nesting the equation, the iteration (counted in the
+order in which the loop runs: the backward pass of a scan runs from its end) and the body.
+"""
+
+# ruff: noqa: SIM905 (lists of words are read as words)
+
+import functools
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Literal
+
+from gradfn.inspection.causes import ELEMENTWISE, Operand, explain
+from gradfn.inspection.scalar import Scalar, jit_arrays, scalar
+from gradfn.transform import Place, Program, interpret, trace, walk
+from gradfn.transform.interpreter import Evaluate, Path, bodies
+
+# What is looked for: a NaN, an infinity, and an infinity made out of finite operands. The last is the one to
+# report: others were written into the program (a mask) or handed on.
+_KINDS = ("nan", "inf", "made")
+_NEVER = np.iinfo(np.int32).max
+
+
+class Loop(NamedTuple):
+    """A loop around an equation: `scan`, `while`, or `shard_map` (over devices), and its length if known."""
+
+    kind: str
+    depth: int  # which of the equation's frames it is
+    length: int | None
+    reverse: bool
+
+
+class Spot(NamedTuple):
+    """One equation, in words."""
+
+    path: Path
+    primitive: str
+    within: str  # the jitted or custom function that it is part of
+    phase: str
+    scope: str
+    line: str
+    loops: tuple[Loop, ...]
+    dtype: str
+    slope_of: str
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Its key, with a 0 for the iteration at each level."""
+        out: list[int] = []
+        for equation, body in zip(self.path[::2], self.path[1::2], strict=False):
+            out += [equation, 0, body]
+        return (*out, self.path[-1])
+
+
+class Event(NamedTuple):
+    """A NaN or an infinity, and where it came up.
+
+    Attributes:
+        kind: `nan` or `inf`.
+        operation: name of the operation, such as `log`; `argument` where it was in the input already.
+        within: the function of a library that the operation is part of (`norm`, `softmax`), or empty.
+        phase: `forward`, `backward`, or `recomputed` (forward again, for `jax.checkpoint`).
+        scope: the `jax.named_scope` stack; for an argument its path.
+        line: the user's source line, `file:line (function)`.
+        iteration: the iterations of the loops around it, outermost first, counted from 0.
+        loops: kinds and lengths of those loops.
+        element: index of the first element that went wrong, or None.
+        operands: what went into the operation; empty if that was not recorded.
+        cause: a sentence on the likely cause, or empty.
+    """
+
+    kind: str
+    operation: str
+    within: str = ""
+    phase: str = "forward"
+    scope: str = ""
+    line: str = ""
+    iteration: tuple[int, ...] = ()
+    loops: tuple[Loop, ...] = ()
+    element: tuple[int, ...] | None = None
+    operands: tuple[Operand, ...] = ()
+    cause: str = ""
+
+    def __str__(self) -> str:
+        within = f" (in {self.within})" if self.within else ""
+        where = [f"{self.phase}, {self.operation}{within}"]
+        where += [_turn(loop, i) for loop, i in zip(self.loops, self.iteration, strict=True)]
+        where += [f"in scope {self.scope}"] if self.scope and self.operation != "argument" else []
+        where += [f"element {list(self.element)}"] if self.element else []
+        lines = [", ".join(where)]
+        if self.operation == "argument":
+            lines = [f"in the argument {self.scope}, before anything was computed"]
+        lines += [f"at {self.line}"] * bool(self.line)
+        lines += [self.cause] * bool(self.cause)
+        lines += [f"operand {i}: {operand}" for i, operand in enumerate(self.operands)]
+        return "\n    ".join(lines)
+
+
+def _turn(loop: Loop, i: int) -> str:
+    if loop.kind == "scan":
+        return f"scan iteration {i} (of 0 to {loop.length - 1 if loop.length else '?'})"
+    return f"device {i}" if loop.kind == "shard_map" else f"run {i} in a while loop"
+
+
+@dataclass(frozen=True)
+class NanReport:
+    """Where non-finite numbers came from. `print` shows it.
+
+    Attributes:
+        value: the function's value.
+        nonfinite_grads: names of the leaves whose gradient is not finite.
+        nan: the first NaN, or None.
+        inf: the first infinity that was made out of finite numbers; if there is none, the first one that was
+            written into the program or its arguments (such as a mask of -inf); or None.
+    """
+
+    value: float
+    nonfinite_grads: tuple[str, ...]
+    nan: Event | None
+    inf: Event | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether value and gradients are finite: what came up on the way, if anything, did no harm."""
+        return bool(np.isfinite(self.value)) and not self.nonfinite_grads
+
+    def __str__(self) -> str:
+        bad = f"not finite: {', '.join(self.nonfinite_grads)}" if self.nonfinite_grads else "finite"
+        lines = [f"value {self.value:.6g}; gradients {bad}"]
+        harmless = " (harmless: it reached neither the value nor a gradient)" if self.ok else ""
+        for kind, event in (("NaN", self.nan), ("inf", self.inf)):
+            if event is not None:
+                lines.append(f"first {kind}{harmless}: {event}")
+        if not self.ok and self.nan is None and self.inf is None:
+            lines.append(
+                "nothing non-finite was seen when each operation was looked at: the compiler fused them "
+                "differently, and the numbers are at the edge of overflow"
+            )
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["value", "nonfinite_grads", "nonfinite_inputs", "keys"],
+    meta_fields=["spots", "leaf_names", "input_names"],
+)
+@dataclass(frozen=True)
+class NanRecord:
+    """What `gf.nan_guard` records inside `jit`: a few numbers; `report()` or `print` puts them into words.
+
+    Stacked by a `lax.scan` over steps, it reports on the first step that went wrong.
+
+    Attributes:
+        value: the loss.
+        nonfinite_grads: `[leaves]` booleans.
+        nonfinite_inputs: `[inputs, 2]` booleans: has a NaN, has an infinity.
+        keys: `[3, levels]` int32: where the first NaN, infinity and made infinity are; -1 for none.
+        spots: the equations (static).
+        leaf_names: names of the differentiated leaves (static).
+        input_names: names of the inputs (static).
+    """
+
+    value: Any
+    nonfinite_grads: Any
+    nonfinite_inputs: Any
+    keys: Any
+    spots: tuple[Spot, ...]
+    leaf_names: tuple[str, ...]
+    input_names: tuple[str, ...]
+
+    @property
+    def ok(self) -> Any:
+        """Whether value and gradients are finite, a boolean array (one per step where steps are stacked)."""
+        return jnp.isfinite(self.value) & ~jnp.any(self.nonfinite_grads, axis=-1)
+
+    def report(self) -> NanReport:
+        """Return the report, of the first step that went wrong where steps are stacked. Not inside `jit`."""
+        host = jax.device_get(self)
+        if np.ndim(host.value):
+            bad = np.flatnonzero(~np.asarray(self.ok).ravel())
+            step = np.unravel_index(bad[0] if bad.size else -1, np.shape(host.value))
+            host = jax.tree.map(lambda x: x[step], host)
+        return _report(host, {})
+
+    def __str__(self) -> str:
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self)):
+            return "NanRecord, being traced: return it from jit to print it"
+        return str(self.report())
+
+    __repr__ = __str__
+
+
+def nan_origin(f: Callable, argnums: int | Sequence[int] = 0) -> Callable[..., NanReport]:
+    """Find out where the first NaN and the first infinity of a function and its gradients come from.
+
+    For one call, outside `jit` (inside, `gf.nan_guard`): every operation of the forward and the backward pass
+    is looked at, inside `jit`, `scan`, `cond`, `while`, `vmap`, `jax.checkpoint` and custom derivatives too.
+    (The backward rule of a `custom_vjp` has the line of the call: jax knows no other.) Compiled at the first
+    call, and, where something is found, once more to see its operands.
+
+    Args:
+        f: any JAX function `(*args) -> scalar` or `-> (scalar, aux)`.
+        argnums: which positional arguments to differentiate with respect to, as for `jax.grad`; their leaves
+            that are not floating are left alone.
+
+    Returns:
+        A function of the same arguments that returns a `NanReport`.
+
+    Raises:
+        TypeError: a function that does not return a floating scalar, a call inside `jit`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from gradfn.inspection.origin import nan_origin
+        >>> def f(x):
+        ...     return jnp.sqrt(jnp.sum(x**2))
+        >>> found = nan_origin(f)(jnp.zeros(3))
+        >>> found.value, found.nonfinite_grads, found.nan.phase, found.nan.cause
+        (0.0, ('x',), 'backward', '0 × inf')
+        >>> nan_origin(f)(jnp.ones(3)).nan is None
+        True
+    """
+
+    def look(*args: Any, **kwargs: Any) -> NanRecord:
+        program, of = _trace(f, argnums, args, kwargs, "nan_origin")
+        spots = _spots(program)
+        keys, outs = _look(program, spots, program.inputs)
+        value, _, grads = program.rebuild(outs)
+        return _record(program, of, spots, value, grads, keys, _nonfinite_inputs(program, program.inputs))
+
+    compiled = jit_arrays(look)
+
+    @functools.wraps(f)
+    def find(*args: Any, **kwargs: Any) -> NanReport:
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
+            raise TypeError(
+                "nan_origin: inside jit, use gf.nan_guard, or return the arguments and call it outside"
+            )
+        record = jax.device_get(compiled(*args, **kwargs))
+        program, details = None, {}
+        for kind, row in (("nan", 0), ("inf", _inf_row(record))):
+            spot, turns = _decode(record, row)
+            if spot is not None:
+                program = program or _trace(f, argnums, args, kwargs, "nan_origin")[0]
+                details[kind] = _details(program, kind, spot, turns)
+        return _report(record, details)
+
+    return find
+
+
+def nan_guard(f: Callable) -> Callable[..., tuple[Any, Any, NanRecord]]:
+    """Value and gradients, as `jax.value_and_grad` has them, and where a NaN came from if there is one.
+
+    For use inside a compiled training step. As long as value and gradients are finite it costs the test of
+    that; only when they are not, the step is run again with a look at every operation. (Under `vmap` both are
+    always run.) It takes three to five times as long to compile.
+
+    Args:
+        f: any JAX function `(params, *args) -> scalar` or `-> (scalar, aux)`.
+
+    Returns:
+        `(params, *args) -> (value, grads, record)`: value is `(scalar, aux)` where the function returns that,
+        grads has the tree of the parameters (None for leaves that are not floating), and the record is a
+        `NanRecord`, to be printed or asked for its `report()` once it is out of `jit`.
+
+    Raises:
+        TypeError: a function that does not return a floating scalar.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from gradfn.inspection.origin import nan_guard
+        >>> step = jax.jit(nan_guard(lambda w, x: jnp.sum(jnp.log(w * x))))
+        >>> value, grads, record = step(jnp.ones(2), jnp.array([1.0, 0.0]))
+        >>> record.report().inf.operation
+        'log'
+        >>> bool(step(jnp.ones(2), jnp.array([1.0, 2.0]))[2].ok)
+        True
+    """
+
+    @functools.wraps(f)
+    def guarded(*args: Any, **kwargs: Any) -> tuple[Any, Any, NanRecord]:
+        program, of = _trace(f, 0, args, kwargs, "nan_guard")
+        spots = _spots(program)
+        flat = jax.core.eval_jaxpr(program.jaxpr.jaxpr, program.jaxpr.consts, *program.inputs)
+        value, aux, grads = program.rebuild(flat)
+
+        def look(inputs: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
+            keys, _ = _look(program, spots, inputs)
+            return keys, _nonfinite_inputs(program, inputs)
+
+        shapes = jax.eval_shape(look, program.inputs)
+        nothing = [jnp.full(shapes[0].shape, -1, jnp.int32), jnp.zeros(shapes[1].shape, bool)]
+        fine = jnp.isfinite(value) & ~jnp.any(_nonfinite(grads))
+        keys, inputs = lax.cond(fine, lambda _: tuple(nothing), look, program.inputs)
+        record = _record(program, of, spots, value, grads, keys, inputs)
+        return (value if aux is None else (value, aux)), of.tree(grads)[0], record
+
+    return guarded
+
+
+def _trace(
+    f: Callable, argnums: int | Sequence[int], args: Sequence[Any], kwargs: Mapping[str, Any], what: str
+) -> tuple[Program, Scalar]:
+    """Trace `(value, aux, gradients by leaf)` of a call."""
+    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    def value_and_grads(*args: Any, **kwargs: Any) -> tuple[Any, Any, list[Any]]:
+        of = scalar(f, args, kwargs, numbers, what)
+        (value, aux), grads = jax.value_and_grad(of.call, has_aux=True)(of.leaves)
+        return value, aux, grads
+
+    return trace(value_and_grads, *args, **kwargs), scalar(f, args, kwargs, numbers, what)
+
+
+# These hand on what they are given, and make no NaN and no infinity of their own. (`gather` may: jax fills in
+# NaN for an index out of bounds. `convert_element_type` may: a number too large for float16.)
+_PASSIVE = frozenset(
+    "abs broadcast_in_dim clamp concatenate copy copy_p cummax cummin dynamic_slice dynamic_update_slice erf "
+    "erfc expand_dims iota logistic max min name neg pad random_bits reduce_max reduce_min reshape rev select_n "
+    "sharding_constraint sign slice sort split squeeze stop_gradient tanh transpose".split()
+)
+
+
+def _spots(program: Program) -> dict[Path, Spot]:
+    """Return every equation that may make a NaN or an infinity, down to the insides of all containers."""
+    places = {place.path: place for place in walk(program.jaxpr, enter_custom=True)}
+    made_by = {v: p.eqn.primitive.name for p in places.values() for v in p.eqn.outvars}
+    given: set[Any] = set()  # variables that hold a NaN or an infinity that is written in the program
+    spots = {}
+    for place in places.values():
+        eqn = place.eqn
+        is_given = [v in given if not isinstance(v, Literal) else _is_nonfinite(v) for v in eqn.invars]
+        _, inner = bodies(eqn, enter_custom=True)
+        for (
+            body,
+            _,
+        ) in inner:  # from the end: a cond has its index in front, a while loop the test's constants
+            pairs = zip(reversed(body.invars), reversed(is_given), strict=False)
+            given.update(v for v, is_it in pairs if is_it)
+        if inner or not any(_is_inexact(v) for v in eqn.outvars):
+            continue
+        if eqn.primitive.name in _PASSIVE:
+            if not any(is_given):
+                continue
+            given.update(eqn.outvars)
+        spots[place.path] = _spot(place, places, made_by)
+    return spots
+
+
+def _is_nonfinite(literal: Any) -> bool:
+    return _is_inexact(literal) and not bool(np.all(np.isfinite(np.asarray(literal.val, np.complex128))))
+
+
+def _spot(place: Place, places: Mapping[Path, Place], made_by: Mapping[Any, str]) -> Spot:
+    around = [place] + [places[frame.path] for frame in reversed(place.frames)]
+    stacks = [str(p.eqn.source_info.name_stack) for p in around]
+    phase = "backward" if any("transpose(" in stack for stack in stacks) else "forward"
+    if any("rematted_computation" in stack for stack in stacks):
+        phase = "recomputed"
+    operands: list[Any] = place.eqn.invars
+    # jax has d sqrt(x) = 0.5 / sqrt(x).
+    halves = place.eqn.primitive.name == "div" and getattr(operands[0], "val", None) == 0.5
+    return Spot(
+        path=place.path,
+        primitive=place.eqn.primitive.name,
+        within=_function_around(around[1:]),
+        phase=phase,
+        scope=re.sub(r"/?rematted_computation", "", place.scope).removeprefix("/"),
+        line=next((p.line for p in around if p.eqn.source_info.traceback and ":" in p.line), ""),
+        loops=_loops(place, places),
+        dtype=next(str(_dtype(v)) for v in place.eqn.outvars if _is_inexact(v)),
+        slope_of=made_by.get(operands[1], "") if halves else "",
+    )
+
+
+def _dtype(atom: Any) -> Any:
+    return getattr(atom.aval, "dtype", np.dtype(bool))
+
+
+def _is_inexact(atom: Any) -> bool:
+    return jnp.issubdtype(_dtype(atom), jnp.inexact)
+
+
+def _function_around(around: Sequence[Place]) -> str:
+    """Return the name of the nearest named function whose own lines are hidden: those of libraries."""
+    for place in around:
+        if place.eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
+            return str(place.eqn.params["call_jaxpr"].debug_info.func_src_info).split(" ")[0]
+        name = str(place.eqn.params.get("name", ""))
+        if name and not name.startswith("<"):
+            return name.removeprefix("_")
+    return ""
+
+
+def _loops(place: Place, places: Mapping[Path, Place]) -> tuple[Loop, ...]:
+    return tuple(
+        Loop(frame.kind, depth, frame.length, bool(places[frame.path].eqn.params.get("reverse", False)))
+        for depth, frame in enumerate(place.frames)
+        if frame.length is not None or frame.kind == "while"
+    )
+
+
+def _record(
+    program: Program,
+    of: Scalar,
+    spots: Mapping[Path, Spot],
+    value: Any,
+    grads: Sequence[Any],
+    keys: jax.Array,
+    nonfinite_inputs: jax.Array,
+) -> NanRecord:
+    names = _input_names(program)
+    return NanRecord(value, _nonfinite(grads), nonfinite_inputs, keys, tuple(spots.values()), of.names, names)
+
+
+def _worst(x: Any) -> jax.Array:
+    """Return the largest magnitude: NaN where there is one, else infinity where there is one."""
+    x = jnp.asarray(x)
+    if x.dtype.itemsize < 4:
+        x = x.astype(jnp.float32)  # some small types have no maximum
+    x = lax.abs(x)
+    return lax.reduce(x, np.zeros((), x.dtype), lax.max, range(x.ndim))
+
+
+def _worst_of(arrays: Sequence[Any]) -> jax.Array:
+    """Return the worst of several arrays, 0 of none; in float64 where that is in use."""
+    wide = jnp.result_type(float)
+    found = [_worst(x).astype(wide) for x in arrays]
+    return functools.reduce(lax.max, found, jnp.zeros((), wide))
+
+
+def _nonfinite(arrays: Sequence[Any]) -> jax.Array:
+    wide = jnp.result_type(float)
+    return ~jnp.isfinite(jnp.stack([_worst(x).astype(wide) for x in arrays]))
+
+
+def _input_names(program: Program) -> tuple[str, ...]:
+    names = [
+        name if owner == 0 else f"{name} of {'argument ' + str(owner) if owner > 0 else 'the keywords'}"
+        for name, owner in zip(program.names, program.owners, strict=True)
+    ]
+    return (*names, *["a constant that the function closes over"] * len(program.jaxpr.consts))
+
+
+def _nonfinite_inputs(program: Program, inputs: Sequence[Any]) -> jax.Array:
+    variables = [*program.jaxpr.jaxpr.invars, *program.jaxpr.jaxpr.constvars]
+    values = [*inputs, *program.jaxpr.consts]
+    worst = [_worst_of([x] * _is_inexact(v)) for v, x in zip(variables, values, strict=True)]
+    table = jnp.stack(worst or [_worst_of([])])
+    return jnp.stack([jnp.isnan(table), jnp.isinf(table)], axis=-1)
+
+
+def _look(program: Program, spots: Mapping[Path, Spot], inputs: Sequence[Any]) -> tuple[jax.Array, list[Any]]:
+    """Run the program; return the keys of what came first, `[3, levels]`, and the program's outputs."""
+    known: dict[
+        int, Any
+    ] = {}  # one equation's result is another's operand; the value is kept, so ids are its own
+
+    def worst(x: Any, keep: bool = False) -> jax.Array:
+        if id(x) in known:
+            return known[id(x)][1]
+        found = _worst_of([x])
+        if keep:
+            known[id(x)] = (x, found)
+        return found
+
+    def visit(
+        place: Place, evaluate: Evaluate, inputs: Sequence[Any], token: None
+    ) -> tuple[list[Any], jax.Array]:
+        outs = evaluate(inputs)
+        none = _worst_of([])
+        before = [worst(x) for v, x in zip(place.eqn.invars, inputs, strict=True) if _is_inexact(v)]
+        after = [worst(x, True) for v, x in zip(place.eqn.outvars, outs, strict=True) if _is_inexact(v)]
+        seen = jnp.stack([functools.reduce(lax.max, after), functools.reduce(lax.max, before, none)])
+        return outs, _runs(seen) if place.in_while else seen
+
+    places = {place.path: place for place in walk(program.jaxpr, enter_custom=True) if place.path in spots}
+    outs, captures = interpret(program.jaxpr, visit, places, inputs, merge=_merge_runs)
+    return _first_of_all(captures, list(spots.values())), outs
+
+
+def _runs(seen: jax.Array) -> jax.Array:
+    """Turn the worst `[..., (after, before)]` into counts: runs, and the run when each kind first came, or 0."""
+    after, before = seen[..., 0], seen[..., 1]
+    made = jnp.isinf(after) & jnp.isfinite(before)
+    flags = [jnp.ones_like(made), jnp.isnan(after), jnp.isinf(after), made]
+    return jnp.stack(flags, axis=-1).astype(jnp.int32)
+
+
+def _merge_runs(old: jax.Array, new: jax.Array) -> jax.Array:
+    """Join what two stretches of a while loop saw: runs add up, the earlier run in which something came counts."""
+    runs = old[..., :1]
+    later = jnp.where(new[..., 1:] > 0, runs + new[..., 1:], 0)
+    return jnp.concatenate([runs + new[..., :1], jnp.where(old[..., 1:] > 0, old[..., 1:], later)], axis=-1)
+
+
+def _first_of_all(captures: Mapping[Path, jax.Array], spots: Sequence[Spot]) -> jax.Array:
+    """Return the smallest key of each kind: `[3, levels]`, a row of -1 where there is none."""
+    levels = max([len(spot.key) for spot in spots], default=1)
+    groups: dict[Any, list[Spot]] = {}  # those with the same loops around
+    for spot in spots:
+        groups.setdefault(tuple((loop, spot.path[: 2 * loop.depth + 1]) for loop in spot.loops), []).append(
+            spot
+        )
+    rows = [
+        _first_of_group([captures[spot.path] for spot in group], group, levels) for group in groups.values()
+    ]
+    if not rows:
+        return jnp.full((3, levels), -1, jnp.int32)
+    table = jnp.stack(rows)  # [groups, kinds, levels]
+    chosen = _smallest(list(jnp.moveaxis(table, -1, 0)), table[..., 0] >= 0)
+    return jnp.take_along_axis(table, chosen[None, :, None], axis=0)[0]
+
+
+def _first_of_group(captures: Sequence[jax.Array], group: Sequence[Spot], levels: int) -> jax.Array:
+    """Return the smallest key of each kind, `[3, levels]`, among equations in the same loops."""
+    loops = group[0].loops
+    counted = any(loop.length is None for loop in loops)
+    seen = jnp.stack(captures, axis=-2)  # [*iterations, spots, 2 or, if runs are counted, 4]
+    seen = jnp.flip(seen, [i for i, loop in enumerate(_with_axis(loops)) if loop.reverse])
+    seen = (seen if counted else _runs(seen))[..., 1:]
+    *shape, kinds = seen.shape
+    flat = seen.reshape(-1, kinds)
+    # All of them are in the same iterations of the same loops: they ran in the order in which they lie here.
+    chosen = jnp.argmax(flat > 0, axis=0)
+    if counted:
+        outside = math.prod(loop.length or 1 for loop in itertools.takewhile(lambda loop: loop.length, loops))
+        order = lax.broadcasted_iota(jnp.int32, flat.shape, 0)
+        chosen = _smallest([order // (len(flat) // outside), flat, order], flat > 0)
+    *turns, spot = jnp.unravel_index(chosen, shape)
+    static = np.array([spot.key + (0,) * (levels - len(spot.key)) for spot in group], np.int32)
+    rows = jnp.asarray(static)[spot]  # [kinds, levels]
+    for loop in loops:
+        turn = turns.pop(0) if loop.length is not None else jnp.take_along_axis(flat, chosen[None], axis=0)[0]
+        rows = rows.at[:, 3 * loop.depth + 1].set(turn.astype(jnp.int32))
+    return jnp.where(jnp.any(flat > 0, axis=0)[:, None], rows, -1)
+
+
+def _with_axis(loops: Sequence[Loop]) -> list[Loop]:
+    return [loop for loop in loops if loop.length is not None]
+
+
+def _smallest(columns: Sequence[jax.Array], among: jax.Array) -> jax.Array:
+    """Return, per column of `among [n, kinds]`, the row that is smallest, comparing one number after the other."""
+    left = among
+    for column in columns:
+        column = jnp.where(left, column, _NEVER)
+        left = left & (column == jnp.min(column, axis=0, keepdims=True))
+    return jnp.argmax(left, axis=0)
+
+
+def _decode(record: NanRecord, row: int) -> tuple[Spot | None, tuple[int, ...]]:
+    """Return the equation that a key stands for and the iterations of the loops around it."""
+    key = [int(k) for k in np.asarray(record.keys)[row]]
+    if key[0] < 0:
+        return None, ()
+    by_key = {spot.key: spot for spot in record.spots}
+    for length in range(1, len(key) + 1, 3):  # a key may be padded; no equation's key begins with another's
+        still = tuple(0 if i % 3 == 1 else k for i, k in enumerate(key[:length]))
+        if still in by_key:
+            spot = by_key[still]
+            turns = [(loop, key[3 * loop.depth + 1]) for loop in spot.loops]
+            return spot, tuple(_index(loop, turn) for loop, turn in turns)
+    raise AssertionError(f"no equation has the key {key}")
+
+
+def _index(loop: Loop, turn: int) -> int:
+    if loop.length is None:
+        return turn - 1
+    return loop.length - 1 - turn if loop.reverse else turn
+
+
+def _inf_row(record: NanRecord) -> int:
+    made = np.asarray(record.keys)[_KINDS.index("made")]
+    return _KINDS.index("made" if made[0] >= 0 else "inf")
+
+
+class _Details(NamedTuple):
+    element: tuple[int, ...] | None
+    operands: tuple[Operand, ...]
+
+
+def _report(record: NanRecord, details: Mapping[str, _Details]) -> NanReport:
+    nan = _event("nan", *_decode(record, 0), details)
+    inf = _event("inf", *_decode(record, _inf_row(record)), details)
+    inputs = np.asarray(record.nonfinite_inputs)
+    if inputs[:, 0].any():
+        nan = Event("nan", "argument", scope=record.input_names[int(inputs[:, 0].argmax())])
+    if _inf_row(record) == _KINDS.index("inf"):
+        if inf is not None:
+            inf = inf._replace(cause="written into the program as a constant, as in a mask")
+        if inputs[:, 1].any():
+            inf = Event("inf", "argument", scope=record.input_names[int(inputs[:, 1].argmax())])
+    bad = tuple(n for n, is_bad in zip(record.leaf_names, record.nonfinite_grads, strict=True) if is_bad)
+    return NanReport(float(record.value), bad, nan, inf)
+
+
+def _event(
+    kind: str, spot: Spot | None, turns: tuple[int, ...], details: Mapping[str, _Details]
+) -> Event | None:
+    if spot is None:
+        return None
+    element, operands = details.get(kind, _Details(None, ()))
+    return Event(
+        kind=kind,
+        operation=spot.primitive,
+        within=spot.within,
+        phase=spot.phase,
+        scope=spot.scope,
+        line=spot.line,
+        iteration=turns,
+        loops=spot.loops,
+        element=element,
+        operands=operands,
+        cause=explain(spot.primitive, kind, operands, spot.dtype, spot.slope_of),
+    )
+
+
+def _details(program: Program, kind: str, spot: Spot, turns: tuple[int, ...]) -> _Details:
+    """Run the program once more, to see the operands of one equation in one iteration."""
+    place = next(p for p in walk(program.jaxpr, enter_custom=True) if p.path == spot.path)
+    outs: list[Any] = [v for v in place.eqn.outvars if _is_inexact(v)]
+    operands: list[Any] = [v for v in place.eqn.invars if _is_inexact(v)]
+    shape: tuple[int, ...] = tuple(outs[0].aval.shape)
+    pointwise = len(place.eqn.outvars) == 1 and spot.primitive in ELEMENTWISE
+    is_bad = jnp.isnan if kind == "nan" else jnp.isinf
+
+    def visit(
+        place: Place, evaluate: Evaluate, inputs: Sequence[Any], token: None
+    ) -> tuple[list[Any], jax.Array]:
+        results = evaluate(inputs)
+        known = [x for v, x in zip(place.eqn.outvars, results, strict=True) if _is_inexact(v)]
+        bad = is_bad(known[0]).reshape(-1)
+        element = jnp.unravel_index(jnp.argmax(bad), shape) if bad.size else [jnp.zeros((), int)] * len(shape)
+        found = jnp.any(jnp.stack([jnp.any(is_bad(x)) for x in known]))
+        numbers = [found, *element]
+        for v, x in zip(place.eqn.invars, inputs, strict=True):
+            if _is_inexact(v):
+                numbers += _numbers(jnp.asarray(x), element if pointwise else None)
+        wide = jnp.float64 if any(x.dtype == jnp.float64 for x in known) else jnp.float32
+        return results, jnp.stack([jnp.asarray(n).astype(wide) for n in numbers])
+
+    def keep_first(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(old[..., :1] > 0, old, new)
+
+    @jax.jit
+    def run(inputs: Sequence[Any]) -> jax.Array:
+        _, captures = interpret(program.jaxpr, visit, {spot.path: place}, inputs, merge=keep_first)
+        return captures[spot.path]
+
+    index = tuple(turn for loop, turn in zip(spot.loops, turns, strict=True) if loop.length is not None)
+    numbers = np.asarray(run(program.inputs))[index].tolist()
+    if not numbers[0]:
+        return _Details(None, ())  # another way to compile it gave other numbers
+    element = tuple(int(i) for i in numbers[1 : 1 + len(shape)])
+    rest = numbers[1 + len(shape) :]
+    found = []
+    for i, v in enumerate(operands):
+        low, high, zeros, nans, infs, minus_infs, at = rest[7 * i : 7 * i + 7]
+        counts = (int(zeros), int(nans), int(infs), int(minus_infs))
+        known = pointwise and tuple(v.aval.shape) in (shape, ())
+        found.append(
+            Operand(str(v.aval.dtype), tuple(v.aval.shape), low, high, *counts, at if known else None)
+        )
+    return _Details(element if len(outs) == 1 else None, tuple(found))
+
+
+def _numbers(x: jax.Array, element: Sequence[Any] | None) -> list[jax.Array]:
+    """Return lowest and highest finite value, counts of zeros, NaN, inf, -inf, and the value at an element."""
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.abs(x)
+    x = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+    finite = jnp.isfinite(x)
+    none = ~jnp.any(finite)
+    low = jnp.min(jnp.where(finite, x, jnp.inf), initial=jnp.inf)
+    high = jnp.max(jnp.where(finite, x, -jnp.inf), initial=-jnp.inf)
+    nan = jnp.full((), jnp.nan, x.dtype)
+    at = nan
+    if element is not None:
+        at = x[tuple(element)] if x.ndim else x
+    counts = [jnp.sum(c) for c in (x == 0, jnp.isnan(x), x == jnp.inf, x == -jnp.inf)]
+    return [jnp.where(none, nan, low), jnp.where(none, nan, high), *counts, at]

@@ -1,0 +1,110 @@
+"""A scalar function seen from its floating leaves: what `backprop`, `nan_origin` and `check_grads` share."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gradfn.transform.program import is_array, leaf_name
+
+
+class Scalar(NamedTuple):
+    """A call of a scalar function as a function of some of its floating leaves.
+
+    Attributes:
+        leaves: the floating arrays to differentiate with respect to, in order.
+        names: a name for each, such as `W1`, `layers/0/W`, `batch/0`.
+        call: `leaves -> (value, aux)`; aux is None where the function returns a scalar alone.
+        tree: `one thing per leaf -> those things in the trees of the chosen arguments`, None elsewhere.
+    """
+
+    leaves: list[Any]
+    names: tuple[str, ...]
+    call: Callable[[Sequence[Any]], tuple[Any, Any]]
+    tree: Callable[[Sequence[Any]], tuple[Any, ...]]
+
+
+def scalar(
+    f: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], argnums: Sequence[int], what: str
+) -> Scalar:
+    """Take a call of `f(*args) -> scalar` or `(scalar, aux)` apart; `what` names the caller in errors."""
+    if args and any(not -len(args) <= n < len(args) for n in argnums):
+        raise ValueError(f"{what}: argnums {tuple(argnums)} of a call with {len(args)} positional arguments")
+    chosen = [n % len(args) for n in argnums] if args else []
+    labels = _argument_names(f, len(args))
+    with_paths, structure = jax.tree_util.tree_flatten_with_path(tuple(args))
+    leaves = [leaf for _, leaf in with_paths]
+    floating = [
+        i
+        for i, (path, leaf) in enumerate(with_paths)
+        if path[0].idx in chosen and is_array(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    ]
+    if not floating:
+        raise TypeError(
+            f"{what}: there is no floating array in the arguments to differentiate with respect to; "
+            f"came {[jax.tree.map(_describe, args[n]) for n in chosen]}"
+        )
+
+    def call(values: Sequence[Any]) -> tuple[Any, Any]:
+        filled = list(leaves)
+        for i, value in zip(floating, values, strict=True):
+            filled[i] = value
+        out = f(*jax.tree.unflatten(structure, filled), **kwargs)
+        value, aux = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
+        if (
+            not is_array(value)
+            or jnp.shape(value)
+            or not jnp.issubdtype(jnp.result_type(value), jnp.floating)
+        ):
+            raise TypeError(
+                f"{what}: the function must return a floating scalar, or (scalar, aux); "
+                f"came {jax.tree.map(_describe, value)}. "
+                "For a loss of one example, gf.batch_mean(loss) makes the mean over a batch."
+            )
+        return value, aux
+
+    def tree(values: Sequence[Any]) -> tuple[Any, ...]:
+        known = dict(zip(floating, values, strict=True))
+        full = jax.tree.unflatten(structure, [known.get(i) for i in range(len(leaves))])
+        return tuple(full[n] for n in chosen)
+
+    def name(path: Any) -> str:
+        inside = leaf_name(path[1:], "")
+        label = labels[path[0].idx]
+        return inside if inside and path[0].idx == 0 else "/".join(filter(None, [label, inside]))
+
+    return Scalar([leaves[i] for i in floating], tuple(name(with_paths[i][0]) for i in floating), call, tree)
+
+
+def jit_arrays(f: Callable) -> Callable:
+    """Return `jax.jit(f)` for arguments whose trees may hold things that are no arrays (functions, strings)."""
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def run(structure: Any, others: tuple[Any, ...], arrays: list[Any]) -> Any:
+        rest = iter(arrays)
+        args, kwargs = jax.tree.unflatten(structure, [next(rest) if x is None else x for x in others])
+        return f(*args, **kwargs)
+
+    @functools.wraps(f)
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        others = tuple(None if is_array(leaf) else leaf for leaf in leaves)
+        return run(structure, others, [leaf for leaf in leaves if is_array(leaf)])
+
+    return compiled
+
+
+def _argument_names(f: Callable, n: int) -> list[str]:
+    try:
+        parameters = list(inspect.signature(f).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return [names[i] if i < len(names) else f"arg{i}" for i in range(n)]
+
+
+def _describe(leaf: Any) -> str:
+    return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" if is_array(leaf) else type(leaf).__name__
