@@ -1,7 +1,8 @@
 """What a user asks about gradients and activations, of any JAX function."""
 
 from gradfn.inspection.inspect import Inspection, inspect
+from gradfn.inspection.origin import NanRecord, NanReport, nan_guard, nan_origin
 from gradfn.inspection.patch import patch
 from gradfn.inspection.sites import sites
 
-__all__ = ["Inspection", "inspect", "patch", "sites"]
+__all__ = ["Inspection", "NanRecord", "NanReport", "inspect", "nan_guard", "nan_origin", "patch", "sites"]

@@ -225,7 +225,7 @@ def nan_origin(f: Callable, argnums: int | Sequence[int] = 0) -> Callable[..., N
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from gradfn.inspection.origin import nan_origin
+        >>> from gradfn.inspection import nan_origin
         >>> def f(x):
         ...     return jnp.sqrt(jnp.sum(x**2))
         >>> found = nan_origin(f)(jnp.zeros(3))
@@ -282,7 +282,7 @@ def nan_guard(f: Callable) -> Callable[..., tuple[Any, Any, NanRecord]]:
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from gradfn.inspection.origin import nan_guard
+        >>> from gradfn.inspection import nan_guard
         >>> step = jax.jit(nan_guard(lambda w, x: jnp.sum(jnp.log(w * x))))
         >>> value, grads, record = step(jnp.ones(2), jnp.array([1.0, 0.0]))
         >>> record.report().inf.operation
