@@ -96,7 +96,7 @@ def run(command):
 
 def newer_python():
     """Go on under a Python that is new enough, where this one is too old."""
-    if sys.version_info >= (3, 11):
+    if sys.version_info >= (3, 11):  # noqa: UP036
         return
     for name in reversed(PYTHONS):
         found = works(name)

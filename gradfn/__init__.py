@@ -1,7 +1,7 @@
 """gradfn: networks as pure functions over plain dicts of arrays, with every gradient visible."""
 
 from gradfn import data, layers
-from gradfn.inspection import Inspection, inspect, patch, sites
+from gradfn.inspection import Inspection, inspect, nan_guard, nan_origin, patch, sites
 from gradfn.losses import accuracy, batch_mean, classification_loss, quadratic_loss, regression_loss
 from gradfn.names import ParameterError, tap
 from gradfn.net import Net, repeat, residual, serial
@@ -31,6 +31,8 @@ __all__ = [
     "inspect",
     "layers",
     "mlp",
+    "nan_guard",
+    "nan_origin",
     "patch",
     "quadratic_loss",
     "regression_loss",

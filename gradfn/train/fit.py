@@ -14,32 +14,33 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from gradfn.losses import Loss
 from gradfn.train import checkpoint
+from gradfn.train.chunk import CAPACITY, chunks
+from gradfn.train.fault import fault
 from gradfn.train.log import Log
-from gradfn.train.source import Source, source_of
-from gradfn.train.step import TrainState, train_state, train_step
+from gradfn.train.source import source_of
+from gradfn.train.step import TrainState, train_state
 
 Row = dict[
     str, Any
 ]  # one evaluation: step, epoch, loss, examples_per_second, seconds, and what evaluate said
 CHECKPOINT = "checkpoint.safetensors"
-CAPACITY = 4096  # steps in a chunk at most
 CHUNK_SECONDS = (
     0.2  # what a chunk should take: often enough for the progress bar, seldom enough to cost nothing
 )
 
 
 class Fit(NamedTuple):
-    """What training gave: the parameters, the whole state, and a row for each evaluation."""
+    """What training gave: the parameters, the whole state, a row for each evaluation and each inspection."""
 
     params: Any
     state: TrainState
     history: list[Row]
+    inspections: list[Row]  # {"step": ...} and what Inspection.to_dict says
 
 
 def fit(
@@ -53,6 +54,7 @@ def fit(
     seed: int = 0,
     evaluate: Callable[[Any], dict[str, Any]] | None = None,
     eval_every: int | None = None,
+    inspect_every: int | None = None,
     stop: Callable[[list[Row]], bool] | None = None,
     folder: str | Path | None = None,
     checkpoint_seconds: float = 10.0,
@@ -74,21 +76,24 @@ def fit(
         seed: decides the order of the examples and the keys of noise.
         evaluate: `(params) -> {name: scalar}`, called every `eval_every` steps and at the end.
         eval_every: in steps; once an epoch by default (a tenth of all steps where `data` is a function).
+        inspect_every: look at all gradients and activations each so many steps, with `gf.inspect`.
         stop: `(history) -> bool`, asked after each evaluation; True ends the run. See `gf.stalled`.
-        folder: where to write `metrics.jsonl`, TensorBoard events and the checkpoint; None for nowhere.
+        folder: where to write `metrics.jsonl`, `inspections.jsonl`, TensorBoard events and the checkpoint; None
+            for nowhere.
         checkpoint_seconds: write a checkpoint when this much time has passed since the last, and at the end.
         resume: go on from the folder's checkpoint, where there is one, to the bit as if never interrupted.
         mesh: devices to share each batch, along the mesh's first axis; parameters are on all of them.
         progress: show a progress bar (in a terminal) or a line for each evaluation (elsewhere).
 
     Returns:
-        `Fit(params, state, history)`. A row of `history` has `step`, `epoch`, `loss` (the mean since the row
-        before), `examples_per_second`, `seconds`, aux's scalars and what `evaluate` said.
+        `Fit(params, state, history, inspections)`. A row of `history` has `step`, `epoch`, `loss` (the mean
+        since the row before), `examples_per_second`, `seconds`, aux's scalars and what `evaluate` said.
 
     Raises:
         ValueError: arrays of unlike length, a batch that is larger than the data, numbers below 1.
         CheckpointError: `resume` finds the checkpoint of another run, or one that cannot be read.
-        FloatingPointError: the loss is no longer finite; the last good checkpoint is kept.
+        FloatingPointError: the loss or a gradient is no longer finite; it says where that began, as
+            `gf.nan_origin` finds it. The last good checkpoint is kept.
 
     >>> import jax, jax.numpy as jnp, optax, gradfn as gf
     >>> net = gf.mlp([2, 1])
@@ -99,10 +104,10 @@ def fit(
     >>> print(fitted.params["W1"].round(3))
     [[ 1. -2.]]
     """
-    _positive(steps=steps, eval_every=1 if eval_every is None else eval_every)
+    _positive(steps=steps, eval_every=eval_every, inspect_every=inspect_every)
     source = source_of(data, batch_size, seed)
     eval_every = eval_every or min(source.epoch_steps or max(steps // 10, 1), steps)
-    epoch_steps = source.epoch_steps or steps
+    periods = [every for every in (eval_every, inspect_every, source.epoch_steps) if every]
     state = train_state(params, optimizer, jax.random.key(seed))
     settings = {"steps": steps, "batch_size": batch_size, "seed": seed, "eval_every": eval_every}
     log = Log(None if folder is None else Path(folder), settings, progress)
@@ -110,31 +115,35 @@ def fit(
         state, notes = checkpoint.load(log.folder / CHECKPOINT, like=state)
         log.restore(notes)
         if log.finished:
-            return Fit(state.params, state, log.history)
+            return Fit(state.params, state, log.history, log.inspections)
     if mesh is not None:
         # Automatic axes: the compiler shares the work, the loss knows nothing of devices.
         auto = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
         mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=auto)
         state = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    run_chunk = _chunk_of_steps(loss, optimizer, source, mesh)
+    run = chunks(loss, optimizer, source, mesh)
 
-    with log.bar():
+    with log.open():
         step = int(state.step)
         jax.block_until_ready(
-            run_chunk(state, source.order(source.epoch(step)), 0, 0)
+            run.advance(state, source.order(source.epoch(step)), 0, 0)
         )  # compile, take no step
         length = 1  # the first chunk is one step, to learn what a step takes
         saved = time.monotonic()
         while step < steps and not log.finished:
-            boundaries = ((step // every + 1) * every for every in (eval_every, epoch_steps))
+            here = state, source.order(source.epoch(step)), source.row(step)
+            if inspect_every and step % inspect_every == 0:
+                log.inspection(step, run.look(*here))
+            boundaries = ((step // every + 1) * every for every in periods)
             end = min(step + length, steps, *boundaries)
             began = time.monotonic()
-            after, metrics = run_chunk(state, source.order(source.epoch(step)), source.row(step), end - step)
+            after, columns, finite = run.advance(*here, end - step)
             source.order(source.epoch(end))  # a new epoch's is shuffled while the device works
-            values = {name: np.asarray(column)[: end - step] for name, column in metrics.items()}
+            metrics = {name: np.asarray(column)[: end - step] for name, column in columns.items()}
             took = time.monotonic() - began
-            _finite(values["loss"], step)
-            log.steps(values, source.batch_size, took)
+            if not (finite and np.isfinite(metrics["loss"]).all()):
+                raise fault(loss, run, *here, metrics["loss"])
+            log.steps(metrics, source.batch_size, took)
             if end - step == length:  # not cut short by a boundary, so its time is telling
                 aim = length * CHUNK_SECONDS / max(took, 1e-9)
                 length = int(np.clip(aim, max(length // 2, 1), min(length * 8, CAPACITY)))
@@ -147,7 +156,7 @@ def fit(
             if log.folder and (log.finished or time.monotonic() - saved >= checkpoint_seconds):
                 checkpoint.save(log.folder / CHECKPOINT, state, log.notes())
                 saved = time.monotonic()
-    return Fit(state.params, state, log.history)
+    return Fit(state.params, state, log.history, log.inspections)
 
 
 def stalled(
@@ -178,42 +187,7 @@ def stalled(
     return stop
 
 
-def _chunk_of_steps(
-    loss: Loss, optimizer: optax.GradientTransformation, source: Source, mesh: jax.sharding.Mesh | None
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """Return `(state, order, row, n) -> (state, metrics)`: `n` steps in one call, one program for every `n`."""
-    one_step = train_step(loss, optimizer)
-
-    def batch_of(arrays: Any, order: Any, row: jax.Array, state: TrainState) -> Any:
-        # The last fold keeps the batch's key apart from that of the loss's noise in the same step.
-        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
-        batch = source.batch(arrays, order, row, key)
-        if mesh is None:
-            return batch
-        shared = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names[0]))
-        return jax.lax.with_sharding_constraint(batch, shared)
-
-    @jax.jit
-    def chunk(arrays: Any, state: TrainState, order: Any, row: jax.Array, n: jax.Array) -> Any:
-        def body(i: jax.Array, carry: tuple[TrainState, Any]) -> tuple[TrainState, Any]:
-            state, columns = carry
-            state, metrics = one_step(state, batch_of(arrays, order, row + i, state))
-            return state, jax.tree.map(lambda column, value: column.at[i].set(value), columns, metrics)
-
-        _, shapes = jax.eval_shape(one_step, state, jax.eval_shape(batch_of, arrays, order, row, state))
-        columns = jax.tree.map(lambda leaf: jnp.zeros([CAPACITY], leaf.dtype), shapes)
-        return jax.lax.fori_loop(0, n, body, (state, columns))
-
-    return lambda state, order, row, n: chunk(source.arrays, state, order, row, n)
-
-
-def _positive(**numbers: int) -> None:
+def _positive(**numbers: int | None) -> None:
     for name, number in numbers.items():
-        if number < 1:
+        if number is not None and number < 1:
             raise ValueError(f"fit: {name} is 1 or more, came {number}")
-
-
-def _finite(losses: np.ndarray, step: int) -> None:
-    bad = np.flatnonzero(~np.isfinite(losses))
-    if bad.size:
-        raise FloatingPointError(f"the loss became {losses[bad[0]]} at step {step + int(bad[0])}")

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from gradfn.inspection import Inspection
 from gradfn.train.checkpoint import CheckpointError, replace_file
 
-METRICS = "metrics.jsonl"
+METRICS, INSPECTIONS = "metrics.jsonl", "inspections.jsonl"
 
 
 class Log:
@@ -24,6 +25,7 @@ class Log:
     def __init__(self, folder: Path | None, settings: dict[str, Any], progress: bool) -> None:
         self.folder, self.settings, self.progress = folder, settings, progress
         self.history: list[dict[str, Any]] = []
+        self.inspections: list[dict[str, Any]] = []
         self.finished = False
         self.sums: dict[str, float] = {}
         self.n_steps = 0
@@ -53,18 +55,27 @@ class Log:
         self.history.append(row)
         self.sums, self.n_steps, self.examples, self.row_seconds = {}, 0, 0, 0.0
         if self.folder:
-            with (self.folder / METRICS).open("a") as out:
-                out.write(json.dumps(row) + "\n")
+            self._append(METRICS, row)
             for name, value in row.items():
                 if name != "step":
                     self._events.add_scalar(name, value, step)
         if self._bar is None and self.progress:
             print(_line(row, self.settings["steps"]), flush=True)
 
+    def inspection(self, step: int, seen: Inspection) -> None:
+        """Keep what an inspection saw before a step."""
+        row = {"step": step} | seen.to_dict()
+        self.inspections.append(row)
+        if self.folder:
+            self._append(INSPECTIONS, row)
+            for name, stats in row["grads"].items():
+                self._events.add_scalar(f"gradient rms/{name}", stats["rms"], step)
+
     def notes(self) -> dict[str, Any]:
         """Return what a checkpoint must hold for the log to go on."""
-        names = ("settings", "history", "finished", "sums", "n_steps", "examples", "row_seconds", "seconds")
-        return {name: getattr(self, name) for name in names}
+        rows = ("history", "inspections")
+        sums = ("sums", "n_steps", "examples", "row_seconds", "seconds")
+        return {name: getattr(self, name) for name in ("settings", "finished", *rows, *sums)}
 
     def restore(self, notes: dict[str, Any]) -> None:
         """Go on from a checkpoint's notes.
@@ -82,8 +93,8 @@ class Log:
             setattr(self, name, value)
 
     @contextlib.contextmanager
-    def bar(self) -> Iterator[None]:
-        """Show progress, and keep the files open, while a run goes on."""
+    def open(self) -> Iterator[None]:
+        """Keep the files open, and the bar shown, while a run goes on."""
         with contextlib.ExitStack() as stack:
             if self.folder:
                 self._open_files(stack)
@@ -97,10 +108,15 @@ class Log:
         assert self.folder
         self.folder.mkdir(parents=True, exist_ok=True)
         # Rows that an interrupted run wrote after its last checkpoint are about to be made again.
-        text = "".join(json.dumps(row) + "\n" for row in self.history)
-        replace_file(self.folder / METRICS, text.encode())
+        for name, rows in ((METRICS, self.history), (INSPECTIONS, self.inspections)):
+            replace_file(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows).encode())
         last = self.history[-1]["step"] if self.history else 0
         self._events = stack.enter_context(SummaryWriter(str(self.folder / "events"), purge_step=last + 1))
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        assert self.folder
+        with (self.folder / name).open("a") as out:
+            out.write(json.dumps(row) + "\n")
 
     def _open_bar(self, stack: contextlib.ExitStack) -> None:
         from rich.console import Console

@@ -64,7 +64,7 @@ def train_step(
 
     @jax.jit
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        key = {"key": jax.random.fold_in(state.key, state.step)} if noisy else {}
+        key = {"key": step_key(state)} if noisy else {}
         (value, aux), grads = value_and_grad(state.params, batch, **key)
         with jax.numpy_dtype_promotion(
             "standard"
@@ -74,6 +74,11 @@ def train_step(
         return TrainState(params, opt_state, state.step + 1, state.key), {"loss": value, **scalars(aux)}
 
     return step
+
+
+def step_key(state: TrainState) -> jax.Array:
+    """Return the key of the step that comes next."""
+    return jax.random.fold_in(state.key, state.step)
 
 
 def scalar_and_aux(loss: Loss) -> Loss:

@@ -322,3 +322,51 @@ def test_a_bar_where_there_is_one(monkeypatch, capsys):
     assert "examples/s" in text
     assert "accuracy 0.5" in text
     assert fit_module is gf.fit
+
+
+# What it sees on the way
+
+
+def test_inspections_are_those_of_the_steps(tmp_path):
+    fitted = train(20, inspect_every=8, folder=tmp_path)
+    assert [row["step"] for row in fitted.inspections] == [0, 8, 16]
+    index = gf.data.epoch_order(50, 8, 3, 0)[0]
+    seen = gf.inspect(gf.batch_mean(loss), input_grads=False)(start, (data[0][index], data[1][index]))
+    first = fitted.inspections[0]
+    np.testing.assert_allclose(first["value"], seen.value, rtol=1e-5)
+    np.testing.assert_allclose(first["sites"]["a1"]["mean"], seen.stats["a1"].mean, rtol=1e-5)
+    assert set(first["update_ratios"]) == {"W1", "b1", "W2", "b2"}
+    rows = [json.loads(line) for line in (tmp_path / "inspections.jsonl").read_text().splitlines()]
+    assert rows == fitted.inspections
+
+
+def test_looking_changes_no_bit():
+    assert_same(train(20, inspect_every=3).params, train(20).params)
+
+
+def test_inspections_are_resumed(tmp_path):
+    def interrupt(params):
+        raise InterruptionError
+
+    with pytest.raises(InterruptionError):
+        train(20, inspect_every=3, folder=tmp_path, eval_every=11, evaluate=interrupt, checkpoint_seconds=0)
+    resumed = train(20, inspect_every=3, folder=tmp_path, eval_every=11, resume=True)
+    assert [row["step"] for row in resumed.inspections] == [0, 3, 6, 9, 12, 15, 18]
+    rows = [json.loads(line) for line in (tmp_path / "inspections.jsonl").read_text().splitlines()]
+    assert rows == resumed.inspections
+
+
+@pytest.mark.parametrize("chunk_seconds", [0, 0.2])
+def test_a_gradient_that_breaks_is_traced_to_its_line(monkeypatch, chunk_seconds):
+    monkeypatch.setattr(module, "CHUNK_SECONDS", chunk_seconds)
+
+    def norm(params, batch):
+        return jnp.sqrt(params["w"] ** 2) + batch.mean() * 0  # at 0 the slope of the root is infinite
+
+    with pytest.raises(FloatingPointError) as error:
+        # Four steps of 0.25 lead to 0, where the norm is finite and its gradient is not.
+        gf.fit(
+            norm, {"w": jnp.ones([])}, jnp.ones(50), optax.sign_sgd(0.25), 100, batch_size=5, progress=False
+        )
+    assert str(error.value).startswith("step 4: a gradient or an update is not finite")
+    assert "test_fit.py" in str(error.value)

@@ -1,0 +1,82 @@
+"""Many steps in one compiled call, and a look at a single one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gradfn.inspection import Inspection, inspect
+from gradfn.losses import Loss, over_batch
+from gradfn.net import takes_key
+from gradfn.train.source import Source
+from gradfn.train.step import TrainState, step_key, train_step
+
+CAPACITY = 4096  # steps in a chunk at most
+
+
+class Chunks(NamedTuple):
+    """What `fit` calls. Each takes the state, the epoch's order, and the row of it that is the next batch."""
+
+    advance: Callable[..., tuple[TrainState, dict[str, jax.Array], jax.Array]]
+    """`(state, order, row, n) -> (state, metrics [CAPACITY] each, whether all parameters are finite)`"""
+    look: Callable[..., Inspection]
+    """`(state, order, row) -> Inspection` of the step that comes next"""
+    arguments: Callable[..., tuple[Any, dict[str, Any]]]
+    """`(state, order, row) -> (batch, keywords)`: what the loss gets in the step that comes next"""
+
+
+def chunks(
+    loss: Loss, optimizer: optax.GradientTransformation, source: Source, mesh: jax.sharding.Mesh | None
+) -> Chunks:
+    """Return the compiled functions of a training run; one program serves chunks of every length."""
+    loss = over_batch(loss)
+    one_step = train_step(loss, optimizer)
+    inspected = inspect(loss, input_grads=False)
+
+    def batch_of(arrays: Any, state: TrainState, order: Any, row: jax.Array) -> Any:
+        # One more fold keeps the batch's key apart from that of the loss's noise in the same step.
+        batch = source.batch(arrays, order, row, jax.random.fold_in(step_key(state), 1))
+        if mesh is None:
+            return batch
+        shared = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names[0]))
+        return jax.lax.with_sharding_constraint(batch, shared)
+
+    def keywords(state: TrainState) -> dict[str, Any]:
+        return {"key": step_key(state)} if takes_key(loss) else {}
+
+    @jax.jit
+    def advance(arrays: Any, state: TrainState, order: Any, row: jax.Array, n: jax.Array) -> Any:
+        def body(i: jax.Array, carry: tuple[TrainState, Any]) -> tuple[TrainState, Any]:
+            state, columns = carry
+            state, metrics = one_step(state, batch_of(arrays, state, order, row + i))
+            return state, jax.tree.map(lambda column, value: column.at[i].set(value), columns, metrics)
+
+        _, metrics = jax.eval_shape(lambda: one_step(state, batch_of(arrays, state, order, row)))
+        columns = jax.tree.map(lambda leaf: jnp.zeros([CAPACITY], leaf.dtype), metrics)
+        state, columns = jax.lax.fori_loop(0, n, body, (state, columns))
+        return state, columns, all_finite(state.params)
+
+    @jax.jit
+    def look(arrays: Any, state: TrainState, order: Any, row: jax.Array) -> Inspection:
+        seen = inspected(state.params, batch_of(arrays, state, order, row), **keywords(state))
+        with jax.numpy_dtype_promotion("standard"):
+            updates, _ = optimizer.update(seen.grads, state.opt_state, state.params)
+        return seen.with_updates(state.params, updates)
+
+    @jax.jit
+    def arguments(arrays: Any, state: TrainState, order: Any, row: jax.Array) -> tuple[Any, dict[str, Any]]:
+        return batch_of(arrays, state, order, row), keywords(state)
+
+    return Chunks(
+        *(lambda *args, f=function: f(source.arrays, *args) for function in (advance, look, arguments))
+    )
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Tell whether a tree's floats are all finite; a bool scalar."""
+    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in floats] or [True]))

@@ -1,0 +1,38 @@
+"""What to say when training breaks: which step, and where the first number that is not finite came from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gradfn.inspection import nan_origin
+from gradfn.losses import Loss, over_batch
+from gradfn.train.chunk import Chunks, all_finite
+from gradfn.train.step import TrainState
+
+
+def fault(
+    loss: Loss, run: Chunks, state: TrainState, order: Any, row: int, losses: np.ndarray
+) -> FloatingPointError:
+    """Replay a chunk of steps up to the one that broke, and return the error that explains it.
+
+    Args:
+        loss: what was trained.
+        run: its compiled functions.
+        state: at the start of the chunk, with finite parameters.
+        order: of the epoch.
+        row: of the chunk's first batch.
+        losses: of the chunk's steps, `[n]`.
+    """
+    bad = np.flatnonzero(~np.isfinite(losses))
+    broken = int(bad[0]) if bad.size else len(losses)
+    # A gradient that is not finite breaks the parameters first, and the loss one step later.
+    if broken and not all_finite(run.advance(state, order, row, broken)[0].params):
+        broken -= 1
+    state, *_ = run.advance(state, order, row, broken)
+    batch, keywords = run.arguments(state, order, row + broken)
+    value = losses[broken] if broken < len(losses) else np.nan
+    what = f"the loss became {value}" if not np.isfinite(value) else "a gradient or an update is not finite"
+    report = nan_origin(over_batch(loss))(state.params, batch, **keywords)
+    return FloatingPointError(f"step {int(state.step)}: {what}\n{report}")
