@@ -35,7 +35,7 @@ def commands():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", list(commands()))
 def test_commands_run(line, tmp_path, monkeypatch, request):
     from gradfn.cli import main
 
