@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr
+from jax.tree_util import DictKey, SequenceKey
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,16 @@ class Program:
         return args
 
 
-def is_array(leaf: Any) -> bool:
-    """Tell whether a leaf is traced. Python's own bools and integers are settings that models branch on."""
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, float, complex))
+def is_array(path: Any, leaf: Any) -> bool:
+    """Tell whether a leaf is traced.
+
+    Python's own numbers are settings that models branch on, but for floats in dicts, lists and tuples, or by
+    themselves.
+    """
+    in_object = any(not isinstance(key, (DictKey, SequenceKey)) for key in path)
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic)) or (
+        isinstance(leaf, float) and not in_object
+    )
 
 
 def leaf_name(path: Any, default: str = "params") -> str:
@@ -57,7 +65,7 @@ def trace(f: Callable, *args: Any, **kwargs: Any) -> Program:
     """
     with_paths, in_tree = jax.tree_util.tree_flatten_with_path((args, kwargs))
     leaves = [leaf for _, leaf in with_paths]
-    known = tuple(is_array(leaf) for leaf in leaves)
+    known = tuple(is_array(path, leaf) for path, leaf in with_paths)
     # A path is (0, i, ...) for the i-th positional argument, (1, name, ...) for a keyword.
     owners = [path[1].idx if path[0].idx == 0 else -1 for path, _ in with_paths]
     names = [

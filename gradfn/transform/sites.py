@@ -7,14 +7,16 @@
     path (the product ``W1 x`` is ``W1``, the sum with the bias is ``b1``), and the activation function that
     directly follows a site, named ``b1:sigmoid``. With this one, every framework has sites.
 
-A value that several sources name is listed once, under the first of them. One abstract run over the program
-finds them
+A value that several sources name is listed once, under the first of them (but a scope entered several times,
+as the class names that Equinox opens are, gives way to the parameter's name). One abstract run over the
+program finds them
 all: it carries, per value, which parameters it derives from and whether it has met data.
 """
 
 import difflib
 import fnmatch
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -315,8 +317,17 @@ def find_sites(program: Program) -> list[Site]:
     """Return all sites of a program in the order in which it computes them."""
     places = {place.path: place for place in walk(program.jaxpr)}
     by_origin: dict[tuple[Path, int], _Found] = {}
-    rank = {"name": 0, "scope": 1, "parameter": 2}
-    for found in sorted(_analyse(program).found, key=lambda f: rank[f.source]):
+    everything = _analyse(program).found
+    outputs = Counter(
+        places[f.path].scope for f in {f.origin: f for f in everything if f.source == "scope"}.values()
+    )
+
+    def rank(found: _Found) -> int:
+        if found.source == "scope" and outputs[places[found.path].scope] > 1:
+            return 3  # a name that would need a number says less than the parameter's, if it has one
+        return {"name": 0, "scope": 1, "parameter": 2}[found.source]
+
+    for found in sorted(everything, key=rank):
         if found.source == "name":  # a value may well have two names of its own
             by_origin[(found.path, found.output)] = found
         named = by_origin.setdefault(found.origin, found)
