@@ -38,11 +38,11 @@ class Program:
         return args
 
 
-def is_array(path: Any, leaf: Any) -> bool:
+def is_array(leaf: Any, path: Any = ()) -> bool:
     """Tell whether a leaf is traced.
 
-    Python's own numbers are settings that models branch on, but for floats in dicts, lists and tuples, or by
-    themselves.
+    Python's own numbers are settings that models branch on, but for floats by themselves or in dicts, lists and
+    tuples; ``path`` says where the leaf is.
     """
     in_object = any(not isinstance(key, (DictKey, SequenceKey)) for key in path)
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic)) or (
@@ -65,7 +65,7 @@ def trace(f: Callable, *args: Any, **kwargs: Any) -> Program:
     """
     with_paths, in_tree = jax.tree_util.tree_flatten_with_path((args, kwargs))
     leaves = [leaf for _, leaf in with_paths]
-    known = tuple(is_array(path, leaf) for path, leaf in with_paths)
+    known = tuple(is_array(leaf, path) for path, leaf in with_paths)
     # A path is (0, i, ...) for the i-th positional argument, (1, name, ...) for a keyword.
     owners = [path[1].idx if path[0].idx == 0 else -1 for path, _ in with_paths]
     names = [
