@@ -1,8 +1,24 @@
 """What a user asks about gradients and activations, of any JAX function."""
 
+from gradfn.inspection.backprop import Backward, Step, backprop
+from gradfn.inspection.chain_rule import ChainRule, chain_rule
 from gradfn.inspection.inspect import Inspection, inspect
 from gradfn.inspection.origin import NanRecord, NanReport, nan_guard, nan_origin
 from gradfn.inspection.patch import patch
 from gradfn.inspection.sites import sites
 
-__all__ = ["Inspection", "NanRecord", "NanReport", "inspect", "nan_guard", "nan_origin", "patch", "sites"]
+__all__ = [
+    "Backward",
+    "ChainRule",
+    "Inspection",
+    "NanRecord",
+    "NanReport",
+    "Step",
+    "backprop",
+    "chain_rule",
+    "inspect",
+    "nan_guard",
+    "nan_origin",
+    "patch",
+    "sites",
+]

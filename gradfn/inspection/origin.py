@@ -1,9 +1,8 @@
 """`gf.nan_origin` and `gf.nan_guard`: where the first NaN and the first infinity came from.
 
 Both trace the value and the gradients of a function into one program and run it with a look at the result of
-every equation. Which came first is decided by the order of execution: a *key* per equation and iteration,
-compared number by number, that holds for each level of nesting the equation, the iteration (counted in the
-order in which the loop runs: the backward pass of a scan runs from its end) and the body.
+every equation. Which came first is decided by the order of execution: a *key* per equation and iteration
+(`where.order_key`), compared number by number.
 """
 
 # ruff: noqa: SIM905 (lists of words are read as words)
@@ -24,6 +23,18 @@ from jax.extend.core import Literal
 
 from gradfn.inspection.causes import ELEMENTWISE, Operand, explain
 from gradfn.inspection.scalar import Scalar, jit_arrays, scalar
+from gradfn.inspection.where import (
+    Loop,
+    around,
+    dtype_of,
+    function_around,
+    in_order,
+    line_of,
+    loops_around,
+    operation_of,
+    order_key,
+    turn_text,
+)
 from gradfn.transform import Place, Program, interpret, trace, walk
 from gradfn.transform.interpreter import Evaluate, Path, bodies
 
@@ -33,20 +44,11 @@ _KINDS = ("nan", "inf", "made")
 _NEVER = np.iinfo(np.int32).max
 
 
-class Loop(NamedTuple):
-    """A loop around an equation: `scan`, `while`, or `shard_map` (over devices), and its length if known."""
-
-    kind: str
-    depth: int  # which of the equation's frames it is
-    length: int | None
-    reverse: bool
-
-
 class Spot(NamedTuple):
     """One equation, in words."""
 
     path: Path
-    primitive: str
+    operation: str
     within: str  # the jitted or custom function that it is part of
     phase: str
     scope: str
@@ -54,14 +56,6 @@ class Spot(NamedTuple):
     loops: tuple[Loop, ...]
     dtype: str
     slope_of: str
-
-    @property
-    def key(self) -> tuple[int, ...]:
-        """Its key, with a 0 for the iteration at each level."""
-        out: list[int] = []
-        for equation, body in zip(self.path[::2], self.path[1::2], strict=False):
-            out += [equation, 0, body]
-        return (*out, self.path[-1])
 
 
 class Event(NamedTuple):
@@ -96,7 +90,7 @@ class Event(NamedTuple):
     def __str__(self) -> str:
         within = f" (in {self.within})" if self.within else ""
         where = [f"{self.phase}, {self.operation}{within}"]
-        where += [_turn(loop, i) for loop, i in zip(self.loops, self.iteration, strict=True)]
+        where += [turn_text(loop, i) for loop, i in zip(self.loops, self.iteration, strict=True)]
         where += [f"in scope {self.scope}"] if self.scope and self.operation != "argument" else []
         where += [f"element {list(self.element)}"] if self.element else []
         lines = [", ".join(where)]
@@ -106,12 +100,6 @@ class Event(NamedTuple):
         lines += [self.cause] * bool(self.cause)
         lines += [f"operand {i}: {operand}" for i, operand in enumerate(self.operands)]
         return "\n    ".join(lines)
-
-
-def _turn(loop: Loop, i: int) -> str:
-    if loop.kind == "scan":
-        return f"scan iteration {i} (of 0 to {loop.length - 1 if loop.length else '?'})"
-    return f"device {i}" if loop.kind == "shard_map" else f"run {i} in a while loop"
 
 
 @dataclass(frozen=True)
@@ -366,8 +354,8 @@ def _is_nonfinite(literal: Any) -> bool:
 
 
 def _spot(place: Place, places: Mapping[Path, Place], made_by: Mapping[Any, str]) -> Spot:
-    around = [place] + [places[frame.path] for frame in reversed(place.frames)]
-    stacks = [str(p.eqn.source_info.name_stack) for p in around]
+    containers = around(place, places)
+    stacks = [str(p.eqn.source_info.name_stack) for p in containers]
     phase = "backward" if any("transpose(" in stack for stack in stacks) else "forward"
     if any("rematted_computation" in stack for stack in stacks):
         phase = "recomputed"
@@ -376,42 +364,19 @@ def _spot(place: Place, places: Mapping[Path, Place], made_by: Mapping[Any, str]
     halves = place.eqn.primitive.name == "div" and getattr(operands[0], "val", None) == 0.5
     return Spot(
         path=place.path,
-        primitive=place.eqn.primitive.name,
-        within=_function_around(around[1:]),
+        operation=operation_of(place),
+        within=function_around(containers[1:]),
         phase=phase,
         scope=re.sub(r"/?rematted_computation", "", place.scope).removeprefix("/"),
-        line=next((p.line for p in around if p.eqn.source_info.traceback and ":" in p.line), ""),
-        loops=_loops(place, places),
-        dtype=next(str(_dtype(v)) for v in place.eqn.outvars if _is_inexact(v)),
+        line=line_of(containers),
+        loops=loops_around(place, places),
+        dtype=next(str(dtype_of(v)) for v in place.eqn.outvars if _is_inexact(v)),
         slope_of=made_by.get(operands[1], "") if halves else "",
     )
 
 
-def _dtype(atom: Any) -> Any:
-    return getattr(atom.aval, "dtype", np.dtype(bool))
-
-
 def _is_inexact(atom: Any) -> bool:
-    return jnp.issubdtype(_dtype(atom), jnp.inexact)
-
-
-def _function_around(around: Sequence[Place]) -> str:
-    """Return the name of the nearest named function whose own lines are hidden: those of libraries."""
-    for place in around:
-        if place.eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
-            return str(place.eqn.params["call_jaxpr"].debug_info.func_src_info).split(" ")[0]
-        name = str(place.eqn.params.get("name", ""))
-        if name and not name.startswith("<"):
-            return name.removeprefix("_")
-    return ""
-
-
-def _loops(place: Place, places: Mapping[Path, Place]) -> tuple[Loop, ...]:
-    return tuple(
-        Loop(frame.kind, depth, frame.length, bool(places[frame.path].eqn.params.get("reverse", False)))
-        for depth, frame in enumerate(place.frames)
-        if frame.length is not None or frame.kind == "while"
-    )
+    return jnp.issubdtype(dtype_of(atom), jnp.inexact)
 
 
 def _record(
@@ -510,7 +475,7 @@ def _merge_runs(old: jax.Array, new: jax.Array) -> jax.Array:
 
 def _first_of_all(captures: Mapping[Path, jax.Array], spots: Sequence[Spot]) -> jax.Array:
     """Return the smallest key of each kind: `[3, levels]`, a row of -1 where there is none."""
-    levels = max([len(spot.key) for spot in spots], default=1)
+    levels = max([len(order_key(spot.path)) for spot in spots], default=1)
     groups: dict[Any, list[Spot]] = {}  # those with the same loops around
     for spot in spots:
         groups.setdefault(tuple((loop, spot.path[: 2 * loop.depth + 1]) for loop in spot.loops), []).append(
@@ -542,7 +507,9 @@ def _first_of_group(captures: Sequence[jax.Array], group: Sequence[Spot], levels
         order = lax.broadcasted_iota(jnp.int32, flat.shape, 0)
         chosen = _smallest([order // (len(flat) // outside), flat, order], flat > 0)
     *turns, spot = jnp.unravel_index(chosen, shape)
-    static = np.array([spot.key + (0,) * (levels - len(spot.key)) for spot in group], np.int32)
+    static = np.array(
+        [order_key(spot.path) + (0,) * (levels - len(order_key(spot.path))) for spot in group], np.int32
+    )
     rows = jnp.asarray(static)[spot]  # [kinds, levels]
     for loop in loops:
         turn = turns.pop(0) if loop.length is not None else jnp.take_along_axis(flat, chosen[None], axis=0)[0]
@@ -568,7 +535,7 @@ def _decode(record: NanRecord, row: int) -> tuple[Spot | None, tuple[int, ...]]:
     key = [int(k) for k in np.asarray(record.keys)[row]]
     if key[0] < 0:
         return None, ()
-    by_key = {spot.key: spot for spot in record.spots}
+    by_key = {order_key(spot.path): spot for spot in record.spots}
     for length in range(1, len(key) + 1, 3):  # a key may be padded; no equation's key begins with another's
         still = tuple(0 if i % 3 == 1 else k for i, k in enumerate(key[:length]))
         if still in by_key:
@@ -579,9 +546,7 @@ def _decode(record: NanRecord, row: int) -> tuple[Spot | None, tuple[int, ...]]:
 
 
 def _index(loop: Loop, turn: int) -> int:
-    if loop.length is None:
-        return turn - 1
-    return loop.length - 1 - turn if loop.reverse else turn
+    return turn - 1 if loop.length is None else in_order(loop, turn)
 
 
 def _inf_row(record: NanRecord) -> int:
@@ -617,7 +582,7 @@ def _event(
     element, operands = details.get(kind, _Details(None, ()))
     return Event(
         kind=kind,
-        operation=spot.primitive,
+        operation=spot.operation,
         within=spot.within,
         phase=spot.phase,
         scope=spot.scope,
@@ -626,7 +591,7 @@ def _event(
         loops=spot.loops,
         element=element,
         operands=operands,
-        cause=explain(spot.primitive, kind, operands, spot.dtype, spot.slope_of),
+        cause=explain(spot.operation, kind, operands, spot.dtype, spot.slope_of),
     )
 
 
@@ -636,7 +601,7 @@ def _details(program: Program, kind: str, spot: Spot, turns: tuple[int, ...]) ->
     outs: list[Any] = [v for v in place.eqn.outvars if _is_inexact(v)]
     operands: list[Any] = [v for v in place.eqn.invars if _is_inexact(v)]
     shape: tuple[int, ...] = tuple(outs[0].aval.shape)
-    pointwise = len(place.eqn.outvars) == 1 and spot.primitive in ELEMENTWISE
+    pointwise = len(place.eqn.outvars) == 1 and spot.operation in ELEMENTWISE
     is_bad = jnp.isnan if kind == "nan" else jnp.isinf
 
     def visit(

@@ -1,0 +1,91 @@
+"""Where an equation stands, in words: its operation, the library function it is part of, its line, its loops."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gradfn.transform import Place
+from gradfn.transform.interpreter import Path
+
+
+class Loop(NamedTuple):
+    """A loop around an equation: `scan`, `while`, or `shard_map` (over devices), and its length if known."""
+
+    kind: str
+    depth: int  # which of the equation's frames it is
+    length: int | None
+    reverse: bool
+
+
+def loops_around(place: Place, places: Mapping[Path, Place]) -> tuple[Loop, ...]:
+    """Return the loops around an equation, outermost first."""
+    return tuple(
+        Loop(frame.kind, depth, frame.length, bool(places[frame.path].eqn.params.get("reverse", False)))
+        for depth, frame in enumerate(place.frames)
+        if frame.length is not None or frame.kind == "while"
+    )
+
+
+def turn_text(loop: Loop, i: int) -> str:
+    """Say which iteration of a loop."""
+    if loop.kind == "scan":
+        return f"scan iteration {i} (of 0 to {loop.length - 1 if loop.length else '?'})"
+    return f"device {i}" if loop.kind == "shard_map" else f"run {i} in a while loop"
+
+
+def order_key(path: Path, loops: Sequence[Loop] = (), turns: Sequence[int] = ()) -> tuple[int, ...]:
+    """Return what sorts equations and their iterations by the order of execution.
+
+    For each level of nesting: the equation, the iteration in the order in which the loop runs (the backward
+    pass of a scan runs from its end; 0 where there is no loop), and the body.
+    """
+    out: list[int] = []
+    for equation, body in zip(path[::2], path[1::2], strict=False):
+        out += [equation, 0, body]
+    for loop, i in zip(loops, turns, strict=False):
+        out[3 * loop.depth + 1] = in_order(loop, i)
+    return (*out, path[-1])
+
+
+def in_order(loop: Loop, i: int) -> int:
+    """Turn the number of an iteration into when it runs, and back."""
+    return loop.length - 1 - i if loop.reverse and loop.length is not None else i
+
+
+def around(place: Place, places: Mapping[Path, Place]) -> list[Place]:
+    """Return an equation and the containers around it, innermost first."""
+    return [place] + [places[frame.path] for frame in reversed(place.frames)]
+
+
+def line_of(places: Sequence[Place]) -> str:
+    """Return the innermost line that is the user's own: the insides of library functions have none."""
+    return next((p.line for p in places if p.eqn.source_info.traceback and ":" in p.line), "")
+
+
+def operation_of(place: Place) -> str:
+    """Return an operation's name; with the name of the function of a custom derivative, or of a `gf.tap`."""
+    name = place.eqn.primitive.name
+    if name in ("custom_jvp_call", "custom_vjp_call"):
+        return f"{name.removesuffix('_call')} {_custom_name(place)}"
+    return f"name {place.eqn.params['name']}" if name == "name" else name
+
+
+def function_around(containers: Sequence[Place]) -> str:
+    """Return the name of the nearest named function around: those of libraries hide their own lines."""
+    for place in containers:
+        if place.eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
+            return _custom_name(place)
+        name = str(place.eqn.params.get("name", ""))
+        if name and not name.startswith("<"):
+            return name.removeprefix("_")
+    return ""
+
+
+def _custom_name(place: Place) -> str:
+    return str(place.eqn.params["call_jaxpr"].debug_info.func_src_info).split(" ")[0]
+
+
+def dtype_of(atom: Any) -> Any:
+    """Return the dtype of a variable; bool for the rare one that has none."""
+    return getattr(atom.aval, "dtype", np.dtype(bool))
