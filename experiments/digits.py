@@ -62,7 +62,7 @@ def run(config: Config) -> Result:
     """Train, measure and draw; what it writes is in the result's folder."""
     config = runs.settle("digits", config)
     data = gf.data.mnist(config.data_path) if config.data == "mnist" else gf.data.digits()
-    print(data)
+    print(data if config.data == "mnist" else f"{data}\n(8x8 pixels, resized: this is not MNIST)")
     n_train = len(data.train[1])
     if config.batch > n_train:
         raise runs.RunError(f"batch: there are {n_train:,} training digits, came {config.batch}")

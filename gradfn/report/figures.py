@@ -277,6 +277,8 @@ def _lines(panel: Any, history: History, names: Sequence[str], scale: float) -> 
         marker = "o" if len(rows) < 3 else None  # two points make no curve
         panel.plot(steps, values, style, color=colour, marker=marker, label=_words(name), clip_on=False)
     panel.set_xlim(left=0)
+    panel.locator_params(axis="x", nbins=6)
+    panel.xaxis.set_major_formatter("{x:,.0f}")
     panel.set_xlabel("training step")
     panel.grid(color="0.9")
     panel.spines[["top", "right"]].set_visible(False)
