@@ -31,6 +31,7 @@ statistics of every cotangent come out of the same backward pass that computes t
 
 from gradfn.transform.interpreter import Place, evaluate, interpret, walk
 from gradfn.transform.probe import probe
+from gradfn.transform.products import flat_products
 from gradfn.transform.program import Program, trace
 from gradfn.transform.sites import Site, Use, find_sites, parameter_uses, select
 
@@ -41,6 +42,7 @@ __all__ = [
     "Use",
     "evaluate",
     "find_sites",
+    "flat_products",
     "interpret",
     "parameter_uses",
     "probe",
