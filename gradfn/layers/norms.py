@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from gradfn.names import ParameterError
 from gradfn.net import Net
 from gradfn.params import Param, Params
+from gradfn.precision import widen
 
 
 def layer_norm(n: int, bias: bool = True, epsilon: float = 1e-5) -> Net:
@@ -35,9 +36,10 @@ def layer_norm(n: int, bias: bool = True, epsilon: float = 1e-5) -> Net:
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
         gain, b = _aligned(params["gain"], x), params.get("b")
-        centred = x - x.mean(-1, keepdims=True)
+        wide = widen(x)
+        centred = wide - wide.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(variance + epsilon) * gain
+        y = (centred * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype) * gain
         return y if b is None else y + _aligned(b, x)
 
     return Net(spec, apply)
@@ -66,7 +68,9 @@ def rms_norm(n: int, epsilon: float = 1e-6) -> Net:
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
         gain = _aligned(params["gain"], x)
-        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon) * gain
+        wide = widen(x)
+        y = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + epsilon)
+        return y.astype(x.dtype) * gain
 
     return Net({"gain": Param((n,), jax.nn.initializers.ones)}, apply)
 
