@@ -2,10 +2,27 @@
 
 from gradfn import data, layers
 from gradfn.inspection import Inspection, inspect, nan_guard, nan_origin, patch, sites
-from gradfn.losses import accuracy, batch_mean, classification_loss, quadratic_loss, regression_loss
+from gradfn.losses import (
+    accuracy,
+    batch_mean,
+    classification_loss,
+    next_token_loss,
+    quadratic_loss,
+    regression_loss,
+)
 from gradfn.names import ParameterError, tap
 from gradfn.net import Net, repeat, residual, serial
-from gradfn.nets import hidden_width, mlp
+from gradfn.nets import (
+    GPTConfig,
+    LanguageModel,
+    generate,
+    gpt,
+    hidden_width,
+    mlp,
+    stack_blocks,
+    stream,
+    unstack_blocks,
+)
 from gradfn.params import Param, check, count, init, shapes, table
 from gradfn.train import CheckpointError, Fit, TrainState, fit, stalled, train_state, train_step
 
@@ -14,7 +31,9 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "Fit",
+    "GPTConfig",
     "Inspection",
+    "LanguageModel",
     "Net",
     "Param",
     "ParameterError",
@@ -26,6 +45,8 @@ __all__ = [
     "count",
     "data",
     "fit",
+    "generate",
+    "gpt",
     "hidden_width",
     "init",
     "inspect",
@@ -33,6 +54,7 @@ __all__ = [
     "mlp",
     "nan_guard",
     "nan_origin",
+    "next_token_loss",
     "patch",
     "quadratic_loss",
     "regression_loss",
@@ -41,9 +63,12 @@ __all__ = [
     "serial",
     "shapes",
     "sites",
+    "stack_blocks",
     "stalled",
+    "stream",
     "table",
     "tap",
     "train_state",
     "train_step",
+    "unstack_blocks",
 ]

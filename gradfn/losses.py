@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from gradfn.net import Net, takes_key
+from gradfn.transform import flat_products
 
 Loss = Callable[..., Any]  # (params, example) or (params, example, key) -> scalar, or (scalar, aux)
 
@@ -86,6 +87,31 @@ def quadratic_loss(net: Net) -> Loss:
     return _on_net(net, compare)
 
 
+def next_token_loss(net: Net) -> Loss:
+    """Return the mean cross-entropy of a language model's next tokens, for one sequence.
+
+    Args:
+        net: from tokens `[T]` to logits `[T, vocab]`: `gf.gpt`, `gf.rnn`.
+
+    Returns:
+        `loss(params, (tokens, targets)) -> scalar`, in nats a token; both are integers `[T]`, `targets[t]` what
+        comes after `tokens[t]`. Negative targets (padding) do not count.
+
+    >>> import jax, jax.numpy as jnp, gradfn as gf
+    >>> net = gf.gpt(gf.GPTConfig(vocab=65, context=8, n_layers=1, n_heads=2, width=4))
+    >>> zeros = jax.tree.map(jnp.zeros_like, net.init(jax.random.key(0)))
+    >>> gf.next_token_loss(net)(zeros, (jnp.array([1, 2]), jnp.array([2, 3])))  # the logarithm of 65
+    Array(4.1743875, dtype=float32)
+    """
+
+    def compare(logits: jax.Array, targets: Any) -> jax.Array:
+        counted = targets >= 0
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counted, targets, 0))  # [T]
+        return jnp.where(counted, nats, 0).sum() / jnp.maximum(counted.sum(dtype=nats.dtype), 1)
+
+    return _on_net(net, compare)
+
+
 def batch_mean(loss: Loss) -> Loss:
     """Turn the loss of one example into the mean over a batch.
 
@@ -94,7 +120,8 @@ def batch_mean(loss: Loss) -> Loss:
 
     Returns:
         The same over a batch, whose arrays have a leading batch axis; aux is meant too. A key is split, one
-        for each example.
+        for each example. Compiled, its matrix products are taken on `[batch * time, features]`, which the
+        gradient is 1.2 to 1.5 times as fast for on processors (`gradfn.transform.flat_products`).
 
     >>> import jax.numpy as jnp, gradfn as gf
     >>> gf.batch_mean(lambda params, x: params * x)(2.0, jnp.array([1.0, 2.0]))
@@ -112,7 +139,7 @@ def batch_mean(loss: Loss) -> Loss:
         return jax.tree.map(lambda value: value.mean(0), values)
 
     mean_loss.per_example = False  # type: ignore[attr-defined]
-    return mean_loss
+    return flat_products(mean_loss)
 
 
 def over_batch(loss: Loss) -> Loss:

@@ -18,6 +18,23 @@ tower = gf.serial(
     out=gf.layers.dense(4, 2, bias=False),
 )
 
+
+def on_tokens(net, vocab, n=5):
+    """A net of tokens as one of floats: its answer for fixed tokens, times the floats."""
+    tokens = np.arange(n) * 3 % vocab
+    return gf.Net(net.spec, lambda params, x: net.apply(params, tokens).astype(x.dtype) * x)
+
+
+GPT = {"vocab": 7, "context": 6, "n_layers": 2, "n_heads": 2, "width": 4}
+LLAMA = {
+    **GPT,
+    "positions": "rope",
+    "norm": "rms",
+    "feed": "swiglu",
+    "n_kv_heads": 1,
+    "hidden": 6,
+    "bias": False,
+}
 # name: (net, shape of one example)
 CASES = {
     "dense": (gf.layers.dense(3, 2), (3,)),
@@ -27,14 +44,28 @@ CASES = {
     "layer_norm without bias, over time": (gf.layers.layer_norm(4, bias=False), (5, 4)),
     "rms_norm": (gf.layers.rms_norm(4), (4,)),
     "dropout": (gf.layers.dropout(0.5), (4,)),
+    "embed": (on_tokens(gf.layers.embed(3, 4), 3), (5, 4)),
+    "attention": (gf.layers.attention(4, 2), (5, 4)),
+    "causal attention, grouped, turned": (
+        gf.layers.attention(8, 4, n_kv_heads=2, head_size=4, causal=True, bias=False, rope_base=100.0),
+        (5, 8),
+    ),
+    "feed_forward": (gf.layers.feed_forward(3, 5), (3,)),
+    "swiglu over time": (gf.layers.swiglu(3, 4), (2, 3)),
     "mlp": (gf.mlp([3, 4, 2]), (3,)),
     "mlp of columns": (gf.mlp([3, 4, 2], "tanh"), (3, 1)),
     "deep mlp with output activation": (gf.mlp([3, 5, 4, 2], "gelu", output="sigmoid"), (3,)),
     "serial, residual, repeat": (tower, (3,)),
+    "gpt": (on_tokens(gf.gpt(gf.GPTConfig(**GPT)), 7), (5, 7)),
+    "gpt scanned, computed again": (on_tokens(gf.gpt(gf.GPTConfig(**GPT, scan=True, remat=True)), 7), (5, 7)),
+    "llama": (on_tokens(gf.gpt(gf.GPTConfig(**LLAMA, tied=False)), 7), (5, 7)),
     "noisy tower": (gf.repeat(gf.serial(mix=gf.layers.dense(4, 4), drop=gf.layers.dropout(0.5)), 2), (4,)),
 }
 
-pytestmark = pytest.mark.parametrize("name", CASES)
+SLOW = {"gpt", "gpt scanned, computed again", "llama"}
+pytestmark = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
+)
 
 
 @functools.cache

@@ -1,0 +1,147 @@
+"""The transformer's block, and stacks of blocks: one after the other, or as one `lax.scan`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gradfn.layers.dropout import dropout
+from gradfn.names import scope, tap
+from gradfn.net import Net, fold, repeat
+from gradfn.params import Param, Params, Spec
+
+Run = Callable[..., Any]  # (params, x, key, cache, start) -> (y, cache)
+
+
+def block(attention: Net, feed: Net, norms: tuple[Net, Net], rate: float) -> tuple[Spec, Run]:
+    """Return a pre-norm block: what attention adds to the residual stream, then what feed-forward adds.
+
+    The stream is tapped on its way as `residual_mid` and `residual`, what is added to it as `attention_out` and
+    `feed_out`.
+
+    Returns:
+        The spec, and `(params, x, key, cache, start) -> (y, cache)`; key and cache may be None.
+    """
+    drop = dropout(rate)
+
+    def run(params: Params, x: jax.Array, key: Any, cache: Any, start: Any) -> tuple[jax.Array, Any]:
+        with scope("attention_norm"):
+            normed = norms[0].apply(params["attention_norm"], x)
+        with scope("attention"):
+            if cache is None:
+                added = attention.apply(params["attention"], normed)
+            else:
+                added, cache = attention.apply(params["attention"], normed, cache=cache, start=start)
+        added = tap(drop.apply({}, added, key=fold(key, 0)), "attention_out")
+        x = tap(x + added, "residual_mid")
+        with scope("feed_norm"):
+            normed = norms[1].apply(params["feed_norm"], x)
+        with scope("feed"):
+            added = feed.apply(params["feed"], normed)
+        added = tap(drop.apply({}, added, key=fold(key, 1)), "feed_out")
+        return tap(x + added, "residual"), cache
+
+    parts = {"attention_norm": norms[0], "attention": attention, "feed_norm": norms[1], "feed": feed}
+    return {name: net.spec for name, net in parts.items()}, run
+
+
+def stack_of(spec: Spec, run: Run, n: int, scan: bool, remat: bool) -> tuple[Spec, Run]:
+    """Return `n` blocks one after the other.
+
+    Args:
+        spec: of one block.
+        run: of one block.
+        n: how many.
+        scan: arrays `[n, ...]` under one `lax.scan`, whose time to compile does not grow with depth, in the
+            place of blocks `"0"`, `"1"`, ... each with its own arrays, which run a little faster.
+        remat: compute the insides of a block again in the backward pass in the place of keeping them.
+
+    Returns:
+        The spec, and `(params, x, key, cache, start) -> (y, cache)`; caches are a tree like the
+        parameters' blocks.
+    """
+    each = jax.checkpoint(run) if remat else run
+
+    def keys_of(key: Any) -> Any:
+        return None if key is None else jax.random.split(key, n)
+
+    def scanned(params: Params, x: jax.Array, key: Any, cache: Any, start: Any) -> tuple[jax.Array, Any]:
+        def step(x: jax.Array, its: Any) -> tuple[jax.Array, Any]:
+            block_params, block_key, block_cache = its
+            return each(block_params, x, block_key, block_cache, start)
+
+        return jax.lax.scan(step, x, (params, keys_of(key), cache), length=n)
+
+    def unrolled(params: Params, x: jax.Array, key: Any, cache: Any, start: Any) -> tuple[jax.Array, Any]:
+        keys, caches = keys_of(key), {}
+        for i in range(n):
+            block_key = None if keys is None else keys[i]
+            block_cache = None if cache is None else cache[str(i)]
+            with scope(str(i)):
+                x, caches[str(i)] = each(params[str(i)], x, block_key, block_cache, start)
+        return x, None if cache is None else caches
+
+    if scan:
+        return repeat(Net(spec, run), n).spec, scanned
+    return {str(i): spec for i in range(n)}, unrolled
+
+
+def stack_blocks(params: Params) -> Params:
+    """Return parameters of unrolled blocks as those of blocks under `lax.scan`.
+
+    Args:
+        params: of a net whose config says `scan=False` (or any tree made like it: gradients, moments).
+
+    Returns:
+        The same tree with `blocks` stacked: arrays `[n, ...]`.
+
+    >>> import jax, gradfn as gf
+    >>> config = gf.GPTConfig(vocab=65, context=8, n_layers=3, n_heads=2, width=4)
+    >>> params = gf.gpt(config).init(jax.random.key(0))
+    >>> gf.stack_blocks(params)["blocks"]["feed"]["up"]["W"].shape
+    (3, 16, 4)
+    """
+    blocks = params["blocks"]
+    in_order = [blocks[str(i)] for i in range(len(blocks))]
+    return params | {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *in_order)}
+
+
+def unstack_blocks(params: Params) -> Params:
+    """Return parameters of blocks under `lax.scan` as those of unrolled blocks: undoes `gf.stack_blocks`.
+
+    >>> import jax, gradfn as gf
+    >>> config = gf.GPTConfig(vocab=65, context=8, n_layers=3, n_heads=2, width=4, scan=True)
+    >>> params = gf.gpt(config).init(jax.random.key(0))
+    >>> gf.unstack_blocks(params)["blocks"]["2"]["feed"]["up"]["W"].shape
+    (16, 4)
+    """
+    blocks = params["blocks"]
+    n = len(jax.tree.leaves(blocks)[0])
+    unstacked = {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], blocks) for i in range(n)}
+    return params | {"blocks": unstacked}
+
+
+def cast(params: Params, dtype: Any) -> Params:
+    """Return parameters in the dtype that a net computes in; None leaves them as they are."""
+    return params if dtype is None else jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), params)
+
+
+def draw_like_gpt2(spec: Spec, n_layers: int) -> Spec:
+    """Return a spec whose matrices start as GPT-2's: normal, 0.02 wide.
+
+    Those that write into the residual stream (`out`, `down`) are narrower by sqrt(2 n_layers), so that the
+    stream does not grow with depth (Radford et al., *Language Models are Unsupervised Multitask Learners*,
+    2019, section 2.3).
+    """
+    into_stream = 0.02 / (2 * n_layers) ** 0.5
+
+    def draw(path: Any, param: Param) -> Param:
+        if param.init is not None or param.ndim < 2:
+            return param
+        width = into_stream if path[-2].key in ("out", "down") else 0.02
+        return Param(param.shape, jax.nn.initializers.normal(width), param.dtype, param.axes)
+
+    return jax.tree_util.tree_map_with_path(draw, spec)
