@@ -57,7 +57,7 @@ def fit(
     inspect_every: int | None = None,
     stop: Callable[[list[Row]], bool] | None = None,
     folder: str | Path | None = None,
-    checkpoint_seconds: float = 10.0,
+    checkpoint_seconds: float = 1.0,
     resume: bool = False,
     mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
@@ -80,7 +80,8 @@ def fit(
         stop: `(history) -> bool`, asked after each evaluation; True ends the run. See `gf.stalled`.
         folder: where to write `metrics.jsonl`, `inspections.jsonl`, TensorBoard events and the checkpoint; None
             for nowhere.
-        checkpoint_seconds: write a checkpoint when this much time has passed since the last, and at the end.
+        checkpoint_seconds: write a checkpoint when this much time has passed since the last (more where
+            writing one takes over a twentieth of it), and at the end.
         resume: go on from the folder's checkpoint, where there is one, to the bit as if never interrupted.
         mesh: devices to share each batch, along the mesh's first axis; parameters are on all of them.
         progress: show a progress bar (in a terminal) or a line for each evaluation (elsewhere).
@@ -129,7 +130,7 @@ def fit(
             run.advance(state, source.order(source.epoch(step)), 0, 0)
         )  # compile, take no step
         length = 1  # the first chunk is one step, to learn what a step takes
-        saved = time.monotonic()
+        saved, pause = time.monotonic(), checkpoint_seconds
         while step < steps and not log.finished:
             here = state, source.order(source.epoch(step)), source.row(step)
             if inspect_every and step % inspect_every == 0:
@@ -153,9 +154,11 @@ def fit(
                 epoch = step / source.epoch_steps if source.epoch_steps else None
                 log.row(step, epoch, {name: float(value) for name, value in answers.items()})
                 log.finished = step == steps or (stop is not None and stop(log.history))
-            if log.folder and (log.finished or time.monotonic() - saved >= checkpoint_seconds):
+            if log.folder and (log.finished or time.monotonic() - saved >= pause):
+                began = time.monotonic()
                 checkpoint.save(log.folder / CHECKPOINT, state, log.notes())
                 saved = time.monotonic()
+                pause = max(checkpoint_seconds, 20 * (saved - began))
     return Fit(state.params, state, log.history, log.inspections)
 
 
