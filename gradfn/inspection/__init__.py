@@ -2,6 +2,7 @@
 
 from gradfn.inspection.backprop import Backward, Step, backprop
 from gradfn.inspection.chain_rule import ChainRule, chain_rule
+from gradfn.inspection.check import GradCheck, LeafCheck, check_grads
 from gradfn.inspection.inspect import Inspection, inspect
 from gradfn.inspection.origin import NanRecord, NanReport, nan_guard, nan_origin
 from gradfn.inspection.patch import patch
@@ -10,12 +11,15 @@ from gradfn.inspection.sites import sites
 __all__ = [
     "Backward",
     "ChainRule",
+    "GradCheck",
     "Inspection",
+    "LeafCheck",
     "NanRecord",
     "NanReport",
     "Step",
     "backprop",
     "chain_rule",
+    "check_grads",
     "inspect",
     "nan_guard",
     "nan_origin",

@@ -246,7 +246,7 @@ def backprop(f: Callable, *, keep: bool = False) -> Callable[..., Backward]:
 
         names = scalar(f, args, kwargs, range(len(args)), "backprop").names
         program = trace(checked, *args, **kwargs)
-        infos = _infos(program, names)
+        infos = active_equations(program, names)
         places = {place.path: place for place in walk(program.jaxpr)}
         chosen = {info.path: (places[info.path], info) for info in infos}
         summary = _with_value if keep else _norm
@@ -300,7 +300,13 @@ def _tokens(info: _Info, keep: bool) -> dict[str, list[dict[str, jax.Array]]]:
     }
 
 
-def _infos(program: Program, names: Sequence[str]) -> tuple[_Info, ...]:
+def active_equations(program: Program, names: Sequence[str]) -> tuple[_Info, ...]:
+    """Return the equations that the floating leaves of the positional arguments have an influence on.
+
+    Args:
+        program: the traced call.
+        names: of those leaves, in order.
+    """
     left = iter(names)
     labels = [
         next(left) if owner >= 0 and jnp.issubdtype(aval.dtype, jnp.inexact) else None

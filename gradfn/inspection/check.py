@@ -1,0 +1,279 @@
+"""`gf.check_grads`: the gradient against central differences."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradfn.inspection.backprop import active_equations
+from gradfn.inspection.scalar import Scalar, scalar
+from gradfn.text import TextTable
+from gradfn.transform import trace
+from gradfn.transform.program import is_array
+
+PER_LEAF = 64  # of a tree with more leaves, single leaves are only looked at if all of them together are off
+TOLERANCE = 1e-5  # relative, in float64
+NOISE = 100  # a function's value is taken to be right to that many units in the last place
+
+
+class LeafCheck(NamedTuple):
+    """How the gradient of one leaf compares, in the direction in which it compares worst.
+
+    Attributes:
+        name: the leaf, such as `W1`; `all leaves` for a tree of many.
+        shape: its shape.
+        gradient: slope in that direction by the gradient.
+        difference: slope in that direction by central differences.
+        error: what lies between them, over the larger of `difference` and the gradient's norm.
+        ok: whether the error is within the tolerance, or below what rounding lets be seen.
+        note: what else there is to know: a kink, a gradient too small to be checked, a value not finite.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    gradient: float
+    difference: float
+    error: float
+    ok: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class GradCheck:
+    """A gradient compared with central differences. `print` shows it; it is true if all is well.
+
+    Attributes:
+        leaves: a `LeafCheck` per leaf.
+        tolerance: on the relative error.
+        precision: the lowest that a differentiated value is computed in, with the reason if not float64.
+    """
+
+    leaves: tuple[LeafCheck, ...]
+    tolerance: float
+    precision: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether every leaf is right."""
+        return all(leaf.ok for leaf in self.leaves)
+
+    @property
+    def off(self) -> list[str]:
+        """Names of the leaves whose gradient is off."""
+        return [leaf.name for leaf in self.leaves if not leaf.ok]
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def table(self) -> TextTable:
+        """Return it as a rich table, a row per leaf."""
+        verdict = "every gradient is right" if self.ok else f"off: {', '.join(self.off)}"
+        out = TextTable(
+            title=f"{verdict} (to {self.tolerance:.1g}, in {self.precision})",
+            caption="slopes in the random direction in which they differ most",
+        )
+        out.add_column("leaf", overflow="fold")
+        for column in ("shape", "by gradient", "by differences", "relative error"):
+            out.add_column(column, justify="right")
+        out.add_column("")
+        for leaf in self.leaves:
+            numbers = [f"{leaf.gradient:.8g}", f"{leaf.difference:.8g}", f"{leaf.error:.2g}"]
+            mark = ("ok" if leaf.ok else "OFF") + (f": {leaf.note}" if leaf.note else "")
+            out.add_row(leaf.name, str(list(leaf.shape)), *numbers, mark)
+        return out
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    __repr__ = __str__
+
+    def __rich__(self) -> Any:
+        return self.table().__rich__()
+
+
+def check_grads(
+    f: Callable,
+    argnums: int | Sequence[int] | None = None,
+    *,
+    directions: int = 2,
+    tolerance: float | None = None,
+    seed: int = 0,
+) -> Callable[..., GradCheck]:
+    """Compare the gradient of a function with central differences, leaf by leaf, in float64.
+
+    The function is traced with float64 inputs, whatever the default precision; it need not know. Where it
+    casts to a lower one itself, or cannot be traced in float64, steps and tolerance are those of that
+    precision. In each direction the best of up to three step sizes counts, about the cube root of the
+    precision times the leaf's size (Press et al., *Numerical Recipes*, 3rd edition, section 5.7), so that
+    neither rounding nor a kink of a relu nearby gives a false alarm.
+
+    Args:
+        f: any JAX function `(*args) -> scalar` or `-> (scalar, aux)`.
+        argnums: which positional arguments to check; all by default. Leaves that are not floating are left
+            alone.
+        directions: random directions per leaf. One leaf alone changes in each; in trees of more than 64
+            leaves all change together, and one by one only if that shows an error.
+        tolerance: on the relative error; 1e-5 in float64 by default.
+        seed: of the directions.
+
+    Returns:
+        A function of the same arguments that returns a `GradCheck`, which is true if all gradients are right
+        and prints itself: `assert gf.check_grads(f)(x)`.
+
+    Raises:
+        TypeError: a function that does not return a floating scalar; no floating array; a call inside `jit`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from gradfn.inspection import check_grads
+        >>> @jax.custom_vjp
+        ... def square(x):
+        ...     return x**2
+        >>> square.defvjp(lambda x: (x**2, x), lambda x, g: (x * g,))  # forgot the 2
+        >>> def f(params):
+        ...     return jnp.sum(square(params["a"])) + jnp.sum(params["b"] ** 2)
+        >>> checked = check_grads(f)({"a": jnp.ones(3), "b": jnp.ones(2)})
+        >>> checked.ok, checked.off
+        (False, ['a'])
+    """
+
+    @functools.wraps(f)
+    def check(*args: Any, **kwargs: Any) -> GradCheck:
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
+            raise TypeError("check_grads: call it outside jit: it decides on what it finds")
+        numbers = range(len(args)) if argnums is None else np.atleast_1d(argnums).tolist()
+        try:
+            with _float64():
+                wide_args, wide_kwargs = jax.tree.map(_widened, (args, kwargs))
+                of = scalar(f, wide_args, wide_kwargs, numbers, "check_grads")
+                precision = _lowest_precision(of)
+                return _check(of, precision, directions, tolerance, seed)
+        except TypeError as error:  # such as a scan whose carry is float32 by declaration
+            reason = str(error).splitlines()[0]
+        of = scalar(f, args, kwargs, numbers, "check_grads")
+        precision = _lowest_precision(of)
+        return _check(of, precision, directions, tolerance, seed, f"; float64 gives: {reason}")
+
+    return check
+
+
+@contextlib.contextmanager
+def _float64() -> Iterator[None]:
+    # What f closes over stays float32: let it meet float64.
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def _widened(leaf: Any) -> Any:
+    if not is_array(leaf) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        return leaf
+    complex_ = jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating)
+    return jnp.asarray(np.asarray(leaf), jnp.complex128 if complex_ else jnp.float64)
+
+
+def _lowest_precision(of: Scalar) -> tuple[str, str]:
+    """Return the coarsest dtype that a value which depends on the leaves is computed in, and the line."""
+    program = trace(lambda leaves: of.call(leaves)[0], of.leaves)
+    found = [(str(aval.dtype), "an argument") for aval in program.jaxpr.in_avals]
+    for equation in active_equations(program, of.names):
+        found += [(dtype, equation.line) for _, _, dtype in equation.results]
+    return max(found, key=lambda pair: float(jnp.finfo(pair[0]).eps))
+
+
+def _check(
+    of: Scalar,
+    precision: tuple[str, str],
+    directions: int,
+    tolerance: float | None,
+    seed: int,
+    reason: str = "",
+) -> GradCheck:
+    eps = float(jnp.finfo(precision[0]).eps)
+    if tolerance is None:
+        tolerance = max(TOLERANCE, 10 * eps ** (2 / 3))
+    value_of = jax.jit(lambda leaves: of.call(leaves)[0])
+    gradients = jax.jit(jax.grad(lambda leaves: of.call(leaves)[0]))(of.leaves)
+    gradients = [np.asarray(g, _wide(g)) for g in gradients]
+    leaves = [np.asarray(leaf, _wide(leaf)) for leaf in of.leaves]
+    dtypes = [jnp.result_type(leaf) for leaf in of.leaves]
+    here = float(value_of(of.leaves))
+    rng = np.random.default_rng(seed)
+
+    def slopes(along: dict[int, np.ndarray], step: float) -> _Slopes:
+        def at(step: float) -> float:
+            changed = [x + step * along[i] if i in along else x for i, x in enumerate(leaves)]
+            return float(value_of([jnp.asarray(x, d) for x, d in zip(changed, dtypes, strict=True)]))
+
+        ahead, behind = at(step), at(-step)
+        noise = NOISE * eps * max(map(abs, (ahead, here, behind))) / (2 * step)
+        return _Slopes((here - behind) / step, (ahead - here) / step, noise)
+
+    def compared(which: Sequence[int]) -> LeafCheck:
+        sizes = {i: _size(leaves[i]) for i in which}
+        norm = math.hypot(*[sizes[i] * float(np.linalg.norm(gradients[i].ravel())) for i in which])
+        # Relative to the leaf's numbers; finer in case of a kink nearby; and coarse, for numbers near zero.
+        steps = [eps ** (1 / 3) * s for s in (1.0, 1 / 30, 1 / max(sizes.values()))]
+        in_directions = []
+        for _ in range(directions):
+            along = {i: sizes[i] * _normal(rng, leaves[i]) for i in which}
+            slope = sum(float(np.sum(np.real(gradients[i] * v))) for i, v in along.items())
+            tries: list[LeafCheck] = []
+            for step in steps:
+                tries.append(_compare(slope, slopes(along, step), norm, tolerance))
+                if tries[-1].ok and not tries[-1].note:
+                    break
+            in_directions.append(min(tries, key=lambda t: (not t.ok, bool(t.note), t.error)))
+        worst = max(in_directions, key=lambda t: (not t.ok, t.error))
+        if len(which) > 1:
+            return worst._replace(name="all leaves")
+        return worst._replace(name=of.names[which[0]], shape=leaves[which[0]].shape)
+
+    every = [i for i, x in enumerate(leaves) if x.size]
+    rows = [compared(every)] if len(every) > PER_LEAF else []
+    if not rows or not rows[0].ok:
+        rows = [compared([i]) for i in every]
+    text = precision[0] + (f", at {precision[1]}{reason}" if precision[0] != "float64" else "")
+    return GradCheck(tuple(rows), tolerance, text)
+
+
+class _Slopes(NamedTuple):
+    """A function's slope in a direction by differences, to either side, and what rounding may do to it."""
+
+    behind: float
+    ahead: float
+    noise: float
+
+
+def _compare(slope: float, by_differences: _Slopes, norm: float, tolerance: float) -> LeafCheck:
+    behind, ahead, noise = by_differences
+    central = (behind + ahead) / 2
+    apart, size = abs(slope - central), max(abs(central), norm)
+    error = apart / size if size else 0.0
+    ok, note = error <= tolerance, ""
+    if not math.isfinite(slope) or not math.isfinite(central):
+        ok, error, note = False, math.inf, "not finite: gf.nan_origin tells where from"
+    elif not ok and apart <= noise:
+        ok, note = True, "smaller than what rounding lets be seen"
+    elif not ok and min(behind, ahead) - noise <= slope <= max(behind, ahead) + noise:
+        ok, note = True, "a kink: the slope lies between those on its two sides"
+    return LeafCheck("", (), slope, central, error, ok, note)
+
+
+def _wide(x: Any) -> Any:
+    return np.complex128 if jnp.issubdtype(jnp.result_type(x), jnp.complexfloating) else np.float64
+
+
+def _size(x: np.ndarray) -> float:
+    """Return the size of a leaf's numbers; 1 if they are all zero."""
+    return float(np.sqrt(np.mean(np.abs(x) ** 2))) or 1.0
+
+
+def _normal(rng: np.random.Generator, x: np.ndarray) -> np.ndarray:
+    v = rng.standard_normal(x.shape)
+    return v + 1j * rng.standard_normal(x.shape) if np.iscomplexobj(x) else np.asarray(v)
