@@ -393,19 +393,22 @@ def _record(
 
 
 def _worst(x: Any) -> jax.Array:
-    """Return the largest magnitude: NaN where there is one, else infinity where there is one."""
+    """Return a scalar: NaN where an array has a NaN, else infinity where it has one, else a finite number.
+
+    A sum, scaled down so that no array's finite numbers can add up to infinity. A maximum would not do: that
+    of XLA's processor backend loses NaNs in arrays of more than a few hundred elements.
+    """
     x = jnp.asarray(x)
     if x.dtype.itemsize < 4:
-        x = x.astype(jnp.float32)  # some small types have no maximum
+        x = x.astype(jnp.float32)  # their sums overflow
     x = lax.abs(x)
-    return lax.reduce(x, np.zeros((), x.dtype), lax.max, range(x.ndim))
+    return lax.reduce(x * np.array(2.0**-40, x.dtype), np.zeros((), x.dtype), lax.add, range(x.ndim))
 
 
 def _worst_of(arrays: Sequence[Any]) -> jax.Array:
     """Return the worst of several arrays, 0 of none; in float64 where that is in use."""
     wide = jnp.result_type(float)
-    found = [_worst(x).astype(wide) for x in arrays]
-    return functools.reduce(lax.max, found, jnp.zeros((), wide))
+    return sum([_worst(x).astype(wide) for x in arrays], jnp.zeros((), wide))
 
 
 def _nonfinite(arrays: Sequence[Any]) -> jax.Array:
@@ -447,10 +450,10 @@ def _look(program: Program, spots: Mapping[Path, Spot], inputs: Sequence[Any]) -
         place: Place, evaluate: Evaluate, inputs: Sequence[Any], token: None
     ) -> tuple[list[Any], jax.Array]:
         outs = evaluate(inputs)
-        none = _worst_of([])
+        none = _worst_of([])  # sums again: NaN and infinity survive them
         before = [worst(x) for v, x in zip(place.eqn.invars, inputs, strict=True) if _is_inexact(v)]
         after = [worst(x, True) for v, x in zip(place.eqn.outvars, outs, strict=True) if _is_inexact(v)]
-        seen = jnp.stack([functools.reduce(lax.max, after), functools.reduce(lax.max, before, none)])
+        seen = jnp.stack([sum(after, none), sum(before, none)])
         return outs, _runs(seen) if place.in_while else seen
 
     places = {place.path: place for place in walk(program.jaxpr, enter_custom=True) if place.path in spots}
@@ -459,7 +462,7 @@ def _look(program: Program, spots: Mapping[Path, Spot], inputs: Sequence[Any]) -
 
 
 def _runs(seen: jax.Array) -> jax.Array:
-    """Turn the worst `[..., (after, before)]` into counts: runs, and the run when each kind first came, or 0."""
+    """Turn the worst, `[..., (after, before)]`, into counts: runs, and the run when each kind first came, or 0."""
     after, before = seen[..., 0], seen[..., 1]
     made = jnp.isinf(after) & jnp.isfinite(before)
     flags = [jnp.ones_like(made), jnp.isnan(after), jnp.isinf(after), made]

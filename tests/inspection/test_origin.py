@@ -90,6 +90,27 @@ def test_overflow_in_one_iteration_of_a_scan():
     assert "scan iteration 7 (of 0 to 11)" in str(found)
 
 
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_one_bad_element_of_a_large_array(bad):
+    # The maximum of a large array loses NaNs on a processor.
+    def f(w, x):
+        return jnp.sum(jnp.sin(w * 3.0) * x) * 0.0
+
+    w = jnp.ones((48, 128)).at[40, 100].set(bad)
+    find = nan_origin(f)
+    found = find(w, jnp.ones((48, 128)))
+    assert not found.ok
+    assert found.nan.operation == ("argument" if bad != bad else "sin")
+    assert find(jnp.full((48, 128), 1e38), jnp.zeros((48, 128))).inf is None  # though they add up to more
+    _, _, record = jax.jit(nan_guard(f))(w, jnp.ones((48, 128)))
+    assert not bool(record.ok)
+    assert record.report().nan.operation == found.nan.operation
+    _, _, record = jax.jit(nan_guard(lambda x: jnp.sum(jnp.where(x > 0, jnp.sqrt(x), 0.0))))(
+        w.at[40, 100].set(0.0)
+    )
+    assert record.nonfinite_grads.tolist() == [True]  # the NaN is in the gradient alone
+
+
 def roots(w, x):
     def step(carry, w):
         return carry + jnp.sqrt(w), None
