@@ -15,7 +15,7 @@ from gradfn.text import TextTable
 from gradfn.transform import Place, Program, Site, find_sites, interpret, probe, select, trace, walk
 from gradfn.transform.interpreter import Evaluate, Path
 from gradfn.transform.sites import Selection
-from gradfn.transform.summaries import DEFAULT_STATS, STATS, Stats, finalise, sums
+from gradfn.transform.summaries import DEFAULT_STATS, STATS, Stats, summarise
 
 
 @functools.partial(
@@ -235,7 +235,7 @@ def _look(
         for site in by_path[place.path]:
             x = outs[site.index]
             still = lax.stop_gradient(x)
-            capture[site.name] = {"sums": sums(still, stats, site.kind)} | (
+            capture[site.name] = {"stats": summarise(still, stats, site.kind)} | (
                 {"raw": still} if site.name in raw else {}
             )
             if site.differentiable:
@@ -293,10 +293,8 @@ def _look(
         aux=aux,
         grads=of_args[0],
         input_grads=of_args[1:],
-        stats={name: finalise(forward[name]["sums"], stats) for name in in_order},
-        grad_stats={
-            name: finalise(cotangents[name]["sums"], stats) for name in in_order if name in cotangents
-        },
+        stats={name: forward[name]["stats"] for name in in_order},
+        grad_stats={name: cotangents[name]["stats"] for name in in_order if name in cotangents},
         kept={name: forward[name]["raw"] for name in in_order if name in raw},
         kept_grads={name: cotangents[name]["raw"] for name in in_order if name in raw and name in cotangents},
         update_ratios=None,
@@ -309,7 +307,7 @@ def _backward(site: Site, stats: tuple[str, ...], raw: bool) -> Callable[[Any, A
     """Return what is taken of a site's cotangent."""
 
     def summary(g: Any, residual: Any) -> dict[str, Any]:
-        return {"sums": sums(g, stats)} | ({"raw": g} if raw else {})
+        return {"stats": summarise(g, stats)} | ({"raw": g} if raw else {})
 
     return summary
 

@@ -7,12 +7,13 @@ for float64), also for bfloat16.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 STATS = ("mean", "rms", "max", "zeros", "saturated", "dead", "nonfinite", "histogram")
@@ -29,17 +30,14 @@ DEAD_ROWS = 8
 FIRST_EXPONENT, N_BINS, SAMPLE = -32, 48, 1024
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["count", *STATS],
-    meta_fields=[],
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["values", "histogram"], meta_fields=["names"])
 @dataclass(frozen=True)
 class Stats:
     """Statistics of one value; None for those that were not asked for or do not apply.
 
     Each is a float scalar, with leading axes where the value sits in a scan (iterations) or a shard_map
-    (devices).
+    (devices). They are kept in one array: a compiled step that returns hundreds of scalars spends its time on
+    returning them.
 
     Attributes:
         count: number of elements (0 where the value was never computed, or no gradient reached it).
@@ -52,54 +50,59 @@ class Stats:
         nonfinite: number of NaN and infinite elements.
         histogram: `[48]` counts of magnitudes by powers of two from 2^-32 up, on at most 1024 sampled
             elements.
+        values: `[..., len(names)]`, all but the histogram.
+        names: which those are (static).
     """
 
-    count: Any
-    mean: Any = None
-    rms: Any = None
-    max: Any = None
-    zeros: Any = None
-    saturated: Any = None
-    dead: Any = None
-    nonfinite: Any = None
-    histogram: Any = None
+    values: Any
+    histogram: Any
+    names: tuple[str, ...]
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("count", *STATS):
+            raise AttributeError(name)
+        return self.values[..., self.names.index(name)] if name in self.names else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the statistics that there are as Python numbers and lists."""
-        pairs = [(f.name, getattr(self, f.name)) for f in fields(self)]
-        return {name: jax.device_get(value).tolist() for name, value in pairs if value is not None}
+        values = np.asarray(self.values)
+        out = {name: values[..., i].tolist() for i, name in enumerate(self.names)}
+        return out if self.histogram is None else out | {"histogram": np.asarray(self.histogram).tolist()}
 
 
 @partial(jax.jit, static_argnames=("stats", "kind"))
-def sums(x: jax.Array, stats: tuple[str, ...], kind: str = "") -> dict[str, jax.Array]:
-    """Return what the statistics are made of, in scalars that are zero for a value never computed."""
+def summarise(x: jax.Array, stats: tuple[str, ...], kind: str = "") -> Stats:
+    """Return statistics of an array; `kind` is the activation function that made it, if one did."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         x = x.astype(jnp.float32)
     accumulate = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     wide = x.astype(accumulate)
-    rows = x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1)
+    n_units = x.shape[-1] if x.ndim else 1
+    n_rows = x.size // max(n_units, 1)
+    n = max(x.size, 1)
     out = {"count": jnp.full((), x.size, accumulate)}
     if "mean" in stats:
-        out["mean"] = jnp.sum(wide)
+        out["mean"] = jnp.sum(wide) / n
     if "rms" in stats or "nonfinite" in stats:
-        out["rms"] = jnp.sum(wide * wide)
-    if "dead" in stats and kind in ("relu", "relu6") and rows.shape[0] >= DEAD_ROWS:
-        of_units = jnp.max(jnp.abs(rows), axis=0, initial=0)
+        sum_of_squares = jnp.sum(wide * wide)
+        out["rms"] = jnp.sqrt(sum_of_squares / n)
+    if "dead" in stats and kind in ("relu", "relu6") and n_rows >= DEAD_ROWS:
+        of_units = jnp.max(jnp.abs(x.reshape(n_rows, n_units)), axis=0)  # [units]
         out["dead"] = jnp.mean((of_units == 0).astype(accumulate))
         if "max" in stats:
             out["max"] = jnp.max(of_units, initial=0).astype(accumulate)
     elif "max" in stats:
         out["max"] = jnp.max(jnp.abs(x), initial=0).astype(accumulate)
     if "zeros" in stats:
-        out["zeros"] = jnp.sum(jnp.square(jnp.sign(wide)))  # of non-zeros
+        out["zeros"] = (x.size - jnp.sum(jnp.square(jnp.sign(wide)))) / n
     if "saturated" in stats and kind in ("sigmoid", "tanh"):
         slope_at = jnp.abs(2 * wide - 1 if kind == "sigmoid" else wide)
-        out["saturated"] = jnp.sum(jnp.sign(jnp.maximum(slope_at - SATURATED, 0)))
+        out["saturated"] = jnp.sum(jnp.sign(jnp.maximum(slope_at - SATURATED, 0))) / n
     if "nonfinite" in stats:
-        out["nonfinite"] = _count_nonfinite(wide, out["rms"])
-    if "histogram" in stats:
-        out["histogram"] = _histogram(wide)
-    return out
+        out["nonfinite"] = _count_nonfinite(wide, sum_of_squares)
+    names = tuple(name for name in ("count", *stats) if name in out)
+    histogram = _histogram(wide) if "histogram" in stats else None
+    return Stats(jnp.stack([out[name] for name in names]), histogram, names)
 
 
 def _count_nonfinite(x: jax.Array, sum_of_squares: jax.Array) -> jax.Array:
@@ -115,18 +118,3 @@ def _histogram(x: jax.Array) -> jax.Array:
     _, exponent = jnp.frexp(sample)  # |x| = m 2^exponent, 0.5 <= m < 1
     bins = jnp.where(sample == 0, 0, jnp.clip(exponent - 1 - FIRST_EXPONENT, 0, N_BINS - 1))
     return jnp.sum((bins[:, None] == jnp.arange(N_BINS)[None]).astype(x.dtype), axis=0)
-
-
-def finalise(sums: dict[str, jax.Array], stats: tuple[str, ...]) -> Stats:
-    """Turn sums, with any leading axes, into statistics."""
-    count = sums["count"]
-    safe = jnp.maximum(count, 1)
-    values = {name: sums[name] for name in stats if name in sums}
-    for name in ("mean", "saturated"):
-        if name in values:
-            values[name] = values[name] / safe
-    if "rms" in values:
-        values["rms"] = jnp.sqrt(values["rms"] / safe)
-    if "zeros" in values:
-        values["zeros"] = (count - values["zeros"]) / safe
-    return Stats(count=count, **values)
