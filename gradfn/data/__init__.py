@@ -1,4 +1,4 @@
-"""Data sets as numpy arrays: handwritten digits, MNIST, a regression set, splits, shuffled batches."""
+"""Data as numpy arrays: handwritten digits, MNIST, a regression set, texts; splits, batches, windows."""
 
 from gradfn.data.batches import batches, epoch_order
 from gradfn.data.dataset import DataError, Dataset
@@ -7,16 +7,34 @@ from gradfn.data.digits import digits
 from gradfn.data.idx import read_idx
 from gradfn.data.mnist import idx_folder, mnist
 from gradfn.data.split import split
+from gradfn.data.text import Lines, Text, lines, python_topics, text, tokenize
+from gradfn.data.tokenizer import Tokenizer, characters, tiktoken, tokenizer, tokenizer_from, utf8_bytes
+from gradfn.data.windows import fixed_windows, host_windows, windows
 
 __all__ = [
     "DataError",
     "Dataset",
+    "Lines",
+    "Text",
+    "Tokenizer",
     "batches",
+    "characters",
     "diabetes",
     "digits",
     "epoch_order",
+    "fixed_windows",
+    "host_windows",
     "idx_folder",
+    "lines",
     "mnist",
+    "python_topics",
     "read_idx",
     "split",
+    "text",
+    "tiktoken",
+    "tokenize",
+    "tokenizer",
+    "tokenizer_from",
+    "utf8_bytes",
+    "windows",
 ]

@@ -2,6 +2,18 @@
 
 from gradfn.train.checkpoint import CheckpointError
 from gradfn.train.fit import Fit, fit, stalled
+from gradfn.train.optimizer import adamw_warmup_cosine
+from gradfn.train.source import from_host
 from gradfn.train.step import TrainState, train_state, train_step
 
-__all__ = ["CheckpointError", "Fit", "TrainState", "fit", "stalled", "train_state", "train_step"]
+__all__ = [
+    "CheckpointError",
+    "Fit",
+    "TrainState",
+    "adamw_warmup_cosine",
+    "fit",
+    "from_host",
+    "stalled",
+    "train_state",
+    "train_step",
+]

@@ -69,7 +69,7 @@ def fit(
             losses, which are of one example, are meant over the batch.
         params: any pytree of arrays; left as they are.
         data: a pytree of arrays with one leading axis of examples, which is shuffled each epoch; or a function
-            `(key) -> batch` that can be compiled.
+            `(key) -> batch` that can be compiled; or batches made on the host, see `gf.train.from_host`.
         optimizer: from optax.
         steps: how many to take in all.
         batch_size: examples a step, where `data` is arrays. What does not fill a batch waits for another epoch.
@@ -88,7 +88,8 @@ def fit(
 
     Returns:
         `Fit(params, state, history, inspections)`. A row of `history` has `step`, `epoch`, `loss` (the mean
-        since the row before), `examples_per_second`, `seconds`, aux's scalars and what `evaluate` said.
+        since the row before), `examples_per_second` (and `tokens_per_second`, padding counted, where examples
+        are whole numbers `[tokens]`), `seconds`, aux's scalars and what `evaluate` said.
 
     Raises:
         ValueError: arrays of unlike length, a batch that is larger than the data, numbers below 1.
@@ -108,10 +109,10 @@ def fit(
     _positive(steps=steps, eval_every=eval_every, inspect_every=inspect_every)
     source = source_of(data, batch_size, seed)
     eval_every = eval_every or min(source.epoch_steps or max(steps // 10, 1), steps)
-    periods = [every for every in (eval_every, inspect_every, source.epoch_steps) if every]
+    periods = [every for every in (eval_every, inspect_every, source.order_steps) if every]
     state = train_state(params, optimizer, jax.random.key(seed))
     settings = {"steps": steps, "batch_size": batch_size, "seed": seed, "eval_every": eval_every}
-    log = Log(None if folder is None else Path(folder), settings, progress)
+    log = Log(None if folder is None else Path(folder), settings, progress, source.tokens)
     if resume and log.folder and (log.folder / CHECKPOINT).exists():
         state, notes = checkpoint.load(log.folder / CHECKPOINT, like=state)
         log.restore(notes)

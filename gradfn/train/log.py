@@ -14,6 +14,7 @@ from gradfn.inspection import Inspection
 from gradfn.train.checkpoint import CheckpointError, replace_file
 
 METRICS, INSPECTIONS = "metrics.jsonl", "inspections.jsonl"
+NOT_METRICS = ("step", "epoch", "examples_per_second", "tokens_per_second", "seconds")
 
 
 class Log:
@@ -22,8 +23,11 @@ class Log:
     Between two rows it keeps the sums that the next row is made of, so that a checkpoint can hold them too.
     """
 
-    def __init__(self, folder: Path | None, settings: dict[str, Any], progress: bool) -> None:
+    def __init__(
+        self, folder: Path | None, settings: dict[str, Any], progress: bool, tokens: int | None
+    ) -> None:
         self.folder, self.settings, self.progress = folder, settings, progress
+        self.tokens = tokens  # of an example, where examples are sequences of them
         self.history: list[dict[str, Any]] = []
         self.inspections: list[dict[str, Any]] = []
         self.finished = False
@@ -51,7 +55,10 @@ class Log:
         """Close a row: the means since the last one, and what the evaluation said."""
         means = {name: total / self.n_steps for name, total in self.sums.items()}
         row = {"step": step} | ({} if epoch is None else {"epoch": epoch}) | means | answers
-        row |= {"examples_per_second": self.examples / max(self.row_seconds, 1e-9), "seconds": self.seconds}
+        rate = self.examples / max(self.row_seconds, 1e-9)
+        row |= {"examples_per_second": rate, "seconds": self.seconds}
+        if self.tokens:
+            row["tokens_per_second"] = self.tokens * rate
         self.history.append(row)
         self.sums, self.n_steps, self.examples, self.row_seconds = {}, 0, 0, 0.0
         if self.folder:
@@ -140,16 +147,17 @@ class Log:
         rate = self.examples / max(self.row_seconds, 1e-9)
         text = f"step {self._steps_taken():,} loss {loss:.4f}"
         if self.history:
-            skip = ("step", "epoch", "loss", "examples_per_second", "seconds")
+            skip = ("loss", *NOT_METRICS)
             text += "".join(
                 f" {name} {value:.4g}" for name, value in self.history[-1].items() if name not in skip
             )
-        self._bar.update(self._task, advance=n, description=f"{text} {rate:,.0f} examples/s")
+        per_second = f"{self.tokens * rate:,.0f} tokens/s" if self.tokens else f"{rate:,.0f} examples/s"
+        self._bar.update(self._task, advance=n, description=f"{text} {per_second}")
 
 
 def _line(row: dict[str, Any], steps: int) -> str:
     left = row["seconds"] / row["step"] * (steps - row["step"])
-    skip = ("step", "epoch", "examples_per_second", "seconds")
-    named = " ".join(f"{name} {value:.4f}" for name, value in row.items() if name not in skip)
-    rate = f"{row['examples_per_second']:,.0f} examples/s"
+    named = " ".join(f"{name} {value:.4f}" for name, value in row.items() if name not in NOT_METRICS)
+    rates = {"tokens/s": row.get("tokens_per_second"), "examples/s": row["examples_per_second"]}
+    rate = next(f"{rate:,.0f} {unit}" for unit, rate in rates.items() if rate)
     return f"step {row['step']:,}/{steps:,} {named} {rate}, {row['seconds']:.1f} s, {left:.1f} s left"

@@ -1,4 +1,4 @@
-"""Where the batches of `fit` come from: arrays in a new order each epoch, or a function of a key."""
+"""Where the batches of `fit` come from: arrays in a new order each epoch, a function of a key, or the host."""
 
 from __future__ import annotations
 
@@ -9,30 +9,36 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gradfn.data.batches import epoch_order
+
+HOST_STEPS, HOST_BYTES = 64, 1 << 24  # how many steps' batches the host makes at a time, at most
 
 
 @dataclass(frozen=True)
 class Source:
     """How to make the batch of a step.
 
-    `order(epoch)` is made on the host, once an epoch; `batch(arrays, order, row, key)` is traced into the step.
+    `order(epoch)` is made on the host, once in `order_steps`; `batch(arrays, order, row, key)` is traced into
+    the step. Where an order is of the whole data, it lasts an epoch.
     """
 
     batch_size: int
     epoch_steps: int | None  # None: there are no epochs
+    order_steps: int | None  # None: there is one order for ever
     arrays: Any
     order: Callable[[int], Any]
     batch: Callable[[Any, Any, jax.Array, jax.Array], Any]
+    tokens: int | None = None  # in a sequence, where the examples are sequences of tokens
 
     def epoch(self, step: int) -> int:
-        """Return the epoch that a step belongs to."""
-        return step // self.epoch_steps if self.epoch_steps else 0
+        """Return the number of the order (of the epoch) that a step belongs to."""
+        return step // self.order_steps if self.order_steps else 0
 
     def row(self, step: int) -> int:
-        """Return the row of the epoch's order that a step uses."""
-        return step % self.epoch_steps if self.epoch_steps else 0
+        """Return the row of that order that a step uses."""
+        return step % self.order_steps if self.order_steps else 0
 
 
 def source_of(data: Any, batch_size: int, seed: int) -> Source:
@@ -41,13 +47,58 @@ def source_of(data: Any, batch_size: int, seed: int) -> Source:
     Raises:
         ValueError: arrays of unlike length, or a batch that is larger than the data.
     """
+    if isinstance(data, Source):
+        return data
     return _from_function(data) if callable(data) else _from_arrays(data, batch_size, seed)
+
+
+def from_host(batch: Callable[[int], Any]) -> Source:
+    """Return data for `fit` that the host makes, for what does not fit on the device.
+
+    Batches go to the device some at a time, and the next ones are made while the device works.
+
+    Args:
+        batch: `step -> batch`, a pytree of numpy arrays with a leading axis of examples; a pure function of the
+            step's number (from 0), so that a run that goes on meets the batches it would have met.
+
+    Returns:
+        What `fit` takes for `data`.
+
+    >>> import jax.numpy as jnp, numpy as np, optax, gradfn as gf
+    >>> data = gf.train.from_host(lambda step: np.random.default_rng(step).normal(3.0, 1.0, [8]).astype("float32"))
+    >>> loss = lambda params, x: jnp.square(params - x).mean()
+    >>> fitted = gf.fit(loss, jnp.array(0.0), data, optax.sgd(0.05), 200, progress=False)
+    >>> print(fitted.params.round(0))
+    3.0
+    """
+    shapes = jax.tree.map(np.asarray, batch(0))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(shapes))
+    n = max(1, min(HOST_STEPS, HOST_BYTES // size))
+
+    @functools.lru_cache(maxsize=2)  # the batches that are in use, and the next ones
+    def order(epoch: int) -> Any:
+        batches = [batch(step) for step in range(epoch * n, (epoch + 1) * n)]
+        return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *batches)  # [n, batch, ...]
+
+    def row_of(arrays: Any, order: Any, row: jax.Array, key: jax.Array) -> Any:
+        return jax.tree.map(lambda leaf: leaf[row], order)
+
+    return Source(_batch_size(shapes), None, n, None, order, row_of, _tokens(shapes))
 
 
 def _from_function(make: Callable[[jax.Array], Any]) -> Source:
     batch = jax.eval_shape(make, jax.random.key(0))
-    batch_size = jax.tree.leaves(batch)[0].shape[0]
-    return Source(batch_size, None, None, lambda epoch: None, lambda arrays, order, row, key: make(key))
+    # The arrays of a jax.tree_util.Partial are the program's arguments and not, as a closure's, a part of it.
+    arrays = make if isinstance(make, jax.tree_util.Partial) else jax.tree_util.Partial(make)
+    return Source(
+        _batch_size(batch),
+        None,
+        None,
+        arrays,
+        lambda epoch: None,
+        lambda arrays, order, row, key: arrays(key),
+        _tokens(batch),
+    )
 
 
 def _from_arrays(data: Any, batch_size: int, seed: int) -> Source:
@@ -69,7 +120,17 @@ def _from_arrays(data: Any, batch_size: int, seed: int) -> Source:
     def batch(arrays: Any, order: jax.Array, row: jax.Array, key: jax.Array) -> Any:
         return jax.tree.map(lambda array: take_rows(array, order[row]), arrays)
 
-    return Source(batch_size, n // batch_size, arrays, order, batch)
+    return Source(batch_size, n // batch_size, n // batch_size, arrays, order, batch, _tokens(arrays))
+
+
+def _batch_size(batch: Any) -> int:
+    return jax.tree.leaves(batch)[0].shape[0]
+
+
+def _tokens(batch: Any) -> int | None:
+    """Return how many tokens a sequence has, where the first array is whole numbers `[batch, tokens]`."""
+    first = jax.tree.leaves(batch)[0]
+    return first.shape[1] if first.ndim == 2 and jnp.issubdtype(first.dtype, jnp.integer) else None
 
 
 def take_rows(array: jax.Array, index: jax.Array) -> jax.Array:

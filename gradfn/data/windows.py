@@ -1,0 +1,118 @@
+"""Windows of a text: the sequences that a language model trains on and is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradfn.data._checks import whole
+from gradfn.data.dataset import DataError
+
+Batch = tuple[np.ndarray, np.ndarray]  # tokens and targets, [batch, length] int32 each
+
+
+def windows(
+    tokens: np.ndarray, length: int, batch: int
+) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    """Return a function that draws windows of a text at random, on the device: `data` for `gf.fit`.
+
+    The tokens lie on the device; for a text that is too large for that there is `host_windows`.
+
+    Args:
+        tokens: `[N]` whole numbers.
+        length: tokens a window.
+        batch: windows a call.
+
+    Returns:
+        `key -> (tokens, targets)`, each `[batch, length]` int32; targets are the tokens one further on.
+
+    Raises:
+        DataError: a text that is shorter than a window and the token after it.
+
+    >>> import jax, gradfn as gf
+    >>> draw = gf.data.windows(np.arange(100), 3, batch=2)
+    >>> tokens, targets = draw(jax.random.key(0))
+    >>> tokens.shape, (targets - tokens).tolist()
+    ((2, 3), [[1, 1, 1], [1, 1, 1]])
+    """
+    n_starts = _starts(tokens, length, batch)
+
+    def draw(tokens: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        starts = jax.random.randint(key, (batch,), 0, n_starts)
+        rows = tokens[starts[:, None] + jnp.arange(length + 1)[None]].astype(jnp.int32)  # [batch, length + 1]
+        return rows[:, :-1], rows[:, 1:]
+
+    # A partial application is a pytree, whose arrays `fit` hands to the compiled program as arguments.
+    return jax.tree_util.Partial(draw, jnp.asarray(tokens))
+
+
+def host_windows(tokens: np.ndarray, length: int, batch: int, seed: int = 0) -> Callable[[int], Batch]:
+    """Return a function that draws windows of a text at random, on the host: for memory-mapped files.
+
+    Args:
+        tokens: `[N]` whole numbers, such as an `np.memmap`; only what a window needs is read.
+        length: tokens a window.
+        batch: windows a call.
+        seed: of the draws.
+
+    Returns:
+        `step -> (tokens, targets)`, each `[batch, length]` int32, a pure function of the step's number:
+        `gf.fit(loss, params, gf.train.from_host(gf.data.host_windows(...)), ...)`.
+
+    Raises:
+        DataError: a text that is shorter than a window and the token after it.
+
+    >>> import gradfn as gf
+    >>> tokens, targets = gf.data.host_windows(np.arange(100), 3, batch=2)(0)
+    >>> (targets - tokens).tolist()
+    [[1, 1, 1], [1, 1, 1]]
+    """
+    n_starts = _starts(tokens, length, batch)
+    whole("seed", seed, 0, 2**32 - 1)
+
+    def draw(step: int) -> Batch:
+        starts = np.random.default_rng([seed, step]).integers(0, n_starts, batch)
+        rows = np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int32)
+        return rows[:, :-1], rows[:, 1:]  # [batch, length + 1] -> [batch, length]
+
+    return draw
+
+
+def fixed_windows(tokens: np.ndarray, length: int, most: int | None = None) -> Batch:
+    """Return windows that stand side by side, to measure on: the same ones each time.
+
+    Args:
+        tokens: `[N]` whole numbers.
+        length: tokens a window.
+        most: take no more than so many, spread evenly over the text; None for all that there are. What does
+            not fill the last window is left out.
+
+    Returns:
+        `(tokens, targets)`, each `[windows, length]` int32.
+
+    Raises:
+        DataError: a text that is shorter than a window and the token after it.
+
+    >>> import gradfn as gf
+    >>> gf.data.fixed_windows(np.arange(8), 3)[0].tolist()
+    [[0, 1, 2], [3, 4, 5]]
+    """
+    _starts(tokens, length, 1)
+    n = (len(tokens) - 1) // length
+    chosen = np.arange(n) if most is None or most >= n else np.arange(most) * n // most
+    rows = np.stack([tokens[i * length : (i + 1) * length + 1] for i in chosen]).astype(np.int32)
+    return rows[:, :-1], rows[:, 1:]  # [windows, length + 1] -> [windows, length]
+
+
+def _starts(tokens: np.ndarray, length: int, batch: int) -> int:
+    """Return how many windows there are to draw from."""
+    length, _ = whole("length", length, 1), whole("batch", batch, 1)
+    if len(tokens) < length + 1:
+        raise DataError(
+            f"a window of {length:,} tokens and the one that comes after them do not fit in a text of "
+            f"{len(tokens):,}: take a longer text, or a shorter window"
+        )
+    return len(tokens) - length
