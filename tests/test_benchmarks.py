@@ -1,0 +1,169 @@
+"""The benchmarks' own machinery, and that the hand-written contenders do the same work. Nothing here is timed."""
+
+import json
+import statistics
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import fit_mnist, harness
+
+
+def test_everyone_takes_turns():
+    calls = []
+    contenders = {name: lambda name=name: calls.append(name) or 2.0 for name in "abc"}
+    timings = harness.race(contenders, rounds=6, warmup=2)
+    assert calls[:6] == ["a", "a", "b", "b", "c", "c"]
+    rounds = ["".join(calls[6 + 3 * i : 9 + 3 * i]) for i in range(6)]
+    assert rounds == ["abc", "bca", "cab", "cba", "acb", "bac"]
+    assert all(len(timing.wall) == len(timing.cpu) == 6 for timing in timings.values())
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7])
+def test_turns_are_fair(n):
+    """In two circles everyone has every place equally often."""
+    rounds = [harness.turns(list(range(n)), number) for number in range(2 * n)]
+    for place in zip(*rounds, strict=True):
+        assert sorted(place) == sorted([*range(n), *range(n)])
+
+
+def test_times_are_per_unit_of_work(monkeypatch):
+    clock = iter([0.0, 5.0, 10.0, 16.0, 20.0, 22.0])  # a call begins, a call ends
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(harness.time, "process_time", lambda: 0.0)
+    timing = harness.race({"only": lambda: 4.0}, rounds=2, warmup=1)["only"]
+    assert timing == (5.0, [1.5, 0.5], [0.0, 0.0])
+
+
+def test_ratios_are_taken_round_by_round():
+    # Both slow down together in the second round: the ratio stays.
+    timings = {
+        "baseline": harness.Timing(0.1, [1.0, 9.0, 1.0], [1.0, 9.0, 1.0]),
+        "twice as fast": harness.Timing(0.2, [0.5, 4.5, 0.5], [1.0, 9.0, 1.0]),
+    }
+    first, second = harness.summarize(timings, "baseline")
+    assert (first.name, first.ratio, first.low, first.high) == ("twice as fast", 2.0, 2.0, 2.0)
+    assert (first.rate, first.cpu_ratio, first.cpu_per_wall, first.first) == (2.0, 1.0, 2.0, 0.2)
+    assert (second.name, second.ratio) == ("baseline", 1.0)
+
+
+def test_quartiles_of_few_values():
+    assert harness.quartiles([3.0]) == (3.0, 3.0, 3.0)
+    low, middle, high = harness.quartiles([5.0, 1.0])
+    assert (low, middle, high) == (2.0, 3.0, 4.0)
+    values = np.random.default_rng(0).random(101).tolist()
+    assert harness.quartiles(values)[1] == statistics.median(values)
+    np.testing.assert_allclose(harness.quartiles(values), np.quantile(values, [0.25, 0.5, 0.75]))
+
+
+@pytest.mark.parametrize(
+    ("contenders", "rounds", "warmup"), [({}, 1, 1), ({"a": int}, 0, 1), ({"a": int}, 1, 0)]
+)
+def test_an_empty_race_is_refused(contenders, rounds, warmup):
+    with pytest.raises(ValueError, match="race: needs"):
+        harness.race(contenders, rounds, warmup)
+
+
+def test_report_prints_a_table_and_writes_json(tmp_path, capsys):
+    timings = {
+        "ours": harness.Timing(0.5, [0.5, 0.25, 0.5], [0.5, 0.25, 0.5]),
+        "theirs": harness.Timing(0.25, [1.0, 1.0, 1.0], [2.0, 2.0, 2.0]),
+    }
+    file = tmp_path / "out.json"
+    skipped = {"another": "it is not installed"}
+    harness.report("a race", timings, "theirs", "steps", skipped=skipped, json_file=file)
+    printed = capsys.readouterr().out
+    for text in (
+        "a race",
+        "ours",
+        "2.000",
+        "steps/s",
+        "another: skipped, it is not installed",
+        "jaxlib",
+        "processors",
+    ):
+        assert text in printed
+    written = json.loads(file.read_text())
+    assert written["seconds_per_unit"]["ours"]["wall"] == [0.5, 0.25, 0.5]
+    assert [line["name"] for line in written["summary"]] == ["ours", "theirs"]
+    assert written["summary"][0]["ratio"] == 2.0
+    assert written["summary"][1]["cpu_per_wall"] == 2.0
+    assert written["circumstances"]["jax"] == jax.__version__
+
+
+@pytest.fixture(scope="module")
+def task():
+    rng = np.random.default_rng(0)
+    x = rng.random((100, 784), np.float32)
+    return fit_mnist.starting_task(x, rng.integers(0, 10, 100).astype(np.int32))
+
+
+def test_orders_are_shuffled_whole_batches(task):
+    orders = task.orders()
+    first, second = next(orders), next(orders)
+    assert first.shape == (3, 32)
+    assert task.examples == 96
+    assert len(np.unique(first)) == 96
+    assert not np.array_equal(first, second)
+
+
+FRAMEWORKS = ("PyTorch", "Equinox", "Flax NNX")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in FRAMEWORKS else ()) for name in fit_mnist.TRAINERS],
+)
+def test_everyone_does_the_same_work(task, name):
+    """Two epochs against the formulas written out in numpy, in float64."""
+    # Most are written as a user would write them, under JAX's own settings.
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        try:
+            trainer = fit_mnist.TRAINERS[name](task)
+        except ImportError as error:
+            pytest.skip(f"{error.name} is not installed")
+        for _ in range(2):
+            trainer.epoch()
+    expected = by_hand(task, epochs=2)
+    trained = trainer.params()
+    assert trained.keys() == expected.keys()
+    for leaf, value in expected.items():
+        np.testing.assert_allclose(trained[leaf], value, atol=2e-5, err_msg=leaf)
+
+
+def by_hand(task: fit_mnist.Task, epochs: int) -> fit_mnist.Params:
+    params = {name: np.array(leaf, np.float64) for name, leaf in task.start.items()}
+    orders = task.orders()
+    for _ in range(epochs):
+        for index in next(orders):
+            x, y = np.array(task.x[index], np.float64), np.array(task.y[index])
+            hidden = 1 / (1 + np.exp(-(x @ params["W1"].T + params["b1"])))  # [batch, 16]
+            logits = hidden @ params["W2"].T + params["b2"]  # [batch, 10]
+            chances = np.exp(logits - logits.max(1, keepdims=True))
+            chances /= chances.sum(1, keepdims=True)
+            d2 = (chances - np.eye(10)[y]) / len(y)  # [batch, 10]
+            d1 = d2 @ params["W2"] * hidden * (1 - hidden)  # [batch, 16]
+            grads = {"W1": d1.T @ x, "b1": d1.sum(0), "W2": d2.T @ hidden, "b2": d2.sum(0)}
+            params = {name: leaf - fit_mnist.RATE * grads[name] for name, leaf in params.items()}
+    return params
+
+
+def test_who_is_not_installed_is_skipped(task, monkeypatch):
+    def missing(task):
+        raise ModuleNotFoundError(name="nowhere")
+
+    monkeypatch.setattr(fit_mnist, "TRAINERS", {"plain scan": fit_mnist.plain_scan, "other": missing})
+    ready, skipped = fit_mnist.trainers(task, ["plain scan", "other"])
+    assert list(ready) == ["plain scan"]
+    assert skipped == {"other": "nowhere is not installed"}
+
+
+def test_a_failure_inside_fit_is_raised(task, monkeypatch):
+    def fail(*args, **kwargs):
+        raise FloatingPointError("the loss became nan")
+
+    monkeypatch.setattr(fit_mnist.gf, "fit", fail)
+    trainer = fit_mnist.gradfn_fit(task)
+    with pytest.raises(FloatingPointError, match="became nan"):
+        trainer.epoch()
