@@ -63,6 +63,7 @@ ELEMENTWISE = frozenset(
 )
 _SUMS = {"reduce_sum", "cumsum", "reduce_window_sum", "scatter-add", "scatter_add", "psum"}
 _PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general"}
+_MATRICES = {"cholesky", "custom_linear_solve", "lu", "triangular_solve"}
 _DOMAINS = {
     "acos": "[-1, 1]",
     "acosh": "[1, inf)",
@@ -84,7 +85,7 @@ def explain(operation: str, kind: str, operands: tuple[Operand, ...], dtype: str
         slope_of: the function whose derivative the operation computes, if that is known.
     """
     if any(o.may("nan") for o in operands):
-        return "an operand was NaN already"
+        return "an operand is NaN: a constant that is written in the program"
     rule = _NAN if kind == "nan" else _INF
     if slope_of == "sqrt" and operation == "div":
         return (
@@ -96,6 +97,8 @@ def explain(operation: str, kind: str, operands: tuple[Operand, ...], dtype: str
         return sentence(operands, dtype)
     if kind == "inf":
         return "an operand was infinite already" if any(o.may("inf") for o in operands) else ""
+    if operation in _MATRICES:
+        return "a singular matrix, or for cholesky one that is not positive definite"
     if operation in _DOMAINS:
         return f"an operand outside the domain of {operation}, {_DOMAINS[operation]}"
     return ""

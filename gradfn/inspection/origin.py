@@ -38,8 +38,9 @@ from gradfn.inspection.where import (
 from gradfn.transform import Place, Program, interpret, trace, walk
 from gradfn.transform.interpreter import Evaluate, Path, bodies
 
-# What is looked for: a NaN, an infinity, and an infinity made out of finite operands. The last is the one to
-# report: others were written into the program (a mask) or handed on.
+# What is looked for: a NaN that no computed operand had, an infinity, and an infinity made out of finite
+# operands. Other infinities were written into the program (a mask) or handed on. A NaN that is written in the
+# program (jnp.var has one) counts where it gets through to a result.
 _KINDS = ("nan", "inf", "made")
 _NEVER = np.iinfo(np.int32).max
 
@@ -56,6 +57,7 @@ class Spot(NamedTuple):
     loops: tuple[Loop, ...]
     dtype: str
     slope_of: str
+    written: tuple[bool, ...]  # per operand: a NaN or infinity that is written in the program
 
 
 class Event(NamedTuple):
@@ -109,7 +111,8 @@ class NanReport:
     Attributes:
         value: the function's value.
         nonfinite_grads: names of the leaves whose gradient is not finite.
-        nan: the first NaN, or None.
+        nan: the first NaN that was computed, was in the arguments, or was written into the program and got
+            through to a result; or None.
         inf: the first infinity that was made out of finite numbers; if there is none, the first one that was
             written into the program or its arguments (such as a mask of -inf); or None.
     """
@@ -327,7 +330,7 @@ def _spots(program: Program) -> dict[Path, Spot]:
     """Return every equation that may make a NaN or an infinity, down to the insides of all containers."""
     places = {place.path: place for place in walk(program.jaxpr, enter_custom=True)}
     made_by = {v: p.eqn.primitive.name for p in places.values() for v in p.eqn.outvars}
-    given: set[Any] = set()  # variables that hold a NaN or an infinity that is written in the program
+    given: set[Any] = set()  # variables that hold nothing but what is written in the program, non-finite
     spots = {}
     for place in places.values():
         eqn = place.eqn
@@ -341,11 +344,14 @@ def _spots(program: Program) -> dict[Path, Spot]:
             given.update(v for v, is_it in pairs if is_it)
         if inner or not any(_is_inexact(v) for v in eqn.outvars):
             continue
-        if eqn.primitive.name in _PASSIVE:
-            if not any(is_given):
-                continue
+        if any(is_given) and all(
+            g or isinstance(v, Literal) for g, v in zip(is_given, eqn.invars, strict=True)
+        ):
             given.update(eqn.outvars)
-        spots[place.path] = _spot(place, places, made_by)
+            continue
+        if eqn.primitive.name in _PASSIVE and not any(is_given):
+            continue
+        spots[place.path] = _spot(place, places, made_by, tuple(is_given))
     return spots
 
 
@@ -353,7 +359,9 @@ def _is_nonfinite(literal: Any) -> bool:
     return _is_inexact(literal) and not bool(np.all(np.isfinite(np.asarray(literal.val, np.complex128))))
 
 
-def _spot(place: Place, places: Mapping[Path, Place], made_by: Mapping[Any, str]) -> Spot:
+def _spot(
+    place: Place, places: Mapping[Path, Place], made_by: Mapping[Any, str], written: tuple[bool, ...]
+) -> Spot:
     containers = around(place, places)
     stacks = [str(p.eqn.source_info.name_stack) for p in containers]
     phase = "backward" if any("transpose(" in stack for stack in stacks) else "forward"
@@ -372,6 +380,7 @@ def _spot(place: Place, places: Mapping[Path, Place], made_by: Mapping[Any, str]
         loops=loops_around(place, places),
         dtype=next(str(dtype_of(v)) for v in place.eqn.outvars if _is_inexact(v)),
         slope_of=made_by.get(operands[1], "") if halves else "",
+        written=written,
     )
 
 
@@ -451,9 +460,13 @@ def _look(program: Program, spots: Mapping[Path, Spot], inputs: Sequence[Any]) -
     ) -> tuple[list[Any], jax.Array]:
         outs = evaluate(inputs)
         none = _worst_of([])  # sums again: NaN and infinity survive them
-        before = [worst(x) for v, x in zip(place.eqn.invars, inputs, strict=True) if _is_inexact(v)]
+        written = spots[place.path].written
+        before: list[list[Any]] = [[], []]  # computed operands, those written in the program
+        for v, x, is_written in zip(place.eqn.invars, inputs, written, strict=True):
+            if _is_inexact(v):
+                before[is_written].append(worst(x))
         after = [worst(x, True) for v, x in zip(place.eqn.outvars, outs, strict=True) if _is_inexact(v)]
-        seen = jnp.stack([sum(after, none), sum(before, none)])
+        seen = jnp.stack([sum(after, none), sum(before[False], none), sum(before[True], none)])
         return outs, _runs(seen) if place.in_while else seen
 
     places = {place.path: place for place in walk(program.jaxpr, enter_custom=True) if place.path in spots}
@@ -462,10 +475,13 @@ def _look(program: Program, spots: Mapping[Path, Spot], inputs: Sequence[Any]) -
 
 
 def _runs(seen: jax.Array) -> jax.Array:
-    """Turn the worst, `[..., (after, before)]`, into counts: runs, and the run when each kind first came, or 0."""
-    after, before = seen[..., 0], seen[..., 1]
-    made = jnp.isinf(after) & jnp.isfinite(before)
-    flags = [jnp.ones_like(made), jnp.isnan(after), jnp.isinf(after), made]
+    """Turn the worst, `[..., (after, computed, written)]`, into counts.
+
+    Those are the number of runs and, for each kind, the run in which it first came, from 1; 0 for never.
+    """
+    after, computed, written = seen[..., 0], seen[..., 1], seen[..., 2]
+    made = jnp.isinf(after) & jnp.isfinite(computed + written)
+    flags = [jnp.ones_like(made), jnp.isnan(after) & ~jnp.isnan(computed), jnp.isinf(after), made]
     return jnp.stack(flags, axis=-1).astype(jnp.int32)
 
 
@@ -498,7 +514,7 @@ def _first_of_group(captures: Sequence[jax.Array], group: Sequence[Spot], levels
     """Return the smallest key of each kind, `[3, levels]`, among equations in the same loops."""
     loops = group[0].loops
     counted = any(loop.length is None for loop in loops)
-    seen = jnp.stack(captures, axis=-2)  # [*iterations, spots, 2 or, if runs are counted, 4]
+    seen = jnp.stack(captures, axis=-2)  # [*iterations, spots, 3 or, if runs are counted, 4]
     seen = jnp.flip(seen, [i for i, loop in enumerate(_with_axis(loops)) if loop.reverse])
     seen = (seen if counted else _runs(seen))[..., 1:]
     *shape, kinds = seen.shape

@@ -307,13 +307,18 @@ def test_what_was_in_the_arguments():
     assert "closes over" in nan_origin(lambda x: jnp.sum(x * constant))(1.0).nan.scope
 
 
-@pytest.mark.slow
-def test_a_nan_written_in_the_program():
+def test_a_nan_written_in_the_program_counts_where_it_gets_through():
     def f(x):
-        return jnp.sum(jnp.where(x > 1, x, jnp.nan))  # HERE
+        y = x / jnp.std(x)  # has a NaN, for the case of no elements
+        return jnp.sum(jnp.where(x > 1, y, jnp.nan))  # HERE
 
-    found = nan_origin(f)(jnp.array([0.0, 2.0]))
+    find = nan_origin(f)
+    found = find(jnp.array([0.0, 2.0]))
     assert at(found.nan, f, "HERE")
+    assert (found.nan.operation, found.nan.element) == ("select_n", (0,))
+    assert "written in the program" in found.nan.cause
+    assert find(jnp.array([3.0, 2.0])).nan is None
+    assert at(find(jnp.array([2.0, 2.0])).inf, f, "jnp.std")
 
 
 @pytest.mark.slow
