@@ -3,6 +3,7 @@
 from gradfn.nets.generate import LanguageModel, generate, stream
 from gradfn.nets.gpt import GPTConfig, gpt
 from gradfn.nets.mlp import hidden_width, mlp
+from gradfn.nets.pretrained import load_gpt2, load_llama, save_pretrained
 from gradfn.nets.transformer import stack_blocks, unstack_blocks
 
 __all__ = [
@@ -11,7 +12,10 @@ __all__ = [
     "generate",
     "gpt",
     "hidden_width",
+    "load_gpt2",
+    "load_llama",
     "mlp",
+    "save_pretrained",
     "stack_blocks",
     "stream",
     "unstack_blocks",

@@ -1,0 +1,516 @@
+"""Real weights: GPT-2 and Llama models in the folders that Hugging Face's `transformers` writes and reads.
+
+A folder holds `config.json` and `model.safetensors`, or several such files and `model.safetensors.index.json`.
+Pickled weights are never read: to unpickle is to run whatever somebody put into the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradfn.nets.gpt import GPTConfig, gpt
+from gradfn.nets.transformer import unstack_blocks
+from gradfn.params import Params, check
+
+Tensors = dict[str, np.ndarray]
+
+
+class Entry(NamedTuple):
+    """Where a file's tensor lies in our tree: one leaf, or several stacked along their first axis (out)."""
+
+    name: str
+    paths: tuple[str, ...]
+    transposed: bool = False  # GPT-2 keeps its matrices as [in, out]
+
+
+def load_gpt2(folder: str | os.PathLike[str], dtype: str | None = "float32") -> tuple[GPTConfig, Params]:
+    """Load a GPT-2 model from a Hugging Face folder.
+
+    Args:
+        folder: with `config.json` and safetensors files, in one piece or in shards.
+        dtype: of the parameters; None for that of the files (float32, float16 or bfloat16).
+
+    Returns:
+        `(config, params)`. `gf.gpt(config)` is the net; `dataclasses.replace(config, scan=True)` and
+        `gf.stack_blocks(params)` make it one under `lax.scan`.
+
+    Raises:
+        FileNotFoundError: a file that is not there.
+        ValueError: a field of `config.json` that stands for something that `gf.gpt` does not do, a tensor that
+            is missing, left over or of another shape, or a file that is damaged. The message names it.
+
+    >>> import jax, tempfile, gradfn as gf
+    >>> config = gf.GPTConfig(vocab=65, context=8, n_layers=1, n_heads=2, width=4)
+    >>> folder = tempfile.mkdtemp()
+    >>> gf.save_pretrained(folder, config, gf.gpt(config).init(jax.random.key(0)))
+    >>> loaded, params = gf.load_gpt2(folder)
+    >>> loaded == config, gf.count(params)
+    (True, 544)
+    """
+    return _load(Path(folder), "gpt2", dtype)
+
+
+def load_llama(folder: str | os.PathLike[str], dtype: str | None = "float32") -> tuple[GPTConfig, Params]:
+    """Load a Llama model (or one of its architecture) from a Hugging Face folder: as `gf.load_gpt2`.
+
+    >>> import jax, tempfile, gradfn as gf
+    >>> config = gf.GPTConfig(65, 8, 1, 2, 4, n_kv_heads=1, hidden=6, positions="rope", norm="rms",
+    ...                       feed="swiglu", bias=False, tied=False)
+    >>> folder = tempfile.mkdtemp()
+    >>> gf.save_pretrained(folder, config, gf.gpt(config).init(jax.random.key(0)))
+    >>> loaded, params = gf.load_llama(folder)
+    >>> loaded.n_kv_heads, gf.count(params)
+    (1, 652)
+    """
+    return _load(Path(folder), "llama", dtype)
+
+
+def save_pretrained(folder: str | os.PathLike[str], config: GPTConfig, params: Params) -> None:
+    """Write a model as a Hugging Face folder that `transformers` reads, as GPT-2 or as Llama.
+
+    Args:
+        folder: made where it does not exist.
+        config: GPT-2's choices (learned positions, layer norms, no shared heads; absent biases are written as
+            zeros) or Llama's (RoPE, RMS norms, SwiGLU).
+        params: of `gf.gpt(config)`; they are written in their own dtype.
+
+    Raises:
+        ParameterError: parameters that are not those of the config.
+        ValueError: a config that is neither; the message names the field.
+
+    >>> import jax, tempfile, gradfn as gf, os
+    >>> config = gf.GPTConfig(vocab=65, context=8, n_layers=1, n_heads=2, width=4)
+    >>> folder = tempfile.mkdtemp()
+    >>> gf.save_pretrained(folder, config, gf.gpt(config).init(jax.random.key(0)))
+    >>> sorted(os.listdir(folder))
+    ['config.json', 'model.safetensors']
+    """
+    from safetensors.numpy import save_file
+
+    check(gf_spec := gpt(config).spec, params)
+    if config.scan:
+        params, gf_spec = unstack_blocks(params), gpt(dataclasses.replace(config, scan=False)).spec
+    family = _family_of(config)
+    fields = family.write(config)
+    if family.name == "gpt2" and not config.bias:  # GPT-2 always has them
+        config = dataclasses.replace(config, bias=True)
+        gf_spec = gpt(dataclasses.replace(config, scan=False)).spec
+    given = {_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    dtype = next(iter(given.values())).dtype
+    leaves = {
+        _name(path): given.get(_name(path), np.zeros(param.shape, dtype))
+        for path, param in jax.tree_util.tree_leaves_with_path(gf_spec)
+    }
+    tensors = {}
+    for entry in family.entries(config):
+        tensor = np.concatenate([leaves[path] for path in entry.paths])
+        tensors[entry.name] = np.ascontiguousarray(tensor.T if entry.transposed else tensor)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    fields |= {"architectures": [family.architecture], "dtype": str(dtype), "model_type": family.name}
+    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _load(folder: Path, name: str, dtype: str | None) -> tuple[GPTConfig, Params]:
+    family = _FAMILIES[name]
+    config = family.read(_Fields(folder / "config.json", family))
+    tensors = _without_buffers(_read(folder), family, config)
+    spec = gpt(config).spec
+    shapes = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(spec)}
+    entries = family.entries(config)
+    _check_names([entry.name for entry in entries], tensors, folder)
+    leaves: dict[str, jax.Array] = {}
+    for entry in entries:
+        tensor = tensors[entry.name]
+        parts = [shapes[path] for path in entry.paths]
+        expected: tuple[int, ...] = (sum(part[0] for part in parts), *parts[0][1:])
+        expected = expected[::-1] if entry.transposed else expected
+        if tensor.shape != expected or not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise ValueError(
+                f"{folder}: {entry.name}: expected {list(expected)} floats, came {list(tensor.shape)} {tensor.dtype}"
+            )
+        tensor = tensor.T if entry.transposed else tensor
+        cuts = np.cumsum([part[0] for part in parts])[:-1]
+        for path, part in zip(entry.paths, np.split(tensor, cuts), strict=True):
+            leaves[path] = jnp.asarray(part, dtype and jnp.dtype(dtype))
+    return config, jax.tree_util.tree_map_with_path(lambda path, _: leaves[_name(path)], spec)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+# Files
+
+
+def _read(folder: Path) -> Tensors:
+    """Read all tensors of a folder, from one file or from shards."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if index.exists():
+        where = _read_json(index).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+            raise ValueError(f"{index}: expected a weight_map of tensor names to files")
+        outside = sorted(file for file in set(where.values()) if Path(file).name != file)
+        if outside:
+            raise ValueError(f"{index}: files lie beside it, came {outside[0]}")
+        tensors: Tensors = {}
+        for file in sorted(set(where.values())):
+            shard = _read_file(folder / file)
+            absent = sorted(name for name, of in where.items() if of == file and name not in shard)
+            if absent:
+                raise ValueError(
+                    f"{folder / file}: {absent[0]}: missing, though {index.name} says it is here"
+                )
+            tensors |= shard
+        return tensors
+    if not single.exists():
+        pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+        hint = (
+            f". {pickled[0].name} is pickled and never read; save the model with safe_serialization=True"
+            if pickled
+            else ""
+        )
+        raise FileNotFoundError(f"{folder}: expected {single.name} or {index.name}{hint}")
+    return _read_file(single)
+
+
+def _read_file(file: Path) -> Tensors:
+    from safetensors import SafetensorError, safe_open
+
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: not there, though the index names it")
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        size = file.stat().st_size
+        raise ValueError(f"{file}: damaged or cut short ({size} bytes): {error}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: not there")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a JSON object, came {type(content).__name__}")
+    return content
+
+
+def _without_buffers(tensors: Tensors, family: _Family, config: GPTConfig) -> Tensors:
+    """Drop what older files hold beside the parameters, and give all names their usual prefix."""
+    if not any(name.startswith(family.prefix) for name in tensors):  # the bare model, without its head
+        tensors = {
+            name if name == "lm_head.weight" else family.prefix + name: t for name, t in tensors.items()
+        }
+    tensors = {name: t for name, t in tensors.items() if not re.search(family.buffers, name)}
+    head, embedded = tensors.get("lm_head.weight"), tensors.get(family.embedding)
+    if config.tied and head is not None and embedded is not None:
+        if not np.array_equal(head, embedded):
+            raise ValueError(
+                f"lm_head.weight: differs from {family.embedding}, though config.json ties them "
+                "(tie_word_embeddings)"
+            )
+        del tensors["lm_head.weight"]
+    return tensors
+
+
+def _check_names(expected: list[str], tensors: Tensors, folder: Path) -> None:
+    missing = [name for name in expected if name not in tensors]
+    extra = sorted(set(tensors) - set(expected))
+    if missing:
+        near = difflib.get_close_matches(missing[0], extra, 1)
+        hint = f". Left over is {near[0]}" if near else ""
+        raise ValueError(f"{folder}: {missing[0]}: missing ({len(missing)} of {len(expected)} are){hint}")
+    if extra:
+        raise ValueError(f"{folder}: {extra[0]}: no parameter of this model ({len(extra)} are left over)")
+
+
+# What config.json says
+
+
+class _Fields:
+    """The fields of a `config.json`, each taken once; what is left at the end must be known to do nothing."""
+
+    def __init__(self, file: Path, family: _Family) -> None:
+        self.file, self.left = file, _read_json(file)
+        came = self.left.pop("model_type", None)
+        if came != family.name:
+            other = f" Load it by gf.load_{came}." if came in _FAMILIES else ""
+            raise ValueError(f"{file}: model_type: expected {family.name!r}, came {came!r}.{other}")
+
+    def take(self, name: str, default: Any = None, kind: type | tuple[type, ...] = object) -> Any:
+        value = self.left.pop(name, default)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind in (int, (int, float))):
+            names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise ValueError(f"{self.file}: {name}: expected {names}, came {value!r}")
+        return value
+
+    def expect(self, **values: Any) -> None:
+        """Refuse other values than the one that `gf.gpt` stands for; a field that is absent has it."""
+        for name, value in values.items():
+            came = self.left.pop(name, value)
+            if came != value:
+                raise ValueError(f"{self.file}: {name}: gf.gpt does {value!r} only, came {came!r}")
+
+    def end(self) -> None:
+        """Refuse fields that nobody took, but for those of training, text and book-keeping."""
+        unknown = sorted(set(self.left) - _WITHOUT_EFFECT)
+        if unknown:
+            name = unknown[0]
+            raise ValueError(f"{self.file}: {name}: not supported, came {self.left[name]!r}")
+
+
+# Fields that change neither logits nor gradients without dropout.
+_WITHOUT_EFFECT = {
+    *(
+        "_name_or_path",
+        "architectures",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "id2label",
+        "label2id",
+    ),
+    *(
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "sep_token_id",
+        "unk_token_id",
+        "decoder_start_token_id",
+    ),
+    *("initializer_range", "use_cache", "return_dict", "output_attentions", "output_hidden_states"),
+    *("gradient_checkpointing", "problem_type", "num_labels", "finetuning_task", "task_specific_params"),
+    *("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "chunk_size_feed_forward", "n_ctx"),
+    *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"),
+    *("summary_first_dropout", "pretraining_tp", "attn_implementation", "_attn_implementation"),
+    *("_attn_implementation_autoset", "do_sample", "max_length", "temperature", "top_k", "top_p"),
+}
+
+
+def _read_gpt2(fields: _Fields) -> GPTConfig:
+    fields.expect(
+        scale_attn_weights=True,
+        scale_attn_by_inverse_layer_idx=False,
+        reorder_and_upcast_attn=False,
+        add_cross_attention=False,
+        is_encoder_decoder=False,
+    )
+    squash = fields.take("activation_function", "gelu_new", str)
+    if squash not in _ACTIVATIONS:
+        raise ValueError(f"{fields.file}: activation_function: not supported, came {squash!r}")
+    width, hidden = fields.take("n_embd", 768, int), fields.take("n_inner", None, (int, type(None)))
+    config = GPTConfig(
+        vocab=fields.take("vocab_size", 50257, int),
+        context=fields.take("n_positions", 1024, int),
+        n_layers=fields.take("n_layer", 12, int),
+        n_heads=fields.take("n_head", 12, int),
+        width=width,
+        hidden=None if hidden == 4 * width else hidden,
+        feed=_ACTIVATIONS[squash],
+        tied=fields.take("tie_word_embeddings", True, bool),
+        norm_epsilon=fields.take("layer_norm_epsilon", 1e-5, float),
+    )
+    fields.end()
+    return config
+
+
+def _write_gpt2(config: GPTConfig) -> dict[str, Any]:
+    for name, needed in (("positions", "learned"), ("norm", "layer"), ("head_size", None)):
+        _need("gpt2", config, name, needed)
+    if config.n_kv_heads not in (None, config.n_heads):
+        _need("gpt2", config, "n_kv_heads", None)
+    names = {ours: theirs for theirs, ours in _ACTIVATIONS.items() if theirs != "gelu_pytorch_tanh"}
+    if config.feed not in names:
+        raise ValueError(f"save_pretrained: gpt2 has no feed {config.feed!r}")
+    return {
+        "vocab_size": config.vocab,
+        "n_positions": config.context,
+        "n_embd": config.width,
+        "n_layer": config.n_layers,
+        "n_head": config.n_heads,
+        "n_inner": config.hidden,
+        "activation_function": names[config.feed],
+        "layer_norm_epsilon": config.norm_epsilon,
+        "tie_word_embeddings": config.tied,
+    }
+
+
+def _read_llama(fields: _Fields) -> GPTConfig:
+    fields.expect(hidden_act="silu", rope_scaling=None, is_encoder_decoder=False)
+    turning = fields.take("rope_parameters", None, (dict, type(None))) or {}
+    kind = turning.get("rope_type", "default")
+    if kind != "default" or set(turning) - {"rope_type", "rope_theta"}:
+        raise ValueError(
+            f"{fields.file}: rope_parameters: gf.gpt does rope_type 'default' only, came {turning!r}"
+        )
+    base = fields.take("rope_theta", 10_000.0, (int, float))
+    bias, feed_bias = fields.take("attention_bias", False, bool), fields.take("mlp_bias", False, bool)
+    if bias != feed_bias:
+        raise ValueError(
+            f"{fields.file}: attention_bias: gf.gpt has biases in attention and feed-forward layers or in "
+            f"neither, came {bias} with mlp_bias {feed_bias}"
+        )
+    width, n_heads = fields.take("hidden_size", 4096, int), fields.take("num_attention_heads", 32, int)
+    head_size = fields.take("head_dim", None, (int, type(None)))
+    config = GPTConfig(
+        vocab=fields.take("vocab_size", 32000, int),
+        context=fields.take("max_position_embeddings", 2048, int),
+        n_layers=fields.take("num_hidden_layers", 32, int),
+        n_heads=n_heads,
+        width=width,
+        n_kv_heads=fields.take("num_key_value_heads", None, (int, type(None))),
+        head_size=None if head_size is not None and head_size * n_heads == width else head_size,
+        hidden=fields.take("intermediate_size", 11008, int),
+        positions="rope",
+        norm="rms",
+        feed="swiglu",
+        bias=bias,
+        tied=fields.take("tie_word_embeddings", False, bool),
+        norm_epsilon=fields.take("rms_norm_eps", 1e-6, float),
+        rope_base=float(turning.get("rope_theta", base)),
+    )
+    fields.end()
+    return config
+
+
+def _write_llama(config: GPTConfig) -> dict[str, Any]:
+    for name, needed in (("positions", "rope"), ("norm", "rms"), ("feed", "swiglu")):
+        _need("llama", config, name, needed)
+    return {
+        "vocab_size": config.vocab,
+        "max_position_embeddings": config.context,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads or config.n_heads,
+        "head_dim": config.head_size or config.width // config.n_heads,
+        "hidden_size": config.width,
+        "intermediate_size": config.hidden or 4 * config.width,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_theta": config.rope_base,  # where older versions of transformers look
+        "rope_parameters": {"rope_theta": config.rope_base, "rope_type": "default"},
+        "attention_bias": config.bias,
+        "mlp_bias": config.bias,
+        "tie_word_embeddings": config.tied,
+    }
+
+
+def _need(family: str, config: GPTConfig, name: str, needed: Any) -> None:
+    came = getattr(config, name)
+    if came != needed:
+        raise ValueError(f"save_pretrained: {family} has {name} {needed!r}, came {came!r}")
+
+
+def _family_of(config: GPTConfig) -> _Family:
+    return _FAMILIES["llama" if config.positions == "rope" else "gpt2"]
+
+
+# Which tensor is which parameter
+
+
+def _entries_gpt2(config: GPTConfig) -> list[Entry]:
+    entries = [
+        Entry("transformer.wte.weight", ("embed/W",)),
+        Entry("transformer.wpe.weight", ("positions/W",)),
+    ]
+
+    def norm(name: str, path: str) -> None:
+        entries.append(Entry(f"{name}.weight", (f"{path}/gain",)))
+        entries.append(Entry(f"{name}.bias", (f"{path}/b",)))
+
+    def product(name: str, *paths: str) -> None:
+        entries.append(Entry(f"{name}.weight", tuple(f"{path}/W" for path in paths), transposed=True))
+        entries.append(Entry(f"{name}.bias", tuple(f"{path}/b" for path in paths)))
+
+    for i in range(config.n_layers):
+        theirs, ours = f"transformer.h.{i}", f"blocks/{i}"
+        norm(f"{theirs}.ln_1", f"{ours}/attention_norm")
+        product(f"{theirs}.attn.c_attn", *(f"{ours}/attention/{part}" for part in ("query", "key", "value")))
+        product(f"{theirs}.attn.c_proj", f"{ours}/attention/out")
+        norm(f"{theirs}.ln_2", f"{ours}/feed_norm")
+        product(f"{theirs}.mlp.c_fc", f"{ours}/feed/up")
+        product(f"{theirs}.mlp.c_proj", f"{ours}/feed/down")
+    norm("transformer.ln_f", "final_norm")
+    return entries if config.tied else [*entries, Entry("lm_head.weight", ("head/W",))]
+
+
+def _entries_llama(config: GPTConfig) -> list[Entry]:
+    entries = [
+        Entry("model.embed_tokens.weight", ("embed/W",)),
+        Entry("model.norm.weight", ("final_norm/gain",)),
+    ]
+    products = {f"self_attn.{part[0]}_proj": f"attention/{part}" for part in ("query", "key", "value", "out")}
+    products |= {f"mlp.{part}_proj": f"feed/{part}" for part in ("gate", "up", "down")}
+    norms = {"input_layernorm": "attention_norm", "post_attention_layernorm": "feed_norm"}
+    for i in range(config.n_layers):
+        theirs, ours = f"model.layers.{i}", f"blocks/{i}"
+        entries += [
+            Entry(f"{theirs}.{name}.weight", (f"{ours}/{path}/gain",)) for name, path in norms.items()
+        ]
+        for name, path in products.items():
+            entries.append(Entry(f"{theirs}.{name}.weight", (f"{ours}/{path}/W",)))
+            if config.bias:
+                entries.append(Entry(f"{theirs}.{name}.bias", (f"{ours}/{path}/b",)))
+    return entries if config.tied else [*entries, Entry("lm_head.weight", ("head/W",))]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Family:
+    """How `transformers` writes the models of one kind."""
+
+    name: str
+    architecture: str
+    prefix: str
+    embedding: str
+    buffers: str  # what older files hold beside the parameters
+    read: Callable[[_Fields], GPTConfig]
+    write: Callable[[GPTConfig], dict[str, Any]]
+    entries: Callable[[GPTConfig], list[Entry]]
+
+
+_ACTIVATIONS: Mapping[str, str] = {
+    "gelu_new": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+    "gelu": "gelu_exact",
+    "relu": "relu",
+    "silu": "silu",
+    "tanh": "tanh",
+}
+_FAMILIES: Mapping[str, _Family] = {
+    "gpt2": _Family(
+        "gpt2",
+        "GPT2LMHeadModel",
+        "transformer.",
+        "transformer.wte.weight",
+        r"\.attn\.(masked_)?bias$",
+        _read_gpt2,
+        _write_gpt2,
+        _entries_gpt2,
+    ),
+    "llama": _Family(
+        "llama",
+        "LlamaForCausalLM",
+        "model.",
+        "model.embed_tokens.weight",
+        r"\.rotary_emb\.inv_freq$",
+        _read_llama,
+        _write_llama,
+        _entries_llama,
+    ),
+}

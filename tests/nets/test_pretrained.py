@@ -1,0 +1,301 @@
+"""Weights in Hugging Face's format, against `transformers` and PyTorch on small models drawn at random."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import gradfn as gf
+
+TOKENS = np.array([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
+GPT2 = gf.GPTConfig(vocab=13, context=16, n_layers=2, n_heads=2, width=8)
+LLAMA = gf.GPTConfig(
+    13, 16, 2, 4, 16, 2, None, 24, positions="rope", norm="rms", feed="swiglu", bias=False, tied=False
+)
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    pytest.importorskip("torch", reason="needs PyTorch: pip install torch")
+    return pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
+
+
+def their_model(transformers, kind, **changes):
+    import torch
+
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        sizes = {"vocab_size": 13, "n_positions": 16, "n_embd": 8, "n_layer": 2, "n_head": 2}
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes | changes))
+    else:
+        sizes = {"vocab_size": 13, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16}
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | changes))
+    for parameter in model.parameters():  # not the symmetric start: biases, gains, matrices of a useful size
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
+CASES = {
+    "gpt2": ("gpt2", {}),
+    "gpt2, own head, exact gelu, own width": (
+        "gpt2",
+        {"tie_word_embeddings": False, "activation_function": "gelu", "n_inner": 12},
+    ),
+    "llama": ("llama", {}),
+    "llama, tied, biases, own head size": (
+        "llama",
+        {
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "head_dim": 6,
+            "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"},
+        },
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_logits_loss_gradients_and_generation_are_theirs(name, transformers, tmp_path):
+    import torch
+
+    kind, changes = CASES[name]
+    load = getattr(gf, f"load_{kind}")
+    model = their_model(transformers, kind, **changes)
+    model.save_pretrained(tmp_path / "model")
+    config, params = load(tmp_path / "model")
+    net = gf.gpt(config)
+
+    answer = model(torch.tensor(TOKENS), labels=torch.tensor(TOKENS))
+    logits = jax.jit(jax.vmap(net.apply, (None, 0)))(params, TOKENS)
+    np.testing.assert_allclose(logits, answer.logits.detach(), rtol=1e-4, atol=1e-5)
+
+    loss = gf.batch_mean(gf.next_token_loss(net))
+    value, grads = jax.jit(jax.value_and_grad(loss))(params, (TOKENS[:, :-1], TOKENS[:, 1:]))
+    np.testing.assert_allclose(value, answer.loss.item(), rtol=1e-5)
+
+    # Their gradients take the way of their weights: written into a model, saved, and loaded.
+    answer.loss.backward()
+    for parameter in model.parameters():
+        parameter.data = parameter.grad
+    model.save_pretrained(tmp_path / "gradients")
+    _, their_grads = load(tmp_path / "gradients")
+    assert gf.shapes(their_grads) == gf.shapes(grads)
+    for (path, ours), theirs in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(their_grads)):
+        assert np.abs(theirs).max() > 0, path
+        # The bias of keys moves all scores of a query alike: its gradient is nothing but rounding.
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6, err_msg=str(path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_greedy_generation_is_theirs_token_by_token(kind, transformers, tmp_path):
+    import torch
+
+    model = their_model(transformers, kind)
+    model.save_pretrained(tmp_path)
+    config, params = getattr(gf, f"load_{kind}")(tmp_path)
+    scanned = dataclasses.replace(config, scan=True)
+    prompt = TOKENS[:1, :4]
+    theirs = model.generate(
+        torch.tensor(prompt), max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0
+    )
+    for net, its_params in ((gf.gpt(config), params), (gf.gpt(scanned), gf.stack_blocks(params))):
+        ours = gf.generate(net, its_params, prompt[0], 12, temperature=0)
+        np.testing.assert_array_equal(ours, theirs[0, 4:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("config", [GPT2, dataclasses.replace(GPT2, bias=False, tied=False), LLAMA])
+def test_transformers_reads_what_is_saved(config, dtype, transformers, tmp_path):
+    import torch
+
+    config = dataclasses.replace(config, scan=True)
+    net = gf.gpt(config)
+    params = jax.jit(net.init)(jax.random.key(0))
+    params = jax.tree.map(lambda leaf: (4 * leaf).astype(dtype), params)
+    gf.save_pretrained(tmp_path, config, params)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    theirs = model(torch.tensor(TOKENS[:1])).logits[0].detach()
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    np.testing.assert_allclose(jax.jit(net.apply)(wide, TOKENS[0]), theirs, rtol=1e-4, atol=1e-5)
+
+
+def saved(folder, config=GPT2, dtype=jnp.float32):
+    spec, rng = gf.gpt(config).spec, np.random.default_rng(0)
+    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), dtype), spec)
+    gf.save_pretrained(folder, config, params)
+    return params
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("config", "load"), [(GPT2, gf.load_gpt2), (LLAMA, gf.load_llama)])
+def test_what_is_saved_is_loaded(config, load, dtype, tmp_path):
+    params = saved(tmp_path, config, dtype)
+    config_again, again = load(tmp_path, dtype=None)
+    assert config_again == config
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(again)} == {jnp.dtype(dtype)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(load(tmp_path)[1])} == {jnp.dtype("float32")}
+
+
+def split(folder):
+    """Turn a folder with one file into one with two shards."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, of in shards.items():
+        save_file({name: tensors[name] for name in of}, folder / file)
+    where = {name: file for file, of in shards.items() for name in of}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+def test_shards_are_put_together(tmp_path):
+    params = saved(tmp_path)
+    split(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, gf.load_gpt2(tmp_path)[1], params)
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"b\.safetensors: not there, though the index names it"):
+        gf.load_gpt2(tmp_path)
+
+
+def test_a_shard_elsewhere_or_without_its_tensor_is_refused(tmp_path):
+    saved(tmp_path)
+    split(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["more"] = "a.safetensors"
+    index.write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=r"more: missing, though model\.safetensors\.index\.json says it is here"
+    ):
+        gf.load_gpt2(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"x": "../secret.safetensors"}}))
+    with pytest.raises(ValueError, match=r"files lie beside it, came \.\./secret\.safetensors"):
+        gf.load_gpt2(tmp_path)
+
+
+def test_older_files_with_masks_without_prefix_and_with_the_tied_head_load(tmp_path):
+    params = saved(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    bare |= {"h.0.attn.bias": np.ones([1, 1, 16, 16], np.uint8), "lm_head.weight": bare["wte.weight"]}
+    save_file(bare, tmp_path / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, gf.load_gpt2(tmp_path)[1], params)
+    save_file(bare | {"lm_head.weight": 2 * bare["wte.weight"]}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lm_head\.weight: differs from transformer\.wte\.weight, though"):
+        gf.load_gpt2(tmp_path)
+
+
+def edit(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_a_tensor_that_does_not_fit_is_named(tmp_path):
+    name = "transformer.h.1.mlp.c_fc.weight"
+    saved(tmp_path)
+    edit(tmp_path, lambda t: t.update({name: np.ascontiguousarray(t[name].T)}))
+    with pytest.raises(ValueError, match=rf"{name}: expected \[8, 32\] floats, came \[32, 8\] float32"):
+        gf.load_gpt2(tmp_path)
+    edit(tmp_path, lambda t: t.update({name: t[name].T.astype(np.int32)}))
+    with pytest.raises(ValueError, match=rf"{name}: expected \[8, 32\] floats, came \[8, 32\] int32"):
+        gf.load_gpt2(tmp_path)
+    edit(tmp_path, lambda t: t.update({"transformer.h.1.mlp.fc.weight": t.pop(name)}))
+    with pytest.raises(
+        ValueError, match=rf"{name}: missing \(1 of 28 are\)\. Left over is .*mlp\.fc\.weight"
+    ):
+        gf.load_gpt2(tmp_path)
+    saved(tmp_path)
+    edit(tmp_path, lambda t: t.update({"transformer.h.2.ln_1.weight": np.ones(8, np.float32)}))
+    with pytest.raises(
+        ValueError, match=r"transformer\.h\.2\.ln_1\.weight: no parameter of this model \(1 are"
+    ):
+        gf.load_gpt2(tmp_path)
+
+
+def test_a_file_cut_short_is_told_from_a_whole_one(tmp_path):
+    saved(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    for n in (0, 5, 100, len(whole) - 1):
+        file.write_bytes(whole[:n])
+        with pytest.raises(ValueError, match=rf"model\.safetensors: damaged or cut short \({n} bytes\)"):
+            gf.load_gpt2(tmp_path)
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    saved(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin is pickled and never read"):
+        gf.load_gpt2(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "value", "message"),
+    [
+        (GPT2, "scale_attn_by_inverse_layer_idx", True, "gf.gpt does False only, came True"),
+        (GPT2, "activation_function", "mish", "not supported, came 'mish'"),
+        (GPT2, "sliding_window", 4, "not supported, came 4"),
+        (GPT2, "n_embd", "8", "expected int, came '8'"),
+        (GPT2, "n_layer", True, "expected int, came True"),
+        (GPT2, "model_type", "llama", r"expected 'gpt2', came 'llama'\. Load it by gf\.load_llama"),
+        (LLAMA, "hidden_act", "gelu", "gf.gpt does 'silu' only, came 'gelu'"),
+        (
+            LLAMA,
+            "attention_bias",
+            True,
+            "gf.gpt has biases in attention and feed-forward layers or in neither",
+        ),
+        (
+            LLAMA,
+            "rope_parameters",
+            {"rope_type": "llama3", "factor": 8},
+            "gf.gpt does rope_type 'default' only",
+        ),
+        (LLAMA, "rope_scaling", {"type": "linear"}, "gf.gpt does None only"),
+        (LLAMA, "quantization_config", {"bits": 4}, "not supported, came {'bits': 4}"),
+    ],
+)
+def test_a_field_that_is_not_supported_is_named(config, field, value, message, tmp_path):
+    load = gf.load_gpt2 if config is GPT2 else gf.load_llama
+    saved(tmp_path, config)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {field: value}))
+    with pytest.raises(ValueError, match=f"{field}: {message}"):
+        load(tmp_path)
+
+
+def test_a_missing_or_broken_config_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json: not there"):
+        gf.load_gpt2(tmp_path)
+    for text, message in (("{", "not JSON"), ("[]", "expected a JSON object, came list")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            gf.load_gpt2(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            dataclasses.replace(GPT2, positions="sinusoidal"),
+            "gpt2 has positions 'learned', came 'sinusoidal'",
+        ),
+        (dataclasses.replace(GPT2, n_kv_heads=1), "gpt2 has n_kv_heads None, came 1"),
+        (dataclasses.replace(GPT2, feed="swiglu"), "gpt2 has no feed 'swiglu'"),
+        (dataclasses.replace(LLAMA, norm="layer"), "llama has norm 'rms', came 'layer'"),
+    ],
+)
+def test_a_config_that_transformers_does_not_know_is_refused(config, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        saved(tmp_path, config)
