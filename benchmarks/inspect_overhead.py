@@ -1,0 +1,174 @@
+"""What `gf.inspect` costs over plain `jax.value_and_grad`, and what it adds to compiling.
+
+    python -m benchmarks.inspect_overhead
+
+A GPT (4 layers, 4 heads, width 128, 64 tokens, batch 12, 65 symbols; its layers unrolled, and scanned) and an MLP
+784-256-256-10 at batch 128, both in plain jax. One call is 20 steps, each on the same parameters; `every 20th` looks in
+one of them. Every site is looked at, forward and backward, and all statistics are returned. A ratio of 0.9 means that
+a step takes 1/0.9 of a plain one.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import harness
+from gradfn.inspection import inspect
+
+LAYERS, HEADS, WIDTH, TOKENS, BATCH, SYMBOLS = 4, 4, 128, 64, 12, 65
+STEPS = 20
+ROOT_MEAN_SQUARE = ("rms",)
+THREE = ("mean", "rms", "max")
+FIVE = (*THREE, "zeros", "nonfinite")
+SEVEN = (*FIVE, "saturated", "dead")
+
+
+def init_gpt(key: jax.Array) -> dict[str, Any]:
+    keys = iter(jax.random.split(key, 4 * LAYERS + 3))
+
+    def matrix(*shape: int) -> jax.Array:
+        return 0.02 * jax.random.normal(next(keys), shape)
+
+    def norm() -> dict[str, jax.Array]:
+        return {"scale": jnp.ones(WIDTH), "shift": jnp.zeros(WIDTH)}
+
+    def block() -> dict[str, Any]:
+        return {
+            "norm1": norm(),
+            "qkv": {"W": matrix(WIDTH, 3 * WIDTH), "b": jnp.zeros(3 * WIDTH)},
+            "out": {"W": matrix(WIDTH, WIDTH), "b": jnp.zeros(WIDTH)},
+            "norm2": norm(),
+            "up": {"W": matrix(WIDTH, 4 * WIDTH), "b": jnp.zeros(4 * WIDTH)},
+            "down": {"W": matrix(4 * WIDTH, WIDTH), "b": jnp.zeros(WIDTH)},
+        }
+
+    return {
+        "symbols": matrix(SYMBOLS, WIDTH),
+        "positions": matrix(TOKENS, WIDTH),
+        "blocks": [block() for _ in range(LAYERS)],
+        "norm": norm(),
+        "head": matrix(WIDTH, SYMBOLS),
+    }
+
+
+def layer_norm(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p["shift"]
+
+
+def affine(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    return x @ p["W"] + p["b"]
+
+
+def block(p: dict[str, Any], x: jax.Array) -> jax.Array:
+    heads = [
+        a.reshape(BATCH, TOKENS, HEADS, WIDTH // HEADS).swapaxes(
+            1, 2
+        )  # [batch, heads, tokens, width of a head]
+        for a in jnp.split(affine(p["qkv"], layer_norm(p["norm1"], x)), 3, axis=-1)
+    ]
+    q, k, v = heads
+    scores = q @ k.swapaxes(-1, -2) * (WIDTH // HEADS) ** -0.5
+    seen = jax.nn.softmax(jnp.where(jnp.tri(TOKENS, dtype=bool), scores, -1e30))
+    x = x + affine(p["out"], (seen @ v).swapaxes(1, 2).reshape(BATCH, TOKENS, WIDTH))
+    return x + affine(p["down"], jax.nn.gelu(affine(p["up"], layer_norm(p["norm2"], x))))
+
+
+def gpt(params: dict[str, Any], batch: tuple[jax.Array, jax.Array], scanned: bool = False) -> jax.Array:
+    x, y = batch
+    h = params["symbols"][x] + params["positions"]
+    if scanned:
+        h, _ = jax.lax.scan(lambda h, p: (block(p, h), None), h, params["blocks"])
+    else:
+        for p in params["blocks"]:
+            h = block(p, h)
+    return cross_entropy(layer_norm(params["norm"], h) @ params["head"], y)
+
+
+def init_mlp(key: jax.Array, sizes: tuple[int, ...] = (784, 256, 256, 10)) -> list[dict[str, jax.Array]]:
+    keys = jax.random.split(key, len(sizes) - 1)
+    return [
+        {"W": jax.random.normal(k, (n, m)) * (2 / n) ** 0.5, "b": jnp.zeros(m)}
+        for k, n, m in zip(keys, sizes, sizes[1:], strict=False)
+    ]
+
+
+def mlp(params: list[dict[str, jax.Array]], batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+    x, y = batch
+    for p in params[:-1]:
+        x = jax.nn.relu(affine(p, x))
+    return cross_entropy(affine(params[-1], x), y)
+
+
+def cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), y[..., None], axis=-1).mean()
+
+
+def contenders(
+    loss: Callable, params: Any, batch: Any
+) -> tuple[dict[str, harness.Contender], dict[str, float]]:
+    """Return functions that run 20 steps each, and the seconds that compiling one step of each took."""
+    steps = [jnp.int32(i) for i in range(STEPS)]
+    compiled_in: dict[str, float] = {}
+
+    def contender(name: str, step_of: Callable) -> harness.Contender:
+        started = time.perf_counter()
+        step = jax.jit(step_of).lower(params, batch, steps[0]).compile()
+        compiled_in[name] = time.perf_counter() - started
+
+        def run() -> float:
+            out = None
+            for i in steps:
+                out = step(params, batch, i)
+            jax.block_until_ready(out)
+            return STEPS
+
+        return run
+
+    def looking(**settings: Any) -> Callable:
+        look = inspect(loss, input_grads=False, **settings)
+        return lambda params, batch, i: look(params, batch, step=i)
+
+    ways = {
+        "plain": lambda params, batch, i: jax.value_and_grad(loss)(params, batch),
+        "sums of squares": looking(stats=ROOT_MEAN_SQUARE),
+        "three statistics": looking(stats=THREE),
+        "five statistics": looking(stats=FIVE),
+        "all seven (the default)": looking(stats=SEVEN),
+        "all, and histograms": looking(stats=(*SEVEN, "histogram")),
+        "every 20th step": looking(every=STEPS),
+    }
+    return {name: contender(name, step) for name, step in ways.items()}, compiled_in
+
+
+def main() -> None:
+    """Race them, model by model."""
+    parser = harness.arguments(__doc__, rounds=15)
+    options = parser.parse_args()
+    key = jax.random.key(0)
+    text = jax.random.randint(key, (BATCH, TOKENS), 0, SYMBOLS)
+    unrolled = init_gpt(key)
+    stacked = unrolled | {"blocks": jax.tree.map(lambda *a: jnp.stack(a), *unrolled["blocks"])}
+    images = jax.random.normal(key, (128, 784)), jax.random.randint(key, (128,), 0, 10)
+    models = {
+        "GPT": (gpt, unrolled, (text, text)),
+        "GPT, layers scanned": (functools.partial(gpt, scanned=True), stacked, (text, text)),
+        "MLP": (mlp, init_mlp(key), images),
+    }
+    for title, (loss, params, batch) in models.items():
+        runs, compiled_in = contenders(loss, params, batch)
+        json_file = None
+        if options.json:
+            file = Path(options.json)
+            json_file = file.with_stem(f"{file.stem}-{title.replace(', ', '-').replace(' ', '-')}")
+        harness.report(title, harness.race(runs, options.rounds), "plain", "steps", json_file=json_file)
+        print("compiling:", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in compiled_in.items()))
+
+
+if __name__ == "__main__":
+    main()
