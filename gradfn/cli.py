@@ -24,6 +24,7 @@ USAGE = """\
 gradfn: networks as pure functions over plain dicts of arrays, with every gradient visible
 
   gradfn run NAME [options]   run an experiment; gradfn run NAME --help shows its options
+  gradfn sample RUN [options] write with the language model of a run; gradfn sample --help shows the options
   gradfn list                 say which experiments there are, and what to expect of them
   gradfn table 784 16 10      show the parameters of a network with so many nodes a layer
   gradfn --version            say which version this is
@@ -92,8 +93,10 @@ def _command(words: list[str]) -> int:
             if name not in found:
                 raise UserError(f"no experiment {name!r}{_near(name, found)}; there are {', '.join(found)}")
             return _run(found[name], options, f"gradfn run {name}")
+        case ["sample", *rest]:
+            return _sample(rest)
         case [name, *_]:
-            commands = ("run", "list", "table", "--help", "--version")
+            commands = ("run", "sample", "list", "table", "--help", "--version")
             raise UserError(f"no command {name!r}{_near(name, commands)}; there are {', '.join(commands)}")
     return 0
 
@@ -138,6 +141,27 @@ def _table(words: list[str]) -> int:
             f"table wants two or more numbers of nodes from 1 up, inputs first (784 16 10), came {came}"
         )
     print(gf.table(gf.mlp(sizes).spec))
+    return 0
+
+
+def _sample(words: list[str]) -> int:
+    from gradfn import sample
+    from gradfn.data import DataError
+    from gradfn.train.checkpoint import CheckpointError
+
+    helping = words[:1] in (["-h"], ["--help"])
+    run, options = ("RUN", ["--help"]) if helping else (words[0] if words else "", words[1:])
+    command = f"gradfn sample {run}".strip()
+    try:
+        if not run:
+            raise UserError("it wants a run's folder, or an experiment's name for its latest run")
+        what = (sample.__doc__ or "").partition("\n")[0]
+        config = _options(sample.Config, what, options, command, sample.Config())
+        sample.run(sample.load_model(run), config)
+    except (UserError, CheckpointError, DataError, ImportError, ValueError) as error:
+        return _fail(f"{command}: {error}", 2)
+    except SystemExit as error:  # --help
+        return int(error.code or 0)
     return 0
 
 
@@ -191,19 +215,24 @@ def _config(module: ModuleType, words: list[str], command: str) -> Any:
 
 
 def _parse(module: ModuleType, words: list[str], command: str, default: Any) -> Any:
+    what, expected = (module.__doc__ or "").partition("\n")[0], module.EXPECTED
+    return _options(module.Config, f"{what}\n\nExpect {expected}.", words, command, default)
+
+
+def _options(kind: type, description: str, words: list[str], command: str, default: Any) -> Any:
+    """Read the options of a dataclass from the command line."""
     try:
         import tyro
     except ImportError as error:
         raise UserError("options need tyro: pip install 'gradfn[run]'") from error
 
-    what, expected = (module.__doc__ or "").partition("\n")[0], module.EXPECTED
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             config, unknown = tyro.cli(
-                module.Config,
+                kind,
                 prog=command,
-                description=f"{what}\n\nExpect {expected}.",
+                description=description,
                 args=words,
                 default=default,
                 return_unknown_args=True,
@@ -214,7 +243,7 @@ def _parse(module: ModuleType, words: list[str], command: str, default: Any) -> 
             raise UserError(_one_line(said.getvalue())) from None
         raise
     if unknown:
-        known = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(module.Config)]
+        known = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(kind)]
         word = unknown[0].partition("=")[0]
         raise UserError(f"no option {word!r}{_near(word, known)}; there are {', '.join(known)}")
     return config

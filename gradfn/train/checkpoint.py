@@ -34,12 +34,14 @@ def save(file: Path, state: Any, notes: dict[str, Any]) -> None:
     replace_file(file, data)
 
 
-def load(file: Path, like: Any) -> tuple[Any, dict[str, Any]]:
+def load(file: Path, like: Any, rest: bool = False) -> tuple[Any, dict[str, Any]]:
     """Read a state and its notes back.
 
     Args:
         file: what `save` wrote.
-        like: a state of the same structure, whose shapes and dtypes the file must have.
+        like: a state of the same structure, whose shapes and dtypes the file must have (keys apart,
+            `jax.ShapeDtypeStruct` will do).
+        rest: whether the file may hold more than that, which is not read.
 
     Returns:
         The state, and the notes.
@@ -49,15 +51,18 @@ def load(file: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     """
     from safetensors import SafetensorError, safe_open
 
+    wanted = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(like)}
     try:
         with safe_open(file, "numpy") as content:
             notes = json.loads(content.metadata()["notes"])
-            arrays = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+            names = [name for name in content.keys() if not rest or name in wanted]  # noqa: SIM118
+            arrays = {name: content.get_tensor(name) for name in names}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{file}: not a readable checkpoint ({error})") from error
 
     def restore(path: tuple[Any, ...], leaf: Any) -> jax.Array:
-        name, expected = path_name(path), _plain(leaf)
+        name = path_name(path)
+        expected = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else _plain(leaf)
         if name not in arrays:
             raise CheckpointError(f"{file}: holds no {name}; it is of another network or optimizer")
         came = arrays.pop(name)

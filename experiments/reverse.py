@@ -1,0 +1,157 @@
+"""Teach a transformer of one block to write 16 digits backwards, and see its attention run against the order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import gradfn as gf
+from gradfn import run as runs
+from gradfn.report.figures import curves, save
+from gradfn.report.language import attention_of
+from gradfn.report.sequences import attention_maps
+from gradfn.train import adamw_warmup_cosine
+
+EXPECTED = "100 % of 1,000 sequences of 16 digits written backwards without a mistake, in half a minute"
+END_OF_INPUT = 10  # the token after the digits 0 to 9: "now you"
+SYMBOLS = "0123456789="
+N_TEST = 1000
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of a run."""
+
+    digits: int = 16
+    """how many to reverse"""
+    steps: int = 500
+    """training steps"""
+    batch: int = 64
+    """sequences a step"""
+    width: int = 64
+    """features of a position"""
+    heads: int = 1
+    """attention heads"""
+    rate: float = 3e-3
+    """AdamW's learning rate after warm-up; it falls to a tenth on half a cosine"""
+    seed: int = 0
+    """decides the first weights and the sequences"""
+    resume: bool = False
+    """go on with an interrupted run: the latest, or that in --folder"""
+    folder: str | None = None
+    """where to keep the run (else runs/reverse/<time>)"""
+
+    def __post_init__(self) -> None:
+        runs.within(2, None, digits=self.digits, steps=self.steps)
+        runs.within(1, None, batch=self.batch, width=self.width, heads=self.heads)
+        runs.within(0, 2**32 - 1, seed=self.seed)
+        if self.width % self.heads:
+            raise ValueError(f"heads: a number that divides the width of {self.width}, came {self.heads}")
+        if not 0 < self.rate < float("inf"):
+            raise ValueError(f"rate: a number above 0, came {self.rate}")
+
+
+class Result(NamedTuple):
+    """What came of a run."""
+
+    params: dict[str, Any]
+    history: list[dict[str, Any]]
+    accuracy: float  # share of the test sequences without any mistake, in [0, 1]
+    folder: Path
+    verdict: str
+
+
+def run(config: Config) -> Result:
+    """Train, measure and draw; what it writes is in the result's folder."""
+    config = runs.settle("reverse", config)
+    folder = runs.begin("reverse", config)
+    n = config.digits
+    net = gf.gpt(gf.GPTConfig(len(SYMBOLS), 2 * n, n_layers=1, n_heads=config.heads, width=config.width))
+    print(gf.table(net.spec))
+    loss = gf.next_token_loss(net)
+    # Of 10^16 sequences training sees a hundred thousand: that it meets one of these is next to impossible.
+    test = reversals(jax.random.key(2**32 - 1 - config.seed), N_TEST, n)
+    answer = jax.jit(jax.vmap(net.apply, (None, 0)))
+    fitted = gf.fit(
+        loss,
+        net.init(jax.random.key(config.seed)),
+        lambda key: reversals(key, config.batch, n),
+        adamw_warmup_cosine(
+            config.steps, config.rate, final_rate=config.rate / 10, warmup=config.steps // 10
+        ),
+        config.steps,
+        seed=config.seed,
+        evaluate=lambda params: {"test_accuracy": all_right(answer(params, test[0]), test[1])},
+        folder=folder,
+        resume=config.resume,
+    )
+
+    accuracy = float(all_right(answer(fitted.params, test[0]), test[1]))
+    written = gf.generate(net, fitted.params, test[0][0, : n + 1], n, temperature=0)
+    print(f"{told(test[0][0, :n])} backwards, it writes: {told(written)}")
+    pictures = {"curves": curves(fitted.history), "attention": attention(loss, fitted.params, test, n)}
+    for name, figure in pictures.items():
+        save(figure, folder / f"{name}.png")
+    verdict = judge(config, accuracy)
+    runs.finish(folder, {"accuracy": accuracy, "verdict": verdict})
+    print(f"{verdict}\npictures: {folder}/curves.png, attention.png")
+    return Result(fitted.params, fitted.history, accuracy, folder, verdict)
+
+
+def reversals(key: jax.Array, batch: int, n: int) -> tuple[jax.Array, jax.Array]:
+    """Draw digits at random: what is read, `1 2 3 = 3 2`, and what is to be answered, `- - - 3 2 1`.
+
+    Returns:
+        Tokens and targets, `[batch, 2 * n]` int32 each; while it reads, nothing is asked of it (-1).
+    """
+    digits = jax.random.randint(key, (batch, n), 0, 10)
+    backwards = digits[:, ::-1]
+    end = jnp.full((batch, 1), END_OF_INPUT, jnp.int32)
+    tokens = jnp.concatenate([digits, end, backwards[:, :-1]], axis=1)
+    return tokens, jnp.concatenate([jnp.full((batch, n), -1, jnp.int32), backwards], axis=1)
+
+
+def all_right(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Return the share of sequences `[batch, T, vocab]` whose every answer is right.
+
+    Each answer is given after the right ones before it. A sequence that has none wrong so is written right by
+    itself, too.
+    """
+    right = (logits.argmax(-1) == targets) | (targets < 0)  # [batch, T]
+    return right.all(-1).mean()
+
+
+def attention(loss: Any, params: Any, test: tuple[jax.Array, jax.Array], n: int) -> Any:
+    """Draw where the network looks as it writes, for the first test sequence."""
+    weights = attention_of(loss, params, (test[0][0], test[1][0]))
+    rows = {name: layer[:, n:, :] for name, layer in weights.items()}  # [heads, T, T] -> [heads, n, T]
+    tokens = [SYMBOLS[token] for token in test[0][0].tolist()]
+    figure = attention_maps(rows, tokens, tokens[n:])
+    figure.suptitle("While it writes (rows, downwards), it looks at the digits from the last to the first")
+    return figure
+
+
+def told(tokens: Any) -> str:
+    """Return digits as text."""
+    return "".join(SYMBOLS[token] for token in np.asarray(tokens).tolist())
+
+
+def judge(config: Config, accuracy: float) -> str:
+    """Say what was reached against what was expected."""
+    reached = (
+        f"{100 * accuracy:.1f} % of {N_TEST:,} sequences of {config.digits} digits reversed without a mistake"
+    )
+    if config.digits > Config.digits or config.steps < Config.steps or config.batch < Config.batch:
+        return f"{reached} (nothing was promised for these options)"
+    return f"{reached}; expected 100 %: {'reached' if accuracy == 1 else 'NOT reached'}"
+
+
+if __name__ == "__main__":
+    from gradfn.cli import script
+
+    script(__file__)

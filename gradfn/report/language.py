@@ -1,0 +1,109 @@
+"""What every run of a language model measures as it goes, and draws in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradfn.data import Tokenizer
+from gradfn.inspection import inspect, sites
+from gradfn.losses import Loss
+from gradfn.net import Net
+from gradfn.report.figures import History, curves, save
+from gradfn.report.sequences import MAX_TOKENS, attention_maps, token_probabilities
+
+ATTENTION_TOKENS = 24  # more would leave no room for their labels
+
+
+def loss_per_token(loss: Loss, batch: tuple[Any, Any]) -> Callable[[Any], jax.Array]:
+    """Return a function that measures parameters on fixed sequences: the mean over all tokens that count.
+
+    Args:
+        loss: of one sequence, such as `gf.next_token_loss(net)` has.
+        batch: tokens and targets, `[N, T]` each; negative targets do not count.
+
+    Returns:
+        `params -> scalar`, in nats a token.
+
+    >>> import gradfn as gf
+    >>> net = gf.Net({"z": gf.Param([2])}, lambda params, tokens: jnp.tile(params["z"], [len(tokens), 1]))
+    >>> batch = np.zeros([3, 4], int), np.array([[0, 0, 0, 0], [1, -1, -1, -1], [1, -1, -1, -1]])
+    >>> loss_per_token(gf.next_token_loss(net), batch)({"z": jnp.zeros(2)})
+    Array(0.6931472, dtype=float32)
+    """
+    tokens, targets = map(jnp.asarray, batch)
+
+    @jax.jit
+    def measure(params: Any, tokens: jax.Array, targets: jax.Array) -> jax.Array:
+        of_one = lambda example: loss(params, example)  # noqa: E731
+        # A part at a time: the attention of all sequences at once would fill the memory.
+        losses = jax.lax.map(of_one, (tokens, targets), batch_size=64)  # [N]
+        counts = (targets >= 0).sum(-1).astype(losses.dtype)
+        return (losses * counts).sum() / counts.sum()
+
+    return lambda params: measure(params, tokens, targets)
+
+
+def language_figures(
+    folder: Path,
+    net: Net,
+    loss: Loss,
+    params: Any,
+    history: History,
+    example: tuple[Any, Any],
+    tokenizer: Tokenizer,
+    name: str,
+) -> list[Path]:
+    """Draw what a language model has learned: its curves, what it expects of a text, and where it looks.
+
+    Args:
+        folder: where to put the pictures.
+        net: from tokens `[T]` to logits `[T, vocab]`.
+        loss: of one sequence.
+        params: its parameters.
+        history: from `gf.fit`.
+        example: a sequence's tokens and targets, `[T]` each; the first 40 are drawn.
+        tokenizer: of the tokens.
+        name: of the data.
+
+    Returns:
+        The files: curves, probabilities, and attention where the net has any, as PNG.
+    """
+    tokens, targets = (np.asarray(part)[np.asarray(example[1]) >= 0][:MAX_TOKENS] for part in example)
+    vocabulary = [tokenizer.decode([token]) for token in range(tokenizer.size)]
+    read = [vocabulary[token] for token in tokens]
+    probabilities = jax.nn.softmax(jax.jit(net.apply)(params, jnp.asarray(tokens)))
+    figures = {
+        "curves": curves(history, "nats a token"),
+        "probabilities": token_probabilities(read, targets.tolist(), probabilities, vocabulary),
+    }
+    weights = attention_of(loss, params, (tokens, targets))
+    if weights:
+        n = ATTENTION_TOKENS
+        figures["attention"] = attention_maps({name: w[:, :n, :n] for name, w in weights.items()}, read[:n])
+    for figure in figures.values():
+        figure.suptitle(f"{figure.get_suptitle()}\n(data: {name})")
+    return [save(figure, folder / f"{what}.png") for what, figure in figures.items()]
+
+
+def attention_of(loss: Loss, params: Any, example: Any) -> dict[str, np.ndarray]:
+    """Return the attention weights of each block for one example, as `gf.inspect` sees them.
+
+    Args:
+        loss: of one example, over a net of unrolled blocks.
+        params: its parameters.
+        example: what the loss takes.
+
+    Returns:
+        `{"block 0": [heads, T, S], ...}`, in the order of computation; empty where nothing attends.
+    """
+    names = [name for name in sites(loss)(params, example).names if name.split("/")[-1] == "probabilities"]
+    if not names:
+        return {}
+    seen = inspect(loss, sites=names, keep=names, stats=["mean"], input_grads=False)(params, example)
+    return {f"block {i}": np.asarray(seen.kept[name]) for i, name in enumerate(names)}

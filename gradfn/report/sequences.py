@@ -1,0 +1,218 @@
+"""Figures of networks that read sequences: where they look, what they expect, how far back the gradient reaches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradfn.report.figures import LINE_COLOURS, LINE_STYLES, _figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAX_TOKENS = 40  # more columns would be too narrow to read
+
+
+def attention_maps(
+    probabilities: Mapping[str, Any], tokens: Sequence[str], answers: Sequence[str] | None = None
+) -> Figure:
+    """Draw how much each position of a sequence attends to each other one, a panel a head.
+
+    Args:
+        probabilities: the weights of each layer by its name, `[heads, T, S]`; each row sums to 1.
+        tokens: what stands at the S positions that are looked at.
+        answers: what stands at the T positions that look; the same as `tokens` unless told.
+
+    Returns:
+        A figure with a row of panels a layer, all on one colour scale from 0 to 1.
+
+    Raises:
+        ValueError: weights of other shapes than tokens and answers have.
+
+    >>> from gradfn.report.sequences import attention_maps
+    >>> figure = attention_maps({"block 0": np.full([2, 3, 3], 1 / 3)}, "abc")
+    >>> [panel.get_title() for panel in figure.axes][:2]
+    ['block 0, head 0', 'block 0, head 1']
+    """
+    answers = tokens if answers is None else answers
+    layers = {name: np.asarray(weights, np.float64) for name, weights in probabilities.items()}
+    for name, weights in layers.items():
+        if weights.ndim != 3 or weights.shape[1:] != (len(answers), len(tokens)):
+            expected = f"[heads, {len(answers)}, {len(tokens)}]"
+            raise ValueError(f"attention_maps: {name}: expected {expected}, came {list(weights.shape)}")
+    n_columns = max(len(weights) for weights in layers.values())
+    cell = min(max(0.125 * max(len(tokens), len(answers)), 2.0), 4.5)  # inches
+    figure = _figure(cell * n_columns + 1.2, (cell + 0.35) * len(layers) + 0.8, "compressed")
+    panels = figure.subplots(len(layers), n_columns, squeeze=False)
+    size = min(
+        9.0, 52 * cell / max(len(tokens), len(answers))
+    )  # points, so that the labels stand side by side
+    for row, (name, weights) in zip(panels, layers.items(), strict=True):
+        for head, panel in enumerate(row):
+            if head >= len(weights):
+                panel.set_axis_off()
+                continue
+            # The square root lets a tenth be seen beside a whole.
+            image = panel.imshow(
+                np.sqrt(weights[head]), cmap="Blues", vmin=0, vmax=1, interpolation="nearest"
+            )
+            panel.set_title(f"{name}, head {head}", fontsize=9)
+            panel.set_xticks(range(len(tokens)), map(visible, tokens), fontsize=size, family="monospace")
+            panel.set_yticks(range(len(answers)), map(visible, answers), fontsize=size, family="monospace")
+            panel.tick_params(length=0, pad=1)
+    bar = figure.colorbar(
+        image, ax=panels.ravel().tolist(), label="share of the attention", aspect=40, pad=0.02
+    )
+    shares = [0, 0.01, 0.1, 0.25, 0.5, 1]
+    bar.set_ticks([math.sqrt(share) for share in shares], labels=[f"{100 * share:.0f} %" for share in shares])
+    figure.suptitle("Attention: the row's position looks at the column's")
+    return figure
+
+
+def token_probabilities(
+    tokens: Sequence[str],
+    targets: Sequence[int],
+    probabilities: Any,
+    vocabulary: Sequence[str],
+    n_best: int = 5,
+) -> Figure:
+    """Draw what a language model expects after each token: the likeliest ones, and what came.
+
+    Args:
+        tokens: what it read, T of them; the first 40 are drawn.
+        targets: the number in the vocabulary of what came after each.
+        probabilities: `[T, vocab]`, of each next token.
+        vocabulary: the text of each token.
+        n_best: how many of the likeliest to draw.
+
+    Returns:
+        A figure with a column a token; what came has a frame, and its probability at the bottom.
+
+    Raises:
+        ValueError: not one target and one row of probabilities a token.
+
+    >>> from gradfn.report.sequences import token_probabilities
+    >>> token_probabilities("ab", [1, 0], [[0.25, 0.75], [0.5, 0.5]], "ab", n_best=2).get_suptitle()
+    'Of 2 tokens, 100 % were the likeliest or second; what came had a probability of 61 % (geometric mean)'
+    """
+    p = np.asarray(probabilities, np.float64)
+    if not len(tokens) == len(targets) == len(p) or p.ndim != 2:
+        shapes = f"{len(tokens)} tokens, {len(targets)} targets, probabilities {list(p.shape)}"
+        raise ValueError(
+            f"token_probabilities: one target and one row of probabilities a token, came {shapes}"
+        )
+    came = p[np.arange(len(p)), list(targets)]  # [T]
+    rank = (p > came[:, None]).sum(1)
+    n = min(len(tokens), MAX_TOKENS)
+    n_best = min(n_best, p.shape[1])
+    best = np.argsort(-p[:n], axis=1, kind="stable")[:, :n_best]  # [n, n_best]
+    shares = np.take_along_axis(p[:n], best, 1).T  # [n_best, n]
+    figure = _figure(max(0.36 * n + 1.6, 5.0), 0.4 * n_best + 2.2)
+    panel = figure.subplots()
+    image = panel.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for row, column in np.ndindex(*shares.shape):
+        colour = "white" if shares[row, column] > 0.5 else "black"
+        text = visible(vocabulary[int(best[column, row])])
+        panel.text(column, row, text, ha="center", va="center", color=colour, family="monospace")
+        if best[column, row] == targets[column]:
+            box = panel.add_patch(_rectangle((column - 0.46, row - 0.44), 0.92, 0.88))
+            box.set(fill=False, edgecolor="#d55e00", linewidth=2)
+    panel.set_xticks(range(n), [visible(token) for token in tokens[:n]], family="monospace")
+    panel.set_yticks(range(n_best), [f"{i + 1}." for i in range(n_best)])
+    panel.xaxis.tick_top()
+    panel.tick_params(length=0)
+    panel.set_title("what it has read", fontsize=10)
+    panel.set_ylabel("what it expects next")
+    below = panel.secondary_xaxis("bottom")
+    came_text = [visible(vocabulary[target]) for target in targets[:n]]
+    labels = [f"{text}\n{_share(share)}" for text, share in zip(came_text, came, strict=False)]
+    below.set_xticks(range(n), labels, fontsize=8, family="monospace")
+    below.tick_params(length=0)
+    below.set_xlabel("what came, and how probable it was in % (a frame where it is among the likeliest)")
+    figure.colorbar(image, ax=panel, label="probability", pad=0.01)
+    mean = math.exp(float(np.log(np.maximum(came, 1e-12)).mean()))
+    figure.suptitle(
+        f"Of {len(p)} tokens, {100 * (rank < 2).mean():.0f} % were the likeliest or second; "
+        f"what came had a probability of {100 * mean:.0f} % (geometric mean)"
+    )
+    return figure
+
+
+def gradient_through_time(norms: Mapping[str, Any], what: str = "loss at the last step") -> Figure:
+    """Draw how large the gradient still is, so many steps before the loss that it comes from.
+
+    Bengio, Simard and Frasconi, *Learning Long-Term Dependencies with Gradient Descent is Difficult*, 1994.
+
+    Args:
+        norms: for each network by its name, the rms of the gradient with respect to its state at each step
+            `[T]`, from the first step to the last, where the loss is.
+        what: the gradient is that of it.
+
+    Returns:
+        A figure with a line a network, as a share of the gradient at the last step, on a logarithmic scale.
+
+    Raises:
+        ValueError: nothing to draw, or a gradient that is zero at the last step.
+
+    >>> from gradfn.report.sequences import gradient_through_time
+    >>> gradient_through_time({"vanilla": [0.01, 0.1, 1.0]}).get_suptitle()
+    'The gradient 2 steps back: vanilla 1/100 of what it is at the last step'
+    """
+    if not norms:
+        raise ValueError("gradient_through_time: there is no network to draw")
+    figure = _figure(8.0, 4.4)
+    panel = figure.subplots()
+    ends = []
+    for (name, sizes), colour, style in zip(
+        norms.items(), cycle(LINE_COLOURS), cycle(LINE_STYLES), strict=False
+    ):
+        sizes = np.asarray(sizes, np.float64)
+        if not len(sizes) or not sizes[-1] > 0:
+            raise ValueError(f"gradient_through_time: {name}: the gradient at the last step is not above 0")
+        shares = sizes / sizes[-1]
+        back = np.arange(len(shares))[::-1]
+        shown = np.where(shares > 0, shares, np.nan)  # a logarithm has no place for zeros
+        panel.plot(back, shown, style, color=colour, label=name)
+        ends.append((name, len(shares) - 1, shares[0]))
+    panel.set_yscale("log")
+    panel.invert_xaxis()
+    panel.set_xlabel(f"steps back from the {what}")
+    panel.set_ylabel("gradient of the state, relative to the last step")
+    panel.grid(color="0.9")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False)
+    steps = ends[0][1]
+    told = ", ".join(f"{name} {_ratio(share)}" for name, _, share in ends)
+    figure.suptitle(f"The gradient {steps} steps back: {told} of what it is at the last step")
+    return figure
+
+
+def visible(token: str) -> str:
+    """Return a token as it is shown in a figure: white space as a sign of its own.
+
+    >>> visible("a b\\n")
+    'a␣b↵'
+    """
+    return token.replace(" ", "␣").replace("\n", "↵").replace("\t", "→")
+
+
+def _rectangle(corner: tuple[float, float], width: float, height: float) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(corner, width, height)
+
+
+def _share(share: float) -> str:
+    return f"{100 * share:.0f}" if share >= 0.005 else "<1"
+
+
+def _ratio(share: float) -> str:
+    if share == 0:
+        return "nothing"
+    if share > 0.1:
+        return f"{100 * share:.0f} %"
+    return f"1/{1 / share:,.0f}" if share > 1e-6 else f"{share:.0e}"

@@ -1,0 +1,145 @@
+"""Write with a trained language model, as its tokens come: `gradfn sample RUN`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from gradfn.data import DataError, Tokenizer, tokenizer_from
+from gradfn.nets import GPTConfig, LanguageModel, gpt, stream
+from gradfn.params import Params
+from gradfn.run import RUNS, RunError, within, write_json
+from gradfn.train import checkpoint
+from gradfn.train.fit import CHECKPOINT
+
+MODEL = "model.json"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of `gradfn sample RUN`."""
+
+    prompt: str = ""
+    """what the text goes on from (else the beginning of a line)"""
+    n: int = 500
+    """how many tokens to write"""
+    temperature: float = 0.8
+    """below 1 the likely becomes likelier; 0 always takes the likeliest token"""
+    top_k: int | None = None
+    """draw from so many of the likeliest tokens only"""
+    seed: int = 0
+    """the same seed writes the same text"""
+
+    def __post_init__(self) -> None:
+        within(1, None, n=self.n, top_k=self.top_k)
+        within(0, 2**32 - 1, seed=self.seed)
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature: a number from 0 up, came {self.temperature}")
+
+
+class Model(NamedTuple):
+    """A language model and all that it takes to write with it."""
+
+    net: LanguageModel
+    params: Params
+    tokenizer: Tokenizer
+    lines: bool  # whether it was trained on lines that are texts of their own
+
+
+def save_model(folder: Path, config: GPTConfig, tokenizer: Tokenizer, lines: bool) -> None:
+    """Write into a run's folder what `load_model` needs beside the checkpoint."""
+    told = {"gpt": dataclasses.asdict(config), "tokenizer": tokenizer.to_dict(), "lines": lines}
+    write_json(folder / MODEL, told)
+
+
+def load_model(run: str | Path) -> Model:
+    """Return the language model that a run has trained so far.
+
+    Args:
+        run: its folder, or an experiment's name for its latest run.
+
+    Raises:
+        RunError: there is no such run, or it is not one of a language model.
+        CheckpointError: its checkpoint is missing or cannot be read.
+    """
+    folder = Path(run)
+    if not folder.exists():
+        runs = sorted(file.parent for file in (RUNS / folder).glob(f"*/{MODEL}"))
+        if not runs:
+            raise RunError(f"{run}: neither a run's folder nor an experiment with a run in {RUNS / folder}")
+        folder = runs[-1]
+    try:
+        told = json.loads((folder / MODEL).read_text())
+        net = gpt(GPTConfig(**told["gpt"]))
+        tokenizer, lines = tokenizer_from(told["tokenizer"]), bool(told["lines"])
+    except FileNotFoundError as error:
+        raise RunError(f"{folder}: no run of a language model (it has no {MODEL})") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{folder / MODEL}: not a readable model ({error})") from error
+    like = {"params": jax.eval_shape(net.init, jax.random.key(0))}
+    state, _ = checkpoint.load(folder / CHECKPOINT, like, rest=True)
+    return Model(net, state["params"], tokenizer, lines)
+
+
+def write(model: Model, config: Config) -> Iterator[int]:
+    """Yield the tokens of a text; lines that are texts of their own each begin with the prompt again.
+
+    Raises:
+        ValueError: options that the model cannot take.
+        DataError: a prompt with a character that it does not know.
+    """
+    options: dict[str, Any] = {"temperature": config.temperature, "top_k": config.top_k}
+    if not model.lines:
+        new_line = "\n" if "\n" in (model.tokenizer.symbols or "\n") else model.tokenizer.symbols[0]
+        prompt = model.tokenizer.encode(config.prompt or new_line)
+        yield from stream(model.net, model.params, prompt, config.n, seed=config.seed, **options)
+        return
+    begin = config.prompt.strip("\n")
+    prompt = model.tokenizer.encode(f"\n{begin}")
+    end = int(prompt[0])
+    room = (model.net.context or len(prompt) + config.n) - len(prompt) + 1
+    if room < 1:
+        raise DataError(f"a prompt of {len(begin)} characters, where lines have {model.net.context} at most")
+    left, line = config.n, 0
+    while left:
+        n = min(room, left)
+        for token in stream(model.net, model.params, prompt, n, seed=config.seed + line, **options):
+            yield token
+            left -= 1
+            if token == end:
+                break
+        if not left:
+            return
+        # A line that did not end of itself ends where there is no more room; the next begins as this one did.
+        yield from ([] if token == end else [end])
+        yield from prompt[1:].tolist()
+        line += 1
+
+
+def run(model: Model, config: Config) -> None:
+    """Write to the terminal as the tokens come; say on stderr how fast they came."""
+    print(config.prompt.strip("\n") if model.lines else config.prompt, end="", flush=True)
+    times: list[float] = [time.monotonic()]
+
+    def timed() -> Iterator[int]:
+        for token in write(model, config):
+            times.append(time.monotonic())
+            yield token
+
+    for text in model.tokenizer.stream(timed()):
+        print(text, end="", flush=True)
+    print()
+    n = len(times) - 1
+    first = min(2, n)  # these compile: the step that reads the prompt, and that of a single token
+    told = f"{n:,} tokens, the first {first} in {times[first] - times[0]:.1f} s (compiled)"
+    if n > first:
+        told += f", then {(n - first) / max(times[-1] - times[first], 1e-9):,.0f} tokens/s"
+    print(told, file=sys.stderr)

@@ -1,0 +1,145 @@
+"""The language model end to end: it trains, draws, goes on writing, and says what was promised for it."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import gradfn as gf
+from experiments import gpt
+from gradfn import sample
+from gradfn.cli import main
+
+SMALL = {"steps": 8, "layers": 1, "heads": 2, "width": 8, "context": 8, "batch": 4, "warmup": 1}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "text.txt").write_text("to be, or not to be: that is the question.\n" * 30)
+    (folder / "names.txt").write_text(
+        "\n".join(f"{a}{b}nn{c}" for a in "abcd" for b in "aeiou" for c in "aey")
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_text(texts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "text"
+    return gpt.run(gpt.Config(**SMALL, data=str(texts / "text.txt"), folder=str(folder)))
+
+
+@pytest.fixture(scope="module")
+def of_names(texts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "names"
+    options = SMALL | {"accumulate": 2, "dropout": 0.1}
+    return gpt.run(gpt.Config(**options, data=str(texts / "names.txt"), lines=True, folder=str(folder)))
+
+
+@pytest.mark.slow
+def test_a_run_leaves_pictures_and_a_model(of_text, capsys):
+    files = {file.name for file in of_text.folder.iterdir()}
+    assert {"curves.png", "probabilities.png", "attention.png", "model.json", "result.json"} <= files
+    assert [row["step"] for row in of_text.history] == list(range(1, 9))
+    assert of_text.history[-1]["validation_loss"] < of_text.history[0]["validation_loss"]
+    assert of_text.verdict.endswith("(nothing was promised for this text and these options)")
+    stored = json.loads((of_text.folder / "result.json").read_text())
+    assert stored["validation_loss"] == of_text.validation_loss
+
+
+@pytest.mark.slow
+def test_the_model_of_a_run_is_the_one_that_was_trained(of_text):
+    model = sample.load_model(of_text.folder)
+    jax.tree.map(np.testing.assert_array_equal, model.params, of_text.params)
+    assert model.tokenizer.decode(model.tokenizer.encode("to be")) == "to be"
+    tokens = list(sample.write(model, sample.Config(prompt="to ", n=20, temperature=0)))
+    expected = gf.generate(model.net, model.params, model.tokenizer.encode("to "), 20, temperature=0)
+    np.testing.assert_array_equal(tokens, expected)
+
+
+@pytest.mark.slow
+def test_sampling_on_the_command_line(of_text, monkeypatch, capsys):
+    folder = str(of_text.folder)
+    words = ["sample", folder, "--prompt", "to be", "--n", "12", "--top-k", "3", "--seed", "4"]
+    said = []
+    for _ in range(2):
+        assert main(words) == 0
+        captured = capsys.readouterr()
+        said.append(captured.out)
+        assert "12 tokens, the first 2 in" in captured.err
+        assert captured.err.endswith("tokens/s\n")
+    assert said[0] == said[1]
+    assert said[0].startswith("to be")
+    assert len(said[0]) == len("to be") + 12 + 1
+    assert main([*words[:-1], "5"]) == 0
+    assert capsys.readouterr().out != said[0]
+    # The name of an experiment is its latest run.
+    monkeypatch.setattr(sys.modules["gradfn.sample"], "RUNS", of_text.folder.parent.parent)
+    assert main(["sample", of_text.folder.parent.name, *words[2:]]) == 0
+    assert capsys.readouterr().out == said[0]
+
+
+@pytest.mark.slow
+def test_lines_begin_again_with_the_prompt(of_names):
+    model = sample.load_model(of_names.folder)
+    assert model.lines
+    tokens = list(sample.write(model, sample.Config(prompt="an", n=60, temperature=2.0)))
+    lines = model.tokenizer.decode(tokens).split("\n")
+    assert all(line.startswith("an") for line in lines[1:])
+    assert max(map(len, lines)) <= 6
+    with pytest.raises(gf.data.DataError, match="a prompt of 9 characters, where lines have 6 at most"):
+        list(sample.write(model, sample.Config(prompt="a" * 9)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "gradfn sample: it wants a run's folder"),
+        (["nowhere"], "nowhere: neither a run's folder nor an experiment with a run in runs/nowhere"),
+        (["."], "no run of a language model"),
+        (["RUN", "--prompt", "Ω"], "the character 'Ω' is not among the"),
+        (["RUN", "--top-k", "1000"], "top_k is in"),
+        (["RUN", "--n", "0"], "n: a whole number from 1 up, came 0"),
+        (["RUN", "--temperature", "-1"], "temperature: a number from 0 up, came -1.0"),
+        (["RUN", "--tempature", "1"], "no option '--tempature' (did you mean --temperature?)"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_exit_code_2(of_text, words, message, capsys):
+    assert main(["sample", *(str(of_text.folder) if word == "RUN" else word for word in words)]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps: a whole number from 1 up"),
+        ({"steps": 50}, "warmup: a whole number from 0 to 49, came 100"),
+        ({"heads": 3}, "heads: a number that divides the width of 128, came 3"),
+        ({"rate": 0.0}, "rate: a number above 0"),
+    ],
+)
+def test_options_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        gpt.Config(**options)
+
+
+def test_the_verdict_holds_for_what_was_promised_alone():
+    data = gf.data.text()
+    promised = gpt.PROMISED[data.name]
+    assert gpt.judge(gpt.Config(), data, promised).endswith(f"expected at most {promised}: reached")
+    assert gpt.judge(gpt.Config(seed=7), data, promised + 0.01).endswith("NOT reached")
+    assert "nothing was promised" in gpt.judge(gpt.Config(steps=1999), data, promised)
+    assert "nothing was promised" in gpt.judge(gpt.Config(), data._replace(name="", sha256=""), promised)
+
+
+@pytest.mark.slow
+def test_large_texts_stay_in_their_files(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpt, "ON_HOST", 100)
+    file = gf.data.tokenize(texts / "text.txt", tmp_path / "text.npy")
+    result = gpt.run(gpt.Config(**SMALL, data=str(file), folder=str(tmp_path / "run")))
+    assert len(result.history) == 8

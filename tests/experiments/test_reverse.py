@@ -1,0 +1,38 @@
+"""Digits backwards: what is asked of the network, and that it learns it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import reverse
+
+
+def test_what_is_asked_is_the_digits_backwards():
+    tokens, targets = reverse.reversals(jax.random.key(0), 5, 4)
+    assert tokens.shape == targets.shape == (5, 8)
+    np.testing.assert_array_equal(targets[:, 4:], tokens[:, 3::-1])
+    np.testing.assert_array_equal(tokens[:, 4], reverse.END_OF_INPUT)
+    np.testing.assert_array_equal(tokens[:, 5:], targets[:, 4:-1])
+    assert (targets[:, :4] == -1).all()
+
+
+def test_one_mistake_makes_a_sequence_wrong():
+    targets = jnp.array([[-1, 2, 3], [-1, 2, 3]])
+    logits = jax.nn.one_hot(jnp.array([[9, 2, 3], [9, 2, 4]]), 11)
+    assert reverse.all_right(logits, targets) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "verdict"), [(1.0, "expected 100 %: reached"), (0.999, "expected 100 %: NOT reached")]
+)
+def test_the_verdict(accuracy, verdict):
+    assert reverse.judge(reverse.Config(), accuracy).endswith(verdict)
+    assert "nothing was promised" in reverse.judge(reverse.Config(steps=10), accuracy)
+
+
+@pytest.mark.slow
+def test_it_learns_to_reverse(tmp_path):
+    result = reverse.run(reverse.Config(digits=4, steps=200, width=32, folder=str(tmp_path / "run")))
+    assert result.accuracy == 1
+    assert {"attention.png", "curves.png"} <= {file.name for file in result.folder.iterdir()}
