@@ -1,7 +1,17 @@
 """gradfn: networks as pure functions over plain dicts of arrays, with every gradient visible."""
 
 from gradfn import data, layers
-from gradfn.inspection import Inspection, inspect, nan_guard, nan_origin, patch, sites
+from gradfn.inspection import (
+    Inspection,
+    backprop,
+    chain_rule,
+    check_grads,
+    inspect,
+    nan_guard,
+    nan_origin,
+    patch,
+    sites,
+)
 from gradfn.losses import (
     accuracy,
     batch_mean,
@@ -42,8 +52,11 @@ __all__ = [
     "ParameterError",
     "TrainState",
     "accuracy",
+    "backprop",
     "batch_mean",
+    "chain_rule",
     "check",
+    "check_grads",
     "classification_loss",
     "count",
     "data",

@@ -85,6 +85,10 @@ class Step(NamedTuple):
 class StepList(list[Step]):
     """Steps of a backward pass; `print` shows them as a table."""
 
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        return StepList(found) if isinstance(index, slice) else found
+
     def sorted(self) -> "StepList":
         """Return them from the one that shrank the gradient most to the one that made it grow most."""
         return StepList(sorted(self, key=lambda s: (math.isnan(s.factor), s.factor)))
