@@ -148,6 +148,6 @@ def take_rows(array: jax.Array, index: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(rows, row, i, 0)
 
         rows = jnp.zeros((len(index), *array.shape[1:]), array.dtype)
-        return jax.lax.fori_loop(0, len(index), put, rows)
+        return jax.lax.fori_loop(0, len(index), put, rows, unroll=4)
 
     return jax.lax.platform_dependent(array, index, cpu=copy_rows, default=lambda array, index: array[index])
