@@ -180,10 +180,14 @@ def table(tree: Any) -> TextTable:
 
 
 def _reading_order(name: str) -> list[Any]:
-    """Sort W1, b1, W2, ..., W10 as a reader would: by number, then weights before biases."""
-    *scopes, leaf = name.split("/")
-    stem = leaf.rstrip("0123456789")
-    return [*scopes, int(leaf[len(stem) :] or 0), stem]
+    """Sort as a reader would: W1, b1, W2, ..., W10, by number, then weights before biases; blocks/2 before 10."""
+    *scopes, leaf = map(_numbered, name.split("/"))
+    return [*((1, *scope) for scope in scopes), (0, *leaf[::-1])]
+
+
+def _numbered(part: str) -> tuple[str, int]:
+    stem = part.rstrip("0123456789")
+    return stem, int(part[len(stem) :] or 0)
 
 
 def describe(value: Any) -> str:

@@ -162,3 +162,9 @@ def test_a_param_that_makes_no_sense_is_refused(make, message):
     with pytest.raises(ValueError) as error:
         make()
     assert message in str(error.value)
+
+
+def test_a_table_lists_blocks_by_number_and_leaves_beside_dicts():
+    leaf = gf.Param([2])
+    text = str(gf.table({"blocks": {str(i): {"b": leaf} for i in (10, 2)}, "token": leaf}))
+    assert text.index("token") < text.index("blocks/2/b") < text.index("blocks/10/b")
