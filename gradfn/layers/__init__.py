@@ -1,15 +1,18 @@
 """Single layers. Each is a `Net`: a spec and a pure function of one example.
 
-Arrays carry features along their last axis; any axes before it (time, height and width) are carried along.
+Arrays carry features along their last axis; any axes before it (time, height and width) are carried along:
+sequences are `[T, features]`, images `[H, W, channels]`.
 """
 
 from gradfn.layers.activations import activation, activations
 from gradfn.layers.attention import attend, attention, kv_cache
+from gradfn.layers.conv import avg_pool, conv, max_pool
 from gradfn.layers.dense import affine, dense
 from gradfn.layers.dropout import dropout
 from gradfn.layers.embed import embed, rope, sinusoidal
 from gradfn.layers.feed_forward import feed_forward, swiglu
-from gradfn.layers.norms import layer_norm, rms_norm
+from gradfn.layers.norms import group_norm, layer_norm, rms_norm
+from gradfn.layers.recurrent import gru, lstm, recurrent_state, vanilla_rnn
 
 __all__ = [
     "activation",
@@ -17,14 +20,22 @@ __all__ = [
     "affine",
     "attend",
     "attention",
+    "avg_pool",
+    "conv",
     "dense",
     "dropout",
     "embed",
     "feed_forward",
+    "group_norm",
+    "gru",
     "kv_cache",
     "layer_norm",
+    "lstm",
+    "max_pool",
+    "recurrent_state",
     "rms_norm",
     "rope",
     "sinusoidal",
     "swiglu",
+    "vanilla_rnn",
 ]

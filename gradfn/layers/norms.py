@@ -75,6 +75,46 @@ def rms_norm(n: int, epsilon: float = 1e-6) -> Net:
     return Net({"gain": Param((n,), jax.nn.initializers.ones)}, apply)
 
 
+def group_norm(n: int, groups: int, bias: bool = True, epsilon: float = 1e-5) -> Net:
+    """Return a layer that takes each group of channels, over all positions, to mean 0 and variance 1.
+
+    Wu and He, *Group Normalization*, 2018. One group is a layer norm over the whole example, `n` groups an
+    instance norm.
+
+    Args:
+        n: channels.
+        groups: parts of the channels that are brought to scale apart from each other.
+        bias: whether to add a bias.
+        epsilon: added to the variance.
+
+    Returns:
+        A net `[..., n] -> [..., n]` with `gain` `[n]` (ones) and `b` `[n]` (zeros).
+
+    Raises:
+        ValueError: groups that do not divide the channels.
+        ParameterError: an input with other channels.
+
+    >>> import jax, jax.numpy as jnp, gradfn as gf
+    >>> norm = gf.layers.group_norm(2, 2)
+    >>> norm.apply(norm.init(jax.random.key(0)), jnp.array([[1.0, 10.0], [3.0, 30.0]])).round(3)
+    Array([[-1., -1.],
+           [ 1.,  1.]], dtype=float32)
+    """
+    if n % groups:
+        raise ValueError(f"group_norm: groups divide the channels, came {groups} for {n}")
+    spec = {"gain": Param((n,), jax.nn.initializers.ones)} | ({"b": Param((n,))} if bias else {})
+
+    def apply(params: Params, x: jax.Array) -> jax.Array:
+        gain, b = _aligned(params["gain"], x), params.get("b")
+        grouped = widen(x).reshape(-1, groups, n // groups)  # [..., n] -> [positions, groups, n / groups]
+        centred = grouped - grouped.mean((0, 2), keepdims=True)
+        variance = jnp.square(centred).mean((0, 2), keepdims=True)
+        y = (centred * jax.lax.rsqrt(variance + epsilon)).reshape(x.shape).astype(x.dtype) * gain
+        return y if b is None else y + _aligned(b, x)
+
+    return Net(spec, apply)
+
+
 def _aligned(gain: jax.Array, x: jax.Array) -> jax.Array:
     if x.ndim == 0 or x.shape[-1] != gain.shape[0]:
         raise ParameterError(

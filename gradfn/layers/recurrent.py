@@ -1,0 +1,149 @@
+"""Recurrence: a state that goes along a sequence and takes each input in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gradfn.layers.dense import affine
+from gradfn.names import tap
+from gradfn.net import Net
+from gradfn.params import Param, Params, Spec
+
+# (what the input gives, what the state gives, state) -> (state, output); all [hidden] but the first two
+Cell = Callable[[jax.Array, jax.Array, Any, Params], tuple[Any, jax.Array]]
+
+
+def vanilla_rnn(n_in: int, hidden: int) -> Net:
+    """Return the plain recurrent layer, `h = tanh(Wx x + Wh h + b)`.
+
+    Elman, *Finding structure in time*, 1990. Called as all recurrent layers here:
+
+    - `apply(params, x)` takes `[T, n_in]` and answers with the states `[T, hidden]`;
+    - `apply(params, x, state=state)` goes on from a state and answers `(states, last state)`; begin with
+      `recurrent_state`.
+
+    Args:
+        n_in: features of an input.
+        hidden: features of the state.
+
+    Returns:
+        A net with `Wx` `[hidden, n_in]`, `Wh` `[hidden, hidden]`, `b` `[hidden]`. The states are tapped as `h`.
+
+    >>> import jax, jax.numpy as jnp, gradfn as gf
+    >>> layer = gf.layers.vanilla_rnn(3, 8)
+    >>> layer.apply(layer.init(jax.random.key(0)), jnp.ones([5, 3])).shape
+    (5, 8)
+    """
+
+    def cell(zx: jax.Array, zh: jax.Array, h: jax.Array, params: Params) -> tuple[jax.Array, jax.Array]:
+        h = jnp.tanh(zx + zh)
+        return h, h
+
+    return _recurrent(n_in, hidden, 1, {}, cell)
+
+
+def gru(n_in: int, hidden: int) -> Net:
+    """Return a gated recurrent unit, whose gates say what of the state is kept and what is seen of it.
+
+    Cho et al., *Learning Phrase Representations using RNN Encoder-Decoder*, 2014, in the form of cuDNN and
+    PyTorch: the reset gate `r` multiplies what the state gives, with a bias of its own,
+    `n = tanh(Wx x + b + r (Wh h + bn))`, and `h = (1 - z) n + z h`.
+
+    Args:
+        n_in: features of an input.
+        hidden: features of the state.
+
+    Returns:
+        A net as `vanilla_rnn`'s, with `Wx` `[3 hidden, n_in]`, `Wh` `[3 hidden, hidden]`, `b` `[3 hidden]` (reset,
+        update, new) and `bn` `[hidden]`.
+
+    >>> import gradfn as gf
+    >>> gf.shapes(gf.layers.gru(3, 8).spec)
+    {'Wh': [24, 8], 'Wx': [24, 3], 'b': [24], 'bn': [8]}
+    """
+
+    def cell(zx: jax.Array, zh: jax.Array, h: jax.Array, params: Params) -> tuple[jax.Array, jax.Array]:
+        (rx, ux, nx), (rh, uh, nh) = jnp.split(zx, 3), jnp.split(zh, 3)
+        reset, update = jax.nn.sigmoid(rx + rh), jax.nn.sigmoid(ux + uh)
+        new = jnp.tanh(nx + reset * (nh + params["bn"]))
+        h = (1 - update) * new + update * h
+        return h, h
+
+    return _recurrent(n_in, hidden, 3, {"bn": Param((hidden,))}, cell)
+
+
+def lstm(n_in: int, hidden: int) -> Net:
+    """Return a long short-term memory: a cell that gates write to, forget from and read.
+
+    Hochreiter and Schmidhuber, *Long Short-Term Memory*, 1997; with the forget gate of Gers et al., 2000, whose
+    bias starts at 1 so that the cell remembers (Jozefowicz et al., 2015).
+
+    Args:
+        n_in: features of an input.
+        hidden: features of the state and of the cell.
+
+    Returns:
+        A net as `vanilla_rnn`'s, with `Wx` `[4 hidden, n_in]`, `Wh` `[4 hidden, hidden]`, `b` `[4 hidden]` (input,
+        forget, cell, output). Cells are tapped as `c`.
+
+    >>> import gradfn as gf
+    >>> gf.shapes(gf.layers.lstm(3, 8).spec)
+    {'Wh': [32, 8], 'Wx': [32, 3], 'b': [32]}
+    """
+
+    def remembering(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jnp.zeros(shape, dtype).at[hidden : 2 * hidden].set(1)
+
+    def cell(zx: jax.Array, zh: jax.Array, state: Any, params: Params) -> tuple[Any, jax.Array]:
+        i, f, g, o = jnp.split(zx + zh, 4)
+        c = jax.nn.sigmoid(f) * state["c"] + jax.nn.sigmoid(i) * jnp.tanh(g)
+        h = jax.nn.sigmoid(o) * jnp.tanh(c)
+        return {"h": h, "c": tap(c, "c")}, h
+
+    return _recurrent(n_in, hidden, 4, {"b": Param((4 * hidden,), remembering)}, cell)
+
+
+def recurrent_state(layer: Net, dtype: Any = jnp.float32) -> Any:
+    """Return the state of a recurrent layer before its first input: zeros.
+
+    >>> import gradfn as gf
+    >>> gf.shapes(gf.layers.recurrent_state(gf.layers.lstm(3, 8)))
+    {'c': [8], 'h': [8]}
+    """
+    gates, hidden = layer.spec["Wh"].shape
+    zeros = jnp.zeros((hidden,), dtype)
+    return {"h": zeros, "c": zeros} if gates == 4 * hidden else zeros
+
+
+def _recurrent(n_in: int, hidden: int, gates: int, more: Spec, cell: Cell) -> Net:
+    scale = jax.nn.initializers.orthogonal(column_axis=0)
+
+    def orthogonal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        # One rotation a gate: gradients through time neither grow nor shrink by it (Saxe et al., 2014).
+        each = [scale(k, (hidden, hidden), dtype) for k in jax.random.split(key, gates)]
+        return jnp.concatenate(each)
+
+    spec = {
+        "Wx": Param((gates * hidden, n_in)),
+        "Wh": Param((gates * hidden, hidden), orthogonal),
+        "b": Param((gates * hidden,)),
+    } | more
+
+    def apply(params: Params, x: jax.Array, state: Any = None) -> Any:
+        zx = affine(params["Wx"], params["b"], x, "Wx")  # [T, gates * hidden], all inputs in one product
+        begin = recurrent_state(net, zx.dtype) if state is None else state
+
+        def step(state: Any, zx: jax.Array) -> tuple[Any, jax.Array]:
+            h = state["h"] if isinstance(state, dict) else state
+            state, h = cell(zx, affine(params["Wh"], None, h, "Wh"), state, params)
+            return state, tap(h, "h")
+
+        last, hs = jax.lax.scan(step, begin, zx)
+        return hs if state is None else (hs, last)
+
+    net = Net(spec, apply)
+    return net
