@@ -25,16 +25,20 @@ from gradfn.net import Net, repeat, residual, serial
 from gradfn.nets import (
     GPTConfig,
     LanguageModel,
+    ViTConfig,
+    cnn,
     generate,
     gpt,
     hidden_width,
     load_gpt2,
     load_llama,
     mlp,
+    rnn,
     save_pretrained,
     stack_blocks,
     stream,
     unstack_blocks,
+    vit,
 )
 from gradfn.params import Param, check, count, init, shapes, table
 from gradfn.train import CheckpointError, Fit, TrainState, fit, stalled, train_state, train_step
@@ -51,6 +55,7 @@ __all__ = [
     "Param",
     "ParameterError",
     "TrainState",
+    "ViTConfig",
     "accuracy",
     "backprop",
     "batch_mean",
@@ -58,6 +63,7 @@ __all__ = [
     "check",
     "check_grads",
     "classification_loss",
+    "cnn",
     "count",
     "data",
     "fit",
@@ -78,6 +84,7 @@ __all__ = [
     "regression_loss",
     "repeat",
     "residual",
+    "rnn",
     "save_pretrained",
     "serial",
     "shapes",
@@ -90,4 +97,5 @@ __all__ = [
     "train_state",
     "train_step",
     "unstack_blocks",
+    "vit",
 ]

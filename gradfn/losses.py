@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from gradfn.net import Net, takes_key
+from gradfn.precision import widen
 from gradfn.transform import flat_products
 
 Loss = Callable[..., Any]  # (params, example) or (params, example, key) -> scalar, or (scalar, aux)
@@ -32,7 +33,10 @@ def classification_loss(net: Net) -> Loss:
     Array(2.3025851, dtype=float32)
     """
     return _on_net(
-        net, lambda logits, label: optax.softmax_cross_entropy_with_integer_labels(logits.reshape(-1), label)
+        net,
+        lambda logits, label: optax.softmax_cross_entropy_with_integer_labels(
+            widen(logits.reshape(-1)), label
+        ),
     )
 
 
@@ -106,7 +110,8 @@ def next_token_loss(net: Net) -> Loss:
 
     def compare(logits: jax.Array, targets: Any) -> jax.Array:
         counted = targets >= 0
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counted, targets, 0))  # [T]
+        labels = jnp.where(counted, targets, 0)
+        nats = optax.softmax_cross_entropy_with_integer_labels(widen(logits), labels)  # [T]
         return jnp.where(counted, nats, 0).sum() / jnp.maximum(counted.sum(dtype=nats.dtype), 1)
 
     return _on_net(net, compare)

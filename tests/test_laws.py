@@ -45,6 +45,17 @@ CASES = {
     "rms_norm": (gf.layers.rms_norm(4), (4,)),
     "dropout": (gf.layers.dropout(0.5), (4,)),
     "embed": (on_tokens(gf.layers.embed(3, 4), 3), (5, 4)),
+    "conv": (gf.layers.conv(2, 3, [3]), (5, 2)),
+    "conv of images, in groups, with steps": (
+        gf.layers.conv(4, 2, [3, 2], stride=2, padding="VALID", groups=2, dilation=2),
+        (8, 7, 4),
+    ),
+    "max_pool": (gf.layers.max_pool([2, 2]), (4, 5, 2)),
+    "avg_pool": (gf.layers.avg_pool([3], stride=1), (5, 2)),
+    "group_norm": (gf.layers.group_norm(4, 2), (2, 3, 4)),
+    "vanilla_rnn": (gf.layers.vanilla_rnn(3, 4), (5, 3)),
+    "gru": (gf.layers.gru(3, 4), (5, 3)),
+    "lstm": (gf.layers.lstm(3, 4), (5, 3)),
     "attention": (gf.layers.attention(4, 2), (5, 4)),
     "causal attention, grouped, turned": (
         gf.layers.attention(8, 4, n_kv_heads=2, head_size=4, causal=True, bias=False, rope_base=100.0),
@@ -59,10 +70,14 @@ CASES = {
     "gpt": (on_tokens(gf.gpt(gf.GPTConfig(**GPT)), 7), (5, 7)),
     "gpt scanned, computed again": (on_tokens(gf.gpt(gf.GPTConfig(**GPT, scan=True, remat=True)), 7), (5, 7)),
     "llama": (on_tokens(gf.gpt(gf.GPTConfig(**LLAMA, tied=False)), 7), (5, 7)),
+    "cnn": (gf.cnn([4, 6, 1], [2, 3], [4], 3, activation="tanh"), (24,)),
+    "rnn": (on_tokens(gf.rnn(7, 4, "lstm", 2), 7), (5, 7)),
+    "vit": (gf.vit(gf.ViTConfig((4, 6, 1), 2, 3, n_layers=1, n_heads=2, width=4, pool="class")), (4, 6)),
+    "vit by means, scanned": (gf.vit(gf.ViTConfig((4, 6, 1), 2, 3, 1, 2, 4, scan=True)), (24,)),
     "noisy tower": (gf.repeat(gf.serial(mix=gf.layers.dense(4, 4), drop=gf.layers.dropout(0.5)), 2), (4,)),
 }
 
-SLOW = {"gpt", "gpt scanned, computed again", "llama"}
+SLOW = {"cnn", "rnn", "vit", "vit by means, scanned", "gru", "gpt", "gpt scanned, computed again", "llama"}
 pytestmark = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
 )

@@ -19,7 +19,6 @@ from gradfn.net import Net, fold
 from gradfn.nets.generate import LanguageModel
 from gradfn.nets.transformer import block, cast, draw_like_gpt2, stack_blocks, stack_of
 from gradfn.params import Param, Params, Spec
-from gradfn.precision import widen
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,8 @@ def gpt(config: GPTConfig) -> LanguageModel:
         config: see `gf.GPTConfig`.
 
     Returns:
-        A net of one sequence, from integers `[T]` to logits `[T, vocab]` float32 (or the parameters' dtype
-        where that is wider); `gf.generate` goes on from where it ends. With dropout it takes `key=`.
+        A net of one sequence, from integers `[T]` to logits `[T, vocab]` in the parameters' dtype; `gf.generate`
+        goes on from where it ends. With dropout it takes `key=`.
 
     Raises:
         ValueError: a config that makes no net, or a sequence longer than the context.
@@ -130,6 +129,7 @@ def gpt(config: GPTConfig) -> LanguageModel:
         tokens = jnp.asarray(tokens)
         if tokens.ndim != 1 or len(tokens) > config.context:
             raise ValueError(_wrong_tokens(config, tokens.shape))
+        answer_dtype = params["embed"]["W"].dtype
         params = cast(params, dtype)
         with scope("embed"):
             x = embedding.apply(params["embed"], tokens)  # [T, width]
@@ -146,7 +146,7 @@ def gpt(config: GPTConfig) -> LanguageModel:
             x = tap(final_norm.apply(params["final_norm"], x), "final_norm")
         with scope("head"):
             z = head.apply(params["embed" if config.tied else "head"], x)
-        return tap(widen(z), "logits"), cache
+        return tap(z.astype(answer_dtype), "logits"), cache
 
     def apply(params: Params, tokens: jax.Array) -> jax.Array:
         return run(params, tokens, None, None, 0)[0]
