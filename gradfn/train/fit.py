@@ -141,7 +141,8 @@ def fit(
             began = time.monotonic()
             after, columns, finite = run.advance(*here, end - step)
             source.order(source.epoch(end))  # a new epoch's is shuffled while the device works
-            metrics = {name: np.asarray(column)[: end - step] for name, column in columns.items()}
+            columns, finite = jax.device_get((columns, finite))
+            metrics = {name: column[: end - step] for name, column in columns.items()}
             took = time.monotonic() - began
             if not (finite and np.isfinite(metrics["loss"]).all()):
                 raise fault(loss, run, *here, metrics["loss"])

@@ -43,7 +43,8 @@ class Log:
         n = len(values["loss"])
         for name, column in values.items():
             # One by one in float64: the sum must not depend on how steps were grouped into chunks.
-            self.sums[name] = float(np.cumsum([self.sums.get(name, 0.0), *column], dtype=np.float64)[-1])
+            terms = np.concatenate([[self.sums.get(name, 0.0)], column])
+            self.sums[name] = float(np.cumsum(terms, dtype=np.float64)[-1])
         self.n_steps += n
         self.examples += n * batch_size
         self.row_seconds += seconds
