@@ -288,9 +288,12 @@ def test_kill_9_at_any_moment_loses_nothing(tmp_path):
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
     rng = np.random.default_rng(0)
+    checkpoint = tmp_path / "killed" / "checkpoint.safetensors"
     for _ in range(3):
         run = start_run(tmp_path / "killed")
         run.stdout.readline()  # it trains
+        while not checkpoint.exists():
+            time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.3))
         run.send_signal(signal.SIGKILL)
         run.wait()
