@@ -148,8 +148,11 @@ def batch_mean(loss: Loss) -> Loss:
 
 
 def over_batch(loss: Loss) -> Loss:
-    """Return a loss over a batch: gradfn's own losses of one example are meant, any other is taken as it is."""
-    return batch_mean(loss) if getattr(loss, "per_example", False) else loss
+    """Return a loss over a batch: gradfn's own losses of one example are meant, any other is of a batch already.
+
+    Either way its matrix products are two-dimensional, so that models of other frameworks train faster too.
+    """
+    return batch_mean(loss) if getattr(loss, "per_example", False) else flat_products(loss)
 
 
 def accuracy(net: Net) -> Callable[[Any, Any], jax.Array]:

@@ -39,6 +39,9 @@ def flat_products(f: Callable) -> Callable:
     [(35, 3), (35, 2), (7, 5, 2)]
     """
 
+    if getattr(f, "has_flat_products", False):
+        return f
+
     @functools.wraps(f)
     def flat(*args: Any, **kwargs: Any) -> Any:
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
@@ -48,6 +51,7 @@ def flat_products(f: Callable) -> Callable:
         outs, _ = interpret(program.jaxpr, _flattened, chosen, program.inputs)
         return program.rebuild(outs)
 
+    flat.has_flat_products = True  # type: ignore[attr-defined]
     return flat
 
 

@@ -66,6 +66,18 @@ def test_a_batch_of_examples_reaches_the_flat_form_by_itself():
     np.testing.assert_allclose(loss(params, x), jax.jit(loss)(params, x), rtol=1e-6)
 
 
+def test_training_flattens_any_loss_over_a_batch_once():
+    import optax
+
+    def loss(W, x):
+        return jnp.square(jnp.einsum("bti,oi->bto", x, W)).mean()
+
+    W, x = jnp.ones([2, 3]), jnp.ones([6, 5, 3])
+    step = gf.train_step(loss, optax.sgd(0.1))
+    assert set(ranks(step, gf.train_state(W, optax.sgd(0.1), jax.random.key(0)), x)) == {(2, 2)}
+    assert flat_products(flat := flat_products(loss)) is flat
+
+
 def test_concrete_arguments_run_as_they_are():
     def loss(scale, x):
         return x.sum() if float(scale) > 1 else x.mean()
