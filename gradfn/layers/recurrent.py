@@ -13,7 +13,8 @@ from gradfn.names import tap
 from gradfn.net import Net
 from gradfn.params import Param, Params, Spec
 
-# (what the input gives, what the state gives, state) -> (state, output); all [hidden] but the first two
+# (what the input gives, what the state gives, state) -> (state, output); all [hidden] but the first two. What is
+# tapped is what goes on, so that its gradient is all that comes back from later steps.
 Cell = Callable[[jax.Array, jax.Array, Any, Params], tuple[Any, jax.Array]]
 
 
@@ -40,7 +41,7 @@ def vanilla_rnn(n_in: int, hidden: int) -> Net:
     """
 
     def cell(zx: jax.Array, zh: jax.Array, h: jax.Array, params: Params) -> tuple[jax.Array, jax.Array]:
-        h = jnp.tanh(zx + zh)
+        h = tap(jnp.tanh(zx + zh), "h")
         return h, h
 
     return _recurrent(n_in, hidden, 1, {}, cell)
@@ -70,7 +71,7 @@ def gru(n_in: int, hidden: int) -> Net:
         (rx, ux, nx), (rh, uh, nh) = jnp.split(zx, 3), jnp.split(zh, 3)
         reset, update = jax.nn.sigmoid(rx + rh), jax.nn.sigmoid(ux + uh)
         new = jnp.tanh(nx + reset * (nh + params["bn"]))
-        h = (1 - update) * new + update * h
+        h = tap((1 - update) * new + update * h, "h")
         return h, h
 
     return _recurrent(n_in, hidden, 3, {"bn": Param((hidden,))}, cell)
@@ -100,9 +101,9 @@ def lstm(n_in: int, hidden: int) -> Net:
 
     def cell(zx: jax.Array, zh: jax.Array, state: Any, params: Params) -> tuple[Any, jax.Array]:
         i, f, g, o = jnp.split(zx + zh, 4)
-        c = jax.nn.sigmoid(f) * state["c"] + jax.nn.sigmoid(i) * jnp.tanh(g)
-        h = jax.nn.sigmoid(o) * jnp.tanh(c)
-        return {"h": h, "c": tap(c, "c")}, h
+        c = tap(jax.nn.sigmoid(f) * state["c"] + jax.nn.sigmoid(i) * jnp.tanh(g), "c")
+        h = tap(jax.nn.sigmoid(o) * jnp.tanh(c), "h")
+        return {"h": h, "c": c}, h
 
     return _recurrent(n_in, hidden, 4, {"b": Param((4 * hidden,), remembering)}, cell)
 
@@ -116,7 +117,8 @@ def recurrent_state(layer: Net, dtype: Any = jnp.float32) -> Any:
     """
     gates, hidden = layer.spec["Wh"].shape
     zeros = jnp.zeros((hidden,), dtype)
-    return {"h": zeros, "c": zeros} if gates == 4 * hidden else zeros
+    # A buffer each: generation gives them away.
+    return {"h": zeros, "c": jnp.zeros((hidden,), dtype)} if gates == 4 * hidden else zeros
 
 
 def _recurrent(n_in: int, hidden: int, gates: int, more: Spec, cell: Cell) -> Net:
@@ -139,8 +141,7 @@ def _recurrent(n_in: int, hidden: int, gates: int, more: Spec, cell: Cell) -> Ne
 
         def step(state: Any, zx: jax.Array) -> tuple[Any, jax.Array]:
             h = state["h"] if isinstance(state, dict) else state
-            state, h = cell(zx, affine(params["Wh"], None, h, "Wh"), state, params)
-            return state, tap(h, "h")
+            return cell(zx, affine(params["Wh"], None, h, "Wh"), state, params)
 
         last, hs = jax.lax.scan(step, begin, zx)
         return hs if state is None else (hs, last)
