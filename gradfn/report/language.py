@@ -55,7 +55,7 @@ def language_figures(
     loss: Loss,
     params: Any,
     history: History,
-    example: tuple[Any, Any],
+    examples: tuple[Any, Any],
     tokenizer: Tokenizer,
     name: str,
 ) -> list[Path]:
@@ -67,28 +67,54 @@ def language_figures(
         loss: of one sequence.
         params: its parameters.
         history: from `gf.fit`.
-        example: a sequence's tokens and targets, `[T]` each; the first 40 are drawn.
+        examples: tokens and targets of some sequences, `[N, T]` each; as many are drawn as 40 tokens make.
         tokenizer: of the tokens.
         name: of the data.
 
     Returns:
         The files: curves, probabilities, and attention where the net has any, as PNG.
     """
-    tokens, targets = (np.asarray(part)[np.asarray(example[1]) >= 0][:MAX_TOKENS] for part in example)
+    tokens, targets = map(np.asarray, examples)
     vocabulary = [tokenizer.decode([token]) for token in range(tokenizer.size)]
-    read = [vocabulary[token] for token in tokens]
-    probabilities = jax.nn.softmax(jax.jit(net.apply)(params, jnp.asarray(tokens)))
+    read, came, probabilities = expectations(net, params, tokens, targets)
+    longest = int((targets[:20] >= 0).sum(1).argmax())
+    n = min(int((targets[longest] >= 0).sum()), ATTENTION_TOKENS)
+    shown = tokens[longest, :n], targets[longest, :n]
     figures = {
         "curves": curves(history, "nats a token"),
-        "probabilities": token_probabilities(read, targets.tolist(), probabilities, vocabulary),
+        "probabilities": token_probabilities(
+            [vocabulary[token] for token in read], came, probabilities, vocabulary
+        ),
     }
-    weights = attention_of(loss, params, (tokens, targets))
+    weights = attention_of(loss, params, shown)
     if weights:
-        n = ATTENTION_TOKENS
-        figures["attention"] = attention_maps({name: w[:, :n, :n] for name, w in weights.items()}, read[:n])
+        figures["attention"] = attention_maps(weights, [vocabulary[token] for token in shown[0]])
     for figure in figures.values():
         figure.suptitle(f"{figure.get_suptitle()}\n(data: {name})")
     return [save(figure, folder / f"{what}.png") for what, figure in figures.items()]
+
+
+def expectations(
+    net: Net, params: Any, tokens: np.ndarray, targets: np.ndarray
+) -> tuple[list[int], list[int], np.ndarray]:
+    """Return what a net expects in the first sequences, as many as it takes to have 40 tokens.
+
+    Args:
+        net: from tokens `[T]` to logits `[T, vocab]`.
+        params: its parameters.
+        tokens: `[N, T]`.
+        targets: `[N, T]`; negative ones do not count.
+
+    Returns:
+        The tokens that were read one after the other, what came after each, and `[n, vocab]` probabilities.
+    """
+    counted = targets >= 0
+    n = int(np.searchsorted(counted.sum(1).cumsum(), MAX_TOKENS)) + 1
+    logits = jax.jit(jax.vmap(net.apply, (None, 0)))(params, jnp.asarray(tokens[:n]))
+    probabilities = np.asarray(jax.nn.softmax(logits))  # [n, T, vocab]
+    of_all = (tokens[:n][counted[:n]], targets[:n][counted[:n]], probabilities[counted[:n]])
+    read, came, p = (part[:MAX_TOKENS] for part in of_all)
+    return read.tolist(), came.tolist(), p
 
 
 def attention_of(loss: Loss, params: Any, example: Any) -> dict[str, np.ndarray]:

@@ -142,7 +142,9 @@ def token_probabilities(
     return figure
 
 
-def gradient_through_time(norms: Mapping[str, Any], what: str = "loss at the last step") -> Figure:
+def gradient_through_time(
+    norms: Mapping[str, Any], untrained: Mapping[str, Any] | None = None, what: str = "last step"
+) -> Figure:
     """Draw how large the gradient still is, so many steps before the loss that it comes from.
 
     Bengio, Simard and Frasconi, *Learning Long-Term Dependencies with Gradient Descent is Difficult*, 1994.
@@ -150,7 +152,8 @@ def gradient_through_time(norms: Mapping[str, Any], what: str = "loss at the las
     Args:
         norms: for each network by its name, the rms of the gradient with respect to its state at each step
             `[T]`, from the first step to the last, where the loss is.
-        what: the gradient is that of it.
+        untrained: the same networks before training, to draw as dotted lines of the same colours.
+        what: what to call the last step.
 
     Returns:
         A figure with a line a network, as a share of the gradient at the last step, on a logarithmic scale.
@@ -160,35 +163,40 @@ def gradient_through_time(norms: Mapping[str, Any], what: str = "loss at the las
 
     >>> from gradfn.report.sequences import gradient_through_time
     >>> gradient_through_time({"vanilla": [0.01, 0.1, 1.0]}).get_suptitle()
-    'The gradient 2 steps back: vanilla 1/100 of what it is at the last step'
+    'The gradient 2 steps back, of what it is at the last step: vanilla 1/100'
     """
     if not norms:
         raise ValueError("gradient_through_time: there is no network to draw")
-    figure = _figure(8.0, 4.4)
+    figure = _figure(8.0, 4.6)
     panel = figure.subplots()
-    ends = []
+    told = []
     for (name, sizes), colour, style in zip(
-        norms.items(), cycle(LINE_COLOURS), cycle(LINE_STYLES), strict=False
+        norms.items(), cycle(LINE_COLOURS), cycle(LINE_STYLES[:3]), strict=False
     ):
-        sizes = np.asarray(sizes, np.float64)
-        if not len(sizes) or not sizes[-1] > 0:
-            raise ValueError(f"gradient_through_time: {name}: the gradient at the last step is not above 0")
-        shares = sizes / sizes[-1]
+        shares = _shares(name, sizes)
         back = np.arange(len(shares))[::-1]
-        shown = np.where(shares > 0, shares, np.nan)  # a logarithm has no place for zeros
-        panel.plot(back, shown, style, color=colour, label=name)
-        ends.append((name, len(shares) - 1, shares[0]))
+        panel.plot(back, shares, style, color=colour, label=name)
+        if untrained is not None:
+            panel.plot(back, _shares(name, untrained[name]), ":", color=colour, label=f"{name}, untrained")
+        told.append(f"{name} {_ratio(shares[0])}")
     panel.set_yscale("log")
     panel.invert_xaxis()
     panel.set_xlabel(f"steps back from the {what}")
-    panel.set_ylabel("gradient of the state, relative to the last step")
+    panel.set_ylabel("gradient of the state (rms),\nas a share of that at the last step")
     panel.grid(color="0.9")
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False)
-    steps = ends[0][1]
-    told = ", ".join(f"{name} {_ratio(share)}" for name, _, share in ends)
-    figure.suptitle(f"The gradient {steps} steps back: {told} of what it is at the last step")
+    n_back = len(shares) - 1
+    figure.suptitle(f"The gradient {n_back} steps back, of what it is at the {what}: {', '.join(told)}")
     return figure
+
+
+def _shares(name: str, sizes: Any) -> np.ndarray:
+    sizes = np.asarray(sizes, np.float64)
+    if not len(sizes) or not sizes[-1] > 0:
+        raise ValueError(f"gradient_through_time: {name}: the gradient at the last step is not above 0")
+    shares = sizes / sizes[-1]
+    return np.where(shares > 0, shares, np.nan)  # a logarithm has no place for zeros
 
 
 def visible(token: str) -> str:
@@ -211,8 +219,6 @@ def _share(share: float) -> str:
 
 
 def _ratio(share: float) -> str:
-    if share == 0:
+    if not share > 0:
         return "nothing"
-    if share > 0.1:
-        return f"{100 * share:.0f} %"
-    return f"1/{1 / share:,.0f}" if share > 1e-6 else f"{share:.0e}"
+    return f"{100 * share:.0f} %" if share > 0.1 else f"1/{1 / share:,.0f}"

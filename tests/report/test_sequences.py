@@ -45,12 +45,15 @@ def test_token_probabilities_frame_what_came():
 
 
 def test_gradients_through_time_are_shares_of_the_last():
-    figure = gradient_through_time({"vanilla": [0.0, 2e-5, 2.0], "lstm": [1.0, 1.0, 2.0]})
+    figure = gradient_through_time(
+        {"vanilla": [0.0, 2e-5, 2.0], "lstm": [1.0, 1.0, 2.0]}, {"vanilla": [1.0] * 3, "lstm": [2.0] * 3}
+    )
     panel = figure.axes[0]
     assert panel.get_yscale() == "log"
-    np.testing.assert_array_equal(panel.lines[1].get_xdata(), [2, 1, 0])
+    np.testing.assert_array_equal(panel.lines[2].get_xdata(), [2, 1, 0])
     np.testing.assert_allclose(panel.lines[0].get_ydata(), [np.nan, 1e-5, 1])
-    assert "2 steps back: vanilla nothing, lstm 50 %" in figure.get_suptitle()
+    assert "2 steps back, of what it is at the last step: vanilla nothing, lstm 50 %" in figure.get_suptitle()
+    assert panel.lines[0].get_color() == panel.lines[1].get_color() != panel.lines[2].get_color()
     with pytest.raises(ValueError, match="no network"):
         gradient_through_time({})
     with pytest.raises(ValueError, match="lstm: the gradient at the last step is not above 0"):

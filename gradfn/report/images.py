@@ -1,0 +1,83 @@
+"""Figures of networks that see: what inside them answers to which part of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradfn.report.figures import _figure, weight_images
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def filter_images(W: Any, name: str) -> Figure:
+    """Draw the filters of a layer that sees one channel, on one diverging colour scale centred at zero.
+
+    Args:
+        W: `[out, 1, height, width]`, or `[out, height * width]` of square patches.
+        name: what to call it.
+
+    Returns:
+        A figure with an image a filter.
+
+    Raises:
+        ValueError: filters that see several channels, or are not square.
+
+    >>> filter_images(np.ones([8, 1, 5, 5]), "conv1").get_suptitle()
+    'conv1: what each of the 8 filters looks for in windows of 5x5 pixels'
+    """
+    W = np.asarray(W)
+    n_out, size = len(W), round(W[0].size ** 0.5)
+    if size * size != W[0].size:
+        raise ValueError(f"filter_images: expected square filters of one channel, came {list(W.shape)}")
+    figure = weight_images(W.reshape(n_out, -1), (size, size), name)
+    figure.suptitle(f"{name}: what each of the {n_out} filters looks for in windows of {size}x{size} pixels")
+    return figure
+
+
+def image_maps(images: Any, maps: Mapping[str, Any], title: str, label: str) -> Figure:
+    """Draw images and, beside each, maps of it: what a filter makes of it, where the attention lies.
+
+    Args:
+        images: `[n, height, width]`.
+        maps: by what each column is called, `[n, height', width']` of values from 0 up; any resolution.
+        title: the figure's.
+        label: what the values are.
+
+    Returns:
+        A figure with a row an image; each column of maps has a scale of its own, from 0 to its largest value.
+
+    Raises:
+        ValueError: not one map an image.
+
+    >>> figure = image_maps(np.zeros([2, 28, 28]), {"filter 0": np.ones([2, 14, 14])}, "Two", "activation")
+    >>> [panel.get_title() for panel in figure.axes][:2]
+    ['image', 'filter 0']
+    """
+    images = np.asarray(images)
+    for name, values in maps.items():
+        if len(values) != len(images):
+            raise ValueError(f"image_maps: {name}: one map an image, {len(images)}, came {len(values)}")
+    n_columns = 1 + len(maps)
+    figure = _figure(1.25 * n_columns + 0.8, 1.25 * len(images) + 0.8, "compressed")
+    panels = figure.subplots(len(images), n_columns, squeeze=False)
+    for i, row in enumerate(panels):
+        for panel in row:
+            panel.set_axis_off()
+        row[0].imshow(images[i], cmap="gray_r", interpolation="nearest")
+        for panel, values in zip(row[1:], maps.values(), strict=True):
+            top = float(np.max(values)) or 1.0
+            drawn = panel.imshow(
+                np.asarray(values[i]) / top, cmap="Blues", vmin=0, vmax=1, interpolation="nearest"
+            )
+    for panel, name in zip(panels[0], ("image", *maps), strict=True):
+        panel.set_title(name, fontsize=9)
+    if maps:
+        figure.colorbar(
+            drawn, ax=panels.ravel().tolist(), label=f"{label}, of the column's largest", pad=0.02
+        )
+    figure.suptitle(title)
+    return figure

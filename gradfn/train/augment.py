@@ -1,0 +1,63 @@
+"""Training images that are moved a little, each time otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gradfn.losses import Loss, over_batch
+from gradfn.net import takes_key
+
+
+def shift_images(images: jax.Array, key: jax.Array, shape: Sequence[int], pixels: int = 2) -> jax.Array:
+    """Return images that are moved by up to some pixels down or up, right or left, each by its own draw.
+
+    What is moved in from outside is 0, paper.
+
+    Args:
+        images: `[batch, height * width]`.
+        key: from `jax.random.key`.
+        shape: height and width.
+        pixels: the most that an image moves each way.
+
+    >>> import jax, jax.numpy as jnp
+    >>> shift_images(jnp.ones([2, 784]), jax.random.key(0), (28, 28)).shape
+    (2, 784)
+    """
+    padded = jnp.pad(
+        images.reshape(-1, *shape), [(0, 0), (pixels, pixels), (pixels, pixels)]
+    )  # [batch, h, w]
+    corners = jax.random.randint(key, (len(images), 2), 0, 2 * pixels + 1)
+    cut = jax.vmap(lambda image, corner: jax.lax.dynamic_slice(image, corner, tuple(shape)))
+    return cut(padded, corners).reshape(images.shape)  # [batch, h, w] -> [batch, h * w]
+
+
+def shifted(loss: Loss, shape: Sequence[int], pixels: int = 2) -> Loss:
+    """Return a loss over a batch of images and labels whose images are moved first: see `shift_images`.
+
+    Args:
+        loss: of one image and label, or of a batch of them.
+        shape: the images' height and width.
+        pixels: the most that an image moves each way.
+
+    Returns:
+        `(params, (images [batch, height * width], labels), key) -> scalar`.
+
+    >>> import jax, jax.numpy as jnp, gradfn as gf
+    >>> net = gf.mlp([4, 2])
+    >>> loss = shifted(gf.classification_loss(net), (2, 2), pixels=1)
+    >>> batch = jnp.ones([3, 4]), jnp.zeros(3, int)
+    >>> loss(net.init(jax.random.key(0)), batch, jax.random.key(1)).shape
+    ()
+    """
+    mean_loss, noisy = over_batch(loss), takes_key(loss)
+
+    def shifted_loss(params: Any, batch: Any, key: jax.Array) -> Any:
+        images, labels = batch
+        moved = shift_images(images, key, shape, pixels), labels
+        return mean_loss(params, moved, **({"key": jax.random.fold_in(key, 1)} if noisy else {}))
+
+    return shifted_loss
