@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -16,12 +17,14 @@ from gradfn.report.language import language_figures, loss_per_token
 from gradfn.train import adamw_warmup_cosine, from_host
 
 EXPECTED = (
-    "a validation loss of at most 1.88 nats a character on tiny-shakespeare (--data input.txt), 1.75 on the "
-    "built-in text (each about two minutes on 2 cores), and 2.0 on names (--data names.txt --lines)"
+    "a validation loss of at most 1.88 nats a character on tiny-shakespeare (--data input.txt), 1.60 on the "
+    "built-in text, and 2.0 on names (--data names.txt --lines --batch 64); each in about two minutes on 2 cores"
 )
+NAMES = "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d"
 PROMISED = {  # by the sha256 of the file, or the name of what is built in
     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed": 1.88,  # tiny-shakespeare
-    "topics of the Python documentation": 1.75,
+    "topics of the Python documentation": 1.60,
+    NAMES: 2.0,
 }
 ON_HOST = 1 << 28  # bytes; larger texts stay in their files
 SHOWN = 200  # characters of a sample
@@ -29,7 +32,7 @@ SHOWN = 200  # characters of a sample
 
 @dataclass(frozen=True)
 class Config:
-    """Options of a run; the defaults are those that nanoGPT trains with on a processor."""
+    """Options of a run; the defaults are nanoGPT's for a processor, but for the positions."""
 
     data: str | None = None
     """a text in UTF-8, or the .npy of tokens that gf.data.tokenize wrote (else what Python's help() has to say)"""
@@ -51,6 +54,8 @@ class Config:
     """attention heads a block"""
     width: int = 128
     """features of a position"""
+    positions: Literal["rope", "learned", "sinusoidal"] = "rope"
+    """how a position is told; nanoGPT's are learned, which in 2,000 steps end some 0.1 higher"""
     bias: bool = False
     """whether products and norms have biases"""
     dropout: float = 0.0
@@ -107,11 +112,12 @@ def run(config: Config) -> Result:
         n_layers=config.layers,
         n_heads=config.heads,
         width=config.width,
+        positions=config.positions,
         bias=config.bias,
         dropout=config.dropout,
     )
     folder = runs.begin("gpt", config)
-    sample.save_model(folder, model, data.tokenizer, config.lines)
+    sample.save_model(folder, "gpt", dataclasses.asdict(model), data.tokenizer, config.lines)
 
     net = gf.gpt(model)
     print(gf.table(net.spec))
@@ -148,9 +154,8 @@ def run(config: Config) -> Result:
     )
 
     validation_loss = float(loss_per_token(loss, at_the_end)(fitted.params))
-    example = at_the_end[0][0], at_the_end[1][0]
     pictures = language_figures(
-        folder, net, loss, fitted.params, fitted.history, example, data.tokenizer, data.name
+        folder, net, loss, fitted.params, fitted.history, at_the_end, data.tokenizer, data.name
     )
     print(
         f"{folder}: it writes\n{written(sample.Model(net, fitted.params, data.tokenizer, config.lines), 600)}"
@@ -188,7 +193,8 @@ def judge(config: Config, data: Any, validation_loss: float) -> str:
     """Say what was reached against what was expected."""
     reached = f"validation loss {validation_loss:.3f} nats a token of {data.name}"
     promised = PROMISED.get(data.sha256) or PROMISED.get(data.name)
-    as_promised = Config(data=config.data, lines=config.lines, seed=config.seed, folder=config.folder)
+    of_names = data.sha256 == NAMES
+    as_promised = Config(data=config.data, lines=of_names, batch=64 if of_names else 12, seed=config.seed)
     if promised is None or runs.options(config) != runs.options(as_promised):
         return f"{reached} (nothing was promised for this text and these options)"
     enough = "reached" if validation_loss <= promised else "NOT reached"

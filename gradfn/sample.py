@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import time
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gradfn.data import DataError, Tokenizer, tokenizer_from
-from gradfn.nets import GPTConfig, LanguageModel, gpt, stream
+from gradfn.nets import GPTConfig, LanguageModel, gpt, rnn, stream
 from gradfn.params import Params
 from gradfn.run import RUNS, RunError, within, write_json
 from gradfn.train import checkpoint
@@ -54,9 +53,17 @@ class Model(NamedTuple):
     lines: bool  # whether it was trained on lines that are texts of their own
 
 
-def save_model(folder: Path, config: GPTConfig, tokenizer: Tokenizer, lines: bool) -> None:
-    """Write into a run's folder what `load_model` needs beside the checkpoint."""
-    told = {"gpt": dataclasses.asdict(config), "tokenizer": tokenizer.to_dict(), "lines": lines}
+def save_model(folder: Path, net: str, settings: dict[str, Any], tokenizer: Tokenizer, lines: bool) -> None:
+    """Write into a folder what `load_model` needs beside the checkpoint that `gf.fit` keeps there.
+
+    Args:
+        folder: where to.
+        net: `"gpt"` or `"rnn"`.
+        settings: what `gf.GPTConfig`, or `gf.rnn`, takes.
+        tokenizer: of the text that it was trained on.
+        lines: whether that was lines that are texts of their own.
+    """
+    told = {"net": net, "settings": settings, "tokenizer": tokenizer.to_dict(), "lines": lines}
     write_json(folder / MODEL, told)
 
 
@@ -78,7 +85,7 @@ def load_model(run: str | Path) -> Model:
         folder = runs[-1]
     try:
         told = json.loads((folder / MODEL).read_text())
-        net = gpt(GPTConfig(**told["gpt"]))
+        net = gpt(GPTConfig(**told["settings"])) if told["net"] == "gpt" else rnn(**told["settings"])
         tokenizer, lines = tokenizer_from(told["tokenizer"]), bool(told["lines"])
     except FileNotFoundError as error:
         raise RunError(f"{folder}: no run of a language model (it has no {MODEL})") from error
