@@ -14,6 +14,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_collection_modifyitems(items):
+    """Leave examples out of the quick subset: many of them compile whole networks."""
+    for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def usual_promotion_in_examples(request):
     """Run examples of docstrings and pages under jax's own defaults, as their readers will."""

@@ -39,6 +39,7 @@ def test_equal_shapes_under_other_names_are_made_apart():
     assert not (params["a"]["W"] == params["b"]["W"]).any()
 
 
+@pytest.mark.slow
 def test_default_init_by_rank():
     spec = {"b": gf.Param([5]), "s": gf.Param([]), "W": gf.Param([300, 400]), "K": gf.Param([64, 32, 5, 5])}
     params = gf.init(spec, jax.random.key(0))

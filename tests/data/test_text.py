@@ -286,6 +286,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch():
     np.testing.assert_allclose(halves.params["W"], wholes.params["W"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_only_matrices_decay():
     params = {"W": jnp.ones([2, 2]), "b": jnp.ones(2), "norm": {"gain": jnp.ones([3, 2])}}
     optimizer = adamw_warmup_cosine(10, rate=0.1, warmup=0, decay=0.5)

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 PICTURES = {"weights.png", "curves.png", "confusion.png", "mistakes.png"}
 
 
+@pytest.mark.slow
 def test_a_run_as_a_function(tmp_path, capsys):
     result = run(Config(hidden=4, epochs=2, batch=128, folder=str(tmp_path / "run")))
     assert result.folder == tmp_path / "run"

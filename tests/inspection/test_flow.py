@@ -34,6 +34,7 @@ def setup(widths, scale, bias=0.0):
     return params, x, jnp.arange(64) % widths[-1]
 
 
+@pytest.mark.slow
 def test_a_deep_sigmoid_network_vanishes_visibly():
     seen = jax.jit(inspect(network(jax.nn.sigmoid), stats=["rms"]))(*setup([32] * 10 + [10], 1.0))
     flags = seen.flags()
@@ -57,6 +58,7 @@ def test_biases_far_below_zero_are_dead():
     assert "dead" in flags["0/1:relu"]
 
 
+@pytest.mark.slow
 def test_large_weights_saturate_or_explode():
     assert (
         "saturated" in jax.jit(inspect(network(jnp.tanh)))(*setup([32] * 4 + [10], 100.0)).flags()["1/1:tanh"]

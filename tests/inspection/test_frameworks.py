@@ -109,6 +109,7 @@ def test_nnx():
     assert sites(lambda model, x: jnp.mean(model(x) ** 2))(model, X).names == names  # the model itself
 
 
+@pytest.mark.slow
 def test_equinox():
     eqx = pytest.importorskip("equinox")
     model = eqx.nn.MLP(4, 3, 8, depth=2, key=jax.random.key(0))

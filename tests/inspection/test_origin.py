@@ -90,6 +90,7 @@ def test_overflow_in_one_iteration_of_a_scan():
     assert "scan iteration 7 (of 0 to 11)" in str(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_one_bad_element_of_a_large_array(bad):
     # The maximum of a large array loses NaNs on a processor.

@@ -63,6 +63,7 @@ def test_a_cache_remembers_what_was_seen():
     assert not cache["key"][7:].any()
 
 
+@pytest.mark.slow
 def test_probabilities_are_tapped_and_cost_nothing_when_nobody_looks():
     layer = gf.layers.attention(8, 2, causal=True)
     params, x = layer.init(jax.random.key(0)), jnp.ones([3, 8])

@@ -21,6 +21,7 @@ def started(name):
     return net, jax.jit(net.init)(jax.random.key(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cnn", "vit"])
 def test_images_come_in_three_shapes(name):
     net, params = started(name)
@@ -56,6 +57,7 @@ def test_dropout_wants_a_key():
         assert (apply(params, x) == apply(params, x)).all()
 
 
+@pytest.mark.slow
 def test_rnn_goes_on_from_its_states():
     net, params = started("rnn")
     tokens = jnp.array([3, 1, 4, 1, 5, 9])
@@ -108,6 +110,7 @@ def test_vit_by_means_without_positions_sees_patches_in_any_order():
     np.testing.assert_allclose(apply(params, swapped), apply(params, x), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_vit_filters_are_its_patches():
     net, params = started("vit")
     x = jnp.zeros([8, 8]).at[:4, 4:].set(jnp.arange(16.0).reshape(4, 4))  # the second patch

@@ -41,6 +41,7 @@ def test_scanned_and_computed_again_give_the_same_numbers(config):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), other_grads, grads)
 
 
+@pytest.mark.slow
 def test_stacking_is_undone():
     _, params = made(SMALL)
     stacked = gf.stack_blocks(params)

@@ -51,6 +51,7 @@ def by_hand(steps):
     return params, losses
 
 
+@pytest.mark.slow
 def test_fit_is_the_plain_loop():
     fitted = train(20)
     params, losses = by_hand(20)
@@ -193,6 +194,7 @@ class InterruptionError(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noisy", [False, True])
 def test_an_interrupted_run_goes_on_to_the_bit(tmp_path, noisy):
     dropping = gf.serial(drop=gf.layers.dropout(0.2), mlp=net)
@@ -220,10 +222,12 @@ def test_an_interrupted_run_goes_on_to_the_bit(tmp_path, noisy):
     assert rows == resumed.history
 
 
+@pytest.mark.slow
 def test_resume_with_nothing_there_begins(tmp_path):
     assert_same(train(5, folder=tmp_path / "new", resume=True).params, train(5).params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -330,6 +334,7 @@ def test_a_bar_where_there_is_one(monkeypatch, capsys):
 # What it sees on the way
 
 
+@pytest.mark.slow
 def test_inspections_are_those_of_the_steps(tmp_path):
     fitted = train(20, inspect_every=8, folder=tmp_path)
     assert [row["step"] for row in fitted.inspections] == [0, 8, 16]
@@ -343,10 +348,12 @@ def test_inspections_are_those_of_the_steps(tmp_path):
     assert rows == fitted.inspections
 
 
+@pytest.mark.slow
 def test_looking_changes_no_bit():
     assert_same(train(20, inspect_every=3).params, train(20).params)
 
 
+@pytest.mark.slow
 def test_inspections_are_resumed(tmp_path):
     def interrupt(params):
         raise InterruptionError

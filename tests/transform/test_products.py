@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import gradfn as gf
 from gradfn.transform import flat_products, walk
@@ -20,6 +21,7 @@ def deep(params, x):
     return jax.lax.scan(block, x, params)[0]
 
 
+@pytest.mark.slow
 def test_vmapped_code_and_its_gradient_multiply_matrices_inside_scan_and_remat():
     W, x = jax.random.normal(jax.random.key(0), [3, 4, 4]), jax.random.normal(jax.random.key(1), [6, 5, 4])
 
