@@ -21,11 +21,11 @@ from gradfn.report.sequences import gradient_through_time, token_probabilities, 
 from gradfn.train import adamw_warmup_cosine
 
 EXPECTED = (
-    "validation losses below 2.15 nats a letter on names (--data names.txt), and a gradient 49 letters back that is "
-    "100 times larger in the LSTM than in the vanilla network; in a minute"
+    "a gradient 49 letters back that is at least 10 times larger in the LSTM than in the vanilla network, and on "
+    "names (--data names.txt) validation losses below 2.15 nats a letter; in a minute"
 )
 NAMES = "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d"  # sha256 of the file
-PROMISED_LOSS, PROMISED_RATIO = 2.15, 100.0
+PROMISED_LOSS, PROMISED_RATIO = 2.15, 10.0
 CELLS = ("vanilla", "gru", "lstm")
 STATE = {"vanilla": "h", "gru": "h", "lstm": "c"}  # what carries the past on; an LSTM's h comes of its c
 LONG = 50  # letters, over which the gradient is followed

@@ -111,7 +111,7 @@ def token_probabilities(
     n_best = min(n_best, p.shape[1])
     best = np.argsort(-p[:n], axis=1, kind="stable")[:, :n_best]  # [n, n_best]
     shares = np.take_along_axis(p[:n], best, 1).T  # [n_best, n]
-    figure = _figure(max(0.36 * n + 1.6, 5.0), 0.4 * n_best + 2.2)
+    figure = _figure(max(0.36 * n + 1.6, 9.5), 0.4 * n_best + 2.2)
     panel = figure.subplots()
     image = panel.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for row, column in np.ndindex(*shares.shape):

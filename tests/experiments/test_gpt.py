@@ -135,6 +135,9 @@ def test_the_verdict_holds_for_what_was_promised_alone():
     assert gpt.judge(gpt.Config(seed=7), data, promised + 0.01).endswith("NOT reached")
     assert "nothing was promised" in gpt.judge(gpt.Config(steps=1999), data, promised)
     assert "nothing was promised" in gpt.judge(gpt.Config(), data._replace(name="", sha256=""), promised)
+    names, options = data._replace(name="names.txt", sha256=gpt.NAMES), gpt.FOR_NAMES
+    assert gpt.judge(gpt.Config(**options, data="names.txt"), names, 1.99).endswith("at most 2.0: reached")
+    assert "nothing was promised" in gpt.judge(gpt.Config(data="names.txt"), names, 1.99)
 
 
 @pytest.mark.slow
