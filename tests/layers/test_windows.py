@@ -6,6 +6,7 @@ import pytest
 from gradfn.layers.windows import conv_as_product
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "window", "stride", "dilation", "padding"),
     [
