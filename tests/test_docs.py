@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,16 @@ def commands():
                     yield pytest.param(line, id=f"{page.name}: {line}")
 
 
+def shorten(arguments):
+    """Leave a run as written but for the time that it takes: an epoch, or a few steps without warm-up."""
+    options = import_module(f"experiments.{arguments[1]}").Config.__dataclass_fields__
+    for name, least in {"epochs": "1", "steps": "2", "warmup": "0"}.items():
+        if f"--{name}" in arguments:
+            arguments[arguments.index(f"--{name}") + 1] = least
+        elif name in options:
+            arguments += [f"--{name}", least]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("line", list(commands()))
 def test_commands_run(line, tmp_path, monkeypatch, request):
@@ -43,8 +54,6 @@ def test_commands_run(line, tmp_path, monkeypatch, request):
     arguments = shlex.split(line, comments=True)[1:]
     if "mnist" in line:
         monkeypatch.setenv("GRADFN_MNIST", str(request.getfixturevalue("shared_data") / "mnist"))
-    if "--epochs" in arguments:  # as written but for the time that it takes
-        arguments[arguments.index("--epochs") + 1] = "1"
-    elif arguments[0] == "run":
-        arguments += ["--epochs", "1"]
+    if arguments[0] == "run":
+        shorten(arguments)
     assert main(arguments) in (0, None)
