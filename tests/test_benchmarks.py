@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import fit_mnist, harness
+import gradfn as gf
+from benchmarks import fit_mnist, gpt_step, harness
 
 
 def test_everyone_takes_turns():
@@ -167,3 +168,43 @@ def test_a_failure_inside_fit_is_raised(task, monkeypatch):
     trainer = fit_mnist.gradfn_fit(task)
     with pytest.raises(FloatingPointError, match="became nan"):
         trainer.epoch()
+
+
+@pytest.fixture(scope="module")
+def gpt_task():
+    config = gf.GPTConfig(**{**vars(gpt_step.CONFIG), "n_layers": 2, "width": 32, "context": 16})
+    return gpt_step.task_of(config, batch=3)
+
+
+def four_losses(task, name):
+    # Most are written as a user would write them, under JAX's own settings.
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        step = gpt_step.CONTENDERS[name](task)
+        return [float(step()) for _ in range(4)]
+
+
+@pytest.fixture(scope="module")
+def baseline_losses(gpt_task):
+    return four_losses(gpt_task, gpt_step.BASELINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in gpt_step.CONTENDERS if name != gpt_step.BASELINE])
+def test_everyone_takes_the_same_steps_of_the_gpt(gpt_task, baseline_losses, name):
+    """The first loss tells the same parameters and loss, the later ones the same gradients and updates."""
+    try:
+        losses = four_losses(gpt_task, name)
+    except ImportError as error:
+        pytest.skip(f"{error.name} is not installed")
+    assert baseline_losses[-1] < baseline_losses[0] - 0.01
+    np.testing.assert_allclose(losses, baseline_losses, atol=1e-4)
+
+
+def test_contenders_of_the_gpt_that_are_not_installed_are_skipped(gpt_task, monkeypatch):
+    def missing(task):
+        raise ModuleNotFoundError(name="nowhere")
+
+    monkeypatch.setattr(gpt_step, "CONTENDERS", {"raw": lambda task: float, "other": missing})
+    ready, skipped = gpt_step.steps(gpt_task, ["raw", "other"])
+    assert list(ready) == ["raw"]
+    assert skipped == {"other": "nowhere is not installed"}
