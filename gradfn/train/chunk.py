@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from gradfn.inspection import Inspection, inspect
 from gradfn.losses import Loss, over_batch
 from gradfn.net import takes_key
 from gradfn.train.source import Source
 from gradfn.train.step import TrainState, step_key, train_step
+
+if TYPE_CHECKING:
+    from gradfn.inspection import Inspection
 
 CAPACITY = 4096  # steps in a chunk at most
 
@@ -33,6 +35,8 @@ def chunks(
     loss: Loss, optimizer: optax.GradientTransformation, source: Source, mesh: jax.sharding.Mesh | None
 ) -> Chunks:
     """Return the compiled functions of a training run; one program serves chunks of every length."""
+    from gradfn.inspection import inspect
+
     loss = over_batch(loss)
     one_step = train_step(loss, optimizer)
     inspected = inspect(loss, input_grads=False)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from gradfn.inspection import nan_origin
 from gradfn.losses import Loss, over_batch
 from gradfn.train.chunk import Chunks, all_finite
 from gradfn.train.step import TrainState
@@ -25,6 +24,8 @@ def fault(
         row: of the chunk's first batch.
         losses: of the chunk's steps, `[n]`.
     """
+    from gradfn.inspection import nan_origin
+
     bad = np.flatnonzero(~np.isfinite(losses))
     broken = int(bad[0]) if bad.size else len(losses)
     # A gradient that is not finite breaks the parameters first, and the loss one step later.

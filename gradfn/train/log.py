@@ -6,12 +6,14 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradfn.inspection import Inspection
 from gradfn.train.checkpoint import CheckpointError, replace_file
+
+if TYPE_CHECKING:
+    from gradfn.inspection import Inspection
 
 METRICS, INSPECTIONS = "metrics.jsonl", "inspections.jsonl"
 NOT_METRICS = ("step", "epoch", "examples_per_second", "tokens_per_second", "seconds")
