@@ -1,11 +1,23 @@
 """What a user asks about gradients and activations, of any JAX function."""
 
+from gradfn.inspection.attribution import (
+    IntegratedGradients,
+    grad_times_input,
+    integrated_gradients,
+    saliency,
+    smooth_grad,
+)
 from gradfn.inspection.backprop import Backward, Step, backprop
 from gradfn.inspection.chain_rule import ChainRule, chain_rule
 from gradfn.inspection.check import GradCheck, LeafCheck, check_grads
+from gradfn.inspection.influence import tracin
 from gradfn.inspection.inspect import Inspection, inspect
+from gradfn.inspection.maximize import Maximized, maximize
+from gradfn.inspection.occlusion import occlusion
 from gradfn.inspection.origin import NanRecord, NanReport, nan_guard, nan_origin
 from gradfn.inspection.patch import patch
+from gradfn.inspection.randomise import Randomised, randomise_labels, randomise_weights
+from gradfn.inspection.regions import Regions, grid_regions, regions
 from gradfn.inspection.sites import sites
 
 __all__ = [
@@ -13,16 +25,31 @@ __all__ = [
     "ChainRule",
     "GradCheck",
     "Inspection",
+    "IntegratedGradients",
     "LeafCheck",
+    "Maximized",
     "NanRecord",
     "NanReport",
+    "Randomised",
+    "Regions",
     "Step",
     "backprop",
     "chain_rule",
     "check_grads",
+    "grad_times_input",
+    "grid_regions",
     "inspect",
+    "integrated_gradients",
+    "maximize",
     "nan_guard",
     "nan_origin",
+    "occlusion",
     "patch",
+    "randomise_labels",
+    "randomise_weights",
+    "regions",
+    "saliency",
     "sites",
+    "smooth_grad",
+    "tracin",
 ]
