@@ -43,7 +43,8 @@ def equations(by_hand: Any, W2: Any, label: int, shape: Sequence[int] = (28, 28)
     W2 = np.asarray(W2)
 
     figure = _figure(10.8, 8.0)
-    above, below = np.ravel(figure.subfigures(2, 1))
+    halves: Any = figure.subfigures(2, 1)
+    above, below = halves
     bp1, bp2 = above.subfigures(1, 2, width_ratios=[1, 2.1])
     bp3, bp4 = below.subfigures(1, 2, width_ratios=[1, 3.7])
     panels = bp1.subplots(1, 3)
@@ -118,7 +119,8 @@ def agreement(
     first = next(iter(grads.values()))
     total = sum(np.asarray(leaf).size for leaf in first.values())
     figure = _figure(2.05 * n + 5.2, 4.6)
-    pictures, numbers = np.ravel(figure.subfigures(1, 2, width_ratios=[2.05 * n, 5.2]))
+    parts: Any = figure.subfigures(1, 2, width_ratios=[2.05 * n, 5.2])
+    pictures, numbers = parts
     panels = pictures.subplots(2, n, squeeze=False, height_ratios=[1.35, 1])
     for column, (way, found) in zip(panels.T, grads.items(), strict=True):
         for panel, name in zip(column, ("W1", "W2"), strict=True):
