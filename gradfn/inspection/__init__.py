@@ -10,6 +10,8 @@ from gradfn.inspection.attribution import (
 from gradfn.inspection.backprop import Backward, Step, backprop
 from gradfn.inspection.chain_rule import ChainRule, chain_rule
 from gradfn.inspection.check import GradCheck, LeafCheck, check_grads
+from gradfn.inspection.curvature import curvature_product, fisher_vp, ggn_vp, hvp
+from gradfn.inspection.eigenvalues import Eigs, Sharpness, hessian_eigs, sharpness
 from gradfn.inspection.influence import tracin
 from gradfn.inspection.inspect import Inspection, inspect
 from gradfn.inspection.maximize import Maximized, maximize
@@ -23,6 +25,7 @@ from gradfn.inspection.sites import sites
 __all__ = [
     "Backward",
     "ChainRule",
+    "Eigs",
     "GradCheck",
     "Inspection",
     "IntegratedGradients",
@@ -32,12 +35,18 @@ __all__ = [
     "NanReport",
     "Randomised",
     "Regions",
+    "Sharpness",
     "Step",
     "backprop",
     "chain_rule",
     "check_grads",
+    "curvature_product",
+    "fisher_vp",
+    "ggn_vp",
     "grad_times_input",
     "grid_regions",
+    "hessian_eigs",
+    "hvp",
     "inspect",
     "integrated_gradients",
     "maximize",
@@ -49,6 +58,7 @@ __all__ = [
     "randomise_weights",
     "regions",
     "saliency",
+    "sharpness",
     "sites",
     "smooth_grad",
     "tracin",
