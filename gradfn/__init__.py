@@ -36,7 +36,9 @@ from gradfn.train import CheckpointError, Fit, TrainState, fit, stalled, train_s
 
 if TYPE_CHECKING:
     from gradfn.inspection import (
+        ClippedGrads,
         Eigs,
+        ExampleNorms,
         Inspection,
         IntegratedGradients,
         Maximized,
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
         backprop,
         chain_rule,
         check_grads,
+        clipped_grads,
         curvature_product,
         fisher_vp,
         ggn_vp,
@@ -60,6 +63,8 @@ if TYPE_CHECKING:
         nan_origin,
         occlusion,
         patch,
+        per_example_grads,
+        per_example_norms,
         randomise_labels,
         randomise_weights,
         regions,
@@ -74,7 +79,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "ClippedGrads",
     "Eigs",
+    "ExampleNorms",
     "Fit",
     "GPTConfig",
     "Inspection",
@@ -96,6 +103,7 @@ __all__ = [
     "check",
     "check_grads",
     "classification_loss",
+    "clipped_grads",
     "cnn",
     "count",
     "curvature_product",
@@ -123,6 +131,8 @@ __all__ = [
     "next_token_loss",
     "occlusion",
     "patch",
+    "per_example_grads",
+    "per_example_norms",
     "quadratic_loss",
     "randomise_labels",
     "randomise_weights",
@@ -151,7 +161,9 @@ __all__ = [
 ]
 
 _INSPECTION = {
+    "ClippedGrads",
     "Eigs",
+    "ExampleNorms",
     "Inspection",
     "IntegratedGradients",
     "Maximized",
@@ -161,6 +173,7 @@ _INSPECTION = {
     "backprop",
     "chain_rule",
     "check_grads",
+    "clipped_grads",
     "curvature_product",
     "fisher_vp",
     "ggn_vp",
@@ -175,6 +188,8 @@ _INSPECTION = {
     "nan_origin",
     "occlusion",
     "patch",
+    "per_example_grads",
+    "per_example_norms",
     "randomise_labels",
     "randomise_weights",
     "regions",

@@ -18,6 +18,13 @@ from gradfn.inspection.maximize import Maximized, maximize
 from gradfn.inspection.occlusion import occlusion
 from gradfn.inspection.origin import NanRecord, NanReport, nan_guard, nan_origin
 from gradfn.inspection.patch import patch
+from gradfn.inspection.per_example import (
+    ClippedGrads,
+    ExampleNorms,
+    clipped_grads,
+    per_example_grads,
+    per_example_norms,
+)
 from gradfn.inspection.randomise import Randomised, randomise_labels, randomise_weights
 from gradfn.inspection.regions import Regions, grid_regions, regions
 from gradfn.inspection.sites import sites
@@ -25,7 +32,9 @@ from gradfn.inspection.sites import sites
 __all__ = [
     "Backward",
     "ChainRule",
+    "ClippedGrads",
     "Eigs",
+    "ExampleNorms",
     "GradCheck",
     "Inspection",
     "IntegratedGradients",
@@ -40,6 +49,7 @@ __all__ = [
     "backprop",
     "chain_rule",
     "check_grads",
+    "clipped_grads",
     "curvature_product",
     "fisher_vp",
     "ggn_vp",
@@ -54,6 +64,8 @@ __all__ = [
     "nan_origin",
     "occlusion",
     "patch",
+    "per_example_grads",
+    "per_example_norms",
     "randomise_labels",
     "randomise_weights",
     "regions",

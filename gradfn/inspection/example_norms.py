@@ -1,0 +1,410 @@
+"""The plan behind `gf.per_example_norms`: which rule finds the norms of which parameter, and one pass that does it."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gradfn.precision import wide, widen
+from gradfn.transform import Place, Program, flat_products, interpret, probe, trace, walk
+from gradfn.transform.ghost import (
+    Factors,
+    Rule,
+    add_up,
+    factors,
+    fold,
+    how,
+    multiplies_out,
+    rule_for,
+    squared_norm,
+)
+from gradfn.transform.interpreter import Evaluate, Path
+from gradfn.transform.program import is_array, leaf_name
+from gradfn.transform.views import Meeting, View, parameter_meetings
+
+SMALL = 1024  # numbers; of a leaf with fewer, every example gets its own copy, however it is used
+FALLBACK, DIRECT, UNUSED = "vmap(grad), in chunks", "direct", "unused"
+
+
+class Call:
+    """A loss of one example and what it is called with: `floating` parameters, and the `batch`, flat."""
+
+    def __init__(self, what: str, loss: Callable, params: Any, batch: tuple[Any, ...]) -> None:
+        self.size = _size(what, batch)
+        self.program = trace(loss, params, *jax.tree.map(lambda x: x[0], batch))
+        self._has_aux = _checked_output(what, self.program)
+        program = self.program
+        avals = program.jaxpr.in_avals
+        # The floating parameters, by their numbers among the program's inputs.
+        self.numbers = [
+            i
+            for i, aval in enumerate(avals)
+            if program.owners[i] == 0 and jnp.issubdtype(aval.dtype, jnp.floating)
+        ]
+        if not self.numbers:
+            came = ", ".join(
+                f"{name} {aval.dtype}{list(aval.shape)}"
+                for name, owner, aval in zip(program.names, program.owners, avals, strict=True)
+                if owner == 0
+            )
+            raise TypeError(f"{what}: there is no floating parameter; came {came or 'no arrays'}")
+        self.names = [program.names[i] for i in self.numbers]
+        self.floating = [jnp.asarray(program.inputs[i]) for i in self.numbers]
+        self.batch = [jnp.asarray(leaf) for leaf in jax.tree.leaves(batch)]
+        self._n_params = sum(owner == 0 for owner in program.owners)
+
+    def inputs(self, floating: Sequence[Any], example: Sequence[Any]) -> list[Any]:
+        """Return the program's inputs."""
+        inputs = [*self.program.inputs[: self._n_params], *example]
+        for i, leaf in zip(self.numbers, floating, strict=True):
+            inputs[i] = leaf
+        return inputs
+
+    def split(self, outs: Sequence[Any]) -> tuple[Any, Any]:
+        """Return the value and aux of the program's outputs."""
+        out = self.program.rebuild(outs)
+        return out if self._has_aux else (out, None)
+
+    def run(self, floating: Sequence[Any], example: Sequence[Any]) -> tuple[Any, Any]:
+        """Return one example's value and aux."""
+        closed = self.program.jaxpr
+        return self.split(jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *self.inputs(floating, example)))
+
+    def tree(self, values: Sequence[Any]) -> Any:
+        """Put one value per floating parameter into the tree of the parameters."""
+        by_number = dict(zip(self.numbers, values, strict=True))
+        return self.program.like_arguments([by_number.get(i) for i in range(len(self.program.inputs))])[0]
+
+
+def _size(what: str, batch: tuple[Any, ...]) -> int:
+    """Return the number of examples, after checks of the batch."""
+    leaves = [
+        (leaf_name(path[1:], "") or f"argument {path[0].idx + 1}", leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]
+    ]
+    if not leaves:
+        raise ValueError(f"{what}: expected a batch after the parameters, came no array")
+    for name, leaf in leaves:
+        if not is_array(leaf) or not jnp.shape(leaf):
+            came = f"{jnp.result_type(leaf)}[]" if is_array(leaf) else type(leaf).__name__
+            raise ValueError(
+                f"{what}: {name}: expected an array with the examples along its first axis, came {came}. "
+                "What is the same for all examples, close over: lambda params, x: loss(params, x, it)"
+            )
+    first, size = leaves[0][0], leaves[0][1].shape[0]
+    for name, leaf in leaves:
+        if leaf.shape[0] != size:
+            raise ValueError(
+                f"{what}: {name}: expected {size} examples along the first axis, as {first} has, "
+                f"came {list(leaf.shape)}"
+            )
+    if size == 0:
+        raise ValueError(f"{what}: {first}: expected at least one example, came {list(leaves[0][1].shape)}")
+    return size
+
+
+def _checked_output(what: str, program: Program) -> bool:
+    """Tell whether the loss returned aux, after a check that it returned a floating scalar."""
+    out = jax.tree.unflatten(program.out_tree, program.jaxpr.out_avals)
+    has_aux = isinstance(out, tuple) and len(out) == 2
+    aval = out[0] if has_aux else out
+    if not hasattr(aval, "shape") or aval.shape != () or not jnp.issubdtype(aval.dtype, jnp.floating):
+        came = jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}", aval)
+        raise TypeError(
+            f"{what}: the loss of one example is a floating scalar, or (scalar, aux); came {came}. "
+            "Give it the loss of a single example: not of a batch, and not gf.batch_mean of one"
+        )
+    return has_aux
+
+
+class _Use(NamedTuple):
+    """One place where a parameter is used by a rule: which operand, and whether its norm is found in place."""
+
+    leaf: int  # among the floating parameters
+    operand: int
+    rule: Rule
+    view: View
+    alone: bool  # no other use adds to the gradient: the norm is found on the spot
+
+
+class Plan:
+    """How the norms of each parameter are found.
+
+    ``direct`` parameters are small against the values around them: every example gets its own copy, and its own
+    gradient. ``shared`` ones have rules, ``uses`` by the path of the equation. The rest falls back.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        places = {place.path: place for place in walk(call.program.jaxpr)}
+        meetings: dict[int, list[Meeting]] = {i: [] for i in call.numbers}
+        for meeting in parameter_meetings(call.program):
+            for i in meeting.leaves:
+                if meeting.path or meeting.operand == 0:  # aux has no gradient
+                    meetings[i].append(meeting)
+        self.methods: list[str] = []
+        self.direct: list[int] = []
+        self.shared: list[int] = []
+        self.fallback: list[int] = []
+        self.uses: dict[Path, _Use] = {}
+        for i, number in enumerate(call.numbers):
+            uses = _ruled(i, meetings[number], places)
+            if not meetings[number]:
+                self.shared.append(i)
+                self.methods.append(UNUSED)
+            elif uses:
+                self.shared.append(i)
+                self.uses |= uses
+                self.methods.append(_described(list(uses.values())))
+            elif _is_small(call.floating[i].size, meetings[number], places, call.program):
+                self.direct.append(i)
+                self.methods.append(DIRECT)
+            else:
+                self.fallback.append(i)
+                self.methods.append(FALLBACK)
+        self.places = {path: places[path] for path in self.uses}
+
+    def own(self) -> list[Any]:
+        """Return a copy per example of the direct parameters."""
+        return [
+            jnp.broadcast_to(self.call.floating[i], (self.call.size, *self.call.floating[i].shape))
+            for i in self.direct
+        ]
+
+    def tokens(self) -> dict[Path, Any]:
+        """Return zeros whose gradients are the squared norms of lone uses, and the cotangents of others."""
+        out = {}
+        for path, use in self.uses.items():
+            place = self.places[path]
+            aval: Any = place.eqn.outvars[0].aval
+            shape, dtype = ((), wide(aval.dtype)) if use.alone else (aval.shape, aval.dtype)
+            out[path] = jnp.zeros((self.call.size, *place.axes, *shape), dtype)
+        return out
+
+    def losses(
+        self, own: list[Any], some: list[Any], tokens: dict[Path, Any], which: Sequence[int] | None = None
+    ) -> tuple[Any, Any]:
+        """Return each example's loss, their aux and captures; `some` are the parameters with numbers `which`."""
+        which = self.shared if which is None else which
+
+        def one(own: list[Any], tokens: Any, example: list[Any], shared: list[Any]) -> tuple[Any, Any]:
+            leaves = list(self.call.floating)
+            for i, leaf in [*zip(self.direct, own, strict=True), *zip(which, shared, strict=True)]:
+                leaves[i] = leaf
+            inputs = self.call.inputs(leaves, example)
+            outs, captures = interpret(self.call.program.jaxpr, self._visit, self.places, inputs, tokens)
+            value, aux = self.call.split(outs)
+            return value, (aux, captures)
+
+        def all_of_them(own: list[Any], shared: list[Any], tokens: Any, batch: list[Any]) -> tuple[Any, Any]:
+            return jax.vmap(one, (0, 0, 0, None))(own, tokens, batch, shared)
+
+        return flat_products(all_of_them)(own, some, tokens, self.call.batch)
+
+    def _visit(
+        self, place: Place, evaluate: Evaluate, inputs: Sequence[Any], token: Any
+    ) -> tuple[list[Any], Any]:
+        use = self.uses[place.path]
+        rule, V = use.rule, inputs[use.operand]
+        left = lax.stop_gradient(rule.left(inputs))
+        if use.alone and multiplies_out(rule):
+            still = list(inputs)
+            still[use.operand] = lax.stop_gradient(V)
+            (y,) = evaluate(still)
+            return [fold(rule, y, V, token, left)], None
+        (y,) = evaluate(inputs)
+        if rule.kind == "rows":  # perhaps the same rows for all: a cotangent each all the same
+            y += lax.stop_gradient(token).reshape(-1)[0].astype(y.dtype)
+        if use.alone:
+            return [probe(lambda g, left: squared_norm([factors(rule, left, g)]), y, token, left)], None
+        return [probe(lambda g, _: g, y, token)], left
+
+    def squares(
+        self, own: Sequence[Any], of_tokens: Mapping[Path, Any], captures: Mapping[Path, Any]
+    ) -> dict[int, Any]:
+        """Return the squared norms `[B]` of the direct and the shared parameters."""
+        out = {i: _squares_of_each(g) for i, g in zip(self.direct, own, strict=True)}
+        for i in self.shared:
+            paths = [path for path, use in self.uses.items() if use.leaf == i]
+            if not paths:
+                out[i] = jnp.zeros(self.call.size, wide(self.call.floating[i].dtype))
+            elif self.uses[paths[0]].alone:
+                of_example = of_tokens[paths[0]]
+                out[i] = of_example.reshape(self.call.size, -1).sum(1)  # over the layers of a scan
+            else:
+                gathered = [(of_tokens[path], captures[path]) for path in paths]
+                out[i] = jax.vmap(functools.partial(self._together, paths))(gathered)
+        return out
+
+    def _together(self, paths: list[Path], gathered: list[tuple[Any, Any]]) -> Any:
+        """Return one example's squared norm from several uses, or from one in a loop."""
+        return squared_norm(
+            [
+                _positions(self.uses[path], self.places[path], g, left, len(paths) > 1)
+                for path, (g, left) in zip(paths, gathered, strict=True)
+            ]
+        )
+
+
+def _described(uses: Sequence[_Use]) -> str:
+    if len(uses) == 1:
+        return how(uses[0].rule) if uses[0].alone else f"{uses[0].rule.kind}, in a loop"
+    return f"{len(uses)} uses: {', '.join(dict.fromkeys(use.rule.kind for use in uses))}"
+
+
+def _ruled(leaf: int, meetings: Sequence[Meeting], places: Mapping[Path, Place]) -> dict[Path, _Use]:
+    """Return the uses of a parameter if rules cover all of them, else none."""
+    uses: dict[Path, _Use] = {}
+    for meeting in meetings:
+        if meeting.view is None or meeting.path not in places:
+            return {}
+        rule = rule_for(places[meeting.path].eqn, meeting.operand)
+        if rule is None or meeting.path in uses:
+            return {}
+        uses[meeting.path] = _Use(leaf, meeting.operand, rule, meeting.view, False)
+    if len(uses) == 1:
+        ((path, use),) = uses.items()
+        return {path: use._replace(alone=not _shared_axes(use, places[path]))}
+    axes = {path: _leaf_axes(use) for path, use in uses.items()}
+    if None in axes.values() or len({(a[0], frozenset(a[1:])) for a in axes.values() if a}) > 1:
+        return {}
+    return uses
+
+
+def _shared_axes(use: _Use, place: Place) -> list[int]:
+    """Return which of a place's leading axes are of loops that use the same numbers again and again."""
+    own = {path for path, _ in use.view.loops}
+    stacked = [frame for frame in place.frames if frame.length is not None]
+    return [k for k, frame in enumerate(stacked) if frame.path not in own]
+
+
+_Axes = tuple[frozenset[int | None], ...]  # kept apart, rows, columns
+
+
+def _leaf_axes(use: _Use) -> _Axes | None:
+    """Return the parameter's axes that a use keeps apart, and those on either side of its products."""
+    rule, axes, loops = use.rule, use.view.axes, [along for _, along in use.view.loops]
+    if axes is None or None in loops or (rule.kind == "convolution" and rule.sizes[0] > 1):
+        return None
+    apart = [*loops, *[axes[i] for i in rule.own]]
+    sides = [[axes[i] for i in side] for side in (rule.rows, rule.columns)]
+    return tuple(frozenset(side) - {None} for side in (apart, *sides))
+
+
+def _positions(use: _Use, place: Place, g: jax.Array, left: jax.Array, aligned: bool) -> Factors:
+    """Return what a use adds to a gradient, all its iterations as positions of one sum.
+
+    Where other uses add to the same gradient, their numbers are brought into the parameter's order: `aligned`.
+    """
+    rule, n = use.rule, len(place.axes)
+    right_of = rule.right
+    for _ in range(n):
+        right_of = jax.vmap(right_of)
+    again = _shared_axes(use, place)
+    own = [k for k in range(n) if k not in again]
+
+    def arranged(x: jax.Array) -> jax.Array:  # [*axes, s, f, ...] -> [own * s, again * f, ...]
+        sizes = x.shape[n + 2 :]
+        x = x.transpose(*own, n, *again, n + 1, *range(n + 2, x.ndim))
+        return x.reshape(math.prod(x.shape[: len(own) + 1]), -1, *sizes)
+
+    sides = [arranged(left), arranged(right_of(g, left))]
+    if not aligned:
+        return Factors((sides[0], sides[1]), rule.sizes[2:])
+    axes = use.view.axes or ()
+    shape = place.eqn.invars[use.operand].aval.shape  # type: ignore[attr-defined]
+    ours = [(along, place.axes[k]) for k, (_, along) in zip(own, use.view.loops, strict=True)]
+    ours += [(axes[i], shape[i]) for i in rule.own]
+    out = []
+    for side, of_side in zip(sides, (rule.rows, rule.columns), strict=True):
+        side = _in_order(side, 0, ours)
+        if side.ndim == 3:
+            side = _in_order(side, 2, [(axes[i], shape[i]) for i in of_side])
+        out.append(side)
+    rows, columns = (sorted({axes[i] or 0 for i in side}) for side in (rule.rows, rule.columns))
+    swapped = rows > columns
+    k, m = rule.sizes[2:]
+    return Factors((out[1], out[0]), (m, k)) if swapped else Factors((out[0], out[1]), (k, m))
+
+
+def _in_order(x: jax.Array, axis: int, parts: Sequence[tuple[int | None, int]]) -> jax.Array:
+    """Bring an axis made of several of the parameter's axes into their order; `parts` are (axis, size)."""
+    parts = [part for part in parts if part[0] is not None]
+    order = sorted(range(len(parts)), key=lambda i: parts[i][0] or 0)
+    if order == list(range(len(parts))):
+        return x
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    x = x.reshape(*before, *[size for _, size in parts], *after)
+    x = jnp.moveaxis(x, [axis + i for i in order], [axis + i for i in range(len(order))])
+    return x.reshape(*before, -1, *after)
+
+
+def _is_small(size: int, meetings: Sequence[Meeting], places: Mapping[Path, Place], program: Program) -> bool:
+    """Tell whether a copy of a parameter per example takes no more memory than the values it is used for."""
+    if size <= SMALL:
+        return True
+    around = 0
+    for meeting in meetings:
+        if not meeting.path:
+            return False
+        place = places[meeting.path]
+        outvars: Any = place.eqn.outvars
+        out = sum(math.prod(var.aval.shape) for var in outvars)
+        atom: Any = place.eqn.invars[meeting.operand] if meeting.operand < len(place.eqn.invars) else None
+        if atom is not None and math.prod(atom.aval.shape) > out:
+            return False
+        around += out * math.prod(place.axes)
+    return size <= around
+
+
+def in_chunks(call: Call, which: Sequence[int], chunk: int) -> tuple[dict[int, Any], dict[int, Any]]:
+    """Return the squared norms `[B]`, and the sum of the gradients, of some parameters, chunk by chunk."""
+
+    def of_one(example: list[Any]) -> list[Any]:
+        def loss(leaves: list[Any]) -> Any:
+            floating = list(call.floating)
+            for i, leaf in zip(which, leaves, strict=True):
+                floating[i] = leaf
+            return call.run(floating, example)[0]
+
+        return jax.grad(loss)([call.floating[i] for i in which])
+
+    def of_some(examples: list[Any]) -> tuple[list[Any], list[Any]]:
+        grads = [widen(g) for g in jax.vmap(of_one)(examples)]
+        return [add_up(g) for g in grads], [_squares_of_each(g) for g in grads]
+
+    n = call.size // chunk
+    rest = [leaf[n * chunk :] for leaf in call.batch]
+    sums: list[Any] = []
+    squares: list[Any] = []
+    if n:
+        chunks = [leaf[: n * chunk].reshape(n, chunk, *leaf.shape[1:]) for leaf in call.batch]
+
+        def step(sums: list[Any], examples: list[Any]) -> tuple[list[Any], list[Any]]:
+            more, squares = of_some(examples)
+            return [a + b for a, b in zip(sums, more, strict=True)], squares
+
+        zeros = [jnp.zeros(call.floating[i].shape, wide(call.floating[i].dtype)) for i in which]
+        sums, squares = lax.scan(step, zeros, chunks)
+        squares = [x.reshape(-1) for x in squares]  # [n, chunk] -> [n * chunk]
+    if n * chunk < call.size:
+        more, last = of_some(rest)
+        sums = [a + b for a, b in zip(sums, more, strict=True)] if n else more
+        squares = [jnp.concatenate(pair) for pair in zip(squares, last, strict=True)] if n else last
+    return dict(zip(which, squares, strict=True)), dict(zip(which, sums, strict=True))
+
+
+def _squares_of_each(g: jax.Array) -> jax.Array:
+    flat = widen(g.reshape(g.shape[0], -1))
+    return jnp.einsum("bn,bn->b", flat, flat, precision=lax.Precision.HIGHEST)
+
+
+def sum_of(squares: Any) -> Any:
+    """Return the sum of arrays, in the widest of their dtypes."""
+    squares = list(squares)
+    widest = max((x.dtype for x in squares), key=lambda dtype: dtype.itemsize)
+    return functools.reduce(jnp.add, [x.astype(widest) for x in squares])

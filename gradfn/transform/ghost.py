@@ -1,0 +1,336 @@
+"""Ghost norms: the norm of one example's gradient of a weight, from what the weight met and what came back.
+
+Where a weight is multiplied with data, its gradient is a sum of outer products over positions,
+``dV[s, k, n] = sum_f left[s, f, k] right[s, f, n]``: left comes from the forward pass, right is the cotangent.
+Its squared norm is ``sum_f,g (left_f . left_g) (right_f . right_g)``, which takes no memory of the size of the
+weight; for one position that is ``|left|^2 |right|^2`` (Goodfellow, *Efficient per-example gradient computations*,
+2015). Uses of one weight in several places, or many times in a loop, are so many more positions. A row looked up
+is a product with a one-hot vector, kept as its number.
+
+Where there are many positions and few weights, the product itself is less work; and the sum of these products over
+the examples is the gradient of the batch, so that it then costs nothing but memory.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.extend.core import JaxprEqn
+
+from gradfn.precision import wide
+
+# Of a product in the place of two Gram matrices: a number read or written takes as long as so many multiplications,
+# and what is kept of it may be as large as so many times what the products around it keep anyway.
+TRAFFIC, ROOM = 40, 2
+
+
+class Rule(NamedTuple):
+    """How an equation makes the gradient of its operand V from its other input and its cotangent.
+
+    ``own``, ``rows`` and ``columns`` are the axes of V behind s, k and n. ``left(inputs)`` is ``[s, f, k]``, or, for
+    rows looked up, integers ``[s, f]`` (-1 for what is out of range); ``right(cotangent, left)`` is ``[s, f, n]``.
+    ``assemble`` makes V's shape out of ``[s, k, n]``. ``sizes`` are those of s, f, k and n.
+    """
+
+    kind: str
+    own: tuple[int, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    sizes: tuple[int, int, int, int]
+    left: Callable[[Sequence[Any]], Any]
+    right: Callable[[Any, Any], Any]
+    assemble: Callable[[Any], Any]
+
+
+class Factors(NamedTuple):
+    """Both sides of a sum of outer products, each ``[s, f, size]`` or integers ``[s, f]``, and their sizes."""
+
+    sides: tuple[Any, Any]
+    sizes: tuple[int, int]
+
+
+def rule_for(eqn: JaxprEqn, operand: int) -> Rule | None:
+    """Return how an equation makes the gradient of an operand; None where that is no sum of outer products."""
+    rules = {
+        "dot_general": _dot,
+        "conv_general_dilated": _conv,
+        "gather": _gather,
+        "dynamic_slice": _dynamic_slice,
+    }
+    make = rules.get(eqn.primitive.name)
+    return make(eqn, operand) if make else None
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    return tuple(atom.aval.shape)
+
+
+def _dot(eqn: Any, operand: int) -> Rule:
+    (contracted, batched), other = eqn.params["dimension_numbers"], 1 - operand
+    V, X = _shape(eqn.invars[operand]), _shape(eqn.invars[other])
+    own, rows = tuple(batched[operand]), tuple(contracted[operand])
+    columns = tuple(i for i in range(len(V)) if i not in own + rows)
+    free = tuple(i for i in range(len(X)) if i not in (*batched[other], *contracted[other]))
+    order = (*batched[other], *free, *contracted[other])
+    s, k, n = (math.prod(V[i] for i in axes) for axes in (own, rows, columns))
+    f = math.prod(X[i] for i in free)
+
+    def left(inputs: Sequence[Any]) -> jax.Array:
+        return inputs[other].transpose(order).reshape(s, f, k)
+
+    def right(g: jax.Array, left: jax.Array) -> jax.Array:  # the output is [own, lhs's free, rhs's free]
+        return g.reshape(s, n, f).swapaxes(1, 2) if operand == 0 else g.reshape(s, f, n)
+
+    assemble = _assembler(V, own, rows, columns)
+    return Rule("dense", own, rows, columns, (s, f, k, n), left, right, assemble)
+
+
+def _assembler(
+    shape: tuple[int, ...], own: tuple[int, ...], rows: tuple[int, ...], columns: tuple[int, ...]
+) -> Callable[[Any], Any]:
+    order = (*own, *rows, *columns)
+    back = tuple(order.index(i) for i in range(len(shape)))
+    return lambda d: d.reshape([shape[i] for i in order]).transpose(back)
+
+
+def _conv(eqn: Any, operand: int) -> Rule | None:
+    params = eqn.params
+    if operand != 1 or params["batch_group_count"] != 1:
+        return None
+    V, spec, groups = _shape(eqn.invars[1]), params["dimension_numbers"], params["feature_group_count"]
+    out, into, *spatial = spec.rhs_spec
+    window = [V[i] for i in spatial]
+    n_out, n_into = V[out], V[into]
+    sizes = _shape(eqn.outvars[0])
+    n_examples, n_positions = sizes[spec.out_spec[0]], math.prod(sizes[i] for i in spec.out_spec[2:])
+    s, f, k, n = groups, n_examples * n_positions, n_into * math.prod(window), n_out // groups
+    plain = ("NC" + "HWDTUV"[: len(window)], "OI" + "HWDTUV"[: len(window)], "NC" + "HWDTUV"[: len(window)])
+
+    def left(inputs: Sequence[Any]) -> jax.Array:
+        patches = lax.conv_general_dilated_patches(
+            inputs[0].transpose(spec.lhs_spec),  # [N, C, *space]
+            window,
+            params["window_strides"],
+            params["padding"],
+            params["lhs_dilation"],
+            params["rhs_dilation"],
+            plain,
+            precision=params["precision"],
+        )  # [N, C * window, *space]
+        patches = patches.reshape(n_examples, s, k, n_positions)
+        return patches.transpose(1, 0, 3, 2).reshape(s, f, k)
+
+    def right(g: jax.Array, left: jax.Array) -> jax.Array:
+        g = g.transpose(spec.out_spec).reshape(n_examples, s, n, n_positions)
+        return g.transpose(1, 0, 3, 2).reshape(s, f, n)
+
+    def assemble(d: jax.Array) -> jax.Array:
+        ordered = d.swapaxes(1, 2).reshape(n_out, n_into, *window)  # [s, k, n] -> [out, in, *window]
+        back = sorted(range(len(V)), key=lambda i: spec.rhs_spec[i])
+        return ordered.transpose(back)
+
+    return Rule("convolution", (), (into, *spatial), (out,), (s, f, k, n), left, right, assemble)
+
+
+def _gather(eqn: Any, operand: int) -> Rule | None:
+    V, numbers, sizes = _shape(eqn.invars[0]), eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    if (
+        operand
+        or len(numbers.start_index_map) != 1
+        or numbers.collapsed_slice_dims != numbers.start_index_map
+    ):
+        return None
+    (axis,) = numbers.start_index_map
+    columns = tuple(i for i in range(len(V)) if i != axis)
+    if numbers.operand_batching_dims or any(sizes[i] != V[i] for i in columns) or sizes[axis] != 1:
+        return None
+    rank = len(_shape(eqn.outvars[0]))
+    positions = tuple(i for i in range(rank) if i not in numbers.offset_dims)
+    f, n = math.prod(_shape(eqn.invars[1])[:-1]), math.prod(V[i] for i in columns)
+    drop = "FILL" in str(eqn.params["mode"]).upper()  # else what is out of range is brought into it
+
+    def left(inputs: Sequence[Any]) -> jax.Array:
+        ids = inputs[1].reshape(1, f).astype(jnp.int32)  # [..., 1] -> [s, f]
+        inside = jnp.clip(ids, 0, V[axis] - 1)
+        return jnp.where(ids == inside, ids, -1) if drop else inside
+
+    def right(g: jax.Array, left: jax.Array) -> jax.Array:
+        g = g.transpose((*positions, *numbers.offset_dims)).reshape(1, f, n)
+        return jnp.where(left[..., None] >= 0, g, jnp.zeros_like(g))
+
+    return Rule("rows", (), (axis,), columns, (1, f, V[axis], n), left, right, lambda d: d)
+
+
+def _dynamic_slice(eqn: Any, operand: int) -> Rule | None:
+    V, sizes = _shape(eqn.invars[0]), eqn.params["slice_sizes"]
+    partial = [i for i in range(len(V)) if sizes[i] != V[i]]
+    if operand or len(partial) != 1 or sizes[partial[0]] != 1:
+        return None
+    (axis,) = partial
+    columns = tuple(i for i in range(len(V)) if i != axis)
+    n = math.prod(V[i] for i in columns)
+
+    def left(inputs: Sequence[Any]) -> jax.Array:
+        return jnp.clip(inputs[1 + axis], 0, V[axis] - 1).reshape(1, 1).astype(jnp.int32)
+
+    def right(g: jax.Array, left: jax.Array) -> jax.Array:
+        return g.reshape(1, 1, n)
+
+    return Rule("rows", (), (axis,), columns, (1, 1, V[axis], n), left, right, lambda d: d)
+
+
+def multiplies_out(rule: Rule) -> bool:
+    """Tell whether an example's gradient itself is less work than its norm by Gram matrices and the batch's.
+
+    It is, where positions are many and weights few. Its cost is that of writing and reading it.
+    """
+    _, f, k, n = rule.sizes
+    return (
+        rule.kind != "rows" and f > 1 and TRAFFIC * k * n <= f * f * (k + n) and k * n <= ROOM * f * (k + n)
+    )
+
+
+def how(rule: Rule) -> str:
+    """Say in words how the norm is found."""
+    if rule.kind == "rows":
+        return "rows"
+    if rule.sizes[1] == 1:
+        return f"{rule.kind}, |a||g|"
+    return f"{rule.kind}, product" if multiplies_out(rule) else f"{rule.kind}, Gram"
+
+
+def factors(rule: Rule, left: Any, g: Any) -> Factors:
+    """Return the sum of outer products that an example's gradient is."""
+    return Factors((left, rule.right(g, left)), rule.sizes[2:])
+
+
+def squared_norm(uses: Sequence[Factors]) -> jax.Array:
+    """Return the squared norm of a sum of sums of outer products, all in the same two sizes."""
+    n_positions = sum(use.sides[0].shape[1] for use in uses)
+    k, n = uses[0].sizes
+    sides = [side for use in uses for side in use.sides]
+    dtype = max((wide(side.dtype) for side in sides if not _looks_up(side)), key=lambda dtype: dtype.itemsize)
+    if n_positions == 1 and len(uses) == 1:
+        a, b = (_squares(side, dtype) for side in uses[0].sides)
+        return jnp.sum(a * b)
+    widths = sum(side.shape[-1] for side in sides if not _looks_up(side)) / len(uses)
+    if n_positions * widths > k * n:
+        products = [_product(*use.sides, use.sizes, dtype) for use in uses]
+        return _square_of(functools.reduce(jnp.add, products))
+    total = jnp.zeros((), dtype)
+    for i, one in enumerate(uses):
+        for j, other in enumerate(uses[: i + 1]):
+            grams = [_gram(a, b, dtype) for a, b in zip(one.sides, other.sides, strict=True)]
+            total += (1 if i == j else 2) * jnp.sum(grams[0] * grams[1])
+    return total
+
+
+def _looks_up(side: jax.Array) -> bool:
+    return jnp.issubdtype(side.dtype, jnp.integer)
+
+
+def _squares(side: jax.Array, dtype: Any) -> jax.Array:
+    return jnp.ones(side.shape, dtype) if _looks_up(side) else jnp.sum(jnp.square(side.astype(dtype)), -1)
+
+
+def _square_of(d: jax.Array) -> jax.Array:
+    flat = d.reshape(-1)
+    return jnp.dot(flat, flat, precision=lax.Precision.HIGHEST)
+
+
+def _gram(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+    """Return all scalar products of positions, ``[s, f, g]``."""
+    if _looks_up(a) and _looks_up(b):
+        return (a[:, :, None] == b[:, None, :]).astype(dtype)
+    if _looks_up(b):
+        return _gram(b, a, dtype).swapaxes(1, 2)
+    if _looks_up(a):  # one-hot . b: a column of b
+        return jax.vmap(lambda ids, b: b.astype(dtype)[:, ids].T)(a, b)
+    return _einsum("sfk,sgk->sfg", a, b, dtype)
+
+
+def _product(a: jax.Array, b: jax.Array, sizes: tuple[int, int], dtype: Any) -> jax.Array:
+    a, b = (
+        jax.nn.one_hot(x, size, dtype=dtype) if _looks_up(x) else x
+        for x, size in zip((a, b), sizes, strict=True)
+    )
+    return _einsum("sfk,sfn->skn", a, b, dtype)
+
+
+def _einsum(formula: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+    if a.dtype != b.dtype:
+        a, b = a.astype(dtype), b.astype(dtype)
+    return jnp.einsum(formula, a, b, preferred_element_type=dtype)
+
+
+def fold(rule: Rule, y: Any, V: Any, token: Any, left: Any) -> Any:
+    """Return ``y``; its backward pass makes V's gradient, and gives its squared norm to the token, at once.
+
+    Args:
+        rule: of the equation that made ``y``, where V was put in behind ``stop_gradient``.
+        y: its output.
+        V: what it was made from.
+        token: a floating scalar, zero.
+        left: `rule.left` of its inputs.
+
+    Under ``vmap`` over examples, with tokens of their own, each one's product is made once.
+    """
+    return _fold(_Hashable(rule), y, V, token, left)
+
+
+class _Hashable:
+    """A rule by identity: tuples of functions compare slowly, and are never equal anyway."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fold(of: _Hashable, y: Any, V: Any, token: Any, left: Any) -> Any:
+    return y
+
+
+def _forward(of: _Hashable, y: Any, V: Any, token: Any, left: Any) -> tuple[Any, Any]:
+    return y, (left, token, jnp.zeros((0,), V.dtype))
+
+
+def _backward(of: _Hashable, kept: Any, g: Any) -> tuple[Any, Any, Any, None]:
+    left, token, like = kept
+    rule = of.rule
+    right = rule.right(g, left)
+    if rule.columns < rule.rows and rule.kind == "dense":  # [out, in]: make it the way it lies
+        d = _einsum("sfn,sfk->snk", right, left, token.dtype)
+        total = sum_over_examples(d).swapaxes(1, 2)
+    else:
+        d = _einsum("sfk,sfn->skn", left, right, token.dtype)
+        total = sum_over_examples(d)
+    return g, rule.assemble(total).astype(like.dtype), _square_of(d), None
+
+
+_fold.defvjp(_forward, _backward)
+
+
+@custom_vmap
+def sum_over_examples(d: jax.Array) -> jax.Array:
+    """Return ``d``; under ``vmap`` the sum over all examples.
+
+    XLA's processor backend takes five times as long to add arrays up along their first axis as to multiply by ones.
+    """
+    return d
+
+
+@sum_over_examples.def_vmap
+def _summed(n: int, batched: Any, d: jax.Array) -> tuple[jax.Array, bool]:
+    return add_up(d), False
+
+
+def add_up(d: jax.Array) -> jax.Array:
+    """Return the sum over the first axis, as a product with ones."""
+    ones = jnp.ones((1, d.shape[0]), d.dtype)
+    total = jnp.matmul(ones, d.reshape(d.shape[0], -1), precision=lax.Precision.HIGHEST)
+    return total.reshape(d.shape[1:])
