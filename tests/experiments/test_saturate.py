@@ -1,0 +1,88 @@
+"""Deep networks: that one program stands for all depths, what is measured, and what is said of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gradfn as gf
+from experiments import saturate
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wiring", saturate.WIRINGS)
+def test_a_depth_is_that_many_layers(wiring):
+    net, _ = saturate.deep(5, 4, "tanh", wiring)
+    params = saturate.start(net, saturate.STARTS["LeCun"], jax.random.key(0))
+    x = jnp.arange(5.0)
+    a = jnp.tanh(params["first"]["W"] @ x)
+    for i in range(2):  # three hidden layers
+        before = a
+        if wiring == "layer norm":
+            before = (a - a.mean()) / jnp.sqrt(a.var() + 1e-5)
+        after = jnp.tanh(params["more"]["dense"]["W"][i] @ before)
+        a = a + after if wiring == "residual" else after
+    found = jax.jit(net.apply)(params, (x, jnp.int32(3)))
+    np.testing.assert_allclose(found, params["last"]["W"] @ a, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_starts_have_the_spread_that_they_say():
+    net, _ = saturate.deep(64, 50, "relu", "plain")
+    params = saturate.start(net, saturate.STARTS["He"], jax.random.key(1))
+    for W, n_in in ((params["first"]["W"], 64), (params["more"]["dense"]["W"], 50)):
+        assert np.std(W) == pytest.approx(np.sqrt(2 / n_in), rel=0.05)
+    assert gf.shapes(params["more"]["dense"]) == {"W": [9, 50, 50], "b": [9, 50]}
+
+
+def outcomes(share, accuracies):
+    """Return outcomes whose first layer has that share of the gradient."""
+    norms = np.ones([4, 10])
+    norms[:, 0] = share
+    of = {kind: np.full([4, 6], accuracies) for kind in ("residual", "layer norm", "relu")}
+    bad = saturate.Outcome(norms, None, np.full([4, 6], 0.1))
+    return {
+        ("sigmoid", "plain"): bad,
+        ("sigmoid", "residual"): bad._replace(accuracies=of["residual"]),
+        ("sigmoid", "layer norm"): bad._replace(accuracies=of["layer norm"]),
+        ("relu", "plain"): bad._replace(accuracies=of["relu"]),
+    }
+
+
+def test_the_verdict():
+    config = saturate.Config(seed=5)
+    assert saturate.judge(config, outcomes(1e-6, 0.9)).endswith(": reached")
+    assert saturate.judge(config, outcomes(1e-2, 0.9)).endswith("NOT reached")
+    assert saturate.judge(config, outcomes(1e-6, 0.7)).endswith("NOT reached")
+    assert saturate.judge(config, outcomes(float("nan"), 0.9)).endswith("NOT reached")
+    learned = outcomes(1e-6, 0.9)
+    learned["sigmoid", "plain"] = learned["sigmoid", "residual"]
+    assert saturate.judge(config, learned).endswith("NOT reached")
+    assert "nothing was promised" in saturate.judge(saturate.Config(steps=10), outcomes(1e-6, 0.9))
+
+
+@pytest.mark.slow
+def test_a_run_measures_and_draws(tmp_path, monkeypatch):
+    monkeypatch.setattr(saturate, "ACTIVATIONS", ("sigmoid", "tanh", "relu"))
+    monkeypatch.setattr(saturate, "outcome", of_few_activations(saturate.outcome))
+    result = saturate.run(saturate.Config(width=4, steps=3, batch=8, folder=str(tmp_path / "run")))
+    assert {"flow.png", "saturated.png", "learned.png", "result.json"} <= {
+        file.name for file in result.folder.iterdir()
+    }
+    found = result.outcomes["sigmoid", "plain"]
+    assert found.norms.shape == found.off.shape == (4, 10)
+    assert found.accuracies.shape == (4, 6)
+    assert found.norms[0, 0] < 1e-6 * found.norms[0, -1]
+    assert "nothing was promised" in result.verdict
+
+
+def of_few_activations(outcome):
+    """Measure sigmoids alone, and let the others be like them: it is the programs that take time to compile."""
+    measured = {}
+
+    def of(config, data, activation, wiring):
+        if not measured:
+            measured["plain"] = outcome(config, data, "sigmoid", "plain")
+        return measured["plain"]
+
+    return of
