@@ -10,11 +10,13 @@ from gradfn.inspection.attribution import (
 from gradfn.inspection.backprop import Backward, Step, backprop
 from gradfn.inspection.chain_rule import ChainRule, chain_rule
 from gradfn.inspection.check import GradCheck, LeafCheck, check_grads
+from gradfn.inspection.cosines import Cosines, cosines, grad_cosines
 from gradfn.inspection.curvature import curvature_product, fisher_vp, ggn_vp, hvp
 from gradfn.inspection.eigenvalues import Eigs, Sharpness, hessian_eigs, sharpness
 from gradfn.inspection.influence import tracin
 from gradfn.inspection.inspect import Inspection, inspect
 from gradfn.inspection.maximize import Maximized, maximize
+from gradfn.inspection.noise import NoiseScale, NormTest, noise_scale, norm_test
 from gradfn.inspection.occlusion import occlusion
 from gradfn.inspection.origin import NanRecord, NanReport, nan_guard, nan_origin
 from gradfn.inspection.patch import patch
@@ -33,6 +35,7 @@ __all__ = [
     "Backward",
     "ChainRule",
     "ClippedGrads",
+    "Cosines",
     "Eigs",
     "ExampleNorms",
     "GradCheck",
@@ -42,6 +45,8 @@ __all__ = [
     "Maximized",
     "NanRecord",
     "NanReport",
+    "NoiseScale",
+    "NormTest",
     "Randomised",
     "Regions",
     "Sharpness",
@@ -50,9 +55,11 @@ __all__ = [
     "chain_rule",
     "check_grads",
     "clipped_grads",
+    "cosines",
     "curvature_product",
     "fisher_vp",
     "ggn_vp",
+    "grad_cosines",
     "grad_times_input",
     "grid_regions",
     "hessian_eigs",
@@ -62,6 +69,8 @@ __all__ = [
     "maximize",
     "nan_guard",
     "nan_origin",
+    "noise_scale",
+    "norm_test",
     "occlusion",
     "patch",
     "per_example_grads",

@@ -15,7 +15,7 @@ from gradfn.train.source import Source
 from gradfn.train.step import TrainState, step_key, train_step
 
 if TYPE_CHECKING:
-    from gradfn.inspection import Inspection
+    from gradfn.inspection import Inspection, NoiseScale
 
 CAPACITY = 4096  # steps in a chunk at most
 
@@ -27,6 +27,8 @@ class Chunks(NamedTuple):
     """`(state, order, row, n) -> (state, metrics [CAPACITY] each, whether all parameters are finite)`"""
     look: Callable[..., Inspection]
     """`(state, order, row) -> Inspection` of the step that comes next"""
+    measure: Callable[..., NoiseScale]
+    """`(state, order, row) -> NoiseScale` of the step that comes next; the loss must be of one example"""
     arguments: Callable[..., tuple[Any, dict[str, Any]]]
     """`(state, order, row) -> (batch, keywords)`: what the loss gets in the step that comes next"""
 
@@ -35,9 +37,9 @@ def chunks(
     loss: Loss, optimizer: optax.GradientTransformation, source: Source, mesh: jax.sharding.Mesh | None
 ) -> Chunks:
     """Return the compiled functions of a training run; one program serves chunks of every length."""
-    from gradfn.inspection import inspect
+    from gradfn.inspection import inspect, noise_scale
 
-    loss = over_batch(loss)
+    of_one, loss = loss, over_batch(loss)
     one_step = train_step(loss, optimizer)
     inspected = inspect(loss, input_grads=False)
 
@@ -72,11 +74,22 @@ def chunks(
         return seen.with_updates(state.params, updates)
 
     @jax.jit
+    def measure(arrays: Any, state: TrainState, order: Any, row: jax.Array) -> NoiseScale:
+        batch = batch_of(arrays, state, order, row)
+        if not takes_key(of_one):
+            return noise_scale(of_one)(state.params, batch)
+        keys = jax.random.split(step_key(state), source.batch_size)  # as batch_mean splits it
+        return noise_scale(lambda params, one, key: of_one(params, one, key=key))(state.params, batch, keys)
+
+    @jax.jit
     def arguments(arrays: Any, state: TrainState, order: Any, row: jax.Array) -> tuple[Any, dict[str, Any]]:
         return batch_of(arrays, state, order, row), keywords(state)
 
     return Chunks(
-        *(lambda *args, f=function: f(source.arrays, *args) for function in (advance, look, arguments))
+        *(
+            lambda *args, f=function: f(source.arrays, *args)
+            for function in (advance, look, measure, arguments)
+        )
     )
 
 

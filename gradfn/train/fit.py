@@ -35,12 +35,13 @@ CHUNK_SECONDS = (
 
 
 class Fit(NamedTuple):
-    """What training gave: the parameters, the whole state, a row for each evaluation and each inspection."""
+    """What training gave: parameters, the whole state, a row for each evaluation, inspection, measure of noise."""
 
     params: Any
     state: TrainState
     history: list[Row]
     inspections: list[Row]  # {"step": ...} and what Inspection.to_dict says
+    noise: list[Row]  # {"step": ...} and what NoiseScale.to_dict says, and the "running_scale"
 
 
 def fit(
@@ -55,6 +56,7 @@ def fit(
     evaluate: Callable[[Any], dict[str, Any]] | None = None,
     eval_every: int | None = None,
     inspect_every: int | None = None,
+    noise_every: int | None = None,
     stop: Callable[[list[Row]], bool] | None = None,
     folder: str | Path | None = None,
     checkpoint_seconds: float = 1.0,
@@ -77,9 +79,11 @@ def fit(
         evaluate: `(params) -> {name: scalar}`, called every `eval_every` steps and at the end.
         eval_every: in steps; once an epoch by default (a tenth of all steps where `data` is a function).
         inspect_every: look at all gradients and activations each so many steps, with `gf.inspect`.
+        noise_every: measure the gradient's noise scale each so many steps, with `gf.noise_scale`, on the step's
+            own batch; for losses of one example. The running scale is of the last fifty or so.
         stop: `(history) -> bool`, asked after each evaluation; True ends the run. See `gf.stalled`.
-        folder: where to write `metrics.jsonl`, `inspections.jsonl`, TensorBoard events and the checkpoint; None
-            for nowhere.
+        folder: where to write `metrics.jsonl`, `inspections.jsonl`, `noise.jsonl`, TensorBoard events and the
+            checkpoint; None for nowhere.
         checkpoint_seconds: write a checkpoint when this much time has passed since the last (more where
             writing one takes over a twentieth of it), and at the end.
         resume: go on from the folder's checkpoint, where there is one, to the bit as if never interrupted.
@@ -87,12 +91,13 @@ def fit(
         progress: show a progress bar (in a terminal) or a line for each evaluation (elsewhere).
 
     Returns:
-        `Fit(params, state, history, inspections)`. A row of `history` has `step`, `epoch`, `loss` (the mean
+        `Fit(params, state, history, inspections, noise)`. A row of `history` has `step`, `epoch`, `loss` (the mean
         since the row before), `examples_per_second` (and `tokens_per_second`, padding counted, where examples
         are whole numbers `[tokens]`), `seconds`, aux's scalars and what `evaluate` said.
 
     Raises:
-        ValueError: arrays of unlike length, a batch that is larger than the data, numbers below 1.
+        ValueError: arrays of unlike length, a batch that is larger than the data, numbers below 1; `noise_every`
+            with a loss that is of a batch.
         CheckpointError: `resume` finds the checkpoint of another run, or one that cannot be read.
         FloatingPointError: the loss or a gradient is no longer finite; it says where that began, as
             `gf.nan_origin` finds it. The last good checkpoint is kept.
@@ -106,10 +111,14 @@ def fit(
     >>> print(fitted.params["W1"].round(3))
     [[ 1. -2.]]
     """
-    _positive(steps=steps, eval_every=eval_every, inspect_every=inspect_every)
+    _positive(steps=steps, eval_every=eval_every, inspect_every=inspect_every, noise_every=noise_every)
+    if noise_every and not getattr(loss, "per_example", False):
+        raise ValueError(
+            "fit: noise_every is for gradfn's losses of one example, such as classification_loss"
+        )
     source = source_of(data, batch_size, seed)
     eval_every = eval_every or min(source.epoch_steps or max(steps // 10, 1), steps)
-    periods = [every for every in (eval_every, inspect_every, source.order_steps) if every]
+    periods = [every for every in (eval_every, inspect_every, noise_every, source.order_steps) if every]
     state = train_state(params, optimizer, jax.random.key(seed))
     settings = {"steps": steps, "batch_size": batch_size, "seed": seed, "eval_every": eval_every}
     log = Log(None if folder is None else Path(folder), settings, progress, source.tokens)
@@ -117,7 +126,7 @@ def fit(
         state, notes = checkpoint.load(log.folder / CHECKPOINT, like=state)
         log.restore(notes)
         if log.finished:
-            return Fit(state.params, state, log.history, log.inspections)
+            return Fit(state.params, state, log.history, log.inspections, log.noise)
     if mesh is not None:
         # Automatic axes: the compiler shares the work, the loss knows nothing of devices.
         auto = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
@@ -136,6 +145,8 @@ def fit(
             here = state, source.order(source.epoch(step)), source.row(step)
             if inspect_every and step % inspect_every == 0:
                 log.inspection(step, run.look(*here))
+            if noise_every and step % noise_every == 0:
+                log.noise_scale(step, run.measure(*here))
             boundaries = ((step // every + 1) * every for every in periods)
             end = min(step + length, steps, *boundaries)
             began = time.monotonic()
@@ -161,7 +172,7 @@ def fit(
                 checkpoint.save(log.folder / CHECKPOINT, state, log.notes())
                 saved = time.monotonic()
                 pause = max(checkpoint_seconds, 20 * (saved - began))
-    return Fit(state.params, state, log.history, log.inspections)
+    return Fit(state.params, state, log.history, log.inspections, log.noise)
 
 
 def stalled(

@@ -13,9 +13,10 @@ import numpy as np
 from gradfn.train.checkpoint import CheckpointError, replace_file
 
 if TYPE_CHECKING:
-    from gradfn.inspection import Inspection
+    from gradfn.inspection import Inspection, NoiseScale
 
-METRICS, INSPECTIONS = "metrics.jsonl", "inspections.jsonl"
+METRICS, INSPECTIONS, NOISE = "metrics.jsonl", "inspections.jsonl", "noise.jsonl"
+REMEMBERED = 0.98  # of the noise scale's running sums, from one measure to the next
 NOT_METRICS = ("step", "epoch", "examples_per_second", "tokens_per_second", "seconds")
 
 
@@ -32,6 +33,7 @@ class Log:
         self.tokens = tokens  # of an example, where examples are sequences of them
         self.history: list[dict[str, Any]] = []
         self.inspections: list[dict[str, Any]] = []
+        self.noise: list[dict[str, Any]] = []
         self.finished = False
         self.sums: dict[str, float] = {}
         self.n_steps = 0
@@ -81,9 +83,23 @@ class Log:
             for name, stats in row["grads"].items():
                 self._events.add_scalar(f"gradient rms/{name}", stats["rms"], step)
 
+    def noise_scale(self, step: int, seen: NoiseScale) -> None:
+        """Keep the noise scale that was measured before a step, and the running one."""
+        row = {"step": step} | seen.to_dict()
+        rows = [*self.noise, row]
+        weights = REMEMBERED ** np.arange(len(rows))[::-1]
+        signal, noise = (weights @ [r[name] for r in rows] for name in ("gradient_square", "variance"))
+        # Sums first, then their ratio: each batch's own ratio is far off, and may not exist.
+        row["running_scale"] = float(noise / signal) if signal > 0 else None
+        self.noise.append(row)
+        if self.folder:
+            self._append(NOISE, row)
+            if row["running_scale"] is not None:
+                self._events.add_scalar("noise scale", row["running_scale"], step)
+
     def notes(self) -> dict[str, Any]:
         """Return what a checkpoint must hold for the log to go on."""
-        rows = ("history", "inspections")
+        rows = ("history", "inspections", "noise")
         sums = ("sums", "n_steps", "examples", "row_seconds", "seconds")
         return {name: getattr(self, name) for name in ("settings", "finished", *rows, *sums)}
 
@@ -118,7 +134,7 @@ class Log:
         assert self.folder
         self.folder.mkdir(parents=True, exist_ok=True)
         # Rows that an interrupted run wrote after its last checkpoint are about to be made again.
-        for name, rows in ((METRICS, self.history), (INSPECTIONS, self.inspections)):
+        for name, rows in ((METRICS, self.history), (INSPECTIONS, self.inspections), (NOISE, self.noise)):
             replace_file(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows).encode())
         last = self.history[-1]["step"] if self.history else 0
         self._events = stack.enter_context(SummaryWriter(str(self.folder / "events"), purge_step=last + 1))

@@ -352,16 +352,41 @@ def test_looking_changes_no_bit():
 
 
 @pytest.mark.slow
+def test_noise_is_that_of_the_steps(tmp_path):
+    fitted = train(6, noise_every=2, folder=tmp_path)
+    assert [row["step"] for row in fitted.noise] == [0, 2, 4]
+    index = gf.data.epoch_order(50, 8, 3, 0)[0]
+    seen = gf.noise_scale(loss)(start, (data[0][index], data[1][index]))
+    np.testing.assert_allclose(fitted.noise[0]["variance"], seen.variance, rtol=1e-4)
+    signals, noises = ([row[name] for row in fitted.noise] for name in ("gradient_square", "variance"))
+    weights = 0.98 ** np.array([2, 1, 0])
+    signal = weights @ signals
+    running = weights @ noises / signal if signal > 0 else None
+    assert fitted.noise[-1]["running_scale"] == pytest.approx(running)
+    rows = [json.loads(line) for line in (tmp_path / "noise.jsonl").read_text().splitlines()]
+    assert rows == fitted.noise
+    assert_same(fitted.params, train(6).params)
+
+
+def test_noise_needs_single_examples():
+    with pytest.raises(ValueError, match="noise_every is for gradfn's losses of one example"):
+        train(1, loss=gf.batch_mean(loss), noise_every=1)
+
+
+@pytest.mark.slow
 def test_inspections_are_resumed(tmp_path):
+    every = {"inspect_every": 3, "noise_every": 8}
+
     def interrupt(params):
         raise InterruptionError
 
     with pytest.raises(InterruptionError):
-        train(20, inspect_every=3, folder=tmp_path, eval_every=11, evaluate=interrupt, checkpoint_seconds=0)
-    resumed = train(20, inspect_every=3, folder=tmp_path, eval_every=11, resume=True)
+        train(20, **every, folder=tmp_path, eval_every=11, evaluate=interrupt, checkpoint_seconds=0)
+    resumed = train(20, **every, folder=tmp_path, eval_every=11, resume=True)
     assert [row["step"] for row in resumed.inspections] == [0, 3, 6, 9, 12, 15, 18]
     rows = [json.loads(line) for line in (tmp_path / "inspections.jsonl").read_text().splitlines()]
     assert rows == resumed.inspections
+    assert [row["step"] for row in resumed.noise] == [0, 8, 16]
 
 
 @pytest.mark.parametrize("chunk_seconds", [0, 0.2])

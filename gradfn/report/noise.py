@@ -1,0 +1,160 @@
+"""Pictures of gradients' noise: its scale over training, the examples that pull hardest, which classes agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradfn.report.figures import LINE_COLOURS, _figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def noise_over_training(
+    rows: Sequence[dict[str, Any]], batch_size: int, exact: Sequence[dict[str, Any]] = ()
+) -> Figure:
+    """Draw how the noise scale went, beside the size of the batch that training used.
+
+    Args:
+        rows: from `gf.fit(..., noise_every=N).noise`.
+        batch_size: of training, in examples.
+        exact: rows with `step`, `gradient_square` and `variance` from all training examples.
+
+    Raises:
+        ValueError: no row has a running scale.
+
+    >>> from gradfn.report.noise import noise_over_training
+    >>> row = {"gradient_square": 1.0, "variance": 9.0, "scale": 9.0, "running_scale": 9.0}
+    >>> noise_over_training([row | {"step": 0}, row | {"step": 10}], 32).axes[0].get_ylabel()
+    'examples in a batch'
+    """
+    known = [row for row in rows if row["running_scale"]]
+    if not known:
+        raise ValueError(
+            "noise_over_training: no row has a running scale above zero, so there is nothing to draw"
+        )
+    figure = _figure(7.6, 4.4)
+    panel = figure.subplots()
+    each = [row for row in rows if row["scale"]]
+    panel.plot(
+        [r["step"] for r in each], [r["scale"] for r in each], ".", color="0.75", label="each batch alone"
+    )
+    steps, scales = [row["step"] for row in known], [row["running_scale"] for row in known]
+    panel.plot(steps, scales, color=LINE_COLOURS[0], linewidth=2, label="running estimate of the noise scale")
+    true = [
+        (row["step"], row["variance"] / row["gradient_square"]) for row in exact if row["gradient_square"] > 0
+    ]
+    if true:
+        panel.plot(*zip(*true, strict=True), "D", color=LINE_COLOURS[1], label="from all training examples")
+    panel.axhline(batch_size, color=LINE_COLOURS[2], linestyle="--", label=f"batch in use: {batch_size}")
+    panel.set_yscale("log")
+    panel.set_xlim(left=0)
+    panel.set_xlabel("training step")
+    panel.set_ylabel("examples in a batch")
+    panel.grid(color="0.9")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False, fontsize=9)
+    missing = len(rows) - len(each)
+    early, late = np.median(scales[: len(scales) // 4 + 1]), np.median(scales[-len(scales) // 4 :])
+    finding = f"The noise scale goes from about {early:.0f} to about {late:.0f} examples: "
+    finding += "large batches pay late" if late > 2 * early else "one size of batch serves throughout"
+    if missing:
+        finding += f"\n(in {missing} of {len(rows)} measures noise hid the gradient: no grey dot there)"
+    figure.suptitle(finding)
+    return figure
+
+
+def largest_gradients(
+    images: Any, labels: Any, predictions: Any, norms: Any, shape: Sequence[int] = (28, 28), n: int = 10
+) -> Figure:
+    """Draw how large the gradients of single examples are, and the examples with the largest.
+
+    Args:
+        images: `[B, pixels]`.
+        labels: integers `[B]`.
+        predictions: integers `[B]`, the network's answers.
+        norms: `[B]`, of the examples' gradients.
+        shape: of an image, in pixels.
+        n: how many to show.
+
+    Raises:
+        ValueError: arrays of unlike length.
+
+    >>> import numpy as np
+    >>> from gradfn.report.noise import largest_gradients
+    >>> figure = largest_gradients(np.zeros([3, 784]), [0, 1, 2], [0, 1, 1], [0.1, 0.1, 9.0], n=2)
+    >>> figure.axes[1].get_title()
+    '2, said 1\\n|g| 9'
+    """
+    images, labels, predictions, norms = map(np.asarray, (images, labels, predictions, norms))
+    if not len(images) == len(labels) == len(predictions) == len(norms):
+        came = ", ".join(str(len(part)) for part in (images, labels, predictions, norms))
+        raise ValueError(f"largest_gradients: one label, answer and norm an image, came {came}")
+    order = np.argsort(-norms, kind="stable")[:n]
+    n_columns = min(5, len(order))
+    n_rows = -(-len(order) // n_columns)
+    figure = _figure(4.6 + 1.35 * n_columns, max(1.75 * n_rows + 0.6, 3.6))
+    left, right = figure.subfigures(1, 2, width_ratios=[4.4, 1.35 * n_columns])
+    panel = left.subplots()
+    positive = norms[norms > 0]
+    low, high = (positive.min(), positive.max()) if len(positive) else (0.1, 1.0)
+    edges = np.geomspace(max(low, high * 1e-6), high * 1.0001, 40)
+    right_answers = labels == predictions
+    parts = [np.maximum(norms[mask], edges[0]) for mask in (right_answers, ~right_answers)]
+    panel.hist(parts, edges, stacked=True, color=[LINE_COLOURS[0], LINE_COLOURS[1]], label=["right", "wrong"])
+    panel.set_xscale("log")
+    panel.set_xlabel("norm of an example's gradient")
+    panel.set_ylabel("examples")
+    panel.legend(frameon=False, title="answered")
+    panel.spines[["top", "right"]].set_visible(False)
+    cells = right.subplots(n_rows, n_columns, squeeze=False).ravel()
+    for cell in cells:
+        cell.set_axis_off()
+    for cell, i in zip(cells, order, strict=False):
+        cell.imshow(images[i].reshape(shape), cmap="gray_r", interpolation="nearest")
+        said = f"said {predictions[i]}" if predictions[i] != labels[i] else "right"
+        cell.set_title(f"{labels[i]}, {said}\n|g| {norms[i]:.2g}", fontsize=9)
+    share = np.square(norms[order]).sum() / max(np.square(norms).sum(), 1e-300)
+    figure.suptitle(
+        f"{len(order)} of {len(norms):,} examples make {100 * share:.0f} % of the squared gradients"
+    )
+    return figure
+
+
+def agreement(cosines: Any, names: Sequence[str], what: str = "classes") -> Figure:
+    """Draw which gradients agree: a matrix of cosines on one diverging scale from -1 to 1.
+
+    Args:
+        cosines: `[n, n]`, from `gf.grad_cosines`; NaN for groups without examples.
+        names: n of them.
+        what: what is compared.
+
+    Raises:
+        ValueError: not a square matrix with a name a row.
+
+    >>> from gradfn.report.noise import agreement
+    >>> agreement([[1.0, -0.5], [-0.5, 1.0]], ["3", "8"]).get_suptitle()
+    'Gradients of 3 and 8 disagree most (cosine -0.50)'
+    """
+    matrix = np.asarray(cosines, np.float64)
+    if matrix.shape != (len(names), len(names)):
+        raise ValueError(f"agreement: expected [{len(names)}, {len(names)}], came {list(matrix.shape)}")
+    figure = _figure(0.5 * len(names) + 2.2, 0.5 * len(names) + 1.2)
+    panel = figure.subplots()
+    shown = panel.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
+    panel.set_xticks(range(len(names)), names)
+    panel.set_yticks(range(len(names)), names)
+    panel.set_xlabel(what)
+    panel.set_ylabel(what)
+    figure.colorbar(shown, label="cosine (red: a step for one helps the other, blue: harms it)")
+    apart = matrix + 2 * np.eye(len(names))
+    if np.isfinite(apart).any():
+        i, j = np.unravel_index(np.nanargmin(apart), apart.shape)
+        verb = "disagree most" if matrix[i, j] < 0 else "agree least"
+        figure.suptitle(
+            f"Gradients of {names[int(i)]} and {names[int(j)]} {verb} (cosine {matrix[i, j]:.2f})"
+        )
+    return figure
