@@ -94,6 +94,7 @@ def run(config: Config) -> Result:
         batch_size=config.batch,
         seed=config.seed,
         evaluate=classifier_measures(net, loss, data, n_train=5000),
+        inspect_every=steps // 20 or None,  # a run of a few steps is not looked at
         folder=folder,
         resume=config.resume,
     )

@@ -14,6 +14,7 @@ import optax
 import gradfn as gf
 from gradfn import run as runs
 from gradfn.report.classifier import classifier_figures, classifier_measures
+from gradfn.report.digit_net import keep_digit_net
 
 EXPECTED = "at least 93 % of the built-in test digits right with 16 hidden nodes, in some ten seconds"
 
@@ -83,6 +84,7 @@ def run(config: Config) -> Result:
         batch_size=config.batch,
         seed=config.seed,
         evaluate=classifier_measures(net, loss, data),
+        inspect_every=steps // 20 or None,  # a run of a few steps is not looked at
         folder=folder,
         resume=config.resume,
     )
@@ -92,6 +94,9 @@ def run(config: Config) -> Result:
     accuracy = float((np.asarray(probabilities).argmax(1) == labels).mean())
     verdict = judge(config, accuracy)
     classifier_figures(folder, fitted.params["W1"], fitted.history, data, probabilities)
+    keep_digit_net(
+        folder, fitted.params, data, probabilities, enlarged_from=8 if config.data == "digits" else None
+    )
     runs.finish(folder, {"test_accuracy": accuracy, "verdict": verdict})
     print(f"{verdict}\npictures: {folder}/weights.png, curves.png, confusion.png, mistakes.png")
     return Result(fitted.params, fitted.history, accuracy, folder, verdict)

@@ -158,6 +158,7 @@ def run(config: Config) -> Result:
         seed=config.seed,
         evaluate=evaluate,
         eval_every=max(steps // 8, 1),
+        inspect_every=steps // 20 or None,  # a run of a few steps is not looked at
         folder=folder,
         resume=config.resume,
     )

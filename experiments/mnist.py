@@ -15,6 +15,7 @@ import optax
 import gradfn as gf
 from gradfn import run as runs
 from gradfn.report.classifier import classifier_figures, classifier_measures
+from gradfn.report.digit_net import keep_digit_net
 
 EXPECTED = (
     "test accuracies of at least 94.9 % (note: 784-16-10, mean of 5 seeds), 95.4 % (nielsen: 784-30-10, best of 3) "
@@ -35,13 +36,14 @@ class Recipe(NamedTuple):
     probabilities: Callable[[jax.Array], jax.Array]  # of the network's answers
     expected: float  # test accuracy
     of: str  # of the seeds: "mean" or "best"
+    shown: dict[str, Any]  # what a page must know of the network to compute with it
 
 
 def note() -> Recipe:
     """The note's network, trained as `digits` does: cross-entropy, AdamW, a cosine."""
     net = gf.mlp([784, 16, 10], activation="sigmoid")
     loss = gf.classification_loss(net)
-    return Recipe(net, loss, loss, "nats", 40, 32, adamw_cosine, jax.nn.softmax, 0.949, "mean")
+    return Recipe(net, loss, loss, "nats", 40, 32, adamw_cosine, jax.nn.softmax, 0.949, "mean", {})
 
 
 def nielsen() -> Recipe:
@@ -57,14 +59,18 @@ def nielsen() -> Recipe:
     net = gf.Net(spec, net.apply)
     loss = gf.quadratic_loss(net)
     unit = "quadratic cost"
-    return Recipe(net, loss, loss, unit, 30, 10, lambda steps: optax.sgd(3.0), lambda a: a, 0.954, "best")
+    shown = {"output": "sigmoid", "loss": "quadratic"}
+    return Recipe(
+        net, loss, loss, unit, 30, 10, lambda steps: optax.sgd(3.0), lambda a: a, 0.954, "best", shown
+    )
 
 
 def best() -> Recipe:
     """Relu, cross-entropy, AdamW, a cosine, and each batch shifted by up to a pixel each way."""
     net = gf.mlp([784, 100, 10], activation="relu")
     loss = gf.classification_loss(net)
-    return Recipe(net, shifted(loss), loss, "nats", 20, 32, adamw_cosine, jax.nn.softmax, 0.98, "best")
+    shown = {"activation": "relu"}
+    return Recipe(net, shifted(loss), loss, "nats", 20, 32, adamw_cosine, jax.nn.softmax, 0.98, "best", shown)
 
 
 RECIPES = {"note": note, "nielsen": nielsen, "best": best}
@@ -146,6 +152,7 @@ def run(config: Config) -> Result:
             batch_size=recipe.batch,
             seed=seed,
             evaluate=classifier_measures(recipe.net, recipe.clean_loss, data),
+            inspect_every=steps // 20 or None,  # a run of a few steps is not looked at
             folder=folder / f"seed-{seed}",
             resume=config.resume,
         )
@@ -159,6 +166,7 @@ def run(config: Config) -> Result:
     probabilities = recipe.probabilities(jnp.asarray(answers[top]))
     classifier_figures(folder, params["W1"], history, data, probabilities, recipe.loss_unit)
     verdict = judge(recipe, accuracies, epochs)
+    keep_digit_net(folder, params, data, probabilities, **recipe.shown)
     runs.finish(folder, {"test_accuracies": accuracies, "verdict": verdict})
     print(f"{verdict}\npictures: {folder}/weights.png, curves.png, confusion.png, mistakes.png")
     return Result(params, history, accuracies, folder, verdict)

@@ -87,6 +87,7 @@ def run(config: Config) -> Result:
         config.steps,
         seed=config.seed,
         evaluate=lambda params: {"test_accuracy": all_right(answer(params, test[0]), test[1])},
+        inspect_every=config.steps // 20 or None,  # a run of a few steps is not looked at
         folder=folder,
         resume=config.resume,
     )

@@ -1,4 +1,4 @@
-"""The command line: `gradfn run digits --hidden 30`, `gradfn list`, `gradfn table 784 16 10`.
+"""The command line: `gradfn run digits --hidden 30`, `gradfn report digits`, `gradfn list`.
 
 An experiment is a module in `experiments/` with a line that says what it does, `EXPECTED` (what it comes to),
 `Config` (a dataclass of options) and `run(config)`. A user's mistake is answered with one line and exit code 2.
@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import importlib.util
 import io
+import itertools
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -24,6 +25,7 @@ USAGE = """\
 gradfn: networks as pure functions over plain dicts of arrays, with every gradient visible
 
   gradfn run NAME [options]   run an experiment; gradfn run NAME --help shows its options
+  gradfn report RUN [B]       write one HTML page that shows a run, or two side by side
   gradfn sample RUN [options] write with the language model of a run; gradfn sample --help shows the options
   gradfn list                 say which experiments there are, and what to expect of them
   gradfn table 784 16 10      show the parameters of a network with so many nodes a layer
@@ -71,7 +73,7 @@ def script(file: str) -> None:
 
 def _command(words: list[str]) -> int:
     match words:
-        case [] | ["-h" | "--help"] | ["run" | "list" | "table", "-h" | "--help"]:
+        case [] | ["-h" | "--help"] | ["run" | "list" | "table" | "report", "-h" | "--help"]:
             print(USAGE, end="")
             return 0
         case ["--version"]:
@@ -93,10 +95,12 @@ def _command(words: list[str]) -> int:
             if name not in found:
                 raise UserError(f"no experiment {name!r}{_near(name, found)}; there are {', '.join(found)}")
             return _run(found[name], options, f"gradfn run {name}")
+        case ["report", *rest]:
+            return _report(rest)
         case ["sample", *rest]:
             return _sample(rest)
         case [name, *_]:
-            commands = ("run", "sample", "list", "table", "--help", "--version")
+            commands = ("run", "report", "sample", "list", "table", "--help", "--version")
             raise UserError(f"no command {name!r}{_near(name, commands)}; there are {', '.join(commands)}")
     return 0
 
@@ -142,6 +146,51 @@ def _table(words: list[str]) -> int:
         )
     print(gf.table(gf.mlp(sizes).spec))
     return 0
+
+
+def _report(words: list[str]) -> int:
+    from gradfn.report.kept import find_run
+    from gradfn.report.page import write_report
+    from gradfn.run import RunError
+
+    runs, out = list(words), None
+    if "--out" in runs:
+        at = runs.index("--out")
+        if len(runs) == at + 1:
+            raise UserError("report: --out wants a file's name")
+        out = runs[at + 1]
+        del runs[at : at + 2]
+    try:
+        if wrong := [word for word in runs if word.startswith("-")]:
+            raise UserError(
+                f"no option {wrong[0]!r}{_near(wrong[0], ['--out', '--help'])}; there is --out FILE"
+            )
+        if not 1 <= len(runs) <= 2:
+            raise UserError(
+                "it wants a run's folder, or an experiment's name for its latest run; or two of them, to compare; "
+                f"came {' '.join(runs) or 'nothing'}"
+            )
+        about = {name: _about(file) for name, file in experiments().items()}
+        file = write_report([find_run(run) for run in runs], out, about)
+    except (UserError, RunError, ImportError) as error:
+        return _fail(f"gradfn report: {error}", 2)
+    print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB): open it in a browser")
+    return 0
+
+
+def _about(file: Path) -> Any:
+    """Return what an experiment says of itself and of its options, without importing what it imports."""
+    from gradfn.report.page import About
+
+    options = {}
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == "Config":
+            for field, meaning in itertools.pairwise(node.body):
+                if isinstance(field, ast.AnnAssign) and isinstance(meaning, ast.Expr):
+                    with contextlib.suppress(ValueError):  # a default that is computed
+                        default = ast.literal_eval(field.value) if field.value else ...
+                        options[ast.unparse(field.target)] = (ast.literal_eval(meaning.value), default)
+    return About(*_described(file), options)
 
 
 def _sample(words: list[str]) -> int:

@@ -72,7 +72,10 @@ def test_help_names_every_command(capsys):
     for words in ([], ["--help"], ["run", "--help"], ["table", "-h"]):
         code, out, err = said(capsys, *words)
         assert (code, err) == (0, "")
-        assert all(f"gradfn {command}" in out for command in ("run", "sample", "list", "table", "--version"))
+        assert all(
+            f"gradfn {command}" in out
+            for command in ("run", "report", "sample", "list", "table", "--version")
+        )
 
 
 def test_version(capsys):
@@ -98,7 +101,8 @@ def test_table_counts(capsys, sizes, caption):
     [
         (
             "rnu",
-            "gradfn: no command 'rnu' (did you mean run?); there are run, sample, list, table, --help, --version",
+            "gradfn: no command 'rnu' (did you mean run?); there are run, report, sample, list, table, "
+            "--help, --version",
         ),
         ("run", "gradfn: run wants the name of an experiment: echo"),
         ("run ecko", "gradfn: no experiment 'ecko' (did you mean echo?); there are echo"),

@@ -56,4 +56,9 @@ def test_commands_run(line, tmp_path, monkeypatch, request):
         monkeypatch.setenv("GRADFN_MNIST", str(request.getfixturevalue("shared_data") / "mnist"))
     if arguments[0] == "run":
         shorten(arguments)
+    if arguments[0] == "report":  # of the latest runs of these experiments
+        for name in arguments[1:]:
+            asked = ["run", name]
+            shorten(asked)
+            assert main(asked) == 0
     assert main(arguments) in (0, None)

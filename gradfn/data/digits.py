@@ -58,13 +58,17 @@ def enlarge(images: np.ndarray, size: int) -> np.ndarray:
     >>> enlarge(np.ones([1, 8, 8]), 28).shape
     (1, 28, 28)
     """
+    resize = spline(images.shape[-1], size)
+    return np.clip(resize @ images @ resize.T, 0.0, 1.0)  # a spline overshoots at sharp edges
+
+
+def spline(old: int, size: int) -> np.ndarray:
+    """Return the matrix `[size, old]` that resizes the rows or the columns of an image by a cubic spline."""
     from scipy import ndimage  # slow to import
 
-    # Resizing is linear and the same for rows and columns, so one [size, S] matrix, whose columns are the
-    # resized unit vectors, does all images at once; and it is done off the device, alike on every machine.
-    old = images.shape[-1]
+    # Resizing is linear and the same for rows and columns, so one matrix, whose columns are the resized unit
+    # vectors, does all images at once; and it is done off the device, alike on every machine.
     columns = [
         ndimage.zoom(unit, size / old, order=3, mode="nearest", grid_mode=True) for unit in np.eye(old)
     ]
-    resize = np.stack(columns, axis=1)  # [size, S]
-    return np.clip(resize @ images @ resize.T, 0.0, 1.0)  # a spline overshoots at sharp edges
+    return np.stack(columns, axis=1)

@@ -131,11 +131,14 @@ def flags(seen: "Inspection") -> dict[str, list[str]]:
 def to_dict(seen: "Inspection") -> dict[str, Any]:
     """Return the inspection as plain numbers by name."""
     seen = jax.device_get(seen)
+    in_order = [
+        site.name for site in seen.sites
+    ]  # of computation; a dict out of a compiled function is sorted
     out: dict[str, Any] = {
         "value": np.asarray(seen.value).tolist(),
         "inspected": np.asarray(seen.inspected).tolist(),
-        "sites": {name: stats.to_dict() for name, stats in seen.stats.items()},
-        "site_grads": {name: stats.to_dict() for name, stats in seen.grad_stats.items()},
+        "sites": {name: seen.stats[name].to_dict() for name in in_order if name in seen.stats},
+        "site_grads": {name: seen.grad_stats[name].to_dict() for name in in_order if name in seen.grad_stats},
         "grads": {name: _of_array(g) for name, g in _leaves(seen.grads)},
     }
     if seen.update_ratios is not None:

@@ -250,7 +250,9 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.stem}.part{path.suffix}")
-    figure.savefig(part, dpi=130, bbox_inches="tight", pad_inches=0.12)
+    # The title goes along as text: a page has it as the description of the picture.
+    title = {"Title": figure.get_suptitle()}
+    figure.savefig(part, dpi=130, bbox_inches="tight", pad_inches=0.12, metadata=title)
     os.replace(part, path)
     return path
 

@@ -1,0 +1,30 @@
+// The page: its light or dark, its pictures and, where it holds a network, the network at work.
+import { live } from "./live.js";
+
+const root = document.documentElement;
+const dark = matchMedia("(prefers-color-scheme: dark)");
+
+function isDark() {
+  return root.style.colorScheme ? root.style.colorScheme === "dark" : dark.matches;
+}
+
+document.getElementById("theme").addEventListener("click", () => {
+  root.style.colorScheme = isDark() ? "light" : "dark";
+  root.dispatchEvent(new Event("theme"));
+});
+dark.addEventListener("change", () => root.dispatchEvent(new Event("theme")));
+
+// A picture, as large as it is.
+const large = document.getElementById("large");
+for (const button of document.querySelectorAll(".enlarge")) {
+  button.addEventListener("click", () => {
+    large.querySelector(".scroll").replaceChildren(button.firstElementChild.cloneNode());
+    large.showModal();
+  });
+}
+large.addEventListener("click", (event) => {
+  if (event.target === large || event.target.tagName === "IMG") large.close();
+});
+
+const told = document.getElementById("net");
+if (told) window.gradfn = live(JSON.parse(told.textContent));

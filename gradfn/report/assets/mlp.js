@@ -1,0 +1,102 @@
+// A multilayer perceptron on plain arrays: forward, loss and backward, in double precision.
+//
+// A network is { layers: [{ nIn, nOut, W, b, squash }], loss }, W an array [nOut * nIn], row after row.
+// What it computes has the names it has in Python: z1 = W1 a0 + b1, a1 = squash(z1), ...; a0 is the input x.
+
+const GELU = Math.sqrt(2 / Math.PI);
+const sigmoid = (z) => 1 / (1 + Math.exp(-z));
+
+// What a node makes of its weighted sum z, and the slope of that at z, where it made a.
+const squashes = {
+  none: { of: (z) => z, slope: () => 1 },
+  sigmoid: { of: sigmoid, slope: (z, a) => a * (1 - a) },
+  tanh: { of: Math.tanh, slope: (z, a) => 1 - a * a },
+  relu: { of: (z) => Math.max(z, 0), slope: (z) => (z > 0 ? 1 : 0) },
+  gelu: {
+    of: (z) => 0.5 * z * (1 + Math.tanh(GELU * (z + 0.044715 * z ** 3))),
+    slope: (z) => {
+      const t = Math.tanh(GELU * (z + 0.044715 * z ** 3));
+      return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * GELU * (1 + 3 * 0.044715 * z * z);
+    },
+  },
+};
+
+export function forward(net, x) {
+  const z = [], a = [];
+  let input = x;
+  for (const { nIn, nOut, W, b, squash } of net.layers) {
+    const sums = new Float64Array(nOut);
+    for (let i = 0; i < nOut; i++) {
+      let sum = 0;
+      for (let j = 0; j < nIn; j++) sum += W[i * nIn + j] * input[j];
+      sums[i] = sum + b[i];
+    }
+    z.push(sums);
+    input = sums.map(squashes[squash].of);
+    a.push(input);
+  }
+  return { x, z, a, answer: input };
+}
+
+export function softmax(z) {
+  const top = Math.max(...z);
+  const powers = Array.from(z, (value) => Math.exp(value - top));
+  const sum = powers.reduce((total, power) => total + power, 0);
+  return powers.map((power) => power / sum);
+}
+
+// How sure the network is of each label: what its loss compares with the right one.
+export function probabilities(net, pass) {
+  return net.loss === "cross-entropy" ? softmax(pass.answer) : Array.from(pass.answer);
+}
+
+export function lossOf(net, pass, label) {
+  if (net.loss === "cross-entropy") {
+    const top = Math.max(...pass.answer);
+    const sum = pass.answer.reduce((total, value) => total + Math.exp(value - top), 0);
+    return top + Math.log(sum) - pass.answer[label];
+  }
+  return pass.answer.reduce((total, value, i) => total + 0.5 * (value - (i === label)) ** 2, 0);
+}
+
+// The chain rule, step by step from the loss to the input: [{ name, layer, kind, values }].
+// kind is "a" (what came out of a layer), "z" (its weighted sums), "W" (its weights; with its biases) or "x".
+export function backward(net, pass, label) {
+  const steps = [];
+  const add = (kind, layer, values, more = {}) => {
+    steps.push({ name: kind === "x" ? "x" : `${kind}${layer + 1}`, kind, layer, values, ...more });
+  };
+  // Both losses have the same slope: what was said less what is right.
+  let out = Float64Array.from(probabilities(net, pass), (share, i) => share - (i === label));
+  for (let l = net.layers.length - 1; l >= 0; l--) {
+    const { nIn, nOut, W, squash } = net.layers[l];
+    if (squash !== "none") {
+      add("a", l, out);
+      out = out.map((g, i) => g * squashes[squash].slope(pass.z[l][i], pass.a[l][i]));
+    }
+    add("z", l, out);
+    const input = l ? pass.a[l - 1] : pass.x;
+    const dW = new Float64Array(nOut * nIn);
+    const dInput = new Float64Array(nIn);
+    for (let i = 0; i < nOut; i++) {
+      for (let j = 0; j < nIn; j++) {
+        dW[i * nIn + j] = out[i] * input[j];
+        dInput[j] += W[i * nIn + j] * out[i];
+      }
+    }
+    add("W", l, dW, { bias: out });
+    out = dInput;
+  }
+  add("x", -1, out);
+  return steps;
+}
+
+// The gradients by the names of what they belong to.
+export function gradients(steps) {
+  const found = {};
+  for (const { name, kind, layer, values, bias } of steps) {
+    found[name] = values;
+    if (kind === "W") found[`b${layer + 1}`] = bias;
+  }
+  return found;
+}

@@ -1,0 +1,122 @@
+"""A trained digit network in one small file, for the page of its run to compute with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from gradfn.data import Dataset
+from gradfn.data.digits import spline
+from gradfn.train.checkpoint import replace_file
+
+DIGIT_NET = "digit_net.safetensors"
+ACTIVATIONS = ("sigmoid", "tanh", "relu", "gelu")  # those that assets/mlp.js knows
+MISTAKES = 2
+
+
+class DigitNet(NamedTuple):
+    """What the page computes with.
+
+    Attributes:
+        params: `W1` `[hidden, 784]`, `b1` `[hidden]`, ... as `gf.mlp` has them, float32.
+        samples: test images `[n, 784]` float32 in [0, 1].
+        labels: what they are, `[n]` int32.
+        spline: `[28, 8]`, which enlarged the 8x8 images of `gf.data.digits` in each direction; None where the
+            images had 28x28 pixels from the beginning.
+        about: `activation` of the hidden layers, `output` of the last (or None), `loss` and the `data`'s name.
+    """
+
+    params: dict[str, np.ndarray]
+    samples: np.ndarray
+    labels: np.ndarray
+    spline: np.ndarray | None
+    about: dict[str, Any]
+
+
+def keep_digit_net(
+    folder: Path,
+    params: Mapping[str, Any],
+    data: Dataset,
+    probabilities: Any,
+    activation: str = "sigmoid",
+    output: str | None = None,
+    loss: Literal["cross-entropy", "quadratic"] = "cross-entropy",
+    enlarged_from: int | None = None,
+) -> Path:
+    """Write a trained `gf.mlp` on 28x28 digits into its run's folder, so that `gradfn report` can show it at work.
+
+    Beside the parameters it keeps a test image of each digit, and the two that the network is wrong about most
+    surely.
+
+    Args:
+        folder: of the run.
+        params: of a `gf.mlp` with 784 inputs and 10 outputs.
+        data: what it was trained on, `gf.data.digits()` or `gf.data.mnist()`.
+        probabilities: `[n, 10]`, how sure it was of each class of each test image.
+        activation: of its hidden layers: sigmoid, tanh, relu or gelu.
+        output: of its last layer: one of these, or None.
+        loss: what it was trained with.
+        enlarged_from: the side of the images before they were enlarged to 28x28 (8 for `gf.data.digits`), so
+            that the page can prepare what is drawn in the same way; None for images of 28x28 pixels.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: another activation, or another shape of images.
+    """
+    for name in (activation, output):
+        if name is not None and name not in ACTIVATIONS:
+            raise ValueError(f"keep_digit_net: expected one of {', '.join(ACTIVATIONS)}, came {name!r}")
+    if tuple(data.shape) != (28, 28):
+        raise ValueError(f"keep_digit_net: expected images of 28x28 pixels, came {list(data.shape)}")
+    from safetensors.numpy import save
+
+    chosen = _samples(data.test[1], np.asarray(probabilities))
+    arrays = {name: np.asarray(array, np.float32) for name, array in params.items()}
+    arrays |= {"samples": data.test[0][chosen], "labels": np.asarray(data.test[1][chosen], np.int32)}
+    if enlarged_from is not None:
+        arrays["spline"] = spline(enlarged_from, 28).astype(np.float32)
+    about = {"activation": activation, "output": output, "loss": loss, "data": data.name}
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    replace_file(folder / DIGIT_NET, save(contiguous, metadata={"about": json.dumps(about)}))
+    return folder / DIGIT_NET
+
+
+def load_digit_net(file: Path) -> DigitNet:
+    """Read what `keep_digit_net` wrote.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "numpy") as content:
+            about = json.loads(content.metadata()["about"])
+            arrays = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        return DigitNet(
+            samples=arrays.pop("samples"),
+            labels=arrays.pop("labels"),
+            spline=arrays.pop("spline", None),
+            about=about,
+            params=arrays,
+        )
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: not a readable digit network ({error})") from error
+
+
+def _samples(labels: np.ndarray, probabilities: np.ndarray) -> list[int]:
+    """Return the first test example of each label that the network gets right, then its surest mistakes."""
+    said, sure = probabilities.argmax(1), probabilities.max(1)
+    right, wrong = np.flatnonzero(said == labels), np.flatnonzero(said != labels)
+    firsts = []
+    for label in np.unique(labels):
+        known = right[labels[right] == label]
+        firsts.append(int(known[0] if len(known) else np.flatnonzero(labels == label)[0]))
+    surest = [int(i) for i in wrong[np.argsort(-sure[wrong], kind="stable")] if i not in firsts]
+    return firsts + surest[:MISTAKES]

@@ -1,0 +1,235 @@
+"""The page of a run: what is in it, that it needs nothing but itself, and what it says where a run is no run."""
+
+import base64
+import io
+import json
+import re
+from html import unescape
+
+import numpy as np
+import pytest
+
+from gradfn import cli
+from gradfn.data.dataset import Dataset
+from gradfn.report.digit_net import keep_digit_net, load_digit_net
+from gradfn.report.kept import find_run, read_run
+from gradfn.report.page import About, command, page, write_report
+from gradfn.run import RunError, write_json
+from gradfn.train import checkpoint
+
+ABOUT = {
+    "toy": About("Train a toy.", "much", {"hidden": ("nodes <inside>", 16), "seed": ("of the first", 0)})
+}
+
+
+def write_run(folder, hidden=4, verdict="accuracy 50.0 %; expected at least 40 %: reached", seed=0):
+    """Write what a run of a digit network keeps."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    shapes = {"W1": (hidden, 784), "b1": (hidden,), "W2": (10, hidden), "b2": (10,)}
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    write_json(folder / "config.json", {"experiment": "toy", "options": {"hidden": hidden, "seed": seed}})
+    write_json(folder / "versions.json", {"gradfn": "0.1.0", "seed": seed})
+    rows = [{"step": s, "loss": 2.0 / s, "validation_accuracy": 0.5, "seconds": 1.0} for s in (10, 20)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stats = {name: {"rms": 0.01 * (1 + i)} for i, name in enumerate(sorted(shapes))}
+    look = {"sites": {"z1": {}}, "site_grads": {"z1": {"rms": [0.1, 0.2]}}, "grads": stats}
+    looks = [look | {"step": 0, "flags": {}}, look | {"step": 10, "flags": {"a1": ["saturated"]}}]
+    (folder / "inspections.jsonl").write_text("".join(json.dumps(row) + "\n" for row in looks))
+    checkpoint.save(folder / "checkpoint.safetensors", {"params": params, "step": np.array(20)}, {})
+    (folder / "weights.png").write_bytes(picture(rng, 8))
+    (folder / "curves.png").write_bytes(picture(rng, 8))
+    if verdict:
+        write_json(folder / "result.json", {"verdict": verdict})
+    return folder
+
+
+def picture(rng, side):
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(rng.integers(0, 255, [side, side, 3], np.uint8)).save(out, "png")
+    return out.getvalue()
+
+
+def text_of(html):
+    """Return the words of a page, without its style and its script."""
+    body = re.sub(r"<(style|script).*?</\1>", " ", html, flags=re.DOTALL)
+    return " ".join(unescape(re.sub(r"<[^>]*>", " ", body)).split())
+
+
+def pictures_of(html):
+    return [base64.b64decode(data) for data in re.findall(r'"data:image/png;base64,([^"]*)"', html)]
+
+
+def test_the_page_holds_what_the_run_has_kept(tmp_path):
+    folder = write_run(tmp_path / "run", hidden=30)
+    html = write_report([folder], about=ABOUT).read_text()
+    text = text_of(html)
+    for said in (
+        "Accuracy 50.0 %",
+        "Reached what was expected: at least 40 %",
+        "Train a toy.",
+        "hidden 30 nodes <inside>",
+        "gradfn run toy --hidden 30",
+        "W1 [30, 784] 23,520",
+        "23,820 weights + 40 biases 23,860",
+        "training loss 0.1",
+        "validation accuracy 50 %",
+        "saturated a1, in 1 of 2 looks",
+        "gradfn 0.1.0",
+    ):
+        assert said in text
+    # The curves are drawn in the page itself.
+    assert pictures_of(html) == [(folder / "weights.png").read_bytes()]
+    rows = [row.partition("<")[0] for row in html.split('class="rows"')[1].split("<span>")[1:]]
+    assert rows[:4] == ["W1", "b1", "W2", "b2"]  # by layer, not by the alphabet
+
+
+def test_the_page_asks_for_nothing_from_elsewhere(tmp_path):
+    html = write_report([write_run(tmp_path / "run")]).read_text()
+    assert "default-src 'none'" in html
+    addresses = re.findall(r'(?:src|href)="([^"]*)"', html)
+    assert {address.partition(":")[0][:5] for address in addresses if not address.startswith("#")} == {"data"}
+    assert "http" not in re.sub(r"http://www.w3.org/\d+/svg", "", html.replace("http-equiv", ""))
+
+
+def test_two_runs_side_by_side(tmp_path):
+    a = write_run(tmp_path / "a", hidden=4)
+    b = write_run(tmp_path / "b", hidden=5, verdict="accuracy 30.0 %; expected at least 40 %: NOT reached")
+    file = write_report([a, b], about=ABOUT)
+    assert file == a / "against-toy-b.html"
+    html = file.read_text()
+    text = text_of(html)
+    for said in (
+        "A toy Accuracy 50.0 %",
+        "B toy Accuracy 30.0 %",
+        "✗ Not reached",
+        "The runs differ in hidden",
+    ):
+        assert said in text
+    assert re.search(r'<tr class="differ"><th scope="row">hidden</th><td>4</td><td>5</td>', html)
+    assert re.search(r'<tr><th scope="row">seed</th><td>0</td><td>0</td>', html)
+    assert "A, training loss" in text
+    assert "B, training loss" in text
+    assert len(pictures_of(html)) == 2
+
+
+def test_an_interrupted_run_shows_as_far_as_it_got(tmp_path):
+    folder = write_run(tmp_path / "run", verdict="")
+    (folder / "inspections.jsonl").unlink()
+    (folder / "checkpoint.safetensors").unlink()
+    with (folder / "metrics.jsonl").open("a") as out:
+        out.write('{"step": 30, "lo')
+    assert "No result yet" in text_of(page([read_run(folder)]))
+    for file in ("metrics.jsonl", "versions.json"):
+        (folder / file).unlink()
+    assert "No result yet" in text_of(page([read_run(folder)]))
+
+
+def test_a_loss_that_was_not_finite_leaves_the_rest_to_be_seen(tmp_path):
+    folder = write_run(tmp_path / "run")
+    look = {"sites": {}, "site_grads": {}, "grads": {"W1": {"rms": float("nan")}, "b1": {"rms": 0.0}}}
+    (folder / "inspections.jsonl").write_text(json.dumps(look | {"step": 0}) + "\n")
+    with (folder / "metrics.jsonl").open("a") as out:
+        out.write('{"step": 30, "loss": NaN}\n')
+    html = page([read_run(folder)])
+    assert 'class="bad" title="W1, step 0: nan"' in html
+    assert 'class="none" title="b1, step 0: 0.00e+00"' in html
+    assert "nan" not in "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
+
+
+def test_the_parts_of_a_run_are_drawn_together(tmp_path):
+    folder = write_run(tmp_path / "run")
+    for part in ("seed-0", "seed-1"):
+        (folder / part).mkdir()
+        (folder / "metrics.jsonl").rename(folder / part / "metrics.jsonl") if part == "seed-0" else (
+            folder / part / "metrics.jsonl"
+        ).write_text('{"step": 10, "loss": 1.0}\n')
+    html = page([read_run(folder)])
+    assert "seed-0, training loss" in html
+    assert "seed-1, training loss" in html
+
+
+@pytest.mark.slow
+def test_a_page_is_smaller_than_5_mb_whatever_the_pictures(tmp_path):
+    folder = write_run(tmp_path / "run")
+    for name in "ab":
+        (folder / f"{name}.png").write_bytes(picture(np.random.default_rng(0), 1200))  # 4.3 MB each
+    file = write_report([folder])
+    assert 1e6 < file.stat().st_size < 5e6
+    assert len(pictures_of(file.read_text())) == 3
+
+
+def test_the_command_says_what_differs_from_the_defaults(tmp_path):
+    run = read_run(write_run(tmp_path / "run"))
+    options = {"hidden": 16, "sizes": [1, 2], "b_1": 0.5, "lines": True, "data": None, "name": "a b"}
+    assert command(run._replace(options=options), ABOUT["toy"]) == (
+        "gradfn run toy --sizes 1 2 --b-1 0.5 --lines --name 'a b'"
+    )
+
+
+def test_the_digit_net_comes_back_as_it_was_kept(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.random([30, 784], dtype=np.float32)
+    labels = np.arange(30, dtype=np.int32) % 10
+    probabilities = np.eye(10)[labels]
+    probabilities[[1, 21, 17]] = np.eye(10)[0] * [[0.5], [0.7], [0.9]]
+    data = Dataset((images, labels), (images, labels), (images, labels), "noise", (28, 28))
+    params = {"W1": rng.random([3, 784]), "b1": np.zeros(3), "W2": np.ones([10, 3]), "b2": np.zeros(10)}
+    keep_digit_net(tmp_path, params, data, probabilities, "relu", "sigmoid", "quadratic", enlarged_from=8)
+    net = load_digit_net(tmp_path / "digit_net.safetensors")
+    assert net.about == {"activation": "relu", "output": "sigmoid", "loss": "quadratic", "data": "noise"}
+    np.testing.assert_array_equal(net.params["W1"], params["W1"].astype(np.float32))
+    # The first of each that it knows (the 1 at 11, as that at 1 is taken for another), then the surest mistakes.
+    assert net.labels.tolist() == [*range(10), 7, 1]
+    np.testing.assert_array_equal(net.samples, images[[0, 11, *range(2, 10), 17, 21]])
+    assert net.spline.shape == (28, 8)
+    with pytest.raises(ValueError, match="expected one of sigmoid, tanh, relu, gelu, came 'elu'"):
+        keep_digit_net(tmp_path, params, data, probabilities, "elu")
+    with pytest.raises(ValueError, match=r"images of 28x28 pixels, came \[8, 8\]"):
+        keep_digit_net(tmp_path, params, data._replace(shape=(8, 8)), probabilities)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "it wants a run's folder, or an experiment's name"),
+        ("a b c", "came a b c"),
+        ("nowhere", "nowhere: neither a run's folder nor an experiment with a run in runs/nowhere"),
+        ("empty", "empty: no run's folder (it has no config.json)"),
+        ("run/part", "run/part: only a part of a run; name the run's folder, run"),
+        ("run --ot x", "no option '--ot' (did you mean --out?)"),
+        ("run --out", "--out wants a file's name"),
+        ("run --out nowhere/x.html", "nowhere/x.html: cannot be written (No such file or directory)"),
+        ("broken", "broken/config.json: not readable"),
+        ("torn", "torn/metrics.jsonl, line 1: not readable"),
+        ("net", "net/digit_net.safetensors: not a readable digit network"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "run")
+    (tmp_path / "run" / "part").mkdir()
+    (tmp_path / "empty").mkdir()
+    (write_run(tmp_path / "broken") / "config.json").write_text("{")
+    (write_run(tmp_path / "torn") / "metrics.jsonl").write_text("{\n{}\n")
+    (write_run(tmp_path / "net") / "digit_net.safetensors").write_text("nothing")
+    assert cli.main(["report", *words.split()]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+
+
+def test_the_command_line_writes_the_page_of_the_latest_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs" / "toy" / "2026a")
+    latest = write_run(tmp_path / "runs" / "toy" / "2026b")
+    assert cli.main(["report", "toy"]) == 0
+    assert re.fullmatch(r"wrote runs/toy/2026b/report.html \(0.\d MB\): .*\n", capsys.readouterr().out)
+    assert (latest / "report.html").exists()
+    assert find_run("toy") == latest.relative_to(tmp_path)
+    assert cli.main(["report", "toy", "runs/toy/2026a", "--out", "x.html"]) == 0
+    assert (tmp_path / "x.html").exists()
+    with pytest.raises(RunError, match="nowhere"):
+        find_run("nowhere")
