@@ -9,14 +9,15 @@ export function prepare(ink, side, spline) {
   return spline ? asEnlarged(ink, side, box, spline) : asMnist(ink, side, box);
 }
 
-// As MNIST's were made: into 20x20 pixels, then moved by whole pixels until the centre of mass is the centre.
+// As MNIST's were made: into 20x20 pixels, then moved by whole pixels until the centre of mass is pixel 14, or up
+// to half a pixel from it.
 function asMnist(ink, side, box) {
   const pixel = Math.max(box.width, box.height) / 20;
-  const left = box.left - (SIZE - box.width / pixel) / 2 * pixel;
-  const top = box.top - (SIZE - box.height / pixel) / 2 * pixel;
+  const left = box.left - Math.floor((SIZE - box.width / pixel) / 2) * pixel;
+  const top = box.top - Math.floor((SIZE - box.height / pixel) / 2) * pixel;
   const placed = resample(ink, side, left, top, pixel, pixel, SIZE);
   const [x, y] = centreOfMass(placed, SIZE);
-  const right = Math.round(SIZE / 2 - x), down = Math.round(SIZE / 2 - y);
+  const [right, down] = [x, y].map((centre) => Math.ceil(SIZE / 2 - 0.5 - centre - 1e-6));
   return Float64Array.from(placed, (_, i) => {
     const row = Math.floor(i / SIZE) - down, column = (i % SIZE) - right;
     return row >= 0 && row < SIZE && column >= 0 && column < SIZE ? placed[row * SIZE + column] : 0;
@@ -55,7 +56,7 @@ export function enlarge(grey, spline) {
 function bounds(ink, side) {
   let left = side, right = -1, top = side, bottom = -1;
   for (let i = 0; i < side * side; i++) {
-    if (ink[i] < 0.1) continue;
+    if (!(ink[i] > 0)) continue;
     const row = Math.floor(i / side), column = i % side;
     left = Math.min(left, column);
     right = Math.max(right, column);

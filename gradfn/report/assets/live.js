@@ -77,10 +77,10 @@ export function live(told) {
   // The pad.
 
   const pad = find("pad");
+  const context = pad.getContext("2d", { willReadFrequently: true });
   const pen = spline ? 0.15 : 0.08; // of the pad's width: 8x8 digits have thick lines
 
   function drawPad() {
-    const context = pad.getContext("2d");
     const ink = getComputedStyle(pad).color;
     context.clearRect(0, 0, pad.width, pad.height);
     if (state.sample !== null) {
@@ -99,7 +99,7 @@ export function live(told) {
   }
 
   function padInk() {
-    const pixels = pad.getContext("2d").getImageData(0, 0, pad.width, pad.height).data;
+    const pixels = context.getImageData(0, 0, pad.width, pad.height).data;
     return Float64Array.from({ length: pad.width * pad.height }, (_, i) => pixels[4 * i + 3] / 255);
   }
 

@@ -1,0 +1,261 @@
+"""The network in the page: Chromium computes what JAX computes, and every control does what it says."""
+
+import functools
+import json
+import re
+import shutil
+import subprocess
+from html import unescape
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gradfn as gf
+from gradfn.data.digits import enlarge, spline
+from gradfn.report.digit_net import DigitNet
+from gradfn.report.kept import Kept
+from gradfn.report.page import _net, page
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync")
+FLAGS += ("disable-background-networking", "disable-component-update", "window-size=1200,900")
+FLAGS += ("enable-logging=stderr", "dump-dom")
+NETS = {
+    "sigmoid": ([784, 6, 10], "sigmoid", None, "cross-entropy"),
+    "nielsen": ([784, 5, 10], "sigmoid", "sigmoid", "quadratic"),
+    "relu": ([784, 7, 10], "relu", None, "cross-entropy"),
+    "deep": ([784, 4, 3, 10], "gelu", "tanh", "quadratic"),
+}
+# What goes wrong is kept from the first moment on.
+LISTEN = """<script>
+window.wrong = [];
+for (const kind of ["error", "unhandledrejection", "securitypolicyviolation"])
+  addEventListener(kind, (event) => wrong.push(`${kind}: ${event.message || event.reason || event.violatedDirective}`));
+</script>"""
+# Helpers for what is run in the page; each ends with the result of the function `told`.
+HELPERS = """
+const at = (target, type, x, y) => {
+  target.scrollIntoView();
+  const box = target.getBoundingClientRect();
+  const where = { clientX: box.left + x * box.width, clientY: box.top + y * box.height };
+  target.dispatchEvent(new PointerEvent(type, { bubbles: true, cancelable: true, pointerId: 7, ...where }));
+};
+const drag = (target, ...points) => {
+  at(target, "pointerdown", ...points[0]);
+  points.slice(1).forEach((point) => at(target, "pointermove", ...point));
+  at(target, "pointerup", ...points[points.length - 1]);
+};
+const press = (target, key, more = {}) =>
+  target.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true, ...more }));
+const find = (selector) => document.querySelector(selector);
+const text = (selector) => find(selector).innerText.replace(/\\s+/g, " ").trim();
+const plain = (value) =>
+  ArrayBuffer.isView(value) ? Array.from(value)
+  : Array.isArray(value) ? value.map(plain)
+  : value && typeof value === "object" ? Object.fromEntries(Object.entries(value).map(([k, v]) => [k, plain(v)]))
+  : value;
+const numbers = ({ pass, loss, probabilities, steps }) =>
+  plain({ z: pass.z, a: pass.a, loss, probabilities, grads: gradfn.gradients(steps) });
+"""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH, to run the page in"),
+]
+
+
+def digit_net(name, seed=0):
+    """Return a network that is not trained, with two samples, and its parameters and loss."""
+    sizes, activation, output, loss_name = NETS[name]
+    net = gf.mlp(sizes, activation, output)
+    params = jax.tree.map(
+        lambda leaf: 0.3 * jax.random.normal(jax.random.key(seed), leaf.shape), net.init(jax.random.key(seed))
+    )
+    samples = np.asarray(jax.random.uniform(jax.random.key(1), [2, 784]))
+    about = {"activation": activation, "output": output, "loss": loss_name, "data": "noise"}
+    kept = DigitNet(jax.tree.map(np.asarray, params), samples, np.array([3, 8]), None, about)
+    loss = gf.classification_loss(net) if loss_name == "cross-entropy" else gf.quadratic_loss(net)
+    return kept, params, loss
+
+
+def in_page(tmp_path, net, script, **asked):
+    """Run a script in the page of a network; return what its function `told` returns, and the page as it is then."""
+    run = Kept(tmp_path, "toy", {"seed": 0}, {}, {"verdict": "done"}, {}, {}, net)
+    (tmp_path / "config.json").write_text("{}")
+    asked = json.dumps(asked).replace("<", "\\u003c")
+    driver = (
+        f'<pre id="told"></pre><script type="module">const asked = {asked};{HELPERS}{script}\n'
+        'find("#told").textContent = JSON.stringify([told(), wrong]);</script>'
+    )
+    html = page([run]).replace("<head>", f"<head>{LISTEN}", 1).replace("</body>", f"{driver}</body>")
+    file = tmp_path / "page.html"
+    file.write_text(html)
+    command = [
+        CHROMIUM,
+        *(f"--{flag}" for flag in FLAGS),
+        f"--user-data-dir={tmp_path / 'profile'}",
+        file.as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert said == []
+    found = re.search(r'<pre id="told">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found, done.stderr[-2000:]
+    told, wrong = json.loads(unescape(found[1]))
+    assert wrong == []
+    return told
+
+
+@functools.cache
+def compiled(loss):
+    """Return what JAX computes of a loss: all values inside and their gradients, those of parameters and input."""
+    look, grad = (
+        gf.inspect(loss, keep="*"),
+        jax.grad(lambda params, x, label: loss(params, (x, label)), (0, 1)),
+    )
+    return jax.jit(lambda params, x, label: (look(params, (x, label)), grad(params, x, label)))
+
+
+def jax_says(params, loss, x, label):
+    """Return the values and gradients by name, and the loss."""
+    seen, (grads, grad_x) = compiled(loss)(params, x, label)
+    values = {name: value for name, value in seen.activations.items() if name[0] in "az"}
+    return values, {name: seen.activation_grads[name] for name in values} | grads | {"x": grad_x}, seen.value
+
+
+def agree(came, params, loss, x, label):
+    values, grads, value = jax_says(params, loss, x, label)
+    close = {"atol": 1e-5, "rtol": 1e-5}
+    np.testing.assert_allclose(came["loss"], value, **close)
+    for name, expected in values.items():
+        np.testing.assert_allclose(came[name[0]][int(name[1:]) - 1], expected, err_msg=name, **close)
+    assert set(came["grads"]) == set(grads)
+    for name, expected in grads.items():
+        np.testing.assert_allclose(
+            np.reshape(came["grads"][name], expected.shape), expected, err_msg=name, **close
+        )
+
+
+def test_every_value_and_gradient_is_that_of_jax(tmp_path):
+    nets = {name: digit_net(name) for name in NETS}
+    x, label = np.linspace(-1, 1, 784, dtype=np.float32), 4
+    script = """const told = () => Object.fromEntries(Object.entries(asked.nets).map(([name, net]) =>
+        [name, numbers(gradfn.compute(gradfn.build(JSON.parse(net)).net, asked.x, asked.label))]));"""
+    told_nets = {name: _net(kept) for name, (kept, *_) in nets.items()}
+    told = in_page(tmp_path, nets["sigmoid"][0], script, nets=told_nets, x=x.tolist(), label=label)
+    for name, (_, params, loss) in nets.items():
+        agree(told[name], params, loss, x, label)
+
+
+CONTROLS = """
+const told = () => {
+  const out = {};
+  const see = (name) => (out[name] = { ...numbers(gradfn.now()), label: gradfn.state.label, x: plain(gradfn.state.x) });
+  see("first");
+  find("#samples button:nth-child(2)").click();
+  see("second");
+  find('#labels input[value="5"]').click();
+  see("label 5");
+  const tiles = document.querySelectorAll(".tiles button");
+  tiles[2].click();
+  out.node = text("#node-title");
+  press(tiles[2], "ArrowRight");
+  out.next = [text("#node-title"), document.activeElement === tiles[3]];
+  drag(find("#node-weights"), [0.26, 0.01], [0.3, 0.3], [0.49, 0.99]);
+  see("region");
+  out.caption = text("figcaption");
+  press(find("#node-weights"), "ArrowRight");
+  out.moved = gradfn.net.layers[0].W.slice(3 * 784, 3 * 784 + 28).findIndex((weight) => weight !== 0);
+  at(find("#node-weights"), "pointerdown", 0.9, 0.9);
+  at(find("#node-weights"), "pointerup", 0.9, 0.9);
+  const slider = find("#bias");
+  slider.value = -7.5;
+  slider.dispatchEvent(new Event("input"));
+  see("bias");
+  out.fires = text("#node-fires");
+  find("#undo").click();
+  see("as trained");
+  out.steps = [document.querySelectorAll("#steps .view").length];
+  for (let i = 0; i < 9; i++) find("#next").click();
+  out.steps.push(document.querySelectorAll("#steps .view").length, find("#next").disabled);
+  out.headings = [...document.querySelectorAll("#steps h3")].map((each) => each.textContent.replace(/\\s+/g, ""));
+  find("#previous").click();
+  out.steps.push(document.querySelectorAll("#steps .view").length);
+  drag(find("#pad"), [0.5, 0.1], [0.5, 0.5], [0.5, 0.9]);
+  see("drawn");
+  find("#clear").click();
+  see("cleared");
+  find("#theme").click();
+  out.scheme = document.documentElement.style.colorScheme;
+  find("#theme").click();
+  out.scheme += ` ${document.documentElement.style.colorScheme}`;
+  const labelled = (each) => each.ariaLabel || each.getAttribute("aria-labelledby") || each.labels?.length;
+  const all = [...document.querySelectorAll("button, input, [role=img]")];
+  out.unnamed = all.filter((each) => !labelled(each) && !each.innerText.trim()).map((each) => each.outerHTML);
+  out.wide = document.documentElement.scrollWidth > innerWidth;
+  return out;
+};
+"""
+
+
+def test_every_control_does_what_it_says(tmp_path):
+    kept, params, loss = digit_net("sigmoid")
+    told = in_page(tmp_path, kept, CONTROLS)
+    first, second = kept.samples
+    agree(told["first"], params, loss, first, 3)
+    agree(told["second"], params, loss, second, 8)
+    agree(told["label 5"], params, loss, second, 5)
+    assert told["node"] == "Hidden node 2"
+    assert told["next"] == ["Hidden node 3", True]
+
+    region = np.zeros([28, 28])
+    region[:, 7:14] = 1  # from 26 % to 49 % of the width
+    inside = params | {"W1": params["W1"].at[3].multiply(jnp.asarray(region.ravel(), jnp.float32))}
+    agree(told["region"], inside, loss, second, 5)
+    assert told["caption"] == "Only this region; click for all"
+    assert told["moved"] == 8
+    agree(told["bias"], params | {"b1": params["b1"].at[3].set(-7.5)}, loss, second, 5)
+    assert told["fires"] == "It fires where the weighted sum is over 7.500."
+    agree(told["as trained"], params, loss, second, 5)
+
+    assert told["steps"] == [1, 6, True, 5]
+    steps = [f"{i + 1}∂L/∂{name}" for i, name in enumerate(("z2", "W2", "a1", "z1", "W1", "x"))]
+    assert told["headings"] == steps
+
+    drawn = np.reshape(told["drawn"]["x"], [28, 28])
+    rows = np.flatnonzero(drawn.any(1))
+    assert len(rows) == rows[-1] - rows[0] + 1 == 20  # pixels high, as MNIST's are
+    for axis in (0, 1):
+        centre = (drawn.sum(axis) * np.arange(28)).sum() / drawn.sum()
+        assert 13.5 - 1e-5 <= centre <= 14.5
+    agree(told["drawn"], params, loss, drawn.ravel().astype(np.float32), told["drawn"]["label"])
+    assert told["drawn"]["label"] == np.argmax(told["drawn"]["probabilities"])  # until another is chosen
+    assert not np.any(told["cleared"]["x"])
+    assert told["scheme"] == "dark light"
+    assert told["unnamed"] == []
+    assert not told["wide"]
+
+
+def test_what_is_drawn_is_prepared_as_the_training_images_were(tmp_path):
+    kept, *_ = digit_net("sigmoid")
+    rng = np.random.default_rng(0)
+    script = "const told = () => plain(asked.pads.map((pad) => gradfn.prepare(pad, asked.side)));"
+    # An image as MNIST has them: 20 pixels high, its centre of mass in the middle; and nothing.
+    image = np.zeros([28, 28])
+    image[4:24, 9:20] = rng.uniform(0.1, 1, [20, 11])
+    # The same on a pad with 5 to each pixel of the image, not in the middle.
+    pad = np.roll(np.kron(image, np.ones([5, 5])), (11, -17), (0, 1))
+    pads = [pad.ravel().tolist(), [0] * pad.size]
+    told = in_page(tmp_path, kept, script, pads=pads, side=len(pad))
+    np.testing.assert_allclose(np.reshape(told[0], [28, 28]), image, atol=1e-9)
+    assert told[1] is None
+
+    # Digits of 8x8 pixels fill the height, three quarters of the width, in 17 levels.
+    half = rng.integers(1, 17, [8, 3]) / 16
+    small = np.pad(np.concatenate([half, half[:, ::-1]], 1), ((0, 0), (1, 1)))
+    pad = np.roll(np.pad(np.kron(small, np.ones([15, 15])), 20), (11, -17), (0, 1))
+    kept = kept._replace(spline=spline(8, 28))
+    told = in_page(tmp_path, kept, script, pads=[pad.ravel().tolist()], side=len(pad))
+    np.testing.assert_allclose(np.reshape(told[0], [28, 28]), enlarge(small[None], 28)[0], atol=1e-6)
