@@ -34,7 +34,7 @@ def maximize(
     rate: float = 0.05,
     l2: float = 0.02,
     variation: float = 0.05,
-    jitter: int = 1,
+    jitter: int = 2,
     box: tuple[float, float] | None = (0.0, 1.0),
 ) -> Callable[..., Maximized]:
     """Make an input by climbing a score: what a class or a unit wants to see.

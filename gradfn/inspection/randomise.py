@@ -59,8 +59,10 @@ class Randomised:
         return table
 
     def __str__(self) -> str:
-        rests = "passed: the maps rest on what was learned"
-        return f"{self.table()}\n{rests if self.passed else 'FAILED: the maps do not need what was learned'}"
+        verdict = "passed: the maps rest on what was learned"
+        if not self.passed:
+            verdict = "FAILED: without what was learned the maps are much the same"
+        return f"{self.table()}\n{verdict}"
 
     __repr__ = __str__
 
@@ -96,7 +98,7 @@ def randomise_weights(
          ─────────────────────────────────────────────
           W2, b2                1.000           1.000
           + W1, b1              1.000           1.000
-        FAILED: the maps do not need what was learned
+        FAILED: without what was learned the maps are much the same
     """
 
     def cascade(params: Any, x: Any, key: jax.Array) -> Randomised:

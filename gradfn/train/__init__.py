@@ -1,6 +1,6 @@
 """Training: a step, a loop of compiled chunks of steps, and checkpoints."""
 
-from gradfn.train.checkpoint import CheckpointError
+from gradfn.train.checkpoint import CheckpointError, kept
 from gradfn.train.fit import Fit, fit, stalled
 from gradfn.train.optimizer import adamw_warmup_cosine
 from gradfn.train.source import from_host
@@ -13,6 +13,7 @@ __all__ = [
     "adamw_warmup_cosine",
     "fit",
     "from_host",
+    "kept",
     "stalled",
     "train_state",
     "train_step",

@@ -13,6 +13,8 @@ import numpy as np
 
 from gradfn.params import path_name
 
+KEPT = "kept"  # the folder, in that of a run, of the parameters that stay
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or that is of another run."""
@@ -77,6 +79,39 @@ def load(file: Path, like: Any, rest: bool = False) -> tuple[Any, dict[str, Any]
     if arrays:
         raise CheckpointError(f"{file}: holds {', '.join(arrays)} too; it is of another network or optimizer")
     return state, notes
+
+
+def keep(folder: Path, step: int, params: Any) -> None:
+    """Keep the parameters after a step among those of a run, `kept/<step>.safetensors`."""
+    (folder / KEPT).mkdir(parents=True, exist_ok=True)
+    save(folder / KEPT / f"{step:010}.safetensors", params, {"step": step})
+
+
+def kept(folder: str | os.PathLike[str], like: Any) -> dict[int, Any]:
+    """Read the parameters that `gf.fit(keep_every=...)` kept.
+
+    Args:
+        folder: that of the run.
+        like: parameters of the same structure, shapes and dtypes.
+
+    Returns:
+        The parameters by the number of steps taken, in that order.
+
+    Raises:
+        CheckpointError: there are none, or they do not fit `like`.
+
+    >>> import jax.numpy as jnp, optax, tempfile, gradfn as gf
+    >>> start, folder = {"w": jnp.array(1.0)}, tempfile.mkdtemp()
+    >>> data, loss = jnp.ones(8), lambda params, x: (params["w"] * x).mean()
+    >>> options = {"batch_size": 2, "folder": folder, "progress": False}
+    >>> fitted = gf.fit(loss, start, data, optax.sgd(0.25), 4, keep_every=2, **options)
+    >>> gf.train.kept(folder, like=start)
+    {2: {'w': Array(0.5, dtype=float32)}, 4: {'w': Array(0., dtype=float32)}}
+    """
+    files = sorted((Path(folder) / KEPT).glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: holds no kept parameters; train with gf.fit(..., keep_every=100)")
+    return {int(file.stem): load(file, like)[0] for file in files}
 
 
 def replace_file(file: Path, data: bytes) -> None:

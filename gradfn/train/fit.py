@@ -8,6 +8,7 @@ is change no bit of the outcome.
 from __future__ import annotations
 
 import functools
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +61,7 @@ def fit(
     stop: Callable[[list[Row]], bool] | None = None,
     folder: str | Path | None = None,
     checkpoint_seconds: float = 1.0,
+    keep_every: int | None = None,
     resume: bool = False,
     mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
@@ -86,6 +88,8 @@ def fit(
             checkpoint; None for nowhere.
         checkpoint_seconds: write a checkpoint when this much time has passed since the last (more where
             writing one takes over a twentieth of it), and at the end.
+        keep_every: also keep the parameters each so many steps and at the end, which `gf.train.kept` reads. They
+            stay in the folder.
         resume: go on from the folder's checkpoint, where there is one, to the bit as if never interrupted.
         mesh: devices to share each batch, along the mesh's first axis; parameters are on all of them.
         progress: show a progress bar (in a terminal) or a line for each evaluation (elsewhere).
@@ -111,14 +115,24 @@ def fit(
     >>> print(fitted.params["W1"].round(3))
     [[ 1. -2.]]
     """
-    _positive(steps=steps, eval_every=eval_every, inspect_every=inspect_every, noise_every=noise_every)
+    _positive(
+        steps=steps,
+        eval_every=eval_every,
+        inspect_every=inspect_every,
+        noise_every=noise_every,
+        keep_every=keep_every,
+    )
     if noise_every and not getattr(loss, "per_example", False):
         raise ValueError(
             "fit: noise_every is for gradfn's losses of one example, such as classification_loss"
         )
+    if keep_every and folder is None:
+        raise ValueError("fit: keep_every needs a folder to keep the parameters in")
     source = source_of(data, batch_size, seed)
     eval_every = eval_every or min(source.epoch_steps or max(steps // 10, 1), steps)
-    periods = [every for every in (eval_every, inspect_every, noise_every, source.order_steps) if every]
+    periods = [
+        every for every in (eval_every, inspect_every, noise_every, keep_every, source.order_steps) if every
+    ]
     state = train_state(params, optimizer, jax.random.key(seed))
     settings = {"steps": steps, "batch_size": batch_size, "seed": seed, "eval_every": eval_every}
     log = Log(None if folder is None else Path(folder), settings, progress, source.tokens)
@@ -127,6 +141,8 @@ def fit(
         log.restore(notes)
         if log.finished:
             return Fit(state.params, state, log.history, log.inspections, log.noise)
+    elif log.folder and keep_every:
+        shutil.rmtree(log.folder / checkpoint.KEPT, ignore_errors=True)  # of an earlier run in this folder
     if mesh is not None:
         # Automatic axes: the compiler shares the work, the loss knows nothing of devices.
         auto = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
@@ -167,6 +183,8 @@ def fit(
                 epoch = step / source.epoch_steps if source.epoch_steps else None
                 log.row(step, epoch, {name: float(value) for name, value in answers.items()})
                 log.finished = step == steps or (stop is not None and stop(log.history))
+            if log.folder and keep_every and (step % keep_every == 0 or log.finished):
+                checkpoint.keep(log.folder, step, state.params)
             if log.folder and (log.finished or time.monotonic() - saved >= pause):
                 began = time.monotonic()
                 checkpoint.save(log.folder / CHECKPOINT, state, log.notes())

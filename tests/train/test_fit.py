@@ -221,6 +221,18 @@ def test_an_interrupted_run_goes_on_to_the_bit(tmp_path, noisy):
 
 
 @pytest.mark.slow
+def test_parameters_are_kept_and_an_earlier_run_of_the_folder_is_not_among_them(tmp_path):
+    train(20, folder=tmp_path, keep_every=4)
+    fitted = train(10, folder=tmp_path, keep_every=5)
+    kept = gf.train.kept(tmp_path, like=start)
+    assert list(kept) == [5, 10]
+    assert_same(kept[10], fitted.params)
+    assert_same(kept[5], train(5).params)
+    assert_same(fitted.params, train(10).params)
+    with pytest.raises(gf.CheckpointError, match="holds no kept parameters; train with"):
+        gf.train.kept(tmp_path / "kept", like=start)
+
+
 def test_resume_with_nothing_there_begins(tmp_path):
     assert_same(train(5, folder=tmp_path / "new", resume=True).params, train(5).params)
 
