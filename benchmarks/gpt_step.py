@@ -88,9 +88,13 @@ def raw_loss(
     seen = jnp.tril(jnp.ones([length, length], bool))
 
     def block(x: jax.Array, p: Params) -> jax.Array:
-        qkv = layer_norm(x, p["attention_norm"]) @ p["qkv"].T  # [..., 3 width]
+        h = layer_norm(x, p["attention_norm"])
+        if "qkv" in p:
+            parts = jnp.split(h @ p["qkv"].T, 3, -1)  # [..., 3 width] -> three of [..., width]
+        else:
+            parts = [h @ p[name].T for name in ("query", "key", "value")]
         # [..., width] -> [batch, T, heads, size]
-        q, k, v = (z.reshape(batch, length, heads, -1) for z in jnp.split(qkv, 3, -1))
+        q, k, v = (z.reshape(batch, length, heads, -1) for z in parts)
         scores = jnp.einsum("bthd,bshd->bhts", q, k) / q.shape[-1] ** 0.5
         weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), -1)
         mixed = jnp.einsum("bhts,bshd->bthd", weights, v).reshape(x.shape)
@@ -124,9 +128,17 @@ def fused(block: Params) -> Params:
     }
 
 
-def raw_step(task: Task, flat: bool, scan: bool) -> Step:
-    """Raw JAX, the best that we know how to write it where it is flat and unrolled."""
-    blocks = [fused(block) for block in task.blocks]
+def separate(block: Params) -> Params:
+    """Return a block's parameters by short names, queries, keys and values from matrices of their own."""
+    names = ("query", "key", "value")
+    return {name: leaf for name, leaf in fused(block).items() if name != "qkv"} | {
+        name: block["attention"][name]["W"] for name in names
+    }
+
+
+def raw_step(task: Task, flat: bool, scan: bool, named: Callable[[Params], Params] = fused) -> Step:
+    """Raw JAX, the best that we know how to write it where it is flat, unrolled and fused."""
+    blocks = [named(block) for block in task.blocks]
     params = {
         "embed": task.start["embed"]["W"],
         "positions": task.start["positions"]["W"],
@@ -362,6 +374,7 @@ def equinox(task: Task) -> Step:
 
 CONTENDERS: dict[str, Callable[[Task], Step]] = {
     BASELINE: partial(raw_step, flat=True, scan=False),
+    "raw JAX, flat, q k v apart": partial(raw_step, flat=True, scan=False, named=separate),
     "raw JAX, flat, scanned": partial(raw_step, flat=True, scan=True),
     "raw JAX, 3-D": partial(raw_step, flat=False, scan=False),
     "gradfn": partial(gradfn_step, scan=False),
