@@ -16,8 +16,8 @@ from gradfn import run as runs
 from gradfn.report.figures import save
 from gradfn.report.noise import agreement, largest_gradients, noise_over_training
 
-EXPECTED = "the noise scale to at least double, and batches of 32 to tell it within a factor of 2, in half a minute"
-    "the noise scale at least doubles, and batches of 32 tell it to within a factor of 2, in half a minute"
+EXPECTED = (
+    "the noise scale to at least double, and batches of 32 to tell it within a factor of 2, in half a minute"
 )
 
 
