@@ -15,6 +15,7 @@ from gradfn.inspection.curvature import curvature_product, fisher_vp, ggn_vp, hv
 from gradfn.inspection.eigenvalues import Eigs, Sharpness, hessian_eigs, sharpness
 from gradfn.inspection.influence import tracin
 from gradfn.inspection.inspect import Inspection, inspect
+from gradfn.inspection.landscape import Landscape, loss_landscape
 from gradfn.inspection.maximize import Maximized, maximize
 from gradfn.inspection.noise import NoiseScale, NormTest, noise_scale, norm_test
 from gradfn.inspection.occlusion import occlusion
@@ -30,6 +31,7 @@ from gradfn.inspection.per_example import (
 from gradfn.inspection.randomise import Randomised, randomise_labels, randomise_weights
 from gradfn.inspection.regions import Regions, grid_regions, regions
 from gradfn.inspection.sites import sites
+from gradfn.inspection.spectrum import Estimate, Spectrum, hessian_diagonal, hessian_spectrum, hessian_trace
 
 __all__ = [
     "Backward",
@@ -37,10 +39,12 @@ __all__ = [
     "ClippedGrads",
     "Cosines",
     "Eigs",
+    "Estimate",
     "ExampleNorms",
     "GradCheck",
     "Inspection",
     "IntegratedGradients",
+    "Landscape",
     "LeafCheck",
     "Maximized",
     "NanRecord",
@@ -50,6 +54,7 @@ __all__ = [
     "Randomised",
     "Regions",
     "Sharpness",
+    "Spectrum",
     "Step",
     "backprop",
     "chain_rule",
@@ -62,10 +67,14 @@ __all__ = [
     "grad_cosines",
     "grad_times_input",
     "grid_regions",
+    "hessian_diagonal",
     "hessian_eigs",
+    "hessian_spectrum",
+    "hessian_trace",
     "hvp",
     "inspect",
     "integrated_gradients",
+    "loss_landscape",
     "maximize",
     "nan_guard",
     "nan_origin",

@@ -39,10 +39,10 @@ class Eigs(NamedTuple):
             return "Eigs, being traced: return it from jit to print it"
         title = f"{len(self.values)} eigenvalues in {int(self.products)} products"
         table = TextTable(title=title)
-        for column in ("eigenvalue", "residual", ""):
+        for column in ("eigenvalue", "residual", "converged"):
             table.add_column(column, justify="right")
         for value, residual, ok in zip(self.values, self.residuals, self.converged, strict=True):
-            table.add_row(f"{value:.6g}", f"{residual:.2g}", "" if ok else "NOT converged")
+            table.add_row(f"{value:.6g}", f"{residual:.2g}", "yes" if ok else "NO")
         return str(table)
 
 

@@ -108,7 +108,8 @@ def eigenpairs(
         full = (stop == m) & ~done & (m < start.size)
         basis = jax.lax.cond(full, lambda: _restarted(basis, values, S, order, kept), lambda: basis)
         pairs = pairs._replace(S=jnp.where(full, jnp.eye(m, k, dtype=S.dtype), pairs.S))
-        return basis, jnp.where(full, kept, stop), pairs, done | (m == start.size) & (stop == m)
+        ended = (stop == m) & (m == start.size) | ~jnp.isfinite(basis.out)  # there is no more; or only NaN
+        return basis, jnp.where(full, kept, stop), pairs, done | ended
 
     zeros = jnp.zeros([k], start.dtype)
     nothing = Ritz(zeros, jnp.eye(m, k, dtype=start.dtype), zeros + jnp.inf, jnp.int32(0))

@@ -180,7 +180,7 @@ def test_residuals_tell_the_truth_in_float32_through_restarts():
     short = gf.hessian_eigs(quadratic, k=5, tolerance=1e-4, max_products=8)(jnp.ones(300), A32)
     assert short.products == 8
     assert not short.converged.all()
-    assert "NOT converged" in str(short)
+    assert "NO" in str(short)
 
 
 def test_eigenvalues_where_the_process_ends_early():
@@ -191,6 +191,7 @@ def test_eigenvalues_where_the_process_ends_early():
         np.testing.assert_allclose(eigs.vectors @ eigs.vectors.T, np.eye(5), atol=5e-6)
 
 
+@pytest.mark.slow
 def test_eigenvalues_of_other_matrices_and_inside_jit(x64, known):
     params, _, batch, _ = known
     J = jacobian(lambda params: jax.vmap(NET.apply, (None, 0))(params, batch[0]), params)
@@ -218,3 +219,94 @@ def test_eigenvalues_want_a_number_and_an_order_that_there_are():
         gf.hessian_eigs(quadratic, k=0)
     with pytest.raises(ValueError, match="magnitude, largest, smallest"):
         gf.hessian_eigs(quadratic, which="LM")
+
+
+def test_a_hessian_that_is_not_finite_ends_the_search_at_once():
+    eigs = gf.hessian_eigs(lambda w: jnp.sqrt(w - 2).sum(), k=2)(jnp.ones(60))
+    assert eigs.products <= 4
+    assert not eigs.converged.any()
+
+
+@pytest.mark.slow
+def test_trace_and_diagonal_agree_with_the_dense_hessian_and_their_errors_are_calibrated(x64, known):
+    params, _, batch, H = known
+    estimate = jax.jit(
+        jax.vmap(lambda key: gf.hessian_trace(LOSS, samples=20, key=key)(params, batch)),
+    )(jax.random.split(jax.random.key(1), 300))
+    spread = np.sqrt(2 * (np.sum(H**2) - np.sum(np.diag(H) ** 2)) / 20)  # of Hutchinson's estimator, exactly
+    np.testing.assert_allclose(estimate.value.mean(), np.trace(H), atol=4 * spread / np.sqrt(300))
+    np.testing.assert_allclose(estimate.value.std(), spread, rtol=0.15)
+    np.testing.assert_allclose(np.sqrt((estimate.standard_error**2).mean()), spread, rtol=0.1)
+    within = np.abs(estimate.value - np.trace(H)) < estimate.standard_error
+    assert 0.60 < within.mean() < 0.74  # 0.67 of a t distribution with 19 degrees of freedom
+
+    diagonal = gf.hessian_diagonal(LOSS, samples=2000)(params, batch)
+    assert jax.tree.structure(diagonal.value) == jax.tree.structure(params)
+    off = (flat(diagonal.value) - np.diag(H)) / flat(diagonal.standard_error)
+    assert 0.6 < off.std() < 1.5  # 31 of them
+    assert np.abs(off).max() < 4.5
+
+
+@pytest.mark.slow
+def test_the_spectrum_has_the_moments_of_the_dense_one(x64, known):
+    params, _, batch, H = known
+    eigenvalues = np.linalg.eigvalsh(H)
+    # From 31 steps each row is exact along its direction; directions are what is left to chance.
+    spectrum = gf.hessian_spectrum(LOSS, samples=400, steps=40)(params, batch)
+    np.testing.assert_allclose(spectrum.weights.sum(1), 1.0, rtol=1e-10)
+    assert spectrum.size == len(eigenvalues)
+    for power in (1, 2, 3):
+        moments = (spectrum.weights * spectrum.nodes**power).sum(1)
+        error = moments.std() / np.sqrt(400)
+        np.testing.assert_allclose(moments.mean(), np.mean(eigenvalues**power), atol=4 * error)
+    grid, density = spectrum.density(width=0.05)
+    np.testing.assert_allclose(np.trapezoid(density, grid), 1.0, rtol=1e-2)
+    middle = eigenvalues[[-3, -4]].mean()
+    np.testing.assert_allclose(spectrum.above(middle), 3.0, atol=0.4)
+
+
+@pytest.mark.slow
+def test_a_few_steps_have_the_exact_low_moments_of_their_direction(x64):
+    """The Gauss quadrature of n steps is exact up to degree 2n - 1, whatever the spectrum."""
+    A = jnp.asarray(symmetric(np.random.default_rng(2).normal(size=40)))
+    spectrum = gf.hessian_spectrum(quadratic, samples=3, steps=4)(jnp.ones(40), A)
+    signs = [
+        jax.random.rademacher(jax.random.split(k)[0], [40], float)
+        for k in jax.random.split(jax.random.key(0), 3)
+    ]
+    for power in range(8):
+        exact = [v @ np.linalg.matrix_power(A, power) @ v / 40 for v in signs]
+        np.testing.assert_allclose((spectrum.weights * spectrum.nodes**power).sum(1), exact, rtol=1e-9)
+
+
+def test_estimates_want_enough_samples():
+    with pytest.raises(ValueError, match="2 samples at least, came 1"):
+        gf.hessian_trace(quadratic, samples=1)
+    with pytest.raises(ValueError, match="steps from 2 up"):
+        gf.hessian_spectrum(quadratic, steps=1)
+
+
+def test_landscape_is_the_loss_at_the_moved_parameters():
+    params, _, batch = task()
+    seen = gf.loss_landscape(LOSS, points=3, span=0.5)(params, batch)
+    assert seen.losses.shape == (3, 3)
+    np.testing.assert_allclose(seen.steps, [-0.5, 0.0, 0.5])
+    moved = jax.tree.map(lambda p, d: p + 0.5 * d[0] - 0.5 * d[1], params, seen.directions)
+    np.testing.assert_allclose(seen.losses[2, 0], jax.jit(LOSS)(moved, batch), rtol=1e-5)
+    for name, p in params.items():
+        lengths = np.linalg.norm(np.asarray(seen.directions[name]).reshape(2, len(p), -1), axis=2)
+        expected = np.linalg.norm(p, axis=1) if p.ndim == 2 else np.zeros(len(p))
+        np.testing.assert_allclose(lengths, np.stack([expected] * 2), rtol=1e-5)
+
+
+def test_landscape_along_given_directions_and_filters_that_lie_last():
+    ways = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+    seen = gf.loss_landscape(lambda w: w[0] ** 2 + w[1], points=3, directions=ways)(jnp.zeros(2))
+    np.testing.assert_allclose(seen.losses, [[-1.0, 1.0, 3.0], [-2.0, 0.0, 2.0], [-1.0, 1.0, 3.0]])
+    kernel = jnp.array([[3.0, 1.0], [4.0, 0.0]])  # [in, out], as Flax has it
+    last = gf.loss_landscape(lambda w: w.sum(), 1, points=2, filter_axis=-1)(kernel).directions
+    np.testing.assert_allclose(np.linalg.norm(last[0], axis=0), [5.0, 1.0], rtol=1e-5)
+    with pytest.raises(ValueError, match="dims is 1 or 2"):
+        gf.loss_landscape(quadratic, dims=3)
+    with pytest.raises(gf.ParameterError, match="needs"):
+        gf.loss_landscape(lambda w: w.sum(), 1, directions=jnp.ones([1, 3]))(jnp.zeros(2))

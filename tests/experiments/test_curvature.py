@@ -1,0 +1,49 @@
+"""The experiment curvature: a short run writes its pictures, and the default one keeps its promise."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.curvature import Config, judge, run
+
+
+@pytest.mark.slow
+def test_a_short_run_draws_and_finds_the_largest_eigenvalue(tmp_path):
+    result = run(Config(hidden=2, rates=(0.1,), steps=20, every=10, folder=str(tmp_path / "run")))
+    files = {file.name for file in result.folder.iterdir()}
+    assert {"sharpness.png", "spectrum.png", "landscape.png", "config.json", "result.json"} <= files
+    assert [row["step"] for row in result.histories[0.1]] == [0, 10, 20]
+    # The last sharpness of the history and the first of the ten eigenvalues are one number, found twice.
+    np.testing.assert_allclose(result.eigenvalues[0], result.histories[0.1][-1]["sharpness"], rtol=1e-4)
+    assert json.loads((result.folder / "result.json").read_text())["verdict"] == result.verdict
+    assert "nothing was promised" in result.verdict
+
+
+@pytest.mark.parametrize(
+    ("ends", "accuracy", "word"),
+    [
+        ((14.0, 9.8, 5.1), 0.95, ": reached"),
+        ((14.0, 7.0, 5.1), 0.95, "NOT reached"),
+        ((21.0, 9.8, 5.1), 0.95, "NOT reached"),
+        ((14.0, 9.8, 5.1), 0.5, "NOT reached"),
+    ],
+)
+def test_the_verdict_needs_all_that_was_promised(ends, accuracy, word):
+    histories = {
+        rate: [{"step": 0, "sharpness": end}] for rate, end in zip((0.1, 0.2, 0.4), ends, strict=True)
+    }
+    assert word in judge(Config(), histories, dict.fromkeys(histories, accuracy))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rates": ()}, "rates: one number"),
+        ({"rates": (0.1, -1.0)}, "rates: one number"),
+        ({"every": 0}, "every"),
+    ],
+)
+def test_options_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**options)
