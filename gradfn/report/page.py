@@ -394,11 +394,11 @@ def _smaller(png: bytes, size: float) -> bytes:
     return out.getvalue()
 
 
-def _live(net: DigitNet) -> dict[str, str]:
+def _live(net: DigitNet) -> dict[str, Any]:
     """Return what the page says of the network that it holds."""
     n_layers = sum(1 for name in net.params if name.startswith("W"))
     sizes = [net.params["W1"].shape[1], *(len(net.params[f"W{i}"]) for i in range(1, n_layers + 1))]
-    return {"sizes": "-".join(map(str, sizes)), "data": net.about["data"]}
+    return {"sizes": "-".join(map(str, sizes)), "data": net.about["data"], "small": net.spline is not None}
 
 
 def _net(net: DigitNet) -> str:

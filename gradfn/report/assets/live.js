@@ -78,17 +78,12 @@ export function live(told) {
 
   const pad = find("pad");
   const context = pad.getContext("2d", { willReadFrequently: true });
-  const pen = spline ? 0.15 : 0.08; // of the pad's width: 8x8 digits have thick lines
+  const pen = spline ? 0.13 : 0.08; // of the pad's width: 8x8 digits have thick lines
 
   function drawPad() {
     const ink = getComputedStyle(pad).color;
     context.clearRect(0, 0, pad.width, pad.height);
-    if (state.sample !== null) {
-      const small = element("canvas");
-      paint(small, state.x, PIXELS, null);
-      context.drawImage(small, 0, 0, pad.width, pad.height);
-      return;
-    }
+    find("pad-hint").hidden = strokes.length > 0;
     Object.assign(context, { lineWidth: pen * pad.width, lineCap: "round", lineJoin: "round", strokeStyle: ink });
     for (const stroke of strokes) {
       context.beginPath();
@@ -138,7 +133,6 @@ export function live(told) {
   follow(
     pad,
     ([x, y]) => {
-      if (state.sample !== null) strokes = [];
       state.sample = null;
       state.labelChosen = false;
       strokes.push([[x * pad.width, y * pad.height]]);
@@ -162,8 +156,8 @@ export function live(told) {
     state.sample = i;
     state.label = told.labels[i];
     state.labelChosen = true;
-    see(samples[i]);
     drawPad();
+    see(samples[i]);
   }
 
   samples.forEach((image, i) => {
@@ -182,7 +176,7 @@ export function live(told) {
     group.style.setProperty("--per-row", perRow(nOut));
     group.style.setProperty("--tile", nOut > 40 ? "2.1rem" : nOut > 20 ? "3rem" : "3.9rem");
     const buttons = Array.from({ length: nOut }, (_, i) => {
-      const attributes = { type: "button", "data-node": i, tabindex: i ? -1 : 0, onclick: () => select(l, i) };
+      const attributes = { type: "button", "data-node": i, tabindex: i ? -1 : 0, onclick: () => choose(l, i) };
       const button = element("button", attributes);
       if (l === last) button.append(element("b", {}, `${i}`));
       else if (l === 0) button.append(element("canvas", { class: "pixels", "aria-hidden": "true" }));
@@ -194,7 +188,11 @@ export function live(told) {
     group.addEventListener("keydown", (event) => moveFocus(event, l));
     const title = element("h3", {}, layerNames[l]);
     if (l === 0 && last) title.append(element("span", { class: "call" }, "click one"));
-    find("layers").append(element("div", { class: `column ${kind}-column` }, title, group));
+    const column = element("div", { class: `column ${kind}-column` }, title, group);
+    if (l === 0 && last) {
+      column.append(element("p", { class: "hint" }, "Picture: its weights, red excites, blue inhibits. Bar: how strongly it fires."));
+    }
+    find("layers").append(column);
     return buttons;
   });
 
@@ -280,6 +278,11 @@ export function live(told) {
     event.preventDefault();
   });
 
+  function choose(layer, i) {
+    select(layer, i);
+    if (node.getBoundingClientRect().top > innerHeight - 100) node.scrollIntoView({ block: "center" }); // on a phone
+  }
+
   function select(layer, i) {
     Object.assign(state, { layer, node: i });
     show();
@@ -344,7 +347,7 @@ export function live(told) {
     if (first) return [`${of(name)} = ${said} − y`, "What it said, less what is right (y is 1 at the right answer, else 0)."];
     if (kind === "W")
       return [
-        `${of(name)} = ${of(`z${l}`)} ${l > 1 ? `a${sub(l - 1)}` : "x"}ᵀ, &nbsp; ${of(`b${l}`)} = ${of(`z${l}`)}`,
+        `${of(name)} = ${of(`z${l}`)} ${l > 1 ? `a${sub(l - 1)}` : "x"}ᵀ<br>${of(`b${l}`)} = ${of(`z${l}`)}`,
         `Each weight: the gradient of its node times what came in. ${values.length.toLocaleString("en")} of them.`,
       ];
     if (kind === "a") return [`${of(name)} = W${sub(up)}ᵀ ${of(`z${up}`)}`, "Back through the weights: what each node did to all that it leads to."];
@@ -363,11 +366,12 @@ export function live(told) {
         title.innerHTML = `${i + 1} &ensp; ${step.kind === "x" ? "∂L/∂x" : of(step.name)}`;
         card.append(title);
         if (i >= state.shown) return card;
-        paintStep(canvas, step);
+        if (step.layer !== last || step.kind === "W") paintStep(canvas, step);
         const text = element("p", { class: "formula" });
         text.innerHTML = formula;
         const note = element("p", { class: "hint" }, `${meaning} Largest: ${number(largest)}.`);
-        card.append(element("div", { class: `view ${step.kind}` }, canvas), text, note);
+        const view = step.layer === last && step.kind !== "W" ? bars(step.values, true) : canvas;
+        card.append(element("div", { class: "view" }, view), text, note);
         return card;
       }),
     );
@@ -378,11 +382,13 @@ export function live(told) {
   function paintStep(canvas, { kind, layer, values }) {
     const scale = values.reduce((top, value) => Math.max(top, Math.abs(value)), 0);
     if (kind === "x") paint(canvas, values, PIXELS, scale);
-    else if (kind === "W" && layer === 0) {
-      const rows = Array.from({ length: net.layers[0].nOut }, (_, i) => values.subarray(784 * i, 784 * (i + 1)));
-      paintTiles(canvas, rows, PIXELS, scaleOf(values), perRow(rows.length));
-    } else if (kind === "W") paint(canvas, values, net.layers[layer].nIn, scale);
-    else paint(canvas, values, layer === last ? values.length : perRow(values.length), scale);
+    else if (kind === "W") {
+      // A tile for each node: its weights, arranged as the pixels or the nodes are that they come from.
+      const { nIn, nOut } = net.layers[layer];
+      const rows = Array.from({ length: nOut }, (_, i) => values.subarray(nIn * i, nIn * (i + 1)));
+      paintTiles(canvas, rows, layer ? perRow(nIn) : PIXELS, scaleOf(values), perRow(nOut), layer ? 1 : 2);
+    }
+    else paint(canvas, values, perRow(values.length), scale);
   }
 
   // From the state to the page.
@@ -410,7 +416,9 @@ export function live(told) {
     net.layers.forEach((_, l) => showLayer(l));
     showNode();
     labels[state.label].checked = true;
-    find("loss").innerHTML = `Loss <b>${number(now.loss)}</b>${net.loss === "cross-entropy" ? " nats" : ""}`;
+    const entropy = net.loss === "cross-entropy";
+    const formula = entropy ? `−log p${sub(state.label)}` : `½ Σ (a${sub(last + 1)} − y)²`;
+    find("loss").innerHTML = `Loss L = ${formula} = <b>${number(now.loss)}</b>${entropy ? " nats" : ""}`;
     showSteps();
   }
 
@@ -486,14 +494,19 @@ export function live(told) {
     if (l === last) return;
     const { nIn, nOut, W } = net.layers[l + 1];
     const parts = Array.from({ length: nOut }, (_, k) => W[k * nIn + i] * a);
-    const largest = Math.max(...parts.map(Math.abs)) || 1;
-    const bars = parts.map((part, k) => {
-      const bar = element("i", { class: part < 0 ? "negative" : "positive" });
-      bar.style.setProperty("--level", `${((100 * Math.abs(part)) / largest).toFixed(1)}%`);
-      return element("span", { title: `${k}: ${number(part)}` }, bar, element("small", {}, l + 1 === last ? `${k}` : ""));
-    });
     const title = l + 1 === last ? "What it adds to each answer" : "What it adds to each node of the next layer";
-    votes.replaceChildren(element("p", { class: "hint" }, title), element("div", {}, ...bars));
+    votes.replaceChildren(element("p", { class: "hint" }, title), bars(parts, l + 1 === last));
+  }
+
+  // Values as bars up and down, with the labels of the answers under them.
+  function bars(values, labelled) {
+    const largest = Math.max(...values.map(Math.abs)) || 1;
+    const made = Array.from(values, (value, k) => {
+      const bar = element("i", { class: value < 0 ? "negative" : "positive" });
+      bar.style.setProperty("--level", Math.abs(value) / largest);
+      return element("span", { title: `${k}: ${number(value)}` }, bar, element("small", {}, labelled ? `${k}` : ""));
+    });
+    return element("div", { class: "bars" }, ...made);
   }
 
   function outline(region) {
