@@ -303,6 +303,7 @@ export function live(told) {
       const kept = !region || (x >= region.left && x <= region.right && y >= region.top && y <= region.bottom);
       W[i * nIn + j] = kept ? trained.layers[0].W[i * nIn + j] : 0;
     }
+    paintTile(i);
     update();
   }
 
@@ -386,7 +387,7 @@ export function live(told) {
       // A tile for each node: its weights, arranged as the pixels or the nodes are that they come from.
       const { nIn, nOut } = net.layers[layer];
       const rows = Array.from({ length: nOut }, (_, i) => values.subarray(nIn * i, nIn * (i + 1)));
-      paintTiles(canvas, rows, layer ? perRow(nIn) : PIXELS, scaleOf(values), perRow(nOut), layer ? 1 : 2);
+      paintTiles(canvas, rows, layer ? perRow(nIn) : PIXELS, scale, perRow(nOut), layer ? 1 : 2);
     }
     else paint(canvas, values, perRow(values.length), scale);
   }
@@ -441,9 +442,13 @@ export function live(told) {
         return;
       }
       button.setAttribute("aria-label", `${layerNames[l]}, node ${i}, activation ${number(values[i])}`);
-      const canvas = button.querySelector("canvas");
-      if (canvas) paint(canvas, net.layers[0].W.subarray(784 * i, 784 * (i + 1)), PIXELS, weightScales[0]);
     });
+  }
+
+  // The picture of a node of the first hidden layer, which changes with its region alone.
+  function paintTile(i) {
+    const canvas = tiles[0][i].querySelector("canvas");
+    if (canvas) paint(canvas, net.layers[0].W.subarray(784 * i, 784 * (i + 1)), PIXELS, weightScales[0]);
   }
 
   function showNode() {
@@ -479,10 +484,10 @@ export function live(told) {
     find("bias-value").textContent = numbers.b;
     find("node-fires").textContent =
       squash === "none" ? "Added to the weighted sum." : `It fires where the weighted sum is over ${number(-b[i])}.`;
-    const tail = squash === "none" ? "" : `, &ensp; a = ${squash}(z) = <b>${numbers.a}</b>`;
+    const tail = squash === "none" ? "" : `<br>a = ${squash}(z) = <b>${numbers.a}</b>`;
     find("node-out").innerHTML = `z = ${numbers.sum} ${b[i] < 0 ? "−" : "+"} ${number(Math.abs(b[i]))} = <b>${numbers.z}</b>${tail}`;
     const told = [...(squash === "none" ? [] : [`a${l + 1}`]), `z${l + 1}`].map((key) => `${of(key)} = ${number(grads[key][i])}`);
-    find("node-gradients").innerHTML = `Gradient of the loss: ${told.join(", &ensp; ")}; of the bias the same as of z.`;
+    find("node-gradients").innerHTML = `Gradient of the loss: ${told.join(", ")} = ∂L/∂b`;
     showVotes(l, i, a);
     find("undo").hidden = !net.layers.some((layer, k) => Array.from(layer.b).some((_, j) => changed(k, j)));
   }
@@ -524,6 +529,7 @@ export function live(told) {
   function paintAll() {
     newPalette();
     [...find("samples").children].forEach((button, i) => paint(button.firstChild, samples[i], PIXELS, null));
+    tiles[0].forEach((_, i) => paintTile(i));
     drawPad();
     update();
   }
