@@ -23,7 +23,10 @@ from gradfn.train.checkpoint import replace_file
 from gradfn.train.log import NOT_METRICS
 
 ASSETS = Path(__file__).parent / "assets"
-SCRIPTS = ("mlp.js", "digit.js", "paint.js", "live.js", "main.js")  # each imports only from those before it
+SCRIPTS = (  # each imports only from those before it
+    *("mlp.js", "digit.js", "dom.js", "paint.js", "network.js"),
+    *("pad.js", "layers.js", "node.js", "steps.js", "live.js", "main.js"),
+)
 LIMIT = 5_000_000  # bytes, of the whole page
 NET_LIMIT = 2_500_000  # bytes of a network's parameters in it
 DRAWN_LIVE = ("curves",)  # pictures whose content the page draws itself

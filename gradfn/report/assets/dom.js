@@ -1,0 +1,67 @@
+// Elements, pointers and words: what every part of the page needs.
+
+export const find = (id) => document.getElementById(id);
+
+// Make an element; attributes that begin with "on" are listeners.
+export function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else made.setAttribute(name, value);
+  }
+  made.append(...children);
+  return made;
+}
+
+// Call `begun`, then `moved`, with the places of a pointer that went down on an element: [x, y] as shares of its
+// width and height. A mouse, a pen and a finger are alike.
+export function follow(target, begun, moved) {
+  const place = (event) => {
+    const box = target.getBoundingClientRect();
+    return [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
+  };
+  target.addEventListener("pointerdown", (event) => {
+    if (event.button) return;
+    event.preventDefault();
+    const listening = new AbortController();
+    const listen = (kind, act) => {
+      const ofThis = (later) => later.pointerId === event.pointerId && act(later);
+      addEventListener(kind, ofThis, { signal: listening.signal });
+    };
+    listen("pointermove", (later) => {
+      const all = later.getCoalescedEvents ? later.getCoalescedEvents() : [];
+      (all.length ? all : [later]).map(place).forEach(moved);
+    });
+    listen("pointerup", () => listening.abort());
+    listen("pointercancel", () => listening.abort());
+    begun(place(event));
+  });
+}
+
+// A number with as many digits as are worth reading.
+export function number(value) {
+  if (value === 0) return "0";
+  const size = Math.abs(value);
+  const text = size >= 0.01 && size < 1000 ? value.toFixed(size < 10 ? 3 : 1) : value.toExponential(1);
+  return text.replaceAll("-", "−");
+}
+
+// Formulas, as HTML.
+export const sub = (text) => `<sub>${text}</sub>`;
+export const gradientOf = (name) => `<span class="whole">∂L/∂${name[0]}${name[1] ? sub(name.slice(1)) : ""}</span>`;
+
+// How many of n nodes stand in a row.
+export function perRow(n) {
+  return n <= 12 ? Math.min(n, 5) : Math.ceil(Math.sqrt(n));
+}
+
+// Values as bars up and down, with their numbers under them where these are labels.
+export function bars(values, labelled) {
+  const largest = Math.max(...values.map(Math.abs)) || 1;
+  const made = Array.from(values, (value, i) => {
+    const bar = element("i", { class: value < 0 ? "negative" : "positive" });
+    bar.style.setProperty("--level", Math.abs(value) / largest);
+    return element("span", { title: `${i}: ${number(value)}` }, bar, element("small", {}, labelled ? `${i}` : ""));
+  });
+  return element("div", { class: "bars" }, ...made);
+}

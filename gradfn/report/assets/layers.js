@@ -1,0 +1,83 @@
+// The layers: a button for each node, with its weights as an image and how strongly it fires.
+import { element, find, number, perRow } from "./dom.js";
+import { paint, scaleOf } from "./paint.js";
+import { PIXELS } from "./network.js";
+
+const HINT = "Picture: its weights, red excites, blue inhibits. Bar: how strongly it fires.";
+
+// Call `clicked(layer, node)` for a click, `reached(layer, node)` for the arrow keys.
+export function makeLayers(model, clicked, reached) {
+  const { net, trained } = model;
+  const last = net.layers.length - 1;
+  const scale = scaleOf(trained.layers[0].W);
+  const names = net.layers.map((_, l) => (l === last ? "Answer" : last > 1 ? `Hidden layer ${l + 1}` : "Hidden nodes"));
+  const buttons = net.layers.map(({ nOut }, l) => Array.from({ length: nOut }, (_, i) => nodeButton(l, i)));
+  buttons.forEach((of, l) => find("layers").append(column(of, l)));
+
+  function nodeButton(l, i) {
+    const button = element("button", { type: "button", onclick: () => clicked(l, i) });
+    if (l === last) button.append(element("b", {}, `${i}`));
+    else if (l === 0) button.append(element("canvas", { class: "pixels", "aria-hidden": "true" }));
+    button.append(element("span", { class: "level" }, element("i")));
+    if (l === last) button.append(element("small"));
+    return button;
+  }
+
+  function column(of, l) {
+    const kind = l === last ? "answers" : "tiles";
+    const group = element("div", { class: kind, role: "group", "aria-label": names[l] }, ...of);
+    group.style.setProperty("--per-row", perRow(of.length));
+    group.style.setProperty("--tile", of.length > 40 ? "2.1rem" : of.length > 20 ? "3rem" : "3.9rem");
+    group.addEventListener("keydown", (event) => move(event, l));
+    const title = element("h3", {}, names[l]);
+    const made = element("div", { class: `column ${kind}-column` }, title, group);
+    if (l === 0 && last) {
+      title.append(element("span", { class: "call" }, "click one"));
+      made.append(element("p", { class: "hint" }, HINT));
+    }
+    return made;
+  }
+
+  // Arrow keys go from node to node; Tab leaves the layer.
+  function move(event, l) {
+    const wide = l === last ? 1 : perRow(buttons[l].length);
+    const by = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -wide, ArrowDown: wide }[event.key];
+    const to = buttons[l].indexOf(event.target.closest("button")) + by;
+    if (!by || !buttons[l][to]) return;
+    event.preventDefault();
+    buttons[l][to].focus();
+    reached(l, to);
+  }
+
+  function showLayer(l, now, chosen) {
+    const values = l === last ? now.probabilities : now.pass.a[l];
+    const bounded = l === last || ["sigmoid", "tanh"].includes(net.layers[l].squash);
+    const top = bounded ? 1 : Math.max(...values.map(Math.abs)) || 1;
+    const best = values.indexOf(Math.max(...values));
+    buttons[l].forEach((button, i) => {
+      const isChosen = chosen.layer === l && chosen.node === i;
+      button.setAttribute("aria-pressed", isChosen);
+      button.tabIndex = isChosen || (chosen.layer !== l && i === 0) ? 0 : -1;
+      button.classList.toggle("changed", model.changed(l, i));
+      const level = button.querySelector(".level i");
+      level.style.setProperty("--level", `${(100 * Math.min(Math.abs(values[i]) / top, 1)).toFixed(1)}%`);
+      level.classList.toggle("negative", values[i] < 0);
+      if (l === last) {
+        button.classList.toggle("best", i === best);
+        button.querySelector("small").textContent = `${(100 * values[i]).toFixed(values[i] > 0.0995 ? 0 : 1)} %`;
+        button.setAttribute("aria-label", `Answer ${i}, ${(100 * values[i]).toFixed(1)} %`);
+      } else button.setAttribute("aria-label", `${names[l]}, node ${i}, activation ${number(values[i])}`);
+    });
+  }
+
+  return {
+    show: (now, chosen) => net.layers.forEach((_, l) => showLayer(l, now, chosen)),
+    // The picture of a node of the first hidden layer, which changes with its region alone.
+    paintTile(i) {
+      if (last) paint(buttons[0][i].querySelector("canvas"), net.layers[0].W.subarray(784 * i, 784 * (i + 1)), PIXELS, scale);
+    },
+    paintAll() {
+      buttons[0].forEach((_, i) => this.paintTile(i));
+    },
+  };
+}

@@ -1,0 +1,68 @@
+// The network of the page: as it was trained, and as it is now, with biases moved and regions cut out.
+import { backward, forward, lossOf, probabilities } from "./mlp.js";
+
+export const PIXELS = 28; // of an image, in each direction
+
+// Arrays come as base64 of little-endian float32.
+function decode({ data, shape }) {
+  const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
+  const view = new DataView(bytes.buffer);
+  const values = Float64Array.from({ length: bytes.length / 4 }, (_, i) => view.getFloat32(4 * i, true));
+  return { values, shape };
+}
+
+// Return the network that the page was told, and all arrays that came with it.
+export function build(told) {
+  const arrays = Object.fromEntries(Object.entries(told.arrays).map(([name, each]) => [name, decode(each)]));
+  const n = Object.keys(arrays).filter((name) => /^W\d+$/.test(name)).length;
+  const layers = Array.from({ length: n }, (_, l) => ({
+    nIn: arrays[`W${l + 1}`].shape[1],
+    nOut: arrays[`W${l + 1}`].shape[0],
+    W: arrays[`W${l + 1}`].values,
+    b: arrays[`b${l + 1}`].values,
+    squash: (l < n - 1 ? told.activation : told.output) || "none",
+  }));
+  return { net: { layers, loss: told.loss }, arrays };
+}
+
+// Everything there is to know of a network and an image: forward, loss, backward.
+export function compute(net, x, label) {
+  const pass = forward(net, x);
+  const steps = backward(net, pass, label);
+  return { pass, probabilities: probabilities(net, pass), loss: lossOf(net, pass, label), steps };
+}
+
+// A copy of a trained network that can be changed, and changed back.
+export function changeable(trained) {
+  const copied = ({ W, b, ...rest }) => ({ ...rest, W: W.slice(), b: b.slice() });
+  const net = { loss: trained.loss, layers: trained.layers.map(copied) };
+  const regions = new Map(); // by node of the first layer: { left, top, right, bottom }, all included
+
+  // Keep only the weights of a node of the first layer that lie within a region; null brings back all.
+  function setRegion(i, region) {
+    const { W, nIn } = net.layers[0];
+    if (region) regions.set(i, region);
+    else regions.delete(i);
+    for (let j = 0; j < nIn; j++) {
+      const x = j % PIXELS, y = Math.floor(j / PIXELS);
+      const kept = !region || (x >= region.left && x <= region.right && y >= region.top && y <= region.bottom);
+      W[i * nIn + j] = kept ? trained.layers[0].W[i * nIn + j] : 0;
+    }
+  }
+
+  const changed = (l, i) => net.layers[l].b[i] !== trained.layers[l].b[i] || (l === 0 && regions.has(i));
+
+  return {
+    net,
+    trained,
+    regions,
+    setRegion,
+    changed,
+    setBias: (l, i, value) => void (net.layers[l].b[i] = value),
+    anyChanged: () => net.layers.some(({ b }, l) => b.some((_, i) => changed(l, i))),
+    asTrained() {
+      [...regions.keys()].forEach((i) => setRegion(i, null));
+      net.layers.forEach(({ b }, l) => b.set(trained.layers[l].b));
+    },
+  };
+}

@@ -1,0 +1,91 @@
+// The gradient on its way back from the loss, one step at a time, each with its equation and its picture.
+import { bars, element, find, gradientOf, number, perRow, sub } from "./dom.js";
+import { PIXELS } from "./network.js";
+import { paint, paintTiles } from "./paint.js";
+
+// Call `asked(label)` when another right answer is chosen.
+export function makeSteps(net, asked) {
+  const last = net.layers.length - 1;
+  const entropy = net.loss === "cross-entropy";
+  let steps = [];
+  let shown = 1;
+
+  const labels = Array.from({ length: net.layers[last].nOut }, (_, label) => {
+    const input = element("input", { type: "radio", name: "label", value: label, onchange: () => asked(label) });
+    find("labels").append(element("label", {}, input, element("span", {}, `${label}`)));
+    return input;
+  });
+
+  function reveal(n) {
+    shown = Math.min(Math.max(n, 0), steps.length);
+    draw();
+  }
+  find("next").addEventListener("click", () => reveal(shown + 1));
+  find("previous").addEventListener("click", () => reveal(shown - 1));
+  find("every").addEventListener("click", () => reveal(steps.length));
+
+  // The formula of a step, as HTML, and what it means.
+  function explained({ name, kind, layer, values }, first) {
+    const l = layer + 1;
+    const own = gradientOf(name), ofSums = gradientOf(`z${l}`), ofNext = gradientOf(`z${l + 1}`);
+    if (first) {
+      const said = entropy ? `softmax(${name[0]}${sub(l)})` : `a${sub(l)}`;
+      return [`${own} = ${said} − y`, "What it said, less what is right (y is 1 at the right answer, else 0)."];
+    }
+    if (kind === "W") {
+      const many = values.length.toLocaleString("en");
+      const input = layer ? `a${sub(layer)}` : "x";
+      const text = `Each weight: the gradient of its node times what came in. ${many} of them.`;
+      return [`${own} = ${ofSums} ${input}ᵀ<br>${gradientOf(`b${l}`)} = ${ofSums}`, text];
+    }
+    if (kind === "z") {
+      const slope = `${net.layers[layer].squash}′(z${sub(l)})`;
+      return [`${own} = ${gradientOf(`a${l}`)} ⊙ ${slope}`, "Through the activation: its slope lets pass much, little or nothing."];
+    }
+    const formula = `${own} = W${sub(l + 1)}ᵀ ${ofNext}`;
+    if (kind === "x") return [formula, "Back to the pixels: ink at red makes the loss grow, ink at blue makes it fall."];
+    return [formula, "Back through the weights: what each node did to all that it leads to."];
+  }
+
+  function card(step, i) {
+    const title = element("h3");
+    title.innerHTML = `${i + 1} &ensp; ${gradientOf(step.name)}`;
+    if (i >= shown) return element("li", { class: "unknown" }, title);
+    const largest = step.values.reduce((top, value) => Math.max(top, Math.abs(value)), 0);
+    const [formula, meaning] = explained(step, i === 0);
+    const told = element("p", { class: "formula" });
+    told.innerHTML = formula;
+    const hint = element("p", { class: "hint" }, `${meaning} Largest: ${number(largest)}.`);
+    return element("li", {}, title, element("div", { class: "view" }, picture(step, largest)), told, hint);
+  }
+
+  function picture({ name, kind, layer, values }, largest) {
+    if (layer === last && kind !== "W") return bars(values, true);
+    const canvas = element("canvas", { class: "pixels", role: "img", "aria-label": `Gradient of ${name}` });
+    if (kind === "x") paint(canvas, values, PIXELS, largest);
+    else if (kind === "W") {
+      // A tile for each node: its weights, arranged as the pixels or the nodes are that they come from.
+      const { nIn, nOut } = net.layers[layer];
+      const rows = Array.from({ length: nOut }, (_, i) => values.subarray(nIn * i, nIn * (i + 1)));
+      paintTiles(canvas, rows, layer ? perRow(nIn) : PIXELS, largest, perRow(nOut), layer ? 1 : 2);
+    } else paint(canvas, values, perRow(values.length), largest);
+    return canvas;
+  }
+
+  function draw() {
+    find("steps").replaceChildren(...steps.map(card));
+    find("next").disabled = find("every").disabled = shown === steps.length;
+    find("previous").disabled = shown === 0;
+  }
+
+  return {
+    next: () => reveal(shown + 1),
+    show(now, label) {
+      steps = now.steps;
+      labels[label].checked = true;
+      const formula = entropy ? `−log p${sub(label)}` : `½ Σ (a${sub(last + 1)} − y)²`;
+      find("loss").innerHTML = `Loss L = ${formula} = <b>${number(now.loss)}</b>${entropy ? " nats" : ""}`;
+      draw();
+    },
+  };
+}
