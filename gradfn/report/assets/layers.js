@@ -74,7 +74,8 @@ export function makeLayers(model, clicked, reached) {
     show: (now, chosen) => net.layers.forEach((_, l) => showLayer(l, now, chosen)),
     // The picture of a node of the first hidden layer, which changes with its region alone.
     paintTile(i) {
-      if (last) paint(buttons[0][i].querySelector("canvas"), net.layers[0].W.subarray(784 * i, 784 * (i + 1)), PIXELS, scale);
+      const row = net.layers[0].W.subarray(784 * i, 784 * (i + 1));
+      if (last) paint(buttons[0][i].querySelector("canvas"), row, PIXELS, scale);
     },
     paintAll() {
       buttons[0].forEach((_, i) => this.paintTile(i));

@@ -108,5 +108,6 @@ export function live(told) {
 
   // For tests, and for the curious at the console.
   const tools = { build, compute, gradients, prepare: prepared, enlarge: (grey) => enlarge(grey, spline) };
-  return { ...tools, net, samples, state, pick, select, setBias, setRegion, setLabel, step: steps.next, now: () => now };
+  const controls = { pick, select, setBias, setRegion, setLabel, step: steps.next };
+  return { ...tools, ...controls, net, samples, state, now: () => now };
 }

@@ -37,8 +37,9 @@ export function makeNode(model, biasMoved, regionDrawn, undone) {
     if (event.key === "Enter" && canHaveRegion() && !before) regionDrawn({ left: 9, right: 18, top: 9, bottom: 18 });
     else if (event.key === "Escape" && before) regionDrawn(null);
     else if (event.key in arrows && before) {
+      const { left, top, right, bottom } = before;
       const [x, y] = arrows[event.key], move = event.shiftKey ? 0 : 1;
-      const after = { left: before.left + move * x, top: before.top + move * y, right: before.right + x, bottom: before.bottom + y };
+      const after = { left: left + move * x, top: top + move * y, right: right + x, bottom: bottom + y };
       const fits = after.left >= 0 && after.top >= 0 && after.right < PIXELS && after.bottom < PIXELS;
       if (fits && after.right >= after.left && after.bottom >= after.top) regionDrawn(after);
     } else return;

@@ -8,8 +8,8 @@ export function makePad(pen, drawn) {
   let strokes = [];
 
   function draw() {
-    const look = { lineWidth: pen * side, lineCap: "round", lineJoin: "round", strokeStyle: getComputedStyle(pad).color };
-    Object.assign(context, look);
+    const strokeStyle = getComputedStyle(pad).color;
+    Object.assign(context, { lineWidth: pen * side, lineCap: "round", lineJoin: "round", strokeStyle });
     context.clearRect(0, 0, side, side);
     for (const stroke of strokes) {
       context.beginPath();

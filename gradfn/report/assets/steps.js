@@ -39,12 +39,12 @@ export function makeSteps(net, asked) {
       return [`${own} = ${ofSums} ${input}ᵀ<br>${gradientOf(`b${l}`)} = ${ofSums}`, text];
     }
     if (kind === "z") {
-      const slope = `${net.layers[layer].squash}′(z${sub(l)})`;
-      return [`${own} = ${gradientOf(`a${l}`)} ⊙ ${slope}`, "Through the activation: its slope lets pass much, little or nothing."];
+      const formula = `${own} = ${gradientOf(`a${l}`)} ⊙ ${net.layers[layer].squash}′(z${sub(l)})`;
+      return [formula, "Through the activation: its slope lets pass much, little or nothing."];
     }
     const formula = `${own} = W${sub(l + 1)}ᵀ ${ofNext}`;
-    if (kind === "x") return [formula, "Back to the pixels: ink at red makes the loss grow, ink at blue makes it fall."];
-    return [formula, "Back through the weights: what each node did to all that it leads to."];
+    const text = "Back through the weights: what each node did to all that it leads to.";
+    return [formula, kind === "x" ? "Back to the pixels: ink at red makes the loss grow, ink at blue makes it fall." : text];
   }
 
   function card(step, i) {
