@@ -32,8 +32,8 @@ def maximize(
     shape: Sequence[int] | None = None,
     steps: int = 256,
     rate: float = 0.05,
-    l2: float = 0.02,
-    variation: float = 0.05,
+    l2: float = 0.05,
+    variation: float = 0.02,
     jitter: int = 2,
     box: tuple[float, float] | None = (0.0, 1.0),
 ) -> Callable[..., Maximized]:
@@ -58,7 +58,8 @@ def maximize(
         box: the least and largest value of an input; None for no bounds.
 
     Returns:
-        `(params, x, key, *rest) -> Maximized`. `x` is where to begin: zeros, or an image to change.
+        `(params, x, key, *rest) -> Maximized`. `x` is where to begin: grey, or an image to change. (At zeros,
+        all units of a relu network may be off, and no slope shows the way.)
 
     Raises:
         ValueError, TypeError: as `gf.saliency` does; a shape that does not fit x, `steps` below 1.

@@ -91,6 +91,18 @@ def test_layers_by_name():
         )
 
 
+def test_inputs_that_never_vary_do_not_make_maps_alike():
+    inputs = np.random.default_rng(0).normal(size=[40, 6])
+    inputs[:, 3:] = 0.0  # nothing is learned of these, so all networks are alike there
+    train = lambda data, key: jnp.linalg.lstsq(*map(jnp.asarray, data))[0]  # noqa: E731
+    slopes = np.array([1.0, -2.0, 3.0, 0.0, 0.0, 0.0])
+    look = lambda w, x: w  # noqa: E731
+    seen = gf.randomise_labels(look, train)((inputs, inputs @ slopes), inputs[:1], jax.random.key(3))
+    true, shuffled = seen.maps[:, 0]
+    np.testing.assert_allclose(seen.rank[0], rank_correlation(true[:3], shuffled[:3]))
+    assert abs(rank_correlation(abs(true), abs(shuffled))) > 0.5
+
+
 def test_ranks_are_those_of_scipy():
     from scipy.stats import spearmanr
 
