@@ -14,6 +14,7 @@ import optax
 import gradfn as gf
 from gradfn import run as runs
 from gradfn.report.attribution import heat_over_images, remains
+from gradfn.report.digit_net import keep_digit_net
 from gradfn.report.figures import save
 
 EXPECTED = (
@@ -103,6 +104,8 @@ def run(config: Config) -> Result:
     for name, figure in figures.items():
         figure.suptitle(f"{figure.get_suptitle()}\n(data: {data.name})")
         save(figure, folder / f"{name}.png")
+    enlarged_from = 8 if config.data == "digits" else None
+    keep_digit_net(folder, fitted.params, data, everything, enlarged_from=enlarged_from)
     verdict = judge(config, right_from, error)
     runs.finish(
         folder,

@@ -119,7 +119,7 @@ def run(config: Config) -> Result:
         "curves": curves(joined(histories), "nats a letter"),
         "probabilities": drawn_expectations(net, params["lstm"], data),
     }
-    figures["curves"].axes[0].set_ylim(auto=True)  # the lines lie close together, far from zero
+    figures["curves"].axes[0].autoscale(axis="y")  # the lines lie close together, far from zero
     for name, figure in figures.items():
         figure.suptitle(f"{figure.get_suptitle()}\n(data: {data.name})")
         save(figure, folder / f"{name}.png")

@@ -221,4 +221,6 @@ def _share(share: float) -> str:
 def _ratio(share: float) -> str:
     if not share > 0:
         return "nothing"
+    if share < 1e-4:
+        return f"{share:.0e}"  # nobody reads 1/108,587,896
     return f"{100 * share:.0f} %" if share > 0.1 else f"1/{1 / share:,.0f}"

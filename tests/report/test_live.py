@@ -1,6 +1,7 @@
 """The network in the page: Chromium computes what JAX computes, and every control does what it says."""
 
 import functools
+import io
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ import pytest
 import gradfn as gf
 from gradfn.data.digits import enlarge, spline
 from gradfn.report.digit_net import DigitNet
+from gradfn.report.figures import curves
 from gradfn.report.kept import Kept
 from gradfn.report.page import _net, page
 
@@ -80,16 +82,19 @@ def digit_net(name, seed=0):
     return kept, params, loss
 
 
-def in_page(tmp_path, net, script, **asked):
-    """Run a script in the page of a network; return what its function `told` returns, and the page as it is then."""
-    run = Kept(tmp_path, "toy", {"seed": 0}, {}, {"verdict": "done"}, {}, {}, net)
+def kept_run(tmp_path, net=None, pictures=None):
     (tmp_path / "config.json").write_text("{}")
+    return Kept(tmp_path, "toy", {"seed": 0}, {}, {"verdict": "done"}, {}, pictures or {}, net)
+
+
+def in_page(tmp_path, kept, script, **asked):
+    """Run a script in the page of some runs; return what its function `told` returns."""
     asked = json.dumps(asked).replace("<", "\\u003c")
     driver = (
         f'<pre id="told"></pre><script type="module">const asked = {asked};{HELPERS}{script}\n'
         'find("#told").textContent = JSON.stringify([told(), wrong]);</script>'
     )
-    html = page([run]).replace("<head>", f"<head>{LISTEN}", 1).replace("</body>", f"{driver}</body>")
+    html = page(kept).replace("<head>", f"<head>{LISTEN}", 1).replace("</body>", f"{driver}</body>")
     file = tmp_path / "page.html"
     file.write_text(html)
     command = [
@@ -144,7 +149,9 @@ def test_every_value_and_gradient_is_that_of_jax(tmp_path):
     script = """const told = () => Object.fromEntries(Object.entries(asked.nets).map(([name, net]) =>
         [name, numbers(gradfn.compute(gradfn.build(JSON.parse(net)).net, asked.x, asked.label))]));"""
     told_nets = {name: _net(kept) for name, (kept, *_) in nets.items()}
-    told = in_page(tmp_path, nets["sigmoid"][0], script, nets=told_nets, x=x.tolist(), label=label)
+    told = in_page(
+        tmp_path, [kept_run(tmp_path, nets["sigmoid"][0])], script, nets=told_nets, x=x.tolist(), label=label
+    )
     for name, (_, params, loss) in nets.items():
         agree(told[name], params, loss, x, label)
 
@@ -202,7 +209,7 @@ const told = () => {
 
 def test_every_control_does_what_it_says(tmp_path):
     kept, params, loss = digit_net("sigmoid")
-    told = in_page(tmp_path, kept, CONTROLS)
+    told = in_page(tmp_path, [kept_run(tmp_path, kept)], CONTROLS)
     first, second = kept.samples
     agree(told["first"], params, loss, first, 3)
     agree(told["second"], params, loss, second, 8)
@@ -248,7 +255,7 @@ def test_what_is_drawn_is_prepared_as_the_training_images_were(tmp_path):
     # The same on a pad with 5 to each pixel of the image, not in the middle.
     pad = np.roll(np.kron(image, np.ones([5, 5])), (11, -17), (0, 1))
     pads = [pad.ravel().tolist(), [0] * pad.size]
-    told = in_page(tmp_path, kept, script, pads=pads, side=len(pad))
+    told = in_page(tmp_path, [kept_run(tmp_path, kept)], script, pads=pads, side=len(pad))
     np.testing.assert_allclose(np.reshape(told[0], [28, 28]), image, atol=1e-9)
     assert told[1] is None
 
@@ -256,6 +263,19 @@ def test_what_is_drawn_is_prepared_as_the_training_images_were(tmp_path):
     half = rng.integers(1, 17, [8, 3]) / 16
     small = np.pad(np.concatenate([half, half[:, ::-1]], 1), ((0, 0), (1, 1)))
     pad = np.roll(np.pad(np.kron(small, np.ones([15, 15])), 20), (11, -17), (0, 1))
-    kept = kept._replace(spline=spline(8, 28))
-    told = in_page(tmp_path, kept, script, pads=[pad.ravel().tolist()], side=len(pad))
+    run = kept_run(tmp_path, kept._replace(spline=spline(8, 28)))
+    told = in_page(tmp_path, [run], script, pads=[pad.ravel().tolist()], side=len(pad))
     np.testing.assert_allclose(np.reshape(told[0], [28, 28]), enlarge(small[None], 28)[0], atol=1e-6)
+
+
+def test_pictures_are_there_and_grow_when_clicked_in_a_page_of_two_runs(tmp_path):
+    out = io.BytesIO()
+    curves([{"step": 1, "loss": 2.3}]).savefig(out, format="png")
+    runs = [kept_run(tmp_path, pictures={"weights": out.getvalue()}) for _ in "AB"]
+    script = """const told = () => {
+      const images = [...document.images].map((image) => image.naturalWidth > 100);
+      find(".enlarge").click();
+      const grown = find("#large").open && find("#large img").src === document.images[0].src;
+      find("#large img").click();
+      return [images, grown, find("#large").open, "gradfn" in window]; };"""
+    assert in_page(tmp_path, runs, script) == [[True, True], True, False, False]

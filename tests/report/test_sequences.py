@@ -68,3 +68,8 @@ def test_the_loss_per_token_weighs_tokens_alike():
     found = loss_per_token(gf.next_token_loss(net), (np.zeros([100, 3], int), targets))
     params = {"z": jnp.log(jnp.array([0.75, 0.25]))}
     np.testing.assert_allclose(found(params), -(3 * np.log(0.25) + 99 * np.log(0.75)) / 102, rtol=1e-5)
+
+
+def test_a_gradient_of_next_to_nothing_is_told_by_its_power_of_ten():
+    title = gradient_through_time({"vanilla": [9e-9, 1.0], "gru": [1e-3, 1.0]}).get_suptitle()
+    assert title.endswith("vanilla 9e-09, gru 1/1,000")
