@@ -187,7 +187,7 @@ def wanted_figure(drawn: dict[str, Drawn], data: gf.data.Dataset) -> Any:
     for name, one in drawn.items():
         # Each drawing is shown from paper to its own darkest ink: some are pale.
         darkest = one.images.max((1, 2), keepdims=True)
-        drawing, nearest = f"{name}\ndraws", f"digit nearest\nto the {name.split()[0]} one"
+        drawing, nearest = f"{name}\ndraws", f"nearest digit\n({name.split()[0]})"
         rows |= {
             drawing: one.images / np.where(darkest > 0, darkest, 1),
             nearest: as_images(digits[one.nearest]),

@@ -83,6 +83,7 @@ def test_integrated_gradients_of_a_quadratic_in_closed_form(seed):
     assert abs(float(seen.gap)) < 1e-4
 
 
+@pytest.mark.slow
 def test_the_quadrature_is_gauss_legendre(x64):
     x = jnp.array([1.0, 2.0])
     cubes = lambda _, x: jnp.sum(x**5)  # noqa: E731
@@ -106,6 +107,7 @@ def test_between_activations_it_goes_from_the_site_at_the_baseline():
     assert float(same.gap) == float(same.relative_gap) == 0.0
 
 
+@pytest.mark.slow
 def test_smooth_gradients_have_the_noise_asked_for():
     x = jnp.array([0.0, 1.0, 2.0])
     cubes = lambda _, x: jnp.sum(x**3)  # noqa: E731

@@ -7,7 +7,6 @@ import optax
 import pytest
 
 import gradfn as gf
-from gradfn.train import checkpoint
 
 NET = gf.mlp([6, 5, 3])
 LOSS = gf.classification_loss(NET)
@@ -54,12 +53,9 @@ def test_planted_copies_are_found_over_saved_checkpoints(tmp_path):
         x[100 + i], y[100 + i] = test[0][i], (test[1][i] + 1) % 10
     net = gf.mlp([64, 16, 10])
     loss = gf.classification_loss(net)
-    params, files = net.init(jax.random.key(0)), []
-    for k in range(3):
-        params = gf.fit(loss, params, (x, y), optax.sgd(0.5), 300, seed=k, progress=False).params
-        files.append(tmp_path / f"{k}.safetensors")
-        checkpoint.save(files[-1], params, {})
-    checkpoints = [checkpoint.load(file, like=params)[0] for file in files]
+    params, options = net.init(jax.random.key(0)), {"keep_every": 300, "folder": tmp_path, "progress": False}
+    gf.fit(loss, params, (x, y), optax.sgd(0.5), 900, **options)
+    checkpoints = list(gf.train.kept(tmp_path, like=params).values())
     plain, cosine = (
         np.asarray(gf.tracin(loss, normalise=n)(checkpoints, (x, y), test, 0.5)) for n in (False, True)
     )

@@ -43,6 +43,7 @@ def test_a_channel_of_a_convolutional_net():
     assert ((found.x >= 0) & (found.x <= 1)).all()
 
 
+@pytest.mark.slow
 def test_variation_smooths_and_jitter_moves():
     dots = (jnp.indices((6, 6)).sum(0) % 2).astype(jnp.float32)
     f = lambda dots, x: jnp.sum(dots * x)  # noqa: E731
