@@ -149,29 +149,32 @@ def _table(words: list[str]) -> int:
 
 
 def _report(words: list[str]) -> int:
-    from gradfn.report.kept import find_run
     from gradfn.report.page import write_report
     from gradfn.run import RunError
 
-    runs, out = list(words), None
-    if "--out" in runs:
-        at = runs.index("--out")
-        if len(runs) == at + 1:
-            raise UserError("report: --out wants a file's name")
-        out = runs[at + 1]
-        del runs[at : at + 2]
+    runs: list[str] = []
+    out: str | None = None
+    rest = iter(words)
     try:
-        if wrong := [word for word in runs if word.startswith("-")]:
-            raise UserError(
-                f"no option {wrong[0]!r}{_near(wrong[0], ['--out', '--help'])}; there is --out FILE"
-            )
+        for word in rest:
+            option, equals, value = word.partition("=")
+            if option == "--out":
+                out = value if equals else next(rest, "")
+                if not out:
+                    raise UserError("--out wants a file's name")
+            elif word.startswith("-"):
+                raise UserError(
+                    f"no option {word!r}{_near(option, ['--out', '--help'])}; there is --out FILE"
+                )
+            else:
+                runs.append(word)
         if not 1 <= len(runs) <= 2:
             raise UserError(
                 "it wants a run's folder, or an experiment's name for its latest run; or two of them, to compare; "
                 f"came {' '.join(runs) or 'nothing'}"
             )
         about = {name: _about(file) for name, file in experiments().items()}
-        file = write_report([find_run(run) for run in runs], out, about)
+        file = write_report(runs, out, about)
     except (UserError, RunError, ImportError) as error:
         return _fail(f"gradfn report: {error}", 2)
     print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB): open it in a browser")

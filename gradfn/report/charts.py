@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from html import escape
@@ -88,16 +89,21 @@ def line_chart(
     unit = " %" if percent else ""
     ends = {line.name: f"{number(line.points[-1][1])}{unit}" for line in drawn}
     told = "; ".join(f"{name} ends at {end}" for name, end in ends.items())
-    legend = "".join(
-        f'<li><i class="key c{line.colour % 8}{" dashed" if line.dashed else ""}"></i>{escape(line.name)} '
-        f"<b>{ends[line.name]}</b></li>"
-        for line in drawn
-    )
+    legend = "".join(_entry(line, ends[line.name]) for line in drawn)
     return (
-        f'<figure class="chart"><figcaption>{escape(title)}</figcaption><ul class="legend">{legend}</ul>'
+        f'<figure class="chart" data-unit="{unit}" data-left="{LEFT}" data-right="{WIDTH - RIGHT}" '
+        f'data-last="{max(xs)}"><figcaption>{escape(title)} <small></small></figcaption>'
+        f'<ul class="legend">{legend}</ul>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}: {escape(told)}">'
-        f"{''.join(parts)}</svg></figure>"
+        f'{"".join(parts)}<line class="here" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg></figure>'
     )
+
+
+def _entry(line: Line, end: str) -> str:
+    """Return a line's entry in the legend, with its points, so that the page can tell its value at any step."""
+    points = json.dumps([[x, float(f"{y:.4g}")] for x, y in line.points])
+    key = f"key c{line.colour % 8}{' dashed' if line.dashed else ''}"
+    return f'<li data-points="{points}"><i class="{key}"></i>{escape(line.name)} <b>{end}</b></li>'
 
 
 def heat_map(

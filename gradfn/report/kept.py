@@ -133,8 +133,8 @@ def _rows(file: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
+            rows.append(dict(json.loads(line)))
+        except (TypeError, ValueError) as error:
             if number < len(lines):
                 raise RunError(f"{file}, line {number}: not readable ({error})") from error
     return rows

@@ -25,7 +25,7 @@ from gradfn.train.log import NOT_METRICS
 ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = (  # each imports only from those before it
     *("mlp.js", "digit.js", "dom.js", "paint.js", "network.js"),
-    *("pad.js", "layers.js", "node.js", "steps.js", "live.js", "main.js"),
+    *("pad.js", "layers.js", "node.js", "steps.js", "live.js", "curves.js", "main.js"),
 )
 LIMIT = 5_000_000  # bytes, of the whole page
 NET_LIMIT = 2_500_000  # bytes of a network's parameters in it

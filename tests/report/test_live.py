@@ -17,7 +17,7 @@ import gradfn as gf
 from gradfn.data.digits import enlarge, spline
 from gradfn.report.digit_net import DigitNet
 from gradfn.report.figures import curves
-from gradfn.report.kept import Kept
+from gradfn.report.kept import Kept, Part
 from gradfn.report.page import _net, page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -268,14 +268,28 @@ def test_what_is_drawn_is_prepared_as_the_training_images_were(tmp_path):
     np.testing.assert_allclose(np.reshape(told[0], [28, 28]), enlarge(small[None], 28)[0], atol=1e-6)
 
 
-def test_pictures_are_there_and_grow_when_clicked_in_a_page_of_two_runs(tmp_path):
+def test_pictures_grow_when_clicked_and_curves_tell_their_values(tmp_path):
     out = io.BytesIO()
     curves([{"step": 1, "loss": 2.3}]).savefig(out, format="png")
-    runs = [kept_run(tmp_path, pictures={"weights": out.getvalue()}) for _ in "AB"]
+    history = [{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.5}, {"step": 30, "loss": 1.0}]
+    run = kept_run(tmp_path, pictures={"weights": out.getvalue()})
+    runs = [run._replace(parts={"": Part(history, [], {})}), run]
     script = """const told = () => {
       const images = [...document.images].map((image) => image.naturalWidth > 100);
       find(".enlarge").click();
       const grown = find("#large").open && find("#large img").src === document.images[0].src;
       find("#large img").click();
-      return [images, grown, find("#large").open, "gradfn" in window]; };"""
-    assert in_page(tmp_path, runs, script) == [[True, True], True, False, False]
+      const legend = [text(".legend")];
+      at(find(".chart svg"), "pointermove", 0.68, 0.5);
+      legend.push(text(".legend"), text(".chart small"));
+      find(".chart svg").dispatchEvent(new PointerEvent("pointerleave"));
+      legend.push(text(".legend"));
+      return { images, grown, open: find("#large").open, live: "gradfn" in window, legend }; };"""
+    told = in_page(tmp_path, runs, script)
+    assert told == {
+        "images": [True, True],
+        "grown": True,
+        "open": False,
+        "live": False,
+        "legend": ["training loss 1", "training loss 1.5", "at step 20", "training loss 1"],
+    }

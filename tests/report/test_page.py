@@ -201,6 +201,7 @@ def test_the_digit_net_comes_back_as_it_was_kept(tmp_path):
         ("run/part", "run/part: only a part of a run; name the run's folder, run"),
         ("run --ot x", "no option '--ot' (did you mean --out?)"),
         ("run --out", "--out wants a file's name"),
+        ("run --out=", "--out wants a file's name"),
         ("run --out nowhere/x.html", "nowhere/x.html: cannot be written (No such file or directory)"),
         ("broken", "broken/config.json: not readable"),
         ("torn", "torn/metrics.jsonl, line 1: not readable"),
@@ -213,7 +214,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, 
     (tmp_path / "run" / "part").mkdir()
     (tmp_path / "empty").mkdir()
     (write_run(tmp_path / "broken") / "config.json").write_text("{")
-    (write_run(tmp_path / "torn") / "metrics.jsonl").write_text("{\n{}\n")
+    (write_run(tmp_path / "torn") / "metrics.jsonl").write_text("3\n{}\n")
     (write_run(tmp_path / "net") / "digit_net.safetensors").write_text("nothing")
     assert cli.main(["report", *words.split()]) == 2
     captured = capsys.readouterr()
@@ -229,7 +230,7 @@ def test_the_command_line_writes_the_page_of_the_latest_run(tmp_path, monkeypatc
     assert re.fullmatch(r"wrote runs/toy/2026b/report.html \(0.\d MB\): .*\n", capsys.readouterr().out)
     assert (latest / "report.html").exists()
     assert find_run("toy") == latest.relative_to(tmp_path)
-    assert cli.main(["report", "toy", "runs/toy/2026a", "--out", "x.html"]) == 0
+    assert cli.main(["report", "toy", "runs/toy/2026a", "--out=x.html"]) == 0
     assert (tmp_path / "x.html").exists()
     with pytest.raises(RunError, match="nowhere"):
         find_run("nowhere")

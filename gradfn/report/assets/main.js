@@ -1,4 +1,5 @@
 // The page: its light or dark, its pictures and, where it holds a network, the network at work.
+import { liveCurves } from "./curves.js";
 import { live } from "./live.js";
 
 const root = document.documentElement;
@@ -25,6 +26,8 @@ for (const button of document.querySelectorAll(".enlarge")) {
 large.addEventListener("click", (event) => {
   if (event.target === large || event.target.tagName === "IMG") large.close();
 });
+
+liveCurves();
 
 const told = document.getElementById("net");
 if (told) window.gradfn = live(JSON.parse(told.textContent));

@@ -43,8 +43,9 @@ export function makeSteps(net, asked) {
       return [formula, "Through the activation: its slope lets pass much, little or nothing."];
     }
     const formula = `${own} = W${sub(l + 1)}ᵀ ${ofNext}`;
-    const text = "Back through the weights: what each node did to all that it leads to.";
-    return [formula, kind === "x" ? "Back to the pixels: ink at red makes the loss grow, ink at blue makes it fall." : text];
+    const toPixels = "Back to the pixels: ink at red makes the loss grow, ink at blue makes it fall.";
+    const toNodes = "Back through the weights: what each node did to all that it leads to.";
+    return [formula, kind === "x" ? toPixels : toNodes];
   }
 
   function card(step, i) {
