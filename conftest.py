@@ -31,6 +31,17 @@ def usual_promotion_in_examples(request):
         yield
 
 
+@pytest.fixture(autouse=True)
+def compiled_quickly(request):
+    """Have XLA skip its costly optimisations, but in tests marked `optimised`: most programs here run once.
+
+    Those are the tests of what XLA makes of our code (bits that agree, ranks of products) and of long trainings.
+    """
+    jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("optimised") is None)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def x64():
     """Run a test in float64 (finite differences need it)."""

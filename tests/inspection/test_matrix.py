@@ -15,6 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gradfn.inspection import inspect
 
+pytestmark = pytest.mark.optimised
+
 X = jax.random.normal(jax.random.key(1), (16, 8))
 FEW = X[:4]
 W = jax.random.normal(jax.random.key(0), (8, 8))

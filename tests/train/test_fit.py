@@ -17,6 +17,8 @@ import gradfn as gf
 from gradfn.train import fit as fit_module  # the function of that name hides the module
 from gradfn.train.source import take_rows
 
+pytestmark = pytest.mark.optimised
+
 module = sys.modules["gradfn.train.fit"]
 net = gf.mlp([3, 4, 2])
 x = jax.random.normal(jax.random.key(0), [50, 3])

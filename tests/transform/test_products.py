@@ -6,6 +6,8 @@ import pytest
 import gradfn as gf
 from gradfn.transform import flat_products, walk
 
+pytestmark = pytest.mark.optimised
+
 
 def ranks(f, *args):
     """Return the ranks of the operands of all products without batch axes."""
