@@ -97,7 +97,8 @@ def largest_gradients(
     n_columns = min(5, len(order))
     n_rows = -(-len(order) // n_columns)
     figure = _figure(4.6 + 1.35 * n_columns, max(1.75 * n_rows + 0.6, 3.6))
-    left, right = figure.subfigures(1, 2, width_ratios=[4.4, 1.35 * n_columns])
+    halves: Any = figure.subfigures(1, 2, width_ratios=[4.4, 1.35 * n_columns])
+    left, right = halves
     panel = left.subplots()
     positive = norms[norms > 0]
     low, high = (positive.min(), positive.max()) if len(positive) else (0.1, 1.0)
