@@ -17,7 +17,7 @@ from gradfn.report.backprop import agreement, equations
 from gradfn.report.figures import save, weight_images
 
 EXPECTED = (
-    "the four agree in all 12,730 parameters, by hand and by jax to 1e-12 of the largest gradient of each matrix, "
+    "the four to agree in all 12,730 parameters, by hand and by jax to 1e-12 of the largest gradient of each matrix, "
     "finite differences to 1e-8; in some ten seconds"
 )
 PROMISED = {"jax.grad": 1e-12, "gf.backprop": 1e-12, "finite differences": 1e-8}

@@ -19,9 +19,9 @@ from gradfn.report.figures import save
 from gradfn.report.saturate import gradient_flow, learned, saturation
 
 EXPECTED = (
-    "ten layers of sigmoids, started as usual, whose first layer has less than 1/1,000 of the last one's gradient and "
-    "which learn nothing, and that at least 80 % of the test digits come right with residual connections, with layer "
-    "norm, or with relus started as He et al. do; in a minute"
+    "ten layers of sigmoids, begun as usual, to leave the first less than 1/1,000 of the last one's gradient and learn "
+    "nothing, and to read at least 80 % of the test digits with residual connections or layer norm, as ten layers of "
+    "relus begun by He's rule do; in a minute"
 )
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "gelu")
 WIRINGS = ("plain", "residual", "layer norm")

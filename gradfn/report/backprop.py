@@ -30,8 +30,8 @@ def equations(by_hand: Any, W2: Any, label: int, shape: Sequence[int] = (28, 28)
         A figure with a row of panels for the error that goes back, and one for the gradients that it leaves.
 
     >>> import jax, gradfn as gf
-    >>> params = gf.mlp([4, 3, 2]).init(jax.random.key(0))
-    >>> equations(gf.chain_rule(params, np.ones(4), 1), params["W2"], 1, (2, 2)).get_suptitle()
+    >>> params = {"W1": np.ones([3, 4]), "b1": np.zeros(3), "W2": np.ones([2, 3]), "b2": np.zeros(2)}
+    >>> equations(jax.jit(gf.chain_rule)(params, np.ones(4), 1), params["W2"], 1, (2, 2)).get_suptitle()
     'The chain rule for one 1: the error goes back (BP1, BP2) and leaves the gradients (BP3, BP4)'
     """
     answer, error, error_before = (
