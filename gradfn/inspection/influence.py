@@ -1,6 +1,5 @@
 """`gf.tracin`: which training examples taught the network its answer to a test example."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gradfn.inspection.leaves import floating_leaves
+from gradfn.inspection.scalar import jit_arrays
 
-def tracin(loss: Callable, *, normalise: bool = False, part: int = 256) -> Callable[..., jax.Array]:
+
+def tracin(loss: Callable, *, normalise: bool = False, part: int = 64) -> Callable[..., jax.Array]:
     """Make the influence of each training example on the loss of each test example.
 
     TracInCP: Pruthi et al., *Estimating Training Data Influence by Tracing Gradient Descent*, 2020, equation
@@ -33,12 +35,13 @@ def tracin(loss: Callable, *, normalise: bool = False, part: int = 256) -> Calla
 
     Returns:
         `(checkpoints, train, test, learning_rates) -> [test, train]`, in units of the loss for one step on the
-        example alone at each checkpoint. `checkpoints` is a list of parameter trees, `train` and `test` are
+        example alone at each checkpoint. `checkpoints` is a list of parameter trees (or of
+        models of another framework; `gf.train.kept` reads those of a run), `train` and `test` are
         batches as the loss takes them with a leading axis, `learning_rates` a number, or one for each checkpoint.
         The scores of gradient descent; with Adam, which scales its steps, they are still used, as an estimate.
 
     Raises:
-        ValueError: no checkpoint, or not one learning rate for each.
+        ValueError: no checkpoint, or not one learning rate for each; TypeError: no floating parameter.
 
     Example:
         >>> import jax.numpy as jnp, gradfn as gf
@@ -51,27 +54,29 @@ def tracin(loss: Callable, *, normalise: bool = False, part: int = 256) -> Calla
     if part < 1:
         raise ValueError(f"tracin: part is 1 or more, came {part}")
 
-    @functools.wraps(loss)
-    def value(params: Any, example: Any) -> jax.Array:
-        out = loss(params, example)
-        return out[0] if isinstance(out, tuple) else out
-
-    @jax.jit
+    @jit_arrays
     def products(params: Any, train: Any, test: Any) -> jax.Array:
+        leaves = floating_leaves(params, "tracin")
+
+        def value(values: Any, example: Any) -> jax.Array:
+            out = loss(leaves.fill(values), example)
+            return out[0] if isinstance(out, tuple) else out
+
         def of_test(example: Any) -> jax.Array:
-            direction = jax.grad(value)(params, example)
+            direction = jax.grad(value)(leaves.values, example)
             if normalise:
-                direction = jax.tree.map(lambda g: g / _norm(direction), direction)
+                length = _norm(direction)
+                direction = [g / length for g in direction]
 
             def slope(other: Any) -> jax.Array:
-                return jax.jvp(lambda p: value(p, other), (params,), (direction,))[1]
+                return jax.jvp(lambda values: value(values, other), (leaves.values,), (direction,))[1]
 
             return jax.lax.map(slope, train, batch_size=part)
 
         found = jax.lax.map(of_test, test, batch_size=part)  # [test, train]
         if normalise:
-            length = lambda other: _norm(jax.grad(value)(params, other))  # noqa: E731
-            found /= jax.lax.map(length, train, batch_size=part)[None]
+            length_of = lambda other: _norm(jax.grad(value)(leaves.values, other))  # noqa: E731
+            found /= jax.lax.map(length_of, train, batch_size=part)[None]
         return found
 
     def scores(checkpoints: Sequence[Any], train: Any, test: Any, learning_rates: Any) -> jax.Array:

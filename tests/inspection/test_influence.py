@@ -27,9 +27,11 @@ def test_scores_are_products_of_per_example_gradients():
         expected += rate * of_test @ of_train.T
     found = gf.tracin(LOSS, part=3)(checkpoints, train, test, [0.5, 0.1])  # 3 and 3 and 1, 3 and 2
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
-    with_aux = gf.tracin(lambda params, example: (LOSS(params, example), 1))
+    # With aux, and in a model that holds a function and a whole number.
+    with_aux = gf.tracin(lambda model, example: (model["loss"](model["params"], example), 1))
+    models = [{"params": params, "loss": LOSS, "step": jnp.array(7)} for params in checkpoints]
     np.testing.assert_allclose(
-        with_aux(checkpoints, train, test, np.array([0.5, 0.1])), expected, rtol=1e-5, atol=1e-7
+        with_aux(models, train, test, np.array([0.5, 0.1])), expected, rtol=1e-5, atol=1e-7
     )
 
 
