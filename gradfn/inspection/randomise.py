@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradfn.params import path_name
+from gradfn.inspection.leaves import floating_leaves
+from gradfn.inspection.scalar import jit_arrays
 from gradfn.text import TextTable
 from gradfn.transform import Program, parameter_uses, trace
 
@@ -104,25 +105,19 @@ def randomise_weights(
     """
 
     def cascade(params: Any, x: Any, key: jax.Array) -> Randomised:
-        fresh = init(key)
-        if jax.tree.map(jnp.shape, fresh) != jax.tree.map(jnp.shape, params):
+        leaves, fresh = (floating_leaves(tree, "randomise_weights") for tree in (params, init(key)))
+        if list(map(jnp.shape, fresh.values)) != list(map(jnp.shape, leaves.values)):
             raise ValueError("randomise_weights: init gives parameters of another shape than those to test")
-        names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         if layers is None:
-            one = jax.tree.map(lambda leaf: leaf[0], x)
-            groups = _by_use(names, trace(method, params, one))
+            groups = _by_use(leaves.names, trace(method, params, jax.tree.map(lambda leaf: leaf[0], x)))
         else:
-            groups = _named(names, layers)
-        maps_of = jax.jit(jax.vmap(method, (None, 0)))
+            groups = _named(leaves.names, layers)
+        maps_of = jit_arrays(lambda params, x: jax.vmap(lambda one: method(params, one))(x))
         maps, random = [maps_of(params, x)], set[str]()
         for group in groups:
             random.update(group)
-            mixed = jax.tree_util.tree_map_with_path(
-                lambda path, old, new: new if path_name(path) in random else old,
-                params,
-                fresh,
-            )
-            maps.append(maps_of(mixed, x))
+            pairs = zip(leaves.names, leaves.values, fresh.values, strict=True)
+            maps.append(maps_of(leaves.fill([new if name in random else old for name, old, new in pairs]), x))
         labels = [("+ " if i else "") + ", ".join(group) for i, group in enumerate(groups)]
         return _compare(labels, maps)
 
@@ -163,7 +158,7 @@ def randomise_labels(method: Method, train: Callable[[Any, jax.Array], Any]) -> 
         inputs, labels = data
         key_train, key_order = jax.random.split(key)
         order = np.asarray(jax.random.permutation(key_order, len(labels)))
-        maps_of = jax.jit(jax.vmap(method, (None, 0)))
+        maps_of = jit_arrays(lambda params, x: jax.vmap(lambda one: method(params, one))(x))
         maps = [maps_of(train((inputs, y), key_train), x) for y in (labels, labels[order])]
         varies = np.ptp(np.asarray(inputs), 0) > 0
         return _compare(["labels"], maps, varies if varies.shape == maps[0].shape[1:] else None)
@@ -203,14 +198,14 @@ def _compare(names: Sequence[str], maps: Sequence[Any], where: np.ndarray | None
 
 def _by_use(names: Sequence[str], program: Program) -> list[list[str]]:
     """Return the parameters layer by layer, the layer that the program uses last first."""
-    first: dict[int, tuple[int, ...]] = {}
+    first: dict[str, tuple[int, ...]] = {}
     for use in parameter_uses(program):
-        for leaf in use.leaves:
-            first[leaf] = min(first.get(leaf, use.path), use.path)
+        for name in (program.names[leaf] for leaf in use.leaves):
+            first[name] = min(first.get(name, use.path), use.path)
     groups: dict[str, list[str]] = {}
-    for leaf in sorted(range(len(names)), key=lambda leaf: first.get(leaf, ())):
-        folder, _, name = names[leaf].rpartition("/")
-        groups.setdefault(folder or name.lstrip(ascii_letters + "_") or name, []).append(names[leaf])
+    for name in sorted(names, key=lambda name: first.get(name, ())):
+        folder, _, last = name.rpartition("/")
+        groups.setdefault(folder or last.lstrip(ascii_letters + "_") or last, []).append(name)
     return [sorted(group) for group in groups.values()][::-1]
 
 
