@@ -1,4 +1,7 @@
-"""Search widths and depths of the hidden layers, and see where the base case of one layer of mean width stands."""
+"""Search widths and depths of the hidden layers, and see where the base case of one layer of mean width stands.
+
+Some twenty shapes are few enough to try them all; a search library would have nothing to choose.
+"""
 
 from __future__ import annotations
 

@@ -128,7 +128,9 @@ def search_map(rows: Rows) -> Figure:
     panel.set_xticks(range(len(widths)), widths)
     panel.set_yticks(range(len(depths)), depths)
     panel.tick_params(length=0)
-    panel.set_xlabel("nodes in each hidden layer (orange frame: the base case; black: best by validation)")
+    panel.set_xlabel(
+        "nodes in each hidden layer (orange: the base case; black: best by validation; blank: too many parameters)"
+    )
     panel.set_ylabel("hidden layers")
     extend = "min" if low < drawn.get_clim()[0] else "neither"
     figure.colorbar(drawn, ax=panel, label="test examples right (%)", extend=extend, pad=0.02)
