@@ -1,0 +1,285 @@
+"""What the norms of all examples' gradients cost on top of the gradient of the batch.
+
+    python -m benchmarks.per_example                # an MLP and a GPT, in JAX; PyTorch's libraries on the MLP
+    python -m benchmarks.per_example --only MLP     # one of MLP, GPT-12, GPT-12-scanned, GPT-64, LSTM, CNN
+
+The MLP is 784-256-256-10 at batch 64; the GPT has 4 layers, 4 heads, width 128, 64 tokens, a tied head, at batch 12
+and 64; the LSTM 128 units over 64 tokens at batch 32; the CNN two layers of 8 and 16 channels on 28x28 images at
+batch 64. The baseline is the gradient of the batch, `jax.value_and_grad(gf.batch_mean(loss))`, nothing else. Everyone
+else returns it too, with the norm of every example's gradient; before they race they are held against each other. A
+ratio of 0.9 means that it takes 1/0.9 of the baseline's time. Peak temporary memory is what XLA plans for the call.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import gradfn as gf
+from benchmarks import harness
+
+PLAIN, TORCH = "batch gradient", "PyTorch: batch gradient"
+KEY = jax.random.key(0)
+Case = tuple[Callable, Any, Any]  # the loss of one example, parameters, a batch
+
+
+def classified(net: gf.Net, *shape: int) -> Case:
+    images = jax.random.normal(KEY, shape), jnp.arange(shape[0]) % 10
+    return gf.classification_loss(net), net.init(KEY), images
+
+
+def read(net: gf.Net, batch: int, length: int = 64, vocab: int = 65) -> Case:
+    text = jax.random.randint(KEY, (batch, length + 1), 0, vocab)
+    return gf.next_token_loss(net), net.init(KEY), (text[:, :-1], text[:, 1:])
+
+
+def gpt(**settings: Any) -> gf.Net:
+    sizes: dict[str, Any] = {"vocab": 65, "context": 64, "n_layers": 4, "n_heads": 4, "width": 128}
+    return gf.gpt(gf.GPTConfig(**sizes, bias=False, feed="gelu_exact", **settings))
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "MLP": lambda: classified(gf.mlp([784, 256, 256, 10], "relu"), 64, 784),
+    "GPT-12": lambda: read(gpt(), 12),
+    "GPT-12-scanned": lambda: read(gpt(scan=True), 12),
+    "GPT-64": lambda: read(gpt(), 64),
+    "LSTM": lambda: read(gf.rnn(65, 128, "lstm"), 32),
+    "CNN": lambda: classified(gf.cnn(channels=[8, 16]), 64, 28, 28, 1),
+}
+
+
+def norms(loss: Callable) -> Callable:
+    """gf.per_example_norms: gradient and norms."""
+
+    def run(params: Any, batch: Any) -> Any:
+        seen = gf.per_example_norms(loss)(params, batch)
+        return seen.grads, seen.total
+
+    return run
+
+
+def clipped(loss: Callable) -> Callable:
+    """gf.clipped_grads, with a bound that leaves every gradient as it is, so that the mean is the same."""
+
+    def run(params: Any, batch: Any) -> Any:
+        seen = gf.clipped_grads(loss, 1e9)(params, batch)
+        return seen.grads, seen.total
+
+    return run
+
+
+def every_gradient(loss: Callable) -> Callable:
+    """vmap(grad): all gradients, then their norms and their mean."""
+
+    def run(params: Any, batch: Any) -> Any:
+        grads = jax.vmap(jax.grad(loss), (None, 0))(params, batch)
+        squares = [jnp.sum(jnp.square(g.reshape(g.shape[0], -1)), 1) for g in jax.tree.leaves(grads)]
+        return jax.tree.map(lambda g: g.mean(0), grads), jnp.sqrt(sum(squares))
+
+    return run
+
+
+def ghost_by_hand(params: Any, batch: Any) -> Any:
+    """Forward and backward of the MLP written out."""
+    x, labels = batch
+    n, inputs, slopes = len(x), [], []
+    layers = range(1, len(params) // 2 + 1)
+    for i in layers:
+        inputs.append(x)
+        z = x @ params[f"W{i}"].T + params[f"b{i}"]  # [batch, out]
+        slopes.append((z > 0).astype(z.dtype))
+        x = jax.nn.relu(z)
+    g = jax.nn.softmax(z) - jax.nn.one_hot(labels, z.shape[1], dtype=z.dtype)
+    grads, squares = {}, jnp.zeros(n)
+    for i in reversed(layers):
+        a = inputs[i - 1]
+        of_bias = jnp.sum(g * g, 1)
+        squares += of_bias * jnp.sum(a * a, 1) + of_bias  # |a|^2 |g|^2 of W, |g|^2 of b
+        grads |= {f"W{i}": g.T @ a / n, f"b{i}": g.mean(0)}
+        if i > 1:
+            g = g @ params[f"W{i}"] * slopes[i - 2]
+    return grads, jnp.sqrt(squares)
+
+
+Torch = Callable[[], Any]  # answers with the norm of each example's gradient
+
+
+def torch_mlp(params: Any) -> Any:
+    import torch
+    from torch import nn
+
+    layers: list[Any] = []
+    for i in range(1, len(params) // 2 + 1):
+        W, b = (torch.from_numpy(np.array(params[f"{name}{i}"])) for name in "Wb")
+        layer = nn.Linear(W.shape[1], W.shape[0])
+        layer.weight, layer.bias = nn.Parameter(W), nn.Parameter(b)
+        layers += [layer, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def torch_plain(params: Any, x: Any, labels: Any) -> Torch:
+    from torch import nn
+
+    model = torch_mlp(params)
+
+    def run() -> None:
+        model.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(model(x), labels).backward()
+
+    return run
+
+
+def torch_func(params: Any, x: Any, labels: Any) -> Torch:
+    import torch
+    from torch import nn
+
+    model = torch_mlp(params)
+    leaves = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(leaves: Any, x: Any, label: Any) -> Any:
+        logits = torch.func.functional_call(model, leaves, (x[None],))
+        return nn.functional.cross_entropy(logits, label[None])
+
+    grads_of = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))
+
+    def run() -> Any:
+        grads = grads_of(leaves, x, labels)
+        _ = {name: g.mean(0) for name, g in grads.items()}
+        return torch.stack([g.flatten(1).square().sum(1) for g in grads.values()]).sum(0).sqrt()
+
+    return run
+
+
+def opacus(params: Any, x: Any, labels: Any) -> Torch:
+    from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (
+        GradSampleModuleFastGradientClipping as GhostModule,
+    )
+    from torch import nn
+
+    model = GhostModule(torch_mlp(params), max_grad_norm=1.0, use_ghost_clipping=True)
+
+    def run() -> Any:
+        model.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(model(x), labels).backward()
+        return model.get_norm_sample()
+
+    return run
+
+
+def backpack(params: Any, x: Any, labels: Any) -> Torch:
+    import torch
+    from backpack import backpack, extend
+    from backpack.extensions import BatchL2Grad
+    from torch import nn
+
+    model, loss = extend(torch_mlp(params)), extend(nn.CrossEntropyLoss())
+
+    def run() -> Any:
+        model.zero_grad(set_to_none=True)
+        with backpack(BatchL2Grad()):
+            loss(model(x), labels).backward()
+        # of the gradients of the mean: each is 1/n of the example's own
+        return len(x) * torch.stack([p.batch_l2 for p in model.parameters()]).sum(0).sqrt()
+
+    return run
+
+
+TORCHES = {
+    TORCH: torch_plain,
+    "PyTorch: torch.func": torch_func,
+    "Opacus, ghost": opacus,
+    "BackPACK, BatchL2Grad": backpack,
+}
+
+
+def compiled(name: str) -> tuple[dict[str, Callable], dict[str, str]]:
+    """Return the compiled contenders of a case, and what memory each takes."""
+    loss, params, batch = CASES[name]()
+    ways = {
+        PLAIN: jax.value_and_grad(gf.batch_mean(loss)),
+        "gf.per_example_norms": norms(loss),
+        "gf.clipped_grads": clipped(loss),
+        "vmap(grad)": every_gradient(loss),
+    } | ({"ghost by hand": ghost_by_hand} if name == "MLP" else {})
+    runs, memory = {}, {}
+    for way, f in ways.items():
+        run = jax.jit(f).lower(params, batch).compile()
+        memory[way] = f"{run.memory_analysis().temp_size_in_bytes / 1e6:.1f} MB"
+        runs[way] = run
+    agree(runs, params, batch)
+    return {way: lambda run=run: run(params, batch) for way, run in runs.items()}, memory
+
+
+def agree(runs: dict[str, Callable], params: Any, batch: Any) -> None:
+    """Raise unless everyone finds the same gradient and the same norms."""
+    _, gradient = runs[PLAIN](params, batch)
+    every = runs["vmap(grad)"](params, batch)[1]
+    for way, run in runs.items():
+        if way != PLAIN:
+            grads, total = run(params, batch)
+            np.testing.assert_allclose(total, every, rtol=1e-4, err_msg=way)
+            for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(gradient), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-5, err_msg=way)
+
+
+def torches(expected: Any) -> tuple[dict[str, Torch], dict[str, str]]:
+    """Return those of PyTorch's libraries that are installed, and why others are not raced."""
+    _, params, (x, labels) = CASES["MLP"]()
+    runs, skipped = {}, {}
+    for name, make in TORCHES.items():
+        try:
+            import torch
+
+            run = make(params, torch.from_numpy(np.array(x)), torch.from_numpy(np.array(labels)).long())
+            if name != TORCH:
+                np.testing.assert_allclose(run().detach().numpy(), expected, rtol=1e-4, err_msg=name)
+            runs[name] = run
+        except ImportError as error:
+            skipped[name] = f"{error.name} is not installed"
+    return runs, skipped
+
+
+def counted(run: Callable, calls: int) -> harness.Contender:
+    """Return the contender that calls so many times and waits for the last."""
+
+    def contender() -> float:
+        for _ in range(calls):
+            out = run()
+        jax.block_until_ready(out)
+        return calls
+
+    return contender
+
+
+def main() -> None:
+    parser = harness.arguments(__doc__, rounds=15)
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="these alone")
+    options = parser.parse_args()
+    for name in options.only:
+        runs, memory = compiled(name)
+        skipped: dict[str, str] = {}
+        if name == "MLP":
+            more, skipped = torches(runs["vmap(grad)"]()[1])
+            runs = runs | more
+        calls = 20 if name == "MLP" else 2
+        timings = harness.race({way: counted(run, calls) for way, run in runs.items()}, options.rounds)
+        json_file = options.json and options.json.replace(".json", f"-{name}.json")
+        harness.report(
+            name,
+            timings,
+            PLAIN,
+            "steps",
+            skipped=skipped,
+            packages=(*harness.PACKAGES, "torch", "opacus", "backpack-for-pytorch"),
+            json_file=json_file,
+        )
+        if TORCH in timings:
+            theirs = {way: timings[way] for way in TORCHES if way in timings}
+            harness.report(f"{name}, among PyTorch's own", theirs, TORCH, "steps", packages=())
+        print("temporary memory:", ", ".join(f"{way} {size}" for way, size in memory.items()))
+
+
+if __name__ == "__main__":
+    main()
