@@ -20,6 +20,7 @@ from gradfn.transform.ghost import (
     how,
     multiplies_out,
     rule_for,
+    squares_of_each,
     squared_norm,
 )
 from gradfn.transform.interpreter import Evaluate, Path
@@ -227,7 +228,7 @@ class Plan:
         self, own: Sequence[Any], of_tokens: Mapping[Path, Any], captures: Mapping[Path, Any]
     ) -> dict[int, Any]:
         """Return the squared norms `[B]` of the direct and the shared parameters."""
-        out = {i: _squares_of_each(g) for i, g in zip(self.direct, own, strict=True)}
+        out = {i: squares_of_each(g) for i, g in zip(self.direct, own, strict=True)}
         for i in self.shared:
             paths = [path for path, use in self.uses.items() if use.leaf == i]
             if not paths:
@@ -375,7 +376,7 @@ def in_chunks(call: Call, which: Sequence[int], chunk: int) -> tuple[dict[int, A
 
     def of_some(examples: list[Any]) -> tuple[list[Any], list[Any]]:
         grads = [widen(g) for g in jax.vmap(of_one)(examples)]
-        return [add_up(g) for g in grads], [_squares_of_each(g) for g in grads]
+        return [add_up(g) for g in grads], [squares_of_each(g) for g in grads]
 
     n = call.size // chunk
     rest = [leaf[n * chunk :] for leaf in call.batch]
@@ -396,11 +397,6 @@ def in_chunks(call: Call, which: Sequence[int], chunk: int) -> tuple[dict[int, A
         sums = [a + b for a, b in zip(sums, more, strict=True)] if n else more
         squares = [jnp.concatenate(pair) for pair in zip(squares, last, strict=True)] if n else last
     return dict(zip(which, squares, strict=True)), dict(zip(which, sums, strict=True))
-
-
-def _squares_of_each(g: jax.Array) -> jax.Array:
-    flat = widen(g.reshape(g.shape[0], -1))
-    return jnp.einsum("bn,bn->b", flat, flat, precision=lax.Precision.HIGHEST)
 
 
 def sum_of(squares: Any) -> Any:

@@ -27,6 +27,7 @@ from gradfn.precision import wide
 # Of a product in the place of two Gram matrices: a number read or written takes as long as so many multiplications,
 # and what is kept of it may be as large as so many times what the products around it keep anyway.
 TRAFFIC, ROOM = 40, 2
+CACHED = 2**18  # numbers that a processor's cache holds
 
 
 class Rule(NamedTuple):
@@ -296,37 +297,71 @@ def _fold(of: _Hashable, y: Any, V: Any, token: Any, left: Any) -> Any:
 
 
 def _forward(of: _Hashable, y: Any, V: Any, token: Any, left: Any) -> tuple[Any, Any]:
-    return y, (left, token, jnp.zeros((0,), V.dtype))
+    return y, (left, token, jnp.zeros((0, *V.shape), V.dtype))
 
 
 def _backward(of: _Hashable, kept: Any, g: Any) -> tuple[Any, Any, Any, None]:
     left, token, like = kept
     rule = of.rule
-    right = rule.right(g, left)
-    if rule.columns < rule.rows and rule.kind == "dense":  # [out, in]: make it the way it lies
-        d = _einsum("sfn,sfk->snk", right, left, token.dtype)
-        total = sum_over_examples(d).swapaxes(1, 2)
-    else:
-        d = _einsum("sfk,sfn->skn", left, right, token.dtype)
-        total = sum_over_examples(d)
-    return g, rule.assemble(total).astype(like.dtype), _square_of(d), None
+    sides = rule.right(g, left), left
+    columns_first = (*rule.own, *rule.columns, *rule.rows) == tuple(range(like.ndim - 1))  # [out, in]
+    total, square = _products(*(sides if columns_first else sides[::-1]), jnp.zeros((), token.dtype))
+    total = total.reshape(like.shape[1:]) if columns_first else rule.assemble(total)
+    return g, total.astype(like.dtype), square, None
 
 
 _fold.defvjp(_forward, _backward)
 
 
 @custom_vmap
-def sum_over_examples(d: jax.Array) -> jax.Array:
-    """Return ``d``; under ``vmap`` the sum over all examples.
+def _products(a: jax.Array, b: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return ``sum_f a[s, f, i] b[s, f, j]`` and its squared norm; under ``vmap`` the former summed over examples."""
+    d = _einsum("sfi,sfj->sij", a, b, like.dtype)
+    return d, _square_of(d)
 
-    XLA's processor backend takes five times as long to add arrays up along their first axis as to multiply by ones.
+
+@_products.def_vmap
+def _products_of_all(
+    n: int, batched: Any, a: jax.Array, b: jax.Array, like: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], tuple[bool, bool]]:
+    """Take some examples at a time, so that their products stay in the processor's cache.
+
+    Both sides go into the loop as matrices, as the products around it have them: else XLA would compute them twice.
     """
-    return d
+    shapes = a.shape[1:], b.shape[1:]
+    size = shapes[0][0] * shapes[0][2] * shapes[1][2]
+    chunk = max(1, min(n // 2, CACHED // size)) if jax.default_backend() == "cpu" else n
+    flat = [x.reshape(-1, x.shape[-1]) for x in (a, b)]  # [n * s * f, i]
+
+    def of_some(start: Any, count: int) -> tuple[jax.Array, jax.Array]:
+        rows = [math.prod(shape[:2]) for shape in shapes]
+        some = [
+            lax.dynamic_slice_in_dim(x, start * r, count * r).reshape(count, *shape)
+            for x, r, shape in zip(flat, rows, shapes, strict=True)
+        ]
+        d = _einsum("csfi,csfj->csij", *some, like.dtype)
+        return add_up(d), squares_of_each(d)
+
+    def step(i: Any, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        total, squares = so_far
+        more, its = of_some(i * chunk, chunk)
+        return total + more, lax.dynamic_update_slice_in_dim(squares, its, i * chunk, 0)
+
+    shape = shapes[0][0], shapes[0][2], shapes[1][2]
+    total, squares = lax.fori_loop(
+        0, n // chunk, step, (jnp.zeros(shape, like.dtype), jnp.zeros(n, like.dtype))
+    )
+    if n % chunk:
+        more, its = of_some(n - n % chunk, n % chunk)
+        total, squares = total + more, lax.dynamic_update_slice_in_dim(squares, its, n - n % chunk, 0)
+    return (total, squares), (False, True)
 
 
-@sum_over_examples.def_vmap
-def _summed(n: int, batched: Any, d: jax.Array) -> tuple[jax.Array, bool]:
-    return add_up(d), False
+def squares_of_each(d: jax.Array) -> jax.Array:
+    """Return the sum of squares of each example, ``[n, ...] -> [n]``."""
+    flat = d.reshape(d.shape[0], -1)
+    flat = flat.astype(wide(flat.dtype))
+    return jnp.sum(jnp.square(flat), 1)
 
 
 def add_up(d: jax.Array) -> jax.Array:
