@@ -15,13 +15,16 @@ from gradfn.transform.ghost import (
     Factors,
     Rule,
     add_up,
+    chunk_for,
     factors,
     fold,
     how,
+    is_less,
     multiplies_out,
+    product,
     rule_for,
-    squares_of_each,
     squared_norm,
+    squares_of_each,
 )
 from gradfn.transform.interpreter import Evaluate, Path
 from gradfn.transform.program import is_array, leaf_name
@@ -168,6 +171,18 @@ class Plan:
                 self.fallback.append(i)
                 self.methods.append(FALLBACK)
         self.places = {path: places[path] for path in self.uses}
+        self.multiplied = {i for i in self.shared if self._is_multiplied(i)}
+
+    def _is_multiplied(self, i: int) -> bool:
+        """Tell whether several uses' gradient is made for each example once all of them are known."""
+        paths = [path for path, use in self.uses.items() if use.leaf == i and not use.alone]
+        if not paths or any(_leaf_axes(self.uses[path]) is None for path in paths):
+            return False
+        positions = 0
+        for path in paths:
+            use, place = self.uses[path], self.places[path]
+            positions += use.rule.sizes[1] * math.prod(place.axes[k] for k in _shared_axes(use, place))
+        return is_less(positions, *self.uses[paths[0]].rule.sizes[2:])
 
     def own(self) -> list[Any]:
         """Return a copy per example of the direct parameters."""
@@ -187,37 +202,41 @@ class Plan:
         return out
 
     def losses(
-        self, own: list[Any], some: list[Any], tokens: dict[Path, Any], which: Sequence[int] | None = None
+        self, own: list[Any], some: list[Any], tokens: dict[Path, Any], which: Sequence[int], stop: bool
     ) -> tuple[Any, Any]:
-        """Return each example's loss, their aux and captures; `some` are the parameters with numbers `which`."""
-        which = self.shared if which is None else which
+        """Return each example's loss, their aux and captures; `some` are the parameters with numbers `which`.
+
+        With `stop` no gradient reaches those whose gradient is made later, in `squares`.
+        """
 
         def one(own: list[Any], tokens: Any, example: list[Any], shared: list[Any]) -> tuple[Any, Any]:
             leaves = list(self.call.floating)
             for i, leaf in [*zip(self.direct, own, strict=True), *zip(which, shared, strict=True)]:
                 leaves[i] = leaf
             inputs = self.call.inputs(leaves, example)
-            outs, captures = interpret(self.call.program.jaxpr, self._visit, self.places, inputs, tokens)
+            outs, captures = interpret(self.call.program.jaxpr, visit, self.places, inputs, tokens)
             value, aux = self.call.split(outs)
             return value, (aux, captures)
 
         def all_of_them(own: list[Any], shared: list[Any], tokens: Any, batch: list[Any]) -> tuple[Any, Any]:
             return jax.vmap(one, (0, 0, 0, None))(own, tokens, batch, shared)
 
+        visit = functools.partial(self._visit, self.multiplied if stop else set())
         return flat_products(all_of_them)(own, some, tokens, self.call.batch)
 
     def _visit(
-        self, place: Place, evaluate: Evaluate, inputs: Sequence[Any], token: Any
+        self, stopped: set[int], place: Place, evaluate: Evaluate, inputs: Sequence[Any], token: Any
     ) -> tuple[list[Any], Any]:
         use = self.uses[place.path]
         rule, V = use.rule, inputs[use.operand]
         left = lax.stop_gradient(rule.left(inputs))
-        if use.alone and multiplies_out(rule):
-            still = list(inputs)
-            still[use.operand] = lax.stop_gradient(V)
-            (y,) = evaluate(still)
-            return [fold(rule, y, V, token, left)], None
+        folded = use.alone and multiplies_out(rule)
+        if folded or use.leaf in stopped:
+            inputs = list(inputs)
+            inputs[use.operand] = lax.stop_gradient(V)
         (y,) = evaluate(inputs)
+        if folded:
+            return [fold(rule, y, V, token, left)], None
         if rule.kind == "rows":  # perhaps the same rows for all: a cotangent each all the same
             y += lax.stop_gradient(token).reshape(-1)[0].astype(y.dtype)
         if use.alone:
@@ -226,29 +245,49 @@ class Plan:
 
     def squares(
         self, own: Sequence[Any], of_tokens: Mapping[Path, Any], captures: Mapping[Path, Any]
-    ) -> dict[int, Any]:
-        """Return the squared norms `[B]` of the direct and the shared parameters."""
-        out = {i: squares_of_each(g) for i, g in zip(self.direct, own, strict=True)}
+    ) -> tuple[dict[int, Any], dict[int, Any]]:
+        """Return the squared norms `[B]` of the direct and the shared parameters, and sums of gradients made here."""
+        n = self.call.size
+        out, sums = {i: squares_of_each(g) for i, g in zip(self.direct, own, strict=True)}, {}
         for i in self.shared:
             paths = [path for path, use in self.uses.items() if use.leaf == i]
+            leaf = self.call.floating[i]
             if not paths:
-                out[i] = jnp.zeros(self.call.size, wide(self.call.floating[i].dtype))
+                out[i] = jnp.zeros(n, wide(leaf.dtype))
             elif self.uses[paths[0]].alone:
-                of_example = of_tokens[paths[0]]
-                out[i] = of_example.reshape(self.call.size, -1).sum(1)  # over the layers of a scan
+                out[i] = of_tokens[paths[0]].reshape(n, -1).sum(1)  # over the layers of a scan
             else:
                 gathered = [(of_tokens[path], captures[path]) for path in paths]
-                out[i] = jax.vmap(functools.partial(self._together, paths))(gathered)
-        return out
+                factors_of = functools.partial(self._factors, paths)
+                if i in self.multiplied:
+                    (sums[i],), (out[i],) = in_chunks(
+                        lambda some, f=factors_of: [jax.vmap(lambda one: product(f(one)))(some)],
+                        gathered,
+                        n,
+                        chunk_for(n, leaf.size),
+                    )
+                    sums[i] = self._as_leaf(i, paths[0], sums[i])
+                else:
+                    out[i] = jax.vmap(lambda one, f=factors_of: squared_norm(f(one)))(gathered)
+        return out, sums
 
-    def _together(self, paths: list[Path], gathered: list[tuple[Any, Any]]) -> Any:
-        """Return one example's squared norm from several uses, or from one in a loop."""
-        return squared_norm(
-            [
-                _positions(self.uses[path], self.places[path], g, left, len(paths) > 1)
-                for path, (g, left) in zip(paths, gathered, strict=True)
-            ]
-        )
+    def _factors(self, paths: list[Path], gathered: list[tuple[Any, Any]]) -> list[Factors]:
+        """Return one example's gradient from several uses, or from one in a loop."""
+        leaf = self.uses[paths[0]].leaf
+        aligned = len(paths) > 1 or leaf in self.multiplied
+        return [
+            _positions(self.uses[path], self.places[path], g, left, aligned)
+            for path, (g, left) in zip(paths, gathered, strict=True)
+        ]
+
+    def _as_leaf(self, i: int, path: Path, total: jax.Array) -> jax.Array:
+        """Bring a sum of products, `[s, k, n]`, in the parameter's order, into its shape."""
+        leaf, axes = self.call.floating[i], _leaf_axes(self.uses[path])
+        assert axes is not None
+        own, *sides = (sorted(axis for axis in side if axis is not None) for side in axes)
+        order = [*own, *sorted(sides)[0], *sorted(sides)[1]]
+        total = total.reshape([leaf.shape[axis] for axis in order])
+        return total.transpose(sorted(range(len(order)), key=lambda k: order[k])).reshape(leaf.shape)
 
 
 def _described(uses: Sequence[_Use]) -> str:
@@ -362,8 +401,8 @@ def _is_small(size: int, meetings: Sequence[Meeting], places: Mapping[Path, Plac
     return size <= around
 
 
-def in_chunks(call: Call, which: Sequence[int], chunk: int) -> tuple[dict[int, Any], dict[int, Any]]:
-    """Return the squared norms `[B]`, and the sum of the gradients, of some parameters, chunk by chunk."""
+def fall_back(call: Call, which: Sequence[int], chunk: int) -> tuple[dict[int, Any], dict[int, Any]]:
+    """Return the squared norms `[B]`, and the sum of the gradients, of some parameters, by `vmap(grad)` of them."""
 
     def of_one(example: list[Any]) -> list[Any]:
         def loss(leaves: list[Any]) -> Any:
@@ -372,31 +411,36 @@ def in_chunks(call: Call, which: Sequence[int], chunk: int) -> tuple[dict[int, A
                 floating[i] = leaf
             return call.run(floating, example)[0]
 
-        return jax.grad(loss)([call.floating[i] for i in which])
+        return [widen(g) for g in jax.grad(loss)([call.floating[i] for i in which])]
 
-    def of_some(examples: list[Any]) -> tuple[list[Any], list[Any]]:
-        grads = [widen(g) for g in jax.vmap(of_one)(examples)]
-        return [add_up(g) for g in grads], [squares_of_each(g) for g in grads]
-
-    n = call.size // chunk
-    rest = [leaf[n * chunk :] for leaf in call.batch]
-    sums: list[Any] = []
-    squares: list[Any] = []
-    if n:
-        chunks = [leaf[: n * chunk].reshape(n, chunk, *leaf.shape[1:]) for leaf in call.batch]
-
-        def step(sums: list[Any], examples: list[Any]) -> tuple[list[Any], list[Any]]:
-            more, squares = of_some(examples)
-            return [a + b for a, b in zip(sums, more, strict=True)], squares
-
-        zeros = [jnp.zeros(call.floating[i].shape, wide(call.floating[i].dtype)) for i in which]
-        sums, squares = lax.scan(step, zeros, chunks)
-        squares = [x.reshape(-1) for x in squares]  # [n, chunk] -> [n * chunk]
-    if n * chunk < call.size:
-        more, last = of_some(rest)
-        sums = [a + b for a, b in zip(sums, more, strict=True)] if n else more
-        squares = [jnp.concatenate(pair) for pair in zip(squares, last, strict=True)] if n else last
+    sums, squares = in_chunks(jax.vmap(of_one), call.batch, call.size, min(chunk, call.size))
     return dict(zip(which, squares, strict=True)), dict(zip(which, sums, strict=True))
+
+
+def in_chunks(of_some: Callable, examples: Any, n: int, chunk: int) -> tuple[list[Any], list[Any]]:
+    """Return the sums over examples, and the squared norm `[n]` of each, of what a function makes of a chunk of them.
+
+    `of_some` answers with arrays of `[chunk, ...]`, which are never all there at once.
+    """
+
+    def at(start: Any, count: int) -> Any:
+        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, count), examples)
+
+    def step(so_far: Any, start: Any, count: int) -> Any:
+        sums, squares = so_far
+        made = of_some(at(start, count))
+        return (
+            [a + add_up(d) for a, d in zip(sums, made, strict=True)],
+            [
+                lax.dynamic_update_slice_in_dim(a, squares_of_each(d), start, 0)
+                for a, d in zip(squares, made, strict=True)
+            ],
+        )
+
+    shapes = jax.eval_shape(lambda: of_some(at(0, chunk)))
+    so_far = [jnp.zeros(s.shape[1:], s.dtype) for s in shapes], [jnp.zeros(n, s.dtype) for s in shapes]
+    so_far = lax.fori_loop(0, n // chunk, lambda i, so_far: step(so_far, i * chunk, chunk), so_far)
+    return step(so_far, n - n % chunk, n % chunk) if n % chunk else so_far
 
 
 def sum_of(squares: Any) -> Any:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gradfn.inspection.example_norms import FALLBACK, Call, Plan, in_chunks, sum_of
+from gradfn.inspection.example_norms import FALLBACK, Call, Plan, fall_back, sum_of
 from gradfn.text import TextTable
 from gradfn.transform.ghost import add_up
 
@@ -179,18 +179,16 @@ def per_example_norms(loss: Callable, chunk: int = CHUNK) -> Callable[..., Examp
         tokens = plan.tokens()
 
         def total_loss(own: list[Any], shared: list[Any], tokens: Any) -> tuple[Any, Any]:
-            values, rest = plan.losses(own, shared, tokens)
+            values, rest = plan.losses(own, shared, tokens, plan.shared, stop=True)
             return values.sum(), (values, *rest)
 
         inputs = plan.own(), [call.floating[i] for i in plan.shared], tokens
         back = jax.grad(total_loss, argnums=(0, 1, 2), has_aux=True)
         (own, shared, of_tokens), (values, aux, captures) = back(*inputs)
-        squares = plan.squares(own, of_tokens, captures)
-        sums = dict(zip(plan.direct, map(add_up, own), strict=True)) | dict(
-            zip(plan.shared, shared, strict=True)
-        )
+        squares, made = plan.squares(own, of_tokens, captures)
+        sums = dict(zip([*plan.direct, *plan.shared], [*map(add_up, own), *shared], strict=True)) | made
         if plan.fallback:
-            more, more_sums = in_chunks(call, plan.fallback, chunk)
+            more, more_sums = fall_back(call, plan.fallback, chunk)
             squares, sums = squares | more, sums | more_sums
         numbers = range(len(call.floating))
         return ExampleNorms(
@@ -243,18 +241,18 @@ def clipped_grads(loss: Callable, max_norm: Any, chunk: int = CHUNK) -> Callable
         back_to = [*plan.shared, *plan.fallback]
 
         def losses(own: list[Any], some: list[Any], tokens: Any) -> tuple[Any, Any]:
-            return plan.losses(own, some, tokens, back_to)
+            return plan.losses(own, some, tokens, back_to, stop=False)
 
         inputs = plan.own(), [call.floating[i] for i in back_to], plan.tokens()
         values, back, (aux, captures) = jax.vjp(losses, *inputs, has_aux=True)
         own, _, of_tokens = back(jnp.ones_like(values))
-        squares = plan.squares(own, of_tokens, captures)
+        squares, _ = plan.squares(own, of_tokens, captures)
         if plan.fallback:
-            squares |= in_chunks(call, plan.fallback, chunk)[0]
+            squares |= fall_back(call, plan.fallback, chunk)[0]
         total = jnp.sqrt(sum_of(squares.values()))
         weights = (1 / jnp.maximum(total / max_norm, 1)).astype(values.dtype)
         own, some, _ = back(weights)
-        sums = dict(zip(plan.direct, map(add_up, own), strict=True)) | dict(zip(back_to, some, strict=True))
+        sums = dict(zip([*plan.direct, *back_to], [*map(add_up, own), *some], strict=True))
         means = [(sums[i] / call.size).astype(x.dtype) for i, x in enumerate(call.floating)]
         return ClippedGrads(call.tree(means), values, aux, total, jnp.mean(total > max_norm))
 

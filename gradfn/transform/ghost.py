@@ -191,9 +191,12 @@ def multiplies_out(rule: Rule) -> bool:
     It is, where positions are many and weights few. Its cost is that of writing and reading it.
     """
     _, f, k, n = rule.sizes
-    return (
-        rule.kind != "rows" and f > 1 and TRAFFIC * k * n <= f * f * (k + n) and k * n <= ROOM * f * (k + n)
-    )
+    return rule.kind != "rows" and is_less(f, k, n)
+
+
+def is_less(f: int, k: int, n: int) -> bool:
+    """Tell whether a product over so many positions is less work than Gram matrices."""
+    return f > 1 and TRAFFIC * k * n <= f * f * (k + n) and k * n <= ROOM * f * (k + n)
 
 
 def how(rule: Rule) -> str:
@@ -214,21 +217,30 @@ def squared_norm(uses: Sequence[Factors]) -> jax.Array:
     """Return the squared norm of a sum of sums of outer products, all in the same two sizes."""
     n_positions = sum(use.sides[0].shape[1] for use in uses)
     k, n = uses[0].sizes
-    sides = [side for use in uses for side in use.sides]
-    dtype = max((wide(side.dtype) for side in sides if not _looks_up(side)), key=lambda dtype: dtype.itemsize)
+    sides, dtype = [side for use in uses for side in use.sides], _dtype(uses)
     if n_positions == 1 and len(uses) == 1:
         a, b = (_squares(side, dtype) for side in uses[0].sides)
         return jnp.sum(a * b)
     widths = sum(side.shape[-1] for side in sides if not _looks_up(side)) / len(uses)
     if n_positions * widths > k * n:
-        products = [_product(*use.sides, use.sizes, dtype) for use in uses]
-        return _square_of(functools.reduce(jnp.add, products))
+        return _square_of(product(uses))
     total = jnp.zeros((), dtype)
     for i, one in enumerate(uses):
         for j, other in enumerate(uses[: i + 1]):
             grams = [_gram(a, b, dtype) for a, b in zip(one.sides, other.sides, strict=True)]
             total += (1 if i == j else 2) * jnp.sum(grams[0] * grams[1])
     return total
+
+
+def product(uses: Sequence[Factors]) -> jax.Array:
+    """Return the sum itself, ``[s, k, n]``."""
+    dtype = _dtype(uses)
+    return functools.reduce(jnp.add, [_product(*use.sides, use.sizes, dtype) for use in uses])
+
+
+def _dtype(uses: Sequence[Factors]) -> Any:
+    floating = [wide(side.dtype) for use in uses for side in use.sides if not _looks_up(side)]
+    return max(floating, key=lambda dtype: dtype.itemsize)
 
 
 def _looks_up(side: jax.Array) -> bool:
@@ -330,16 +342,16 @@ def _products_of_all(
     """
     shapes = a.shape[1:], b.shape[1:]
     size = shapes[0][0] * shapes[0][2] * shapes[1][2]
-    chunk = max(1, min(n // 2, CACHED // size)) if jax.default_backend() == "cpu" else n
+    chunk = chunk_for(n, size)
     flat = [x.reshape(-1, x.shape[-1]) for x in (a, b)]  # [n * s * f, i]
 
     def of_some(start: Any, count: int) -> tuple[jax.Array, jax.Array]:
         rows = [math.prod(shape[:2]) for shape in shapes]
-        some = [
+        left, right = (
             lax.dynamic_slice_in_dim(x, start * r, count * r).reshape(count, *shape)
             for x, r, shape in zip(flat, rows, shapes, strict=True)
-        ]
-        d = _einsum("csfi,csfj->csij", *some, like.dtype)
+        )
+        d = _einsum("csfi,csfj->csij", left, right, like.dtype)
         return add_up(d), squares_of_each(d)
 
     def step(i: Any, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -355,6 +367,11 @@ def _products_of_all(
         more, its = of_some(n - n % chunk, n % chunk)
         total, squares = total + more, lax.dynamic_update_slice_in_dim(squares, its, n - n % chunk, 0)
     return (total, squares), (False, True)
+
+
+def chunk_for(n: int, size: int) -> int:
+    """Return how many of `n` examples' products of a size to keep at a time."""
+    return max(1, min(n // 2, CACHED // size)) if jax.default_backend() == "cpu" else n
 
 
 def squares_of_each(d: jax.Array) -> jax.Array:
