@@ -5,15 +5,18 @@
     python -m benchmarks.curvature --only eigenvalues
 
 Products: Hessian, Gauss-Newton and empirical Fisher times a vector, over the gradient of the same batch's loss.
-With both factors of a matrix product varying, a Hessian product needs nine matrix products where a gradient
-needs three; 2.0 can be had only where the first layer is most of the net, whose input is constant.
+Where both factors of a matrix product vary, a Hessian product needs eight matrix products for the three of a
+gradient, 2.67 times as many; in a first layer, whose input is constant, three for two. `gf.hessian_eigs` and its
+kin compute what does not depend on the vector once, and need six, or two.
 
 Eigenvalues: the five largest of the 784-16-10 net's Hessian on 1,024 of the built-in digits, after 100 steps of
-Adam. Everyone is given the loosest of their settings that leaves all five residuals `|Hv - lv| / |l|` below 1e-3,
-which is checked in float64; what is printed beside each is that setting and the residual that it comes to.
+Adam. Everyone is given the fastest of their settings (tolerance, number of products, threads) that leaves all five
+residuals `|Hv - lv| / |l|` below 1e-3, which is checked in float64; that setting and its residual are printed.
 """
 
 import argparse
+import os
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -112,7 +115,7 @@ def residual(p: Problem) -> Callable[[Solved], float]:
 
 def gradfn_solver(p: Problem) -> Iterable[tuple[str, Solver]]:
     """gf.hessian_eigs."""
-    for tolerance in (1e-3, 3e-4):
+    for tolerance in (3e-3, 1e-3, 3e-4):
         eigs = gf.hessian_eigs(gf.batch_mean(gf.classification_loss(NET)), K, tolerance=tolerance)
 
         def solve(eigs: Callable = eigs) -> Solved:
@@ -145,7 +148,7 @@ def by_hand(p: Problem) -> Iterable[tuple[str, Solver]]:
         top = np.argsort(-abs(values))[:K]
         return Solved(values[top], S[:, top].T @ Q[:n])
 
-    for n in range(8, 60, 2):
+    for n in range(16, 34, 2):
         yield f"{n} products", partial(solve, n)
 
 
@@ -170,8 +173,8 @@ def _eigsh(operator: Any) -> Iterable[tuple[str, Solver]]:
         values, vectors = eigsh(operator, K, which="LM", tol=tolerance, ncv=ncv, v0=start)
         return Solved(values, vectors.T)
 
-    for ncv in (12, 14, 16, 20):  # 20 is scipy's own choice; with fewer it restarts more often
-        for tolerance in (1e-2, 1e-3, 1e-4):
+    for ncv in (12, 16, 20):  # 20 is scipy's own choice; with fewer it restarts more often
+        for tolerance in (1e-2, 1e-3):
             yield f"tol={tolerance:g}, ncv={ncv}", partial(solve, tolerance, ncv)
 
 
@@ -194,7 +197,7 @@ def curvlinops(p: Problem) -> Iterable[tuple[str, Solver]]:
     operator = HessianLinearOperator(
         model, criterion, list(model.parameters()), [batch], check_deterministic=False
     )
-    return _eigsh(operator.to_scipy(np.float32))
+    return on_threads(_eigsh(operator.to_scipy(np.float32)))
 
 
 def pyhessian(p: Problem) -> Iterable[tuple[str, Solver]]:
@@ -214,8 +217,9 @@ def pyhessian(p: Problem) -> Iterable[tuple[str, Solver]]:
         rows = [np.concatenate([v.detach().numpy().ravel() for v in vector]) for vector in vectors]
         return Solved(np.array(values), np.stack(rows))
 
-    for tolerance in (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 0.0):
-        yield f"tol={tolerance:g}", partial(solve, tolerance)
+    return on_threads(
+        (f"tol={tolerance:g}", partial(solve, tolerance)) for tolerance in (1e-4, 1e-5, 1e-6, 1e-7)
+    )
 
 
 def matfree(p: Problem) -> Iterable[tuple[str, Solver]]:
@@ -225,7 +229,7 @@ def matfree(p: Problem) -> Iterable[tuple[str, Solver]]:
     product, data, size = raw(p)
     start = jax.random.normal(jax.random.key(0), [size])
 
-    for n in range(8, 60, 2):
+    for n in range(16, 34, 2):
 
         @jax.jit
         def run(start: jax.Array, *data: jax.Array, n: int = n) -> tuple[jax.Array, jax.Array]:
@@ -250,16 +254,37 @@ SOLVERS: dict[str, Callable[[Problem], Iterable[tuple[str, Solver]]]] = {
 }
 
 
-def loosest(
+def fastest(
     settings: Iterable[tuple[str, Solver]], worst: Callable[[Solved], float]
 ) -> tuple[str, Solver, float]:
-    """Return the first setting that is good enough, or the best one."""
+    """Return the fastest setting that is good enough, or the best one where none is."""
     tried = []
     for name, solve in settings:
-        tried.append((name, solve, worst(solve())))
-        if tried[-1][2] <= TOLERANCE:
-            return tried[-1]
-    return min(tried, key=lambda t: t[2])
+        left = worst(solve())
+        seconds = []
+        for _ in range(3 if left <= TOLERANCE else 1):
+            began = time.perf_counter()
+            solve()
+            seconds.append(time.perf_counter() - began)
+        tried.append((name, solve, left, min(seconds)))
+        if left <= TOLERANCE and name.endswith("products"):  # what follows takes more of them
+            return tried[-1][:3]
+    enough = [t for t in tried if t[2] <= TOLERANCE]
+    name, solve, left, _ = min(enough, key=lambda t: t[3]) if enough else min(tried, key=lambda t: t[2])
+    return name, solve, left
+
+
+def on_threads(settings: Iterable[tuple[str, Solver]]) -> Iterable[tuple[str, Solver]]:
+    """Return PyTorch's settings, each with one thread and with all: on a small net one is often faster."""
+    import torch
+
+    def solve(n: int, inner: Solver) -> Solved:
+        torch.set_num_threads(n)
+        return inner()
+
+    for name, inner in settings:
+        for n in sorted({1, os.cpu_count() or 1}):
+            yield f"{name}, threads={n}", partial(solve, n, inner)
 
 
 def eigenvalues(options: argparse.Namespace) -> None:
@@ -269,7 +294,7 @@ def eigenvalues(options: argparse.Namespace) -> None:
     ready, said, skipped = {}, {}, {}
     for name, settings in SOLVERS.items():
         try:
-            setting, solve, left = loosest(settings(p), worst)
+            setting, solve, left = fastest(settings(p), worst)
         except ImportError as error:
             skipped[name] = f"{error.name} is not installed"
             continue
@@ -289,12 +314,13 @@ def eigenvalues(options: argparse.Namespace) -> None:
         print(f"{name}: {1000 * float(np.median(timings[name].wall)):.1f} ms, {text}")
 
 
-def counted(solve: Callable[[], Any]) -> harness.Contender:
-    """Return the contender that solves once."""
+def counted(solve: Callable[[], Any], calls: int = 1) -> harness.Contender:
+    """Return the contender that solves so many times."""
 
     def run() -> float:
-        jax.block_until_ready(solve())
-        return 1
+        for _ in range(calls):
+            jax.block_until_ready(solve())
+        return calls
 
     return run
 
@@ -325,7 +351,8 @@ def products(options: argparse.Namespace) -> None:
             "ggn_vp": jax.jit(gf.ggn_vp(net.apply)),
             "fisher_vp": jax.jit(gf.fisher_vp(loss)),
         }
-        ready = {name: counted(partial(way, params, vector, batch)) for name, way in ways.items()}
+        calls = 1 if net is gpt else 20
+        ready = {name: counted(partial(way, params, vector, batch), calls) for name, way in ways.items()}
         timings = harness.race(ready, options.rounds)
         harness.report(
             title, timings, "gradient", "calls", json_file=named(options.json, title.split(",")[0])

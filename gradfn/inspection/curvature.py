@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gradfn.inspection.leaves import floating_leaves, tangents
+from gradfn.inspection.leaves import Leaves, floating_leaves, tangents
 from gradfn.inspection.scalar import scalar
 from gradfn.precision import widen
 from gradfn.transform import flat_products
@@ -40,7 +40,7 @@ def curvature_product(product: Product) -> Product:
     Array([3., 3.], dtype=float32)
     """
 
-    @functools.wraps(product)
+    @functools.wraps(product, updated=())
     def checked(params: Any, vector: Any, *args: Any, **kwargs: Any) -> Any:
         leaves = floating_leaves(params, "curvature_product")
         vector = leaves.tree(tangents(leaves, vector, "curvature_product"))
@@ -73,7 +73,7 @@ def hvp(loss: Callable) -> Product:
     """
     flat_loss = flat_products(loss)
 
-    @functools.wraps(loss)
+    @functools.wraps(loss, updated=())
     def product(params: Any, vector: Any, *args: Any, **kwargs: Any) -> Any:
         leaves = floating_leaves(params, "hvp")
         v = tangents(leaves, vector, "hvp")
@@ -168,7 +168,7 @@ def fisher_vp(loss: Callable) -> Product:
             "more; pass the loss of one example, what gf.batch_mean was given"
         )
 
-    @functools.wraps(loss)
+    @functools.wraps(loss, updated=())
     def product(params: Any, vector: Any, batch: Any, **kwargs: Any) -> Any:
         def losses(params: Any, batch: Any) -> jax.Array:
             def one(example: Any) -> jax.Array:
@@ -188,6 +188,24 @@ def fisher_vp(loss: Callable) -> Product:
 def as_product(loss: Callable) -> Product:
     """Return a curvature product as it is, and a loss's Hessian product."""
     return loss if getattr(loss, "is_curvature_product", False) else hvp(loss)
+
+
+def flat_matrix(
+    product: Callable, leaves: Leaves, args: Any, kwargs: Any
+) -> Callable[[jax.Array], jax.Array]:
+    """Return a product at fixed parameters as a function of flat vectors `[P]`.
+
+    What does not depend on the vector (the loss's own forward and backward pass) is computed once, here.
+    """
+    params = leaves.fill([jnp.asarray(value) for value in leaves.values])
+
+    def times(vector: jax.Array) -> jax.Array:
+        out = product(params, leaves.tree(leaves.split(vector)), *args, **kwargs)
+        return leaves.flat(leaves.match(out))
+
+    # A linear function is its own derivative: this splits it into what is known already and what is not.
+    _, matrix = jax.linearize(times, jnp.zeros([leaves.size], leaves.dtype))
+    return matrix
 
 
 def _gauss_newton(f: Callable, times_hessian: Callable, params: Any, vector: Any, x: Any, what: str) -> Any:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from gradfn.inspection.curvature import as_product
-from gradfn.inspection.lanczos import Matrix, Which, eigenpairs, small
-from gradfn.inspection.leaves import Leaves, floating_leaves
+from gradfn.inspection.curvature import as_product, flat_matrix
+from gradfn.inspection.lanczos import Which, eigenpairs, small
+from gradfn.inspection.leaves import floating_leaves
 from gradfn.inspection.scalar import jit_arrays
 from gradfn.text import TextTable
 
@@ -70,14 +70,14 @@ def hessian_eigs(
             the most negative.
         tolerance: on each residual, relative to its eigenvalue. The eigenvalue's own error goes with the
             residual's square.
-        max_products: where to give up; what has not converged by then is marked.
+        max_products: where to give up, k at least; what has not converged by then is marked.
         key: for the random start; `jax.random.key(0)` if None.
 
     Returns:
         `(params, *args) -> Eigs`, compiled at its first call; it can be called inside `jit` and `vmap`.
 
     Raises:
-        ValueError: k below 1 or above the number of parameters, an unknown `which`.
+        ValueError: k below 1 or above the number of parameters, fewer products than k, an unknown `which`.
         TypeError: a loss that is not a floating scalar, or no floating parameter.
 
     >>> import jax.numpy as jnp, gradfn as gf
@@ -88,8 +88,8 @@ def hessian_eigs(
     """
     if which not in get_args(Which):
         raise ValueError(f"hessian_eigs: which is one of {', '.join(get_args(Which))}, came {which!r}")
-    if k < 1 or max_products < 1:
-        raise ValueError(f"hessian_eigs: k and max_products are from 1 up, came {k} and {max_products}")
+    if k < 1 or max_products < k:
+        raise ValueError(f"hessian_eigs: k is from 1 up, max_products from k up, came {k} and {max_products}")
     product = as_product(loss)
 
     def eigs(params: Any, *args: Any, **kwargs: Any) -> Eigs:
@@ -105,7 +105,7 @@ def hessian_eigs(
         converged = small(found.values, found.residuals, tolerance)
         return Eigs(found.values, vectors, found.residuals, converged, found.products)
 
-    return functools.wraps(loss)(jit_arrays(eigs))
+    return functools.wraps(loss, updated=())(jit_arrays(eigs))
 
 
 class Sharpness(NamedTuple):
@@ -158,7 +158,7 @@ def sharpness(loss: Callable, learning_rate: float, **settings: Any) -> Callable
         raise ValueError(f"sharpness: a learning rate above 0, came {learning_rate}")
     top = hessian_eigs(loss, 1, which="largest", **settings)
 
-    @functools.wraps(loss)
+    @functools.wraps(loss, updated=())
     def sharp(params: Any, *args: Any, **kwargs: Any) -> Sharpness:
         eigs = top(params, *args, **kwargs)
         value = eigs.values[0]
@@ -167,19 +167,3 @@ def sharpness(loss: Callable, learning_rate: float, **settings: Any) -> Callable
         return Sharpness(value, limit, value / limit, vector, eigs.residuals[0], eigs.converged[0])
 
     return sharp
-
-
-def flat_matrix(product: Callable, leaves: Leaves, args: Any, kwargs: Any) -> Matrix:
-    """Return a product at fixed parameters as a function of flat vectors `[P]`.
-
-    What does not depend on the vector (the loss's own forward and backward pass) is computed once, here.
-    """
-    params = leaves.fill([jnp.asarray(value) for value in leaves.values])
-
-    def times(vector: jax.Array) -> jax.Array:
-        out = product(params, leaves.tree(leaves.split(vector)), *args, **kwargs)
-        return leaves.flat(leaves.match(out))
-
-    # A linear function is its own derivative: this splits it into what is known already and what is not.
-    _, matrix = jax.linearize(times, jnp.zeros([leaves.size], leaves.dtype))
-    return matrix

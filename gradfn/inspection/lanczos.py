@@ -6,6 +6,7 @@ eigenvalues that were found already. Lanczos, 1950; Golub and van Loan, *Matrix 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +15,8 @@ import jax.numpy as jnp
 
 Matrix = Callable[[jax.Array], jax.Array]  # [P] -> [P]
 Which = Literal["magnitude", "largest", "smallest"]
+
+_product = functools.partial(jnp.matmul, precision="highest")  # accelerators would round to fewer digits
 
 STRIDE = 4  # products between looks at the residuals
 
@@ -37,6 +40,15 @@ class Pairs(NamedTuple):
 
     values: jax.Array
     vectors: jax.Array
+    residuals: jax.Array
+    products: jax.Array
+
+
+class Ritz(NamedTuple):
+    """Eigenpairs as seen from the basis: values `[k]`, coordinates `[m, k]`, residuals `[k]`, products so far."""
+
+    values: jax.Array
+    S: jax.Array
     residuals: jax.Array
     products: jax.Array
 
@@ -88,7 +100,7 @@ def eigenpairs(
         which: those of largest magnitude, the largest or the smallest.
         m: vectors in the basis, from k + 1 up (or P).
         tolerance: on residuals, relative to each eigenvalue.
-        products: not to be exceeded by more than a stride.
+        products: not to be exceeded by more than a stride; at least k.
         key: for directions to go on in when the process has come to an end early.
     """
     kept = min(k + (m - k) // 2, m - 1)  # more than k: what is kept is not to be found anew
@@ -116,19 +128,10 @@ def eigenpairs(
     basis, _, pairs, _ = jax.lax.while_loop(
         going, go, (begin(start, m), jnp.int32(0), nothing, jnp.bool_(False))
     )
-    vectors = pairs.S.T @ basis.vectors[:m]  # [k, P]
+    vectors = _product(pairs.S.T, basis.vectors[:m])  # [k, P]
     # Products are rounded, too: no residual can be told to be below that.
     floor = jnp.finfo(start.dtype).eps * jnp.abs(pairs.values).max()
     return Pairs(pairs.values, vectors, pairs.residuals + floor, pairs.products)
-
-
-class Ritz(NamedTuple):
-    """Eigenpairs as seen from the basis: values `[k]`, coordinates `[m, k]`, residuals `[k]`, products so far."""
-
-    values: jax.Array
-    S: jax.Array
-    residuals: jax.Array
-    products: jax.Array
 
 
 def small(values: jax.Array, residuals: jax.Array, tolerance: float) -> jax.Array:
@@ -139,10 +142,10 @@ def small(values: jax.Array, residuals: jax.Array, tolerance: float) -> jax.Arra
 
 def _orthogonal(Q: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return what of `w` is orthogonal to the rows of Q, and its components along them."""
-    first = Q @ w  # [m + 1]
-    w = w - first @ Q
-    second = Q @ w
-    return w - second @ Q, first + second
+    first = _product(Q, w)  # [m + 1]
+    w = w - _product(first, Q)
+    second = _product(Q, w)
+    return w - _product(second, Q), first + second
 
 
 def _unseen(Q: jax.Array, key: jax.Array) -> jax.Array:
@@ -155,11 +158,13 @@ def _ritz(T: jax.Array, n: Any, which: Which) -> tuple[jax.Array, jax.Array, jax
     """Return eigenvalues `[m]` and eigenvectors `[m, m]` of `T[:n, :n]`, and the order that they are wanted in."""
     there = jnp.arange(len(T), dtype=jnp.int32) < n
     bound = jnp.linalg.norm(T)
+    scale = jnp.where(
+        bound > 0, bound, 1
+    )  # of T's own size: its eigenvalues are right to rounding of the largest
     # Vectors that are not there yet get an eigenvalue of their own, outside of the others, and come last.
-    outside = -2 * bound - 1
-    values, S = jnp.linalg.eigh(jnp.where(there, T, 0) + jnp.diag(jnp.where(there, 0, outside)))
+    values, S = jnp.linalg.eigh(jnp.where(there, T, 0) + jnp.diag(jnp.where(there, 0, -2 * scale)))
     wanted = {"magnitude": jnp.abs(values), "largest": values, "smallest": -values}[which]
-    order = jnp.argsort(jnp.where(values < -1.5 * bound - 0.5, -jnp.inf, wanted), descending=True)
+    order = jnp.argsort(jnp.where(values < -1.5 * scale, -jnp.inf, wanted), descending=True)
     return values, S, order
 
 
@@ -167,7 +172,7 @@ def _restarted(basis: Basis, values: jax.Array, S: jax.Array, order: jax.Array, 
     """Return a basis of the first `kept` Ritz vectors, followed by the vector that leads out."""
     m = len(S)
     chosen = order[:kept]
-    best = S[:, chosen].T @ basis.vectors[:m]  # [kept, P]
+    best = _product(S[:, chosen].T, basis.vectors[:m])  # [kept, P]
     vectors = jnp.zeros_like(basis.vectors).at[:kept].set(best).at[kept].set(basis.vectors[m])
     diagonal = jnp.where(jnp.arange(m) < kept, values[order], 0)
     return Basis(vectors, jnp.diag(diagonal), basis.out)

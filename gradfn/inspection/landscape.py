@@ -93,7 +93,7 @@ def loss_landscape(
         losses = jax.lax.map(at, grid).reshape([points] * dims)
         return Landscape(losses, steps, leaves.tree(ways))
 
-    return functools.wraps(loss)(jit_arrays(landscape))
+    return functools.wraps(loss, updated=())(jit_arrays(landscape))
 
 
 def _filter_normalised(leaves: Leaves, dims: int, axis: int, key: jax.Array) -> list[jax.Array]:

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gradfn.inspection.curvature import as_product
-from gradfn.inspection.eigenvalues import flat_matrix
+from gradfn.inspection.curvature import as_product, flat_matrix
 from gradfn.inspection.lanczos import begin, extend
 from gradfn.inspection.leaves import Leaves, floating_leaves
 from gradfn.inspection.scalar import jit_arrays
@@ -186,7 +185,7 @@ def hessian_spectrum(
         )
         return Spectrum(nodes, weights, jnp.asarray(leaves.size, leaves.dtype))
 
-    return functools.wraps(loss)(jit_arrays(spectrum))
+    return functools.wraps(loss, updated=())(jit_arrays(spectrum))
 
 
 def _estimator(
@@ -217,4 +216,4 @@ def _estimator(
         error = jnp.sqrt(squares / (samples * (samples - 1)))
         return Estimate(finish(leaves, mean), finish(leaves, error))
 
-    return functools.wraps(loss)(jit_arrays(estimate))
+    return functools.wraps(loss, updated=())(jit_arrays(estimate))

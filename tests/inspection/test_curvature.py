@@ -217,8 +217,21 @@ def test_eigenvalues_want_a_number_and_an_order_that_there_are():
         gf.hessian_eigs(quadratic, k=3)(jnp.ones(2), jnp.eye(2))
     with pytest.raises(ValueError, match="from 1 up"):
         gf.hessian_eigs(quadratic, k=0)
+    with pytest.raises(ValueError, match="max_products from k up"):
+        gf.hessian_eigs(quadratic, k=5, max_products=4)
     with pytest.raises(ValueError, match="magnitude, largest, smallest"):
         gf.hessian_eigs(quadratic, which="LM")
+
+
+@pytest.mark.slow
+def test_eigenvalues_of_any_size():
+    spectrum = np.r_[9.0, -7.0, 5.0, np.linspace(-1, 1, 97)]
+    eigs_of = gf.hessian_eigs(quadratic, k=3)
+    for scale in (0.0, 1e-12, 1e12):
+        eigs = eigs_of(jnp.ones(100), jnp.asarray(scale * symmetric(spectrum), jnp.float32))
+        np.testing.assert_allclose(eigs.values, scale * spectrum[:3], rtol=1e-5)
+        np.testing.assert_allclose(eigs.vectors @ eigs.vectors.T, np.eye(3), atol=5e-6)
+        assert eigs.converged.all()
 
 
 def test_a_hessian_that_is_not_finite_ends_the_search_at_once():
@@ -310,3 +323,25 @@ def test_landscape_along_given_directions_and_filters_that_lie_last():
         gf.loss_landscape(quadratic, dims=3)
     with pytest.raises(gf.ParameterError, match="needs"):
         gf.loss_landscape(lambda w: w.sum(), 1, directions=jnp.ones([1, 3]))(jnp.zeros(2))
+
+
+@pytest.mark.slow
+def test_models_of_equinox_and_flax_have_the_eigenvalues_of_their_dense_hessians(x64):
+    eqx, nnx = pytest.importorskip("equinox"), pytest.importorskip("flax.nnx")
+    _, _, (x, y) = task()
+
+    def loss(answers):
+        return optax.softmax_cross_entropy_with_integer_labels(answers, y).mean()
+
+    model = eqx.nn.MLP(3, 3, 2, 1, key=jax.random.key(0))  # its leaves hold functions, too
+    graph, state = nnx.split(nnx.Linear(3, 3, param_dtype=jnp.float64, rngs=nnx.Rngs(0)))
+    arrays, static = eqx.partition(model, eqx.is_array)
+    for params, f, rest in [
+        (model, lambda model: loss(jax.vmap(model)(x)), lambda w: eqx.combine(w, static)),
+        (state, lambda state: loss(nnx.merge(graph, state)(x)), lambda w: w),
+    ]:
+        eigs = gf.hessian_eigs(f, k=2, tolerance=1e-8)(params)
+        expected = np.linalg.eigvalsh(
+            dense(lambda w, f=f, rest=rest: f(rest(w)), arrays if params is model else params)
+        )
+        np.testing.assert_allclose(eigs.values, sorted(expected, key=lambda v: -abs(v))[:2], rtol=1e-8)
