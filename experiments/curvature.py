@@ -110,9 +110,10 @@ def run(config: Config) -> Result:
     spread = gf.hessian_spectrum(loss)
     spectra = {"after training": spread(params, batch), "before training": spread(start, batch)}
     densities = {name: one.density(width=BLUR * float(eigs.values[0])) for name, one in spectra.items()}
+    curved = float(spectra["after training"].above(eigs.values[0] / 10))
     figures = {
         "sharpness": edge_of_stability(histories, LOSS_UNIT),
-        "spectrum": spectrum(densities, size, eigs.values, 2 / rate),
+        "spectrum": spectrum(densities, size, eigs.values, curved, 2 / rate),
         "landscape": _landscape(loss, params, batch, eigs),
     }
     for name, figure in figures.items():

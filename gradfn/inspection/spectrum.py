@@ -120,7 +120,7 @@ class Spectrum(NamedTuple):
         blur = jnp.maximum((high - low) / 100, jnp.finfo(low.dtype).tiny) if width is None else width
         blur = jnp.asarray(blur, low.dtype)
         points = (
-            jnp.linspace(low - 3 * blur, high + 3 * blur, 512)
+            jnp.linspace(low - 5 * blur, high + 5 * blur, 512)
             if grid is None
             else jnp.asarray(grid, low.dtype)
         )

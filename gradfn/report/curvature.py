@@ -84,7 +84,7 @@ def late_sharpness(rows: Sequence[dict[str, Any]]) -> float:
 
 
 def spectrum(
-    densities: Mapping[str, tuple[Any, Any]], size: int, top: Any, limit: float | None = None
+    densities: Mapping[str, tuple[Any, Any]], size: int, top: Any, curved: float, limit: float | None = None
 ) -> Figure:
     """Draw how the eigenvalues are spread, on a logarithmic scale, and where the largest ones are.
 
@@ -93,13 +93,15 @@ def spectrum(
             `Spectrum.density` gives; the first one is what the title tells of.
         size: how many eigenvalues there are.
         top: `[k]`, the first one's largest eigenvalues, each to be marked.
+        curved: how many of the first one's eigenvalues are above a tenth of the largest (`Spectrum.above`): the
+            densities are too blurred to be counted.
         limit: `2 / rate`, to be drawn; None for none.
 
     Returns:
         A figure with one panel; its title says how few eigenvalues are large.
 
     >>> grid = np.linspace(-1.0, 10.0, 50)
-    >>> spectrum({"Hessian": (grid, np.exp(-grid**2))}, 1000, [9.0, 0.5]).axes[0].get_xlabel()
+    >>> spectrum({"Hessian": (grid, np.exp(-grid**2))}, 1000, [9.0, 0.5], 1).axes[0].get_xlabel()
     'eigenvalue: the curvature along its eigenvector'
     """
     top = np.sort(np.asarray(top, np.float64))[::-1]
@@ -129,11 +131,8 @@ def spectrum(
     panel.set_ylabel("eigenvalues per unit")
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False)
-    grid, share = (np.asarray(part, np.float64) for part in next(iter(densities.values())))
-    tenth = float(top[0]) / 10
-    few = size * float(np.trapezoid(np.where(grid > tenth, share, 0), grid))
     figure.suptitle(
-        f"{next(iter(densities)).capitalize()}, about {few:.0f} of {size:,} directions have "
+        f"{next(iter(densities)).capitalize()}, about {curved:.0f} of {size:,} directions have "
         f"more than a tenth of the largest curvature ({top[0]:.2g})"
     )
     return figure

@@ -24,10 +24,10 @@ def test_edge_of_stability_names_the_rates_that_end_at_their_limit():
     assert late_sharpness(history(4.8)) == 4.8
 
 
-def test_spectrum_counts_what_is_above_a_tenth_of_the_largest():
+def test_spectrum_says_how_many_are_above_a_tenth_of_the_largest():
     grid = np.linspace(-2, 12, 1401)
     density = np.where(np.abs(grid) < 0.5, 0.99, 0.0) + np.where(np.abs(grid - 10) < 0.5, 0.01, 0.0)
-    figure = spectrum({"in the end": (grid, density)}, 1000, [9.0, 10.0], limit=5.0)
+    figure = spectrum({"in the end": (grid, density)}, 1000, [9.0, 10.0], 10.2, limit=5.0)
     assert figure.get_suptitle().startswith("In the end, about 10 of 1,000 directions")
     assert figure.axes[0].get_yscale() == "log"
     assert any(list(line.get_xdata()) == [10.0, 9.0] for line in figure.axes[0].lines)
