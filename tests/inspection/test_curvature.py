@@ -234,6 +234,7 @@ def test_eigenvalues_of_any_size():
         assert eigs.converged.all()
 
 
+@pytest.mark.slow
 def test_a_hessian_that_is_not_finite_ends_the_search_at_once():
     eigs = gf.hessian_eigs(lambda w: jnp.sqrt(w - 2).sum(), k=2)(jnp.ones(60))
     assert eigs.products <= 4
