@@ -1,6 +1,7 @@
 """The plan behind `gf.per_example_norms`: which rule finds the norms of which parameter, and one pass that does it."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,11 +15,12 @@ from gradfn.transform import Place, Program, flat_products, interpret, probe, tr
 from gradfn.transform.ghost import (
     Factors,
     Rule,
-    add_up,
+    at,
     chunk_for,
     factors,
     fold,
     how,
+    in_chunks,
     is_less,
     multiplies_out,
     product,
@@ -39,7 +41,8 @@ class Call:
 
     def __init__(self, what: str, loss: Callable, params: Any, batch: tuple[Any, ...]) -> None:
         self.size = _size(what, batch)
-        self.program = trace(loss, params, *jax.tree.map(lambda x: x[0], batch))
+        batch = jax.tree.map(jnp.asarray, batch)
+        self.program = trace(loss, params, *jax.tree.map(_example, batch))
         self._has_aux = _checked_output(what, self.program)
         program = self.program
         avals = program.jaxpr.in_avals
@@ -58,7 +61,7 @@ class Call:
             raise TypeError(f"{what}: there is no floating parameter; came {came or 'no arrays'}")
         self.names = [program.names[i] for i in self.numbers]
         self.floating = [jnp.asarray(program.inputs[i]) for i in self.numbers]
-        self.batch = [jnp.asarray(leaf) for leaf in jax.tree.leaves(batch)]
+        self.batch = jax.tree.leaves(batch)
         self._n_params = sum(owner == 0 for owner in program.owners)
 
     def inputs(self, floating: Sequence[Any], example: Sequence[Any]) -> list[Any]:
@@ -82,6 +85,13 @@ class Call:
         """Put one value per floating parameter into the tree of the parameters."""
         by_number = dict(zip(self.numbers, values, strict=True))
         return self.program.like_arguments([by_number.get(i) for i in range(len(self.program.inputs))])[0]
+
+
+def _example(x: Any) -> Any:
+    """Return something with the shape and dtype of one example, to trace with."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return x[0]
+    return jnp.zeros(x.shape[1:], x.dtype)
 
 
 def _size(what: str, batch: tuple[Any, ...]) -> int:
@@ -209,23 +219,32 @@ class Plan:
         With `stop` no gradient reaches those whose gradient is made later, in `squares`.
         """
 
-        def one(own: list[Any], tokens: Any, example: list[Any], shared: list[Any]) -> tuple[Any, Any]:
+        def one(
+            own: list[Any], tokens: Any, zero: Any, example: list[Any], shared: list[Any]
+        ) -> tuple[Any, Any]:
             leaves = list(self.call.floating)
             for i, leaf in [*zip(self.direct, own, strict=True), *zip(which, shared, strict=True)]:
                 leaves[i] = leaf
             inputs = self.call.inputs(leaves, example)
+            visit = functools.partial(self._visit, self.multiplied if stop else set(), zero)
             outs, captures = interpret(self.call.program.jaxpr, visit, self.places, inputs, tokens)
             value, aux = self.call.split(outs)
             return value, (aux, captures)
 
         def all_of_them(own: list[Any], shared: list[Any], tokens: Any, batch: list[Any]) -> tuple[Any, Any]:
-            return jax.vmap(one, (0, 0, 0, None))(own, tokens, batch, shared)
+            zeros = jnp.zeros(self.call.size)
+            return jax.vmap(one, (0, 0, 0, 0, None))(own, tokens, zeros, batch, shared)
 
-        visit = functools.partial(self._visit, self.multiplied if stop else set())
         return flat_products(all_of_them)(own, some, tokens, self.call.batch)
 
     def _visit(
-        self, stopped: set[int], place: Place, evaluate: Evaluate, inputs: Sequence[Any], token: Any
+        self,
+        stopped: set[int],
+        zero: Any,
+        place: Place,
+        evaluate: Evaluate,
+        inputs: Sequence[Any],
+        token: Any,
     ) -> tuple[list[Any], Any]:
         use = self.uses[place.path]
         rule, V = use.rule, inputs[use.operand]
@@ -235,10 +254,10 @@ class Plan:
             inputs = list(inputs)
             inputs[use.operand] = lax.stop_gradient(V)
         (y,) = evaluate(inputs)
+        # Even where all examples look up the same rows, positions for instance, each has a cotangent of its own.
+        y += zero.astype(y.dtype)
         if folded:
             return [fold(rule, y, V, token, left)], None
-        if rule.kind == "rows":  # perhaps the same rows for all: a cotangent each all the same
-            y += lax.stop_gradient(token).reshape(-1)[0].astype(y.dtype)
         if use.alone:
             return [probe(lambda g, left: squared_norm([factors(rule, left, g)]), y, token, left)], None
         return [probe(lambda g, _: g, y, token)], left
@@ -255,18 +274,19 @@ class Plan:
             if not paths:
                 out[i] = jnp.zeros(n, wide(leaf.dtype))
             elif self.uses[paths[0]].alone:
-                out[i] = of_tokens[paths[0]].reshape(n, -1).sum(1)  # over the layers of a scan
+                squares = [
+                    of_tokens[path].reshape(n, -1).sum(1) for path in paths
+                ]  # over the layers of a scan
+                out[i] = functools.reduce(jnp.add, squares)
             else:
                 gathered = [(of_tokens[path], captures[path]) for path in paths]
                 factors_of = functools.partial(self._factors, paths)
                 if i in self.multiplied:
-                    (sums[i],), (out[i],) = in_chunks(
-                        lambda some, f=factors_of: [jax.vmap(lambda one: product(f(one)))(some)],
-                        gathered,
-                        n,
-                        chunk_for(n, leaf.size),
+                    chunk = chunk_for(n, leaf.size)
+                    (total,), (out[i],) = in_chunks(
+                        functools.partial(products, gathered, factors_of), n, chunk
                     )
-                    sums[i] = self._as_leaf(i, paths[0], sums[i])
+                    sums[i] = self._as_leaf(i, paths[0], total)
                 else:
                     out[i] = jax.vmap(lambda one, f=factors_of: squared_norm(f(one)))(gathered)
         return out, sums
@@ -290,10 +310,17 @@ class Plan:
         return total.transpose(sorted(range(len(order)), key=lambda k: order[k])).reshape(leaf.shape)
 
 
+def products(gathered: Any, factors_of: Callable, start: Any, count: int) -> list[jax.Array]:
+    """Return the gradients of some examples from what was gathered of their uses."""
+    some = jax.tree.map(lambda x: at(x, start, count), gathered)
+    return [jax.vmap(lambda one: product(factors_of(one)))(some)]
+
+
 def _described(uses: Sequence[_Use]) -> str:
     if len(uses) == 1:
         return how(uses[0].rule) if uses[0].alone else f"{uses[0].rule.kind}, in a loop"
-    return f"{len(uses)} uses: {', '.join(dict.fromkeys(use.rule.kind for use in uses))}"
+    what = "parts" if uses[0].alone else "uses"
+    return f"{len(uses)} {what}: {', '.join(dict.fromkeys(use.rule.kind for use in uses))}"
 
 
 def _ruled(leaf: int, meetings: Sequence[Meeting], places: Mapping[Path, Place]) -> dict[Path, _Use]:
@@ -306,9 +333,11 @@ def _ruled(leaf: int, meetings: Sequence[Meeting], places: Mapping[Path, Place])
         if rule is None or meeting.path in uses:
             return {}
         uses[meeting.path] = _Use(leaf, meeting.operand, rule, meeting.view, False)
-    if len(uses) == 1:
-        ((path, use),) = uses.items()
-        return {path: use._replace(alone=not _shared_axes(use, places[path]))}
+    pairs = itertools.combinations(uses.values(), 2)
+    if all(one.view.is_apart_from(other.view) for one, other in pairs):
+        uses = {path: use._replace(alone=not _shared_axes(use, places[path])) for path, use in uses.items()}
+        if len(uses) == 1 or all(use.alone for use in uses.values()):
+            return uses
     axes = {path: _leaf_axes(use) for path, use in uses.items()}
     if None in axes.values() or len({(a[0], frozenset(a[1:])) for a in axes.values() if a}) > 1:
         return {}
@@ -328,7 +357,7 @@ _Axes = tuple[frozenset[int | None], ...]  # kept apart, rows, columns
 def _leaf_axes(use: _Use) -> _Axes | None:
     """Return the parameter's axes that a use keeps apart, and those on either side of its products."""
     rule, axes, loops = use.rule, use.view.axes, [along for _, along in use.view.loops]
-    if axes is None or None in loops or (rule.kind == "convolution" and rule.sizes[0] > 1):
+    if axes is None or use.view.part or None in loops or (rule.kind == "convolution" and rule.sizes[0] > 1):
         return None
     apart = [*loops, *[axes[i] for i in rule.own]]
     sides = [[axes[i] for i in side] for side in (rule.rows, rule.columns)]
@@ -413,34 +442,11 @@ def fall_back(call: Call, which: Sequence[int], chunk: int) -> tuple[dict[int, A
 
         return [widen(g) for g in jax.grad(loss)([call.floating[i] for i in which])]
 
-    sums, squares = in_chunks(jax.vmap(of_one), call.batch, call.size, min(chunk, call.size))
+    def of_some(start: Any, count: int) -> list[Any]:
+        return jax.vmap(of_one)([at(leaf, start, count) for leaf in call.batch])
+
+    sums, squares = in_chunks(of_some, call.size, chunk)
     return dict(zip(which, squares, strict=True)), dict(zip(which, sums, strict=True))
-
-
-def in_chunks(of_some: Callable, examples: Any, n: int, chunk: int) -> tuple[list[Any], list[Any]]:
-    """Return the sums over examples, and the squared norm `[n]` of each, of what a function makes of a chunk of them.
-
-    `of_some` answers with arrays of `[chunk, ...]`, which are never all there at once.
-    """
-
-    def at(start: Any, count: int) -> Any:
-        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, count), examples)
-
-    def step(so_far: Any, start: Any, count: int) -> Any:
-        sums, squares = so_far
-        made = of_some(at(start, count))
-        return (
-            [a + add_up(d) for a, d in zip(sums, made, strict=True)],
-            [
-                lax.dynamic_update_slice_in_dim(a, squares_of_each(d), start, 0)
-                for a, d in zip(squares, made, strict=True)
-            ],
-        )
-
-    shapes = jax.eval_shape(lambda: of_some(at(0, chunk)))
-    so_far = [jnp.zeros(s.shape[1:], s.dtype) for s in shapes], [jnp.zeros(n, s.dtype) for s in shapes]
-    so_far = lax.fori_loop(0, n // chunk, lambda i, so_far: step(so_far, i * chunk, chunk), so_far)
-    return step(so_far, n - n % chunk, n % chunk) if n % chunk else so_far
 
 
 def sum_of(squares: Any) -> Any:

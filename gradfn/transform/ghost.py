@@ -340,38 +340,58 @@ def _products_of_all(
 
     Both sides go into the loop as matrices, as the products around it have them: else XLA would compute them twice.
     """
-    shapes = a.shape[1:], b.shape[1:]
-    size = shapes[0][0] * shapes[0][2] * shapes[1][2]
-    chunk = chunk_for(n, size)
+    a, b = (
+        x if known else jnp.broadcast_to(x, (n, *x.shape)) for x, known in zip((a, b), batched, strict=False)
+    )
     flat = [x.reshape(-1, x.shape[-1]) for x in (a, b)]  # [n * s * f, i]
 
-    def of_some(start: Any, count: int) -> tuple[jax.Array, jax.Array]:
-        rows = [math.prod(shape[:2]) for shape in shapes]
+    def of_some(start: Any, count: int) -> list[jax.Array]:
         left, right = (
-            lax.dynamic_slice_in_dim(x, start * r, count * r).reshape(count, *shape)
-            for x, r, shape in zip(flat, rows, shapes, strict=True)
+            at(rows, start * (len(rows) // n), count * (len(rows) // n)).reshape(count, *x.shape[1:])
+            for rows, x in zip(flat, (a, b), strict=True)
         )
-        d = _einsum("csfi,csfj->csij", left, right, like.dtype)
-        return add_up(d), squares_of_each(d)
+        return [_einsum("csfi,csfj->csij", left, right, like.dtype)]
 
-    def step(i: Any, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        total, squares = so_far
-        more, its = of_some(i * chunk, chunk)
-        return total + more, lax.dynamic_update_slice_in_dim(squares, its, i * chunk, 0)
-
-    shape = shapes[0][0], shapes[0][2], shapes[1][2]
-    total, squares = lax.fori_loop(
-        0, n // chunk, step, (jnp.zeros(shape, like.dtype), jnp.zeros(n, like.dtype))
-    )
-    if n % chunk:
-        more, its = of_some(n - n % chunk, n % chunk)
-        total, squares = total + more, lax.dynamic_update_slice_in_dim(squares, its, n - n % chunk, 0)
+    (total,), (squares,) = in_chunks(of_some, n, chunk_for(n, a.shape[1] * a.shape[3] * b.shape[3]))
     return (total, squares), (False, True)
 
 
 def chunk_for(n: int, size: int) -> int:
     """Return how many of `n` examples' products of a size to keep at a time."""
     return max(1, min(n // 2, CACHED // size)) if jax.default_backend() == "cpu" else n
+
+
+def at(x: jax.Array, start: Any, count: int) -> jax.Array:
+    """Return some rows of an array."""
+    return x if count == len(x) else lax.dynamic_slice_in_dim(x, start, count)
+
+
+def in_chunks(
+    of_some: Callable[[Any, int], list[jax.Array]], n: int, chunk: int
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Return the sums over `n` examples, and the squared norm `[n]` of each, of what a function makes of them.
+
+    ``of_some(start, count)`` answers with arrays ``[count, ...]``; only those of a chunk are there at once.
+    """
+
+    def made(start: Any, count: int) -> tuple[list[jax.Array], list[jax.Array]]:
+        arrays = of_some(start, count)
+        return [add_up(d) for d in arrays], [squares_of_each(d) for d in arrays]
+
+    def step(start: Any, count: int, so_far: Any) -> Any:
+        sums, squares = made(start, count)
+        put = lax.dynamic_update_slice_in_dim
+        return (
+            [a + b for a, b in zip(so_far[0], sums, strict=True)],
+            [put(a, b, start, 0) for a, b in zip(so_far[1], squares, strict=True)],
+        )
+
+    if chunk >= n:
+        return made(0, n)
+    sums, squares = jax.eval_shape(lambda: made(0, chunk))
+    so_far = [jnp.zeros(s.shape, s.dtype) for s in sums], [jnp.zeros(n, s.dtype) for s in squares]
+    so_far = lax.fori_loop(0, n // chunk, lambda i, so_far: step(i * chunk, chunk, so_far), so_far)
+    return step(n - n % chunk, n % chunk, so_far) if n % chunk else so_far
 
 
 def squares_of_each(d: jax.Array) -> jax.Array:

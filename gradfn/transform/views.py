@@ -5,6 +5,8 @@ numbers at most once, so that a gradient of the view has the norm of the paramet
 computed from parameters alone (a product of two, a weight norm) is told by the set of parameters in it.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,13 +27,32 @@ class View(NamedTuple):
     """A value that holds numbers of one parameter, each at most once, and nothing else.
 
     ``leaf`` is the parameter's number among the program's inputs; ``axes`` its axis behind each axis of the value
-    (None for one of size 1 that was added), or None as a whole where a reshape or a slice mixed them; ``loops`` the
-    scans of which every iteration sees its own part, each with the parameter's axis that it runs along.
+    (None for one of size 1 that was added), or None as a whole where a reshape mixed them; ``loops`` the scans of
+    which every iteration sees its own part, each with the parameter's axis that it runs along; ``part`` what is left
+    of axes that were sliced, each as (axis, start, stop).
     """
 
     leaf: int
     axes: tuple[int | None, ...] | None
     loops: tuple[tuple[Path, int | None], ...] = ()
+    part: tuple[tuple[int, int, int], ...] = ()
+
+    def is_apart_from(self, other: "View") -> bool:
+        """Tell whether two views of one parameter share none of its numbers, as far as slices tell."""
+        ends = {axis: (start, stop) for axis, start, stop in other.part}
+        return any(
+            axis in ends and (stop <= ends[axis][0] or ends[axis][1] <= start)
+            for axis, start, stop in self.part
+        )
+
+    def cut(self, along: int, start: int, stop: int) -> "View":
+        """Return the view of a slice along one of the value's axes."""
+        axis = self.axes[along] if self.axes else None
+        if axis is None:
+            return self
+        first = next((start for a, start, _ in self.part if a == axis), 0)
+        others = tuple(each for each in self.part if each[0] != axis)
+        return self._replace(part=(*others, (axis, first + start, first + stop)))
 
 
 class Meeting(NamedTuple):
@@ -129,8 +150,7 @@ class _Analysis:
             if any(map(_is_floating, eqn.outvars)):
                 self.meet(path, operands)
             return [_DATA] * n
-        view = _viewed(eqn, operands)
-        return [_Value(leaves, view=view)] * n
+        return [_Value(leaves, view=view) for view in _viewed(eqn, operands)]
 
     def _cond(self, branches: list[Jaxpr], operands: list[_Value], path: Path) -> list[_Value]:
         outs = [self.body(jaxpr, operands[1:], (*path, k)) for k, jaxpr in enumerate(branches)]
@@ -167,33 +187,40 @@ def _slice_of(value: _Value, path: Path) -> _Value:
     """Return what one iteration of a scan sees of what it runs along."""
     if value.view is None:
         return value
-    leaf, axes, loops = value.view
-    along = axes[0] if axes else None
-    return value._replace(view=View(leaf, axes and axes[1:], (*loops, (path, along))))
+    view = value.view
+    along = view.axes[0] if view.axes else None
+    return value._replace(
+        view=view._replace(axes=view.axes and view.axes[1:], loops=(*view.loops, (path, along)))
+    )
 
 
-def _viewed(eqn: JaxprEqn, operands: list[_Value]) -> View | None:
-    """Return what the output of an equation on parameters alone is a view of, if it is one."""
-    name, view = eqn.primitive.name, operands[0].view
-    if view is None or len(_parameters(operands)) != 1 or any(v.leaves for v in operands[1:]):
-        return None
+def _viewed(eqn: Any, operands: list[_Value]) -> list[View | None]:
+    """Return what the outputs of an equation on parameters alone are views of, if they are."""
+    name, view, params = eqn.primitive.name, operands[0].view, eqn.params
+    nothing: list[View | None] = [None] * len(eqn.outvars)
+    if view is None or any(v.leaves for v in operands[1:]):
+        return nothing
     axes = view.axes
-    shapes = [tuple(atom.aval.shape) for atom in (eqn.invars[0], eqn.outvars[0])]  # type: ignore[attr-defined]
+    before, after = (tuple(atom.aval.shape) for atom in (eqn.invars[0], eqn.outvars[0]))
     if name in _SAME:
-        return view
+        return [view]
     if name == "transpose":
-        return view._replace(axes=axes and tuple(axes[i] for i in eqn.params["permutation"]))
-    if name in ("reshape", "squeeze", "expand_dims"):
-        return view._replace(axes=_without_ones(axes, *shapes))
-    if name == "broadcast_in_dim":
-        moved = list(eqn.params["broadcast_dimensions"])
-        if [shapes[1][i] for i in moved] == list(shapes[0]) and sum(n != 1 for n in shapes[1]) == sum(
-            n != 1 for n in shapes[0]
-        ):
-            return view._replace(axes=_without_ones(axes, *shapes))
-    if name in ("slice", "rev"):
-        return view._replace(axes=None)
-    return None
+        return [view._replace(axes=axes and tuple(axes[i] for i in params["permutation"]))]
+    if name == "broadcast_in_dim" and math.prod(before) != math.prod(after):
+        return nothing
+    if name in ("reshape", "squeeze", "expand_dims", "broadcast_in_dim"):
+        return [view._replace(axes=_without_ones(axes, before, after))]
+    if name == "rev":
+        return [view._replace(axes=None)]
+    if name == "slice":
+        for i, (start, stop) in enumerate(zip(params["start_indices"], params["limit_indices"], strict=True)):
+            view = view.cut(i, start, stop) if (start, stop) != (0, before[i]) else view
+        return [view._replace(axes=None) if params["strides"] else view]
+    if name == "split":
+        stops = list(itertools.accumulate(params["sizes"]))
+        starts = [0, *stops[:-1]]
+        return [view.cut(params["axis"], *ends) for ends in zip(starts, stops, strict=True)]
+    return nothing
 
 
 def _without_ones(

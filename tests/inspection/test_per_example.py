@@ -93,7 +93,15 @@ def one_row_at_a_time(p, ids):
     return jax.lax.scan(lambda h, i: (jnp.tanh(h + p["W"][i]), None), jnp.zeros(40), ids)[0].sum()
 
 
+def in_parts(p, x):
+    to, back = jnp.split(p["W"], [20], axis=1)  # [40, 20], [40, 30]
+    for i in range(2):
+        x = jnp.tanh(x @ p["layers"][i]) + jnp.tanh(x @ to) @ to.T
+    return jnp.sum(jnp.sin(x @ back))
+
+
 CASES = {
+    "parts": (in_parts, {"W": (40, 50), "layers": (2, 40, 40)}, [(5, 6, 40)]),
     "many positions": (many_positions, {"A": (40, 30), "B": (50, 30)}, [(5, 100, 40)]),
     "tied": (tied, {"W": (7, 5)}, [(5, 6, 7), [0, 6, 6, 2, 3, 6]]),
     "tied layers": (tied_layers, {"W": (3, 20, 20)}, [(5, 6, 20)]),
@@ -114,7 +122,9 @@ def inputs(shapes, batch):
 )
 def test_rules(case):
     loss, shapes, batch = CASES[case]
-    check(loss, *inputs(shapes, batch))
+    fallback = ("W",) if case == "parts" else ()  # one of its parts is used twice
+    methods = check(loss, *inputs(shapes, batch), fallback=fallback)
+    assert case != "parts" or methods["layers"] == "2 parts: dense"
 
 
 @pytest.mark.slow
