@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(page, language):
@@ -16,7 +16,7 @@ def blocks(page, language):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = blocks(page, "python")
@@ -32,7 +32,7 @@ def commands():
         for block in blocks(page, "sh"):
             for line in block.splitlines():
                 if line.startswith("gradfn "):
-                    yield pytest.param(line, id=f"{page.name}: {line}")
+                    yield pytest.param(line, id=f"{page.relative_to(ROOT)}: {line}")
 
 
 def shorten(arguments):
