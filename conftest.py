@@ -14,6 +14,16 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_configure(config):
+    """Compile without XLA's costly optimisations where all tests chosen can do without: most programs run once.
+
+    The others, marked `optimised`, are of what XLA makes of our code. The two do not mix in one process, whose
+    compiled operations are kept from test to test.
+    """
+    if "not optimised" in config.option.markexpr:
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 def pytest_collection_modifyitems(items):
     """Leave examples out of the quick subset: many of them compile whole networks."""
     for item in items:
@@ -29,17 +39,6 @@ def usual_promotion_in_examples(request):
             yield
     else:
         yield
-
-
-@pytest.fixture(autouse=True)
-def compiled_quickly(request):
-    """Have XLA skip its costly optimisations, but in tests marked `optimised`: most programs here run once.
-
-    Those are the tests of what XLA makes of our code (bits that agree, ranks of products) and of long trainings.
-    """
-    jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("optimised") is None)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -16,15 +16,16 @@ import sys
 
 PYTHONS = ("python3.11", "python3.12", "python3.13")
 HERE = os.path.dirname(os.path.abspath(__file__))
-PYTEST = ["-m", "pytest", "-q"]
+PYTEST = ["-m", "pytest", "-q", "-n", "2"]
 CHECKS = {
     "test": [
         ["-m", "ruff", "check", "."],
         ["-m", "ruff", "format", "--check", "."],
         ["-m", "mypy"],
-        [*PYTEST, "-n", "2"],
+        [*PYTEST, "-m", "not optimised"],
+        [*PYTEST, "-m", "optimised"],
     ],
-    "quick": [[*PYTEST, "-n", "2", "-m", "not slow"]],
+    "quick": [[*PYTEST, "-m", "not slow and not optimised"], [*PYTEST, "-m", "optimised and not slow"]],
 }
 
 
@@ -53,7 +54,7 @@ def matrix():
         found = works(name)
         if found:
             python = environment(".venv-" + name, "test,frameworks", found)
-            outcome[name] = "FAILED" if run([python, *PYTEST, "-n", "2"]) else "passed"
+            outcome[name] = "FAILED" if run([python, *PYTEST]) else "passed"
         else:
             outcome[name] = "not on the PATH"
     for name, text in outcome.items():

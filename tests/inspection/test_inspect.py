@@ -8,8 +8,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gradfn.inspection import inspect
 
-pytestmark = pytest.mark.optimised
-
 
 def assert_same(tree, other):
     jax.tree.map(np.testing.assert_array_equal, tree, other)

@@ -13,8 +13,6 @@ from jax.sharding import PartitionSpec
 from gradfn.inspection.causes import Operand, explain
 from gradfn.inspection.origin import nan_guard, nan_origin
 
-pytestmark = pytest.mark.optimised
-
 
 def at(event, f, text):
     """Whether an event's line is the one of `f` that has `text` in it."""

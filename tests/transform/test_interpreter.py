@@ -9,8 +9,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gradfn.transform import interpret, probe, trace, walk
 
-pytestmark = pytest.mark.optimised
-
 
 def name_places(program):
     """Places of the `name` equations, by their name."""
