@@ -120,7 +120,11 @@ def maps(net: gf.Net, loss: Any, params: Any, data: Any) -> Any:
     seen = gf.inspect(gf.batch_mean(loss), sites="a1", keep="a1", input_grads=False)(params, batch)
     fired = np.asarray(seen.activations["a1"])  # [digits, 28, 28, filters]
     columns = {f"filter {i}": fired[..., i] for i in range(min(fired.shape[-1], 10))}
-    title = "Where each filter of conv1 fires"
+    pictures = images[chosen].reshape(fired.shape[:3])  # [digits, 28, 28]
+    on_ink, on_paper = fired[pictures > 0.5].mean(0), fired[pictures < 0.1].mean(0)  # [filters] each
+    title = (
+        f"{(on_ink > on_paper).sum()} of {fired.shape[-1]} filters of conv1 fire more on ink than on paper"
+    )
     return image_maps(images[chosen].reshape(-1, *data.shape), columns, title, "activation")
 
 

@@ -134,11 +134,17 @@ def attention(loss: Any, params: Any, data: Any, side: int) -> Any:
     chosen = [int(np.flatnonzero(labels == digit)[0]) for digit in (0, 1, 2, 4, 7, 8) if digit in labels]
     of_each = [attention_of(loss, params, (jnp.asarray(images[i]), jnp.asarray(labels[i]))) for i in chosen]
     columns: dict[str, Any] = {}
+    # [digits, side * patch, side * patch] -> which patches have ink, [digits, patches]
+    pictures = images[chosen].reshape(len(chosen), side, 28 // side, side, 28 // side)
+    ink = (pictures.mean((2, 4)) > 0.1).reshape(len(chosen), -1)
+    inked = []
     for block in dict.fromkeys([min(of_each[0]), max(of_each[0])]):
         weights = np.stack([blocks[block] for blocks in of_each])  # [digits, heads, patches, patches]
         shares = weights.mean(2).reshape(len(chosen), -1, side, side)  # over those that look
+        inked.append((weights.mean((1, 2)) * ink).sum(1).mean())
         columns |= {f"{block}\nhead {head}": shares[:, head] for head in range(shares.shape[1])}
-    title = "How much of the attention each patch gets"
+    told = " and ".join(f"{100 * share:.0f} %" for share in inked)
+    title = f"Patches with ink, {100 * ink.mean():.0f} % of all, get {told} of the attention of these blocks"
     return image_maps(images[chosen].reshape(-1, *data.shape), columns, title, "attention")
 
 

@@ -27,7 +27,7 @@ LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito's, 
 LINE_STYLES = ("-", "--", "-.", ":")  # so that the lines are told apart in black and white, too
 
 
-def weight_images(W: Any, shape: Sequence[int] = (28, 28), name: str = "W1") -> Figure:
+def weight_images(W: Any, shape: Sequence[int] = (28, 28), name: str = "W1", what: str = "node") -> Figure:
     """Draw the rows of a weight matrix as images, on one diverging colour scale centred at zero.
 
     Row i holds the weights from every input into node i, so each image is what its node looks for.
@@ -36,6 +36,7 @@ def weight_images(W: Any, shape: Sequence[int] = (28, 28), name: str = "W1") -> 
         W: `[out, in]`.
         shape: the images' height and width in pixels; their product is `in`.
         name: what to call the matrix.
+        what: what a row belongs to: a node, a filter.
 
     Returns:
         A figure with an image a row, the first 100 where there are more, and a colour bar.
@@ -67,7 +68,7 @@ def weight_images(W: Any, shape: Sequence[int] = (28, 28), name: str = "W1") -> 
         if i < n_shown:
             image = panel.imshow(shown[i], cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
             panel.set_title(str(i), fontsize=8, pad=2, color="0.35")
-    label = "weight (red excites the node, blue inhibits it)" if n_rows > 1 else "weight"
+    label = f"weight (red excites the {what}, blue inhibits it)" if n_rows > 1 else "weight"
     extend = "both" if sizes.any() and sizes.max() > limit else "neither"
     figure.colorbar(image, ax=list(panels), label=label, extend=extend, aspect=min(12 * n_rows, 50), pad=0.02)
     title = f"{name}: what each of the {len(W):,} hidden nodes looks for"

@@ -33,7 +33,7 @@ def filter_images(W: Any, name: str) -> Figure:
     n_out, size = len(W), round(W[0].size ** 0.5)
     if size * size != W[0].size:
         raise ValueError(f"filter_images: expected square filters of one channel, came {list(W.shape)}")
-    figure = weight_images(W.reshape(n_out, -1), (size, size), name)
+    figure = weight_images(W.reshape(n_out, -1), (size, size), name, "filter")
     figure.suptitle(f"{name}: what each of the {n_out} filters looks for in windows of {size}x{size} pixels")
     return figure
 
