@@ -27,7 +27,8 @@ from gradfn.precision import wide
 # Of a product in the place of two Gram matrices: a number read or written takes as long as so many multiplications,
 # and what is kept of it may be as large as so many times what the products around it keep anyway.
 TRAFFIC, ROOM = 40, 2
-CACHED = 2**18  # numbers that a processor's cache holds
+# Numbers: if so many hold the products of all examples, they are made at once; else so many at a time.
+CACHED, AT_ONCE = 2**20, 2**17
 
 
 class Rule(NamedTuple):
@@ -357,8 +358,10 @@ def _products_of_all(
 
 
 def chunk_for(n: int, size: int) -> int:
-    """Return how many of `n` examples' products of a size to keep at a time."""
-    return max(1, min(n // 2, CACHED // size)) if jax.default_backend() == "cpu" else n
+    """Return how many of `n` examples' products of a size to make at a time."""
+    if n * size <= CACHED or jax.default_backend() != "cpu":
+        return n
+    return max(1, AT_ONCE // size)
 
 
 def at(x: jax.Array, start: Any, count: int) -> jax.Array:

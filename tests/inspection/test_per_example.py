@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gradfn as gf
+from gradfn.transform import ghost
 
 KEY = jax.random.key(0)
 KEYS = jax.random.split(KEY, 8)
@@ -125,6 +126,17 @@ def test_rules(case):
     fallback = ("W",) if case == "parts" else ()  # one of its parts is used twice
     methods = check(loss, *inputs(shapes, batch), fallback=fallback)
     assert case != "parts" or methods["layers"] == "2 parts: dense"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["many positions", "tied"])
+def test_products_of_some_examples_at_a_time(case, monkeypatch):
+    """Five examples, two at a time, and the one that remains: as where a cache does not hold them all."""
+    monkeypatch.setattr(ghost, "CACHED", 0)
+    monkeypatch.setattr(ghost, "AT_ONCE", 3000 if case == "many positions" else 70)
+    loss, shapes, batch = CASES[case]
+    methods = check(loss, *inputs(shapes, batch))
+    assert "product" in methods["A"] if case == "many positions" else "3 uses" in methods["W"]
 
 
 @pytest.mark.slow
