@@ -23,9 +23,12 @@ CHECKS = {
         ["-m", "ruff", "format", "--check", "."],
         ["-m", "mypy"],
         [*PYTEST, "-m", "not optimised"],
-        [*PYTEST, "-m", "optimised"],
+        [*PYTEST, "-m", "optimised", "tests"],
     ],
-    "quick": [[*PYTEST, "-m", "not slow and not optimised"], [*PYTEST, "-m", "optimised and not slow"]],
+    "quick": [
+        [*PYTEST, "-m", "not slow and not optimised"],
+        [*PYTEST, "-m", "optimised and not slow", "tests"],
+    ],
 }
 
 

@@ -49,6 +49,7 @@ def looped(w, x):
     return jax.lax.scan(step, x, None, length=3)[0].sum()
 
 
+@pytest.mark.slow
 def test_a_site_in_a_loop_has_a_map_an_iteration():
     w, x = jnp.array(0.7), jnp.array([0.5, -1.0])
     seen = gf.inspect(looped, keep="c")(w, x)

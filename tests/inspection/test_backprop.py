@@ -184,6 +184,7 @@ def test_chain_rule_on_the_digit_network_of_the_note(x64):
         assert float(jnp.linalg.norm(by_hand[name] - grad) / jnp.linalg.norm(grad)) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cost", ["cross_entropy", "quadratic"])
 def test_the_steps_of_backprop_are_the_deltas_of_the_chain_rule(cost, x64):
     loss, params, x = network([6, 5, 4, 3], cost)

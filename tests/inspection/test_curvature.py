@@ -183,6 +183,7 @@ def test_residuals_tell_the_truth_in_float32_through_restarts():
     assert "NO" in str(short)
 
 
+@pytest.mark.slow
 def test_eigenvalues_where_the_process_ends_early():
     eigs_of = gf.hessian_eigs(quadratic, k=5)
     for spectrum in ([0.0] * 5, [2.0] * 5, [3.0, -1.0, 0.0, 0.0, 0.0]):
@@ -202,6 +203,7 @@ def test_eigenvalues_of_other_matrices_and_inside_jit(x64, known):
     np.testing.assert_allclose(eigs.values, np.linalg.eigvalsh(G)[:-3:-1], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_sharpness_beside_two_over_the_learning_rate():
     A = jnp.asarray(symmetric([3.0, 1.0, -5.0, 0.1]), jnp.float32)
     seen = gf.sharpness(quadratic, learning_rate=0.5)(jnp.ones(4), A)

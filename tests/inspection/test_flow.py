@@ -47,6 +47,7 @@ def test_a_deep_sigmoid_network_vanishes_visibly():
     assert "0/1:sigmoid" in text
 
 
+@pytest.mark.slow
 def test_he_initialised_relu_raises_no_flag():
     seen = jax.jit(inspect(network(jax.nn.relu), sites="*/1*"))(*setup([32] * 10 + [10], 2.0))
     assert seen.flags() == {}

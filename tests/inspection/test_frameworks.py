@@ -135,6 +135,7 @@ def test_equinox():
     assert "query_proj/weight" in sites(attend)(attention, X[0]).names
 
 
+@pytest.mark.slow
 def test_haiku():
     hk = pytest.importorskip("haiku")
     model = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([8, 3])(x)))

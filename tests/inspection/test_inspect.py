@@ -45,6 +45,7 @@ def test_gradients_are_those_of_value_and_grad_bit_for_bit(mlp_args):
     assert seen.aux is None
 
 
+@pytest.mark.slow
 def test_activation_gradients_are_those_of_the_function_split_by_hand(mlp_args):
     params, x, y = mlp_args
     seen = inspect(mlp, keep=["a1", "b1"])(*mlp_args)

@@ -137,6 +137,7 @@ def test_compiled_the_same(name, dtype):
     jax.tree.map(close, ours, theirs)
 
 
+@pytest.mark.slow
 def test_activations_of_an_rnn_are_those_of_the_loop_unrolled_by_hand():
     _, params = CASES["rnn"]
     seen = jax.jit(inspect(rnn, keep="h"))(params, FEW)
@@ -227,6 +228,7 @@ def test_shardings_are_those_of_the_plain_function(mesh):
         assert raw.sharding.is_equivalent_to(x.sharding, 2)
 
 
+@pytest.mark.slow
 def test_shardings_in_types():
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
 

@@ -43,6 +43,7 @@ def test_formulas_on_a_net():
         np.testing.assert_allclose(seen.signals[name], signal, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_sums_and_running_averages():
     one = gf.noise_scale(distance)({"w": jnp.ones(1)}, jnp.array([[0.0], [1.0]]))
     two = gf.noise_scale(distance)({"w": jnp.ones(1)}, jnp.array([[3.0], [5.0]]))
@@ -80,6 +81,7 @@ def test_norm_test():
         gf.norm_test(distance, theta=0.0)
 
 
+@pytest.mark.slow
 def test_cosines_of_examples_and_classes():
     net = gf.mlp([6, 5, 3])
     params, loss = net.init(jax.random.key(0)), gf.classification_loss(net)

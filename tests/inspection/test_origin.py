@@ -119,6 +119,7 @@ def roots(w, x):
     return jnp.sum(jax.lax.scan(step, x, w)[0])
 
 
+@pytest.mark.slow
 def test_the_backward_pass_of_a_scan_runs_from_its_end():
     w = jnp.ones(9).at[jnp.array([2, 5])].set(0.0)
     found = nan_origin(roots)(w, jnp.zeros(()))
@@ -308,6 +309,7 @@ def test_what_was_in_the_arguments():
     assert "closes over" in nan_origin(lambda x: jnp.sum(x * constant))(1.0).nan.scope
 
 
+@pytest.mark.slow
 def test_a_nan_written_in_the_program_counts_where_it_gets_through():
     def f(x):
         y = x / jnp.std(x)  # has a NaN, for the case of no elements
@@ -410,6 +412,7 @@ def test_guard_gives_what_value_and_grad_gives():
     assert record.report().nan is None
 
 
+@pytest.mark.slow
 def test_guard_says_where():
     x = jnp.ones((4, 3))
     step = jax.jit(nan_guard(log_likelihood))

@@ -192,6 +192,7 @@ def test_rows_looked_up_in_any_order_and_beyond_the_ends(ids, seed):
     np.testing.assert_allclose(seen.total, jnp.linalg.norm(grads.reshape(3, -1), axis=1), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_no_rule_covers_falls_back_alone():
     def loss(p, x):
         decayed = 0.1 * jnp.sum(p["decayed"] ** 2)  # two uses, one of them no product
@@ -252,6 +253,7 @@ def test_keys_are_examples_too():
     np.testing.assert_allclose(seen.total, jnp.linalg.norm(x * noise, axis=1), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_norm", [30.0])
 def test_clipping_is_optax_s(max_norm):
     def loss(p, x):

@@ -8,6 +8,7 @@ import gradfn as gf
 LAYERS = {"RNN": gf.layers.vanilla_rnn, "GRU": gf.layers.gru, "LSTM": gf.layers.lstm}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_states_and_gradients_are_those_of_pytorch(name):
     torch = pytest.importorskip("torch", reason="needs PyTorch: pip install torch")

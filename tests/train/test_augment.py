@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import gradfn as gf
 from gradfn.train.augment import shift_images, shifted
@@ -24,6 +25,7 @@ def test_what_moves_in_is_paper():
     assert moved.sum(1).min() == 1  # two pixels off both ways leave one
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_moved_images():
     net = gf.mlp([9, 2])
     params, key = net.init(jax.random.key(0)), jax.random.key(1)

@@ -78,6 +78,7 @@ def test_how_steps_are_grouped_changes_no_bit(monkeypatch):
     assert [row["loss"] for row in train(40).history] == [row["loss"] for row in whole.history]
 
 
+@pytest.mark.slow
 def test_train_step_is_what_fit_does():
     optimizer = optax.adam(0.05)
     step = gf.train_step(loss, optimizer)
@@ -137,6 +138,7 @@ def test_stalled_waits_for_something_better():
     assert [stop(rows[:n]) for n in range(5)] == [False, False, False, False, True]
 
 
+@pytest.mark.slow
 def test_many_devices_share_a_batch():
     mesh = jax.make_mesh((8,), ("data",))
     shared = train(12, mesh=mesh)
@@ -173,6 +175,7 @@ def test_mistakes_are_named(options, message):
 # What a run leaves in its folder
 
 
+@pytest.mark.slow
 def test_folder_holds_metrics_and_events(tmp_path):
     fitted = train(20, folder=tmp_path / "run", evaluate=lambda params: {"one": 1.0})
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
