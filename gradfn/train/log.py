@@ -34,6 +34,7 @@ class Log:
         self.history: list[dict[str, Any]] = []
         self.inspections: list[dict[str, Any]] = []
         self.noise: list[dict[str, Any]] = []
+        self.noise_sums = [0.0, 0.0]  # of signal and noise, what is older counting less
         self.finished = False
         self.sums: dict[str, float] = {}
         self.n_steps = 0
@@ -86,11 +87,12 @@ class Log:
     def noise_scale(self, step: int, seen: NoiseScale) -> None:
         """Keep the noise scale that was measured before a step, and the running one."""
         row = {"step": step} | seen.to_dict()
-        rows = [*self.noise, row]
-        weights = REMEMBERED ** np.arange(len(rows))[::-1]
-        signal, noise = (weights @ [r[name] for r in rows] for name in ("gradient_square", "variance"))
         # Sums first, then their ratio: each batch's own ratio is far off, and may not exist.
-        row["running_scale"] = float(noise / signal) if signal > 0 else None
+        signal, noise = self.noise_sums = [
+            REMEMBERED * total + row[name]
+            for total, name in zip(self.noise_sums, ("gradient_square", "variance"), strict=True)
+        ]
+        row["running_scale"] = noise / signal if signal > 0 else None
         self.noise.append(row)
         if self.folder:
             self._append(NOISE, row)
@@ -100,7 +102,7 @@ class Log:
     def notes(self) -> dict[str, Any]:
         """Return what a checkpoint must hold for the log to go on."""
         rows = ("history", "inspections", "noise")
-        sums = ("sums", "n_steps", "examples", "row_seconds", "seconds")
+        sums = ("sums", "noise_sums", "n_steps", "examples", "row_seconds", "seconds")
         return {name: getattr(self, name) for name in ("settings", "finished", *rows, *sums)}
 
     def restore(self, notes: dict[str, Any]) -> None:
