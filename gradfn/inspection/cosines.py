@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gradfn.inspection.example_norms import sum_of
 from gradfn.params import describe
+from gradfn.precision import widen
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["total", "leaves"], meta_fields=[])
@@ -51,11 +53,11 @@ def cosines(grads: Any) -> Cosines:
 
     def products(leaf: jax.Array) -> jax.Array:
         flat = leaf.reshape(leaf.shape[0], -1)  # [n, ...] -> [n, size]
-        wide = flat.astype(jnp.promote_types(flat.dtype, jnp.float32))
+        wide = widen(flat)
         return jnp.matmul(wide, wide.T, precision="highest")  # [n, n]
 
     gram = jax.tree.map(products, grads)
-    return Cosines(_normed(jax.tree.reduce(jnp.add, gram)), jax.tree.map(_normed, gram))
+    return Cosines(_normed(sum_of(jax.tree.leaves(gram))), jax.tree.map(_normed, gram))
 
 
 def _normed(gram: jax.Array) -> jax.Array:

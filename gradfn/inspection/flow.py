@@ -131,9 +131,8 @@ def flags(seen: "Inspection") -> dict[str, list[str]]:
 def to_dict(seen: "Inspection") -> dict[str, Any]:
     """Return the inspection as plain numbers by name."""
     seen = jax.device_get(seen)
-    in_order = [
-        site.name for site in seen.sites
-    ]  # of computation; a dict out of a compiled function is sorted
+    # The order of computation: a dict that comes out of a compiled function is sorted.
+    in_order = [site.name for site in seen.sites]
     out: dict[str, Any] = {
         "value": np.asarray(seen.value).tolist(),
         "inspected": np.asarray(seen.inspected).tolist(),

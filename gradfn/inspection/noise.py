@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gradfn.inspection.example_norms import sum_of
 from gradfn.inspection.per_example import per_example_norms
 from gradfn.params import path_name
 from gradfn.text import TextTable
@@ -50,12 +51,12 @@ class NoiseScale:
     @property
     def gradient_square(self) -> jax.Array:
         """The mean estimate of |G|^2, a scalar; it may come out below zero."""
-        return sum_of(self.signals) / self.weight
+        return sum_of(jax.tree.leaves(self.signals)) / self.weight
 
     @property
     def variance(self) -> jax.Array:
         """The mean estimate of tr Sigma, a scalar: the variance of one example's gradient, all elements summed."""
-        return sum_of(self.noises) / self.weight
+        return sum_of(jax.tree.leaves(self.noises)) / self.weight
 
     @property
     def scale(self) -> jax.Array:
@@ -204,16 +205,11 @@ def norm_test(loss: Callable, theta: float = 0.9) -> Callable[..., NormTest]:
     def test(params: Any, *batch: Any) -> NormTest:
         seen = per_example_norms(loss)(params, *batch)
         variance, n = noise_of(seen).variance, seen.total.shape[0]
-        square = sum_of(jax.tree.map(lambda grad: jnp.square(grad.astype(variance.dtype)).sum(), seen.grads))
+        square = sum_of(jnp.square(grad.astype(variance.dtype)).sum() for grad in jax.tree.leaves(seen.grads))
         ratio = jnp.sqrt(variance / n / square)
         return NormTest(ratio <= theta, ratio, jnp.ceil(variance / (theta**2 * square)))
 
     return test
-
-
-def sum_of(tree: Any) -> jax.Array:
-    """Add up a tree's leaves."""
-    return sum(jax.tree.leaves(tree), start=jnp.zeros([]))
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:
