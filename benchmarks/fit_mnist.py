@@ -315,13 +315,7 @@ def starting_task(x: np.ndarray, y: np.ndarray) -> Task:
 
 def trainers(task: Task, names: Iterable[str]) -> tuple[dict[str, Trainer], dict[str, str]]:
     """Return those who can train, and why others cannot."""
-    ready, skipped = {}, {}
-    for name in names:
-        try:
-            ready[name] = TRAINERS[name](task)
-        except ImportError as error:
-            skipped[name] = f"{error.name} is not installed"
-    return ready, skipped
+    return harness.available(TRAINERS, names, task)
 
 
 def counted(epoch: Callable[[], Any], examples: int) -> harness.Contender:

@@ -393,13 +393,7 @@ def task_of(config: gf.GPTConfig, batch: int) -> Task:
 
 def steps(task: Task, names: Iterable[str]) -> tuple[dict[str, Step], dict[str, str]]:
     """Return those who can train, and why others cannot."""
-    ready, skipped = {}, {}
-    for name in names:
-        try:
-            ready[name] = CONTENDERS[name](task)
-        except ImportError as error:
-            skipped[name] = f"{error.name} is not installed"
-    return ready, skipped
+    return harness.available(CONTENDERS, names, task)
 
 
 def counted(step: Step) -> harness.Contender:

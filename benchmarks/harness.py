@@ -25,7 +25,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -207,6 +207,19 @@ def arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=rounds, help="measured calls of each (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write every timing there, too")
     return parser
+
+
+def available(
+    makers: Mapping[str, Callable[..., Any]], names: Iterable[str], *args: Any
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what the makers of those names make of the arguments, and why others cannot: what is not installed."""
+    ready, skipped = {}, {}
+    for name in names:
+        try:
+            ready[name] = makers[name](*args)
+        except ImportError as error:
+            skipped[name] = f"{error.name} is not installed"
+    return ready, skipped
 
 
 def _timed(run: Contender) -> tuple[float, float, float]:
