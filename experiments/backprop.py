@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 import gradfn as gf
 from gradfn import run as runs
 from gradfn.report.backprop import agreement, equations
-from gradfn.report.figures import save, weight_images
+from gradfn.report.figures import save_all, weight_images
 
 EXPECTED = (
     "the four to agree in all 12,730 parameters, by hand and by jax to 1e-12 of the largest gradient of each matrix, "
@@ -106,9 +106,7 @@ def run(config: Config) -> Result:
     figures["gradients"].axes[-1].set_ylabel(
         "gradient (the loss falls when red weights shrink, blue ones grow)"
     )
-    for name, figure in figures.items():
-        figure.suptitle(f"{figure.get_suptitle()}\n(data: {data.name})")
-        save(figure, folder / f"{name}.png")
+    save_all(figures, folder, data.name)
     verdict = judge(errors)
     runs.finish(folder, {"errors": errors, "verdict": verdict})
     print(f"{verdict}\npictures: {folder}/equations.png, agree.png, gradients.png; steps: {folder}/steps.txt")

@@ -12,7 +12,12 @@ import numpy as np
 
 import gradfn as gf
 from gradfn import run as runs
-from gradfn.report.classifier import classifier_figures, classifier_measures, test_probabilities
+from gradfn.report.classifier import (
+    classifier_figures,
+    classifier_measures,
+    six_digits,
+    test_probabilities,
+)
 from gradfn.report.images import filter_images, image_maps
 from gradfn.train import adamw_warmup_cosine
 from gradfn.train.augment import shifted
@@ -57,8 +62,7 @@ class Config:
         for channels in self.channels:
             runs.within(1, None, channels=channels)
         runs.within(0, 2**32 - 1, seed=self.seed)
-        if not 0 < self.rate < float("inf"):
-            raise ValueError(f"rate: a number above 0, came {self.rate}")
+        runs.positive(rate=self.rate)
 
 
 class Result(NamedTuple):
@@ -114,18 +118,17 @@ def run(config: Config) -> Result:
 
 def maps(net: gf.Net, loss: Any, params: Any, data: Any) -> Any:
     """Draw where each filter of the first convolution fires, for six digits."""
-    images, labels = (part[:200] for part in data.test)
-    chosen = [int(np.flatnonzero(labels == digit)[0]) for digit in (0, 1, 2, 4, 7, 8) if digit in labels]
-    batch = jnp.asarray(images[chosen]), jnp.asarray(labels[chosen])
+    images, labels = six_digits(data)
+    batch = jnp.asarray(images), jnp.asarray(labels)
     seen = gf.inspect(gf.batch_mean(loss), sites="a1", keep="a1", input_grads=False)(params, batch)
     fired = np.asarray(seen.activations["a1"])  # [digits, 28, 28, filters]
     columns = {f"filter {i}": fired[..., i] for i in range(min(fired.shape[-1], 10))}
-    pictures = images[chosen].reshape(fired.shape[:3])  # [digits, 28, 28]
+    pictures = images.reshape(fired.shape[:3])  # [digits, 28, 28]
     on_ink, on_paper = fired[pictures > 0.5].mean(0), fired[pictures < 0.1].mean(0)  # [filters] each
     title = (
         f"{(on_ink > on_paper).sum()} of {fired.shape[-1]} filters of conv1 fire more on ink than on paper"
     )
-    return image_maps(images[chosen].reshape(-1, *data.shape), columns, title, "activation")
+    return image_maps(images.reshape(-1, *data.shape), columns, title, "activation")
 
 
 def judge(config: Config, accuracy: float) -> str:

@@ -16,7 +16,7 @@ import optax
 import gradfn as gf
 from gradfn import run as runs
 from gradfn.report.curvature import EDGE, edge_of_stability, landscape, late_sharpness, spectrum
-from gradfn.report.figures import save
+from gradfn.report.figures import save_all
 
 EXPECTED = (
     "the largest eigenvalue of the Hessian within 10 % of 2 / rate in the end for rates 0.2 and 0.4, below it for 0.1, "
@@ -116,8 +116,7 @@ def run(config: Config) -> Result:
         "spectrum": spectrum(densities, size, eigs.values, curved, 2 / rate),
         "landscape": _landscape(loss, params, batch, eigs),
     }
-    for name, figure in figures.items():
-        save(figure, folder / f"{name}.png")
+    save_all(figures, folder)
     verdict = judge(config, histories, accuracies)
     values = np.asarray(eigs.values)
     result = {"eigenvalues": values.tolist(), "trace": float(trace.value), "verdict": verdict}

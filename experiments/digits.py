@@ -45,8 +45,7 @@ class Config:
     def __post_init__(self) -> None:
         runs.within(1, None, hidden=self.hidden, epochs=self.epochs, batch=self.batch)
         runs.within(0, 2**32 - 1, seed=self.seed)
-        if not 0 < self.rate < float("inf"):
-            raise ValueError(f"rate: a number above 0, came {self.rate}")
+        runs.positive(rate=self.rate)
 
 
 class Result(NamedTuple):

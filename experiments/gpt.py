@@ -91,9 +91,7 @@ class Config:
         runs.within(1, None, **{name: getattr(self, name) for name in whole})
         runs.within(0, 2**32 - 1, seed=self.seed)
         runs.within(0, self.steps - 1, warmup=self.warmup)
-        for name in ("rate", "clip"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: a number above 0, came {getattr(self, name)}")
+        runs.positive(rate=self.rate, clip=self.clip)
         if self.width % self.heads:
             raise ValueError(f"heads: a number that divides the width of {self.width}, came {self.heads}")
 

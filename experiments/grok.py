@@ -14,7 +14,7 @@ import optax
 import gradfn as gf
 from gradfn import run as runs
 from gradfn.layers.embed import look_up
-from gradfn.report.figures import save
+from gradfn.report.figures import save_all
 from gradfn.report.grok import grokking, waves
 
 EXPECTED = (
@@ -109,9 +109,7 @@ def run(config: Config) -> Result:
             {"before training": start["A"]} | {f"after, {name}": params[name]["A"] for name in params}
         ),
     }
-    for name, figure in figures.items():
-        figure.suptitle(f"{figure.get_suptitle()}\n(data: sums modulo {config.modulus})")
-        save(figure, folder / f"{name}.png")
+    save_all(figures, folder, f"sums modulo {config.modulus}")
     verdict = judge(config, by_heart, understood, histories["no decay"][-1]["test_accuracy"])
     runs.finish(folder, {"by_heart": by_heart, "understood": understood, "verdict": verdict})
     print(f"{verdict}\npictures: {folder}/grok.png, waves.png")

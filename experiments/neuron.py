@@ -12,7 +12,7 @@ import numpy as np
 
 import gradfn as gf
 from gradfn import run as runs
-from gradfn.report.figures import save
+from gradfn.report.figures import save_all
 from gradfn.report.neuron import firing_rates, what_a_node_sees
 
 EXPECTED = (
@@ -86,9 +86,7 @@ def run(config: Config) -> Result:
         "node": what_a_node_sees(weights, images[shown].reshape(-1, 28, 28), labels[shown], config.bias),
         "firing": firing_rates(sums, labels, BIASES, rates, config.bias),
     }
-    for name, figure in figures.items():
-        figure.suptitle(f"{figure.get_suptitle()}\n(data: {data.name})")
-        save(figure, folder / f"{name}.png")
+    save_all(figures, folder, data.name)
     verdict = judge(config, labels, fires)
     runs.finish(folder, {"rates": rates.tolist(), "verdict": verdict})
     print(f"{verdict}\npictures: {folder}/node.png, firing.png")

@@ -13,7 +13,7 @@ import optax
 
 import gradfn as gf
 from gradfn import run as runs
-from gradfn.report.figures import save
+from gradfn.report.figures import save_all
 from gradfn.report.noise import agreement, largest_gradients, noise_over_training
 
 EXPECTED = (
@@ -50,8 +50,7 @@ class Config:
         runs.within(1, None, hidden=self.hidden, epochs=self.epochs, every=self.every)
         runs.within(2, None, batch=self.batch)
         runs.within(0, 2**32 - 1, seed=self.seed)
-        if not 0 < self.rate < float("inf"):
-            raise ValueError(f"rate: a number above 0, came {self.rate}")
+        runs.positive(rate=self.rate)
 
 
 class Result(NamedTuple):
@@ -111,9 +110,7 @@ def run(config: Config) -> Result:
         "largest": largest_gradients(images, labels, answers, norms, data.shape),
         "agreement": agreement(classes.total, digits, "digit, before training"),
     }
-    for name, figure in figures.items():
-        figure.suptitle(f"{figure.get_suptitle()}\n(data: {data.name})")
-        save(figure, folder / f"{name}.png")
+    save_all(figures, folder, data.name)
     first = scale([exact(start)])
     second = scale([row for row in fitted.history if row["step"] > steps / 2])
     estimate = scale([row for row in fitted.noise if row["step"] > steps / 2])

@@ -13,7 +13,7 @@ import numpy as np
 
 import gradfn as gf
 from gradfn import run as runs
-from gradfn.report.figures import save
+from gradfn.report.figures import save_all
 from gradfn.report.rates import fan, valley
 
 EXPECTED = (
@@ -106,9 +106,7 @@ def run(config: Config) -> Result:
         "fan": fan(rates, losses, states, GUESS),
         "valley": valley(rates, final(losses), accuracies, states, GUESS),
     }
-    for name, figure in figures.items():
-        figure.suptitle(f"{figure.get_suptitle()}\n(data: {data.name})")
-        save(figure, folder / f"{name}.png")
+    save_all(figures, folder, data.name)
     verdict = judge(config, rates, accuracies, states)
     runs.finish(
         folder,

@@ -15,7 +15,7 @@ import gradfn as gf
 from gradfn import run as runs
 from gradfn.report.attribution import image_rows
 from gradfn.report.classifier import in_parts
-from gradfn.report.figures import save
+from gradfn.report.figures import save_all
 from gradfn.train.augment import shifted
 
 EXPECTED = (
@@ -111,9 +111,7 @@ def run(config: Config) -> Result:
         histories.append(fitted.history)
 
     verdict = judge(config, drawn["dense net"].of_own_class)
-    figure = wanted_figure(drawn, data)
-    figure.suptitle(f"{figure.get_suptitle()}\n(data: {data.name})")
-    save(figure, folder / "wanted.png")
+    save_all({"wanted": wanted_figure(drawn, data)}, folder, data.name)
     for name, one in drawn.items():
         likeness = f"{one.of_own_class} of {N_CLASSES} drawings are most like a digit of their class"
         print(f"{name}: test accuracy {100 * one.test_accuracy:.1f} %, {likeness}")

@@ -15,7 +15,7 @@ import gradfn as gf
 from gradfn import run as runs
 from gradfn.report.attribution import heat_over_images, remains
 from gradfn.report.digit_net import keep_digit_net
-from gradfn.report.figures import save
+from gradfn.report.figures import save_all
 
 EXPECTED = (
     "sums over regions that add up to the weighted sums, more than a third of the digits read from the better half of "
@@ -101,9 +101,7 @@ def run(config: Config) -> Result:
         "deciding": deciding_figure(falls, data),
         "sums": sums_figure(net, fitted.params, of_cells, data),
     }
-    for name, figure in figures.items():
-        figure.suptitle(f"{figure.get_suptitle()}\n(data: {data.name})")
-        save(figure, folder / f"{name}.png")
+    save_all(figures, folder, data.name)
     enlarged_from = 8 if config.data == "digits" else None
     keep_digit_net(folder, fitted.params, data, everything, enlarged_from=enlarged_from)
     verdict = judge(config, right_from, error)

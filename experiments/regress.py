@@ -13,7 +13,7 @@ import optax
 
 import gradfn as gf
 from gradfn import run as runs
-from gradfn.report.figures import curves, save
+from gradfn.report.figures import curves, save_all
 from gradfn.report.regress import predictions, slopes
 
 EXPECTED = (
@@ -98,9 +98,7 @@ def run(config: Config) -> Result:
         "slopes": slopes(of_inputs, coefficients, MEASUREMENTS),
         "curves": curves(history, "squared standard deviations"),
     }
-    for name, figure in figures.items():
-        figure.suptitle(f"{figure.get_suptitle()}\n(data: {data.name})")
-        save(figure, folder / f"{name}.png")
+    save_all(figures, folder, data.name)
     verdict = judge(config, shares)
     runs.finish(folder, {"r2": shares, "verdict": verdict})
     print(f"{verdict}\npictures: {folder}/predictions.png, slopes.png, curves.png")

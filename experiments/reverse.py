@@ -12,7 +12,7 @@ import numpy as np
 
 import gradfn as gf
 from gradfn import run as runs
-from gradfn.report.figures import curves, save
+from gradfn.report.figures import curves, save_all
 from gradfn.report.language import attention_of
 from gradfn.report.sequences import attention_maps
 from gradfn.train import adamw_warmup_cosine
@@ -52,8 +52,7 @@ class Config:
         runs.within(0, 2**32 - 1, seed=self.seed)
         if self.width % self.heads:
             raise ValueError(f"heads: a number that divides the width of {self.width}, came {self.heads}")
-        if not 0 < self.rate < float("inf"):
-            raise ValueError(f"rate: a number above 0, came {self.rate}")
+        runs.positive(rate=self.rate)
 
 
 class Result(NamedTuple):
@@ -96,8 +95,7 @@ def run(config: Config) -> Result:
     written = gf.generate(net, fitted.params, test[0][0, : n + 1], n, temperature=0)
     print(f"{told(test[0][0, :n])} backwards, it writes: {told(written)}")
     pictures = {"curves": curves(fitted.history), "attention": attention(loss, fitted.params, test, n)}
-    for name, figure in pictures.items():
-        save(figure, folder / f"{name}.png")
+    save_all(pictures, folder)
     verdict = judge(config, accuracy)
     runs.finish(folder, {"accuracy": accuracy, "verdict": verdict})
     print(f"{verdict}\npictures: {folder}/curves.png, attention.png")

@@ -15,7 +15,7 @@ import numpy as np
 import gradfn as gf
 from gradfn import run as runs
 from gradfn import sample
-from gradfn.report.figures import curves, save
+from gradfn.report.figures import curves, save_all
 from gradfn.report.language import expectations, loss_per_token
 from gradfn.report.sequences import gradient_through_time, token_probabilities, visible
 from gradfn.train import adamw_warmup_cosine
@@ -56,8 +56,7 @@ class Config:
         runs.within(1, None, width=self.width, batch=self.batch)
         runs.within(2, None, steps=self.steps)
         runs.within(0, 2**32 - 1, seed=self.seed)
-        if not 0 < self.rate < float("inf"):
-            raise ValueError(f"rate: a number above 0, came {self.rate}")
+        runs.positive(rate=self.rate)
 
 
 class Result(NamedTuple):
@@ -120,9 +119,7 @@ def run(config: Config) -> Result:
         "probabilities": drawn_expectations(net, params["lstm"], data),
     }
     figures["curves"].axes[0].autoscale(axis="y")  # the lines lie close together, far from zero
-    for name, figure in figures.items():
-        figure.suptitle(f"{figure.get_suptitle()}\n(data: {data.name})")
-        save(figure, folder / f"{name}.png")
+    save_all(figures, folder, data.name)
     verdict = judge(config, data, losses, after)
     runs.finish(folder, {"validation_losses": losses, "verdict": verdict})
     print(f"{verdict}\npictures: {folder}/{', '.join(f'{name}.png' for name in figures)}")

@@ -16,7 +16,7 @@ import gradfn as gf
 from gradfn import run as runs
 from gradfn.inspection import Randomised
 from gradfn.report.attribution import influences, randomised_maps, signed_maps
-from gradfn.report.figures import save
+from gradfn.report.figures import save_all
 from gradfn.text import TextTable
 
 EXPECTED = (
@@ -25,11 +25,8 @@ EXPECTED = (
 )
 STEPS = {"digits": 1560, "mnist": 15_600}
 RATE = 0.5  # of plain gradient descent, which is what TracIn's formula is of
-WIDE, BY_HEART, STEPS_BY_HEART = (
-    64,
-    300,
-    1500,
-)  # hidden nodes that learn so many digits by heart in so many steps
+# So many hidden nodes learn so many digits by heart in so many steps.
+WIDE, BY_HEART, STEPS_BY_HEART = 64, 300, 1500
 N_TESTED = 30  # test digits that the randomisation tests look at
 N_TRACED = 100  # test digits whose answers are traced back
 
@@ -115,9 +112,7 @@ def run(config: Config) -> Result:
         "tests": tests_figure(tests, data),
         "influence": influence_figure(net, fitted.params, data, np.asarray(traced)),
     }
-    for name, figure in figures.items():
-        figure.suptitle(f"{figure.get_suptitle()}\n(data: {data.name})")
-        save(figure, folder / f"{name}.png")
+    save_all(figures, folder, data.name)
     runs.finish(
         folder,
         {

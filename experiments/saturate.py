@@ -15,7 +15,7 @@ import optax
 
 import gradfn as gf
 from gradfn import run as runs
-from gradfn.report.figures import save
+from gradfn.report.figures import save_all
 from gradfn.report.saturate import gradient_flow, learned, saturation
 
 EXPECTED = (
@@ -62,8 +62,7 @@ class Config:
     def __post_init__(self) -> None:
         runs.within(1, None, width=self.width, steps=self.steps, batch=self.batch)
         runs.within(0, 2**32 - 1, seed=self.seed)
-        if not 0 < self.rate < float("inf"):
-            raise ValueError(f"rate: a number above 0, came {self.rate}")
+        runs.positive(rate=self.rate)
 
 
 class Outcome(NamedTuple):
@@ -131,9 +130,7 @@ def run(config: Config) -> Result:
             f"with residual connections {100 * learns:.0f} %",
         ),
     }
-    for name, figure in figures.items():
-        figure.suptitle(f"{figure.get_suptitle()}\n(data: {data.name})")
-        save(figure, folder / f"{name}.png")
+    save_all(figures, folder, data.name)
     verdict = judge(config, outcomes)
     runs.finish(folder, {"verdict": verdict})
     print(f"{verdict}\npictures: {folder}/flow.png, saturated.png, learned.png")

@@ -12,7 +12,12 @@ import numpy as np
 
 import gradfn as gf
 from gradfn import run as runs
-from gradfn.report.classifier import classifier_figures, classifier_measures, test_probabilities
+from gradfn.report.classifier import (
+    classifier_figures,
+    classifier_measures,
+    six_digits,
+    test_probabilities,
+)
 from gradfn.report.images import filter_images, image_maps
 from gradfn.report.language import attention_of
 from gradfn.train import adamw_warmup_cosine
@@ -65,8 +70,7 @@ class Config:
             raise ValueError(f"patch: a number that divides 28, came {self.patch}")
         if self.width % self.heads:
             raise ValueError(f"heads: a number that divides the width of {self.width}, came {self.heads}")
-        if not 0 < self.rate < float("inf"):
-            raise ValueError(f"rate: a number above 0, came {self.rate}")
+        runs.positive(rate=self.rate)
 
 
 class Result(NamedTuple):
@@ -130,22 +134,22 @@ def run(config: Config) -> Result:
 
 def attention(loss: Any, params: Any, data: Any, side: int) -> Any:
     """Draw how much of the attention each patch gets, head by head in the first and the last block."""
-    images, labels = (part[:200] for part in data.test)
-    chosen = [int(np.flatnonzero(labels == digit)[0]) for digit in (0, 1, 2, 4, 7, 8) if digit in labels]
-    of_each = [attention_of(loss, params, (jnp.asarray(images[i]), jnp.asarray(labels[i]))) for i in chosen]
+    images, labels = six_digits(data)
+    examples = zip(jnp.asarray(images), jnp.asarray(labels), strict=True)
+    of_each = [attention_of(loss, params, example) for example in examples]
     columns: dict[str, Any] = {}
     # [digits, side * patch, side * patch] -> which patches have ink, [digits, patches]
-    pictures = images[chosen].reshape(len(chosen), side, 28 // side, side, 28 // side)
-    ink = (pictures.mean((2, 4)) > 0.1).reshape(len(chosen), -1)
+    pictures = images.reshape(len(images), side, 28 // side, side, 28 // side)
+    ink = (pictures.mean((2, 4)) > 0.1).reshape(len(images), -1)
     inked = []
     for block in dict.fromkeys([min(of_each[0]), max(of_each[0])]):
         weights = np.stack([blocks[block] for blocks in of_each])  # [digits, heads, patches, patches]
-        shares = weights.mean(2).reshape(len(chosen), -1, side, side)  # over those that look
+        shares = weights.mean(2).reshape(len(images), -1, side, side)  # over those that look
         inked.append((weights.mean((1, 2)) * ink).sum(1).mean())
         columns |= {f"{block}\nhead {head}": shares[:, head] for head in range(shares.shape[1])}
     told = " and ".join(f"{100 * share:.0f} %" for share in inked)
     title = f"Patches with ink, {100 * ink.mean():.0f} % of all, get {told} of the attention of these blocks"
-    return image_maps(images[chosen].reshape(-1, *data.shape), columns, title, "attention")
+    return image_maps(images.reshape(-1, *data.shape), columns, title, "attention")
 
 
 def judge(config: Config, accuracy: float) -> str:

@@ -17,7 +17,7 @@ import optax
 
 import gradfn as gf
 from gradfn import run as runs
-from gradfn.report.figures import save
+from gradfn.report.figures import save_all
 from gradfn.report.width import search_map, trade
 
 EXPECTED = (
@@ -63,8 +63,7 @@ class Config:
             runs.within(1, None, depths=depth)
         runs.within(1, None, seeds=self.seeds, epochs=self.epochs, batch=self.batch)
         runs.within(0, 2**32 - 1 - self.seeds, seed=self.seed)
-        if not 0 < self.rate < float("inf"):
-            raise ValueError(f"rate: a number above 0, came {self.rate}")
+        runs.positive(rate=self.rate)
 
 
 class Tried(NamedTuple):
@@ -112,9 +111,7 @@ def run(config: Config) -> Result:
     marked = {"base": base, "best": best, "small": small}
     rows = [one._asdict() | {name: one is its for name, its in marked.items()} for one in tried]
     figures = {"trade": trade(rows), "map": search_map(rows)}
-    for name, figure in figures.items():
-        figure.suptitle(f"{figure.get_suptitle()}\n(data: {data.name})")
-        save(figure, folder / f"{name}.png")
+    save_all(figures, folder, data.name)
     verdict = judge(config, tried, base, best)
     told = [
         one._replace(validation=one.validation.tolist(), test=one.test.tolist())._asdict() for one in tried

@@ -189,6 +189,19 @@ def within(low: int, high: int | None, **numbers: int | None) -> None:
             raise ValueError(f"{name}: a whole number {bounds}, came {number}")
 
 
+def positive(**numbers: float) -> None:
+    """Raise a ValueError that names the first option that is not above 0, or not finite.
+
+    >>> from gradfn.run import positive
+    >>> positive(rate=0.1, clip=0.0)
+    Traceback (most recent call last):
+    ValueError: clip: a number above 0, came 0.0
+    """
+    for name, number in numbers.items():
+        if not 0 < number < float("inf"):
+            raise ValueError(f"{name}: a number above 0, came {number}")
+
+
 def write_json(file: Path, content: Any) -> None:
     """Write JSON in one go: a reader finds the old file or the new, never a part."""
     replace_file(file, (json.dumps(content, indent=2) + "\n").encode())

@@ -13,7 +13,7 @@ import numpy as np
 from gradfn.data import Dataset
 from gradfn.losses import Loss, accuracy, batch_mean
 from gradfn.net import Net
-from gradfn.report.figures import History, confusion, curves, mistakes, save, weight_images
+from gradfn.report.figures import History, confusion, curves, mistakes, save_all, weight_images
 
 PART = (
     1000  # examples that are answered at a time: the values inside a network for all of them fill the memory
@@ -70,6 +70,13 @@ def test_probabilities(net: Net, params: Any, data: Dataset) -> jax.Array:
     return jax.nn.softmax(answer(params, jnp.asarray(data.test[0])))
 
 
+def six_digits(data: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Return six unlike test digits to show what a net does with: images `[6, pixels]` and labels `[6]`."""
+    images, labels = (part[:200] for part in data.test)
+    chosen = [int(np.flatnonzero(labels == digit)[0]) for digit in (0, 1, 2, 4, 7, 8) if digit in labels]
+    return images[chosen], labels[chosen]
+
+
 def classifier_figures(
     folder: Path,
     first: Any,
@@ -98,6 +105,4 @@ def classifier_figures(
         "confusion": confusion(labels, np.asarray(probabilities).argmax(1), "test digits"),
         "mistakes": mistakes(images, labels, probabilities, data.shape, "test digits"),
     }
-    for figure in figures.values():
-        figure.suptitle(f"{figure.get_suptitle()}\n(data: {data.name})")
-    return [save(figure, folder / f"{name}.png") for name, figure in figures.items()]
+    return save_all(figures, folder, data.name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -256,6 +256,31 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     figure.savefig(part, dpi=130, bbox_inches="tight", pad_inches=0.12, metadata=title)
     os.replace(part, path)
     return path
+
+
+def save_all(figures: Mapping[str, Figure], folder: Path, data: str = "") -> list[Path]:
+    """Write figures as PNG under their names, each with the name of its data below its title.
+
+    Args:
+        figures: by name.
+        folder: where to put them.
+        data: what they are of; nothing is said of it where that is empty.
+
+    Returns:
+        The files, in order.
+
+    >>> import tempfile
+    >>> from gradfn.report.figures import curves, save_all
+    >>> figure = curves([{"step": 1, "loss": 2.3}])
+    >>> [file.name for file in save_all({"curves": figure}, Path(tempfile.mkdtemp()), "digits")]
+    ['curves.png']
+    >>> figure.get_suptitle().endswith("(data: digits)")
+    True
+    """
+    if data:
+        for figure in figures.values():
+            figure.suptitle(f"{figure.get_suptitle()}\n(data: {data})")
+    return [save(figure, folder / f"{name}.png") for name, figure in figures.items()]
 
 
 def _figure(width: float, height: float, layout: Layout = "constrained") -> Figure:

@@ -14,7 +14,7 @@ from gradfn.data import Tokenizer
 from gradfn.inspection import inspect, sites
 from gradfn.losses import Loss
 from gradfn.net import Net
-from gradfn.report.figures import History, curves, save
+from gradfn.report.figures import History, curves, save_all
 from gradfn.report.sequences import MAX_TOKENS, attention_maps, token_probabilities
 
 ATTENTION_TOKENS = 24  # more would leave no room for their labels
@@ -89,9 +89,7 @@ def language_figures(
     weights = attention_of(loss, params, shown)
     if weights:
         figures["attention"] = attention_maps(weights, [vocabulary[token] for token in shown[0]])
-    for figure in figures.values():
-        figure.suptitle(f"{figure.get_suptitle()}\n(data: {name})")
-    return [save(figure, folder / f"{what}.png") for what, figure in figures.items()]
+    return save_all(figures, folder, name)
 
 
 def expectations(
