@@ -221,8 +221,9 @@ def _run(file: Path, words: list[str], command: str) -> int:
     """Run an experiment's file with the options in `words`; `command` is what the user typed before them."""
     from gradfn import run as runs
     from gradfn.data import DataError
-    from gradfn.train.checkpoint import CheckpointError
+    from gradfn.train import CheckpointError, keep_freed_memory
 
+    keep_freed_memory()
     config: Any = None
     try:
         module = _load(file)

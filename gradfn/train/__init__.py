@@ -2,6 +2,7 @@
 
 from gradfn.train.checkpoint import CheckpointError, kept
 from gradfn.train.fit import Fit, fit, stalled
+from gradfn.train.memory import keep_freed_memory
 from gradfn.train.optimizer import adamw_warmup_cosine
 from gradfn.train.source import from_host
 from gradfn.train.step import TrainState, train_state, train_step
@@ -13,6 +14,7 @@ __all__ = [
     "adamw_warmup_cosine",
     "fit",
     "from_host",
+    "keep_freed_memory",
     "kept",
     "stalled",
     "train_state",
