@@ -125,8 +125,8 @@ def batch_mean(loss: Loss) -> Loss:
 
     Returns:
         The same over a batch, whose arrays have a leading batch axis; aux is meant too. A key is split, one
-        for each example. Compiled, its matrix products are taken on `[batch * time, features]`, which the
-        gradient is 1.2 to 1.5 times as fast for on processors (`gradfn.transform.flat_products`).
+        for each example. Compiled, its matrix products are taken on `[batch * time, features]`, which makes a
+        small GPT's step 1.13 to 1.19 times as fast on processors (`gradfn.transform.flat_products`).
 
     >>> import jax.numpy as jnp, gradfn as gf
     >>> gf.batch_mean(lambda params, x: params * x)(2.0, jnp.array([1.0, 2.0]))

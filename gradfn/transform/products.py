@@ -28,7 +28,8 @@ def flat_products(f: Callable) -> Callable:
     product, reshape. So is what is done row by row to what goes into them and comes out of them; XLA removes
     reshapes that undo each other, which leaves it with long stretches in two dimensions. Nothing else changes,
     neither numbers (up to rounding) nor names, scopes, source lines and the shapes of named values. On two
-    processor cores a step of a small GPT takes about a quarter less work for it (`benchmarks/`).
+    processor cores a step of a small GPT takes 12 to 16 % less time, as little as that of raw JAX written by hand
+    for a whole batch (`benchmarks/gpt_step.py`).
 
     Args:
         f: any JAX function; where its arguments are concrete (nothing is being compiled or differentiated) it
