@@ -1,6 +1,8 @@
 """Hostile settings for every test: strict promotion of dtypes and ranks. Examples run as users have it."""
 
+import gc
 import os
+import tempfile
 from pathlib import Path
 
 # Eight devices on one processor, for the sharding tests; read once, when jax starts.
@@ -15,13 +17,20 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config):
-    """Compile without XLA's costly optimisations where all tests chosen can do without: most programs run once.
+    """Compile as little as the tests chosen allow.
 
-    The others, marked `optimised`, are of what XLA makes of our code. The two do not mix in one process, whose
-    compiled operations are kept from test to test.
+    Most programs run once, so they are compiled without XLA's costly optimisations, and those that several tests
+    build anew are read back from a folder of this run. The tests marked `optimised` are of what XLA makes of our
+    code. The two do not mix in one process, whose compiled operations are kept from test to test.
     """
     if "not optimised" in config.option.markexpr:
         jax.config.update("jax_disable_most_optimizations", True)
+        folder = tempfile.TemporaryDirectory(prefix="gradfn-compiled-")
+        config.add_cleanup(folder.cleanup)
+        jax.config.update("jax_compilation_cache_dir", folder.name)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        gc.set_threshold(200_000, 20, 100)  # what jax keeps is large, and searching it for cycles takes long
 
 
 def pytest_collection_modifyitems(items):
