@@ -99,19 +99,17 @@ BETWEEN = {
     "a choice": lambda h: jnp.where(h > 0, h, -1.0),
     "the place of the largest": lambda h: h * (h.argmax(-1, keepdims=True) == 1).astype(h.dtype),
     "a sum over time, which no row has": lambda h: h - h.sum(1, keepdims=True),
-    "a sum of everything": lambda h: h / jnp.sum(h * h),
+    "a sum of everything": lambda h: h / (1 + jnp.sum(h * h)),
     "a clip, a power and a cast": lambda h: jnp.clip(h, -1, 1).astype(jnp.bfloat16).astype(jnp.float32) ** 3,
     "time turned round": lambda h: h + h[:, ::-1],
     "features and time exchanged": lambda h: (h + 1.0).swapaxes(1, 2).cumsum(1).swapaxes(1, 2),
 }
 
 
-@pytest.mark.parametrize("batch", [0, 1, BATCH])
+@pytest.mark.parametrize("batch", [BATCH, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1))])
 @pytest.mark.parametrize("what", BETWEEN)
 def test_whatever_stands_between_two_products(what, batch):
     x = jnp.sin(jnp.arange(batch * TIME * 4.0)).reshape(batch, TIME, 4)
-    if what == "a sum of everything" and batch == 0:
-        pytest.skip("0 / 0")
 
     def f(x):
         return BETWEEN[what](x @ W) @ W
