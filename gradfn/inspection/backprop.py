@@ -29,7 +29,7 @@ from gradfn.inspection.where import (
     order_key,
 )
 from gradfn.text import TextTable
-from gradfn.transform import Place, Program, interpret, probe, trace, walk
+from gradfn.transform import Place, Program, interpret, probe, trace_as_written, walk
 from gradfn.transform.interpreter import Evaluate, Path, bodies, scan_split
 
 # What does nothing to a parameter but lay it out: its result still goes by the parameter's name.
@@ -249,7 +249,7 @@ def backprop(f: Callable, *, keep: bool = False) -> Callable[..., Backward]:
             return of.call(of.leaves)
 
         names = scalar(f, args, kwargs, range(len(args)), "backprop").names
-        program = trace(checked, *args, **kwargs)
+        program = trace_as_written(checked, *args, **kwargs)
         infos = active_equations(program, names)
         places = {place.path: place for place in walk(program.jaxpr)}
         chosen = {info.path: (places[info.path], info) for info in infos}

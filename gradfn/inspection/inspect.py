@@ -12,7 +12,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gradfn.inspection import flow
 from gradfn.text import TextTable
-from gradfn.transform import Place, Program, Site, find_sites, interpret, probe, select, trace, walk
+from gradfn.transform import (
+    Place,
+    Program,
+    Site,
+    find_sites,
+    flat_products,
+    interpret,
+    probe,
+    select,
+    trace_as_written,
+    walk,
+)
 from gradfn.transform.interpreter import Evaluate, Path
 from gradfn.transform.sites import Selection
 from gradfn.transform.summaries import DEFAULT_STATS, STATS, Stats, summarise
@@ -166,15 +177,17 @@ def inspect(
             raise ValueError(
                 f"inspect: with every={every}, pass the number of the step: inspected(..., step=i)"
             )
-        program = trace(loss, params, *args, **kwargs)
+        program = trace_as_written(loss, params, *args, **kwargs)
         _check_scalar(program)
         chosen = select(find_sites(program), sites)
         kept = select(chosen, keep, "keep")
         grown = _differentiable(program, input_grads)
-        look = functools.partial(_look, program, chosen, kept, stats, grown, params_only=False)
+        # A loss whose products were flattened is looked at as it was written, and runs as it would without us.
+        form = flat_products if hasattr(loss, "flat") else _as_it_is
+        look = functools.partial(_look, program, form, chosen, kept, stats, grown, params_only=False)
         if every == 1:
             return look(program.inputs)
-        plain = functools.partial(_look, program, chosen, kept, stats, grown, params_only=True)
+        plain = functools.partial(_look, program, form, chosen, kept, stats, grown, params_only=True)
         return lax.cond(jnp.asarray(step) % every == 0, look, plain, program.inputs)
 
     return inspected
@@ -214,8 +227,13 @@ def _differentiable(program: Program, input_grads: bool) -> list[int]:
     ]
 
 
+def _as_it_is(f: Callable) -> Callable:
+    return f
+
+
 def _look(
     program: Program,
+    form: Callable[[Callable], Callable],
     chosen: list[Site],
     kept: list[Site],
     stats: tuple[str, ...],
@@ -268,7 +286,7 @@ def _look(
             merged = list(leaves)
             for k, leaf in zip(ours, mine, strict=True):
                 merged[k] = leaf
-            return run(merged, {}, looking=False)
+            return form(functools.partial(run, looking=False))(merged, {})
 
         (value, (aux, _)), some = jax.value_and_grad(of_params, has_aux=True)([leaves[k] for k in ours])
         shapes = jax.eval_shape(functools.partial(run, looking=True), leaves, tokens)
@@ -279,7 +297,7 @@ def _look(
         token_grads = tokens
     else:
         differentiated = jax.value_and_grad(
-            functools.partial(run, looking=True), argnums=(0, 1), has_aux=True
+            form(functools.partial(run, looking=True)), argnums=(0, 1), has_aux=True
         )
         (value, (aux, captures)), (leaf_grads, token_grads) = differentiated(leaves, tokens)
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gradfn.transform import Place, Site, find_sites, interpret, select, trace, walk
+from gradfn.transform import Place, Site, find_sites, interpret, select, trace_as_written, walk
 from gradfn.transform.interpreter import Evaluate
 
 
@@ -43,7 +43,7 @@ def patch(f: Callable, edits: Mapping[str, Any]) -> Callable:
 
     @functools.wraps(f)
     def patched(*args: Any, **kwargs: Any) -> Any:
-        program = trace(f, *args, **kwargs)
+        program = trace_as_written(f, *args, **kwargs)
         offered = find_sites(program)
         at: dict[tuple[int, ...], list[tuple[Site, Any]]] = {}
         for name, edit in edits.items():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradfn.transform import Place, Program, Site, find_sites, interpret, select, trace, walk
+from gradfn.transform import Place, Program, Site, find_sites, interpret, select, trace_as_written, walk
 from gradfn.transform.interpreter import Evaluate
 
 # None: the function's one number. Else an index into its answer (an int, a tuple, slices and ... in it), or a
@@ -62,7 +62,7 @@ def entry(f: Callable, at: str | None, params: Any, x: Any, rest: Sequence[Any],
             lambda delta: (f(params, value + delta, *rest), value),
             lambda other: f(params, other, *rest),
         )
-    program = trace(f, params, x, *rest)
+    program = trace_as_written(f, params, x, *rest)
     site, place = _one_site(program, at, what)
     if not site.differentiable:
         raise ValueError(f"{what}: site {at!r} ({site.dtype}{list(site.shape)}) has no gradient")
@@ -131,7 +131,7 @@ def _one_site(program: Program, name: str, what: str) -> tuple[Site, Place]:
 
 
 def _site_value(f: Callable, name: str, args: Sequence[Any], what: str) -> jax.Array:
-    program = trace(f, *args)
+    program = trace_as_written(f, *args)
     site, place = _one_site(program, name, what)
 
     def visit(_: Place, evaluate: Evaluate, inputs: Sequence[Any], token: Any) -> tuple[list[Any], Any]:

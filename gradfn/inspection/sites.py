@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gradfn.text import TextTable
-from gradfn.transform import Site, find_sites, trace
+from gradfn.transform import Site, find_sites, trace_as_written
 
 
 class SiteList(list[Site]):
@@ -69,6 +69,6 @@ def sites(f: Callable) -> Callable[..., SiteList]:
     """
 
     def listed(*args: Any, **kwargs: Any) -> SiteList:
-        return SiteList(find_sites(trace(f, *args, **kwargs)))
+        return SiteList(find_sites(trace_as_written(f, *args, **kwargs)))
 
     return listed

@@ -32,7 +32,7 @@ statistics of every cotangent come out of the same backward pass that computes t
 from gradfn.transform.interpreter import Place, evaluate, interpret, walk
 from gradfn.transform.probe import probe
 from gradfn.transform.products import flat_products
-from gradfn.transform.program import Program, trace
+from gradfn.transform.program import Program, trace, trace_as_written
 from gradfn.transform.sites import Site, Use, find_sites, parameter_uses, select
 
 __all__ = [
@@ -48,5 +48,6 @@ __all__ = [
     "probe",
     "select",
     "trace",
+    "trace_as_written",
     "walk",
 ]

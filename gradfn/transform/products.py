@@ -17,7 +17,7 @@ import jax
 from jax.extend import source_info_util
 
 from gradfn.transform.interpreter import Evaluate, Path, Place, interpret, walk
-from gradfn.transform.program import trace
+from gradfn.transform.program import as_written, trace
 from gradfn.transform.rows import Value, in_rows, row_equations, spec_of, values_of
 
 
@@ -32,8 +32,8 @@ def flat_products(f: Callable) -> Callable:
     for a whole batch (`benchmarks/gpt_step.py`).
 
     Args:
-        f: any JAX function; where its arguments are concrete (nothing is being compiled or differentiated) it
-            runs as it is.
+        f: any JAX function; where its arguments are concrete (nothing is being compiled or differentiated), and
+            where it is traced to be inspected, it runs as it is.
 
     >>> import jax, jax.numpy as jnp
     >>> from gradfn.transform import flat_products
@@ -45,12 +45,13 @@ def flat_products(f: Callable) -> Callable:
     [('tanh', (35, 3)), ('dot_general', (35, 2))]
     """
 
-    if getattr(f, "has_flat_products", False):
+    if getattr(f, "flat", None) is f:
         return f
 
     @functools.wraps(f)
     def flat(*args: Any, **kwargs: Any) -> Any:
-        if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
+        concrete = not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs)))
+        if concrete or as_written.value:
             return f(*args, **kwargs)
         program = trace(f, *args, **kwargs)
         places = {place.path: place for place in walk(program.jaxpr)}
@@ -70,7 +71,8 @@ def flat_products(f: Callable) -> Callable:
         outs, _ = interpret(program.jaxpr, visit, chosen, program.inputs)
         return program.rebuild(outs)
 
-    flat.has_flat_products = True  # type: ignore[attr-defined]
+    # Itself: `functools.wraps` hands attributes on to functions around this one, which are not it.
+    flat.flat = flat  # type: ignore[attr-defined]
     return flat
 
 

@@ -38,6 +38,11 @@ class Program:
         return args
 
 
+# True while a function is traced as it was written: then what rewrites functions leaves them alone. jit's cache
+# knows of it.
+as_written = jax.make_user_context(False)
+
+
 def is_array(leaf: Any, path: Any = ()) -> bool:
     """Tell whether a leaf is traced.
 
@@ -94,3 +99,9 @@ def trace(f: Callable, *args: Any, **kwargs: Any) -> Program:
         in_tree=in_tree,
         is_array=known,
     )
+
+
+def trace_as_written(f: Callable, *args: Any, **kwargs: Any) -> Program:
+    """Trace `f(*args, **kwargs)` without what `flat_products` makes of it, so that values have their own shapes."""
+    with as_written(True):
+        return trace(f, *args, **kwargs)

@@ -1,5 +1,7 @@
 """What lies between products is computed in rows, and is what it was."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +79,32 @@ def test_named_values_keep_their_shapes():
     rewritten = {site.name: site.shape for site in find_sites(program) if site.source == "name"}
     assert rewritten == shapes(meant(loss))
     assert rewritten["logits"] == (BATCH, TIME, 7)
+
+
+def test_inspection_shows_a_loss_as_it_was_written_and_runs_it_in_rows():
+    net = gf.serial(a=gf.layers.dense(3, 4), squash=jnp.tanh, b=gf.layers.dense(4, 2))
+    params, x = net.init(jax.random.key(0)), jnp.sin(jnp.arange(BATCH * TIME * 3.0)).reshape(BATCH, TIME, 3)
+    loss = gf.batch_mean(lambda params, x: jnp.square(net.apply(params, x)).mean())
+
+    @functools.wraps(loss)
+    def twice(params, x):
+        return 2.0 * loss(params, x)
+
+    plain, grads = jax.value_and_grad(loss)(params, x)
+    for f, factor in ((loss, 1.0), (twice, 2.0), (jax.jit(loss), 1.0)):
+        seen = gf.inspect(f, keep=None)(params, x)
+        assert {name: value.shape[:2] for name, value in seen.activations.items()} == dict.fromkeys(
+            ("a/W", "a", "squash", "b/W", "b"), (BATCH, TIME)
+        )
+        np.testing.assert_allclose(seen.value, factor * plain, rtol=1e-6)
+        for ours, theirs in zip(jax.tree.leaves(seen.grads), jax.tree.leaves(grads), strict=True):
+            np.testing.assert_allclose(ours, factor * theirs, rtol=1e-5, atol=1e-7)
+    products = [e for e in operations(gf.inspect(twice), params, x) if e[0] == "dot_general"]
+    assert {len(shape) for _, shape in products} == {2}
+    assert gf.sites(loss)(params, x)[0].shape == (BATCH, TIME, 4)
+    assert ("dot_general", (BATCH * TIME, 4)) in operations(
+        jax.grad(loss), params, x
+    )  # again, after all that
 
 
 def test_a_function_that_is_jitted_inside_is_entered():
