@@ -35,7 +35,7 @@ from gradfn.inspection.where import (
     order_key,
     turn_text,
 )
-from gradfn.transform import Place, Program, interpret, trace, walk
+from gradfn.transform import Place, Program, interpret, trace_as_written, walk
 from gradfn.transform.interpreter import Evaluate, Path, bodies
 
 # What is looked for: a NaN that no computed operand had, an infinity, and an infinity made out of finite
@@ -286,8 +286,7 @@ def nan_guard(f: Callable) -> Callable[..., tuple[Any, Any, NanRecord]]:
     def guarded(*args: Any, **kwargs: Any) -> tuple[Any, Any, NanRecord]:
         program, of = _trace(f, 0, args, kwargs, "nan_guard")
         spots = _spots(program)
-        flat = jax.core.eval_jaxpr(program.jaxpr.jaxpr, program.jaxpr.consts, *program.inputs)
-        value, aux, grads = program.rebuild(flat)
+        value, aux, grads = _value_and_grads(f, (0,), "nan_guard")(*args, **kwargs)
 
         def look(inputs: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
             keys, _ = _look(program, spots, inputs)
@@ -306,15 +305,21 @@ def nan_guard(f: Callable) -> Callable[..., tuple[Any, Any, NanRecord]]:
 def _trace(
     f: Callable, argnums: int | Sequence[int], args: Sequence[Any], kwargs: Mapping[str, Any], what: str
 ) -> tuple[Program, Scalar]:
-    """Trace `(value, aux, gradients by leaf)` of a call."""
+    """Trace `(value, aux, gradients by leaf)` of a call, as it was written."""
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    program = trace_as_written(_value_and_grads(f, numbers, what), *args, **kwargs)
+    return program, scalar(f, args, kwargs, numbers, what)
+
+
+def _value_and_grads(f: Callable, numbers: Sequence[int], what: str) -> Callable[..., tuple[Any, Any, list]]:
+    """Return the function that answers with `(value, aux, gradients by leaf)`."""
 
     def value_and_grads(*args: Any, **kwargs: Any) -> tuple[Any, Any, list[Any]]:
         of = scalar(f, args, kwargs, numbers, what)
         (value, aux), grads = jax.value_and_grad(of.call, has_aux=True)(of.leaves)
         return value, aux, grads
 
-    return trace(value_and_grads, *args, **kwargs), scalar(f, args, kwargs, numbers, what)
+    return value_and_grads
 
 
 # These hand on what they are given, and make no NaN and no infinity of their own. (`gather` may: jax fills in

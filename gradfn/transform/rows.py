@@ -4,6 +4,8 @@ An operation on `[batch, time, ...]` that treats every position by itself is the
 ...]`. `row_equations` finds the equations that are so and hang together with given values, `in_rows` runs one.
 """
 
+# ruff: noqa: SIM905 (lists of words are read as words)
+
 from __future__ import annotations
 
 import math
@@ -19,16 +21,12 @@ from gradfn.transform.interpreter import Path, bodies
 
 Value = tuple[Path, Any]  # the path of a body, and a variable of it
 
-_ELEMENTWISE = {
-    *("abs", "add", "add_any", "and", "ceil", "clamp", "convert_element_type", "copy", "cos", "div", "eq"),
-    *("erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite"),
-    *("le", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pow", "rem"),
-    *("round", "rsqrt", "select_n", "sign", "sin", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh"),
-    "xor",
-}
-_REDUCTIONS = {
-    *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin"),
-}
+_ELEMENTWISE = set(
+    "abs add add_any and ceil clamp convert_element_type copy cos div eq erf erf_inv erfc exp exp2 expm1 floor ge "
+    "gt integer_pow is_finite le log log1p logistic lt max min mul ne neg not or pow rem round rsqrt select_n sign "
+    "sin sqrt square stop_gradient sub tan tanh xor".split()
+)
+_REDUCTIONS = set("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin".split())
 
 
 def row_equations(eqns: Mapping[Path, Any], starts: Iterable[tuple[Value, int]]) -> dict[Path, int]:

@@ -10,6 +10,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+import gradfn as gf
 from gradfn.inspection.causes import Operand, explain
 from gradfn.inspection.origin import nan_guard, nan_origin
 
@@ -482,3 +483,20 @@ def test_guard_leaves_what_is_no_parameter_alone():
 def test_causes(operation, kind, operands, expected):
     known = tuple(Operand("float32", (), x, x, int(x == 0), 0, int(math.isinf(x)), 0, x) for x in operands)
     assert expected in explain(operation, kind, known, "float32")
+
+
+def test_a_batch_is_reported_by_example_and_time():
+    def loss(W, x):
+        return jnp.log(jnp.einsum("ti,oi->to", x, W)).mean()
+
+    x = jnp.ones([4, 5, 3]).at[2, 3].set(-1.0)
+    batched = gf.batch_mean(loss)  # which runs on [batch * time, features]
+    found = nan_origin(batched)(jnp.ones([2, 3]), x)
+    assert (found.nan.operation, found.nan.element) == ("log", (2, 3, 0))
+    assert "float32[4, 5, 2]" in str(found)
+    value, _, record = jax.jit(nan_guard(batched))(jnp.ones([2, 3]), x)
+    assert jnp.isnan(value)
+    assert record.report().nan.operation == "log"
+    value, grads, record = jax.jit(nan_guard(batched))(jnp.ones([2, 3]), jnp.abs(x))
+    assert record.ok
+    np.testing.assert_allclose(grads, jax.grad(batched)(jnp.ones([2, 3]), jnp.abs(x)), rtol=1e-6)
