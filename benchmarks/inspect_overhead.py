@@ -2,8 +2,8 @@
 
     python -m benchmarks.inspect_overhead
 
-A GPT (4 layers, 4 heads, width 128, 64 tokens, batch 12, 65 symbols; its layers unrolled, and scanned) and an MLP
-784-256-256-10 at batch 128, both in plain jax. One call is 20 steps, each on the same parameters; `every 20th` looks
+`gf.gpt` (4 layers, 4 heads, width 128, 64 tokens, batch 12, 65 symbols), a GPT of that size in plain JAX, its layers
+unrolled and scanned, and an MLP 784-256-256-10 at batch 128 in plain JAX. One call is 20 steps, each on the same parameters; `every 20th` looks
 in one of them; `nan_guard` is the lazy search for the origin of a NaN, on healthy steps. Every site is looked at,
 forward and backward, and all statistics are returned. A ratio of 0.9 means that a step takes 1/0.9 of a plain one.
 """
@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import gradfn as gf
 from benchmarks import harness
 from gradfn.inspection import inspect, nan_guard
 
@@ -150,18 +151,23 @@ def contenders(
 def main() -> None:
     """Race them, model by model."""
     parser = harness.arguments(__doc__, rounds=15)
+    parser.add_argument("--only", nargs="+", metavar="MODEL", help="gf.gpt, GPT, 'GPT, layers scanned', MLP")
     options = parser.parse_args()
     key = jax.random.key(0)
     text = jax.random.randint(key, (BATCH, TOKENS), 0, SYMBOLS)
     unrolled = init_gpt(key)
     stacked = unrolled | {"blocks": jax.tree.map(lambda *a: jnp.stack(a), *unrolled["blocks"])}
     images = jax.random.normal(key, (128, 784)), jax.random.randint(key, (128,), 0, 10)
+    net = gf.gpt(gf.GPTConfig(SYMBOLS, TOKENS, LAYERS, HEADS, WIDTH, bias=False, feed="gelu_exact"))
     models = {
+        "gf.gpt": (gf.batch_mean(gf.next_token_loss(net)), net.init(key), (text, text)),
         "GPT": (gpt, unrolled, (text, text)),
         "GPT, layers scanned": (functools.partial(gpt, scanned=True), stacked, (text, text)),
         "MLP": (mlp, init_mlp(key), images),
     }
     for title, (loss, params, batch) in models.items():
+        if options.only and title not in options.only:
+            continue
         runs, compiled_in = contenders(loss, params, batch)
         json_file = None
         if options.json:
