@@ -3,9 +3,10 @@
     python -m benchmarks.inspect_overhead
 
 `gf.gpt` (4 layers, 4 heads, width 128, 64 tokens, batch 12, 65 symbols), a GPT of that size in plain JAX, its layers
-unrolled and scanned, and an MLP 784-256-256-10 at batch 128 in plain JAX. One call is 20 steps, each on the same parameters; `every 20th` looks
-in one of them; `nan_guard` is the lazy search for the origin of a NaN, on healthy steps. Every site is looked at,
-forward and backward, and all statistics are returned. A ratio of 0.9 means that a step takes 1/0.9 of a plain one.
+unrolled and scanned, and an MLP 784-256-256-10 at batch 128 in plain JAX. One call is 20 steps, each on the same
+parameters; `every 20th` looks in one of them; `nan_guard` is the lazy search for the origin of a NaN, on healthy
+steps. Every site is looked at, forward and backward, and all statistics are returned. A ratio of 0.9 means that a
+step takes 1/0.9 of a plain one.
 """
 
 import functools
