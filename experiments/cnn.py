@@ -24,7 +24,7 @@ from gradfn.train.augment import shifted
 
 EXPECTED = (
     "at least 97 % of the built-in test digits right (half a minute), and 99.0 % of MNIST's (--data mnist, "
-    "some minute on 2 cores)"
+    "about a minute on 2 cores)"
 )
 EPOCHS = {"digits": 30, "mnist": 6}
 PROMISED = {"digits": 0.97, "mnist": 0.99}
