@@ -182,12 +182,11 @@ def inspect(
         chosen = select(find_sites(program), sites)
         kept = select(chosen, keep, "keep")
         grown = _differentiable(program, input_grads)
-        # A loss whose products were flattened is looked at as it was written, and runs as it would without us.
-        form = flat_products if hasattr(loss, "flat") else _as_it_is
-        look = functools.partial(_look, program, form, chosen, kept, stats, grown, params_only=False)
+        flat = hasattr(loss, "flat")
+        look = functools.partial(_look, program, flat, chosen, kept, stats, grown, params_only=False)
         if every == 1:
             return look(program.inputs)
-        plain = functools.partial(_look, program, form, chosen, kept, stats, grown, params_only=True)
+        plain = functools.partial(_look, program, flat, chosen, kept, stats, grown, params_only=True)
         return lax.cond(jnp.asarray(step) % every == 0, look, plain, program.inputs)
 
     return inspected
@@ -227,13 +226,9 @@ def _differentiable(program: Program, input_grads: bool) -> list[int]:
     ]
 
 
-def _as_it_is(f: Callable) -> Callable:
-    return f
-
-
 def _look(
     program: Program,
-    form: Callable[[Callable], Callable],
+    flat: bool,
     chosen: list[Site],
     kept: list[Site],
     stats: tuple[str, ...],
@@ -269,6 +264,8 @@ def _look(
         value, aux = out if _has_aux(program) else (out, None)
         return value, (aux, captures)
 
+    # A loss whose products were flattened is looked at as it was written, and runs as it would without us.
+    run_it = flat_products(run) if flat else run
     places = {place.path: place for place in walk(program.jaxpr) if place.path in by_path}
     tokens = {
         path: {
@@ -286,7 +283,7 @@ def _look(
             merged = list(leaves)
             for k, leaf in zip(ours, mine, strict=True):
                 merged[k] = leaf
-            return form(functools.partial(run, looking=False))(merged, {})
+            return run_it(merged, {}, looking=False)
 
         (value, (aux, _)), some = jax.value_and_grad(of_params, has_aux=True)([leaves[k] for k in ours])
         shapes = jax.eval_shape(functools.partial(run, looking=True), leaves, tokens)
@@ -297,7 +294,7 @@ def _look(
         token_grads = tokens
     else:
         differentiated = jax.value_and_grad(
-            form(functools.partial(run, looking=True)), argnums=(0, 1), has_aux=True
+            functools.partial(run_it, looking=True), argnums=(0, 1), has_aux=True
         )
         (value, (aux, captures)), (leaf_grads, token_grads) = differentiated(leaves, tokens)
 

@@ -286,7 +286,7 @@ def nan_guard(f: Callable) -> Callable[..., tuple[Any, Any, NanRecord]]:
     def guarded(*args: Any, **kwargs: Any) -> tuple[Any, Any, NanRecord]:
         program, of = _trace(f, 0, args, kwargs, "nan_guard")
         spots = _spots(program)
-        value, aux, grads = _value_and_grads(f, (0,), "nan_guard")(*args, **kwargs)
+        (value, aux), grads = jax.value_and_grad(of.call, has_aux=True)(of.leaves)
 
         def look(inputs: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
             keys, _ = _look(program, spots, inputs)
@@ -307,19 +307,14 @@ def _trace(
 ) -> tuple[Program, Scalar]:
     """Trace `(value, aux, gradients by leaf)` of a call, as it was written."""
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    program = trace_as_written(_value_and_grads(f, numbers, what), *args, **kwargs)
-    return program, scalar(f, args, kwargs, numbers, what)
-
-
-def _value_and_grads(f: Callable, numbers: Sequence[int], what: str) -> Callable[..., tuple[Any, Any, list]]:
-    """Return the function that answers with `(value, aux, gradients by leaf)`."""
 
     def value_and_grads(*args: Any, **kwargs: Any) -> tuple[Any, Any, list[Any]]:
         of = scalar(f, args, kwargs, numbers, what)
         (value, aux), grads = jax.value_and_grad(of.call, has_aux=True)(of.leaves)
         return value, aux, grads
 
-    return value_and_grads
+    program = trace_as_written(value_and_grads, *args, **kwargs)
+    return program, scalar(f, args, kwargs, numbers, what)
 
 
 # These hand on what they are given, and make no NaN and no infinity of their own. (`gather` may: jax fills in

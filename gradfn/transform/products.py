@@ -67,7 +67,7 @@ def flat_products(f: Callable) -> Callable:
                 y = _product(eqn, inputs) if n is None else in_rows(eqn, inputs, n)
                 return [y.reshape(eqn.outvars[0].aval.shape)], None
 
-        chosen = {path: place for path, place in places.items() if path in products or path in rows}
+        chosen = {path: places[path] for path in (*products, *rows)}
         outs, _ = interpret(program.jaxpr, visit, chosen, program.inputs)
         return program.rebuild(outs)
 
