@@ -13,7 +13,7 @@ import optax
 
 import gradfn as gf
 from gradfn import run as runs
-from gradfn.report.figures import curves, save
+from gradfn.report.figures import curves, save_all
 from gradfn.report.moons import animation, strip
 
 EXPECTED = "at least 96 % of new points on the right side, where a straight line leaves 88 % there; in some ten seconds"
@@ -92,8 +92,7 @@ def run(config: Config) -> Result:
         {"step": int(step), "loss": float(loss), "test_accuracy": float(share)}
         for step, loss, share in zip(steps, losses, accuracies, strict=True)
     ]
-    save(strip(steps, frames, accuracies, axes, train), folder / "strip.png")
-    save(curves(history), folder / "curves.png")
+    save_all({"strip": strip(steps, frames, accuracies, axes, train), "curves": curves(history)}, folder)
     animation(steps, frames, accuracies, axes, train, folder / "boundary.gif")
     verdict = judge(config, accuracy)
     runs.finish(folder, {"test_accuracy": accuracy, "verdict": verdict})
