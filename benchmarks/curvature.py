@@ -291,16 +291,8 @@ def eigenvalues(options: argparse.Namespace) -> None:
     """Race for the five largest eigenvalues."""
     p = problem()
     worst = residual(p)
-    ready, said, skipped = {}, {}, {}
-    for name, settings in SOLVERS.items():
-        try:
-            setting, solve, left = fastest(settings(p), worst)
-        except ImportError as error:
-            skipped[name] = f"{error.name} is not installed"
-            continue
-        ready[name] = counted(solve)
-        said[name] = f"{setting}, residual {left:.1e}, largest {max(solve().values):.5f}"
-    timings = harness.race(ready, options.rounds)
+    tuned, skipped = harness.available(lambda name: fastest(SOLVERS[name](p), worst), SOLVERS)
+    timings = harness.race({name: counted(solve) for name, (_, solve, _) in tuned.items()}, options.rounds)
     harness.report(
         f"Top {K} eigenvalues of the 784-16-10 net's Hessian on 1,024 digits",
         timings,
@@ -310,8 +302,9 @@ def eigenvalues(options: argparse.Namespace) -> None:
         packages=(*harness.PACKAGES, "torch", "matfree", "curvlinops-for-pytorch", "pyhessian"),
         json_file=named(options.json, "eigenvalues"),
     )
-    for name, text in said.items():
-        print(f"{name}: {1000 * float(np.median(timings[name].wall)):.1f} ms, {text}")
+    for name, (setting, solve, left) in tuned.items():
+        said = f"{setting}, residual {left:.1e}, largest {max(solve().values):.5f}"
+        print(f"{name}: {1000 * float(np.median(timings[name].wall)):.1f} ms, {said}")
 
 
 def counted(solve: Callable[[], Any], calls: int = 1) -> harness.Contender:

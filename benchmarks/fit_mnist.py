@@ -315,7 +315,7 @@ def starting_task(x: np.ndarray, y: np.ndarray) -> Task:
 
 def trainers(task: Task, names: Iterable[str]) -> tuple[dict[str, Trainer], dict[str, str]]:
     """Return those who can train, and why others cannot."""
-    return harness.available(TRAINERS, names, task)
+    return harness.available(lambda name: TRAINERS[name](task), names)
 
 
 def counted(epoch: Callable[[], Any], examples: int) -> harness.Contender:

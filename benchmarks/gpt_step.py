@@ -393,7 +393,7 @@ def task_of(config: gf.GPTConfig, batch: int) -> Task:
 
 def steps(task: Task, names: Iterable[str]) -> tuple[dict[str, Step], dict[str, str]]:
     """Return those who can train, and why others cannot."""
-    return harness.available(CONTENDERS, names, task)
+    return harness.available(lambda name: CONTENDERS[name](task), names)
 
 
 def counted(step: Step) -> harness.Contender:

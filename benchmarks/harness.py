@@ -209,14 +209,12 @@ def arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:
     return parser
 
 
-def available(
-    makers: Mapping[str, Callable[..., Any]], names: Iterable[str], *args: Any
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what the makers of those names make of the arguments, and why others cannot: what is not installed."""
+def available(make: Callable[[str], Any], names: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what is made for each name, and why it is not for others: what is not installed."""
     ready, skipped = {}, {}
     for name in names:
         try:
-            ready[name] = makers[name](*args)
+            ready[name] = make(name)
         except ImportError as error:
             skipped[name] = f"{error.name} is not installed"
     return ready, skipped

@@ -24,6 +24,7 @@ from gradfn.inspection import inspect, nan_guard
 
 LAYERS, HEADS, WIDTH, TOKENS, BATCH, SYMBOLS = 4, 4, 128, 64, 12, 65
 STEPS = 20
+MODELS = ("gf.gpt", "GPT", "GPT, layers scanned", "MLP")
 ROOT_MEAN_SQUARE = ("rms",)
 THREE = ("mean", "rms", "max")
 FIVE = (*THREE, "zeros", "nonfinite")
@@ -152,7 +153,7 @@ def contenders(
 def main() -> None:
     """Race them, model by model."""
     parser = harness.arguments(__doc__, rounds=15)
-    parser.add_argument("--only", nargs="+", metavar="MODEL", help="gf.gpt, GPT, 'GPT, layers scanned', MLP")
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=MODELS, help="these alone")
     options = parser.parse_args()
     key = jax.random.key(0)
     text = jax.random.randint(key, (BATCH, TOKENS), 0, SYMBOLS)
@@ -160,15 +161,15 @@ def main() -> None:
     stacked = unrolled | {"blocks": jax.tree.map(lambda *a: jnp.stack(a), *unrolled["blocks"])}
     images = jax.random.normal(key, (128, 784)), jax.random.randint(key, (128,), 0, 10)
     net = gf.gpt(gf.GPTConfig(SYMBOLS, TOKENS, LAYERS, HEADS, WIDTH, bias=False, feed="gelu_exact"))
-    models = {
-        "gf.gpt": (gf.batch_mean(gf.next_token_loss(net)), net.init(key), (text, text)),
-        "GPT": (gpt, unrolled, (text, text)),
-        "GPT, layers scanned": (functools.partial(gpt, scanned=True), stacked, (text, text)),
-        "MLP": (mlp, init_mlp(key), images),
-    }
-    for title, (loss, params, batch) in models.items():
-        if options.only and title not in options.only:
-            continue
+    tasks = (
+        (gf.batch_mean(gf.next_token_loss(net)), net.init(key), (text, text)),
+        (gpt, unrolled, (text, text)),
+        (functools.partial(gpt, scanned=True), stacked, (text, text)),
+        (mlp, init_mlp(key), images),
+    )
+    models = dict(zip(MODELS, tasks, strict=True))
+    for title in options.only:
+        loss, params, batch = models[title]
         runs, compiled_in = contenders(loss, params, batch)
         json_file = None
         if options.json:

@@ -229,18 +229,17 @@ def agree(runs: dict[str, Callable], params: Any, batch: Any) -> None:
 def torches(expected: Any) -> tuple[dict[str, Torch], dict[str, str]]:
     """Return those of PyTorch's libraries that are installed, and why others are not raced."""
     _, params, (x, labels) = CASES["MLP"]()
-    runs, skipped = {}, {}
-    for name, make in TORCHES.items():
-        try:
-            import torch
 
-            run = make(params, torch.from_numpy(np.array(x)), torch.from_numpy(np.array(labels)).long())
-            if name != TORCH:
-                np.testing.assert_allclose(run().detach().numpy(), expected, rtol=1e-4, err_msg=name)
-            runs[name] = run
-        except ImportError as error:
-            skipped[name] = f"{error.name} is not installed"
-    return runs, skipped
+    def checked(name: str) -> Torch:
+        import torch
+
+        make = TORCHES[name]
+        run = make(params, torch.from_numpy(np.array(x)), torch.from_numpy(np.array(labels)).long())
+        if name != TORCH:
+            np.testing.assert_allclose(run().detach().numpy(), expected, rtol=1e-4, err_msg=name)
+        return run
+
+    return harness.available(checked, TORCHES)
 
 
 def counted(run: Callable, calls: int) -> harness.Contender:
