@@ -25,6 +25,7 @@ from gradfn.transform import (
     walk,
 )
 from gradfn.transform.interpreter import Evaluate, Path
+from gradfn.transform.program import params_first, takes_keyword
 from gradfn.transform.sites import Selection
 from gradfn.transform.summaries import DEFAULT_STATS, STATS, Stats, summarise
 
@@ -144,8 +145,9 @@ def inspect(
         keep: which of those to return raw as well, chosen in the same way; None is all.
         stats: which statistics to take, out of `mean`, `rms`, `max`, `zeros`, `saturated`, `dead`,
             `nonfinite` and `histogram`; all but the last by default.
-        every: look at the sites only on every so many steps; the others cost what plain gradients cost. The
-            function then takes `step=`, and what it did not look at is zero there (the input gradients too).
+        every: inspect the sites only on every Nth step; the others cost what plain gradients cost. The
+            returned function then has a keyword `step=` of its own, which is not passed to the loss, and what
+            is not inspected is zero (the input gradients too). With 1, every keyword goes to the loss.
         input_grads: also differentiate with respect to the floating arrays in `args`. It costs the backward
             pass of the first layer; training loops leave it out.
 
@@ -153,7 +155,8 @@ def inspect(
         `(params, *args) -> Inspection`.
 
     Raises:
-        ValueError: an unknown site (near names are listed) or statistic, `every` without `step=`.
+        ValueError: an unknown site (near names are listed) or statistic, `every` without `step=`, `every` for
+            a loss that has a parameter `step` of its own.
         TypeError: a loss that is not a floating scalar.
 
     Example:
@@ -169,15 +172,22 @@ def inspect(
     """
     stats = _checked_stats(stats)
     if every < 1:
-        raise ValueError(f"inspect: every must be 1 or more, came {every}")
+        raise ValueError(f"inspect: every must be an integer >= 1, got {every}")
+    if every > 1 and takes_keyword(loss, "step"):
+        raise ValueError(
+            f"inspect: with every={every} the returned function has a keyword step of its own, and the loss has "
+            "a parameter step too; rename the loss's, or call gf.inspect without every on the steps you choose"
+        )
 
     @functools.wraps(loss)
-    def inspected(params: Any, *args: Any, step: Any = None, **kwargs: Any) -> Inspection:
+    def inspected(*args: Any, **kwargs: Any) -> Inspection:
+        step = kwargs.pop("step", None) if every > 1 else None
         if every > 1 and step is None:
             raise ValueError(
                 f"inspect: with every={every}, pass the number of the step: inspected(..., step=i)"
             )
-        program = trace_as_written(loss, params, *args, **kwargs)
+        args, kwargs = params_first(loss, args, kwargs, "inspect")
+        program = trace_as_written(loss, *args, **kwargs)
         _check_scalar(program)
         chosen = select(find_sites(program), sites)
         kept = select(chosen, keep, "keep")

@@ -1,6 +1,7 @@
 """Trace any function into a jaxpr, and put its results back into the shape that the function gave them."""
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,37 @@ def leaf_name(path: Any, default: str = "params") -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/") or default
 
 
-def trace(f: Callable, *args: Any, **kwargs: Any) -> Program:
+def _parameters(f: Callable) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(f).parameters.values())
+    except (TypeError, ValueError):  # some built-in callables have none
+        return []
+
+
+def takes_keyword(f: Callable, name: str) -> bool:
+    """Tell whether a function has a parameter of that name that can be passed by keyword."""
+    by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return any(p.name == name and p.kind in by_keyword for p in _parameters(f))
+
+
+def params_first(
+    f: Callable, args: tuple[Any, ...], kwargs: Mapping[str, Any], what: str
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call with the first one, the parameters, passed by position.
+
+    Raises:
+        TypeError: the call has no first argument; ``what`` names the caller.
+    """
+    kwargs = dict(kwargs)
+    if args:
+        return args, kwargs
+    first = next(iter(_parameters(f)), None)
+    if first is None or first.name not in kwargs:
+        raise TypeError(f"{what}: expected the parameters as the first argument, got {sorted(kwargs)}")
+    return (kwargs.pop(first.name),), kwargs
+
+
+def trace(f: Callable, /, *args: Any, **kwargs: Any) -> Program:
     """Trace ``f(*args, **kwargs)``.
 
     A fresh closure each time: ``make_jaxpr`` caches on the identity of the function, and gave a stale jaxpr
@@ -101,7 +132,7 @@ def trace(f: Callable, *args: Any, **kwargs: Any) -> Program:
     )
 
 
-def trace_as_written(f: Callable, *args: Any, **kwargs: Any) -> Program:
+def trace_as_written(f: Callable, /, *args: Any, **kwargs: Any) -> Program:
     """Trace `f(*args, **kwargs)` without what `flat_products` makes of it, so that values have their own shapes."""
     with as_written(True):
         return trace(f, *args, **kwargs)
