@@ -83,7 +83,7 @@ def begin(experiment: str, config: RunConfig) -> Path:
         The folder.
 
     Raises:
-        RunError: the folder cannot be made.
+        RunError: the folder cannot be made, or contains files that are not of a run.
     """
     folder = Path(config.folder or "")
     if config.resume:
@@ -94,6 +94,12 @@ def begin(experiment: str, config: RunConfig) -> Path:
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # A run writes under many names (result.json, curves.png): none of them may be somebody else's file.
+        found = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
+        if found and not (found == [VERSIONS] and '"gradfn"' in (folder / VERSIONS).read_text()):
+            raise RunError(
+                f"{folder}: contains {found[0]}, which is not of a run: name a new folder or an empty one"
+            )
         write_json(folder / VERSIONS, versions() | {"seed": getattr(config, "seed", None)})
         write_json(folder / CONFIG, {"experiment": experiment, "options": options(config)})
     except OSError as error:

@@ -93,6 +93,24 @@ def test_a_folder_that_holds_a_run_is_not_written_over():
         runs.settle("other", Config(folder=str(folder), resume=True))
 
 
+@pytest.mark.parametrize("name", ["curves.png", "result.json", "versions.json"])
+def test_no_file_of_somebody_else_is_written_over(tmp_path, name):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / name).write_text("{}")
+    with pytest.raises(runs.RunError, match=f"here: contains {name}, which is not of a run"):
+        start(Config(folder="here"))
+    assert [(file.name, file.read_text()) for file in (tmp_path / "here").iterdir()] == [(name, "{}")]
+
+
+def test_a_run_that_died_before_its_config_begins_again_in_its_folder(tmp_path):
+    (start(Config(folder="here")) / "config.json").unlink()
+    (tmp_path / "here" / ".DS_Store").touch()
+    assert sorted(file.name for file in start(Config(folder="here")).iterdir())[1:] == [
+        "config.json",
+        "versions.json",
+    ]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

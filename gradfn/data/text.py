@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import re
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from gradfn.data.dataset import DataError
 from gradfn.data.tokenizer import Tokenizer, tokenizer, tokenizer_from, utf8_bytes
 
 PIECE = 1 << 24  # characters that are tokenized at a time
+FORMAT = "tokenizer of gf.data.tokenize"  # marks its files: nothing else is overwritten
 
 
 class Text(NamedTuple):
@@ -116,14 +118,16 @@ def tokenize(path: str | os.PathLike[str], to: str | os.PathLike[str], tokens: s
 
     Args:
         path: a file in UTF-8, of any size.
-        to: the `.npy` file to write; the tokenizer goes beside it, into a `.json`.
+        to: the `.npy` file to write; the tokenizer goes beside it, into `<name>.npy.tokenizer.json`. Both replace
+            only what an earlier call wrote.
         tokens: as in `text`. Pieces of tiktoken do not reach over the parts' ends, which are ends of lines.
 
     Returns:
         The `.npy` file.
 
     Raises:
-        DataError: the file is missing, empty or not in UTF-8.
+        DataError: the file is missing, empty or not in UTF-8; or `to` is the text itself or a file that
+            `tokenize` did not write.
 
     >>> import tempfile, gradfn as gf
     >>> folder = Path(tempfile.mkdtemp())
@@ -131,22 +135,32 @@ def tokenize(path: str | os.PathLike[str], to: str | os.PathLike[str], tokens: s
     >>> gf.data.text(gf.data.tokenize(folder / "a.txt", folder / "a.npy"), validation=0).train.tolist()[:5]
     [6, 4, 0, 1, 2]
     """
+    from gradfn.data.download import write_atomically  # urllib's network parts are slow to import
+
     source, target = Path(path).expanduser(), Path(to).expanduser()
     if target.suffix != ".npy":
         raise DataError(f"{target}: tokens go into a file whose name ends in .npy")
+    _exists(source)
+    _check_writable(source, target)
     coder = tokenizer(tokens, _pieces(source) if tokens == "characters" else ())
     length = sum(len(coder.encode(piece)) for piece in _pieces(source))
     if not length:
         raise DataError(f"{source}: the file is empty")
-    dtype = coder.encode("").dtype
-    out = np.lib.format.open_memmap(target, "w+", dtype, (length,))
-    at = 0
-    for piece in _pieces(source):
-        encoded = coder.encode(piece)
-        out[at : at + len(encoded)] = encoded
-        at += len(encoded)
-    out.flush()
-    target.with_suffix(".json").write_text(json.dumps(coder.to_dict()))
+    # Under their own names the files appear whole: a map of the old tokens in memory stays as it was.
+    part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
+    try:
+        out = np.lib.format.open_memmap(part, "w+", coder.encode("").dtype, (length,))
+        at = 0
+        for piece in _pieces(source):
+            encoded = coder.encode(piece)
+            out[at : at + len(encoded)] = encoded
+            at += len(encoded)
+        out.flush()
+        about = {"format": FORMAT, "tokens": length} | coder.to_dict()
+        write_atomically(_beside(target), json.dumps(about).encode())
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
     return target
 
 
@@ -254,22 +268,56 @@ def _pieces(file: Path) -> Iterator[str]:
 
 
 def _mapped(file: Path) -> tuple[Tokenizer, np.ndarray]:
-    beside = file.with_suffix(".json")
-    try:
-        coder = tokenizer_from(json.loads(beside.read_text()))
-        tokens = np.load(file, mmap_mode="r")
-    except DataError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    _exists(file)
+    beside = _beside(file)
+    about = _about(file)
+    if about is None:
         raise DataError(
-            f"{file}: tokens come in a .npy file and their tokenizer in {beside.name} beside it, as "
-            f"gf.data.tokenize writes them ({error})"
-        ) from error
+            f"{file}: tokens are stored in a .npy file with their tokenizer in {beside.name} beside it, as "
+            "gf.data.tokenize writes them"
+        )
+    try:
+        coder = tokenizer_from(about)
+        tokens = np.load(file, mmap_mode="r")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file}: cannot be read as tokens ({error})") from error
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise DataError(
-            f"{file}: expected tokens [N], whole numbers, came {list(tokens.shape)} {tokens.dtype}"
+            f"{file}: expected integer tokens of shape [N], got {list(tokens.shape)} {tokens.dtype}"
+        )
+    if about.get("tokens", len(tokens)) != len(tokens):
+        raise DataError(
+            f"{file}: expected {about['tokens']:,} tokens according to {beside.name}, got {len(tokens):,}: the two "
+            "files do not belong together. Tokenize the text again"
         )
     return coder, tokens
+
+
+def _beside(file: Path) -> Path:
+    """Return the file of a token file's tokenizer."""
+    return file.with_name(f"{file.name}.tokenizer.json")
+
+
+def _about(file: Path) -> dict[str, Any] | None:
+    """Return what the tokenizer file beside a token file contains, None where `tokenize` wrote none."""
+    try:
+        about = json.loads(_beside(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return about if isinstance(about, dict) and about.get("format") == FORMAT else None
+
+
+def _check_writable(source: Path, target: Path) -> None:
+    """Refuse to write tokens over the text, or over a file that `tokenize` did not write."""
+    for file in (target, _beside(target)):
+        if file.exists() and file.samefile(source):
+            raise DataError(
+                f"{file}: is the text itself, which its tokens would overwrite. Name another file"
+            )
+        if os.path.lexists(file) and _about(target) is None:
+            raise DataError(
+                f"{file}: already exists and was not written by gf.data.tokenize. Name another file, or delete it"
+            )
 
 
 def _exists(file: Path) -> None:

@@ -30,6 +30,7 @@ SCRIPTS = (  # each imports only from those before it
 LIMIT = 5_000_000  # bytes, of the whole page
 NET_LIMIT = 2_500_000  # bytes of a network's parameters in it
 DRAWN_LIVE = ("curves",)  # pictures whose content the page draws itself
+GENERATOR = b'<meta name="generator" content="gradfn">'  # in every page: no other file is written over
 HEAT_ROWS = 60  # more would be too many to read
 
 
@@ -75,9 +76,12 @@ def write_report(
         The file.
 
     Raises:
-        RunError: there is no such run, or a file of it cannot be read; or `out` cannot be written.
+        RunError: there is no such run, or a file of it cannot be read; or `out` cannot be written, or is an
+            existing file that is not a page of gradfn.
     """
     kept = [read_run(run) for run in runs]
+    if out is not None and Path(out).is_file() and GENERATOR not in Path(out).read_bytes()[:4096]:
+        raise RunError(f"{out}: already exists and is not a page that gradfn wrote. Name another file")
     if out is None:
         name = "report.html" if len(kept) == 1 else f"against-{kept[1].experiment}-{kept[1].folder.name}.html"
         out = kept[0].folder / name

@@ -124,7 +124,7 @@ def test_a_file_of_tokens_is_mapped_and_the_same(tmp_path, tokens, piece, monkey
             b"abc",
             "a.npy",
             "characters",
-            "their tokenizer in a.json beside it, as gf.data.tokenize writes them",
+            "their tokenizer in a.npy.tokenizer.json beside it, as gf.data.tokenize writes them",
         ),
     ],
 )
@@ -140,6 +140,53 @@ def test_what_cannot_be_tokenized_is_named(tmp_path, content, to):
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(DataError, match=r"empty|UTF-8|ends in \.npy"):
         gf.data.tokenize(tmp_path / "a.txt", tmp_path / to, "bytes")
+
+
+def test_no_derived_file_replaces_one_that_was_not_written_here(tmp_path):
+    source, other = tmp_path / "stories.json", tmp_path / "a.json"
+    source.write_text('["to be", "or not"]')
+    other.write_text("mine")
+    (tmp_path / "a.npy.tokenizer.json").write_text('{"name": "bytes"}')
+    (tmp_path / "b.npy").write_bytes(b"mine")
+    (tmp_path / "link.npy").symlink_to(source)
+    (tmp_path / "hard.npy").hardlink_to(source)
+    (tmp_path / "text.npy").write_text("a text with an unlucky name")
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+
+    file = gf.data.tokenize(source, tmp_path / "stories.npy")
+    assert gf.data.text(file).tokenizer.decode(gf.data.text(file, validation=0).train) == source.read_text()
+    for name in ("a.npy", "b.npy"):
+        with pytest.raises(DataError, match="already exists and was not written by"):
+            gf.data.tokenize(source, tmp_path / name)
+    for name in ("link.npy", "hard.npy"):
+        with pytest.raises(DataError, match=f"{name}: is the text itself"):
+            gf.data.tokenize(source, tmp_path / name)
+    with pytest.raises(DataError, match=r"text\.npy: is the text itself"):
+        gf.data.tokenize(tmp_path / "text.npy", tmp_path / "." / "text.npy", "bytes")
+    marked = file.with_name(
+        f"{file.name}.tokenizer.json"
+    )  # ours, and still not written over when it is the text
+    with pytest.raises(DataError, match="is the text itself"):
+        gf.data.tokenize(marked, file)
+    assert before == {file: file.read_bytes() for file in before}
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_tokens_are_replaced_whole_by_new_ones_only(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("aaaa")
+    (tmp_path / "b.txt").write_text("bcbcbc")
+    file = gf.data.tokenize(tmp_path / "a.txt", tmp_path / "t.npy")
+    mapped = gf.data.text(file, validation=0)
+    gf.data.tokenize(tmp_path / "b.txt", file)
+    assert mapped.train.tolist() == [0] * 4  # what is mapped stays
+    data = gf.data.text(file, validation=0)
+    assert data.tokenizer.decode(data.train) == "bcbcbc"
+
+    tokens = file.read_bytes()
+    gf.data.tokenize(tmp_path / "a.txt", file)
+    file.write_bytes(tokens)  # tokens of one text, tokenizer of another
+    with pytest.raises(DataError, match=r"expected 4 tokens .* got 6: the two files do not belong together"):
+        gf.data.text(file)
 
 
 # Lines

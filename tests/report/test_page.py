@@ -236,3 +236,13 @@ def test_the_command_line_writes_the_page_of_the_latest_run(tmp_path, monkeypatc
     assert (tmp_path / "x.html").exists()
     with pytest.raises(RunError, match="nowhere"):
         find_run("nowhere")
+
+
+def test_no_file_of_somebody_else_is_written_over(tmp_path):
+    folder, mine = write_run(tmp_path / "run"), tmp_path / "thesis.html"
+    mine.write_text("<html>mine</html>")
+    with pytest.raises(RunError, match=r"thesis\.html: already exists and is not a page that gradfn wrote"):
+        write_report([folder], mine)
+    assert mine.read_text() == "<html>mine</html>"
+    file = write_report([folder], tmp_path / "new.html")
+    assert write_report([folder], file) == file
