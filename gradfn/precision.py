@@ -1,11 +1,13 @@
-"""Where a few digits are not enough: sums of squares and of exponentials are taken in float32 at least."""
+"""Where a few digits are not enough: sums, squares and exponentials in float32 at least, norms without overflow."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def wide(dtype: Any) -> Any:
@@ -16,3 +18,59 @@ def wide(dtype: Any) -> Any:
 def widen(x: jax.Array) -> jax.Array:
     """Cast an array of narrow floats to float32."""
     return x.astype(wide(x.dtype))
+
+
+def magnitudes_squared(x: jax.Array) -> jax.Array:
+    """Return |x|^2 of each element, real, in float32 at least."""
+    return functools.reduce(jnp.add, map(jnp.square, _parts(x)))
+
+
+def _parts(x: jax.Array) -> list[jax.Array]:
+    """Return the real and imaginary parts, in float32 at least."""
+    return [widen(part) for part in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
+
+
+def is_safe(square: jax.Array, n: int) -> jax.Array:
+    """Tell whether a sum of `n` squares is finite and lost nothing that counts to underflow."""
+    limits = jnp.finfo(square.dtype)
+    # The squares below `tiny` are lost: together less than a rounding of a sum this large.
+    return (square >= n * float(limits.tiny) / float(limits.eps)) & (square < jnp.inf)
+
+
+@functools.partial(jax.jit, static_argnames="axis")
+def norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
+    """Return the L2 norm over some axes (all by default), right as long as it is itself a number of its dtype.
+
+    It is the root of the plain sum of squares. Only where such a sum is not safe (gradients of 1e-25 or 1e20 have
+    squares of 0 and inf in float32) are all computed again, scaled: `scaled_norm`. Under `vmap` both are computed.
+
+    Args:
+        x: floating or complex; NaN and infinities show in the result.
+        axis: summed over.
+
+    >>> import jax.numpy as jnp
+    >>> from gradfn.precision import norm
+    >>> print(f"{norm(jnp.array([3e-25, 4e-25])):.3g} {norm(jnp.array([3e25 + 4e25j])):.3g}")
+    5e-25 5e+25
+    """
+    square = jnp.sum(magnitudes_squared(x), axis)
+    n = x.size // max(square.size, 1)
+    return lax.cond(
+        jnp.all(is_safe(square, n)), lambda x: jnp.sqrt(square), lambda x: scaled_norm(x, axis), x
+    )
+
+
+def scaled_norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
+    """Return the L2 norm as the largest magnitude times the norm of what is divided by it."""
+    parts = _parts(x)
+    largest = [jnp.max(jnp.abs(part), axis, initial=0, keepdims=True) for part in parts]
+    unit = unit_of(functools.reduce(jnp.maximum, largest))
+    square = sum(jnp.sum(jnp.square(part / unit), axis, keepdims=True) for part in parts)
+    return jnp.squeeze(unit * jnp.sqrt(square), axis if axis is not None else tuple(range(x.ndim)))
+
+
+def unit_of(largest: jax.Array) -> jax.Array:
+    """Return what to divide by so that the largest magnitude becomes 1; 1 where it is 0 or not finite."""
+    # Subnormal numbers may count as 0, so nothing is divided by one.
+    unit = jnp.maximum(largest, jnp.finfo(largest.dtype).tiny)
+    return jnp.where((largest > 0) & (largest < jnp.inf), unit, jnp.ones_like(largest))
