@@ -15,7 +15,7 @@ from gradfn.inspection.backprop import active_equations
 from gradfn.inspection.scalar import Scalar, scalar
 from gradfn.text import TextTable
 from gradfn.transform import trace
-from gradfn.transform.program import is_array
+from gradfn.transform.program import traced_leaves
 
 PER_LEAF = 64  # of a tree with more leaves, single leaves are only looked at if all of them together are off
 TOLERANCE = 1e-5  # relative, in float64
@@ -150,7 +150,7 @@ def check_grads(
         numbers = range(len(args)) if argnums is None else np.atleast_1d(argnums).tolist()
         try:
             with _float64():
-                wide_args, wide_kwargs = jax.tree.map(_widened, (args, kwargs))
+                wide_args, wide_kwargs = _widened((args, kwargs))
                 of = scalar(f, wide_args, wide_kwargs, numbers, "check_grads")
                 precision = _lowest_precision(of)
                 return _check(of, precision, directions, tolerance, seed)
@@ -170,11 +170,17 @@ def _float64() -> Iterator[None]:
         yield
 
 
-def _widened(leaf: Any) -> Any:
-    if not is_array(leaf) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-        return leaf
-    complex_ = jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating)
-    return jnp.asarray(np.asarray(leaf), jnp.complex128 if complex_ else jnp.float64)
+def _widened(tree: Any) -> Any:
+    """Return the same arguments with their floating arrays in float64."""
+
+    def widened(leaf: Any, traced: bool) -> Any:
+        if not traced or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            return leaf
+        complex_ = jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating)
+        return jnp.asarray(np.asarray(leaf), jnp.complex128 if complex_ else jnp.float64)
+
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, map(widened, leaves, traced_leaves(tree)))
 
 
 def _lowest_precision(of: Scalar) -> tuple[str, str]:

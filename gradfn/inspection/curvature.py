@@ -73,7 +73,6 @@ def hvp(loss: Callable) -> Product:
     """
     flat_loss = flat_products(loss)
 
-    @functools.wraps(loss, updated=())
     def product(params: Any, vector: Any, *args: Any, **kwargs: Any) -> Any:
         leaves = floating_leaves(params, "hvp")
         v = tangents(leaves, vector, "hvp")
@@ -168,7 +167,6 @@ def fisher_vp(loss: Callable) -> Product:
             "more; pass the loss of one example, what gf.batch_mean was given"
         )
 
-    @functools.wraps(loss, updated=())
     def product(params: Any, vector: Any, batch: Any, **kwargs: Any) -> Any:
         def losses(params: Any, batch: Any) -> jax.Array:
             def one(example: Any) -> jax.Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gradfn.names import ParameterError
-from gradfn.transform.program import is_array, leaf_name
+from gradfn.transform.program import is_array, leaf_name, traced_leaves
 
 
 class Leaves(NamedTuple):
@@ -62,7 +62,7 @@ def floating_leaves(params: Any, what: str) -> Leaves:
     with_paths, structure = jax.tree_util.tree_flatten_with_path(params)
     leaves = [leaf for _, leaf in with_paths]
     names = [leaf_name(path) for path, _ in with_paths]
-    arrays = [i for i, (path, leaf) in enumerate(with_paths) if is_array(leaf, path)]
+    arrays = [i for i, traced in enumerate(traced_leaves(params)) if traced]
     for i in arrays:
         if jnp.issubdtype(jnp.result_type(leaves[i]), jnp.complexfloating):
             raise ParameterError(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gradfn.transform.program import is_array, leaf_name
+from gradfn.transform.program import is_array, leaf_name, traced_leaves
 
 
 class Scalar(NamedTuple):
@@ -37,10 +37,11 @@ def scalar(
     labels = _argument_names(f, len(args))
     with_paths, structure = jax.tree_util.tree_flatten_with_path(tuple(args))
     leaves = [leaf for _, leaf in with_paths]
+    places = zip(with_paths, traced_leaves(tuple(args)), strict=True)
     floating = [
         i
-        for i, (path, leaf) in enumerate(with_paths)
-        if path[0].idx in chosen and is_array(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+        for i, ((path, leaf), traced) in enumerate(places)
+        if path[0].idx in chosen and traced and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
     ]
     if not floating:
         raise TypeError(
@@ -91,8 +92,9 @@ def jit_arrays(f: Callable) -> Callable:
     @functools.wraps(f)
     def compiled(*args: Any, **kwargs: Any) -> Any:
         leaves, structure = jax.tree.flatten((args, kwargs))
-        others = tuple(None if is_array(leaf) else leaf for leaf in leaves)
-        return run(structure, others, [leaf for leaf in leaves if is_array(leaf)])
+        traced = traced_leaves((args, kwargs))
+        others = tuple(None if is_it else leaf for leaf, is_it in zip(leaves, traced, strict=True))
+        return run(structure, others, [leaf for leaf, is_it in zip(leaves, traced, strict=True) if is_it])
 
     return compiled
 

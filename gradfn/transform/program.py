@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr
-from jax.tree_util import DictKey, SequenceKey
 
 
 @dataclass(frozen=True)
@@ -44,16 +43,38 @@ class Program:
 as_written = jax.make_user_context(False)
 
 
-def is_array(leaf: Any, path: Any = ()) -> bool:
-    """Tell whether a leaf is traced.
+def is_array(leaf: Any) -> bool:
+    """Tell whether a leaf on its own is what jax traces and differentiates: an array of numbers, or a Python float."""
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return leaf.dtype.kind not in "OSUMm"  # objects, texts and times are not numbers
+    return isinstance(leaf, (jax.Array, float))
 
-    Python's own numbers are settings that models branch on, but for floats by themselves or in dicts, lists and
-    tuples; ``path`` says where the leaf is.
+
+def traced_leaves(tree: Any) -> list[bool]:
+    """Tell which leaves of a tree are traced, and differentiated if they are floating; the rest is configuration.
+
+    Arrays are, of jax and of numpy, wherever they are. A Python float is where `jax.grad` would differentiate it: on
+    its own and in dicts, lists and tuples (and in the boxes of Flax NNX that declare it a parameter). In any other
+    object, such as an Equinox module, it is configuration, which code branches on and checks: `eqx.nn.Dropout.p`.
+    Python's integers, booleans, strings and functions are configuration everywhere.
     """
-    in_object = any(not isinstance(key, (DictKey, SequenceKey)) for key in path)
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic)) or (
-        isinstance(leaf, float) and not in_object
-    )
+    leaves, structure = jax.tree.flatten(tree)
+    places = zip(leaves, _in_objects(structure), strict=True)
+    return [is_array(leaf) and (hasattr(leaf, "dtype") or not in_object) for leaf, in_object in places]
+
+
+def _in_objects(structure: Any) -> list[bool]:
+    """Tell which leaves of a structure are inside an object that is not a plain container."""
+    kind, _ = structure.node_data() or (None, None)
+    if kind is not None and not issubclass(kind, (Mapping, list, tuple)) and not _is_nnx_variable(kind):
+        return [True] * structure.num_leaves
+    children = [in_object for child in structure.children() for in_object in _in_objects(child)]
+    return children if kind is not None else [False] * structure.num_leaves
+
+
+def _is_nnx_variable(kind: type) -> bool:
+    names = [(base.__module__, base.__name__) for base in kind.__mro__]
+    return any(module.startswith("flax.nnx") and name == "Variable" for module, name in names)
 
 
 def leaf_name(path: Any, default: str = "params") -> str:
@@ -101,7 +122,7 @@ def trace(f: Callable, /, *args: Any, **kwargs: Any) -> Program:
     """
     with_paths, in_tree = jax.tree_util.tree_flatten_with_path((args, kwargs))
     leaves = [leaf for _, leaf in with_paths]
-    known = tuple(is_array(leaf, path) for path, leaf in with_paths)
+    known = tuple(traced_leaves((args, kwargs)))
     # A path is (0, i, ...) for the i-th positional argument, (1, name, ...) for a keyword.
     owners = [path[1].idx if path[0].idx == 0 else -1 for path, _ in with_paths]
     names = [
