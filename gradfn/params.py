@@ -85,6 +85,24 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[str, Any]]:
+    """Return a tree's leaves with their paths as text, in order.
+
+    Raises:
+        ParameterError: two leaves have the same path, as in `{"a/b": ..., "a": {"b": ...}}`.
+
+    >>> named_leaves({"a": {"b": 1}, "c": [2]})
+    [('a/b', 1), ('c/0', 2)]
+    """
+    named = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf)]
+    seen = set()
+    for name, _ in named:
+        if name in seen:
+            raise ParameterError(name, "two entries have this path. Rename one: a key must not contain /")
+        seen.add(name)
+    return named
+
+
 def init(spec: Spec, key: jax.Array) -> Params:
     """Make the parameters that a spec declares.
 

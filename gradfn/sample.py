@@ -62,9 +62,15 @@ def save_model(folder: Path, net: str, settings: dict[str, Any], tokenizer: Toke
         settings: what `gf.GPTConfig`, or `gf.rnn`, takes.
         tokenizer: of the text that it was trained on.
         lines: whether that was lines that are texts of their own.
+
+    Raises:
+        RunError: the folder holds another model, or one of another text.
     """
     told = {"net": net, "settings": settings, "tokenizer": tokenizer.to_dict(), "lines": lines}
-    write_json(folder / MODEL, told)
+    file = folder / MODEL
+    if file.exists() and json.loads(file.read_text()) != json.loads(json.dumps(told)):
+        raise RunError(f"{file} is of another model or text than this run's. Use another folder")
+    write_json(file, told)
 
 
 def load_model(run: str | Path) -> Model:

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradfn.params import path_name
+from gradfn.params import named_leaves, path_name
 
 KEPT = "kept"  # the folder, in that of a run, of the parameters that stay
+DIGITS = 10  # of the step in their files' names
 
 
 class CheckpointError(ValueError):
@@ -30,8 +31,7 @@ def save(file: Path, state: Any, notes: dict[str, Any]) -> None:
     """
     from safetensors.numpy import save as to_bytes
 
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    arrays = {path_name(path): np.array(_plain(leaf), order="C") for path, leaf in leaves}
+    arrays = {name: np.array(_plain(leaf), order="C") for name, leaf in named_leaves(state)}
     data = to_bytes(arrays, metadata={"notes": json.dumps(notes)})
     replace_file(file, data)
 
@@ -53,7 +53,7 @@ def load(file: Path, like: Any, rest: bool = False) -> tuple[Any, dict[str, Any]
     """
     from safetensors import SafetensorError, safe_open
 
-    wanted = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(like)}
+    wanted = {name for name, _ in named_leaves(like)}
     try:
         with safe_open(file, "numpy") as content:
             notes = json.loads(content.metadata()["notes"])
@@ -84,7 +84,7 @@ def load(file: Path, like: Any, rest: bool = False) -> tuple[Any, dict[str, Any]
 def keep(folder: Path, step: int, params: Any) -> None:
     """Keep the parameters after a step among those of a run, `kept/<step>.safetensors`."""
     (folder / KEPT).mkdir(parents=True, exist_ok=True)
-    save(folder / KEPT / f"{step:010}.safetensors", params, {"step": step})
+    save(folder / KEPT / f"{step:0{DIGITS}}.safetensors", params, {"step": step})
 
 
 def kept(folder: str | os.PathLike[str], like: Any) -> dict[int, Any]:

@@ -12,7 +12,7 @@ import optax
 from gradfn.losses import Loss, over_batch
 from gradfn.net import takes_key
 from gradfn.train.source import Source
-from gradfn.train.step import TrainState, step_key, train_step
+from gradfn.train.step import TrainState, step_key, step_keywords, train_step
 
 if TYPE_CHECKING:
     from gradfn.inspection import Inspection, NoiseScale
@@ -51,9 +51,6 @@ def chunks(
         shared = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names[0]))
         return jax.lax.with_sharding_constraint(batch, shared)
 
-    def keywords(state: TrainState) -> dict[str, Any]:
-        return {"key": step_key(state)} if takes_key(loss) else {}
-
     @jax.jit
     def advance(arrays: Any, state: TrainState, order: Any, row: jax.Array, n: jax.Array) -> Any:
         def body(i: jax.Array, carry: tuple[TrainState, Any]) -> tuple[TrainState, Any]:
@@ -68,7 +65,7 @@ def chunks(
 
     @jax.jit
     def look(arrays: Any, state: TrainState, order: Any, row: jax.Array) -> Inspection:
-        seen = inspected(state.params, batch_of(arrays, state, order, row), **keywords(state))
+        seen = inspected(state.params, batch_of(arrays, state, order, row), **step_keywords(loss, state))
         with jax.numpy_dtype_promotion("standard"):
             updates, _ = optimizer.update(seen.grads, state.opt_state, state.params)
         return seen.with_updates(state.params, updates)
@@ -83,7 +80,7 @@ def chunks(
 
     @jax.jit
     def arguments(arrays: Any, state: TrainState, order: Any, row: jax.Array) -> tuple[Any, dict[str, Any]]:
-        return batch_of(arrays, state, order, row), keywords(state)
+        return batch_of(arrays, state, order, row), step_keywords(loss, state)
 
     return Chunks(
         *(

@@ -8,7 +8,6 @@ is change no bit of the outcome.
 from __future__ import annotations
 
 import functools
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +17,14 @@ import jax
 import numpy as np
 import optax
 
-from gradfn.losses import Loss
+from gradfn.losses import Loss, over_batch
 from gradfn.train import checkpoint
 from gradfn.train.chunk import CAPACITY, chunks
 from gradfn.train.fault import fault
-from gradfn.train.log import Log
+from gradfn.train.identity import identity
+from gradfn.train.log import EVENTS, INSPECTIONS, METRICS, NOISE, Log
 from gradfn.train.source import source_of
-from gradfn.train.step import TrainState, train_state
+from gradfn.train.step import TrainState, step_keywords, train_state
 
 Row = dict[
     str, Any
@@ -85,12 +85,18 @@ def fit(
             own batch; for losses of one example. The running scale is of the last fifty or so.
         stop: `(history) -> bool`, asked after each evaluation; True ends the run. See `gf.stalled`.
         folder: where to write `metrics.jsonl`, `inspections.jsonl`, `noise.jsonl`, TensorBoard events and the
-            checkpoint; None for nowhere.
+            checkpoint; None for nowhere. A run owns its folder: unless it resumes, what an earlier run of `fit`
+            wrote there is removed (other files stay).
         checkpoint_seconds: write a checkpoint when this much time has passed since the last (more where
             writing one takes over a twentieth of it), and at the end.
         keep_every: also keep the parameters each so many steps and at the end, which `gf.train.kept` reads. They
             stay in the folder.
-        resume: go on from the folder's checkpoint, where there is one, to the bit as if never interrupted.
+        resume: continue from the folder's checkpoint, where there is one, to the bit as if never interrupted.
+            The data, the loss, the parameters to start from, `batch_size`, `seed`, `eval_every` and the structure
+            of the optimizer's state must be those that the run began with (`gradfn.train.identity` says how that
+            is told); nothing is written before that is checked. `steps` may be larger, unless `stop` ended the
+            run; the row of the step where it ended before stays in the history. A learning rate schedule is the
+            optimizer's: give it the steps that it is to last.
         mesh: devices to share each batch, along the mesh's first axis; parameters are on all of them.
         progress: show a progress bar (in a terminal) or a line for each evaluation (elsewhere).
 
@@ -102,7 +108,8 @@ def fit(
     Raises:
         ValueError: arrays of unlike length, a batch that is larger than the data, numbers below 1; `noise_every`
             with a loss that is of a batch.
-        CheckpointError: `resume` finds the checkpoint of another run, or one that cannot be read.
+        CheckpointError: `resume` finds the checkpoint of another run, or one that cannot be read; it says what
+            differs.
         FloatingPointError: the loss or a gradient is no longer finite; it says where that began, as
             `gf.nan_origin` finds it. The last good checkpoint is kept.
 
@@ -129,20 +136,22 @@ def fit(
     if keep_every and folder is None:
         raise ValueError("fit: keep_every needs a folder to keep the parameters in")
     source = source_of(data, batch_size, seed)
-    eval_every = eval_every or min(source.epoch_steps or max(steps // 10, 1), steps)
-    periods = [
-        every for every in (eval_every, inspect_every, noise_every, keep_every, source.order_steps) if every
-    ]
     state = train_state(params, optimizer, jax.random.key(seed))
     settings = {"steps": steps, "batch_size": batch_size, "seed": seed, "eval_every": eval_every}
-    log = Log(None if folder is None else Path(folder), settings, progress, source.tokens)
+    who = None if folder is None else identity(state, source, over_batch(loss), step_keywords(loss, state))
+    log = Log(None if folder is None else Path(folder), settings, who, progress, source.tokens)
     if resume and log.folder and (log.folder / CHECKPOINT).exists():
         state, notes = checkpoint.load(log.folder / CHECKPOINT, like=state)
         log.restore(notes)
         if log.finished:
             return Fit(state.params, state, log.history, log.inspections, log.noise)
-    elif log.folder and keep_every:
-        shutil.rmtree(log.folder / checkpoint.KEPT, ignore_errors=True)  # of an earlier run in this folder
+    elif log.folder:
+        clear(log.folder)
+    eval_every = log.settings["eval_every"] or min(source.epoch_steps or max(steps // 10, 1), steps)
+    log.settings["eval_every"] = eval_every
+    periods = [
+        every for every in (eval_every, inspect_every, noise_every, keep_every, source.order_steps) if every
+    ]
     if mesh is not None:
         # Automatic axes: the compiler shares the work, the loss knows nothing of devices.
         auto = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
@@ -219,6 +228,16 @@ def stalled(
         return functools.reduce(better, values[-evaluations:], best) == best
 
     return stop
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run of `fit` left in a folder, the checkpoint first; other files stay."""
+    written = [CHECKPOINT, METRICS, INSPECTIONS, NOISE]
+    patterns = [*written, *(f".{name}.part" for name in written), f"{EVENTS}/events.out.tfevents.*"]
+    digits = "[0-9]" * checkpoint.DIGITS
+    for pattern in (*patterns, f"{checkpoint.KEPT}/{digits}.safetensors"):
+        for file in folder.glob(pattern):
+            file.unlink()
 
 
 def _positive(**numbers: int | None) -> None:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradfn.train.checkpoint import CheckpointError, replace_file
+from gradfn.train.identity import Identity, difference
 
 if TYPE_CHECKING:
     from gradfn.inspection import Inspection, NoiseScale
 
-METRICS, INSPECTIONS, NOISE = "metrics.jsonl", "inspections.jsonl", "noise.jsonl"
+METRICS, INSPECTIONS, NOISE, EVENTS = "metrics.jsonl", "inspections.jsonl", "noise.jsonl", "events"
 REMEMBERED = 0.98  # of the noise scale's running sums, from one measure to the next
 NOT_METRICS = ("step", "epoch", "examples_per_second", "tokens_per_second", "seconds")
 
@@ -27,9 +28,14 @@ class Log:
     """
 
     def __init__(
-        self, folder: Path | None, settings: dict[str, Any], progress: bool, tokens: int | None
+        self,
+        folder: Path | None,
+        settings: dict[str, Any],
+        identity: Identity | None,
+        progress: bool,
+        tokens: int | None,
     ) -> None:
-        self.folder, self.settings, self.progress = folder, settings, progress
+        self.folder, self.settings, self.identity, self.progress = folder, settings, identity, progress
         self.tokens = tokens  # of an example, where examples are sequences of them
         self.history: list[dict[str, Any]] = []
         self.inspections: list[dict[str, Any]] = []
@@ -103,22 +109,35 @@ class Log:
         """Return what a checkpoint must hold for the log to go on."""
         rows = ("history", "inspections", "noise")
         sums = ("sums", "noise_sums", "n_steps", "examples", "row_seconds", "seconds")
-        return {name: getattr(self, name) for name in ("settings", "finished", *rows, *sums)}
+        return {name: getattr(self, name) for name in ("settings", "identity", "finished", *rows, *sums)}
 
     def restore(self, notes: dict[str, Any]) -> None:
-        """Go on from a checkpoint's notes.
+        """Resume from a checkpoint's notes.
 
         Raises:
-            CheckpointError: they are of a run with other settings.
+            CheckpointError: they are of a run with other settings (more steps are fine, and None is any), other
+                data or another loss.
         """
+        was = notes.pop("settings")
         for name, value in self.settings.items():
-            if notes["settings"][name] != value:
-                was = f"{name} {notes['settings'][name]}, came {value}"
-                raise CheckpointError(
-                    f"{self.folder}: its checkpoint is of a run with {was}. Start a new folder"
-                )
+            longer = name == "steps" and value > was[name]
+            if value is not None and value != was[name] and not longer:
+                self._refuse(f"is of a run with {name} {was[name]}, got {value}")
+        self.settings = was | {name: value for name, value in self.settings.items() if value is not None}
+        if "identity" not in notes:
+            self._refuse("does not say of which data it is; an earlier version of gradfn wrote it")
+        assert self.identity
+        if differs := difference(notes.pop("identity"), self.identity):
+            self._refuse(f"is of another run: {differs}")
         for name, value in notes.items():
             setattr(self, name, value)
+        # A run that took all its steps may take more; one that `stop` ended has ended.
+        if self.finished and self.history[-1]["step"] == was["steps"] < self.settings["steps"]:
+            self.finished = False
+
+    def _refuse(self, why: str) -> None:
+        remedy = "Resume with what that run began with, or use another folder"
+        raise CheckpointError(f"{self.folder}: its checkpoint {why}. {remedy}")
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
@@ -139,7 +158,7 @@ class Log:
         for name, rows in ((METRICS, self.history), (INSPECTIONS, self.inspections), (NOISE, self.noise)):
             replace_file(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows).encode())
         last = self.history[-1]["step"] if self.history else 0
-        self._events = stack.enter_context(SummaryWriter(str(self.folder / "events"), purge_step=last + 1))
+        self._events = stack.enter_context(SummaryWriter(str(self.folder / EVENTS), purge_step=last + 1))
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         assert self.folder

@@ -31,6 +31,12 @@ class Source:
     order: Callable[[int], Any]
     batch: Callable[[Any, Any, jax.Array, jax.Array], Any]
     tokens: int | None = None  # in a sequence, where the examples are sequences of tokens
+    first: Any = None  # the batch of step 0, where the host makes them
+
+    @property
+    def content(self) -> Any:
+        """The arrays that tell these data from others."""
+        return self.arrays if self.first is None else self.first
 
     def epoch(self, step: int) -> int:
         """Return the number of the order (of the epoch) that a step belongs to."""
@@ -83,7 +89,7 @@ def from_host(batch: Callable[[int], Any]) -> Source:
     def row_of(arrays: Any, order: Any, row: jax.Array, key: jax.Array) -> Any:
         return jax.tree.map(lambda leaf: leaf[row], order)
 
-    return Source(_batch_size(shapes), None, n, None, order, row_of, _tokens(shapes))
+    return Source(_batch_size(shapes), None, n, None, order, row_of, _tokens(shapes), first=shapes)
 
 
 def _from_function(make: Callable[[jax.Array], Any]) -> Source:

@@ -60,12 +60,10 @@ def train_step(
     2.0 5.0
     """
     value_and_grad = jax.value_and_grad(scalar_and_aux(over_batch(loss)), has_aux=True)
-    noisy = takes_key(loss)
 
     @jax.jit
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        key = {"key": step_key(state)} if noisy else {}
-        (value, aux), grads = value_and_grad(state.params, batch, **key)
+        (value, aux), grads = value_and_grad(state.params, batch, **step_keywords(loss, state))
         with jax.numpy_dtype_promotion(
             "standard"
         ):  # optax mixes integers and floats, whatever the user asks of us
@@ -74,6 +72,11 @@ def train_step(
         return TrainState(params, opt_state, state.step + 1, state.key), {"loss": value, **scalars(aux)}
 
     return step
+
+
+def step_keywords(loss: Loss, state: TrainState) -> dict[str, Any]:
+    """Return what a loss takes beside its parameters and its batch, in the step that comes next."""
+    return {"key": step_key(state)} if takes_key(loss) else {}
 
 
 def step_key(state: TrainState) -> jax.Array:

@@ -246,9 +246,9 @@ def test_resume_with_nothing_there_begins(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 21}, "is of a run with steps 20, came 21"),
-        ({"seed": 4}, "is of a run with seed 3, came 4"),
-        ({"batch_size": 5}, "is of a run with batch_size 8, came 5"),
+        ({"steps": 19}, "is of a run with steps 20, got 19"),
+        ({"seed": 4}, "is of a run with seed 3, got 4"),
+        ({"batch_size": 5}, "is of a run with batch_size 8, got 5"),
         ({"optimizer": optax.sgd(0.1)}, "too; it is of another network or optimizer"),
         ({"optimizer": optax.lion(0.1)}, "of another network or optimizer"),
     ],

@@ -1,0 +1,139 @@
+"""What makes a run the run it is, as text that a checkpoint holds: its data, its loss, where it started.
+
+A run that resumes must be the run that stopped, or the result of one is taken for that of the other. What each
+part is told by:
+
+- *data*: shape, dtype and a hash of each array's bytes (of evenly spaced rows, 16 MiB in all, where it is
+  larger). Of data made by a function: its program, and the arrays in it. Of data made on the host: the first batch.
+- *loss*: the program that it traces to, and the arrays in that; so a loss may move, and be renamed, but not change.
+- *start*: a few values of each parameter, to three digits, since a CPU of another kind rounds otherwise.
+
+Programs depend on the version of JAX and on the platform, and are compared only where both are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from enum import Enum
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from gradfn.params import named_leaves
+from gradfn.train.source import Source
+from gradfn.train.step import TrainState
+from gradfn.transform.program import as_written
+
+HASHED = 1 << 24  # bytes of an array that are hashed, at most
+SAMPLES = 4  # values of a parameter that are kept
+CLOSE = 1e-3  # relative to the largest of them
+
+Identity = dict[str, dict[str, Any]]
+
+
+def identity(
+    state: TrainState, source: Source, loss: Callable[..., Any], keywords: dict[str, Any]
+) -> Identity:
+    """Return the identity of a run that starts from a state; `keywords` is what the loss takes beside its batch."""
+    order = source.order(0)
+    row, key = np.int32(0), jax.random.key(0)
+    batch = jax.eval_shape(source.batch, source.arrays, order, row, key)
+    return {
+        "data": {name or "data": content(leaf) for name, leaf in named_leaves(source.content)},
+        "start": {name or "params": samples(leaf) for name, leaf in named_leaves(state.params)},
+        "programs": {
+            "jax": f"{jax.__version__} on {jax.default_backend()}",
+            "batch": program(source.batch, source.arrays, order, row, key),
+            "loss": program(loss, state.params, batch, **keywords),
+        },
+    }
+
+
+def difference(was: Identity, now: Identity) -> str | None:
+    """Say in what two runs differ; None where nothing tells them apart."""
+    for name in dict.fromkeys((*was["data"], *now["data"])):
+        before, after = was["data"].get(name, "nothing"), now["data"].get(name, "nothing")
+        if before != after:
+            return f"data: expected {name} {before}, got {after}"
+    for name, after in now["start"].items():
+        before = was["start"][name]
+        margin = CLOSE * max(map(abs, before), default=0)
+        if not np.allclose(before, after, rtol=0, atol=margin, equal_nan=True):
+            return f"params: expected {name} to start from {before}, got {after}"
+    before, after = was["programs"], now["programs"]
+    if before["jax"] == after["jax"] and before["batch"] != after["batch"]:
+        return "data: batches are made in another way than when the run began"
+    if before["jax"] == after["jax"] and before["loss"] != after["loss"]:
+        return "loss: it computes something else than when the run began"
+    return None
+
+
+def content(array: Any) -> str:
+    """Return an array's shape, dtype and a hash of its bytes, of those of some rows where it is large.
+
+    >>> content(np.arange(6).reshape(2, 3))
+    'int64[2, 3] 5f7424ae9fade42d'
+    """
+    kind = f"{array.dtype}{list(array.shape)}"
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    if array.nbytes > HASHED and array.ndim:
+        n = max(1, array.shape[0] * HASHED // array.nbytes)
+        array = array[np.linspace(0, array.shape[0] - 1, n).astype(np.int64)]
+    data = np.ascontiguousarray(np.asarray(array)).tobytes()
+    return f"{kind} {hashlib.blake2b(data, digest_size=8).hexdigest()}"
+
+
+def samples(array: Any) -> list[float]:
+    """Return a few values of an array, evenly spaced.
+
+    >>> samples(np.arange(6.0).reshape(2, 3))
+    [0.0, 1.0, 3.0, 5.0]
+    """
+    flat = array.reshape(-1)  # [size]
+    values = np.asarray(flat[np.linspace(0, flat.size - 1, min(flat.size, SAMPLES)).astype(np.int32)])
+    parts = (values.real, values.imag) if np.iscomplexobj(values) else (values,)
+    return [float(f"{value:.6g}") for part in parts for value in part.astype(np.float64)]
+
+
+def program(f: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Return a hash of what a function computes: its equations, and the arrays that it closes over."""
+    with as_written(True):
+        traced = jax.make_jaxpr(f)(*args, **kwargs)
+    lines = hashlib.blake2b(digest_size=8)
+    for line in _lines(traced):
+        lines.update(line.encode())
+    return lines.hexdigest()
+
+
+def _lines(traced: ClosedJaxpr | Jaxpr) -> Iterator[str]:
+    """Yield a line for each constant, equation and result; variables go by number, names and places are left out."""
+    jaxpr, consts = (traced.jaxpr, traced.consts) if isinstance(traced, ClosedJaxpr) else (traced, ())
+    numbers: dict[Any, int] = {}
+
+    def told(atom: Any) -> str:
+        if isinstance(atom, Literal):
+            return f"{np.asarray(atom.val).tolist()}:{atom.aval.str_short()}"
+        return f"{numbers.setdefault(atom, len(numbers))}:{atom.aval.str_short()}"
+
+    yield from (content(np.asarray(const) if np.isscalar(const) else const) for const in consts)
+    yield " ".join(map(told, (*jaxpr.constvars, *jaxpr.invars)))
+    for eqn in jaxpr.eqns:
+        settings = {name: value for name, value in eqn.params.items() if name != "name" and _plain(value)}
+        inputs, outputs = (" ".join(map(told, atoms)) for atoms in (eqn.invars, eqn.outvars))
+        yield f"{eqn.primitive.name} {sorted(settings.items())} {inputs} = {outputs}"
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(inner, (ClosedJaxpr, Jaxpr)):
+                    yield from _lines(inner)
+    yield " ".join(map(told, jaxpr.outvars))
+
+
+def _plain(value: Any) -> bool:
+    """Tell settings whose text is the same in every process: no functions, no addresses, no sets."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, (bool, int, float, complex, str, np.dtype, Enum))
