@@ -86,3 +86,9 @@ def test_time_that_runs_out_costs_one_section_only(tmp_path, capsys):
     accelerator.main(["--reduced", "--minutes", "0", "--only", "mlp", "--json", str(file)])
     assert json.loads(file.read_text())["rows"][-1]["skipped"] == "out of time"
     assert "out of time" in capsys.readouterr().out
+
+
+def test_a_failed_section_names_its_error():
+    errors = "Traceback ...\njax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: out of memory\n----\nFor simplicity, ...\n"
+    assert accelerator.fault_in(errors) == "jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: out of memory"
+    assert accelerator.fault_in("") == "no message"
