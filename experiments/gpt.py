@@ -163,7 +163,15 @@ def run(config: Config) -> Result:
 
     validation_loss = float(loss_per_token(loss, at_the_end)(fitted.params))
     pictures = language_figures(
-        folder, net, loss, fitted.params, fitted.history, at_the_end, data.tokenizer, data.name
+        folder,
+        net,
+        loss,
+        fitted.params,
+        fitted.history,
+        at_the_end,
+        data.tokenizer,
+        data.name,
+        {"validation_loss": validation_loss},
     )
     print(
         f"{folder}: it writes\n{written(sample.Model(net, fitted.params, data.tokenizer, config.lines), 600)}"

@@ -92,6 +92,7 @@ def run(config: Config) -> Result:
         {"step": int(step), "loss": float(loss), "test_accuracy": float(share)}
         for step, loss, share in zip(steps, losses, accuracies, strict=True)
     ]
+    runs.keep_training(folder, history, params)
     save_all({"strip": strip(steps, frames, accuracies, axes, train), "curves": curves(history)}, folder)
     animation(steps, frames, accuracies, axes, train, folder / "boundary.gif")
     verdict = judge(config, accuracy)

@@ -105,15 +105,18 @@ def run(config: Config) -> Result:
     answers = jax.vmap(net.apply, (None, 0))(fitted.params, images).argmax(1)
     classes = jax.jit(gf.grad_cosines(loss, by=np.asarray(labels)))(start, (images, labels))
     digits = [str(digit) for digit in range(10)]
+    before = exact(start)
+    first = scale([before])
+    second = scale([row for row in fitted.history if row["step"] > steps / 2])
+    estimate = scale([row for row in fitted.noise if row["step"] > steps / 2])
     figures = {
-        "noise": noise_over_training(fitted.noise, config.batch, fitted.history),
+        "noise": noise_over_training(
+            fitted.noise, config.batch, [{"step": 0} | before, *fitted.history], (first, second)
+        ),
         "largest": largest_gradients(images, labels, answers, norms, data.shape),
         "agreement": agreement(classes.total, digits, "digit, before training"),
     }
     save_all(figures, folder, data.name)
-    first = scale([exact(start)])
-    second = scale([row for row in fitted.history if row["step"] > steps / 2])
-    estimate = scale([row for row in fitted.noise if row["step"] > steps / 2])
     verdict = judge(config, first, second, estimate)
     runs.finish(folder, {"first": first, "second": second, "estimate": estimate, "verdict": verdict})
     print(f"{verdict}\npictures: {folder}/noise.png, largest.png, agreement.png")

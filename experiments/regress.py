@@ -98,6 +98,7 @@ def run(config: Config) -> Result:
         "slopes": slopes(of_inputs, coefficients, MEASUREMENTS),
         "curves": curves(history, "squared standard deviations"),
     }
+    runs.keep_training(folder, history, params)
     save_all(figures, folder, data.name)
     verdict = judge(config, shares)
     runs.finish(folder, {"r2": shares, "verdict": verdict})

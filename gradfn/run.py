@@ -10,12 +10,14 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from gradfn.train.checkpoint import replace_file
+from gradfn.train.checkpoint import replace_file, save
+from gradfn.train.fit import CHECKPOINT
+from gradfn.train.log import METRICS
 
 RUNS = Path("runs")
 CONFIG, VERSIONS, RESULT = "config.json", "versions.json", "result.json"
@@ -111,6 +113,18 @@ def begin(experiment: str, config: RunConfig) -> Path:
 def finish(folder: Path, result: Mapping[str, Any]) -> None:
     """Write what came of a run, which marks it as finished: `result.json`."""
     write_json(folder / RESULT, dict(result))
+
+
+def keep_training(folder: Path, history: Sequence[Mapping[str, Any]], params: Any) -> None:
+    """Write what a page shows of a training that `gf.fit` did not run: its rows of metrics and its parameters.
+
+    Args:
+        folder: of the run.
+        history: a row per evaluation, with `step`.
+        params: at the end.
+    """
+    replace_file(folder / METRICS, "".join(json.dumps(row) + "\n" for row in history).encode())
+    save(folder / CHECKPOINT, {"params": params}, {})
 
 
 def stored(experiment: str, config: C) -> C | None:

@@ -139,6 +139,7 @@ def to_dict(seen: "Inspection") -> dict[str, Any]:
         "sites": {name: seen.stats[name].to_dict() for name in in_order if name in seen.stats},
         "site_grads": {name: seen.grad_stats[name].to_dict() for name in in_order if name in seen.grad_stats},
         "grads": {name: _of_array(g) for name, g in _leaves(seen.grads)},
+        "param_order": list(seen.param_order),
     }
     if seen.update_ratios is not None:
         out["update_ratios"] = {name: np.asarray(r).tolist() for name, r in _leaves(seen.update_ratios)}

@@ -19,6 +19,7 @@ from gradfn.transform import (
     find_sites,
     flat_products,
     interpret,
+    parameter_order,
     probe,
     select,
     trace_as_written,
@@ -36,7 +37,7 @@ from gradfn.transform.summaries import DEFAULT_STATS, STATS, Stats, summarise
         *("value", "aux", "grads", "input_grads", "stats", "grad_stats", "kept", "kept_grads"),
         *("update_ratios", "inspected"),
     ],
-    meta_fields=["sites"],
+    meta_fields=["sites", "param_order"],
 )
 @dataclass(frozen=True)
 class Inspection:
@@ -55,6 +56,7 @@ class Inspection:
             once `with_updates` was given them.
         inspected: whether the sites were looked at: false on the steps that `every` leaves out.
         sites: the sites, in the order of computation (static).
+        param_order: the names of the parameters, in the order in which the loss first uses each (static).
     """
 
     value: Any
@@ -68,6 +70,7 @@ class Inspection:
     update_ratios: Any
     inspected: Any
     sites: tuple[Site, ...]
+    param_order: tuple[str, ...] = ()
 
     @property
     def activations(self) -> dict[str, Any]:
@@ -325,6 +328,7 @@ def _look(
         update_ratios=None,
         inspected=jnp.asarray(not params_only),
         sites=tuple(chosen),
+        param_order=parameter_order(program),
     )
 
 

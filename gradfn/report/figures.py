@@ -78,13 +78,15 @@ def weight_images(W: Any, shape: Sequence[int] = (28, 28), name: str = "W1", wha
     return figure
 
 
-def curves(history: History, loss_unit: str = "nats") -> Figure:
+def curves(history: History, loss_unit: str = "nats", ends: Mapping[str, float] = {}) -> Figure:
     """Draw how the loss and the accuracy went.
 
     Args:
         history: a dict an evaluation with `step`, `loss`, and other losses and accuracies, which are the
             names that end so: `test_loss`, `train_accuracy`. Accuracies are shares in [0, 1].
         loss_unit: of the losses.
+        ends: by name, what the title reports instead of the last row, where the run measured it anew at the end
+            (on all examples, say).
 
     Returns:
         A figure with a panel for the losses and, if there are any, one for the accuracies.
@@ -111,7 +113,7 @@ def curves(history: History, loss_unit: str = "nats") -> Figure:
         _lines(panels[1], history, accuracies, 100.0)
         panels[1].set_ylabel("accuracy (%)")
         panels[1].set_ylim(top=100)
-    figure.suptitle(_finding(history, accuracies or losses))
+    figure.suptitle(_finding(history, accuracies or losses, ends))
     return figure
 
 
@@ -313,9 +315,10 @@ def _lines(panel: Any, history: History, names: Sequence[str], scale: float) -> 
     panel.legend(frameon=False)
 
 
-def _finding(history: History, names: Sequence[str]) -> str:
+def _finding(history: History, names: Sequence[str], measured: Mapping[str, float]) -> str:
     """Say where it ended: the accuracies, or the losses where there are none."""
     ends = {name: row[name] for row in history for name in names if name in row}
+    ends |= {name: measured[name] for name in ends if name in measured}
     said = [
         f"{_words(name)} {f'{100 * end:.1f} %' if name.endswith('accuracy') else f'{end:.3g}'}"
         for name, end in ends.items()

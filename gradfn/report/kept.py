@@ -40,7 +40,7 @@ class Kept(NamedTuple):
         versions: what it ran on, and its seed.
         result: what came of it, with its verdict; None where it has not finished.
         parts: its trainings, by the folders that they are in; "" for the run's own.
-        pictures: PNG files, by their names without `.png`.
+        pictures: PNG and GIF files, by their names without the ending.
         net: the digit network that it trained; None where it is of another kind.
     """
 
@@ -84,7 +84,11 @@ def read_run(run: str | Path) -> Kept:
             "" if file.parent == folder else str(file.parent.relative_to(folder)): _part(file.parent)
             for file in sorted(folder.rglob(METRICS))
         },
-        pictures={file.stem: file.read_bytes() for file in sorted(folder.glob("*.png"))},
+        pictures={
+            file.stem: file.read_bytes()
+            for ending in ("png", "gif")
+            for file in sorted(folder.glob(f"*.{ending}"))
+        },
         net=net,
     )
 

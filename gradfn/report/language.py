@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ def language_figures(
     examples: tuple[Any, Any],
     tokenizer: Tokenizer,
     name: str,
+    ends: Mapping[str, float] = {},
 ) -> list[Path]:
     """Draw what a language model has learned: its curves, what it expects of a text, and where it looks.
 
@@ -70,6 +71,7 @@ def language_figures(
         examples: tokens and targets of some sequences, `[N, T]` each; as many are drawn as 40 tokens make.
         tokenizer: of the tokens.
         name: of the data.
+        ends: what the curves' title reports instead of the history's last row, see `curves`.
 
     Returns:
         The files: curves, probabilities, and attention where the net has any, as PNG.
@@ -81,7 +83,7 @@ def language_figures(
     n = min(int((targets[longest] >= 0).sum()), ATTENTION_TOKENS)
     shown = tokens[longest, :n], targets[longest, :n]
     figures = {
-        "curves": curves(history, "nats a token"),
+        "curves": curves(history, "nats a token", ends),
         "probabilities": token_probabilities(
             [vocabulary[token] for token in read], came, probabilities, vocabulary
         ),

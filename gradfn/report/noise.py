@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def noise_over_training(
-    rows: Sequence[dict[str, Any]], batch_size: int, exact: Sequence[dict[str, Any]] = ()
+    rows: Sequence[dict[str, Any]],
+    batch_size: int,
+    exact: Sequence[dict[str, Any]] = (),
+    scales: tuple[float, float] | None = None,
 ) -> Figure:
     """Draw how the noise scale went, beside the size of the batch that training used.
 
@@ -22,6 +25,8 @@ def noise_over_training(
         rows: from `gf.fit(..., noise_every=N).noise`.
         batch_size: of training, in examples.
         exact: rows with `step`, `gradient_square` and `variance` from all training examples.
+        scales: the noise scale at the start and in the second half, for the title; by default the title reports
+            the running estimate.
 
     Raises:
         ValueError: no row has a running scale.
@@ -42,8 +47,10 @@ def noise_over_training(
     panel.plot(
         [r["step"] for r in each], [r["scale"] for r in each], ".", color="0.75", label="each batch alone"
     )
-    steps, scales = [row["step"] for row in known], [row["running_scale"] for row in known]
-    panel.plot(steps, scales, color=LINE_COLOURS[0], linewidth=2, label="running estimate of the noise scale")
+    steps, running = [row["step"] for row in known], [row["running_scale"] for row in known]
+    panel.plot(
+        steps, running, color=LINE_COLOURS[0], linewidth=2, label="running estimate of the noise scale"
+    )
     true = [
         (row["step"], row["variance"] / row["gradient_square"]) for row in exact if row["gradient_square"] > 0
     ]
@@ -58,8 +65,15 @@ def noise_over_training(
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False, fontsize=9)
     missing = len(rows) - len(each)
-    early, late = np.median(scales[: len(scales) // 4 + 1]), np.median(scales[-len(scales) // 4 :])
-    finding = f"The noise scale goes from about {early:.0f} to about {late:.0f} examples: "
+    if scales is None:
+        n = len(running)
+        early, late = float(np.median(running[: n // 4 + 1])), float(np.median(running[-n // 4 :]))
+        finding = f"The running estimate of the noise scale goes from about {early:.0f} to about {late:.0f} examples: "
+    else:
+        early, late = scales
+        finding = (
+            f"The noise scale goes from {early:.0f} examples at the start to {late:.0f} in the second half:\n"
+        )
     finding += "large batches pay late" if late > 2 * early else "one size of batch serves throughout"
     if missing:
         finding += f"\n(in {missing} of {len(rows)} measures noise hid the gradient: no grey dot there)"

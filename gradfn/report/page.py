@@ -29,9 +29,9 @@ SCRIPTS = (  # each imports only from those before it
 )
 LIMIT = 5_000_000  # bytes, of the whole page
 NET_LIMIT = 2_500_000  # bytes of a network's parameters in it
-DRAWN_LIVE = ("curves",)  # pictures whose content the page draws itself
+DRAWN_LIVE = ("curves",)  # pictures whose content the page draws itself, where the run has kept it
 GENERATOR = b'<meta name="generator" content="gradfn">'  # in every page: no other file is written over
-HEAT_ROWS = 60  # more would be too many to read
+HEAT_ROWS = 100  # more would be too many to read
 
 
 class About(NamedTuple):
@@ -107,13 +107,7 @@ def page(kept: Sequence[Kept], about: Mapping[str, About] = {}) -> str:
     net = kept[0].net if len(kept) == 1 else None
     too_large = net is not None and sum(array.nbytes for array in net.params.values()) > NET_LIMIT
     net = None if too_large else net
-    template = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(ASSETS),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("template.html")
+    template = _environment(jinja2).get_template("template.html")
     content = {
         "runs": [_told(run, about.get(run.experiment, About())) for run in kept],
         "title": " and ".join(dict.fromkeys(run.experiment for run in kept)),
@@ -131,6 +125,24 @@ def page(kept: Sequence[Kept], about: Mapping[str, About] = {}) -> str:
     }
     room = LIMIT - len(template.render(**content, pictures=[]).encode()) - 10_000
     return template.render(**content, pictures=_pictures(kept, room))
+
+
+def _environment(jinja2: Any) -> Any:
+    """Return jinja's environment, in which `part.values` of a dict is its item and never its method."""
+
+    class Environment(jinja2.Environment):
+        def getattr(self, obj: Any, attribute: str) -> Any:
+            if isinstance(obj, Mapping):
+                return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+            return super().getattr(obj, attribute)
+
+    return Environment(
+        loader=jinja2.FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def script() -> str:
@@ -165,12 +177,12 @@ def charts(kept: Sequence[Kept]) -> list[str]:
     have the colours, and all metrics but the last are dashed.
     """
     trainings = [
-        (f"{chr(65 + i)} {name}".strip() if len(kept) > 1 else name, part)
+        (f"{chr(65 + i)} {name}".strip() if len(kept) > 1 else name, part, run.result or {})
         for i, run in enumerate(kept)
         for name, part in run.parts.items()
         if part.history
     ]
-    names = dict.fromkeys(name for _, part in trainings for row in part.history for name in row)
+    names = dict.fromkeys(name for _, part, _ in trainings for row in part.history for name in row)
     groups: dict[str, list[str]] = {}
     for name in names:
         if name not in NOT_METRICS:
@@ -183,14 +195,16 @@ def charts(kept: Sequence[Kept]) -> list[str]:
     ]
 
 
-def _lines(trainings: Sequence[tuple[str, Part]], metrics: Sequence[str]) -> list[Line]:
+def _lines(trainings: Sequence[tuple[str, Part, Mapping[str, Any]]], metrics: Sequence[str]) -> list[Line]:
     several = len(trainings) > 1
     lines = []
-    for i, (name, part) in enumerate(trainings):
+    for i, (name, part, result) in enumerate(trainings):
         for j, metric in enumerate(metrics):
             points = [(row["step"], row[metric]) for row in part.history if metric in row]
             if any(math.isfinite(y) for _, y in points):
                 label = f"{name}, {words(metric)}" if several else words(metric)
+                if result.get(metric, points[-1][1]) != points[-1][1]:
+                    label += " on the way"  # the run measured it anew at the end, on all examples
                 dashed = several and j < len(metrics) - 1
                 lines.append(Line(label, i if several else j, dashed, points))
     return lines
@@ -201,7 +215,8 @@ def flows(kept: Sequence[Kept]) -> list[list[dict[str, Any]]]:
 
     Returns:
         For each run a list with, for each of its trainings, `name`, `params` and `values` (heat maps of the
-        gradient's rms at the parameters and at the values on the way) and `flags` (what was wrong, and where).
+        gradient's rms at the parameters and at the values on the way, both from the inputs to the loss),
+        `left_out` and `values_left_out` (how many rows they lack) and `flags` (what was wrong, and where).
     """
     trainings = [(name, part) for run in kept for name, part in run.parts.items() if part.inspections]
     sizes = [rms for _, part in trainings for row in part.inspections for rms in _rms(row["grads"]).values()]
@@ -213,7 +228,7 @@ def flows(kept: Sequence[Kept]) -> list[list[dict[str, Any]]]:
     def told(name: str, part: Part) -> dict[str, Any]:
         rows = part.inspections
         steps = [row["step"] for row in rows]
-        params = sorted(rows[0]["grads"], key=lambda param: _depth(param, rows[0], part.shapes))
+        params = _by_depth(rows[0], part.shapes)
         values = list(rows[0]["site_grads"])
         return {
             "name": name,
@@ -227,6 +242,7 @@ def flows(kept: Sequence[Kept]) -> list[list[dict[str, Any]]]:
                 on_the_way,
             ),
             "left_out": max(len(params) - HEAT_ROWS, 0),
+            "values_left_out": max(len(values) - HEAT_ROWS, 0),
             "flags": _flags(rows),
             "looks": len(rows),
         }
@@ -248,12 +264,30 @@ def _table(rows: Sequence[Row], kind: str, names: Sequence[str]) -> dict[str, li
     return {name: [of_row.get(name, 0.0) for of_row in sizes] for name in names[:HEAT_ROWS]}
 
 
+def _by_depth(row: Row, shapes: Shapes) -> list[str]:
+    """Return the parameters in the order in which the loss uses them, from the inputs on.
+
+    Runs of earlier versions have not kept that order: it is guessed from the names there.
+    """
+    order = row.get("param_order") or sorted(row["grads"], key=lambda param: _depth(param, row, shapes))
+    # The loss does not use the others, or not together with data.
+    return [
+        *(param for param in order if param in row["grads"]),
+        *(p for p in row["grads"] if p not in order),
+    ]
+
+
 def _depth(param: str, row: Row, shapes: Shapes) -> tuple[int, int]:
-    """Sort parameters from the inputs to the loss: by the first value that comes of their layer."""
-    scope = param.rpartition("/")[0]
-    uses = [i for i, site in enumerate(row["sites"]) if site == param or (scope and site.startswith(scope))]
+    """Return a key to sort by: the first value whose name shares most of the parameter's path, then reading order."""
+    scopes = param.split("/")[:-1]
+    shared = [_n_shared(scopes, site.split("/")) for site in row["sites"]]
     order = list(shapes).index(param) if param in shapes else len(shapes)
-    return (uses[0] if uses and scope else 0), order
+    return (shared.index(max(shared)) if scopes and shared and max(shared) else 0), order
+
+
+def _n_shared(a: Sequence[str], b: Sequence[str]) -> int:
+    """Return how many parts two paths share from their beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _flags(rows: Sequence[Row]) -> list[tuple[str, str, int]]:
@@ -357,7 +391,8 @@ def _shared_shapes(kept: Sequence[Kept]) -> list[dict[str, Any]]:
 
 def _pictures(kept: Sequence[Kept], room: int) -> list[dict[str, Any]]:
     """Return the pictures by name, for each run its data address (None where it has none); within `room` bytes."""
-    names = dict.fromkeys(name for run in kept for name in run.pictures if name not in DRAWN_LIVE)
+    live = DRAWN_LIVE if any(part.history for run in kept for part in run.parts.values()) else ()
+    names = dict.fromkeys(name for run in kept for name in run.pictures if name not in live)
     files = {
         (name, i): run.pictures[name] for name in names for i, run in enumerate(kept) if name in run.pictures
     }
@@ -375,12 +410,13 @@ def _picture(png: bytes) -> dict[str, Any]:
 
     image = Image.open(io.BytesIO(png))
     title = " ".join(image.info.get("Title", "").split())
-    address = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    kind = (image.format or "png").lower()
+    address = f"data:image/{kind};base64,{base64.b64encode(png).decode()}"
     return {"address": address, "title": title, "width": image.width, "height": image.height}
 
 
 def _shrunk(files: dict[Any, bytes], room: int) -> dict[Any, bytes]:
-    """Return PNG files that fit, as base64, in so many bytes: in fewer colours, then in fewer pixels."""
+    """Return pictures that fit, as base64, in `room` bytes: with fewer colors, then pixels; of films the last frame."""
     size = 1.0
     small = files
     while sum(map(len, small.values())) * 4 / 3 > room:
@@ -393,6 +429,7 @@ def _smaller(png: bytes, size: float) -> bytes:
     from PIL import Image, PngImagePlugin
 
     image = Image.open(io.BytesIO(png))
+    image.seek(getattr(image, "n_frames", 1) - 1)
     title = PngImagePlugin.PngInfo()
     title.add_itxt("Title", image.info.get("Title", ""))
     pixels = image.convert("RGB").resize([max(int(side * size), 1) for side in image.size])

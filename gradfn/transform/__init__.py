@@ -33,7 +33,7 @@ from gradfn.transform.interpreter import Place, evaluate, interpret, walk
 from gradfn.transform.probe import probe
 from gradfn.transform.products import flat_products
 from gradfn.transform.program import Program, trace, trace_as_written
-from gradfn.transform.sites import Site, Use, find_sites, parameter_uses, select
+from gradfn.transform.sites import Site, Use, find_sites, parameter_order, parameter_uses, select
 
 __all__ = [
     "Place",
@@ -44,6 +44,7 @@ __all__ = [
     "find_sites",
     "flat_products",
     "interpret",
+    "parameter_order",
     "parameter_uses",
     "probe",
     "select",

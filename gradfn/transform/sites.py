@@ -313,6 +313,12 @@ def parameter_uses(program: Program) -> list[Use]:
     return _analyse(program).uses
 
 
+def parameter_order(program: Program) -> tuple[str, ...]:
+    """Return the names of the parameters that data meet, in the order in which the program first uses each."""
+    uses = parameter_uses(program)
+    return tuple(dict.fromkeys(program.names[leaf] for use in uses for leaf in sorted(use.leaves)))
+
+
 def find_sites(program: Program) -> list[Site]:
     """Return all sites of a program in the order in which it computes them."""
     places = {place.path: place for place in walk(program.jaxpr)}

@@ -293,3 +293,63 @@ def test_pictures_grow_when_clicked_and_curves_tell_their_values(tmp_path):
         "live": False,
         "legend": ["training loss 1", "training loss 1.5", "at step 20", "training loss 1"],
     }
+
+
+# What the inputs of a GPT with one block meet, by hand.
+GPT_DEPTH = [
+    *("embed/W", "blocks/0/attention_norm/gain"),
+    *(f"blocks/0/attention/{name}/W" for name in ("query", "key", "value", "out")),
+    *("blocks/0/feed_norm/gain", "blocks/0/feed/up/W", "blocks/0/feed/down/W", "final_norm/gain"),
+]
+
+
+def gpt_run(tmp_path):
+    """Return a run of a small GPT that was looked at twice, as `gf.fit` keeps it."""
+    net = gf.gpt(gf.GPTConfig(11, 8, n_layers=1, n_heads=2, width=8, positions="rope", bias=False))
+    params, tokens = net.init(jax.random.key(0)), np.zeros([2, 8], int)
+    look = gf.inspect(gf.batch_mean(gf.next_token_loss(net)), input_grads=False)
+    row = json.loads(json.dumps(jax.jit(look)(params, (tokens, tokens)).to_dict()))
+    shapes = {name: (8,) for name in row["grads"]}
+    shapes |= {f"more/{i}": (8,) for i in range(9)}  # a table that is folded
+    part = Part([{"step": 1, "loss": 2.0}], [row | {"step": step} for step in (0, 10)], shapes)
+    return kept_run(tmp_path)._replace(parts={"": part}), list(row["sites"])
+
+
+def test_every_details_opens_on_something_and_the_rows_of_heat_maps_are_in_depth_order(tmp_path):
+    run, sites = gpt_run(tmp_path)
+    script = """const told = () => {
+      const maps = () => [...document.querySelectorAll(".heat .rows")].map((rows) =>
+        [...rows.querySelectorAll(":scope > span")].map((row) => row.innerText.trim()).filter(Boolean));
+      const folded = [...document.querySelectorAll("details")].map((each) => {
+        each.open = false;
+        const before = each.getBoundingClientRect().height;
+        each.querySelector("summary").click();
+        const inside = each.innerText.replace(each.querySelector("summary").innerText, "").trim();
+        return { grown: each.getBoundingClientRect().height - before, inside: inside.length };
+      });
+      return { folded, maps: maps(), text: document.body.innerText }; };"""
+    told = in_page(tmp_path, [run], script)
+    assert len(told["folded"]) == 2
+    assert all(each["grown"] > 100 and each["inside"] > 20 for each in told["folded"])
+    assert told["maps"] == [GPT_DEPTH, sites]
+    assert "method" not in told["text"]
+
+
+def test_in_dark_mode_pictures_are_dark_and_every_variable_is_defined(tmp_path):
+    white = io.BytesIO()
+    curves([{"step": 1, "loss": 2.3}]).savefig(white, format="png")
+    run = gpt_run(tmp_path)[0]._replace(pictures={"weights": white.getvalue()})
+    script = """const told = () => {
+      const look = () => [getComputedStyle(document.images[0]).filter, getComputedStyle(find(".inverted")).display];
+      const out = [look()];
+      find("#theme").click();
+      out.push(look());
+      const style = [...document.styleSheets[0].cssRules].map((rule) => rule.cssText).join(" ");
+      const used = new Set([...style.matchAll(/var\\((--[\\w-]+)/g)].map((found) => found[1]));
+      const all = document.documentElement.outerHTML;
+      const undefined = [...used].filter((name) => !new RegExp(`${name}["]?[:,]`).test(all));
+      return { out, undefined, used: used.size }; };"""
+    told = in_page(tmp_path, [run], script)
+    assert told["out"] == [["none", "none"], ["invert(0.92) hue-rotate(180deg)", "block"]]
+    assert told["used"] > 20
+    assert told["undefined"] == []

@@ -246,3 +246,62 @@ def test_no_file_of_somebody_else_is_written_over(tmp_path):
     assert mine.read_text() == "<html>mine</html>"
     file = write_report([folder], tmp_path / "new.html")
     assert write_report([folder], file) == file
+
+
+def test_an_item_of_a_dict_is_never_its_method(tmp_path):
+    """`part.values`, `.items`, `.keys`, `.copy`, `.count` in a template are what the dict holds, or an error."""
+    import jinja2
+
+    environment = report._environment(jinja2)
+    names = ("values", "items", "keys", "copy", "get", "pop", "count")
+    text = " ".join(f"{{{{ part.{name} }}}}" for name in names)
+    assert environment.from_string(text).render(part={name: f"<{name}>" for name in names}) == " ".join(
+        f"&lt;{name}&gt;" for name in names
+    )
+    for name in names:
+        with pytest.raises(jinja2.UndefinedError, match=name):
+            environment.from_string(f"{{{{ part.{name} }}}}").render(part={})
+    folder = write_run(tmp_path / "run")
+    for html in (page([read_run(folder)]), page([read_run(folder)] * 2)):
+        assert "method" not in html.replace('<form method="dialog">', "")
+        assert 'title="z1, step 0: 1.58e-01"' in html  # the values on the way
+
+
+def test_rows_of_heat_maps_are_in_the_order_of_use(tmp_path):
+    folder = write_run(tmp_path / "run")
+    names = ["blocks/1/b/W", "blocks/10/a/W", "blocks/1/a/W", "embed/W"]
+    sites = {"embedded": {}, "blocks/1/a": {}, "blocks/1/b": {}, "blocks/10/a": {}}
+    look = {"step": 0, "sites": sites, "site_grads": {}, "grads": {name: {"rms": 1.0} for name in names}}
+
+    def rows(look):
+        (folder / "inspections.jsonl").write_text(json.dumps(look) + "\n")
+        html = report.flows([read_run(folder)])[0][0]["params"]
+        return re.findall(r"<span>([^<]+)</span>", html)
+
+    # As runs keep it now; one that the loss does not use is last. Then a run of an earlier version: by names.
+    order = ["embed/W", "blocks/10/a/W", "blocks/1/b/W"]
+    assert rows(look | {"param_order": order}) == [*order, "blocks/1/a/W"]
+    assert rows(look) == ["embed/W", "blocks/1/a/W", "blocks/1/b/W", "blocks/10/a/W"]
+
+
+def test_a_run_without_rows_shows_its_picture_of_the_curves_and_its_film(tmp_path):
+    from PIL import Image
+
+    folder = write_run(tmp_path / "run")
+    frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
+    frames[0].save(folder / "film.gif", save_all=True, append_images=frames[1:])
+    assert "data:image/gif;base64," in page([read_run(folder)])
+    assert len(pictures_of(page([read_run(folder)]))) == 1
+    (folder / "metrics.jsonl").unlink()
+    assert len(pictures_of(page([read_run(folder)]))) == 2  # weights, curves
+    last = report._smaller((folder / "film.gif").read_bytes(), 1.0)
+    with Image.open(io.BytesIO(last)) as image:
+        assert image.convert("RGB").getpixel((0, 0))[2] > 200  # the end of a film that does not fit
+
+
+def test_a_metric_that_was_measured_anew_at_the_end_is_named_so(tmp_path):
+    folder = write_run(tmp_path / "run")
+    write_json(folder / "result.json", {"verdict": "done", "validation_accuracy": 0.53})
+    assert "validation accuracy on the way 50 %" in text_of(page([read_run(folder)]))
+    write_json(folder / "result.json", {"verdict": "done", "validation_accuracy": 0.5})
+    assert "on the way" not in text_of(report.charts([read_run(folder)])[1])

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
-from gradfn.transform import find_sites, parameter_uses, select, trace
+import gradfn as gf
+from gradfn.transform import find_sites, parameter_order, parameter_uses, select, trace, trace_as_written
 
 X = jnp.ones((2, 3))
 W = jnp.ones((3, 3))
@@ -138,3 +139,23 @@ def test_selection_by_name_glob_list_and_function():
         select(found, "???")
     with pytest.raises(ValueError, match="it has none"):
         select([], "a1")
+
+
+def test_parameters_in_the_order_of_use():
+    """By hand: tied weights at their first use, those inside a loop at the loop's, and one that nothing uses not."""
+
+    def loss(params, x):
+        h = x @ params["z"]
+
+        def layer(h, w):
+            return jnp.tanh(h @ w), None
+
+        h, _ = jax.lax.scan(layer, h, params["layers"])
+        h = h + params["a"][None]
+        return jnp.sum(h @ params["z"].T)
+
+    params = {name: jnp.ones(3) for name in ("a", "unused")}
+    params |= {"layers": jnp.ones([2, 3, 3]), "z": jnp.ones([3, 3])}
+    program = trace_as_written(loss, params, jnp.ones([2, 3]))
+    assert parameter_order(program) == ("z", "layers", "a")
+    assert gf.inspect(loss)(params, jnp.ones([2, 3])).to_dict()["param_order"] == ["z", "layers", "a"]

@@ -9,11 +9,18 @@ function isDark() {
   return root.style.colorScheme ? root.style.colorScheme === "dark" : dark.matches;
 }
 
+// What colors alone cannot do (exchange light and dark in a picture) the style sheet does by this attribute.
+function showTheme() {
+  root.dataset.theme = isDark() ? "dark" : "light";
+  root.dispatchEvent(new Event("theme"));
+}
+
 document.getElementById("theme").addEventListener("click", () => {
   root.style.colorScheme = isDark() ? "light" : "dark";
-  root.dispatchEvent(new Event("theme"));
+  showTheme();
 });
-dark.addEventListener("change", () => root.dispatchEvent(new Event("theme")));
+dark.addEventListener("change", showTheme);
+showTheme();
 
 // A picture, as large as it is.
 const large = document.getElementById("large");
