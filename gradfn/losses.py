@@ -8,10 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from gradfn.data._arrays import as_arrays
+from gradfn.labels import check_range, counting, label_of, labels_of
 from gradfn.net import Net, takes_key
-from gradfn.precision import widen
+from gradfn.precision import wide, widen
 from gradfn.transform import flat_products
 
 Loss = Callable[..., Any]  # (params, example) or (params, example, key) -> scalar, or (scalar, aux)
@@ -24,7 +27,12 @@ def classification_loss(net: Net) -> Loss:
         net: answers with one logit a class, `[classes]` or `[classes, 1]`.
 
     Returns:
-        `loss(params, (x, label)) -> scalar`, in nats; `label` is an integer scalar.
+        `loss(params, (x, label)) -> scalar`, in nats; `label` is an integer scalar in [0, classes), or `[1]`. A
+        label outside of that range, which compiled code cannot raise for, gives NaN; `gf.fit` refuses it.
+
+    Raises:
+        ValueError: several labels for one example (one-hot vectors), a net with one output.
+        TypeError: a label that is not an integer.
 
     >>> import jax, jax.numpy as jnp, gradfn as gf
     >>> net = gf.mlp([784, 16, 10])
@@ -32,12 +40,15 @@ def classification_loss(net: Net) -> Loss:
     >>> gf.classification_loss(net)(zeros, (jnp.zeros(784), 3))  # the logarithm of 10
     Array(2.3025851, dtype=float32)
     """
-    return _on_net(
-        net,
-        lambda logits, label: optax.softmax_cross_entropy_with_integer_labels(
-            widen(logits.reshape(-1)), label
-        ),
-    )
+    what = "classification_loss"
+
+    def compare(logits: jax.Array, y: Any) -> jax.Array:
+        logits = widen(_vector(logits, what))
+        label, factor = label_of(y, logits.size, what)
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+        return nats * factor.astype(nats.dtype)
+
+    return _on_net(net, compare, functools.partial(_check_labels, what=what))
 
 
 def regression_loss(net: Net) -> Loss:
@@ -50,14 +61,18 @@ def regression_loss(net: Net) -> Loss:
         `loss(params, (x, y)) -> scalar`, in squared units of `y`; `y` is `[n]`, or a scalar where `n` is 1.
 
     Raises:
-        ValueError: `y` has another number of values than the answer.
+        ValueError: `y` has another shape than the answer, axes of size 1 aside (either may be flat).
 
     >>> import jax.numpy as jnp, gradfn as gf
     >>> net = gf.mlp([2, 1])
     >>> gf.regression_loss(net)({"W1": jnp.ones([1, 2]), "b1": jnp.zeros(1)}, (jnp.ones(2), jnp.array(5.0)))
     Array(9., dtype=float32)
     """
-    return _on_net(net, lambda answer, y: optax.squared_error(*_alike(answer, y)).mean())
+
+    def compare(answer: jax.Array, y: Any) -> jax.Array:
+        return optax.squared_error(*_alike(answer, y, "regression_loss")).mean()
+
+    return _on_net(net, compare, functools.partial(_check_values, what="regression_loss"))
 
 
 def quadratic_loss(net: Net) -> Loss:
@@ -69,11 +84,11 @@ def quadratic_loss(net: Net) -> Loss:
         net: answers with activations, one a class: `gf.mlp(sizes, output="sigmoid")`.
 
     Returns:
-        `loss(params, (x, y)) -> scalar`; `y` is an integer label, which stands for the vector with a 1 at the
-        label, or such a vector.
+        `loss(params, (x, y)) -> scalar`; `y` is an integer label as in `gf.classification_loss`, which stands for
+        the vector with a 1 at the label, or such a vector of floats.
 
     Raises:
-        ValueError: a vector `y` of another size than the answer.
+        ValueError: a vector `y` of another size than the answer, an integer label for a net with one output.
 
     >>> import jax.numpy as jnp, gradfn as gf
     >>> net = gf.mlp([2, 3])
@@ -81,14 +96,23 @@ def quadratic_loss(net: Net) -> Loss:
     >>> gf.quadratic_loss(net)(params, (jnp.ones(2), 1))
     Array(2., dtype=float32)
     """
+    what = "quadratic_loss"
 
     def compare(answer: jax.Array, y: Any) -> jax.Array:
         y = jnp.asarray(y)
-        if jnp.issubdtype(y.dtype, jnp.integer):
-            y = jax.nn.one_hot(y, answer.size, dtype=answer.dtype)
-        return optax.l2_loss(*_alike(answer, y)).sum()
+        factor = jnp.float32(1)
+        if not jnp.issubdtype(y.dtype, jnp.floating):
+            answer = _vector(answer, what)
+            label, factor = label_of(y, answer.size, what)
+            y = jax.nn.one_hot(label, answer.size, dtype=answer.dtype)
+        cost = optax.l2_loss(*_alike(answer, y, what)).sum()
+        return cost * factor.astype(cost.dtype)
 
-    return _on_net(net, compare)
+    def check(outputs: jax.ShapeDtypeStruct, y: Any) -> None:
+        floats = jnp.issubdtype(y.dtype, jnp.floating)
+        (_check_values if floats else _check_labels)(outputs, y, what=what)
+
+    return _on_net(net, compare, check)
 
 
 def next_token_loss(net: Net) -> Loss:
@@ -99,7 +123,11 @@ def next_token_loss(net: Net) -> Loss:
 
     Returns:
         `loss(params, (tokens, targets)) -> scalar`, in nats a token; both are integers `[T]`, `targets[t]` what
-        comes after `tokens[t]`. Negative targets (padding) do not count.
+        comes after `tokens[t]`. Negative targets are padding: they do not count. Targets from `vocab` up, which
+        compiled code cannot raise for, give NaN; `gf.fit` refuses them.
+
+    Raises:
+        ValueError: targets of another shape than the logits' `[T]`; TypeError: targets that are not integers.
 
     >>> import jax, jax.numpy as jnp, gradfn as gf
     >>> net = gf.gpt(gf.GPTConfig(vocab=65, context=8, n_layers=1, n_heads=2, width=4))
@@ -108,13 +136,31 @@ def next_token_loss(net: Net) -> Loss:
     Array(4.1743875, dtype=float32)
     """
 
+    def check_form(logits: Any, targets: Any) -> None:
+        if not jnp.issubdtype(targets.dtype, jnp.integer):
+            raise TypeError(f"next_token_loss: targets must be integers, got {targets.dtype}")
+        if targets.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"next_token_loss: expected targets {list(logits.shape[:-1])} for logits {list(logits.shape)}, got "
+                f"{list(targets.shape)}"
+            )
+
     def compare(logits: jax.Array, targets: Any) -> jax.Array:
+        targets = jnp.asarray(targets)
+        check_form(logits, targets)
+        targets = counting(targets)
         counted = targets >= 0
         labels = jnp.where(counted, targets, 0)
         nats = optax.softmax_cross_entropy_with_integer_labels(widen(logits), labels)  # [T]
-        return jnp.where(counted, nats, 0).sum() / jnp.maximum(counted.sum(dtype=nats.dtype), 1)
+        known = jnp.where(labels < logits.shape[-1], jnp.float32(1), jnp.float32(jnp.nan)).astype(nats.dtype)
+        total = jnp.where(counted, nats * known, 0).sum()
+        return total / jnp.maximum(counted.sum(dtype=nats.dtype), 1)
 
-    return _on_net(net, compare)
+    def check(logits: jax.ShapeDtypeStruct, targets: Any) -> None:
+        check_form(logits, jax.ShapeDtypeStruct(targets.shape[1:], targets.dtype))
+        check_range(targets, logits.shape[-1], "next_token_loss", padding=True)
+
+    return _on_net(net, compare, check)
 
 
 def batch_mean(loss: Loss) -> Loss:
@@ -171,7 +217,13 @@ def accuracy(net: Net) -> Callable[[Any, Any], jax.Array]:
         net: answers with one value a class.
 
     Returns:
-        `(params, (x, labels)) -> scalar` in [0, 1]; `x` is `[batch, ...]`, `labels` `[batch]`.
+        `(params, (x, labels)) -> scalar` in [0, 1]; `x` is `[batch, ...]`, `labels` `[batch]` (or `[batch, 1]`)
+        integers in [0, classes). In compiled code, which cannot raise, a label outside of that range gives NaN, and
+        so does an output that is NaN.
+
+    Raises:
+        ValueError: labels outside of that range, one-hot, or not one per example; a net with one output.
+        TypeError: labels that are not integers.
 
     >>> import jax.numpy as jnp, gradfn as gf
     >>> params = {"W1": jnp.eye(2), "b1": jnp.zeros(2)}
@@ -180,14 +232,42 @@ def accuracy(net: Net) -> Callable[[Any, Any], jax.Array]:
     """
 
     def share(params: Any, batch: Any) -> jax.Array:
-        x, labels = batch
-        answers = jax.vmap(lambda x: net.apply(params, x))(x)  # [batch, classes]
-        return (answers.reshape(len(labels), -1).argmax(-1) == labels).mean()
+        x, labels = _pair(as_arrays(batch, "batch"), "accuracy")
+        answers = jnp.asarray(
+            jax.vmap(lambda x: _vector(net.apply(params, x), "accuracy"))(x)
+        )  # [batch, classes]
+        n, classes = answers.shape
+        labels = labels_of(labels, n, classes, "accuracy")
+        known = (labels >= 0) & (labels < classes) & ~jnp.isnan(answers).any(-1)
+        largest = answers.argmax(-1)
+        hits = largest == labels.astype(largest.dtype)
+        return jnp.where(known, hits.astype(jnp.float32), jnp.nan).mean()
 
     return share
 
 
-def _on_net(net: Net, compare: Callable[[jax.Array, Any], jax.Array]) -> Loss:
+def check_targets(loss: Loss, batch: Any) -> None:
+    """Check the targets of a batch whose values are known, where the loss is one of gradfn's own.
+
+    Args:
+        loss: any; only gradfn's own say what their targets are.
+        batch: what the loss takes after the parameters, with a leading axis of examples.
+
+    Raises:
+        ValueError: targets that the loss would not be right for, with their range and shape.
+        TypeError: labels that are not integers.
+    """
+    if hasattr(loss, "check_targets"):
+        loss.check_targets(batch)
+
+
+def _on_net(
+    net: Net,
+    compare: Callable[[jax.Array, Any], jax.Array],
+    check: Callable[[jax.ShapeDtypeStruct, Any], None],
+) -> Loss:
+    """Return a loss that compares a net's answer with a target; `check` is for known targets `[examples, ...]`."""
+
     def loss(params: Any, example: Any) -> jax.Array:
         x, y = example
         return compare(net.apply(params, x), y)
@@ -196,14 +276,57 @@ def _on_net(net: Net, compare: Callable[[jax.Array, Any], jax.Array]) -> Loss:
         x, y = example
         return compare(net.apply(params, x, key=key), y)
 
+    def check_batch(batch: Any) -> None:
+        x, y = _pair(batch, "fit")
+        if not hasattr(y, "shape"):
+            raise ValueError(f"fit: expected one array of targets, got {type(y).__name__}")
+        one = jax.tree.map(lambda leaf: jax.eval_shape(lambda a: a[0], leaf), x)
+        check(jax.eval_shape(net.apply, net.spec, one), y)
+
     chosen = noisy_loss if takes_key(net.apply) else loss
     chosen.per_example = True  # type: ignore[attr-defined]
+    chosen.check_targets = check_batch  # type: ignore[attr-defined]
     return chosen
 
 
-def _alike(answer: jax.Array, y: Any) -> tuple[jax.Array, jax.Array]:
+def _pair(batch: Any, what: str) -> tuple[Any, Any]:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        found = f"{len(batch):,} parts" if isinstance(batch, (tuple, list, dict)) else type(batch).__name__
+        raise ValueError(f"{what}: expected a pair (inputs, targets), got {found}")
+    return batch[0], batch[1]
+
+
+def _vector(answer: jax.Array, what: str) -> jax.Array:
+    """Return a net's answer, one value a class, as `[classes]`."""
+    if answer.size != max(answer.shape, default=1):
+        raise ValueError(f"{what}: expected a net with outputs [classes], got {list(answer.shape)}")
+    return answer.reshape(-1)
+
+
+def _check_labels(outputs: jax.ShapeDtypeStruct, y: Any, what: str) -> None:
+    labels_of(y, y.shape[0], outputs.size, what)
+
+
+def _check_values(outputs: jax.ShapeDtypeStruct, y: Any, what: str) -> None:
+    _same_shape(outputs, jax.ShapeDtypeStruct(y.shape[1:], y.dtype), what)
+    known = not isinstance(y, jax.core.Tracer) and getattr(y, "is_fully_addressable", True)
+    if known and jnp.issubdtype(y.dtype, jnp.floating) and (n := int(np.isnan(np.asarray(y)).sum())):
+        raise ValueError(f"{what}: {n:,} of {y.size:,} target values are NaN")
+
+
+def _alike(answer: jax.Array, y: Any, what: str) -> tuple[jax.Array, jax.Array]:
     y = jnp.asarray(y)
-    if y.size != answer.size:
-        came = f"as the net answers {list(answer.shape)}, came {list(y.shape)}"
-        raise ValueError(f"target: expected {answer.size} values, {came}")
-    return answer.reshape(-1), y.reshape(-1)  # both [n]
+    _same_shape(answer, y, what)
+    if not jnp.issubdtype(y.dtype, jnp.floating):
+        y = y.astype(wide(answer.dtype))
+    return widen(answer).reshape(-1), y.reshape(-1)  # both [n]
+
+
+def _same_shape(answer: Any, y: Any, what: str) -> None:
+    """Compare the shapes of an answer and its target, axes of size 1 aside; one of them may be flat."""
+    shapes = [tuple(size for size in a.shape if size != 1) for a in (answer, y)]
+    if answer.size == y.size and (shapes[0] == shapes[1] or min(map(len, shapes)) == 1):
+        return
+    raise ValueError(
+        f"{what}: target: expected {answer.size} values, as the net answers {list(answer.shape)}, came {list(y.shape)}"
+    )

@@ -2,11 +2,12 @@
 
 import itertools
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+from gradfn.data._arrays import as_arrays
 from gradfn.data._checks import whole
 
 Data = TypeVar("Data")
@@ -56,7 +57,8 @@ def batches(data: Data, size: int, seed: int = 0, epochs: int | None = 1) -> Ite
     dropped, so every batch has one shape and a jitted step compiles once.
 
     Args:
-        data: a tree (pytree) of arrays with one leading length n, such as `(images, labels)`.
+        data: a tree (pytree) of arrays with one leading length n, such as `(images, labels)`. Data frames and
+            series (by position, not by label), lists and PyTorch tensors become arrays.
         size: examples per batch, at most n.
         seed: from 0 to 2**32 - 1.
         epochs: how often to go through the data; None for ever.
@@ -66,26 +68,16 @@ def batches(data: Data, size: int, seed: int = 0, epochs: int | None = 1) -> Ite
 
     Raises:
         ValueError: at the call and not at the first batch: no arrays or examples, arrays of different
-            lengths, a batch larger than the data, a seed out of range; TypeError: an argument that is not a
-            whole number.
+            lengths or not of numbers, a batch larger than the data, a seed out of range; TypeError: an argument
+            that is not a whole number.
 
     >>> import gradfn as gf, numpy as np
     >>> x, y = np.arange(6.0), np.arange(6)
     >>> [(x.shape, y.dtype.kind) for x, y in gf.data.batches((x, y), size=3)]
     [((3,), 'i'), ((3,), 'i')]
     """
-    lengths = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(data):
-        name = "data" + jax.tree_util.keystr(path)
-        if not np.ndim(leaf) or not hasattr(leaf, "shape"):
-            raise ValueError(f"{name} must be an array [examples, ...], got {leaf!r:.60}")
-        lengths[name] = leaf.shape[0]
-    if not lengths:
-        raise ValueError(f"there are no arrays in the data to make batches of: {data!r:.60}")
-    if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{name}: {n:,}" for name, n in lengths.items())
-        raise ValueError(f"all arrays must have one row per example, but their lengths differ: {told}")
-    n = next(iter(lengths.values()))
+    data = as_arrays(data)
+    n = n_examples(data)
     if epochs is not None:
         whole("epochs", epochs, 0)
     epoch_order(n, size, seed, 0)  # raises now, where the caller can see what was wrong
@@ -96,3 +88,17 @@ def batches(data: Data, size: int, seed: int = 0, epochs: int | None = 1) -> Ite
                 yield jax.tree.map(lambda a, rows=rows: a[rows], data)
 
     return generate()
+
+
+def n_examples(data: Any) -> int:
+    """Return the leading length that all arrays of a tree have, or raise a ValueError that names two that differ."""
+    leaves = jax.tree_util.tree_leaves_with_path(data)
+    lengths = {"data" + jax.tree_util.keystr(path): leaf.shape[0] for path, leaf in leaves}
+    if not lengths:
+        raise ValueError(f"there are no arrays in the data to make batches of: {data!r:.60}")
+    first, n = next(iter(lengths.items()))
+    other = next((name for name in lengths if lengths[name] != n), None)
+    if other is not None:
+        differ = f"{first:.60}: {n:,}, {other:.60}: {lengths[other]:,}"
+        raise ValueError(f"all arrays must have one row per example, but their lengths differ: {differ}")
+    return int(n)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from gradfn.data._arrays import as_array
 from gradfn.data._checks import sklearn, whole
 from gradfn.data.dataset import Examples
 
@@ -21,8 +22,8 @@ def split(
     example into the test.
 
     Args:
-        x: inputs [N, ...].
-        y: targets [N, ...]; with `stratify`, labels [N].
+        x: inputs [N, ...]: an array, a data frame (by position, not by label), a list or a PyTorch tensor.
+        y: targets [N, ...], likewise; with `stratify`, labels [N].
         validation: how many examples go to validation; 0 for none.
         test: how many go to the test; 0 for none. The rest, at least one, is for training.
         seed: from 0 to 2**32 - 1.
@@ -32,7 +33,8 @@ def split(
         `(x, y)` of train, validation and test, in random order.
 
     Raises:
-        ValueError: x and y differ in length, or the sizes do not fit; TypeError: a size is no whole number.
+        ValueError: x and y differ in length, are not arrays or have columns that are not numeric, or the sizes do
+            not fit; TypeError: a size is not an integer.
 
     >>> import gradfn as gf
     >>> import numpy as np
@@ -41,6 +43,7 @@ def split(
     >>> len(train[0]), len(validation[0]), sorted(test[1].tolist())
     (4, 2, [0, 0, 1, 1])
     """
+    x, y = as_array(x, "x"), as_array(y, "y")
     n = len(x)
     if len(y) != n:
         raise ValueError(f"x and y must have one row per example, got {n:,} rows of x and {len(y):,} of y")

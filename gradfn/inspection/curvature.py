@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from gradfn.inspection.leaves import Leaves, floating_leaves, tangents
 from gradfn.inspection.scalar import scalar
+from gradfn.labels import check_range, counting
 from gradfn.precision import widen
 from gradfn.transform import flat_products
 
@@ -96,8 +97,9 @@ def ggn_vp(outputs: Callable, loss: str | Callable = "softmax") -> Product:
         outputs: `(params, x) -> array` for one example, such as `net.apply`.
         loss: of one example:
             `"softmax"`, the cross-entropy of logits `[..., classes]` with integer labels `[...]`, meant over
-            what there is of labels; negative labels do not count (`gf.classification_loss`,
-            `gf.next_token_loss`). Its H is used in closed form, `p * u - p (p . u)`.
+            what there is of labels (`gf.classification_loss`, `gf.next_token_loss`). Negative labels of a
+            sequence are padding and do not count; any other label that is not in [0, classes) gives NaN. Its H
+            is used in closed form, `p * u - p (p . u)`.
             `"squared"`, squared error, meant over the outputs (`gf.regression_loss`).
             Any other: a function `(outputs, y) -> scalar`, convex in the outputs.
 
@@ -107,7 +109,7 @@ def ggn_vp(outputs: Callable, loss: str | Callable = "softmax") -> Product:
 
     Raises:
         ParameterError: a vector of another structure or shape; complex parameters.
-        ValueError: an unknown loss, labels that do not fit the outputs.
+        ValueError: an unknown loss, labels that do not fit the outputs or, where they are known, are not classes.
         TypeError: labels that are no integers, no floating parameter.
 
     >>> import jax, jax.numpy as jnp, gradfn as gf
@@ -131,6 +133,9 @@ def ggn_vp(outputs: Callable, loss: str | Callable = "softmax") -> Product:
             return jax.vmap(lambda x: outputs(params, x))(x)  # [batch, ...]
 
         def times_hessian(z: jax.Array, u: jax.Array) -> jax.Array:
+            if loss == "softmax" and z.size > jnp.size(y):
+                # z is [batch, classes] for labels, [batch, T, classes] for sequences of them
+                check_range(y, z.size // max(jnp.size(y), 1), "ggn_vp", padding=z.ndim > 2 and _padded(z, y))
             return jax.vmap(of_outputs)(z, u, y) / len(z)
 
         return _gauss_newton(answers, times_hessian, params, vector, x, "ggn_vp")
@@ -231,10 +236,23 @@ def _softmax_hessian(z: jax.Array, u: jax.Array, labels: Any) -> jax.Array:
             f"{list(labels.shape)} for one example"
         )
     p = jax.nn.softmax(widen(z).reshape(*labels.shape, -1))  # [..., classes]
+    if p.shape[-1] < 2:
+        raise ValueError(
+            f"ggn_vp: softmax needs 2 classes or more, got logits {list(z.shape)} for one example"
+        )
     along = widen(u).reshape(p.shape)
     hu = p * (along - (p * along).sum(-1, keepdims=True))
-    counted = (labels >= 0)[..., None]
-    return (jnp.where(counted, hu, 0) / jnp.maximum(counted.sum(dtype=p.dtype), 1)).reshape(z.shape)
+    labels = counting(labels)
+    negative = (labels < 0)[..., None]
+    padding = negative & _padded(z, labels)
+    unknown = (labels >= p.shape[-1])[..., None] | (negative & ~padding)  # NaN, as in the losses
+    hu = jnp.where(unknown, jnp.nan, jnp.where(padding, 0, hu))
+    return (hu / jnp.maximum((~padding).sum(dtype=p.dtype), 1)).reshape(z.shape)
+
+
+def _padded(z: Any, labels: Any) -> bool:
+    """Tell labels of sequences, where negative ones are padding, from one label per example."""
+    return jnp.ndim(labels) > 0 and jnp.ndim(z) > 1 and z.shape[:-1] == jnp.shape(labels)
 
 
 def _squared_hessian(z: jax.Array, u: jax.Array, y: Any) -> jax.Array:

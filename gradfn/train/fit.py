@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import optax
 
-from gradfn.losses import Loss, over_batch
+from gradfn.losses import Loss, check_targets, over_batch
 from gradfn.train import checkpoint
 from gradfn.train.chunk import CAPACITY, chunks
 from gradfn.train.fault import fault
@@ -106,8 +106,10 @@ def fit(
         are whole numbers `[tokens]`), `seconds`, aux's scalars and what `evaluate` said.
 
     Raises:
-        ValueError: arrays of unlike length, a batch that is larger than the data, numbers below 1; `noise_every`
-            with a loss that is of a batch.
+        ValueError: data that are not numbers or arrays of unlike length, targets that gradfn's own loss is not
+            right for (labels outside of the classes, NaN), a batch that is larger than the data, numbers below 1;
+            `noise_every` with a loss that is of a batch.
+        TypeError: labels that are not integers.
         CheckpointError: `resume` finds the checkpoint of another run, or one that cannot be read; it says what
             differs.
         FloatingPointError: the loss or a gradient is no longer finite; it says where that began, as
@@ -136,6 +138,8 @@ def fit(
     if keep_every and folder is None:
         raise ValueError("fit: keep_every needs a folder to keep the parameters in")
     source = source_of(data, batch_size, seed)
+    if not callable(source.content):  # a function's batches are known only inside the program
+        check_targets(loss, source.content)
     state = train_state(params, optimizer, jax.random.key(seed))
     settings = {"steps": steps, "batch_size": batch_size, "seed": seed, "eval_every": eval_every}
     who = None if folder is None else identity(state, source, over_batch(loss), step_keywords(loss, state))

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradfn.data.batches import epoch_order
+from gradfn.data._arrays import as_arrays, on_device
+from gradfn.data.batches import epoch_order, n_examples
 
 HOST_STEPS, HOST_BYTES = 64, 1 << 24  # how many steps' batches the host makes at a time, at most
 
@@ -77,14 +78,14 @@ def from_host(batch: Callable[[int], Any]) -> Source:
     >>> print(fitted.params.round(0))
     3.0
     """
-    shapes = jax.tree.map(np.asarray, batch(0))
+    shapes = as_arrays(batch(0), "batch")
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(shapes))
     n = max(1, min(HOST_STEPS, HOST_BYTES // size))
 
     @functools.lru_cache(maxsize=2)  # the batches that are in use, and the next ones
     def order(epoch: int) -> Any:
-        batches = [batch(step) for step in range(epoch * n, (epoch + 1) * n)]
-        return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *batches)  # [n, batch, ...]
+        batches = [as_arrays(batch(step), "batch") for step in range(epoch * n, (epoch + 1) * n)]
+        return on_device(jax.tree.map(lambda *leaves: np.stack(leaves), *batches), "batch")  # [n, batch, ...]
 
     def row_of(arrays: Any, order: Any, row: jax.Array, key: jax.Array) -> Any:
         return jax.tree.map(lambda leaf: leaf[row], order)
@@ -108,12 +109,8 @@ def _from_function(make: Callable[[jax.Array], Any]) -> Source:
 
 
 def _from_arrays(data: Any, batch_size: int, seed: int) -> Source:
-    arrays = jax.tree.map(jnp.asarray, data)
-    lengths = {leaf.shape[0] if leaf.ndim else -1 for leaf in jax.tree.leaves(arrays)}
-    if len(lengths) != 1 or -1 in lengths:
-        found = jax.tree.map(lambda leaf: list(leaf.shape), arrays)
-        raise ValueError(f"fit: data are arrays with one leading axis of examples, came {found}")
-    n = lengths.pop()
+    arrays = on_device(data)
+    n = n_examples(arrays)
     if not 1 <= batch_size <= n:
         raise ValueError(
             f"fit: batch_size is 1 or more and at most the {n} examples there are, came {batch_size}"

@@ -158,8 +158,11 @@ def test_take_rows_is_indexing(shape):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data": (x, x[:3])}, "one leading axis of examples, came \\(\\[50, 3\\], \\[3, 3\\]\\)"),
-        ({"data": (x, 1.0)}, "one leading axis of examples"),
+        (
+            {"data": (x, x[:3])},
+            "one row per example, but their lengths differ: data\\[0\\]: 50, data\\[1\\]: 3",
+        ),
+        ({"data": (x, 1.0)}, "data\\[1\\] must be an array \\[examples, ...\\], got 1.0"),
         ({"batch_size": 51}, "at most the 50 examples there are, came 51"),
         ({"batch_size": 0}, "batch_size is 1 or more and at most the 50 examples there are, came 0"),
         ({"steps": 0}, "steps is 1 or more, came 0"),

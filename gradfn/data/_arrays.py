@@ -1,0 +1,178 @@
+"""The door that data enter by: data frames, lists and tensors become arrays, or an error says why not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def as_arrays(data: Any, name: str = "data") -> Any:
+    """Turn every part of a tree into an array with a leading axis of examples.
+
+    Tuples, dicts and other containers are the tree. Its parts may be arrays of numpy or jax (left as they are),
+    data frames and series of pandas (rows are taken by position, never by label), tensors of PyTorch, anything
+    with `__array__`, and lists: of numbers, of rows, or of arrays of one shape, which are stacked.
+
+    Args:
+        data: the tree.
+        name: what to call it in errors.
+
+    Returns:
+        The same tree of arrays.
+
+    Raises:
+        ValueError: a part that has missing or masked values, columns that are not numeric, rows of different
+            lengths; the message names the part, and never contains the data.
+
+    >>> as_arrays(([[1, 2], [3, 4]], [0, 1]))
+    (array([[1, 2],
+           [3, 4]]), array([0, 1]))
+    """
+
+    def is_part(node: Any) -> bool:
+        return isinstance(node, list) and not (node is data and _is_tree(node, name))
+
+    def convert(path: tuple[Any, ...], part: Any) -> Any:
+        return as_array(part, name + jax.tree_util.keystr(path))
+
+    return jax.tree_util.tree_map_with_path(convert, data, is_leaf=is_part)
+
+
+def as_array(part: Any, name: str) -> Any:
+    """Return one part of the data as a numeric array `[examples, ...]`, or raise: see `as_arrays`."""
+    array = part if isinstance(part, jax.Array) else _to_numpy(part, name)
+    if not array.ndim:
+        raise ValueError(f"{name} must be an array [examples, ...], got {part!r:.60}")
+    return array
+
+
+def on_device(data: Any, name: str = "data") -> Any:
+    """Turn data into arrays of jax: see `as_arrays`.
+
+    Raises:
+        ValueError: also for an array that is not numeric, and for integers that would wrap around in jax's dtype.
+    """
+
+    def place(path: tuple[Any, ...], array: Any) -> jax.Array:
+        if isinstance(array, np.ndarray):
+            _numeric(array, name + jax.tree_util.keystr(path))
+        dtype = jax.dtypes.canonicalize_dtype(array.dtype) if isinstance(array, np.ndarray) else array.dtype
+        if dtype != array.dtype and array.size and jnp.issubdtype(dtype, jnp.integer):
+            low, high, bounds = int(array.min()), int(array.max()), jnp.iinfo(dtype)
+            if low < bounds.min or high > bounds.max:
+                raise ValueError(
+                    f"{name}{jax.tree_util.keystr(path)}: integers must fit {dtype}, got {low:,} to {high:,}. "
+                    "Renumber them, or enable jax's 64-bit mode (jax_enable_x64)"
+                )
+        return jnp.asarray(array)
+
+    return jax.tree_util.tree_map_with_path(place, as_arrays(data, name))
+
+
+def _is_tree(items: list[Any], name: str) -> bool:
+    """Tell whether the outermost list is a container of several arrays, as a tuple would be."""
+    shapes = [tuple(item.shape) for item in items if hasattr(item, "shape")]
+    if len(shapes) < len(items) or not shapes:
+        return any(isinstance(item, (tuple, dict)) for item in items)
+    if len(items) > 1 and len(set(shapes)) == 1 and () not in shapes:
+        raise ValueError(
+            f"{name} is a list of {len(items):,} arrays {list(shapes[0])}, which may be examples or the arrays of one "
+            "batch. Pass np.stack(...) for examples, a tuple for several arrays"
+        )
+    return () not in shapes
+
+
+def _to_numpy(part: Any, name: str) -> np.ndarray:
+    library = type(part).__module__.partition(".")[0]
+    if library == "pandas":
+        return _from_pandas(part, name)
+    if library == "torch":
+        return _from_torch(part, name)
+    if isinstance(part, list):
+        return _from_list(part, name)
+    if isinstance(part, np.ma.MaskedArray) and np.ma.is_masked(part):
+        raise ValueError(
+            f"{name}: {np.ma.count_masked(part):,} of {part.size:,} values are masked: fill them in"
+        )
+    if isinstance(part, np.ndarray):
+        return part
+    if not hasattr(part, "__array__") and not np.isscalar(part):
+        raise ValueError(f"{name} must be an array [examples, ...], got {type(part).__name__}")
+    return _numeric(np.asarray(part), name)
+
+
+def _numeric(array: np.ndarray, name: str) -> np.ndarray:
+    """Return an array of numbers as it is, and refuse others."""
+    dtype = array.dtype
+    if jnp.issubdtype(dtype, np.number) or dtype.kind == "b":
+        return array
+    kinds = {"U": "text", "S": "text", "M": "dates", "m": "durations", "O": "Python objects"}
+    what = kinds.get(dtype.kind, str(dtype))
+    if dtype.kind == "O" and array.size:
+        what += f" (such as {type(array.reshape(-1)[0]).__name__})"
+    raise ValueError(
+        f"{name} must be numeric, got {what} of shape {list(array.shape)}. Encode them as numbers"
+    )
+
+
+def _from_list(items: Sequence[Any], name: str) -> np.ndarray:
+    if any(hasattr(item, "shape") for item in items):
+        arrays = [
+            np.asarray(item if isinstance(item, jax.Array) else _to_numpy(item, name)) for item in items
+        ]
+        shapes = sorted({array.shape for array in arrays}, key=str)
+        if len(shapes) > 1:
+            raise ValueError(
+                f"{name} is a list of arrays of different shapes, such as {list(shapes[0])} and {list(shapes[1])}. "
+                "Pad or crop them to one shape"
+            )
+        return np.stack(arrays)
+    try:
+        array = np.asarray(items)
+    except ValueError:
+        raise ValueError(f"{name} is a list of rows of different lengths. Pad them to one length") from None
+    return _numeric(array, name) if array.dtype.kind == "O" else array
+
+
+def _from_pandas(part: Any, name: str) -> np.ndarray:
+    if not hasattr(part, "columns"):
+        return _column(part, name)
+    columns = [_column(part.iloc[:, i], f"{name}[{label!r:.40}]") for i, label in enumerate(part.columns)]
+    return np.stack(columns, axis=1) if columns else np.empty([len(part), 0])
+
+
+def _column(series: Any, name: str) -> np.ndarray:
+    dtype = getattr(series.dtype, "numpy_dtype", series.dtype)  # what a nullable dtype wraps
+    if getattr(dtype, "name", "") == "category":
+        raise ValueError(f"{name} is categorical. Pass its codes: .cat.codes")
+    if str(dtype).startswith("Sparse"):
+        return _numeric(np.asarray(series), name)
+    if not isinstance(dtype, np.dtype) or dtype.kind not in "biufc":
+        raise ValueError(
+            f"{name} must be numeric, got dtype {series.dtype}. Encode it as numbers (pandas.get_dummies, "
+            "pandas.factorize, pandas.to_numeric)"
+        )
+    if series.dtype is not dtype and series.isna().any():
+        raise ValueError(
+            f"{name}: {int(series.isna().sum()):,} of {len(series):,} values are missing. Use .fillna or .dropna first"
+        )
+    return np.asarray(series.to_numpy(dtype))
+
+
+def _from_torch(part: Any, name: str) -> np.ndarray:
+    if not hasattr(part, "detach"):
+        raise ValueError(f"{name} must be an array [examples, ...], got {type(part).__name__}")
+    if str(part.layout) != "torch.strided" or part.is_quantized:
+        raise ValueError(f"{name} is a sparse or quantized tensor. Pass .to_dense() or .dequantize()")
+    part = part.detach().cpu().resolve_conj().resolve_neg()
+    if str(part.dtype) in (
+        "torch.bfloat16",
+        "torch.float8_e4m3fn",
+        "torch.float8_e5m2",
+    ):  # numpy has no such dtype
+        return part.float().numpy().astype(jnp.dtype(str(part.dtype).removeprefix("torch.")))
+    return _numeric(part.numpy(), name)
