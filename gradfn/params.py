@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradfn.names import ParameterError
+from gradfn.precision import wide
 from gradfn.text import TextTable
 
 Spec = dict[str, Any]  # nested; its leaves are Params
@@ -73,7 +74,9 @@ class Param:
         """Make the array that this declares."""
         default = default_init if self.ndim > 1 and self.size else jax.nn.initializers.zeros
         init = self.init or default
-        return init(key, self.shape, self.dtype)
+        # Random numbers of bfloat16 have 128 values and a mean of -0.01: they are drawn in float32.
+        dtype = wide(self.dtype) if jnp.issubdtype(self.dtype, jnp.floating) else self.dtype
+        return init(key, self.shape, dtype).astype(self.dtype)
 
 
 # Fans of an [out, in] matrix; for kernels the window counts into both, as is usual.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradfn.inspection.score import PART, Target, entry, floating, score
-from gradfn.precision import widen
+from gradfn.precision import wide, widen
 
 
 class IntegratedGradients(NamedTuple):
@@ -220,7 +220,8 @@ def smooth_grad(
         spread = jnp.asarray(noise, value.dtype) * (value.max() - value.min())
 
         def gradient(key: jax.Array) -> jax.Array:
-            moved = spread * jax.random.normal(key, value.shape, value.dtype)
+            # Normal numbers of narrow dtypes have few values and are off centre.
+            moved = spread * jax.random.normal(key, value.shape, wide(value.dtype)).astype(value.dtype)
             return jax.grad(shifted, has_aux=True)(moved)[0]
 
         keys = jax.random.split(key, samples)

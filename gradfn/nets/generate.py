@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,9 @@ import numpy as np
 
 from gradfn.net import Net
 from gradfn.params import Params, check
+from gradfn.precision import widen
+
+_EACH = "Continue each one on its own: [gf.generate(net, params, prompt, n) for prompt in prompts]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,16 +76,18 @@ def stream(
     Args:
         net: from `gf.gpt` or `gf.rnn`.
         params: its parameters.
-        prompt: one token or more.
+        prompt: one token or more, integers `[T]`: one prompt, of several each is continued in a call of its own.
         n: how many tokens to make.
-        temperature: logits are divided by it; 0 always takes the likeliest token.
-        top_k: draw from the `top_k` likeliest tokens only.
+        temperature: logits are divided by it, in float32 at least; 0 always takes the likeliest token.
+        top_k: draw from the `top_k` likeliest tokens only, of equally likely ones from those that come first.
         seed: the same seed draws the same tokens.
 
     Raises:
         ParameterError: parameters of other shapes.
-        ValueError: an empty prompt, a token that the net does not have, a negative temperature, a `top_k` that
-            is not in [1, vocab].
+        ValueError: an empty prompt, several prompts, a token that the net does not have, a temperature that is
+            negative or not finite, a `top_k` that is not in [1, vocab].
+        TypeError: a prompt that is text or not integers.
+        FloatingPointError: a logit is NaN.
 
     >>> import jax, gradfn as gf
     >>> net = gf.gpt(gf.GPTConfig(vocab=65, context=8, n_layers=1, n_heads=2, width=4))
@@ -90,15 +96,36 @@ def stream(
     True
     """
     check(net.spec, params)
-    seen = [int(token) for token in np.asarray(prompt).reshape(-1)]
+    seen = _tokens_of(prompt)
     vocab = jax.eval_shape(net.apply, net.spec, jax.ShapeDtypeStruct((1,), jnp.int32)).shape[-1]
     if not seen or min(seen) < 0 or max(seen) >= vocab:
         raise ValueError(f"generate: a prompt is one token or more in [0, {vocab}), came {seen[:20]}")
-    if temperature < 0:
+    if not 0 <= temperature < float("inf"):
         raise ValueError(f"generate: temperature is 0 or more, came {temperature}")
     if top_k is not None and not 1 <= top_k <= vocab:
         raise ValueError(f"generate: top_k is in [1, {vocab}], came {top_k}")
-    return _stream(net, params, seen, n, temperature, top_k, jax.random.key(seed))
+    if (n := operator.index(n)) < 0:
+        raise ValueError(f"generate: n must be an integer >= 0, got {n}")
+    return _stream(net, params, seen, n, float(temperature), top_k, jax.random.key(seed))
+
+
+def _tokens_of(prompt: Any) -> list[int]:
+    """Return a prompt's tokens, or raise an error that says what a prompt is."""
+    lengths = [np.size(part) for part in prompt if np.ndim(part)] if isinstance(prompt, (list, tuple)) else []
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"generate: expected one prompt [T], got {len(lengths):,} of different lengths. {_EACH}"
+        )
+    tokens = np.asarray(prompt)
+    if tokens.dtype.kind in "US":
+        raise TypeError("generate: a prompt is tokens, got text. Pass tokenizer.encode(text)")
+    if tokens.size and not np.issubdtype(tokens.dtype, np.integer):
+        raise TypeError(
+            f"generate: tokens must be integers, got {tokens.dtype}. Cast them: tokens.astype(int)"
+        )
+    if tokens.ndim > 1 and tokens.size != tokens.shape[-1]:
+        raise ValueError(f"generate: expected one prompt [T], got shape {list(tokens.shape)}. {_EACH}")
+    return [int(token) for token in tokens.reshape(-1)]
 
 
 def _stream(
@@ -119,6 +146,10 @@ def _stream(
         token, memory = _next(net.step, top_k, params, np.asarray(new, np.int32), memory, temperature, key_i)
         held += len(new)
         new = [int(token)]
+        if new[0] < 0:
+            raise FloatingPointError(
+                f"generate: the logits after {len(seen):,} tokens contain NaN. gf.nan_origin finds where it began"
+            )
         seen.append(new[0])
         yield new[0]
 
@@ -135,8 +166,13 @@ def _next(
 ) -> tuple[jax.Array, Any]:
     """Read tokens, and draw the next one."""
     logits, memory = step(params, tokens, memory)
-    last = logits[-1]  # [vocab]
+    # Noise and temperature need more digits than narrow logits have: of 2,000 equal ones the first would win.
+    last = widen(logits[-1])  # [vocab]
     if top_k is not None:
-        last = jnp.where(last < jax.lax.top_k(last, top_k)[0][-1], -jnp.inf, last)
-    drawn = jax.random.categorical(key, last / jnp.where(temperature > 0, temperature, 1))
-    return jnp.where(temperature > 0, drawn, last.argmax()), memory
+        # By number and not by value, of which several tokens may have the same.
+        kept = jnp.zeros(last.shape, bool).at[jax.lax.top_k(last, top_k)[1]].set(True)
+        last = jnp.where(kept, last, -jnp.inf)
+    # Below the largest, so that a small temperature overflows to -inf alone.
+    scaled = (last - last.max()) / jnp.where(temperature > 0, temperature, 1).astype(last.dtype)
+    drawn = jnp.where(temperature > 0, jax.random.categorical(key, scaled), last.argmax())
+    return jnp.where(jnp.isnan(logits[-1]).any(), -1, drawn), memory
