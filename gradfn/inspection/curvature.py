@@ -9,12 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gradfn.inspection.directional import linear_matrix, linearized, slope, slope_by_gradient
 from gradfn.inspection.leaves import Leaves, floating_leaves, tangents
 from gradfn.inspection.scalar import scalar
 from gradfn.labels import check_range, counting
 from gradfn.precision import widen
 from gradfn.transform import flat_products
 
+CHUNK = 16  # examples whose gradients are formed at a time, where there is no forward mode
 Product = Callable[..., Any]  # (params, vector, *args) -> matrix times vector, a tree like the parameters
 
 
@@ -55,7 +57,8 @@ def hvp(loss: Callable) -> Product:
     """Return the product of a loss's Hessian and a vector: `H v`, the gradient's slope in direction `v`.
 
     Forward-mode over reverse-mode differentiation: about the cost of two gradients, and no matrix is formed.
-    Pearlmutter, *Fast exact multiplication by the Hessian*, 1994.
+    Pearlmutter, *Fast exact multiplication by the Hessian*, 1994. Where a function inside has a backward rule only
+    (`jax.custom_vjp`, `jax.experimental.ode.odeint`), reverse mode three times: the same slope, at more cost.
 
     Args:
         loss: any JAX function `(params, *args) -> scalar` or `(scalar, aux)`.
@@ -66,7 +69,8 @@ def hvp(loss: Callable) -> Product:
 
     Raises:
         ParameterError: a vector of another structure or shape; complex parameters.
-        TypeError: a loss that is not a floating scalar, or no floating parameter.
+        TypeError: a loss that is not a floating scalar, or no floating parameter; a `jax.custom_vjp` whose backward
+            rule cannot be differentiated.
 
     >>> import jax.numpy as jnp, gradfn as gf
     >>> gf.hvp(lambda w: w[0] ** 2 * w[1])(jnp.array([3.0, 5.0]), jnp.array([1.0, 0.0]))  # [[10, 6], [6, 0]] v
@@ -78,8 +82,11 @@ def hvp(loss: Callable) -> Product:
         leaves = floating_leaves(params, "hvp")
         v = tangents(leaves, vector, "hvp")
         call = scalar(flat_loss, (params, *args), kwargs, (0,), "hvp").call
-        gradient = jax.grad(lambda values: call(values)[0])
-        return leaves.tree(jax.jvp(gradient, (_arrays(leaves.values),), (v,))[1])
+
+        def value(values: list[jax.Array]) -> jax.Array:
+            return call(values)[0]
+
+        return leaves.tree(slope(jax.grad(value), _arrays(leaves.values), v, "hvp", value))
 
     product.is_curvature_product = True  # type: ignore[attr-defined]
     return product
@@ -90,7 +97,8 @@ def ggn_vp(outputs: Callable, loss: str | Callable = "softmax") -> Product:
 
     J is the Jacobian of a net's outputs by its parameters, H the Hessian of the loss by the outputs. For a loss
     that is convex in the outputs it has no negative eigenvalue; it is what the Hessian is without the net's own
-    curvature, and, for softmax and squared error, the Fisher information. About 1.5 gradients. Schraudolph,
+    curvature, and, for softmax and squared error, the Fisher information. About 1.5 gradients, twice that for functions
+    without forward mode (`jax.custom_vjp`). Schraudolph,
     *Fast curvature matrix-vector products*, 2002; Martens, *New insights on the natural gradient*, 2020.
 
     Args:
@@ -110,7 +118,8 @@ def ggn_vp(outputs: Callable, loss: str | Callable = "softmax") -> Product:
     Raises:
         ParameterError: a vector of another structure or shape; complex parameters.
         ValueError: an unknown loss, labels that do not fit the outputs or, where they are known, are not classes.
-        TypeError: labels that are no integers, no floating parameter.
+        TypeError: labels that are no integers, no floating parameter, complex outputs; a `jax.custom_vjp` whose
+            backward rule cannot be differentiated.
 
     >>> import jax, jax.numpy as jnp, gradfn as gf
     >>> net = gf.mlp([2, 3])
@@ -149,7 +158,8 @@ def fisher_vp(loss: Callable) -> Product:
 
     `g_n` is the gradient of example n: the matrix is the gradients' second moment, not centred. It is near the
     Fisher information only where the model fits the data: Kunstner et al., *Limitations of the empirical Fisher
-    approximation*, 2019. About 1.5 gradients; no gradient of a single example is formed.
+    approximation*, 2019. About 1.5 gradients; no gradient of a single example is formed (but for losses without forward
+    mode, those that call a `jax.custom_vjp`).
 
     Args:
         loss: of ONE example, `(params, example) -> scalar` or `(scalar, aux)`.
@@ -173,15 +183,22 @@ def fisher_vp(loss: Callable) -> Product:
         )
 
     def product(params: Any, vector: Any, batch: Any, **kwargs: Any) -> Any:
+        def one(params: Any, example: Any) -> jax.Array:
+            call = scalar(loss, (params, example), kwargs, (0,), "fisher_vp").call
+            return call(floating_leaves(params, "fisher_vp").values)[0]
+
         def losses(params: Any, batch: Any) -> jax.Array:
-            def one(example: Any) -> jax.Array:
-                return scalar(loss, (params, example), kwargs, (0,), "fisher_vp").call(
-                    floating_leaves(params, "fisher_vp").values
-                )[0]
+            return jax.vmap(lambda example: one(params, example))(batch)  # [batch]
 
-            return jax.vmap(one)(batch)  # [batch]
+        def by_gradients(fill: Callable, values: Any, v: Any) -> jax.Array:
+            def slope_of(example: Any) -> jax.Array:
+                return slope_by_gradient(lambda values: one(fill(values), example), values, v)
 
-        return _gauss_newton(losses, lambda z, u: u / len(z), params, vector, batch, "fisher_vp")
+            return jax.lax.map(slope_of, batch, batch_size=CHUNK)  # [batch]
+
+        return _gauss_newton(
+            losses, lambda z, u: u / len(z), params, vector, batch, "fisher_vp", by_gradients
+        )
 
     product.per_example = False  # type: ignore[attr-defined]
     product.is_curvature_product = True  # type: ignore[attr-defined]
@@ -206,21 +223,32 @@ def flat_matrix(
         out = product(params, leaves.tree(leaves.split(vector)), *args, **kwargs)
         return leaves.flat(leaves.match(out))
 
-    # A linear function is its own derivative: this splits it into what is known already and what is not.
-    _, matrix = jax.linearize(times, jnp.zeros([leaves.size], leaves.dtype))
-    return matrix
+    return linear_matrix(times, jnp.zeros([leaves.size], leaves.dtype))
 
 
-def _gauss_newton(f: Callable, times_hessian: Callable, params: Any, vector: Any, x: Any, what: str) -> Any:
-    """Return `J^T H J v` for the Jacobian J of `f(params, x)` by params; H is a function of f's value and J v."""
+def _gauss_newton(
+    f: Callable,
+    times_hessian: Callable,
+    params: Any,
+    vector: Any,
+    x: Any,
+    what: str,
+    push: Callable | None = None,
+) -> Any:
+    """Return `J^T H J v` for the Jacobian J of `f(params, x)` by params; H is a function of f's value and J v.
+
+    `push` is another way to J v, `(fill, values, v) -> J v`, for functions without forward mode.
+    """
     leaves = floating_leaves(params, what)
-    v = tangents(leaves, vector, what)
-    f = flat_products(f)
+    v, values = tangents(leaves, vector, what), _arrays(leaves.values)
+    flat = flat_products(f)
+    without = None if push is None else functools.partial(push, leaves.fill, values)
     # One linearisation serves both directions, so the forward pass is there once.
-    z, push = jax.linearize(lambda values: f(leaves.fill(values), x), _arrays(leaves.values))
-    u = times_hessian(z, push(v))
-    (product,) = jax.linear_transpose(push, v)(u.astype(z.dtype))
-    return leaves.tree(product)
+    at = linearized(lambda values: flat(leaves.fill(values), x), values, what, without)
+    if jnp.iscomplexobj(at.value):
+        raise TypeError(f"{what}: expected real outputs, got {at.value.dtype}; return both parts, stacked")
+    u = times_hessian(at.value, at.push(v))
+    return leaves.tree(at.pull(u.astype(at.value.dtype)))
 
 
 def _softmax_hessian(z: jax.Array, u: jax.Array, labels: Any) -> jax.Array:
@@ -260,7 +288,7 @@ def _squared_hessian(z: jax.Array, u: jax.Array, y: Any) -> jax.Array:
 
 
 def _hessian_of(loss: Callable, z: jax.Array, u: jax.Array, y: Any) -> jax.Array:
-    return jax.jvp(lambda z: jax.grad(loss)(z, y), (z,), (u,))[1]
+    return slope(lambda z: jax.grad(loss)(z, y), z, u, "ggn_vp", lambda z: loss(z, y))
 
 
 _HESSIANS = {"softmax": _softmax_hessian, "squared": _squared_hessian}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gradfn.inspection.directional import slope_of_scalar
 from gradfn.inspection.leaves import floating_leaves
 from gradfn.inspection.scalar import jit_arrays
 
@@ -21,7 +22,8 @@ def tracin(loss: Callable, *, normalise: bool = False, part: int = 64) -> Callab
     Positive: it helped. Negative: it harmed, as a mislabelled copy does.
 
     No per-example gradient of a training example is formed: its product with the gradient of a test example is
-    the slope of its loss in that direction, which a forward pass (`jax.jvp`) gives.
+    the slope of its loss in that direction, which a forward pass (`jax.jvp`) gives. (They are formed, `part` at a
+    time, where a function inside has no forward mode, only a `jax.custom_vjp`.)
 
     Examples with large gradients, the odd ones out, lead every list. Normalised, a score is the cosine of the two
     gradients instead (Hanawa et al., *Evaluation of Similarity-based Explanations*, 2021): a copy then scores most.
@@ -69,7 +71,7 @@ def tracin(loss: Callable, *, normalise: bool = False, part: int = 64) -> Callab
                 direction = [g / length for g in direction]
 
             def slope(other: Any) -> jax.Array:
-                return jax.jvp(lambda values: value(values, other), (leaves.values,), (direction,))[1]
+                return slope_of_scalar(lambda values: value(values, other), leaves.values, direction)
 
             return jax.lax.map(slope, train, batch_size=part)
 
