@@ -209,6 +209,12 @@ def _sample(words: list[str]) -> int:
             raise UserError("it wants a run's folder, or an experiment's name for its latest run")
         what = (sample.__doc__ or "").partition("\n")[0]
         config = _options(sample.Config, what, options, command, sample.Config())
+        found = experiments()
+        writers = [name for name, file in found.items() if "save_model(" in file.read_text(encoding="utf-8")]
+        if run in found and run not in writers and not Path(run).exists():
+            raise UserError(
+                f"{run} does not train a language model; {' and '.join(f'gradfn run {name}' for name in writers)} do"
+            )
         sample.run(sample.load_model(run), config)
     except (UserError, CheckpointError, DataError, ImportError, ValueError) as error:
         return _fail(f"{command}: {error}", 2)

@@ -21,6 +21,7 @@ from gradfn.train.log import METRICS
 
 RUNS = Path("runs")
 CONFIG, VERSIONS, RESULT = "config.json", "versions.json", "result.json"
+BEGUN = "begun"  # when, among the versions
 PACKAGES = ("jax", "jaxlib", "optax", "numpy")
 
 
@@ -102,7 +103,8 @@ def begin(experiment: str, config: RunConfig) -> Path:
             raise RunError(
                 f"{folder}: contains {found[0]}, which is not of a run: name a new folder or an empty one"
             )
-        write_json(folder / VERSIONS, versions() | {"seed": getattr(config, "seed", None)})
+        now = datetime.now(UTC).isoformat()
+        write_json(folder / VERSIONS, versions() | {"seed": getattr(config, "seed", None), BEGUN: now})
         write_json(folder / CONFIG, {"experiment": experiment, "options": options(config)})
     except OSError as error:
         raise RunError(f"{folder}: cannot be made a run's folder ({error.strerror})") from error
@@ -127,6 +129,26 @@ def keep_training(folder: Path, history: Sequence[Mapping[str, Any]], params: An
     save(folder / CHECKPOINT, {"params": params}, {})
 
 
+def latest(experiment: str | Path, holding: str = CONFIG) -> Path | None:
+    """Return the run of an experiment that began last, or None where there is no run.
+
+    Args:
+        experiment: its name.
+        holding: a file that the run must have.
+    """
+    folders = [file.parent for file in (RUNS / experiment).glob(f"*/{holding}")]
+    return max(folders, key=lambda folder: (begun(folder), folder.name), default=None)
+
+
+def begun(folder: Path) -> datetime:
+    """Return when a run began; for one of an earlier version, when its options were written."""
+    try:
+        return datetime.fromisoformat(json.loads((folder / VERSIONS).read_text())[BEGUN]).astimezone(UTC)
+    except (OSError, ValueError, KeyError, TypeError):
+        file = folder / CONFIG
+        return datetime.fromtimestamp((file if file.exists() else folder).stat().st_mtime, UTC)
+
+
 def stored(experiment: str, config: C) -> C | None:
     """Return the config of the run that `config` would go on with, or None where there is no such run.
 
@@ -135,7 +157,7 @@ def stored(experiment: str, config: C) -> C | None:
     Raises:
         RunError: the folder holds a run of another experiment, or one that cannot be read.
     """
-    folder = _latest(experiment) if config.folder is None else Path(config.folder)
+    folder = latest(experiment) if config.folder is None else Path(config.folder)
     if folder is None or not (folder / CONFIG).exists():
         return None
     file = folder / CONFIG
@@ -225,11 +247,6 @@ def positive(**numbers: float) -> None:
 def write_json(file: Path, content: Any) -> None:
     """Write JSON in one go: a reader finds the old file or the new, never a part."""
     replace_file(file, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def _latest(experiment: str) -> Path | None:
-    runs = sorted(file.parent for file in (RUNS / experiment).glob(f"*/{CONFIG}"))  # their names are times
-    return runs[-1] if runs else None
 
 
 def _tuples(value: Any) -> Any:

@@ -15,7 +15,7 @@ import jax
 from gradfn.data import DataError, Tokenizer, tokenizer_from
 from gradfn.nets import GPTConfig, LanguageModel, gpt, rnn, stream
 from gradfn.params import Params
-from gradfn.run import RUNS, RunError, within, write_json
+from gradfn.run import RUNS, RunError, latest, within, write_json
 from gradfn.train import checkpoint
 from gradfn.train.fit import CHECKPOINT
 
@@ -85,21 +85,33 @@ def load_model(run: str | Path) -> Model:
     """
     folder = Path(run)
     if not folder.exists():
-        runs = sorted(file.parent for file in (RUNS / folder).glob(f"*/{MODEL}"))
-        if not runs:
-            raise RunError(f"{run}: neither a run's folder nor an experiment with a run in {RUNS / folder}")
-        folder = runs[-1]
+        found = latest(run, holding=MODEL)
+        if found is None:
+            raise RunError(_no_model(run))
+        folder = found
     try:
         told = json.loads((folder / MODEL).read_text())
         net = gpt(GPTConfig(**told["settings"])) if told["net"] == "gpt" else rnn(**told["settings"])
         tokenizer, lines = tokenizer_from(told["tokenizer"]), bool(told["lines"])
     except FileNotFoundError as error:
-        raise RunError(f"{folder}: no run of a language model (it has no {MODEL})") from error
+        raise RunError(_no_model(folder)) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{folder / MODEL}: not a readable model ({error})") from error
     like = {"params": jax.eval_shape(net.init, jax.random.key(0))}
     state, _ = checkpoint.load(folder / CHECKPOINT, like, rest=True)
     return Model(net, state["params"], tokenizer, lines)
+
+
+def _no_model(run: str | Path) -> str:
+    """Say why there is nothing to sample from: of an experiment's name, a run's folder, or neither."""
+    parts = sorted(file.parent for file in Path(run).glob(f"*/{MODEL}"))
+    if not parts and (last := latest(run)):
+        parts = sorted(file.parent for file in last.glob(f"*/{MODEL}"))
+    if parts:
+        return f"{run}: has several models; name one of {', '.join(map(str, parts))}"
+    if not Path(run).exists() and not latest(run):
+        return f"{run}: neither a run's folder nor an experiment with a run in {RUNS / run}; gradfn run gpt makes one"
+    return f"{run}: no run of a language model (it has no {MODEL}); gradfn run gpt trains one"
 
 
 def write(model: Model, config: Config) -> Iterator[int]:

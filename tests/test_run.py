@@ -1,11 +1,15 @@
 """Run folders: where a run takes place, what it holds, and what --resume goes on with."""
 
 import json
+import os
+import re
 from dataclasses import dataclass
 
 import pytest
 
 from gradfn import run as runs
+from gradfn.report.kept import find_run, read_run
+from gradfn.report.page import page
 
 
 @dataclass(frozen=True)
@@ -125,3 +129,32 @@ def test_a_config_that_cannot_be_used_is_named(content, message):
     (folder / "config.json").write_text(content)
     with pytest.raises(runs.RunError, match=rf"config.json: {message}"):
         runs.settle("toy", Config(resume=True))
+
+
+def test_the_latest_run_is_the_one_that_began_last_whatever_its_name():
+    named = start(Config(folder="runs/toy/zz-baseline"))
+    later = start(Config())
+    assert runs.latest("toy") == find_run("toy") == later
+    assert runs.settle("toy", Config(resume=True)).folder == str(later)
+    # What happens in a folder later does not make its run begin later.
+    (named / "versions.json").touch()
+    runs.finish(named, {})
+    assert runs.latest("toy") == later
+    # Runs of an earlier version have not kept it: when their options were written counts.
+    for folder, time in ((named, 2e9), (later, 1e9)):
+        versions = json.loads((folder / "versions.json").read_text())
+        del versions["begun"]
+        (folder / "versions.json").write_text(json.dumps(versions))
+        os.utime(folder / "config.json", (time, time))
+    assert find_run("toy") == named
+    (later / "versions.json").write_text("{")
+    assert find_run("toy") == named
+    assert runs.latest("other") is None
+
+
+def test_the_page_tells_when_a_run_began_as_a_time_and_not_as_a_version():
+    folder = start(Config())
+    (folder / "versions.json").write_text('{"gradfn": "0.1.0", "begun": "2026-03-01T12:34:56+02:00"}')
+    html = page([read_run(folder)])
+    assert "1 March 2026, 10:34 UTC" in html
+    assert re.findall(r'<th scope="row">([^<]*)</th>', html.partition('id="versions"')[2]) == ["gradfn"]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from gradfn.params import _reading_order
 from gradfn.report.digit_net import DIGIT_NET, DigitNet, load_digit_net
-from gradfn.run import CONFIG, RESULT, RUNS, VERSIONS, RunError
+from gradfn.run import CONFIG, RESULT, RUNS, VERSIONS, RunError, latest
 from gradfn.train.fit import CHECKPOINT
 from gradfn.train.log import INSPECTIONS, METRICS
 
@@ -102,9 +102,8 @@ def find_run(run: str | Path) -> Path:
     folder = Path(run)
     if (folder / CONFIG).exists():
         return folder
-    latest = sorted(file.parent for file in (RUNS / folder).glob(f"*/{CONFIG}"))  # their names are times
-    if latest:
-        return latest[-1]
+    if found := latest(folder):
+        return found
     if (folder.parent / CONFIG).exists():
         raise RunError(f"{run}: only a part of a run; name the run's folder, {folder.parent}")
     if folder.is_dir():

@@ -9,7 +9,6 @@ import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ import numpy as np
 from gradfn.report.charts import Line, heat_map, line_chart, log_bounds
 from gradfn.report.digit_net import DigitNet
 from gradfn.report.kept import Kept, Part, Row, Shapes, read_run
-from gradfn.run import CONFIG, RunError
+from gradfn.run import BEGUN, RunError, begun
 from gradfn.train.checkpoint import replace_file
 from gradfn.train.log import NOT_METRICS
 
@@ -115,7 +114,7 @@ def page(kept: Sequence[Kept], about: Mapping[str, About] = {}) -> str:
         "flows": flows(kept),
         "options": differences([run.options for run in kept]),
         "meanings": {name: said for run in kept for name, (said, _) in _options_of(about, run).items()},
-        "versions": differences([run.versions for run in kept]),
+        "versions": differences([{k: v for k, v in run.versions.items() if k != BEGUN} for run in kept]),
         "shapes": _shared_shapes(kept),
         "net": None if net is None else _net(net),
         "live": None if net is None else _live(net),
@@ -332,7 +331,7 @@ def _told(run: Kept, about: About) -> dict[str, Any]:
         facts["trainings"] = str(len(run.parts))
     if run.versions.get("seed") is not None:
         facts["seed"] = str(run.versions["seed"])
-    began = datetime.fromtimestamp((run.folder / CONFIG).stat().st_mtime, UTC)
+    began = begun(run.folder)
     facts["begun"] = f"{began.day} {began:%B %Y, %H:%M} UTC"
     return {
         "experiment": run.experiment,
