@@ -7,9 +7,7 @@ beginning of a run, it is there as a whole or not at all.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,11 +16,11 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from gradfn.train.checkpoint import replace_file, save
 from gradfn.train.fit import CHECKPOINT
 from gradfn.train.log import METRICS
+from gradfn.versions import versions
 
 RUNS = Path("runs")
 CONFIG, VERSIONS, RESULT = "config.json", "versions.json", "result.json"
 BEGUN = "begun"  # when, among the versions
-PACKAGES = ("jax", "jaxlib", "optax", "numpy")
 
 
 class RunError(ValueError):
@@ -198,23 +196,6 @@ def options(config: RunConfig) -> dict[str, Any]:
     """Return the options that make a run what it is: all but where it takes place."""
     found = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {name: value for name, value in found.items() if name not in ("folder", "resume")}
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what a run's outcome rests on.
-
-    >>> from gradfn.run import versions
-    >>> sorted(versions())
-    ['gradfn', 'jax', 'jaxlib', 'numpy', 'optax', 'platform', 'python']
-    """
-    import gradfn
-
-    ours = {
-        "gradfn": gradfn.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
-    return ours | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def within(low: int, high: int | None, **numbers: int | None) -> None:

@@ -212,3 +212,32 @@ def test_processes_end_with_the_exit_code(command):
     assert re.fullmatch(
         r"(gradfn run digits|python \S*digits.py): --hidden: expected .* came x\n", found.stderr
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("digits", "digits does not train a language model; gradfn run gpt and gradfn run rnn do"),
+        (
+            "gpt",
+            "gpt: neither a run's folder nor an experiment with a run in runs/gpt; gradfn run gpt makes one",
+        ),
+        (
+            "runs/digits/a",
+            "runs/digits/a: no run of a language model (it has no model.json); gradfn run gpt trains one",
+        ),
+        ("rnn", "rnn: has several models; name one of runs/rnn/a/gru, runs/rnn/a/lstm"),
+        ("runs/rnn/a", "runs/rnn/a: has several models; name one of runs/rnn/a/gru, runs/rnn/a/lstm"),
+    ],
+)
+def test_sampling_says_what_is_not_a_language_model(tmp_path, monkeypatch, capsys, name, message):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs/digits/a", "runs/rnn/a"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text("{}")
+    for cell in ("lstm", "gru"):
+        (tmp_path / "runs/rnn/a" / cell).mkdir()
+        (tmp_path / "runs/rnn/a" / cell / "model.json").write_text("{}")
+    code, out, err = said(capsys, "sample", name)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"gradfn sample {name}: {message}" in err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +12,7 @@ from gradfn.params import _reading_order
 from gradfn.report.digit_net import DIGIT_NET, DigitNet, load_digit_net
 from gradfn.run import CONFIG, RESULT, RUNS, VERSIONS, RunError, latest
 from gradfn.train.fit import CHECKPOINT
-from gradfn.train.log import INSPECTIONS, METRICS
+from gradfn.train.log import INSPECTIONS, METRICS, NOISE
 
 Row = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -23,11 +25,13 @@ class Part(NamedTuple):
         history: a row for each evaluation.
         inspections: a row for each look at all gradients; empty where nobody looked.
         shapes: of the parameters, by path, in reading order.
+        noise: a row for each measure of the gradient's noise.
     """
 
     history: list[Row]
     inspections: list[Row]
     shapes: Shapes
+    noise: Sequence[Row] = ()
 
 
 class Kept(NamedTuple):
@@ -35,7 +39,7 @@ class Kept(NamedTuple):
 
     Attributes:
         folder: where it is.
-        experiment: whose run it is.
+        experiment: whose run it is; "" for one of `gf.fit(..., folder=...)` alone.
         options: what was asked.
         versions: what it ran on, and its seed.
         result: what came of it, with its verdict; None where it has not finished.
@@ -58,12 +62,14 @@ def read_run(run: str | Path) -> Kept:
     """Read what a run has kept, however far it got.
 
     Args:
-        run: its folder, or an experiment's name for its latest run.
+        run: its folder, also that of `gf.fit(..., folder=...)`; or an experiment's name for its latest run.
 
     Raises:
         RunError: there is no such run, or a file of it cannot be read; it names the file.
     """
     folder = find_run(run)
+    if not (folder / CONFIG).exists():
+        return _of_fit(folder)
     config = _json(folder / CONFIG)
     try:
         experiment, options = str(config["experiment"]), dict(config["options"])
@@ -84,11 +90,7 @@ def read_run(run: str | Path) -> Kept:
             "" if file.parent == folder else str(file.parent.relative_to(folder)): _part(file.parent)
             for file in sorted(folder.rglob(METRICS))
         },
-        pictures={
-            file.stem: file.read_bytes()
-            for ending in ("png", "gif")
-            for file in sorted(folder.glob(f"*.{ending}"))
-        },
+        pictures=_pictures(folder),
         net=net,
     )
 
@@ -102,12 +104,16 @@ def find_run(run: str | Path) -> Path:
     folder = Path(run)
     if (folder / CONFIG).exists():
         return folder
+    if (folder / METRICS).exists() and not (folder.parent / CONFIG).exists():
+        return folder
     if found := latest(folder):
         return found
     if (folder.parent / CONFIG).exists():
         raise RunError(f"{run}: only a part of a run; name the run's folder, {folder.parent}")
     if folder.is_dir():
-        raise RunError(f"{run}: no run's folder (it has no {CONFIG})")
+        raise RunError(
+            f"{run}: no run's folder (it has no {CONFIG}), and none of gf.fit (it has no {METRICS})"
+        )
     raise RunError(
         f"{run}: neither a run's folder nor an experiment with a run in {RUNS / folder}; "
         "gradfn run NAME makes one, and says in which folder"
@@ -115,7 +121,25 @@ def find_run(run: str | Path) -> Path:
 
 
 def _part(folder: Path) -> Part:
-    return Part(_rows(folder / METRICS), _rows(folder / INSPECTIONS), _shapes(folder / CHECKPOINT))
+    shapes = _shapes(folder / CHECKPOINT)
+    return Part(_rows(folder / METRICS), _rows(folder / INSPECTIONS), shapes, _rows(folder / NOISE))
+
+
+def _of_fit(folder: Path) -> Kept:
+    """Read what `gf.fit` has kept in a folder of its own; its checkpoint tells its settings and versions."""
+    part, notes = _part(folder), _notes(folder / CHECKPOINT)
+    settings = notes.get("settings", {})
+    result = None
+    if notes.get("finished") and part.history:
+        last = part.history[-1]
+        result = {"verdict": f"training loss {last['loss']:.4g} after {last['step']:,} steps"}
+    versions = notes.get("versions", {}) | ({"seed": settings["seed"]} if "seed" in settings else {})
+    return Kept(folder, "", settings, versions, result, {"": part}, _pictures(folder), None)
+
+
+def _pictures(folder: Path) -> dict[str, bytes]:
+    files = [file for ending in ("png", "gif") for file in sorted(folder.glob(f"*.{ending}"))]
+    return {file.stem: file.read_bytes() for file in files}
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -151,8 +175,21 @@ def _shapes(checkpoint: Path) -> Shapes:
 
     try:
         with safe_open(checkpoint, "numpy") as content:
-            names = [name for name in content.keys() if name.startswith("params/")]  # noqa: SIM118
+            names = [name for name in content.keys() if re.match("params(/|$)", name)]  # noqa: SIM118
             shapes = {name.removeprefix("params/"): content.get_slice(name).get_shape() for name in names}
     except (OSError, SafetensorError) as error:
         raise RunError(f"{checkpoint}: not a readable checkpoint ({error})") from error
     return {name: tuple(shapes[name]) for name in sorted(shapes, key=_reading_order)}
+
+
+def _notes(checkpoint: Path) -> dict[str, Any]:
+    """Return the notes in a checkpoint; none where there is no checkpoint yet."""
+    if not checkpoint.exists():
+        return {}
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(checkpoint, "numpy") as content:
+            return dict(json.loads(content.metadata()["notes"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{checkpoint}: not a readable checkpoint ({error})") from error

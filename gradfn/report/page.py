@@ -82,7 +82,7 @@ def write_report(
     if out is not None and Path(out).is_file() and GENERATOR not in Path(out).read_bytes()[:4096]:
         raise RunError(f"{out}: already exists and is not a page that gradfn wrote. Name another file")
     if out is None:
-        name = "report.html" if len(kept) == 1 else f"against-{kept[1].experiment}-{kept[1].folder.name}.html"
+        name = "report.html" if len(kept) == 1 else f"against-{_name(kept[1])}.html"
         out = kept[0].folder / name
     file = Path(out)
     try:
@@ -109,7 +109,7 @@ def page(kept: Sequence[Kept], about: Mapping[str, About] = {}) -> str:
     template = _environment(jinja2).get_template("template.html")
     content = {
         "runs": [_told(run, about.get(run.experiment, About())) for run in kept],
-        "title": " and ".join(dict.fromkeys(run.experiment for run in kept)),
+        "title": " and ".join(dict.fromkeys(run.experiment or _name(run) for run in kept)),
         "charts": charts(kept),
         "flows": flows(kept),
         "options": differences([run.options for run in kept]),
@@ -170,7 +170,7 @@ def verdict(result: Mapping[str, Any] | None) -> Verdict:
 
 
 def charts(kept: Sequence[Kept]) -> list[str]:
-    """Return a chart of the losses, one of the accuracies, and one for each other metric.
+    """Return a chart of the losses, one of the accuracies, one for each other metric, and one of the noise scale.
 
     Lines of one run have a colour each. Where there are several runs, or several trainings in a run, these
     have the colours, and all metrics but the last are dashed.
@@ -187,11 +187,17 @@ def charts(kept: Sequence[Kept]) -> list[str]:
         if name not in NOT_METRICS:
             group = next((kind for kind in ("loss", "accuracy") if name.endswith(kind)), words(name))
             groups.setdefault(group, []).append(name)
-    return [
+    drawn = [
         line_chart(group.capitalize(), lines, percent=group == "accuracy")
         for group, metrics in groups.items()
         if (lines := _lines(trainings, metrics))
     ]
+    scales = [
+        Line(f"{name}, noise scale" if len(trainings) > 1 else "running estimate", i, False, points)
+        for i, (name, part, _) in enumerate(trainings)
+        if (points := [(row["step"], row["running_scale"]) for row in part.noise if row["running_scale"]])
+    ]
+    return drawn + ([line_chart("Noise scale of the gradient (examples)", scales)] if scales else [])
 
 
 def _lines(trainings: Sequence[tuple[str, Part, Mapping[str, Any]]], metrics: Sequence[str]) -> list[Line]:
@@ -331,10 +337,11 @@ def _told(run: Kept, about: About) -> dict[str, Any]:
         facts["trainings"] = str(len(run.parts))
     if run.versions.get("seed") is not None:
         facts["seed"] = str(run.versions["seed"])
-    began = begun(run.folder)
-    facts["begun"] = f"{began.day} {began:%B %Y, %H:%M} UTC"
+    if run.experiment:
+        began = begun(run.folder)
+        facts["begun"] = f"{began.day} {began:%B %Y, %H:%M} UTC"
     return {
-        "experiment": run.experiment,
+        "experiment": run.experiment or _name(run),
         "folder": str(run.folder),
         "what": about.what,
         "promise": about.expected,
@@ -344,8 +351,14 @@ def _told(run: Kept, about: About) -> dict[str, Any]:
     }
 
 
+def _name(run: Kept) -> str:
+    return "-".join(filter(None, [run.experiment, run.folder.resolve().name]))
+
+
 def command(run: Kept, about: About) -> str:
-    """Return what to type to run it again: the options that are not at their defaults."""
+    """Return what to type to run it again: the options that are not at their defaults; "" for one of `gf.fit`."""
+    if not run.experiment:
+        return ""
     told = ["gradfn", "run", run.experiment]
     for name, value in run.options.items():
         _, default = about.options.get(name, ("", ...))

@@ -12,6 +12,7 @@ import numpy as np
 
 from gradfn.train.checkpoint import CheckpointError, replace_file
 from gradfn.train.identity import Identity, difference
+from gradfn.versions import versions
 
 if TYPE_CHECKING:
     from gradfn.inspection import Inspection, NoiseScale
@@ -109,7 +110,8 @@ class Log:
         """Return what a checkpoint must hold for the log to go on."""
         rows = ("history", "inspections", "noise")
         sums = ("sums", "noise_sums", "n_steps", "examples", "row_seconds", "seconds")
-        return {name: getattr(self, name) for name in ("settings", "identity", "finished", *rows, *sums)}
+        kept = {name: getattr(self, name) for name in ("settings", "identity", "finished", *rows, *sums)}
+        return kept | {"versions": versions()}
 
     def restore(self, notes: dict[str, Any]) -> None:
         """Resume from a checkpoint's notes.
@@ -118,6 +120,7 @@ class Log:
             CheckpointError: they are of a run with other settings (more steps are fine, and None is any), other
                 data or another loss.
         """
+        notes.pop("versions", None)
         was = notes.pop("settings")
         for name, value in self.settings.items():
             longer = name == "steps" and value > was[name]

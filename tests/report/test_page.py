@@ -3,12 +3,16 @@
 import base64
 import io
 import json
+import os
 import re
 from html import unescape
 
+import jax
 import numpy as np
+import optax
 import pytest
 
+import gradfn as gf
 from gradfn import cli
 from gradfn.data.dataset import Dataset
 from gradfn.report import page as report
@@ -305,3 +309,34 @@ def test_a_metric_that_was_measured_anew_at_the_end_is_named_so(tmp_path):
     assert "validation accuracy on the way 50 %" in text_of(page([read_run(folder)]))
     write_json(folder / "result.json", {"verdict": "done", "validation_accuracy": 0.5})
     assert "on the way" not in text_of(report.charts([read_run(folder)])[1])
+
+
+def test_a_folder_of_fit_gets_a_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    net = gf.mlp([3, 2, 2])
+    x, y = np.random.default_rng(0).normal(size=[64, 3]).astype(np.float32), np.arange(64) % 2
+    start = net.init(jax.random.key(0))
+    options = {"batch_size": 16, "seed": 5, "inspect_every": 4, "noise_every": 2, "progress": False}
+    gf.fit(gf.classification_loss(net), start, (x, y), optax.sgd(0.1), 12, folder="digits", **options)
+    assert cli.main(["report", "digits"]) == 0  # a folder is meant before an experiment of that name
+    assert capsys.readouterr().out.startswith("wrote digits/report.html")
+    html = (tmp_path / "digits" / "report.html").read_text()
+    text = text_of(html)
+    for said in (
+        *(
+            "training loss 0.",
+            "after 12 steps",
+            "Options digits Training loss",
+            "Noise scale of the gradient (examples)",
+        ),
+        *("batch_size 16", "seed 5", "W1 [2, 3] 6", "10 weights + 4 biases 14", f"jax {jax.__version__}"),
+    ):
+        assert said in text
+    assert "To run it again" not in text
+    rows = re.findall(r"<span>([^<]+)</span>", html.split('class="rows"')[1])
+    assert rows == ["W1", "b1", "W2", "b2"]
+    assert cli.main(["report", "digits", "digits"]) == 0
+    assert (tmp_path / "digits" / "against-digits.html").exists()
+    # One that has not come to its first checkpoint.
+    os.remove("digits/checkpoint.safetensors")
+    assert "No result yet" in text_of(page([read_run("digits")]))
