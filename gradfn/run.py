@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
+from gradfn.text import to_json
 from gradfn.train.checkpoint import replace_file, save
 from gradfn.train.fit import CHECKPOINT
 from gradfn.train.log import METRICS
@@ -123,7 +124,7 @@ def keep_training(folder: Path, history: Sequence[Mapping[str, Any]], params: An
         history: a row per evaluation, with `step`.
         params: at the end.
     """
-    replace_file(folder / METRICS, "".join(json.dumps(row) + "\n" for row in history).encode())
+    replace_file(folder / METRICS, "".join(to_json(row) + "\n" for row in history).encode())
     save(folder / CHECKPOINT, {"params": params}, {})
 
 
@@ -226,8 +227,8 @@ def positive(**numbers: float) -> None:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write JSON in one go: a reader finds the old file or the new, never a part."""
-    replace_file(file, (json.dumps(content, indent=2) + "\n").encode())
+    """Write JSON in one go: a reader finds the old file or the new, never a part. NaN and infinities become null."""
+    replace_file(file, (to_json(content, indent=2) + "\n").encode())
 
 
 def _tuples(value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -49,3 +51,20 @@ class TextTable:
 
     def _repr_mimebundle_(self, *args: Any, **kwargs: Any) -> dict[str, str]:
         return self.__rich__()._repr_mimebundle_(*args, **kwargs)
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """Return JSON that every reader takes: NaN and infinities, which JSON does not have, are null.
+
+    >>> to_json({"loss": float("nan"), "rows": [1.0, float("inf")]})
+    '{"loss": null, "rows": [1.0, null]}'
+    """
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: finite(inner) for name, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(content), indent=indent, allow_nan=False)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gradfn.transform.program import is_array, leaf_name, traced_leaves
+from gradfn.transform.program import is_array, leaf_name, pure, traced_leaves
 
 
 class Scalar(NamedTuple):
@@ -53,7 +53,7 @@ def scalar(
         filled = list(leaves)
         for i, value in zip(floating, values, strict=True):
             filled[i] = value
-        out = f(*jax.tree.unflatten(structure, filled), **kwargs)
+        out = pure(f)(*jax.tree.unflatten(structure, filled), **kwargs)
         value, aux = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
         if (
             not is_array(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -160,11 +161,16 @@ def _rows(file: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(dict(json.loads(line)))
+            rows.append(dict(json.loads(line, object_hook=_numbers)))
         except (TypeError, ValueError) as error:
             if number < len(lines):
                 raise RunError(f"{file}, line {number}: not readable ({error})") from error
     return rows
+
+
+def _numbers(row: Row) -> Row:
+    """Read null, which JSON has for it, as NaN."""
+    return {name: math.nan if value is None else value for name, value in row.items()}
 
 
 def _shapes(checkpoint: Path) -> Shapes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradfn.params import named_leaves, path_name
+from gradfn.train.model import take_apart
 
 KEPT = "kept"  # the folder, in that of a run, of the parameters that stay
 DIGITS = 10  # of the step in their files' names
@@ -32,7 +34,7 @@ def save(file: Path, state: Any, notes: dict[str, Any]) -> None:
     from safetensors.numpy import save as to_bytes
 
     arrays = {name: np.array(_plain(leaf), order="C") for name, leaf in named_leaves(state)}
-    data = to_bytes(arrays, metadata={"notes": json.dumps(notes)})
+    data = to_bytes(arrays, metadata={"notes": json.dumps(_tagged(notes), allow_nan=False)})
     replace_file(file, data)
 
 
@@ -56,7 +58,7 @@ def load(file: Path, like: Any, rest: bool = False) -> tuple[Any, dict[str, Any]
     wanted = {name for name, _ in named_leaves(like)}
     try:
         with safe_open(file, "numpy") as content:
-            notes = json.loads(content.metadata()["notes"])
+            notes = json.loads(content.metadata()["notes"], object_hook=_untagged)
             names = [name for name in content.keys() if not rest or name in wanted]  # noqa: SIM118
             arrays = {name: content.get_tensor(name) for name in names}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -81,21 +83,22 @@ def load(file: Path, like: Any, rest: bool = False) -> tuple[Any, dict[str, Any]
     return state, notes
 
 
-def keep(folder: Path, step: int, params: Any) -> None:
-    """Keep the parameters after a step among those of a run, `kept/<step>.safetensors`."""
+def keep(folder: Path, step: int, params: Any, state: Any = None) -> None:
+    """Keep the parameters after a step, and a model's state, among those of a run, `kept/<step>.safetensors`."""
     (folder / KEPT).mkdir(parents=True, exist_ok=True)
-    save(folder / KEPT / f"{step:0{DIGITS}}.safetensors", params, {"step": step})
+    save(folder / KEPT / f"{step:0{DIGITS}}.safetensors", _together(params, state), {"step": step})
 
 
-def kept(folder: str | os.PathLike[str], like: Any) -> dict[int, Any]:
+def kept(folder: str | os.PathLike[str], like: Any, state: Any = None) -> dict[int, Any]:
     """Read the parameters that `gf.fit(keep_every=...)` kept.
 
     Args:
         folder: that of the run.
-        like: parameters of the same structure, shapes and dtypes.
+        like: parameters (a model) of the same structure, shapes and dtypes.
+        state: where `gf.fit` had one, one like that.
 
     Returns:
-        The parameters by the number of steps taken, in that order.
+        The parameters by the number of steps taken, in that order; pairs with the state where there is one.
 
     Raises:
         CheckpointError: there are none, or they do not fit `like`.
@@ -111,7 +114,20 @@ def kept(folder: str | os.PathLike[str], like: Any) -> dict[int, Any]:
     files = sorted((Path(folder) / KEPT).glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder}: holds no kept parameters; train with gf.fit(..., keep_every=100)")
-    return {int(file.stem): load(file, like)[0] for file in files}
+    params, rest, carried = take_apart(like)
+    carried = carried if state is None else state
+    expected = _together(params, carried)
+    found = {}
+    for file in files:
+        loaded, _ = load(file, expected)
+        params, new = (loaded["params"], loaded["state"]) if carried is not None else (loaded, None)
+        model = params if rest is None else rest.model(params, new)
+        found[int(file.stem)] = model if state is None else (model, new)
+    return found
+
+
+def _together(params: Any, state: Any) -> Any:
+    return params if state is None else {"params": params, "state": state}
 
 
 def replace_file(file: Path, data: bytes) -> None:
@@ -127,3 +143,16 @@ def replace_file(file: Path, data: bytes) -> None:
 def _plain(leaf: Any) -> np.ndarray:
     typed_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return np.asarray(jax.random.key_data(leaf) if typed_key else leaf)
+
+
+def _tagged(value: Any) -> Any:
+    """Put floats that JSON does not have into `{"float": "nan"}`."""
+    if isinstance(value, dict):
+        return {name: _tagged(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_tagged(inner) for inner in value]
+    return {"float": str(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _untagged(found: dict[str, Any]) -> Any:
+    return float(found["float"]) if list(found) == ["float"] and isinstance(found["float"], str) else found

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradfn.losses import Loss, over_batch
+from gradfn.losses import Loss
 from gradfn.net import takes_key
+from gradfn.train.log import refuse_names
+from gradfn.train.model import batch_loss
 from gradfn.train.source import Source
-from gradfn.train.step import TrainState, step_key, step_keywords, train_step
+from gradfn.train.step import TrainState, step_key, step_keywords, train_step, update, value_and_aux
 
 if TYPE_CHECKING:
     from gradfn.inspection import Inspection, NoiseScale
@@ -39,17 +41,20 @@ def chunks(
     """Return the compiled functions of a training run; one program serves chunks of every length."""
     from gradfn.inspection import inspect, noise_scale
 
-    of_one, loss = loss, over_batch(loss)
     one_step = train_step(loss, optimizer)
-    inspected = inspect(loss, input_grads=False)
 
     def batch_of(arrays: Any, state: TrainState, order: Any, row: jax.Array) -> Any:
         # One more fold keeps the batch's key apart from that of the loss's noise in the same step.
         batch = source.batch(arrays, order, row, jax.random.fold_in(step_key(state), 1))
         if mesh is None:
             return batch
-        shared = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names[0]))
-        return jax.lax.with_sharding_constraint(batch, shared)
+        shared, alone = (
+            jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+            for axes in (mesh.axis_names[:1], ())
+        )
+        examples = source.batch_size
+        places = [shared if leaf.shape[:1] == (examples,) else alone for leaf in jax.tree.leaves(batch)]
+        return jax.lax.with_sharding_constraint(batch, jax.tree.unflatten(jax.tree.structure(batch), places))
 
     @jax.jit
     def advance(arrays: Any, state: TrainState, order: Any, row: jax.Array, n: jax.Array) -> Any:
@@ -59,20 +64,24 @@ def chunks(
             return state, jax.tree.map(lambda column, value: column.at[i].set(value), columns, metrics)
 
         _, metrics = jax.eval_shape(lambda: one_step(state, batch_of(arrays, state, order, row)))
+        refuse_names(metrics.keys() - {"loss"}, "the loss's aux")
         columns = jax.tree.map(lambda leaf: jnp.zeros([CAPACITY], leaf.dtype), metrics)
         state, columns = jax.lax.fori_loop(0, n, body, (state, columns))
         return state, columns, all_finite(state.params)
 
     @jax.jit
     def look(arrays: Any, state: TrainState, order: Any, row: jax.Array) -> Inspection:
-        seen = inspected(state.params, batch_of(arrays, state, order, row), **step_keywords(loss, state))
-        with jax.numpy_dtype_promotion("standard"):
-            updates, _ = optimizer.update(seen.grads, state.opt_state, state.params)
+        batch, keywords = batch_of(arrays, state, order, row), step_keywords(loss, state)
+        f = batch_loss(loss, state.rest)
+        seen = inspect(f, input_grads=False)(state.params, batch, **keywords)
+        value_fn = lambda params: value_and_aux(f(params, batch, **keywords))[0]  # noqa: E731
+        updates, _ = update(optimizer, state, seen.value, seen.grads, value_fn)
         return seen.with_updates(state.params, updates)
 
     @jax.jit
     def measure(arrays: Any, state: TrainState, order: Any, row: jax.Array) -> NoiseScale:
         batch = batch_of(arrays, state, order, row)
+        of_one = loss if state.rest is None else state.rest.loss(loss)
         if not takes_key(of_one):
             return noise_scale(of_one)(state.params, batch)
         keys = jax.random.split(step_key(state), source.batch_size)  # as batch_mean splits it

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from gradfn.losses import Loss, over_batch
+from gradfn.losses import Loss
 from gradfn.train.chunk import Chunks, all_finite
+from gradfn.train.model import batch_loss
 from gradfn.train.step import TrainState
 
 
@@ -35,5 +36,5 @@ def fault(
     batch, keywords = run.arguments(state, order, row + broken)
     value = losses[broken] if broken < len(losses) else np.nan
     what = f"the loss became {value}" if not np.isfinite(value) else "a gradient or an update is not finite"
-    report = nan_origin(over_batch(loss))(state.params, batch, **keywords)
+    report = nan_origin(batch_loss(loss, state.rest))(state.params, batch, **keywords)
     return FloatingPointError(f"step {int(state.step)}: {what}\n{report}")

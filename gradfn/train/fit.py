@@ -17,14 +17,14 @@ import jax
 import numpy as np
 import optax
 
-from gradfn.losses import Loss, check_targets, over_batch
+from gradfn.losses import Loss, check_targets
 from gradfn.train import checkpoint
 from gradfn.train.chunk import CAPACITY, chunks
 from gradfn.train.fault import fault
 from gradfn.train.identity import identity
 from gradfn.train.log import EVENTS, INSPECTIONS, METRICS, NOISE, Log
 from gradfn.train.source import source_of
-from gradfn.train.step import TrainState, step_keywords, train_state
+from gradfn.train.step import TrainState, train_state
 
 Row = dict[
     str, Any
@@ -44,6 +44,11 @@ class Fit(NamedTuple):
     inspections: list[Row]  # {"step": ...} and what Inspection.to_dict says
     noise: list[Row]  # {"step": ...} and what NoiseScale.to_dict says, and the "running_scale"
 
+    @property
+    def model_state(self) -> Any:
+        """The state that the loss carried from step to step; None where it carried none."""
+        return self.state.model_state
+
 
 def fit(
     loss: Loss,
@@ -52,9 +57,10 @@ def fit(
     optimizer: optax.GradientTransformation,
     steps: int,
     *,
+    state: Any = None,
     batch_size: int = 32,
     seed: int = 0,
-    evaluate: Callable[[Any], dict[str, Any]] | None = None,
+    evaluate: Callable[..., dict[str, Any]] | None = None,
     eval_every: int | None = None,
     inspect_every: int | None = None,
     noise_every: int | None = None,
@@ -70,15 +76,21 @@ def fit(
 
     Args:
         loss: `(params, batch) -> scalar` or `(scalar, aux)`, with `key=` where it has noise in it. gradfn's own
-            losses, which are of one example, are meant over the batch.
-        params: any pytree of arrays; left as they are.
+            losses, which are of one example, are averaged over the batch. With `state`, `(params, batch, state) ->
+            (scalar, {"state": new_state, ...})`.
+        params: any pytree, left as it is. Its floating arrays are trained; all else is configuration, so an Equinox
+            model will do. Of a Flax NNX module the `nnx.Param`s are trained, and its other variables (running
+            means, counters of random numbers) are carried from step to step.
         data: a pytree of arrays with one leading axis of examples, which is shuffled each epoch; or a function
             `(key) -> batch` that can be compiled; or batches made on the host, see `gf.train.from_host`.
         optimizer: from optax.
         steps: how many to take in all.
+        state: a pytree of arrays that the loss gets, and returns changed, at each step: Linen's `batch_stats`,
+            Equinox's `State`. `docs/state.md` shows each.
         batch_size: examples a step, where `data` is arrays. What does not fill a batch waits for another epoch.
         seed: decides the order of the examples and the keys of noise.
-        evaluate: `(params) -> {name: scalar}`, called every `eval_every` steps and at the end.
+        evaluate: `(params) -> {name: scalar}`, called every `eval_every` steps and at the end; with `state`, `(params,
+            state) -> {name: scalar}`.
         eval_every: in steps; once an epoch by default (a tenth of all steps where `data` is a function).
         inspect_every: look at all gradients and activations each so many steps, with `gf.inspect`.
         noise_every: measure the gradient's noise scale each so many steps, with `gf.noise_scale`, on the step's
@@ -101,15 +113,18 @@ def fit(
         progress: show a progress bar (in a terminal) or a line for each evaluation (elsewhere).
 
     Returns:
-        `Fit(params, state, history, inspections, noise)`. A row of `history` has `step`, `epoch`, `loss` (the mean
+        `Fit(params, state, history, inspections, noise)`, and `.model_state`. `params` is of the type that was
+        given. A row of `history` has `step`, `epoch`, `loss` (the mean
         since the row before), `examples_per_second` (and `tokens_per_second`, padding counted, where examples
         are whole numbers `[tokens]`), `seconds`, aux's scalars and what `evaluate` said.
 
     Raises:
         ValueError: data that are not numbers or arrays of unlike length, targets that gradfn's own loss is not
             right for (labels outside of the classes, NaN), a batch that is larger than the data, numbers below 1;
-            `noise_every` with a loss that is of a batch.
-        TypeError: labels that are not integers.
+            `noise_every` with a loss that is of a batch; a scalar of aux or of `evaluate` with a name that the row
+            has already.
+        TypeError: labels that are not integers; nothing in `params` can be trained, or it holds state that must not
+            be (it says what to write); a loss that does not return the state that it takes.
         CheckpointError: `resume` finds the checkpoint of another run, or one that cannot be read; it says what
             differs.
         FloatingPointError: the loss or a gradient is no longer finite; it says where that began, as
@@ -140,15 +155,16 @@ def fit(
     source = source_of(data, batch_size, seed)
     if not callable(source.content):  # a function's batches are known only inside the program
         check_targets(loss, source.content)
-    state = train_state(params, optimizer, jax.random.key(seed))
+    apart = state is not None  # the user's state, beside the model
+    state = train_state(params, optimizer, jax.random.key(seed), state)
     settings = {"steps": steps, "batch_size": batch_size, "seed": seed, "eval_every": eval_every}
-    who = None if folder is None else identity(state, source, over_batch(loss), step_keywords(loss, state))
+    who = None if folder is None else identity(state, source, loss)
     log = Log(None if folder is None else Path(folder), settings, who, progress, source.tokens)
     if resume and log.folder and (log.folder / CHECKPOINT).exists():
         state, notes = checkpoint.load(log.folder / CHECKPOINT, like=state)
         log.restore(notes)
         if log.finished:
-            return Fit(state.params, state, log.history, log.inspections, log.noise)
+            return Fit(state.model, state, log.history, log.inspections, log.noise)
     elif log.folder:
         clear(log.folder)
     eval_every = log.settings["eval_every"] or min(source.epoch_steps or max(steps // 10, 1), steps)
@@ -192,18 +208,20 @@ def fit(
                 length = int(np.clip(aim, max(length // 2, 1), min(length * 8, CAPACITY)))
             state, step = after, end
             if step % eval_every == 0 or step == steps:
-                answers = {} if evaluate is None else evaluate(state.params)
+                answers = (
+                    {} if evaluate is None else evaluate(state.model, *([state.model_state] if apart else []))
+                )
                 epoch = step / source.epoch_steps if source.epoch_steps else None
                 log.row(step, epoch, {name: float(value) for name, value in answers.items()})
                 log.finished = step == steps or (stop is not None and stop(log.history))
             if log.folder and keep_every and (step % keep_every == 0 or log.finished):
-                checkpoint.keep(log.folder, step, state.params)
+                checkpoint.keep(log.folder, step, state.params, state.model_state)
             if log.folder and (log.finished or time.monotonic() - saved >= pause):
                 began = time.monotonic()
                 checkpoint.save(log.folder / CHECKPOINT, state, log.notes())
                 saved = time.monotonic()
                 pause = max(checkpoint_seconds, 20 * (saved - began))
-    return Fit(state.params, state, log.history, log.inspections, log.noise)
+    return Fit(state.model, state, log.history, log.inspections, log.noise)
 
 
 def stalled(
@@ -216,7 +234,7 @@ def stalled(
     Args:
         name: of a metric in the history's rows.
         evaluations: how many to wait.
-        better: `min` for losses, `max` for accuracies.
+        better: `min` for losses, `max` for accuracies. NaN is worse than any number.
 
     >>> import gradfn as gf
     >>> stop = gf.stalled("loss", evaluations=2)
@@ -228,8 +246,13 @@ def stalled(
         values = [row[name] for row in history]
         if len(values) <= evaluations:
             return False
-        best = functools.reduce(better, values[:-evaluations])
-        return functools.reduce(better, values[-evaluations:], best) == best
+        before, since = (
+            [v for v in part if v == v] for part in (values[:-evaluations], values[-evaluations:])
+        )
+        if not before or not since:
+            return not since
+        best = functools.reduce(better, before)
+        return functools.reduce(better, since, best) == best
 
     return stop
 

@@ -22,9 +22,11 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from gradfn.losses import Loss
 from gradfn.params import named_leaves
+from gradfn.train.model import batch_loss
 from gradfn.train.source import Source
-from gradfn.train.step import TrainState
+from gradfn.train.step import TrainState, step_keywords
 from gradfn.transform.program import as_written
 
 HASHED = 1 << 24  # bytes of an array that are hashed, at most
@@ -34,10 +36,8 @@ CLOSE = 1e-3  # relative to the largest of them
 Identity = dict[str, dict[str, Any]]
 
 
-def identity(
-    state: TrainState, source: Source, loss: Callable[..., Any], keywords: dict[str, Any]
-) -> Identity:
-    """Return the identity of a run that starts from a state; `keywords` is what the loss takes beside its batch."""
+def identity(state: TrainState, source: Source, loss: Loss) -> Identity:
+    """Return the identity of a run that starts from a state."""
     order = source.order(0)
     row, key = np.int32(0), jax.random.key(0)
     batch = jax.eval_shape(source.batch, source.arrays, order, row, key)
@@ -47,7 +47,7 @@ def identity(
         "programs": {
             "jax": f"{jax.__version__} on {jax.default_backend()}",
             "batch": program(source.batch, source.arrays, order, row, key),
-            "loss": program(loss, state.params, batch, **keywords),
+            "loss": program(batch_loss(loss, state.rest), state.params, batch, **step_keywords(loss, state)),
         },
     }
 

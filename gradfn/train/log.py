@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gradfn.text import to_json
 from gradfn.train.checkpoint import CheckpointError, replace_file
 from gradfn.train.identity import Identity, difference
 from gradfn.versions import versions
@@ -65,7 +65,12 @@ class Log:
             self._advance(n, float(values["loss"][-1]))
 
     def row(self, step: int, epoch: float | None, answers: dict[str, float]) -> None:
-        """Close a row: the means since the last one, and what the evaluation said."""
+        """Close a row: the means since the last one, and what the evaluation returned.
+
+        Raises:
+            ValueError: the evaluation returned a name that the row has already.
+        """
+        refuse_names(answers, "evaluate", self.sums)
         means = {name: total / self.n_steps for name, total in self.sums.items()}
         row = {"step": step} | ({} if epoch is None else {"epoch": epoch}) | means | answers
         rate = self.examples / max(self.row_seconds, 1e-9)
@@ -159,14 +164,14 @@ class Log:
         self.folder.mkdir(parents=True, exist_ok=True)
         # Rows that an interrupted run wrote after its last checkpoint are about to be made again.
         for name, rows in ((METRICS, self.history), (INSPECTIONS, self.inspections), (NOISE, self.noise)):
-            replace_file(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            replace_file(self.folder / name, "".join(to_json(row) + "\n" for row in rows).encode())
         last = self.history[-1]["step"] if self.history else 0
         self._events = stack.enter_context(SummaryWriter(str(self.folder / EVENTS), purge_step=last + 1))
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         assert self.folder
         with (self.folder / name).open("a") as out:
-            out.write(json.dumps(row) + "\n")
+            out.write(to_json(row) + "\n")
 
     def _open_bar(self, stack: contextlib.ExitStack) -> None:
         from rich.console import Console
@@ -196,6 +201,15 @@ class Log:
             )
         per_second = f"{self.tokens * rate:,.0f} tokens/s" if self.tokens else f"{rate:,.0f} examples/s"
         self._bar.update(self._task, advance=n, description=f"{text} {per_second}")
+
+
+def refuse_names(names: Iterable[str], what: str, others: Iterable[str] = ()) -> None:
+    """Raise a ValueError for a name that a row of metrics has already."""
+    taken = sorted({*NOT_METRICS, "loss", *others}.intersection(names))
+    if taken:
+        raise ValueError(
+            f"fit: {what} returned {', '.join(taken)}, which a row of metrics has already. Rename it"
+        )
 
 
 def _line(row: dict[str, Any], steps: int) -> str:

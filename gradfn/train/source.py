@@ -80,7 +80,7 @@ def from_host(batch: Callable[[int], Any]) -> Source:
     """
     shapes = as_arrays(batch(0), "batch")
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(shapes))
-    n = max(1, min(HOST_STEPS, HOST_BYTES // size))
+    n = max(1, min(HOST_STEPS, HOST_BYTES // max(size, 1)))
 
     @functools.lru_cache(maxsize=2)  # the batches that are in use, and the next ones
     def order(epoch: int) -> Any:
@@ -127,13 +127,15 @@ def _from_arrays(data: Any, batch_size: int, seed: int) -> Source:
 
 
 def _batch_size(batch: Any) -> int:
-    return jax.tree.leaves(batch)[0].shape[0]
+    """Return the number of examples: the length of the first array that has one, 1 where none has."""
+    return next((leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.ndim), 1)
 
 
 def _tokens(batch: Any) -> int | None:
-    """Return how many tokens a sequence has, where the first array is whole numbers `[batch, tokens]`."""
-    first = jax.tree.leaves(batch)[0]
-    return first.shape[1] if first.ndim == 2 and jnp.issubdtype(first.dtype, jnp.integer) else None
+    """Return how many tokens a sequence has, where the first array is of integers `[batch, tokens]`."""
+    first = next((leaf for leaf in jax.tree.leaves(batch) if leaf.ndim), None)
+    tokens = first is not None and first.ndim == 2 and jnp.issubdtype(first.dtype, jnp.integer)
+    return first.shape[1] if tokens else None  # type: ignore[union-attr]
 
 
 def take_rows(array: jax.Array, index: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,34 +10,57 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradfn.losses import Loss, over_batch
+from gradfn.losses import Loss
 from gradfn.net import takes_key
-from gradfn.params import path_name
+from gradfn.params import named_leaves
+from gradfn.train.model import Graph, Rest, batch_loss, carry, strong, take_apart, value_and_aux
 
 
 class TrainState(NamedTuple):
-    """All that training carries from step to step, as one pytree."""
+    """All that training carries from step to step, as one pytree of arrays.
+
+    `params` holds what is trained, None elsewhere; where all is, it is the model itself. `model` is always that.
+    """
 
     params: Any
     opt_state: Any
     step: jax.Array  # int32 scalar: steps taken
     key: jax.Array  # a typed key; each step folds its number in
+    model_state: Any = None  # what the loss returns as aux["state"]; of an NNX module what is not a Param
+    rest: Rest | Graph | None = None  # what of the model is neither trained nor carried
+
+    @property
+    def model(self) -> Any:
+        """The model as it was given, with the arrays of this state."""
+        return self.params if self.rest is None else self.rest.model(self.params, self.model_state)
 
 
-def train_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+def train_state(
+    params: Any, optimizer: optax.GradientTransformation, key: jax.Array, state: Any = None
+) -> TrainState:
     """Make the state that training begins with.
 
     Args:
-        params: any pytree of arrays.
+        params: any pytree: its floating arrays are trained, all else is configuration, so an Equinox model will
+            do. Of a Flax NNX module the `nnx.Param`s are trained and its other variables carried.
         optimizer: from optax.
         key: from `jax.random.key`; for losses with noise in them.
+        state: a pytree of arrays that the loss changes at each step, such as Linen's `batch_stats` and Equinox's
+            `State`: see `gf.fit`.
+
+    Raises:
+        TypeError: nothing in `params` can be trained, or it holds state that must not be.
 
     >>> import jax, jax.numpy as jnp, optax, gradfn as gf
     >>> gf.train_state({"w": jnp.ones(3)}, optax.sgd(0.1), jax.random.key(0)).step
     Array(0, dtype=int32)
     """
-    params = jax.tree.map(jnp.asarray, params)
-    return TrainState(params, optimizer.init(params), jnp.zeros([], jnp.int32), key)
+    params, rest, carried = take_apart(params)
+    if state is not None and carried is not None:
+        raise TypeError("an NNX module carries its own state; state= must be None, or split the module")
+    model_state = carried if state is None else jax.tree.map(strong, state)
+    opt_state = jax.tree.map(strong, optimizer.init(params))
+    return TrainState(params, opt_state, jnp.zeros([], jnp.int32), key, model_state, rest)
 
 
 def train_step(
@@ -45,12 +69,17 @@ def train_step(
     """Return the compiled step `(state, batch) -> (state, metrics)`, for those who own their loop.
 
     Args:
-        loss: `(params, batch) -> scalar` or `(scalar, aux)`, with `key=` where it has noise in it. gradfn's own
-            losses, which are of one example, are meant over the batch.
-        optimizer: from optax.
+        loss: `(params, batch) -> scalar` or `(scalar, aux)`, with `key=` where it has noise in it and `state=` where
+            the state was made with one. gradfn's own losses, which are of one example, are averaged over the batch.
+        optimizer: from optax. It gets `value`, `grad` and `value_fn` too, which `optax.lbfgs` and
+            `optax.contrib.reduce_on_plateau` need.
 
     Returns:
         A jitted function; `metrics` holds `loss` and the scalars of aux.
+
+    Raises:
+        ValueError: a scalar of aux has the name `loss`, or two have the same.
+        TypeError: the loss does not return the state that it takes, or changes its structure.
 
     >>> import jax, jax.numpy as jnp, optax, gradfn as gf
     >>> step = gf.train_step(lambda params, batch: jnp.square(params["w"] - batch).mean(), optax.sgd(0.5))
@@ -59,24 +88,60 @@ def train_step(
     >>> print(state.params["w"], metrics["loss"])
     2.0 5.0
     """
-    value_and_grad = jax.value_and_grad(scalar_and_aux(over_batch(loss)), has_aux=True)
 
     @jax.jit
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        (value, aux), grads = value_and_grad(state.params, batch, **step_keywords(loss, state))
-        with jax.numpy_dtype_promotion(
-            "standard"
-        ):  # optax mixes integers and floats, whatever the user asks of us
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        keywords = step_keywords(loss, state)
+        f = scalar_and_aux(batch_loss(loss, state.rest))
+        (value, aux), grads = jax.value_and_grad(f, has_aux=True)(state.params, batch, **keywords)
+        model_state, aux = carry(state.model_state, aux)
+        updates, opt_state = update(
+            optimizer, state, value, grads, lambda params: f(params, batch, **keywords)[0]
+        )
+        with jax.numpy_dtype_promotion("standard"):
             params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1, state.key), {"loss": value, **scalars(aux)}
+        _check_types(state.opt_state, opt_state)
+        after = TrainState(params, opt_state, state.step + 1, state.key, model_state, state.rest)
+        return after, {"loss": value, **scalars(aux)}
 
     return step
 
 
+def update(
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    value: jax.Array,
+    grads: Any,
+    value_fn: Callable[[Any], jax.Array],
+) -> tuple[Any, Any]:
+    """Return an optimizer's updates and its new state; `value_fn` is the loss on this batch, of parameters."""
+    # The gradient that jax gives of a complex number is the conjugate of the direction of steepest ascent.
+    grads = jax.tree.map(jnp.conj, grads)
+    # optax mixes integers and floats, whatever the user asks of us.
+    with jax.numpy_dtype_promotion("standard"):
+        return optax.with_extra_args_support(optimizer).update(
+            grads, state.opt_state, state.params, value=value, grad=grads, value_fn=value_fn
+        )
+
+
 def step_keywords(loss: Loss, state: TrainState) -> dict[str, Any]:
-    """Return what a loss takes beside its parameters and its batch, in the step that comes next."""
-    return {"key": step_key(state)} if takes_key(loss) else {}
+    """Return what a loss takes beside its parameters and its batch, in the step that comes next.
+
+    Raises:
+        TypeError: the loss takes a state and there is none, or the other way round.
+    """
+    parameter = inspect.signature(loss).parameters.get("state")
+    given = state.model_state is not None
+    if given and parameter is None and not isinstance(state.rest, Graph):
+        raise TypeError(
+            'with state, the loss must be (params, batch, state) -> (scalar, {"state": new_state})'
+        )
+    if not given and parameter is not None and parameter.default is parameter.empty:
+        raise TypeError(
+            "the loss takes state: give the initial one, fit(..., state=...) or train_state(..., state=...)"
+        )
+    keywords = {"state": state.model_state} if given else {}
+    return keywords | ({"key": step_key(state)} if takes_key(loss) else {})
 
 
 def step_key(state: TrainState) -> jax.Array:
@@ -85,17 +150,32 @@ def step_key(state: TrainState) -> jax.Array:
 
 
 def scalar_and_aux(loss: Loss) -> Loss:
-    """Return a loss that always answers `(scalar, aux)`, with an empty aux where there is none."""
-
-    def with_aux(*args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
-        answer = loss(*args, **kwargs)
-        return answer if isinstance(answer, tuple) else (answer, {})
-
-    return with_aux
+    """Return a loss that always returns `(scalar, aux)`, with an empty aux where there is none."""
+    return lambda *args, **kwargs: value_and_aux(loss(*args, **kwargs))
 
 
 def scalars(aux: Any) -> dict[str, jax.Array]:
-    """Return the scalars in a tree by their paths."""
-    leaves = jax.tree_util.tree_leaves_with_path(aux)
-    named = {path_name(path): jnp.asarray(leaf) for path, leaf in leaves}
-    return {name: leaf for name, leaf in named.items() if leaf.ndim == 0}
+    """Return the scalars in a tree by their paths.
+
+    Raises:
+        ValueError: two have the same path, or one is called `loss`.
+    """
+    named = {name: jnp.asarray(leaf) for name, leaf in named_leaves(aux)}
+    found = {name: leaf for name, leaf in named.items() if leaf.ndim == 0}
+    if "loss" in found:
+        raise ValueError("aux: loss is the name of the loss itself. Give the scalar in aux another name")
+    return found
+
+
+def _check_types(before: Any, after: Any) -> None:
+    """Raise a TypeError where an optimizer's state changes its dtypes or shapes from step to step."""
+    was: Any = jax.tree.structure(before)
+    now: Any = jax.tree.structure(after)
+    if was != now:
+        raise TypeError("the optimizer changes the structure of its state from step to step")
+    for (name, old), new in zip(named_leaves(before), jax.tree.leaves(after), strict=True):
+        expected, actual = (f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" for leaf in (old, new))
+        if expected != actual:
+            raise TypeError(
+                f"the optimizer's state {name or 'opt_state'} is {expected} before a step and {actual} after"
+            )

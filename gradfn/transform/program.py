@@ -1,6 +1,8 @@
 """Trace any function into a jaxpr, and put its results back into the shape that the function gave them."""
 
+import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +116,36 @@ def params_first(
     return (kwargs.pop(first.name),), kwargs
 
 
+def pure(f: Callable) -> Callable:
+    """Return ``f``, which raises where it changes a Flax NNX module that it gets: tracing would lose the change."""
+    nnx: Any = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return f
+
+    def is_module(node: Any) -> bool:
+        return isinstance(node, nnx.Module)
+
+    @functools.wraps(f)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if not any(map(is_module, jax.tree.leaves((args, kwargs), is_leaf=is_module))):
+            return f(*args, **kwargs)
+        before = jax.tree.leaves((args, kwargs))
+        out = f(*args, **kwargs)
+        after = jax.tree_util.tree_leaves_with_path((args, kwargs))
+        pairs = zip(before, after, strict=False)
+        changed = [leaf_name(path[2:]) for old, (path, new) in pairs if new is not old]
+        if changed or len(before) != len(after):
+            raise TypeError(
+                f"the function changes the NNX module ({', '.join(changed[:3]) or 'its structure'}), and the change "
+                "would be lost. Call model.eval() first, or write graphdef, params, rest = nnx.split(model, nnx.Param, "
+                "...), inspect a function of (params, rest, ...) that merges them with copy=True, and return its new "
+                "rest as aux"
+            )
+        return out
+
+    return checked
+
+
 def trace(f: Callable, /, *args: Any, **kwargs: Any) -> Program:
     """Trace ``f(*args, **kwargs)``.
 
@@ -137,7 +169,7 @@ def trace(f: Callable, /, *args: Any, **kwargs: Any) -> Program:
         args, kwargs = jax.tree.unflatten(
             in_tree, [next(rest) if k else x for k, x in zip(known, leaves, strict=True)]
         )
-        outs, out_tree = jax.tree.flatten(f(*args, **kwargs))
+        outs, out_tree = jax.tree.flatten(pure(f)(*args, **kwargs))
         return outs
 
     inputs = [leaf for leaf, k in zip(leaves, known, strict=True) if k]

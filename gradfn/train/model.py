@@ -1,0 +1,202 @@
+"""A model taken apart: what is trained, what is carried from step to step, and what stays as it is.
+
+Floating (and complex) arrays are trained. Other arrays, and all that is not an array (functions, strings, the Python
+numbers that a module holds), are configuration: an Equinox model is trained whole. Of a Flax NNX module the
+`nnx.Param`s are trained and all other variables, such as running means and counters of random numbers, are carried.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gradfn.losses import Loss, over_batch
+from gradfn.params import named_leaves
+from gradfn.transform.program import traced_leaves
+
+SPLIT = (
+    "Write graphdef, params, rest = nnx.split(model, nnx.Param, ...), train params, and give rest as state: "
+    "fit(loss, params, ..., state=rest), where loss(params, batch, state) returns (value, {'state': new rest})"
+)
+
+
+class Fixed(tuple[Any, ...]):
+    """Things of any kind that compiled programs may depend on."""
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(type, self)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Fixed) or len(other) != len(self):
+            return False
+        return all(a is b or (type(a) is type(b) and bool(a == b)) for a, b in zip(self, other, strict=True))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["structure", "trained", "fixed"]
+)
+@dataclass(frozen=True)
+class Rest:
+    """What of a tree is not trained.
+
+    Attributes:
+        arrays: integers, booleans, keys.
+        structure: the tree's.
+        trained: for each leaf, whether it is trained.
+        fixed: what is not an array; None for each leaf that is one.
+    """
+
+    arrays: list[Any]
+    structure: Any
+    trained: tuple[bool, ...]
+    fixed: Fixed
+
+    def model(self, params: Any, state: Any = None) -> Any:
+        """Put the tree together again."""
+        leaves = self.structure.flatten_up_to(params)
+        arrays = iter(self.arrays)
+        for i, (trained, fixed) in enumerate(zip(self.trained, self.fixed, strict=True)):
+            if not trained:
+                leaves[i] = next(arrays) if fixed is None else fixed
+        return jax.tree.unflatten(self.structure, leaves)
+
+    def loss(self, loss: Loss) -> Loss:
+        """Return a loss of what is trained."""
+
+        @functools.wraps(loss)
+        def of_trained(params: Any, *args: Any, **kwargs: Any) -> Any:
+            return loss(self.model(params), *args, **kwargs)
+
+        return of_trained
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["graphdef"])
+@dataclass(frozen=True)
+class Graph:
+    """What of a Flax NNX module is neither trained nor carried: how it is built."""
+
+    graphdef: Any
+
+    def model(self, params: Any, state: Any = None) -> Any:
+        """Make a module of these variables; they are copied, and may be changed in place."""
+        from flax import nnx
+
+        return nnx.merge(self.graphdef, params, state, copy=True)
+
+    def loss(self, loss: Loss) -> Loss:
+        """Return a loss of what is trained that returns the other variables, as the forward pass left them, as aux."""
+        from flax import nnx
+
+        @functools.wraps(loss)
+        def of_variables(params: Any, *args: Any, state: Any, **kwargs: Any) -> Any:
+            model = self.model(params, state)
+            value, aux = value_and_aux(loss(model, *args, **kwargs))
+            if not isinstance(aux, Mapping):
+                raise TypeError(f"aux beside an NNX module must be a dict, got {type(aux).__name__}")
+            parts: Any = nnx.split(model, nnx.Param, ...)
+            return value, {"state": parts[2], **aux}
+
+        return of_variables
+
+
+def take_apart(model: Any) -> tuple[Any, Rest | Graph | None, Any]:
+    """Return what of a model is trained, the rest (None where there is none), and what is carried.
+
+    Raises:
+        TypeError: nothing in it can be trained, or it holds state that must not be.
+    """
+    nnx: Any = sys.modules.get("flax.nnx")
+    if nnx is not None and any(isinstance(node, nnx.Module) for node in _nodes(model, nnx.Module)):
+        graphdef, params, state = nnx.split(model, nnx.Param, ...)
+        return jax.tree.map(strong, params), Graph(graphdef), jax.tree.map(strong, state)
+    _refuse_state(model, nnx)
+    leaves, structure = jax.tree.flatten(model)
+    abstract = jax.ShapeDtypeStruct
+    traced = traced_leaves(model)
+    known = [array or isinstance(leaf, abstract) for leaf, array in zip(leaves, traced, strict=True)]
+    leaves = [strong(leaf) if array else leaf for leaf, array in zip(leaves, known, strict=True)]
+    trained = tuple(
+        array and jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf, array in zip(leaves, known, strict=True)
+    )
+    if not any(trained):
+        raise TypeError(f"there is no floating array in the parameters to train, got {type(model).__name__}")
+    kinds = list(zip(leaves, known, trained, strict=True))
+    params = jax.tree.unflatten(structure, [leaf if chosen else None for leaf, _, chosen in kinds])
+    if all(trained):
+        return params, None, None
+    arrays = [leaf for leaf, array, chosen in kinds if array and not chosen]
+    fixed = Fixed(None if array else leaf for leaf, array, _ in kinds)
+    return params, Rest(arrays, structure, trained, fixed), None
+
+
+def strong(leaf: Any) -> Any:
+    """Return a number or an array as one of its own dtype, as which a checkpoint restores it."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    array = jnp.asarray(leaf)
+    # Python's numbers make arrays that promote like Python's numbers; what comes out of a file does not.
+    return array.astype(array.dtype) if getattr(array, "weak_type", False) else array
+
+
+def batch_loss(loss: Loss, rest: Rest | Graph | None) -> Loss:
+    """Return a loss over a batch of what is trained."""
+    return over_batch(loss if rest is None else rest.loss(loss))
+
+
+def value_and_aux(out: Any) -> tuple[Any, Any]:
+    """Return what a loss returned as `(value, aux)`, with an empty aux where there is none."""
+    return out if isinstance(out, tuple) else (out, {})
+
+
+def carry(state: Any, aux: Any) -> tuple[Any, Any]:
+    """Return a model's new state, which a loss returned in its aux, and the rest of aux.
+
+    Raises:
+        TypeError: there is none, or it is of another structure, shape or dtype than the one before.
+    """
+    if state is None:
+        return None, aux
+    if not isinstance(aux, Mapping) or "state" not in aux:
+        raise TypeError('a loss that takes state must return (scalar, {"state": new_state, ...})')
+    new = aux["state"]
+    was: Any = jax.tree.structure(state)
+    now: Any = jax.tree.structure(new)
+    if was != now:
+        raise TypeError(f"the loss changed the structure of state: expected {was}, got {now}")
+    for (name, before), after in zip(named_leaves(state), jax.tree.leaves(new), strict=True):
+        expected, actual = (f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" for leaf in (before, after))
+        if expected != actual:
+            raise TypeError(f"the loss changed the state {name}: expected {expected}, got {actual}")
+    return jax.tree.map(jnp.asarray, new), {name: value for name, value in aux.items() if name != "state"}
+
+
+def _refuse_state(model: Any, nnx: Any) -> None:
+    if nnx is not None:
+        for name, node in named_leaves(model, lambda node: isinstance(node, nnx.Variable)):
+            if isinstance(node, nnx.Variable) and not isinstance(node, nnx.Param):
+                raise TypeError(f"{name}: {type(node).__name__} must not be trained. {SPLIT}")
+    if isinstance(model, Mapping) and {"params", "batch_stats"} <= set(model):
+        raise TypeError(
+            "batch_stats must not be trained. Train variables['params'] and give the rest as state: fit(loss, "
+            "variables['params'], ..., state={'batch_stats': variables['batch_stats']}), where loss(params, batch, "
+            "state) returns (value, {'state': new state})"
+        )
+    eqx: Any = sys.modules.get("equinox.nn")
+    if eqx is not None and any(
+        isinstance(node, eqx.StateIndex) and jax.tree.leaves(node) for node in _nodes(model, eqx.StateIndex)
+    ):
+        raise TypeError(
+            "the Equinox model holds its initial state, which must not be trained. Write model, state = "
+            "eqx.nn.make_with_state(Model)(...) and fit(loss, model, ..., state=state), where loss(model, batch, "
+            "state) returns (value, {'state': new state})"
+        )
+
+
+def _nodes(tree: Any, kind: type) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
