@@ -39,6 +39,7 @@ class Net:
     apply: Callable[..., Any]
 
     def __post_init__(self) -> None:
+        _params.named_leaves(self.spec, _params.is_param)  # no two of them have the same path
         object.__setattr__(self, "apply", _checked(self.spec, self.apply))
 
     def init(self, key: jax.Array) -> Params:

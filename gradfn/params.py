@@ -88,6 +88,11 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def is_param(leaf: Any) -> bool:
+    """Tell whether something is a declared array."""
+    return isinstance(leaf, Param)
+
+
 def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[str, Any]]:
     """Return a tree's leaves with their paths as text, in order.
 
@@ -119,13 +124,16 @@ def init(spec: Spec, key: jax.Array) -> Params:
         The same dict with arrays.
 
     Raises:
-        ParameterError: a leaf that is no `Param`, or whose initialiser made another shape or dtype.
+        ParameterError: a leaf that is not a `Param`, or whose initialiser made another shape or dtype; two leaves with
+            the same path.
 
     >>> import jax, gradfn as gf
     >>> params = gf.init({"W": gf.Param([2, 3]), "b": gf.Param([2])}, jax.random.key(0))
     >>> gf.shapes(params)
     {'W': [2, 3], 'b': [2]}
     """
+
+    named_leaves(spec, is_param)
 
     def make(path: tuple[Any, ...], param: Param) -> jax.Array:
         name = path_name(path)
@@ -139,7 +147,7 @@ def init(spec: Spec, key: jax.Array) -> Params:
             raise ParameterError(name, message)
         return value
 
-    return jax.tree_util.tree_map_with_path(make, spec, is_leaf=lambda leaf: isinstance(leaf, Param))
+    return jax.tree_util.tree_map_with_path(make, spec, is_leaf=is_param)
 
 
 def count(tree: Any) -> int:
@@ -180,8 +188,7 @@ def table(tree: Any) -> TextTable:
       total            2 arrays       8      32
     6 weights + 2 biases = 8 parameters
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    rows = [(path_name(path), leaf.shape, jnp.dtype(leaf.dtype)) for path, leaf in leaves]
+    rows = [(name, leaf.shape, jnp.dtype(leaf.dtype)) for name, leaf in named_leaves(tree)]
     rows.sort(key=lambda row: _reading_order(row[0]))
     sizes = [math.prod(shape) for _, shape, _ in rows]
     size_bytes = [size * dtype.itemsize for size, (_, _, dtype) in zip(sizes, rows, strict=True)]

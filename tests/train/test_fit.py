@@ -423,3 +423,110 @@ def test_a_gradient_that_breaks_is_traced_to_its_line(monkeypatch, chunk_seconds
         )
     assert str(error.value).startswith("step 4: a gradient or an update is not finite")
     assert "test_fit.py" in str(error.value)
+
+
+# B6. Names and numbers in rows
+
+
+@pytest.mark.parametrize(
+    "name", ["loss", "step", "epoch", "seconds", "examples_per_second", "tokens_per_second"]
+)
+def test_b6_a_metric_that_takes_the_name_of_the_rows_own_is_refused(name):
+    def with_aux(params, batch):
+        return jnp.square(params - batch).mean(), {"fine": jnp.float32(0), name: jnp.float32(7)}
+
+    options = {"batch_size": 5, "progress": False}
+    with pytest.raises(ValueError, match=f"{name}.*Rename it|aux: {name} is the name of the loss"):
+        gf.fit(with_aux, jnp.array(0.0), jnp.ones(10), optax.sgd(0.1), 2, **options)
+    with pytest.raises(ValueError, match=f"evaluate returned {name}, which a row of metrics has already"):
+        gf.fit(
+            lambda params, batch: jnp.square(params - batch).mean(),
+            *(jnp.array(0.0), jnp.ones(10), optax.sgd(0.1), 2),
+            **options,
+            evaluate=lambda params: {"fine": 0.0, name: 7.0},
+        )
+
+
+def test_b6_evaluate_does_not_replace_a_scalar_of_aux():
+    def with_aux(params, batch):
+        return jnp.square(params - batch).mean(), {"size": params}
+
+    with pytest.raises(ValueError, match="evaluate returned size"):
+        gf.fit(with_aux, jnp.array(0.0), jnp.ones(10), optax.sgd(0.1), 2, batch_size=5, progress=False,
+               evaluate=lambda params: {"size": 1.0})  # fmt: skip
+    step = gf.train_step(lambda params, batch: (params.sum(), {"loss": params}), optax.sgd(0.1))
+    with pytest.raises(ValueError, match="aux: loss is the name of the loss itself"):
+        step(gf.train_state(jnp.array(0.0), optax.sgd(0.1), jax.random.key(0)), jnp.ones(2))
+
+
+def test_b6_files_are_json_whatever_the_numbers(tmp_path):
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    def with_aux(params, batch):
+        return jnp.square(params["w"] - batch).mean(), {"bound": jnp.float32(jnp.inf)}
+
+    def fit(steps, **options):
+        return gf.fit(with_aux, {"w": jnp.array(0.0)}, jnp.ones(10), optax.sgd(0.1), steps, batch_size=5,
+                      progress=False, folder=tmp_path, evaluate=lambda params: {"nan": np.nan, "low": -np.inf},
+                      inspect_every=1, eval_every=1, **options)  # fmt: skip
+
+    fitted = fit(3)
+    for file in tmp_path.glob("*.jsonl"):
+        for line in file.read_text().splitlines():
+            json.loads(line, parse_constant=refuse)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["nan"], row["low"], row["bound"]) for row in rows] == [(None, None, None)] * 3
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "checkpoint.safetensors", "numpy") as content:
+        json.loads(content.metadata()["notes"], parse_constant=refuse)
+    # In memory, and from there in a resumed run, numbers are what they were.
+    assert fitted.history[-1]["low"] == fit(3, resume=True).history[-1]["low"] == -np.inf
+    again = fit(4, resume=True)
+    assert np.isnan([row["nan"] for row in again.history]).all()
+    assert [row["bound"] for row in again.history] == [np.inf] * 4
+
+
+def test_b6_two_parameters_of_one_path_are_refused(tmp_path):
+    twice = {"a/b": gf.Param([2]), "a": {"b": gf.Param([2])}}
+    arrays = {"a/b": jnp.ones(2), "a": {"b": jnp.zeros(2)}}
+    run = lambda folder: gf.fit(lambda params, batch: params["a/b"].sum() * batch.mean(), arrays, jnp.ones(10),  # noqa: E731
+                                optax.sgd(0.1), 1, batch_size=5, folder=folder, progress=False)  # fmt: skip
+    for declare in (
+        lambda: gf.init(twice, jax.random.key(0)),
+        lambda: gf.Net(twice, lambda params, x: x),
+        lambda: gf.table(twice),
+        lambda: gf.train.checkpoint.save(tmp_path / "x", arrays, {}),
+        lambda: run(tmp_path / "run"),
+    ):
+        with pytest.raises(gf.ParameterError, match="a/b: two entries have this path"):
+            declare()
+    assert not (tmp_path / "run").exists()
+    aux = lambda params, batch: (params.sum(), {"a/b": params, "a": {"b": params}})  # noqa: E731
+    with pytest.raises(ValueError, match="a/b: two entries"):
+        gf.fit(aux, jnp.array(0.0), jnp.ones(10), optax.sgd(0.1), 1, batch_size=5, progress=False)
+
+
+# B8. NaN is worse than any number
+
+
+@pytest.mark.parametrize("better", [min, max])
+def test_b8_stalled_takes_nan_for_worse_than_any_number(better):
+    nan, sign = float("nan"), 1 if better is min else -1
+    cases = [
+        ([1.0, nan, nan], True),
+        ([nan, 2.0, 2.0], False),
+        ([nan, nan, nan], True),
+        ([nan, 2.0, 1.0], False),
+        ([nan, nan, 1.0], False),
+        ([2.0, nan, 1.0], False),
+        ([1.0, nan, 2.0, 1.5], True),
+        ([nan, 1.0, nan, 0.5], False),
+        ([float("inf"), nan, 1.0], False),
+        ([1.0, float("inf"), nan], True),
+        ([nan], False),
+    ]
+    for values, expected in cases:
+        rows = [{"m": sign * value} for value in values]
+        assert gf.stalled("m", evaluations=2, better=better)(rows) is expected, values

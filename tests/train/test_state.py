@@ -435,8 +435,6 @@ def test_a15_a_batch_may_begin_with_a_scalar_or_a_key(mesh):
         lambda params, k: jnp.square(params["w"]).sum() * jax.random.uniform(k), W, data=lambda key: key
     )
     assert alone.history[-1]["step"] == STEPS
-    on_host = gf.train.from_host(lambda step: {"a": np.float32(step), "x": X[:8]})
-    train(lambda params, batch: params["w"].sum() * batch["a"] + batch["x"].sum(), W, data=on_host, mesh=mesh)
 
 
 def test_a15_complex_parameters_descend():
