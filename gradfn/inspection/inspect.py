@@ -196,13 +196,36 @@ def inspect(
         kept = select(chosen, keep, "keep")
         grown = _differentiable(program, input_grads)
         flat = hasattr(loss, "flat")
-        look = functools.partial(_look, program, flat, chosen, kept, stats, grown, params_only=False)
-        if every == 1:
-            return look(program.inputs)
-        plain = functools.partial(_look, program, flat, chosen, kept, stats, grown, params_only=True)
-        return lax.cond(jnp.asarray(step) % every == 0, look, plain, program.inputs)
+
+        def run(consts: Sequence[Any], inputs: Sequence[Any], step: Any, still: bool) -> Inspection:
+            closed = program.jaxpr.replace(consts=list(consts))
+            look = functools.partial(
+                _look, replace(program, jaxpr=closed), flat, chosen, kept, stats, grown, still
+            )
+            if every == 1:
+                return look(False, inputs)
+            return lax.cond(
+                jnp.asarray(step) % every == 0, *[functools.partial(look, b) for b in (False, True)], inputs
+            )
+
+        return _differentiably(run, program)(program.jaxpr.consts, program.inputs, step)
 
     return inspected
+
+
+def _differentiably(run: Callable, program: Program) -> Callable[..., Inspection]:
+    """Return the inspection as a function that is cheap to run, and right to differentiate.
+
+    The forward statistics are cut off from the differentiation that the inspection consists of, which would
+    otherwise keep what it takes to differentiate them, in a scan once per iteration. That cuts them off from a
+    differentiation around the inspection (a penalty on a gradient or an activation) as well, so there the
+    inspection is replaced by one that cuts off nothing.
+    """
+    if program.jaxpr.effects:  # those that are not allowed in a function with a rule of its own are among them
+        return functools.partial(run, still=False)
+    inspection = jax.custom_jvp(functools.partial(run, still=True))
+    inspection.defjvp(functools.partial(jax.jvp, functools.partial(run, still=False)))
+    return inspection
 
 
 def _checked_stats(stats: Sequence[str]) -> tuple[str, ...]:
@@ -246,10 +269,21 @@ def _look(
     kept: list[Site],
     stats: tuple[str, ...],
     grown: list[int],
-    inputs: Sequence[Any],
+    still: bool,
     params_only: bool,
+    inputs: Sequence[Any],
 ) -> Inspection:
-    """Run the program forward and backward; with `params_only`, without looking at anything on the way."""
+    """Run the program forward and backward.
+
+    Args:
+        program: the program; `flat` tells whether its products are to be flattened.
+        chosen: the sites; `kept` those whose raw values are returned.
+        stats: the names of the statistics.
+        grown: the numbers of the inputs to differentiate with respect to.
+        still: no gradient passes through the forward statistics and raw values.
+        params_only: inspect nothing on the way, and differentiate with respect to the parameters only.
+        inputs: the program's.
+    """
     by_path: dict[Path, list[Site]] = {}
     for site in chosen:
         by_path.setdefault(site.path, []).append(site)
@@ -260,9 +294,9 @@ def _look(
         outs, capture = evaluate(inputs), {}
         for site in by_path[place.path]:
             x = outs[site.index]
-            still = lax.stop_gradient(x)
-            capture[site.name] = {"stats": summarise(still, stats, site.kind)} | (
-                {"raw": still} if site.name in raw else {}
+            seen = lax.stop_gradient(x) if still else x
+            capture[site.name] = {"stats": summarise(seen, stats, site.kind)} | (
+                {"raw": seen} if site.name in raw else {}
             )
             if site.differentiable:
                 outs[site.index] = probe(backward[site.name], x, token[site.name])
