@@ -22,10 +22,10 @@ def widen(x: jax.Array) -> jax.Array:
 
 def magnitudes_squared(x: jax.Array) -> jax.Array:
     """Return |x|^2 of each element, real, in float32 at least."""
-    return functools.reduce(jnp.add, map(jnp.square, _parts(x)))
+    return functools.reduce(jnp.add, map(jnp.square, real_parts(x)))
 
 
-def _parts(x: jax.Array) -> list[jax.Array]:
+def real_parts(x: jax.Array) -> list[jax.Array]:
     """Return the real and imaginary parts, in float32 at least."""
     return [widen(part) for part in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
 
@@ -55,22 +55,28 @@ def norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
     """
     square = jnp.sum(magnitudes_squared(x), axis)
     n = x.size // max(square.size, 1)
-    return lax.cond(
-        jnp.all(is_safe(square, n)), lambda x: jnp.sqrt(square), lambda x: scaled_norm(x, axis), x
-    )
+    return lax.cond(jnp.all(is_safe(square, n)), lambda x: root(square), lambda x: scaled_norm(x, axis), x)
 
 
 def scaled_norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
     """Return the L2 norm as the largest magnitude times the norm of what is divided by it."""
-    parts = _parts(x)
+    parts = real_parts(x)
     largest = [jnp.max(jnp.abs(part), axis, initial=0, keepdims=True) for part in parts]
     unit = unit_of(functools.reduce(jnp.maximum, largest))
     square = sum(jnp.sum(jnp.square(part / unit), axis, keepdims=True) for part in parts)
-    return jnp.squeeze(unit * jnp.sqrt(square), axis if axis is not None else tuple(range(x.ndim)))
+    return jnp.squeeze(unit * root(square), axis if axis is not None else tuple(range(x.ndim)))
 
 
 def unit_of(largest: jax.Array) -> jax.Array:
-    """Return what to divide by so that the largest magnitude becomes 1; 1 where it is 0 or not finite."""
-    # Subnormal numbers may count as 0, so nothing is divided by one.
-    unit = jnp.maximum(largest, jnp.finfo(largest.dtype).tiny)
+    """Return what to divide by so that the largest magnitude is near 1; 1 where it is 0 or not finite."""
+    largest = lax.stop_gradient(largest)  # a result does not depend on what it was scaled by
+    # Subnormal numbers may count as 0, so nothing is divided by one, or by what has one for a reciprocal.
+    limits = jnp.finfo(largest.dtype)
+    unit = jnp.clip(largest, float(limits.tiny), float(limits.max) / 16)
     return jnp.where((largest > 0) & (largest < jnp.inf), unit, jnp.ones_like(largest))
+
+
+def root(square: jax.Array) -> jax.Array:
+    """Return the root of a sum of squares, whose derivative at 0 is 0, the smallest subgradient of a norm."""
+    is_zero = square == 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))

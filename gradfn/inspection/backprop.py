@@ -28,6 +28,7 @@ from gradfn.inspection.where import (
     operation_of,
     order_key,
 )
+from gradfn.precision import norm, wide
 from gradfn.text import TextTable
 from gradfn.transform import Place, Program, interpret, probe, trace_as_written, walk
 from gradfn.transform.interpreter import Evaluate, Path, bodies, scan_split
@@ -280,11 +281,8 @@ def backprop(f: Callable, *, keep: bool = False) -> Callable[..., Backward]:
 
 def _norm(g: Any, residual: Any) -> dict[str, jax.Array]:
     """Return the norm of a cotangent, and 1 for having been asked: steps off the path to the loss never are."""
-    g = g.astype(jnp.float64 if g.dtype == jnp.float64 else jnp.float32)
-    largest = jnp.max(jnp.abs(g), initial=0)
-    safe = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)  # squares of 1e-30 are 0 in float32
-    norm = safe * jnp.sqrt(jnp.sum(jnp.square(g / safe)))
-    return {"norm": jnp.stack([norm, jnp.ones_like(norm)])}
+    size = norm(g)
+    return {"norm": jnp.stack([size, jnp.ones_like(size)])}
 
 
 def _with_value(g: Any, residual: Any) -> dict[str, jax.Array]:
@@ -295,7 +293,7 @@ def _tokens(info: _Info, keep: bool) -> dict[str, list[dict[str, jax.Array]]]:
     axes = tuple(loop.length or 1 for loop in info.loops)
 
     def token(shape: tuple[int, ...], dtype: Any) -> dict[str, jax.Array]:
-        out = {"norm": jnp.zeros((*axes, 2), jnp.float64 if dtype == "float64" else jnp.float32)}
+        out = {"norm": jnp.zeros((*axes, 2), wide(jnp.finfo(dtype).dtype))}
         return {**out, "value": jnp.zeros(axes + shape, dtype)} if keep else out
 
     return {

@@ -153,11 +153,13 @@ def _leaves(tree: Any) -> list[tuple[str, Any]]:
 
 
 def _of_array(x: Any) -> dict[str, Any]:
-    wide = np.asarray(x, dtype=np.float64)
-    if not wide.size:
+    x = np.asarray(x)
+    sizes = np.abs(x.astype(np.complex128 if np.iscomplexobj(x) else np.float64))
+    if not sizes.size:
         return {"rms": 0.0, "max": 0.0, "nonfinite": 0}
-    bad = int(np.sum(~np.isfinite(wide)))
-    return {"rms": float(np.sqrt(np.mean(wide**2))), "max": float(np.max(np.abs(wide))), "nonfinite": bad}
+    bad, largest = int(np.sum(~np.isfinite(sizes))), float(np.max(sizes))
+    unit = largest if 0 < largest < math.inf else 1.0
+    return {"rms": unit * float(np.sqrt(np.mean((sizes / unit) ** 2))), "max": largest, "nonfinite": bad}
 
 
 def text(seen: "Inspection") -> str:

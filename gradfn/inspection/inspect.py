@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gradfn.inspection import flow
+from gradfn.precision import norm
 from gradfn.text import TextTable
 from gradfn.transform import (
     Place,
@@ -122,8 +123,10 @@ class Inspection:
 
 
 def _ratio(param: jax.Array, update: jax.Array) -> jax.Array:
-    norms = [jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)))) for x in (update, param)]
-    return norms[0] / jnp.maximum(norms[1], jnp.finfo(jnp.float32).tiny)
+    sizes = [
+        norm(x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)) for x in (update, param)
+    ]
+    return sizes[0] / jnp.maximum(sizes[1], jnp.finfo(sizes[1].dtype).tiny)
 
 
 def inspect(
@@ -221,7 +224,9 @@ def _differentiably(run: Callable, program: Program) -> Callable[..., Inspection
     differentiation around the inspection (a penalty on a gradient or an activation) as well, so there the
     inspection is replaced by one that cuts off nothing.
     """
-    if program.jaxpr.effects:  # those that are not allowed in a function with a rule of its own are among them
+    if (
+        program.jaxpr.effects
+    ):  # those that are not allowed in a function with a rule of its own are among them
         return functools.partial(run, still=False)
     inspection = jax.custom_jvp(functools.partial(run, still=True))
     inspection.defjvp(functools.partial(jax.jvp, functools.partial(run, still=False)))

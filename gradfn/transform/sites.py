@@ -254,13 +254,11 @@ class _Analysis:
 
 
 def _is_float(atom: Any) -> bool:
-    return jnp.issubdtype(atom.aval.dtype, jnp.floating)
+    return jnp.issubdtype(atom.aval.dtype, jnp.inexact)  # complex as well
 
 
 def _literal(atom: Literal) -> str:
-    return (
-        {0.0: "0", 1.0: "1"}.get(float(atom.val), "") if jnp.ndim(atom.val) == 0 and _is_float(atom) else ""
-    )
+    return {0: "0", 1: "1"}.get(complex(atom.val), "") if jnp.ndim(atom.val) == 0 and _is_float(atom) else ""
 
 
 def _kind(eqn: JaxprEqn, operands: list[_Value]) -> str:
@@ -359,7 +357,7 @@ def _site(found: _Found, name: str, place: Place) -> Site:
         line=place.line,
         scope=place.scope,
         kind=found.kind if found.kind in _ACTIVATIONS else "",
-        differentiable=jnp.issubdtype(aval.dtype, jnp.floating) and not place.in_while,
+        differentiable=jnp.issubdtype(aval.dtype, jnp.inexact) and not place.in_while,
     )
 
 

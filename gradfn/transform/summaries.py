@@ -1,11 +1,12 @@
 """Statistics of an array, cheap enough to take of every activation and every cotangent of a training step.
 
-What XLA's processor backend likes decided the forms: plain ``jnp`` reductions (one variadic reduce took five
-times as long), non-zeros as ``sum(sign(x)**2)`` (counting booleans does not vectorise), and a count of
-non-finite values only where the sum of squares says that there are any. Sums are taken in float32 (float64
-for float64), also for bfloat16.
+What XLA's CPU backend compiles well decided the forms: plain ``jnp`` reductions (one variadic reduce took five
+times as long), and non-zeros as ``sum(sign(x)**2)`` (counting booleans does not vectorise). Sums are taken in
+float32 (float64 for float64), also for bfloat16. Where the sum of squares over- or underflows, mean and rms are
+computed again, scaled, and non-finite values are counted: one test decides both.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from gradfn.precision import is_safe, magnitudes_squared, real_parts, root, unit_of, widen
 
 STATS = ("mean", "rms", "max", "zeros", "saturated", "dead", "nonfinite", "histogram")
 DEFAULT_STATS = STATS[:-1]
@@ -35,13 +38,13 @@ FIRST_EXPONENT, N_BINS, SAMPLE = -32, 48, 1024
 class Stats:
     """Statistics of one value; None for those that were not asked for or do not apply.
 
-    Each is a float scalar, with leading axes where the value sits in a scan (iterations) or a shard_map
-    (devices). They are kept in one array: a compiled step that returns hundreds of scalars spends its time on
-    returning them.
+    Of complex values, all are statistics of the modulus, but for the mean. Each is a real scalar, with leading
+    axes where the value sits in a scan (iterations) or a shard_map (devices). They are kept in one array: a
+    compiled step that returns hundreds of scalars spends its time on returning them.
 
     Attributes:
         count: number of elements (0 where the value was never computed, or no gradient reached it).
-        mean: their mean.
+        mean: their mean; of complex values, the modulus of their mean.
         rms: root of their mean square.
         max: largest magnitude.
         zeros: share that is exactly zero, in [0, 1].
@@ -73,19 +76,24 @@ class Stats:
 @partial(jax.jit, static_argnames=("stats", "kind"))
 def summarise(x: jax.Array, stats: tuple[str, ...], kind: str = "") -> Stats:
     """Return statistics of an array; `kind` is the activation function that made it, if one did."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
         x = x.astype(jnp.float32)
-    accumulate = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-    wide = x.astype(accumulate)
+    is_real = not jnp.iscomplexobj(x)
+    values = widen(x)
+    magnitudes = values if is_real else jnp.abs(values)  # of real values, only the squares and signs are used
+    accumulate = magnitudes.dtype
     n_units = x.shape[-1] if x.ndim else 1
     n_rows = x.size // max(n_units, 1)
     n = max(x.size, 1)
     out = {"count": jnp.full((), x.size, accumulate)}
-    if "mean" in stats:
-        out["mean"] = jnp.sum(wide) / n
-    if "rms" in stats or "nonfinite" in stats:
-        sum_of_squares = jnp.sum(wide * wide)
-        out["rms"] = jnp.sqrt(sum_of_squares / n)
+    sums = tuple(name for name in ("mean", "rms", "nonfinite") if name in stats)
+    if "rms" in sums or "nonfinite" in sums:
+        square = jnp.sum(magnitudes_squared(x))
+        plain = {"mean": _mean(values), "rms": root(square / n), "nonfinite": jnp.zeros_like(square)}
+        of_sums = {name: plain[name] for name in sums}
+        out |= lax.cond(is_safe(square, n), lambda _: of_sums, partial(_carefully, sums), values)
+    elif "mean" in sums:
+        out["mean"] = _mean(values)
     if "dead" in stats and kind in ("relu", "relu6") and n_rows >= DEAD_ROWS:
         of_units = jnp.max(jnp.abs(x.reshape(n_rows, n_units)), axis=0)  # [units]
         out["dead"] = jnp.mean((of_units == 0).astype(accumulate))
@@ -94,22 +102,33 @@ def summarise(x: jax.Array, stats: tuple[str, ...], kind: str = "") -> Stats:
     elif "max" in stats:
         out["max"] = jnp.max(jnp.abs(x), initial=0).astype(accumulate)
     if "zeros" in stats:
-        out["zeros"] = (x.size - jnp.sum(jnp.square(jnp.sign(wide)))) / n
-    if "saturated" in stats and kind in ("sigmoid", "tanh"):
-        slope_at = jnp.abs(2 * wide - 1 if kind == "sigmoid" else wide)
+        out["zeros"] = (x.size - jnp.sum(jnp.square(jnp.sign(magnitudes)))) / n
+    if "saturated" in stats and kind in ("sigmoid", "tanh") and is_real:
+        slope_at = jnp.abs(2 * values - 1 if kind == "sigmoid" else values)
         out["saturated"] = jnp.sum(jnp.sign(jnp.maximum(slope_at - SATURATED, 0))) / n
-    if "nonfinite" in stats:
-        out["nonfinite"] = _count_nonfinite(wide, sum_of_squares)
     names = tuple(name for name in ("count", *stats) if name in out)
-    histogram = _histogram(wide) if "histogram" in stats else None
+    histogram = _histogram(magnitudes) if "histogram" in stats else None
     return Stats(jnp.stack([out[name] for name in names]), histogram, names)
 
 
-def _count_nonfinite(x: jax.Array, sum_of_squares: jax.Array) -> jax.Array:
-    def count() -> jax.Array:
-        return jnp.sum((~jnp.isfinite(x)).astype(x.dtype))
+def _mean(x: jax.Array, unit: jax.Array | float = 1.0) -> jax.Array:
+    """Return the mean, of complex values its modulus; sums are taken in multiples of `unit`."""
+    means = [jnp.sum(part / unit) / max(x.size, 1) for part in real_parts(x)]
+    return unit * (means[0] if len(means) == 1 else jnp.abs(lax.complex(*means)))
 
-    return lax.cond(sum_of_squares < jnp.inf, lambda: jnp.zeros_like(sum_of_squares), count)
+
+def _carefully(names: tuple[str, ...], x: jax.Array) -> dict[str, jax.Array]:
+    """Return mean, rms and the number of non-finite elements where the plain sums over- or underflow."""
+    parts = real_parts(x)
+    unit = unit_of(functools.reduce(jnp.maximum, [jnp.max(jnp.abs(part), initial=0) for part in parts]))
+    squares = functools.reduce(jnp.add, [jnp.sum(jnp.square(part / unit)) for part in parts])
+    found = {
+        "mean": _mean(x, unit),
+        # Not the norm over the root of n: the norm may overflow where this does not.
+        "rms": unit * root(squares / max(x.size, 1)),
+        "nonfinite": jnp.sum((~jnp.isfinite(x)).astype(unit.dtype)),
+    }
+    return {name: found[name] for name in names}
 
 
 def _histogram(x: jax.Array) -> jax.Array:

@@ -129,9 +129,7 @@ def test_differentiating_a_call_with_every_is_right_on_both_kinds_of_steps():
 
     looked, left_out = [jax.grad(penalty)(W, step) for step in (4, 5)]
     np.testing.assert_allclose(left_out, jax.grad(loss)(W, X), rtol=1e-5)
-    np.testing.assert_allclose(
-        looked, jax.grad(lambda w: loss(w, X) + rms(X @ w))(W), rtol=1e-5
-    )
+    np.testing.assert_allclose(looked, jax.grad(lambda w: loss(w, X) + rms(X @ w))(W), rtol=1e-5)
 
 
 def test_the_rms_of_zeros_has_the_gradient_zero():
