@@ -133,8 +133,10 @@ def contenders(
 
         return run
 
-    def looking(**settings: Any) -> Callable:
-        look = inspect(loss, input_grads=False, **settings)
+    def looking(every: int = 1, **settings: Any) -> Callable:
+        look = inspect(loss, input_grads=False, every=every, **settings)
+        if every == 1:
+            return lambda params, batch, i: look(params, batch)
         return lambda params, batch, i: look(params, batch, step=i)
 
     ways = {

@@ -63,7 +63,8 @@ def scaled_norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.
     parts = real_parts(x)
     largest = [jnp.max(jnp.abs(part), axis, initial=0, keepdims=True) for part in parts]
     unit = unit_of(functools.reduce(jnp.maximum, largest))
-    square = sum(jnp.sum(jnp.square(part / unit), axis, keepdims=True) for part in parts)
+    squares = [jnp.sum(jnp.square(in_units(part, unit)), axis, keepdims=True) for part in parts]
+    square = functools.reduce(jnp.add, squares)
     return jnp.squeeze(unit * root(square), axis if axis is not None else tuple(range(x.ndim)))
 
 
@@ -74,6 +75,11 @@ def unit_of(largest: jax.Array) -> jax.Array:
     limits = jnp.finfo(largest.dtype)
     unit = jnp.clip(largest, float(limits.tiny), float(limits.max) / 16)
     return jnp.where((largest > 0) & (largest < jnp.inf), unit, jnp.ones_like(largest))
+
+
+def in_units(x: jax.Array, unit: jax.Array) -> jax.Array:
+    """Return `x / unit`, to be squared: of constants, XLA would make `x^2 (1 / unit)^2`, which is 0 times infinity."""
+    return lax.optimization_barrier(x / unit)
 
 
 def root(square: jax.Array) -> jax.Array:

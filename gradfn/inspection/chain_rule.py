@@ -60,6 +60,7 @@ def chain_rule(
     Raises:
         ValueError: an unknown cost.
         ParameterError: parameters that are not `W1, b1, ..., WL, bL`.
+        TypeError: complex parameters or inputs; the equations are those of real numbers.
 
     Example:
         >>> import jax, jax.numpy as jnp, gradfn as gf
@@ -74,6 +75,9 @@ def chain_rule(
     if cost not in ("cross_entropy", "quadratic"):
         raise ValueError(f"chain_rule: cost is 'cross_entropy' or 'quadratic', came {cost!r}")
     L = _layers(params)
+    for name, array in (*params.items(), ("x", x)):
+        if jnp.iscomplexobj(array):
+            raise TypeError(f"chain_rule: expected real numbers, got {jnp.result_type(array)} for {name}")
     W = {l: params[f"W{l}"] for l in range(1, L + 1)}
     b = {l: params[f"b{l}"] for l in range(1, L + 1)}
 

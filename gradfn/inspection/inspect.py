@@ -142,7 +142,8 @@ def inspect(
 
     One forward and one backward pass; the gradients are those of `jax.value_and_grad`, bit for bit when both
     run under `jit`. Call it as it is, or inside `jit`, `scan` and `vmap`. Statistics sit where values are
-    produced, so nothing large is kept alive for them.
+    produced, so nothing large is kept alive for them. What it returns can be differentiated, as a penalty on a
+    gradient or an activation is. Gradients of complex values are those of `jax.grad`: d/dRe - i d/dIm.
 
     Args:
         loss: any JAX function `(params, *args) -> scalar` or `-> (scalar, aux)`.

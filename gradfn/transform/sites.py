@@ -258,7 +258,11 @@ def _is_float(atom: Any) -> bool:
 
 
 def _literal(atom: Literal) -> str:
-    return {0: "0", 1: "1"}.get(complex(atom.val), "") if jnp.ndim(atom.val) == 0 and _is_float(atom) else ""
+    return (
+        {0j: "0", 1 + 0j: "1"}.get(complex(atom.val), "")
+        if jnp.ndim(atom.val) == 0 and _is_float(atom)
+        else ""
+    )
 
 
 def _kind(eqn: JaxprEqn, operands: list[_Value]) -> str:

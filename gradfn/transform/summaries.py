@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gradfn.precision import is_safe, magnitudes_squared, real_parts, root, unit_of, widen
+from gradfn.precision import in_units, is_safe, magnitudes_squared, real_parts, root, unit_of, widen
 
 STATS = ("mean", "rms", "max", "zeros", "saturated", "dead", "nonfinite", "histogram")
 DEFAULT_STATS = STATS[:-1]
@@ -121,7 +121,7 @@ def _carefully(names: tuple[str, ...], x: jax.Array) -> dict[str, jax.Array]:
     """Return mean, rms and the number of non-finite elements where the plain sums over- or underflow."""
     parts = real_parts(x)
     unit = unit_of(functools.reduce(jnp.maximum, [jnp.max(jnp.abs(part), initial=0) for part in parts]))
-    squares = functools.reduce(jnp.add, [jnp.sum(jnp.square(part / unit)) for part in parts])
+    squares = functools.reduce(jnp.add, [jnp.sum(jnp.square(in_units(part, unit))) for part in parts])
     found = {
         "mean": _mean(x, unit),
         # Not the norm over the root of n: the norm may overflow where this does not.

@@ -59,7 +59,12 @@ PENALTIES = {
 }
 
 
-@pytest.mark.parametrize("name", PENALTIES)
+_SLOW = ("value", "grads", "mean", "max", "to_the_loss")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in _SLOW else n for n in PENALTIES]
+)
 def test_differentiating_what_inspect_returns_is_right(name):
     of_inspect, plain = PENALTIES[name]
     expected = jax.grad(plain, (0, 1))(W, X)
@@ -70,7 +75,7 @@ def test_differentiating_what_inspect_returns_is_right(name):
     np.testing.assert_allclose(jax.jit(jax.jacfwd(of_inspect))(W, X), expected[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["rms", "kept", "grad_rms"])
+@pytest.mark.parametrize("name", ["rms", pytest.param("kept", marks=pytest.mark.slow), "grad_rms"])
 def test_second_derivatives_of_what_inspect_returns_are_right(name):
     of_inspect, plain = PENALTIES[name]
     got = jax.jit(jax.hessian(of_inspect))(W, X)
@@ -94,7 +99,7 @@ def unrolled(w, x, offsets):
     return jnp.sum(x**2), jnp.stack(seen)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_differentiating_the_iterations_of_a_scan_is_right(compiled):
     zeros = jnp.zeros((3, *X.shape))
 

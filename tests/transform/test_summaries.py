@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import gradfn as gf
+from gradfn.precision import norm
 from gradfn.transform.summaries import DEFAULT_STATS, summarise
 
 STATS = ("mean", "rms", "max", "zeros", "nonfinite")
@@ -76,6 +77,15 @@ def test_the_rms_is_differentiated_right_at_any_size(scale):
         np.testing.assert_allclose(g, np.array([0.6, -0.8]) / np.sqrt(2), rtol=1e-6)
 
 
+@pytest.mark.parametrize("value", [1e-25, 1e25, 3e38])
+def test_constants_of_any_size_have_the_right_norm(value):
+    def constant():
+        return jnp.broadcast_to(jnp.float32(value), (2,))  # XLA computes with it at compile time
+
+    np.testing.assert_allclose(jax.jit(lambda: summarise(constant(), ("rms",)).rms)(), value, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(lambda: norm(constant() / 2))(), value / np.sqrt(2), rtol=1e-6)
+
+
 def test_complex_numbers_use_the_modulus():
     seen = summarise(jnp.full((4,), 2j), DEFAULT_STATS)
     assert [float(v) for v in (seen.mean, seen.rms, seen.max, seen.zeros)] == [2, 2, 2, 0]
@@ -137,15 +147,23 @@ def test_complex_parameters_in_reports_have_the_modulus():
 
 def test_gradients_that_vanish_in_many_layers_have_the_right_rms_and_norm():
     def deep(w, x):
-        for i in range(9):
+        for i in range(10):
             x = gf.tap(jax.nn.sigmoid(x * w), f"h{i}")
         return jnp.sum(x)
 
     w, x = jnp.array(1e-3), jnp.ones(3)
     seen = jax.jit(gf.inspect(deep, keep="h0"))(w, x)
     first = float(seen.grad_stats["h0"].max)
-    assert 0 < first < 1e-30
+    assert 0 < first < 1e-28
     np.testing.assert_allclose(seen.grad_stats["h0"].rms, first, rtol=1e-5)
     assert seen.to_dict()["site_grads"]["h0"]["rms"] > 0
     assert "vanishing" in seen.flags()["h0"]
     assert gf.backprop(deep)(w, x)[-1].outgoing[-1].norm > 0
+
+
+def test_the_chain_rule_by_hand_refuses_complex_numbers():
+    params = {"W1": jnp.ones((2, 3)), "b1": jnp.zeros(2)}
+    with pytest.raises(TypeError, match="got complex64 for x"):
+        gf.chain_rule(params, jnp.ones(3, jnp.complex64), 0)
+    with pytest.raises(TypeError, match="got complex64 for W1"):
+        gf.chain_rule(params | {"W1": jnp.ones((2, 3), jnp.complex64)}, jnp.ones(3), 0)
