@@ -28,10 +28,11 @@ from gradfn.inspection.where import (
     operation_of,
     order_key,
 )
-from gradfn.precision import norm, wide
+from gradfn.precision import norm
 from gradfn.text import TextTable
 from gradfn.transform import Place, Program, interpret, probe, trace_as_written, walk
 from gradfn.transform.interpreter import Evaluate, Path, bodies, scan_split
+from gradfn.transform.varying import zeros
 
 # What does nothing to a parameter but lay it out: its result still goes by the parameter's name.
 _LAYOUT = {"broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "transpose"}
@@ -272,7 +273,7 @@ def backprop(f: Callable, *, keep: bool = False) -> Callable[..., Backward]:
             outs, _ = interpret(program.jaxpr, visit, only, program.inputs, tokens)
             return program.rebuild(outs)
 
-        tokens = {info.path: _tokens(info, keep) for info in infos}
+        tokens = {info.path: _tokens(info, places[info.path].eqn, summary) for info in infos}
         (value, aux), seen = jax.value_and_grad(value_of, has_aux=True)(tokens)
         return Backward(value, aux, tuple(seen[info.path] for info in infos), infos)
 
@@ -289,16 +290,15 @@ def _with_value(g: Any, residual: Any) -> dict[str, jax.Array]:
     return {**_norm(g, residual), "value": g}
 
 
-def _tokens(info: _Info, keep: bool) -> dict[str, list[dict[str, jax.Array]]]:
+def _tokens(info: _Info, eqn: JaxprEqn, summary: Callable) -> dict[str, list[dict[str, jax.Array]]]:
     axes = tuple(loop.length or 1 for loop in info.loops)
 
-    def token(shape: tuple[int, ...], dtype: Any) -> dict[str, jax.Array]:
-        out = {"norm": jnp.zeros((*axes, 2), wide(jnp.finfo(dtype).dtype))}
-        return {**out, "value": jnp.zeros(axes + shape, dtype)} if keep else out
+    def token(atom: Any) -> dict[str, jax.Array]:
+        return zeros(jax.eval_shape(summary, atom.aval, None), axes)
 
     return {
-        "results": [token(shape, dtype) for _, shape, dtype in info.results],
-        "operands": [token(shape, dtype) for _, shape, dtype, _ in info.operands],
+        "results": [token(eqn.outvars[i]) for i, *_ in info.results],
+        "operands": [token(eqn.invars[i]) for i, *_ in info.operands],
     }
 
 

@@ -30,6 +30,7 @@ from gradfn.transform.interpreter import Evaluate, Path
 from gradfn.transform.program import params_first, takes_keyword
 from gradfn.transform.sites import Selection
 from gradfn.transform.summaries import DEFAULT_STATS, STATS, Stats, summarise
+from gradfn.transform.varying import as_varying, varying_axes, zeros
 
 
 @functools.partial(
@@ -340,7 +341,7 @@ def _look(
 
         (value, (aux, _)), some = jax.value_and_grad(of_params, has_aux=True)([leaves[k] for k in ours])
         shapes = jax.eval_shape(functools.partial(run, looking=True), leaves, tokens)
-        captures = _zeros(shapes[1][1])
+        captures = zeros(shapes[1][1])
         leaf_grads = [jnp.zeros_like(leaf) for leaf in leaves]
         for k, g in zip(ours, some, strict=True):
             leaf_grads[k] = g
@@ -384,14 +385,12 @@ def _backward(site: Site, stats: tuple[str, ...], raw: bool) -> Callable[[Any, A
 def _token(site: Site, summary: Callable, aval: Any) -> Any:
     """Return zeros shaped, and sharded, like a summary, with a leading axis for each loop around the site."""
 
-    def zeros(shape: Any) -> jax.Array:
+    def of(shape: Any) -> jax.Array:
         sharding = shape.sharding  # known only where the shardings are part of the types
         if sharding is not None:
             sharding = NamedSharding(sharding.mesh, PartitionSpec(*[None] * len(site.axes), *sharding.spec))
-        return jnp.zeros(site.axes + shape.shape, shape.dtype, device=sharding)
+        return as_varying(
+            jnp.zeros(site.axes + shape.shape, shape.dtype, device=sharding), varying_axes(shape)
+        )
 
-    return jax.tree.map(zeros, jax.eval_shape(summary, aval, None))
-
-
-def _zeros(shapes: Any) -> Any:
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.tree.map(of, jax.eval_shape(summary, aval, None))

@@ -37,6 +37,7 @@ from gradfn.inspection.where import (
 )
 from gradfn.transform import Place, Program, interpret, trace_as_written, walk
 from gradfn.transform.interpreter import Evaluate, Path, bodies
+from gradfn.transform.varying import any_device, zeros
 
 # What is looked for: a NaN that no computed operand had, an infinity, and an infinity made out of finite
 # operands. Other infinities were written into the program (a mask) or handed on. A NaN that is written in the
@@ -293,9 +294,9 @@ def nan_guard(f: Callable) -> Callable[..., tuple[Any, Any, NanRecord]]:
             return keys, _nonfinite_inputs(program, inputs)
 
         shapes = jax.eval_shape(look, program.inputs)
-        nothing = [jnp.full(shapes[0].shape, -1, jnp.int32), jnp.zeros(shapes[1].shape, bool)]
-        fine = jnp.isfinite(value) & ~jnp.any(_nonfinite(grads))
-        keys, inputs = lax.cond(fine, lambda _: tuple(nothing), look, program.inputs)
+        keys, inputs = zeros(shapes)
+        bad = any_device(~jnp.isfinite(value) | jnp.any(_nonfinite(grads)))
+        keys, inputs = lax.cond(bad, look, lambda _: (keys - 1, inputs), program.inputs)
         record = _record(program, of, spots, value, grads, keys, inputs)
         return (value if aux is None else (value, aux)), of.tree(grads)[0], record
 

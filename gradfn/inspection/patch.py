@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from gradfn.transform import Place, Site, find_sites, interpret, select, trace_as_written, walk
 from gradfn.transform.interpreter import Evaluate
+from gradfn.transform.varying import as_varying, varying_axes
 
 
 def patch(f: Callable, edits: Mapping[str, Any]) -> Callable:
@@ -82,7 +83,7 @@ def _stacked(site: Site, value: Any) -> jax.Array:
 def _fitted(site: Site, value: Any, old: jax.Array) -> jax.Array:
     value = jnp.asarray(value)
     _check(site, value.shape)
-    return jnp.broadcast_to(value.astype(old.dtype), old.shape)
+    return as_varying(jnp.broadcast_to(value.astype(old.dtype), old.shape), varying_axes(old))
 
 
 def _check(site: Site, shape: tuple[int, ...]) -> None:

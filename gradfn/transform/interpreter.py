@@ -13,6 +13,8 @@ from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, primitives
 from jax.sharding import PartitionSpec, Sharding
 
+from gradfn.transform.varying import zeros
+
 Path = tuple[int, ...]
 Evaluate = Callable[[Sequence[Any]], list[Any]]
 Visitor = Callable[["Place", Evaluate, Sequence[Any], Any], tuple[Sequence[Any], Any]]
@@ -284,7 +286,7 @@ def _cond(
     def branch(k: int) -> Callable:
         def run_it(operands: list[Any], tokens: dict[Path, Any]) -> tuple[list[Any], dict[Path, Any]]:
             outs, captures = body(operands, tokens, k)
-            return outs, _zeros(union) | captures
+            return outs, zeros(union) | captures
 
         return run_it
 
@@ -294,25 +296,43 @@ def _cond(
 def _while(
     run: _Run, eqn: JaxprEqn, body: Callable, inputs: list[Any], tokens: dict[Path, Any]
 ) -> tuple[list[Any], dict[Path, Any]]:
+    """Rebuild a while loop; under `vmap` its condition may be one boolean per row.
+
+    A row that has finished runs once more what it ran last, as long as others are running: so all values of the
+    last iteration are each row's own last ones, and its result does not change.
+    """
     n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     cond_consts, body_consts, init = inputs[:n], inputs[n : n + m], inputs[n + m :]
+    cond_jaxpr: Any
     cond_jaxpr, consts = _open(eqn.params["cond_jaxpr"])
+    rows = cond_jaxpr.outvars[0].aval.shape  # [] for a single condition
 
-    def go_on(state: Any) -> Any:
-        return jax.core.eval_jaxpr(cond_jaxpr, consts, *cond_consts, *state[0])[0]
+    def runs(carry: list[Any]) -> Any:
+        return jax.core.eval_jaxpr(cond_jaxpr, consts, *cond_consts, *carry)[0]
 
     def step(state: Any) -> Any:
-        carry, before = state
-        carry, captures = body([*body_consts, *carry], tokens)
-        return carry, jax.tree.map(run.merge, before, captures)
+        carry, last, before = state
+        now = runs(carry) if rows else None
+        start = carry if now is None else _of_rows(now, carry, last)
+        outs, captures = body([*body_consts, *start], tokens)
+        merged = jax.tree.map(run.merge, before, captures)
+        return (outs, [], merged) if now is None else (_of_rows(now, outs, carry), start, merged)
 
     shapes = jax.eval_shape(lambda: body([*body_consts, *init], tokens)[1])
-    outs, captures = lax.while_loop(go_on, step, (init, _zeros(shapes)))
+    start = init, list(init) if rows else [], zeros(shapes)
+    outs, _, captures = lax.while_loop(lambda state: jnp.any(runs(state[0])), step, start)
     return outs, captures
 
 
-def _zeros(shapes: Any) -> Any:
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+def _of_rows(which: jax.Array, ours: list[Any], others: list[Any]) -> list[Any]:
+    """Take the rows (the leading axes of all) that `which` names from the first, the others from the second."""
+
+    def chosen(a: Any, b: Any) -> Any:
+        return jnp.where(
+            which.reshape(which.shape + (1,) * (jnp.ndim(a) - which.ndim)), a, b
+        )  # [rows, 1, ...]
+
+    return [chosen(a, b) for a, b in zip(ours, others, strict=True)]
 
 
 def _manual_axes(eqn: Any) -> tuple[str, ...]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from gradfn.transform.varying import as_varying, varying_axes
+
 Summary = Callable[[Any, Any], Any]
 
 
@@ -34,7 +36,7 @@ def probe(summary: Summary, x: Any, token: Any, residual: Any = None) -> Any:
         180.0
     """
     # Inside a shard_map each device has its own token, even where the value is the same on all of them.
-    varying = [jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(token)]
+    varying = [varying_axes(leaf) for leaf in jax.tree.leaves(token)]
 
     def typed(g: Any, residual: Any) -> Any:
         leaves, tree = jax.tree.flatten(summary(g, residual))
@@ -43,12 +45,6 @@ def probe(summary: Summary, x: Any, token: Any, residual: Any = None) -> Any:
         )
 
     return _probe(typed if any(varying) else summary, x, token, residual)
-
-
-def as_varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """Mark a value as one of each device's own along the axes of a shard_map along which it is not yet."""
-    missing = axes - jax.typeof(x).manual_axis_type.varying
-    return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
