@@ -142,7 +142,7 @@ def repeat(net: Net, n: int) -> Net:
         def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
             return jax.vmap(param.make)(jax.random.split(key, n))  # [n, *param.shape]
 
-        axes = None if param.axes is None else (None, *param.axes)
+        axes = ("layers", *(param.axes or (None,) * param.ndim))
         return Param((n, *param.shape), init, param.dtype, axes)
 
     def run(params: Params, x: Any, key: jax.Array | None) -> Any:

@@ -1,6 +1,7 @@
 """Training: a step, a loop of compiled chunks of steps, and checkpoints."""
 
 from gradfn.train.checkpoint import CheckpointError, kept
+from gradfn.train.decay import weight_decay_mask, weight_decay_table
 from gradfn.train.fit import Fit, fit, stalled
 from gradfn.train.memory import keep_freed_memory
 from gradfn.train.optimizer import adamw_warmup_cosine
@@ -19,4 +20,6 @@ __all__ = [
     "stalled",
     "train_state",
     "train_step",
+    "weight_decay_mask",
+    "weight_decay_table",
 ]

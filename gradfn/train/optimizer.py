@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 import optax
+
+from gradfn.train.decay import weight_decay_mask
 
 
 def adamw_warmup_cosine(
@@ -21,7 +19,7 @@ def adamw_warmup_cosine(
     clip: float = 1.0,
     accumulate: int = 1,
 ) -> optax.GradientTransformation:
-    """Return AdamW with warm-up, a cosine, clipped gradients, and decay on matrices only.
+    """Return AdamW with warm-up, a cosine, clipped gradients, and decay on matrices only, embeddings included.
 
     Loshchilov and Hutter, *Decoupled Weight Decay Regularization*, 2019 and *SGDR*, 2017. The defaults are those
     that nanoGPT trains with on a processor.
@@ -33,7 +31,7 @@ def adamw_warmup_cosine(
         warmup: updates in which the rate grows from nearly nothing.
         b1: decay of the mean of gradients.
         b2: decay of the mean of their squares.
-        decay: share of a matrix, times the rate, that each update takes off.
+        decay: weight decay, of arrays of rank 2 and more: `gf.train.weight_decay_table(params)` shows which.
         clip: longest gradient, over all parameters together.
         accumulate: batches an update, whose gradients are meant.
 
@@ -49,30 +47,8 @@ def adamw_warmup_cosine(
     rates = optax.warmup_cosine_decay_schedule(rate / (warmup + 1), rate, warmup, steps, final_rate)
     optimizer = optax.chain(
         optax.clip_by_global_norm(clip),
-        optax.adamw(rates, b1, b2, weight_decay=decay, mask=is_matrix),
+        optax.adamw(rates, b1, b2, weight_decay=decay, mask=weight_decay_mask),
     )
     if accumulate == 1:
         return optimizer
     return optax.MultiSteps(optimizer, accumulate).gradient_transformation()
-
-
-def is_matrix(params: Any) -> Any:
-    """Tell which parameters are matrices (or filters): those that decay; biases and gains do not.
-
-    Under `gf.repeat` vectors have two axes too; what tells matrices apart is that their names begin with W.
-
-    Args:
-        params: a tree of arrays.
-
-    Returns:
-        The same tree of booleans.
-
-    >>> is_matrix({"norm": {"gain": jnp.ones([24, 8])}, "W": jnp.ones([8, 8]), "b": jnp.ones(8)})
-    {'W': True, 'b': False, 'norm': {'gain': False}}
-    """
-
-    def tell(path: tuple[Any, ...], leaf: jax.Array) -> bool:
-        name = getattr(path[-1], "key", "") if path else ""
-        return jnp.ndim(leaf) >= 2 and str(name).startswith("W")
-
-    return jax.tree_util.tree_map_with_path(tell, params)

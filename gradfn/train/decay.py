@@ -1,0 +1,118 @@
+"""Which parameters decay: matrices and what has more axes; not biases and norms, nor vectors of stacked layers."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gradfn.params import Param, path_name
+from gradfn.text import TextTable
+
+# Names that vectors have in gradfn, Flax, Equinox, Haiku and PyTorch, whatever their number of axes.
+_VECTOR = re.compile(r"(b|bias|biases)(_\w*)?|bn|beta|gamma|gain|scale|offset|shift", re.IGNORECASE)
+_NORM = re.compile(r".*norms?|ln(_\w+)?", re.IGNORECASE)  # a layer whose parameters are a norm's
+
+
+class _Leaf(NamedTuple):
+    path: tuple[Any, ...]
+    value: Any
+    vector: bool  # by its name, or as a parameter of a norm
+    stacked: int  # how many of its axes count layers
+
+
+def weight_decay_mask(params: Any) -> Any:
+    """Tell which parameters weight decay applies to: floating arrays of rank 2 and more.
+
+    Embeddings are such arrays and decay, as in nanoGPT. Biases and the parameters of norms do not, whatever their
+    rank: they are told by their name (`b`, `bias`, `scale`, `gain`, ...) or that of their layer (`LayerNorm_0`,
+    `ln_1`). Nor does the rank count axes of stacked layers (`gf.repeat`, `nn.scan`): a spec declares them; among
+    arrays they are the leading sizes that all arrays of a layer share where one of its biases has them too.
+    `gf.train.weight_decay_table` shows the outcome.
+
+    Args:
+        params: a tree of arrays, or a spec.
+
+    Returns:
+        The same tree of booleans: a `mask` for optax.
+
+    >>> weight_decay_mask({"norm": {"gain": jnp.ones([24, 8])}, "kernel": jnp.ones([8, 8]), "bias": jnp.ones(8)})
+    {'bias': False, 'kernel': True, 'norm': {'gain': False}}
+    """
+    leaves = _leaves(params)
+    return jax.tree.unflatten(jax.tree.structure(params), [_decays(leaf) for leaf in leaves])
+
+
+def weight_decay_table(params: Any) -> TextTable:
+    """Return a table of which parameters decay, and why: see `gf.train.weight_decay_mask`.
+
+    Args:
+        params: a tree of arrays, or a spec.
+
+    >>> import gradfn as gf
+    >>> print(gf.train.weight_decay_table({"W": jnp.ones([2, 3]), "b": jnp.ones(2)}))
+      path   shape    decays   because
+     ─────────────────────────────────────
+      W      [2, 3]   yes      rank 2
+      b      [2]      no       bias or norm
+    """
+    table = TextTable()
+    for header in ("path", "shape", "decays", "because"):
+        table.add_column(header)
+    for leaf in _leaves(params):
+        rank = f"rank {len(leaf.value.shape) - leaf.stacked}"
+        rank += " in stacked layers" if leaf.stacked else ""
+        because = "bias or norm" if leaf.vector else rank if _floating(leaf.value) else "not floating"
+        name, shape = path_name(leaf.path), str(list(leaf.value.shape))
+        table.add_row(name, shape, "yes" if _decays(leaf) else "no", because)
+    return table
+
+
+def _leaves(params: Any) -> list[_Leaf]:
+    pairs = [
+        (
+            path,
+            leaf if hasattr(leaf, "shape") else jax.ShapeDtypeStruct((), jnp.int32),
+        )  # a number, a function
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    vectors = [_is_vector(path) for path, _ in pairs]
+    stacked = [0] * len(pairs)
+    # From the whole tree to single layers: what shares leading sizes below one node is one stack.
+    prefixes = sorted({path[:i] for path, _ in pairs for i in range(len(path))}, key=len)
+    for prefix in prefixes:
+        below = [i for i, (path, _) in enumerate(pairs) if path[: len(prefix)] == prefix]
+        n = _stack_of([pairs[i][1].shape for i in below], [vectors[i] for i in below])
+        for i in below:
+            stacked[i] = max(stacked[i], n)
+    for i, (_, leaf) in enumerate(pairs):
+        if isinstance(leaf, Param):
+            stacked[i] = (leaf.axes or ()).count("layers")
+    return [_Leaf(*pair, *rest) for pair, *rest in zip(pairs, vectors, stacked, strict=True)]
+
+
+def _stack_of(shapes: list[tuple[int, ...]], vectors: list[bool]) -> int:
+    """Return how many leading axes of some arrays count layers: those that a vector has beside its own."""
+    ranks = [
+        sum(size != 1 for size in shape) for shape, vector in zip(shapes, vectors, strict=True) if vector
+    ]
+    n = min(ranks, default=1) - 1  # [n, 1, 1] is a vector too
+    return n if n > 0 and len({shape[:n] for shape in shapes}) == 1 else 0
+
+
+def _is_vector(path: tuple[Any, ...]) -> bool:
+    names = [part.rstrip("0123456789").rstrip("_") for part in path_name(path).split("/")]
+    names = [
+        name for name in names if name not in ("", "value", "raw_value")
+    ]  # places in a list, NNX's variables
+    return bool(names and _VECTOR.fullmatch(names[-1])) or bool(len(names) > 1 and _NORM.fullmatch(names[-2]))
+
+
+def _decays(leaf: _Leaf) -> bool:
+    return not leaf.vector and _floating(leaf.value) and len(leaf.value.shape) - leaf.stacked >= 2
+
+
+def _floating(value: Any) -> bool:
+    return bool(jnp.issubdtype(value.dtype, jnp.inexact))
