@@ -11,6 +11,8 @@ import difflib
 import json
 import os
 import re
+import uuid
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ from gradfn.nets.transformer import unstack_blocks
 from gradfn.params import Params, check
 
 Tensors = dict[str, np.ndarray]
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Entry(NamedTuple):
@@ -48,7 +51,9 @@ def load_gpt2(folder: str | os.PathLike[str], dtype: str | None = "float32") -> 
     Raises:
         FileNotFoundError: a file that is not there.
         ValueError: a field of `config.json` that stands for something that `gf.gpt` does not do, a tensor that
-            is missing, left over or of another shape, or a file that is damaged. The message names it.
+            is missing, left over or of another shape, or a file that is damaged. The message names it. Fields of
+            training, generation and book-keeping change no number and are passed over; of unknown ones those that
+            are null, false or empty are, with a warning.
 
     >>> import jax, tempfile, gradfn as gf
     >>> config = gf.GPTConfig(vocab=65, context=8, n_layers=1, n_heads=2, width=4)
@@ -80,14 +85,16 @@ def save_pretrained(folder: str | os.PathLike[str], config: GPTConfig, params: P
     """Write a model as a Hugging Face folder that `transformers` reads, as GPT-2 or as Llama.
 
     Args:
-        folder: made where it does not exist.
+        folder: made where it does not exist. A model that is in it is replaced, its shards and their index
+            (`model-00001-of-00002.safetensors`, ...) included.
         config: GPT-2's choices (learned positions, layer norms, no shared heads; absent biases are written as
             zeros) or Llama's (RoPE, RMS norms, SwiGLU).
         params: of `gf.gpt(config)`; they are written in their own dtype.
 
     Raises:
         ParameterError: parameters that are not those of the config.
-        ValueError: a config that is neither; the message names the field.
+        ValueError: a config that is neither, the message names the field; a folder whose `config.json` or
+            `model.safetensors` is not of such a model.
 
     >>> import jax, tempfile, gradfn as gf, os
     >>> config = gf.GPTConfig(vocab=65, context=8, n_layers=1, n_heads=2, width=4)
@@ -97,6 +104,8 @@ def save_pretrained(folder: str | os.PathLike[str], config: GPTConfig, params: P
     ['config.json', 'model.safetensors']
     """
     from safetensors.numpy import save_file
+
+    from gradfn.data.download import write_atomically  # urllib's network parts are slow to import
 
     check(gf_spec := gpt(config).spec, params)
     if config.scan:
@@ -117,10 +126,35 @@ def save_pretrained(folder: str | os.PathLike[str], config: GPTConfig, params: P
         tensor = np.concatenate([leaves[path] for path in entry.paths])
         tensors[entry.name] = np.ascontiguousarray(tensor.T if entry.transposed else tensor)
     folder = Path(folder)
+    _check_replaceable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     fields |= {"architectures": [family.architecture], "dtype": str(dtype), "model_type": family.name}
-    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_atomically(folder / "config.json", (json.dumps(fields, indent=2) + "\n").encode())
+    part = folder / f".{SINGLE}.{uuid.uuid4().hex}.part"
+    try:
+        save_file(tensors, part, metadata={"format": "pt"})
+        part.replace(folder / SINGLE)
+    finally:
+        part.unlink(missing_ok=True)
+    for stale in [folder / INDEX, *folder.iterdir()]:
+        if stale.name == INDEX or re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", stale.name):
+            stale.unlink(missing_ok=True)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse to write over files that are not a model's."""
+    file = folder / "config.json"
+    if os.path.lexists(file):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            content = None
+        if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
+            raise ValueError(
+                f"{file}: already exists and is not the config of a Hugging Face model. Name another folder"
+            )
+    elif os.path.lexists(folder / SINGLE):
+        raise ValueError(f"{folder / SINGLE}: already exists without a config.json. Name another folder")
 
 
 def _load(folder: Path, name: str, dtype: str | None) -> tuple[GPTConfig, Params]:
@@ -156,9 +190,9 @@ def _name(path: Any) -> str:
 
 
 def _read(folder: Path) -> Tensors:
-    """Read all tensors of a folder, from one file or from shards."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if index.exists():
+    """Read all tensors of a folder, from one file or else from shards, as `transformers` does."""
+    single, index = folder / SINGLE, folder / INDEX
+    if index.exists() and not single.exists():
         where = _read_json(index).get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
             raise ValueError(f"{index}: expected a weight_map of tensor names to files")
@@ -255,6 +289,8 @@ class _Fields:
 
     def take(self, name: str, default: Any = None, kind: type | tuple[type, ...] = object) -> Any:
         value = self.left.pop(name, default)
+        if value is None and default is False:  # as where it is absent
+            value = False
         if not isinstance(value, kind) or (isinstance(value, bool) and kind in (int, (int, float))):
             names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
             raise ValueError(f"{self.file}: {name}: expected {names}, came {value!r}")
@@ -264,18 +300,25 @@ class _Fields:
         """Refuse other values than the one that `gf.gpt` stands for; a field that is absent has it."""
         for name, value in values.items():
             came = self.left.pop(name, value)
-            if came != value:
+            if came != value and not (came is None and not value):
                 raise ValueError(f"{self.file}: {name}: gf.gpt does {value!r} only, came {came!r}")
 
     def end(self) -> None:
-        """Refuse fields that nobody took, but for those of training, text and book-keeping."""
+        """Refuse fields that nobody took and that say something, but for those of training, text and book-keeping.
+
+        What is null, false or empty asks for nothing: it is named in a warning and passed over.
+        """
         unknown = sorted(set(self.left) - _WITHOUT_EFFECT)
+        for name in unknown:
+            value = self.left[name]
+            if value is not None and value is not False and value not in ("", [], {}):
+                raise ValueError(f"{self.file}: {name}: not supported, came {value!r:.200}")
         if unknown:
-            name = unknown[0]
-            raise ValueError(f"{self.file}: {name}: not supported, came {self.left[name]!r}")
+            listed = ", ".join(f"{name} {self.left[name]!r}" for name in unknown)
+            warnings.warn(f"{self.file}: ignored what gradfn does not know: {listed:.500}", stacklevel=5)
 
 
-# Fields that change neither logits nor gradients without dropout.
+# Fields that change neither logits nor gradients without dropout, whatever they say.
 _WITHOUT_EFFECT = {
     *(
         "_name_or_path",
@@ -299,7 +342,16 @@ _WITHOUT_EFFECT = {
     *("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "chunk_size_feed_forward", "n_ctx"),
     *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"),
     *("summary_first_dropout", "pretraining_tp", "attn_implementation", "_attn_implementation"),
-    *("_attn_implementation_autoset", "do_sample", "max_length", "temperature", "top_k", "top_p"),
+    *("_attn_implementation_autoset", "_commit_hash", "_num_labels", "n_special", "predict_special_tokens"),
+    *("output_past", "is_decoder", "is_llama_config", "torchscript", "use_bfloat16", "tie_encoder_decoder"),
+    *("tf_legacy_loss", "transformers.js_config", "tokenizer_class", "prefix"),
+    # Of generation
+    *("do_sample", "max_length", "min_length", "temperature", "top_k", "top_p", "typical_p", "num_beams"),
+    *("num_beam_groups", "diversity_penalty", "length_penalty", "repetition_penalty", "early_stopping"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences"),
+    *("output_scores", "return_dict_in_generate", "remove_invalid_values", "suppress_tokens"),
+    *("begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "max_new_tokens"),
+    "exponential_decay_length_penalty",
 }
 
 
@@ -352,13 +404,21 @@ def _write_gpt2(config: GPTConfig) -> dict[str, Any]:
 
 
 def _read_llama(fields: _Fields) -> GPTConfig:
-    fields.expect(hidden_act="silu", rope_scaling=None, is_encoder_decoder=False)
-    turning = fields.take("rope_parameters", None, (dict, type(None))) or {}
-    kind = turning.get("rope_type", "default")
-    if kind != "default" or set(turning) - {"rope_type", "rope_theta"}:
-        raise ValueError(
-            f"{fields.file}: rope_parameters: gf.gpt does rope_type 'default' only, came {turning!r}"
-        )
+    fields.expect(hidden_act="silu", is_encoder_decoder=False, rope_interleaved=False)
+    turning: dict[str, Any] = {}
+    for name, does in (("rope_scaling", "None only, or "), ("rope_parameters", "")):
+        asked = fields.take(name, None, (dict, type(None))) or {}
+        kind = asked.get("rope_type", asked.get("type", "default"))
+        rest = {
+            key
+            for key, value in asked.items()
+            if key not in ("rope_type", "type", "rope_theta") and value != 1
+        }
+        if kind != "default" or rest:
+            raise ValueError(
+                f"{fields.file}: {name}: gf.gpt does {does}rope_type 'default' only, came {asked!r:.200}"
+            )
+        turning |= asked
     base = fields.take("rope_theta", 10_000.0, (int, float))
     bias, feed_bias = fields.take("attention_bias", False, bool), fields.take("mlp_bias", False, bool)
     if bias != feed_bias:

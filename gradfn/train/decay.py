@@ -90,7 +90,9 @@ def _leaves(params: Any) -> list[_Leaf]:
     for i, (_, leaf) in enumerate(pairs):
         if isinstance(leaf, Param):
             stacked[i] = (leaf.axes or ()).count("layers")
-    return [_Leaf(*pair, *rest) for pair, *rest in zip(pairs, vectors, stacked, strict=True)]
+    return [
+        _Leaf(path, leaf, vector, n) for (path, leaf), vector, n in zip(pairs, vectors, stacked, strict=True)
+    ]
 
 
 def _stack_of(shapes: list[tuple[int, ...]], vectors: list[bool]) -> int:

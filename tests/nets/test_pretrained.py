@@ -1,5 +1,6 @@
 """Weights in Hugging Face's format, against `transformers` and PyTorch on small models drawn at random."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -273,6 +274,201 @@ def test_a_field_that_is_not_supported_is_named(config, field, value, message, t
     (tmp_path / "config.json").write_text(json.dumps(fields | {field: value}))
     with pytest.raises(ValueError, match=f"{field}: {message}"):
         load(tmp_path)
+
+
+# What the configurations of well-known models on the hub hold beside the sizes.
+SUMMARY = {
+    **{"summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True},
+    **{"summary_type": "cls_index", "summary_use_proj": True},
+}
+GPT2_COMMON = {
+    **{"activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1},
+    **{"bos_token_id": 12, "embd_pdrop": 0.1, "eos_token_id": 12, "initializer_range": 0.02},
+    **{"layer_norm_epsilon": 1e-05, "resid_pdrop": 0.1, "n_ctx": 16},
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+} | SUMMARY
+LLAMA_COMMON = {
+    **{"architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0},
+    **{"bos_token_id": 0, "eos_token_id": 0, "hidden_act": "silu", "initializer_range": 0.041666666666666664},
+    **{"pretraining_tp": 1, "rms_norm_eps": 1e-05, "torch_dtype": "bfloat16", "use_cache": True},
+    "transformers_version": "4.40.1",
+}
+HUB = {
+    "gpt2": ("gpt2", GPT2_COMMON),
+    "distilgpt2": (
+        "gpt2",
+        GPT2_COMMON | {"_num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}},
+    ),
+    "gpt2-medium": ("gpt2", GPT2_COMMON | {"n_special": 0, "predict_special_tokens": True}),
+    "gpt2-xl": ("gpt2", GPT2_COMMON | {"n_special": 0, "predict_special_tokens": True, "output_past": True}),
+    "gpt2 written by an old version": (
+        "gpt2",
+        GPT2_COMMON
+        | {"is_decoder": True, "torchscript": False, "use_bfloat16": False, "pruned_heads": {}, "top_k": 50}
+        | {"num_beams": 1, "repetition_penalty": 1.0, "add_cross_attention": None, "finetuning_task": None},
+    ),
+    "SmolLM": (
+        "llama",
+        LLAMA_COMMON
+        | {"rope_theta": 10000.0, "rope_scaling": None, "tie_word_embeddings": True, "_name_or_path": "x"},
+    ),
+    "SmolLM2": (
+        "llama",
+        LLAMA_COMMON
+        | {"rope_theta": 100000, "rope_scaling": None, "tie_word_embeddings": True, "mlp_bias": False}
+        | {"is_llama_config": True, "rope_interleaved": False, "pad_token_id": 2}
+        | {"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}},
+    ),
+    "rope said to be the default": (
+        "llama",
+        LLAMA_COMMON
+        | {"rope_scaling": {"rope_type": "default"}, "rope_theta": 500.0, "tie_word_embeddings": False}
+        | {"mlp_bias": None, "head_dim": None},
+    ),
+    "rope said to be the default, with its base": (
+        "llama",
+        LLAMA_COMMON | {"rope_scaling": {"rope_type": "default", "rope_theta": 500.0}, "rope_theta": 500.0},
+    ),
+}
+SIZES = {
+    "gpt2": {
+        "vocab_size": 13,
+        "n_positions": 16,
+        "n_embd": 8,
+        "n_layer": 2,
+        "n_head": 2,
+        "model_type": "gpt2",
+    },
+    "llama": {
+        **{"vocab_size": 13, "hidden_size": 12, "intermediate_size": 24, "num_hidden_layers": 2},
+        **{"num_attention_heads": 3, "num_key_value_heads": 1, "max_position_embeddings": 16},
+        "model_type": "llama",
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HUB)
+def test_configurations_of_the_hub_load_and_give_their_logits(name, transformers, tmp_path):
+    import torch
+
+    kind, fields = HUB[name]
+    fields = SIZES[kind] | fields
+    # Their newest class takes no null for a bool.
+    their_fields = {key: value for key, value in fields.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(their_fields))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.from_pretrained(tmp_path), dtype=torch.float32
+    ).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(fields))  # as the hub has it, not as it is written today
+    context = (
+        pytest.warns(UserWarning, match="pruned_heads {}") if "old" in name else contextlib.nullcontext()
+    )
+    with context:
+        config, params = getattr(gf, f"load_{kind}")(tmp_path)
+    ours = jax.jit(gf.gpt(config).apply)(params, TOKENS[0])
+    theirs = model(torch.tensor(TOKENS[:1])).logits[0].detach()
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_harmless_fields_of_the_hub_are_passed_over(name, tmp_path):
+    kind, fields = HUB[name]
+    config = GPT2 if kind == "gpt2" else LLAMA
+    saved(tmp_path, config)
+    written = json.loads((tmp_path / "config.json").read_text())
+    extra = {key: value for key, value in fields.items() if key not in ("rope_theta", "tie_word_embeddings")}
+    if "rope_scaling" in extra:
+        del written["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(written | extra))
+    context = (
+        pytest.warns(UserWarning, match="pruned_heads {}") if "old" in name else contextlib.nullcontext()
+    )
+    with context:
+        loaded, _ = getattr(gf, f"load_{kind}")(tmp_path)
+    expected = (config.width, config.n_layers, config.feed, config.tied)
+    assert (loaded.width, loaded.n_layers, loaded.feed, loaded.tied) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "value"),
+    [
+        (GPT2, "pruned_heads", {"0": [1]}),
+        (GPT2, "reorder_and_upcast_attn", True),
+        (GPT2, "use_rope", True),
+        (GPT2, "auto_map", {"AutoModel": "x.Y"}),
+        (LLAMA, "rope_interleaved", True),
+        (LLAMA, "sliding_window", 4096),
+        (LLAMA, "rope_scaling", {"rope_type": "default", "partial_rotary_factor": 0.5}),
+        (LLAMA, "rope_scaling", {"type": "dynamic", "factor": 2.0}),
+        (LLAMA, "embedding_multiplier", 12.0),
+        (LLAMA, "partial_rotary_factor", 0),
+    ],
+)
+def test_fields_that_change_numbers_are_refused(config, field, value, tmp_path):
+    saved(tmp_path, config)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {field: value}))
+    with pytest.raises(ValueError, match=f"{field}: "):
+        (gf.load_gpt2 if config is GPT2 else gf.load_llama)(tmp_path)
+
+
+def test_unknown_fields_that_ask_for_nothing_are_named_in_a_warning(tmp_path):
+    saved(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"logit_softcap": None, "new_thing": False}))
+    with pytest.warns(
+        UserWarning, match="ignored what gradfn does not know: logit_softcap None, new_thing False"
+    ):
+        gf.load_gpt2(tmp_path)
+
+
+def test_saving_beside_old_shards_saves_the_new_weights(tmp_path):
+    old = saved(tmp_path)
+    split(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.safetensors").rename(
+            tmp_path / f"model-0000{' ab'.index(name)}-of-00002.safetensors"
+        )
+    index = tmp_path / "model.safetensors.index.json"
+    renamed = (
+        index.read_text()
+        .replace("a.safe", "model-00001-of-00002.safe")
+        .replace("b.safe", "model-00002-of-00002.safe")
+    )
+    index.write_text(renamed)
+    (tmp_path / "adapter.safetensors").write_text("mine")
+    (tmp_path / "model-notes.safetensors").write_text("mine")
+    jax.tree.map(np.testing.assert_array_equal, gf.load_gpt2(tmp_path)[1], old)
+
+    new = jax.tree.map(lambda leaf: leaf + 1, old)
+    gf.save_pretrained(tmp_path, GPT2, new)
+    jax.tree.map(np.testing.assert_array_equal, gf.load_gpt2(tmp_path)[1], new)
+    left = ["adapter.safetensors", "config.json", "model-notes.safetensors", "model.safetensors"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == left
+
+
+def test_the_single_file_comes_before_an_index_as_in_transformers(tmp_path):
+    saved(tmp_path / "old")
+    split(tmp_path / "old")
+    new = saved(tmp_path / "new", dataclasses.replace(GPT2, tied=True))
+    new = jax.tree.map(lambda leaf: 2 * leaf, new)
+    gf.save_pretrained(tmp_path / "new", GPT2, new)
+    (tmp_path / "new" / "model.safetensors").rename(tmp_path / "old" / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, gf.load_gpt2(tmp_path / "old")[1], new)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("content", ["{}", '{"experiment": "gpt", "options": {}}', "[1]", "not JSON"])
+def test_files_that_are_not_a_models_are_not_written_over(name, content, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name}: already exists.* Name another folder"):
+        saved(tmp_path)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, content)]
 
 
 def test_a_missing_or_broken_config_is_named(tmp_path):
