@@ -77,7 +77,8 @@ def text(
 
     Args:
         path: any file in UTF-8 (of any bytes, with `tokens="bytes"`), or the `.npy` of tokens that `tokenize`
-            wrote. Bytes and `.npy` are mapped into memory, not read. None for `python_topics`.
+            wrote. Bytes and `.npy` are mapped into memory, not read. None for `python_topics`. Text is read as
+            Python reads it: every end of a line is `\\n`, and a byte order mark is left out; bytes are the file's.
         tokens: `"characters"`, `"bytes"` or `"tiktoken:<encoding>"`; an `.npy` file knows by itself.
         validation: the share of the tokens, the last ones, to keep for validation.
 
@@ -142,8 +143,8 @@ def tokenize(path: str | os.PathLike[str], to: str | os.PathLike[str], tokens: s
         raise DataError(f"{target}: tokens go into a file whose name ends in .npy")
     _exists(source)
     _check_writable(source, target)
-    coder = tokenizer(tokens, _pieces(source) if tokens == "characters" else ())
-    length = sum(len(coder.encode(piece)) for piece in _pieces(source))
+    coder = tokenizer(tokens, _pieces(source, tokens) if tokens == "characters" else ())
+    length = sum(len(coder.encode(piece)) for piece in _pieces(source, tokens))
     if not length:
         raise DataError(f"{source}: the file is empty")
     # Under their own names the files appear whole: a map of the old tokens in memory stays as it was.
@@ -151,7 +152,7 @@ def tokenize(path: str | os.PathLike[str], to: str | os.PathLike[str], tokens: s
     try:
         out = np.lib.format.open_memmap(part, "w+", coder.encode("").dtype, (length,))
         at = 0
-        for piece in _pieces(source):
+        for piece in _pieces(source, tokens):
             encoded = coder.encode(piece)
             out[at : at + len(encoded)] = encoded
             at += len(encoded)
@@ -195,7 +196,7 @@ def lines(
     else:
         file = Path(path).expanduser()
         name, digest, content = file.name, _file_sha256(file), _read(file)
-    found = list(dict.fromkeys(line.strip() for line in content.splitlines() if line.strip()))
+    found = list(dict.fromkeys(line.strip() for line in content.split("\n") if line.strip()))
     if len(found) < 2:
         raise DataError(f"{name}: two different lines or more are needed, there are {len(found)}")
     too_long = next((line for line in found if len(line) > longest), None)
@@ -244,21 +245,29 @@ def _parts(tokens: np.ndarray, coder: Tokenizer, validation: float, name: str, d
 
 def _read(file: Path) -> str:
     try:
-        content = file.read_bytes().decode()
+        content = (
+            file.read_bytes().decode()
+        )  # the whole file, so that the error counts bytes from its beginning
     except UnicodeDecodeError as error:
         raise DataError(
             f"{file}: not in UTF-8 ({error.reason} at byte {error.start:,}); try tokens=bytes"
         ) from error
+    content = _plain(content)
     if not content:
         raise DataError(f"{file}: the file is empty")
     return content
 
 
-def _pieces(file: Path) -> Iterator[str]:
-    """Yield a text in parts that end where lines end."""
-    _exists(file)
+def _plain(content: str) -> str:
+    """Return a text as Python's text mode reads it: lines end with a newline, and a byte order mark is no character."""
+    return content.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _pieces(file: Path, tokens: str) -> Iterator[str]:
+    """Yield a text in parts that end where lines end; as it is for bytes, else as `_plain` would return it."""
+    encoding, newline = ("utf-8", "") if tokens == "bytes" else ("utf-8-sig", None)
     try:
-        with file.open(encoding="utf-8", newline="") as source:
+        with file.open(encoding=encoding, newline=newline) as source:
             while piece := source.read(PIECE):
                 yield piece + source.readline()
     except UnicodeDecodeError as error:

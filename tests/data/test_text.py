@@ -82,6 +82,44 @@ def test_a_text_is_its_beginning_and_its_end(tmp_path, tokens):
     assert f"{data.tokenizer.size} {tokens}; sha256 {data.sha256}" in repr(data)
 
 
+@pytest.mark.parametrize("piece", [1, 2, 3, 1 << 24])
+def test_text_is_what_pythons_text_mode_reads(tmp_path, piece, monkeypatch):
+    monkeypatch.setattr(sys.modules["gradfn.data.text"], "PIECE", piece)
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\r\n\r\nf\xc3\xbcnf\r")
+    expected = file.read_text(encoding="utf-8-sig")
+    assert expected == "one\ntwo\nthree\n\nfünf\n"
+    read = gf.data.text(file, validation=0)
+    mapped = gf.data.text(gf.data.tokenize(file, tmp_path / "a.npy"), validation=0)
+    for data in (read, mapped):
+        assert data.tokenizer.decode(data.train) == expected
+        assert not {"\r", "\ufeff"} & set(data.tokenizer.symbols)
+    raw = gf.data.text(file, "bytes", validation=0)
+    again = gf.data.text(gf.data.tokenize(file, tmp_path / "b.npy", "bytes"), validation=0)
+    assert bytes(raw.train) == bytes(again.train) == file.read_bytes()  # bytes are the file's
+    lines = gf.data.lines(file, validation=0.25)
+    assert set(lines.tokenizer.symbols) == set(expected)
+
+
+def test_lines_end_where_pythons_text_mode_ends_them(tmp_path):
+    (tmp_path / "a.txt").write_bytes("a\u2028b\r\nc\x0bd\x85e\nf\x1cg".encode())
+    data = gf.data.lines(tmp_path / "a.txt", validation=0)
+    found = {data.tokenizer.decode(row[row >= 0]) for row in data.train[1]}
+    assert found == {"a\u2028b\n", "c\x0bd\x85e\n", "f\x1cg\n"}
+
+
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbf", b""])
+def test_a_byte_order_mark_alone_is_an_empty_text(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(DataError, match="the file is empty"):
+        gf.data.text(tmp_path / "a.txt")
+    with pytest.raises(DataError, match="empty"):
+        gf.data.tokenize(tmp_path / "a.txt", tmp_path / "a.npy")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfab\xff")
+    with pytest.raises(DataError, match="at byte 5"):
+        gf.data.text(tmp_path / "a.txt")
+
+
 def test_the_built_in_text_repeats_no_paragraph():
     data = gf.data.text()
     paragraphs = [" ".join(part.split()) for part in gf.data.python_topics().split("\n\n")]
