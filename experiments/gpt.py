@@ -59,8 +59,8 @@ class Config:
     """tokens a sequence (lines: as many as the longest needs)"""
     layers: int = 4
     """blocks"""
-    heads: int = 4
-    """attention heads a block"""
+    heads: int | None = None
+    """attention heads per block (else 4, or as many below that as divide the width)"""
     width: int = 128
     """features of a position"""
     positions: Literal["rope", "learned", "sinusoidal"] = "rope"
@@ -71,8 +71,8 @@ class Config:
     """share of the embedding's and the blocks' outputs that is dropped"""
     rate: float = 1e-3
     """AdamW's learning rate after warm-up; it falls to a tenth on half a cosine"""
-    warmup: int = 100
-    """updates in which the rate grows"""
+    warmup: int | None = None
+    """updates in which the rate grows (else 100, or a tenth of the updates where that is less)"""
     b2: float = 0.99
     """decay of the mean of squared gradients"""
     decay: float = 0.1
@@ -92,8 +92,14 @@ class Config:
         runs.within(0, 2**32 - 1, seed=self.seed)
         runs.within(0, self.steps - 1, warmup=self.warmup)
         runs.positive(rate=self.rate, clip=self.clip)
-        if self.width % self.heads:
+        if self.heads and self.width % self.heads:
             raise ValueError(f"heads: a number that divides the width of {self.width}, came {self.heads}")
+        features = self.width // runs.heads_for(self)
+        if self.positions == "rope" and features % 2:
+            raise ValueError(
+                f"width: rope needs an even number of features per head, got {features}. Use --width "
+                f"{2 * self.width}, or --positions learned"
+            )
 
 
 class Result(NamedTuple):
@@ -112,12 +118,13 @@ def run(config: Config) -> Result:
     data = gf.data.lines(config.data) if config.lines else gf.data.text(config.data, config.tokens)
     print(data)
     context = data.train[0].shape[1] if config.lines else config.context
+    batch = runs.batch_for(config, len(data.train[0]), "lines") if config.lines else config.batch
     batches, on_the_way, at_the_end = sequences(data, config, context)
     model = gf.GPTConfig(
         vocab=data.tokenizer.size,
         context=context,
         n_layers=config.layers,
-        n_heads=config.heads,
+        n_heads=runs.heads_for(config),
         width=config.width,
         positions=config.positions,
         bias=config.bias,
@@ -133,7 +140,7 @@ def run(config: Config) -> Result:
         config.steps,
         config.rate,
         final_rate=config.rate / 10,
-        warmup=config.warmup,
+        warmup=min(100, config.steps // 10) if config.warmup is None else config.warmup,
         b2=config.b2,
         decay=config.decay,
         clip=config.clip,
@@ -152,7 +159,7 @@ def run(config: Config) -> Result:
         batches,
         optimizer,
         steps,
-        batch_size=config.batch,
+        batch_size=batch,
         seed=config.seed,
         evaluate=evaluate,
         eval_every=max(steps // 8, 1),
@@ -186,8 +193,6 @@ def run(config: Config) -> Result:
 def sequences(data: Any, config: Config, context: int) -> tuple[Any, Any, Any]:
     """Return what `gf.fit` trains on, and what is measured on as it goes and at the end."""
     if config.lines:
-        if config.batch > len(data.train[0]):
-            raise runs.RunError(f"batch: there are {len(data.train[0]):,} lines, came {config.batch}")
         return data.train, tuple(part[:1000] for part in data.validation), data.validation
     batches: Any
     if data.train.nbytes > ON_HOST:

@@ -31,10 +31,10 @@ class Config:
     """first row of the region of interest"""
     left: int = 0
     """its first column"""
-    height: int = 5
-    """its rows"""
-    width: int = 16
-    """its columns"""
+    height: int | None = None
+    """its rows (else 5, or what is left below the first)"""
+    width: int | None = None
+    """its columns (else 16, or what is left to the right of the first)"""
     ring: int = 3
     """how far the negative surround reaches; 0 for none"""
     bias: int = -10
@@ -99,9 +99,11 @@ def node(config: Config) -> np.ndarray:
     The ring takes off what the region adds, so that paper covered with ink is no signal: only a stroke with
     paper beside it is.
     """
+    height = config.height or min(5, 28 - config.top)
+    width = config.width or min(16, 28 - config.left)
     rows, columns = np.indices((28, 28))
-    above, below = config.top - rows, rows - (config.top + config.height - 1)
-    before, after = config.left - columns, columns - (config.left + config.width - 1)
+    above, below = config.top - rows, rows - (config.top + height - 1)
+    before, after = config.left - columns, columns - (config.left + width - 1)
     away = np.maximum.reduce([above, below, before, after])  # pixels from the region, 0 and less inside
     region, ring = away <= 0, (away > 0) & (away <= config.ring)
     surround = -region.sum() / ring.sum() if ring.any() else 0.0

@@ -74,8 +74,7 @@ def run(config: Config) -> Result:
     config = runs.settle("rnn", config)
     data = gf.data.lines(config.data)
     print(data)
-    if config.batch > len(data.train[0]):
-        raise runs.RunError(f"batch: there are {len(data.train[0]):,} lines, came {config.batch}")
+    batch = runs.batch_for(config, len(data.train[0]), "lines")
     folder = runs.begin("rnn", config)
     letters = long_sequences(data)
 
@@ -97,7 +96,7 @@ def run(config: Config) -> Result:
                 config.steps, config.rate, final_rate=config.rate / 10, warmup=config.steps // 20
             ),
             config.steps,
-            batch_size=config.batch,
+            batch_size=batch,
             seed=config.seed,
             evaluate=measured(loss_per_token(loss, data.validation)),
             eval_every=max(config.steps // 20, 1),

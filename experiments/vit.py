@@ -43,8 +43,8 @@ class Config:
     """height and width of a patch"""
     layers: int = 3
     """blocks"""
-    heads: int = 4
-    """attention heads a block"""
+    heads: int | None = None
+    """attention heads per block (else 4, or as many below that as divide the width)"""
     width: int = 64
     """features of a patch"""
     hidden: int = 128
@@ -68,7 +68,7 @@ class Config:
         runs.within(0, 2**32 - 1, seed=self.seed)
         if 28 % self.patch:
             raise ValueError(f"patch: a number that divides 28, came {self.patch}")
-        if self.width % self.heads:
+        if self.heads and self.width % self.heads:
             raise ValueError(f"heads: a number that divides the width of {self.width}, came {self.heads}")
         runs.positive(rate=self.rate)
 
@@ -95,7 +95,7 @@ def run(config: Config) -> Result:
         gf.ViTConfig(
             patch=config.patch,
             n_layers=config.layers,
-            n_heads=config.heads,
+            n_heads=runs.heads_for(config),
             width=config.width,
             hidden=config.hidden,
         )

@@ -126,6 +126,7 @@ def init(spec: Spec, key: jax.Array) -> Params:
     Raises:
         ParameterError: a leaf that is not a `Param`, or whose initialiser made another shape or dtype; two leaves with
             the same path.
+        TypeError: a seed instead of a key.
 
     >>> import jax, gradfn as gf
     >>> params = gf.init({"W": gf.Param([2, 3]), "b": gf.Param([2])}, jax.random.key(0))
@@ -134,6 +135,11 @@ def init(spec: Spec, key: jax.Array) -> Params:
     """
 
     named_leaves(spec, is_param)
+    if not hasattr(key, "dtype") or not (
+        np.ndim(key) or jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    ):
+        seed = key if isinstance(key, int) else 0
+        raise TypeError(f"init: expected a key, got {key!r:.40}. Pass jax.random.key({seed})")
 
     def make(path: tuple[Any, ...], param: Param) -> jax.Array:
         name = path_name(path)
@@ -151,29 +157,48 @@ def init(spec: Spec, key: jax.Array) -> Params:
 
 
 def count(tree: Any) -> int:
-    """Count the values in a spec or in parameters.
+    """Count the values in parameters, a spec, a net, or a model of another framework.
+
+    Leaves that are not arrays (functions, Python's own numbers) are settings, and not counted.
+
+    Raises:
+        TypeError: nothing that has parameters.
 
     >>> import gradfn as gf
-    >>> gf.count(gf.mlp([784, 16, 10]).spec)
+    >>> gf.count(gf.mlp([784, 16, 10]))
     12730
     """
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(leaf.shape) for _, leaf in _arrays(tree, "count"))
+
+
+def _arrays(tree: Any, function: str) -> list[tuple[str, Any]]:
+    """Return what in parameters, in a net or in a model has a shape and a dtype, by its path."""
+    leaves = named_leaves(_spec_of(tree))
+    arrays = [(name, leaf) for name, leaf in leaves if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+    if leaves and not arrays:
+        raise TypeError(f"{function}: expected parameters, a spec, a net or a model, got {describe(tree)}")
+    return arrays
+
+
+def _spec_of(tree: Any) -> Any:
+    return tree.spec if hasattr(tree, "spec") and hasattr(tree, "apply") else tree
 
 
 def shapes(tree: Any) -> Any:
-    """Return the tree with each leaf's shape, as a list, in its place.
+    """Return the tree (of a net, its spec) with each leaf's shape, as a list, in its place.
 
     >>> import gradfn as gf
     >>> gf.shapes(gf.mlp([784, 16, 10]).spec)
     {'W1': [16, 784], 'W2': [10, 16], 'b1': [16], 'b2': [10]}
     """
-    return jax.tree.map(lambda leaf: list(leaf.shape), tree)
+    return jax.tree.map(lambda leaf: list(leaf.shape), _spec_of(tree))
 
 
 def table(tree: Any) -> TextTable:
-    """Return a table of a spec or of parameters: path, shape, dtype, count, bytes, and the total.
+    """Return a table of parameters, a spec, a net or a model: path, shape, dtype, count, bytes, and the total.
 
-    Weights are what has two axes or more, biases (and gains) what has one or none.
+    Weights are what has two axes or more, biases (and gains) what has one or none. Leaves that are not arrays are
+    left out.
 
     Returns:
         A `rich` table that `print` shows too.
@@ -188,7 +213,7 @@ def table(tree: Any) -> TextTable:
       total            2 arrays       8      32
     6 weights + 2 biases = 8 parameters
     """
-    rows = [(name, leaf.shape, jnp.dtype(leaf.dtype)) for name, leaf in named_leaves(tree)]
+    rows = [(name, leaf.shape, leaf.dtype) for name, leaf in _arrays(tree, "table")]
     rows.sort(key=lambda row: _reading_order(row[0]))
     sizes = [math.prod(shape) for _, shape, _ in rows]
     size_bytes = [size * dtype.itemsize for size, (_, _, dtype) in zip(sizes, rows, strict=True)]
@@ -224,7 +249,7 @@ def describe(value: Any) -> str:
         return f"{list(value.shape)} {value.dtype}"
     if isinstance(value, Mapping):
         return f"a dict with {', '.join(map(str, value)) or 'nothing in it'}"
-    return f"{type(value).__name__} {value!r:.40}"
+    return f"{type(value).__name__} {' '.join(repr(value).split()):.40}"
 
 
 def check(spec: Any, params: Any) -> None:

@@ -213,6 +213,27 @@ def within(low: int, high: int | None, **numbers: int | None) -> None:
             raise ValueError(f"{name}: a whole number {bounds}, came {number}")
 
 
+def batch_for(config: Any, n: int, what: str) -> int:
+    """Return how many of `n` examples a step takes: `config.batch`; a default of more than there are means all.
+
+    Raises:
+        RunError: more were requested than there are; `what` is what they are called.
+    """
+    if config.batch > n and config.batch != type(config)().batch:
+        raise RunError(f"batch: there are {n:,} {what}, came {config.batch}")
+    return min(config.batch, n)
+
+
+def heads_for(config: Any) -> int:
+    """Return how many attention heads a network has: as `config.heads` says, else at most 4 that divide its width.
+
+    >>> from types import SimpleNamespace
+    >>> [heads_for(SimpleNamespace(heads=None, width=width)) for width in (128, 30, 25)]
+    [4, 3, 1]
+    """
+    return config.heads or next(n for n in (4, 3, 2, 1) if config.width % n == 0)
+
+
 def positive(**numbers: float) -> None:
     """Raise a ValueError that names the first option that is not above 0, or not finite.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from gradfn.train.chunk import CAPACITY, chunks
 from gradfn.train.fault import fault
 from gradfn.train.identity import identity
 from gradfn.train.log import EVENTS, INSPECTIONS, METRICS, NOISE, Log
-from gradfn.train.source import source_of
+from gradfn.train.source import Source, source_of
 from gradfn.train.step import TrainState, train_state
 
 Row = dict[
@@ -123,8 +123,9 @@ def fit(
             right for (labels outside of the classes, NaN), a batch that is larger than the data, numbers below 1;
             `noise_every` with a loss that is of a batch; a scalar of aux or of `evaluate` with a name that the row
             has already.
-        TypeError: labels that are not integers; nothing in `params` can be trained, or it holds state that must not
-            be (it says what to write); a loss that does not return the state that it takes.
+        TypeError: labels that are not integers; an optimizer that is not one; an iterable of batches; nothing in
+            `params` can be trained, or it holds state that must not be (it says what to write); a loss that does not
+            return the state that it takes.
         CheckpointError: `resume` finds the checkpoint of another run, or one that cannot be read; it says what
             differs.
         FloatingPointError: the loss or a gradient is no longer finite; it says where that began, as
@@ -146,6 +147,7 @@ def fit(
         noise_every=noise_every,
         keep_every=keep_every,
     )
+    _check_arguments(data, optimizer)
     if noise_every and not getattr(loss, "per_example", False):
         raise ValueError(
             "fit: noise_every is for gradfn's losses of one example, such as classification_loss"
@@ -271,3 +273,19 @@ def _positive(**numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise ValueError(f"fit: {name} is 1 or more, came {number}")
+
+
+def _check_arguments(data: Any, optimizer: Any) -> None:
+    """Raise a TypeError for a learning rate in place of an optimizer, and for an iterable of batches."""
+    if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
+        rate = f"{optimizer:g}" if isinstance(optimizer, (int, float)) else "1e-3"
+        got = f"{getattr(optimizer, '__name__', optimizer)!s:.60}"
+        raise TypeError(f"fit: optimizer must be one of optax's, got {got}. Pass optax.adam({rate})")
+    is_data = callable(data) or hasattr(data, "__array__") or isinstance(data, (Sequence, Mapping, Source))
+    if isinstance(data, Iterator) or (
+        isinstance(data, Iterable) and not is_data and jax.tree_util.all_leaves([data])
+    ):
+        raise TypeError(
+            f"fit: data must be arrays or a function, got a {type(data).__name__}, whose batches have no numbers to "
+            "resume by. Pass them joined into arrays, or gf.train.from_host(lambda step: batch)"
+        )

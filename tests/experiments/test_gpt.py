@@ -118,7 +118,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(of_text, words, message, capsys
     ("options", "message"),
     [
         ({"steps": 0}, "steps: a whole number from 1 up"),
-        ({"steps": 50}, "warmup: a whole number from 0 to 49, came 100"),
+        ({"steps": 50, "warmup": 100}, "warmup: a whole number from 0 to 49, came 100"),
         ({"heads": 3}, "heads: a number that divides the width of 128, came 3"),
         ({"rate": 0.0}, "rate: a number above 0"),
     ],

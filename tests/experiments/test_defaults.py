@@ -1,0 +1,75 @@
+"""A default never makes a sensible option an error: what an option alone gets wrong is told of that option."""
+
+import dataclasses
+import importlib
+
+import numpy as np
+import pytest
+
+from experiments import gpt, neuron, vit
+from gradfn import cli
+from gradfn import run as runs
+
+NAMES = [name for name in cli.experiments() if not name.startswith("_")]
+VALUES = (1, 2, 3, 5, 7, 10, 25, 30, 60, 100, 1000)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_default_never_makes_an_option_an_error(name):
+    kind = importlib.import_module(f"experiments.{name}").Config
+    for field in dataclasses.fields(kind):
+        if isinstance(field.default, (bool, str)) or field.name in ("folder", "data", "data_path", "rates"):
+            continue
+        for value in VALUES:
+            given = {int: value, float: value / 1000, tuple: (value,)}.get(type(field.default), value)
+            try:
+                kind(**{field.name: given})
+            except ValueError as error:
+                named = str(error).partition(":")[0].split(", ")
+                assert field.name in named, f"{field.name}={given}: {error}"  # noqa: PT017
+
+
+def test_few_steps_warm_up_for_fewer(monkeypatch):
+    """`gradfn run gpt --steps 60` as far as its optimizer."""
+    warmups = []
+
+    def optimizer(steps, rate, warmup, **others):
+        warmups.append(warmup)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpt, "adamw_warmup_cosine", optimizer)
+    monkeypatch.setattr(runs, "begin", lambda name, config: None)
+    monkeypatch.setattr(gpt.sample, "save_model", lambda *args: None)
+    for options in ({"steps": 60}, {"steps": 1}, {"steps": 2000}, {"steps": 60, "warmup": 59}):
+        with pytest.raises(KeyboardInterrupt):
+            gpt.run(gpt.Config(**options, width=8, layers=1))
+    assert warmups == [6, 0, 100, 59]
+
+
+def test_heads_are_as_many_as_divide_the_width():
+    for width in range(1, 70):
+        for kind in (gpt.Config, vit.Config):
+            more = {"positions": "learned"} if kind is gpt.Config else {}
+            heads = runs.heads_for(kind(width=width, **more))
+            assert 1 <= heads <= 4
+            assert width % heads == 0
+    assert runs.heads_for(gpt.Config()) == runs.heads_for(vit.Config()) == 4
+    with pytest.raises(ValueError, match="width: rope needs an even number of features per head, got 25"):
+        gpt.Config(width=25)
+
+
+def test_a_batch_by_default_is_all_there_are_at_most():
+    assert runs.batch_for(gpt.Config(), 5, "lines") == 5
+    assert runs.batch_for(gpt.Config(), 50, "lines") == gpt.Config().batch
+    assert runs.batch_for(gpt.Config(batch=7), 50, "lines") == 7
+    with pytest.raises(runs.RunError, match="batch: there are 5 lines, came 7"):
+        runs.batch_for(gpt.Config(batch=7), 5, "lines")
+
+
+def test_the_region_of_a_node_ends_with_the_image():
+    weights = neuron.node(neuron.Config(top=26, left=20, ring=0))
+    assert np.argwhere(weights == 1).min(0).tolist() == [26, 20]
+    assert weights.sum() == 2 * 8
+    np.testing.assert_array_equal(
+        neuron.node(neuron.Config()), neuron.node(neuron.Config(height=5, width=16))
+    )
