@@ -195,13 +195,7 @@ def charts(kept: Sequence[Kept]) -> list[str]:
     scales = [
         Line(f"{name}, noise scale" if len(trainings) > 1 else "running estimate", i, False, points)
         for i, (name, part, _) in enumerate(trainings)
-        if (
-            points := [
-                (row["step"], row["running_scale"])
-                for row in part.noise
-                if math.isfinite(row["running_scale"] or math.nan)
-            ]
-        )
+        if (points := [(row["step"], row["running_scale"]) for row in part.noise if row["running_scale"] > 0])
     ]
     return drawn + ([line_chart("Noise scale of the gradient (examples)", scales)] if scales else [])
 

@@ -16,6 +16,7 @@ from gradfn.params import named_leaves, path_name
 from gradfn.train.model import take_apart
 
 KEPT = "kept"  # the folder, in that of a run, of the parameters that stay
+FLOATS = tuple(map(jnp.dtype, ("bfloat16", "float16", "float32", "float64")))  # that files have
 DIGITS = 10  # of the step in their files' names
 
 
@@ -33,7 +34,7 @@ def save(file: Path, state: Any, notes: dict[str, Any]) -> None:
     """
     from safetensors.numpy import save as to_bytes
 
-    arrays = {name: np.array(_plain(leaf), order="C") for name, leaf in named_leaves(state)}
+    arrays = {name: _stored(_plain(leaf)) for name, leaf in named_leaves(state)}
     data = to_bytes(arrays, metadata={"notes": json.dumps(_tagged(notes), allow_nan=False)})
     replace_file(file, data)
 
@@ -69,10 +70,11 @@ def load(file: Path, like: Any, rest: bool = False) -> tuple[Any, dict[str, Any]
         expected = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else _plain(leaf)
         if name not in arrays:
             raise CheckpointError(f"{file}: holds no {name}; it is of another network or optimizer")
-        came = arrays.pop(name)
-        if (came.shape, came.dtype) != (expected.shape, expected.dtype):
-            fits = f"expected {list(expected.shape)} {expected.dtype}, came {list(came.shape)} {came.dtype}"
+        came, stored = arrays.pop(name), _stored(np.empty(expected.shape, expected.dtype))
+        if (came.shape, came.dtype) != (stored.shape, stored.dtype):
+            fits = f"expected {list(stored.shape)} {stored.dtype}, got {list(came.shape)} {came.dtype}"
             raise CheckpointError(f"{file}: {name}: {fits}")
+        came = came.view(expected.dtype).reshape(expected.shape)  # [..., 2] -> [...] where it is complex
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(jnp.asarray(came), impl=jax.random.key_impl(leaf))
         return jnp.asarray(came)
@@ -138,6 +140,15 @@ def replace_file(file: Path, data: bytes) -> None:
         out.flush()
         os.fsync(out.fileno())
     part.replace(file)
+
+
+def _stored(array: np.ndarray) -> np.ndarray:
+    """Return an array as one of a dtype that files have: bytes for eight bits and less, pairs for complex numbers."""
+    array = np.array(array, order="C")
+    if np.iscomplexobj(array):
+        return np.stack([array.real, array.imag], -1)  # [...] -> [..., 2]
+    known = array.dtype.kind in "biu" or array.dtype in FLOATS
+    return array if known else array.view(np.uint8)
 
 
 def _plain(leaf: Any) -> np.ndarray:

@@ -181,8 +181,8 @@ def fit(
         state = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
     run = chunks(loss, optimizer, source, mesh)
 
-    with log.open():
-        step = int(state.step)
+    step = int(state.step)
+    with log.open(step):
         jax.block_until_ready(
             run.advance(state, source.order(source.epoch(step)), 0, 0)
         )  # compile, take no step

@@ -81,11 +81,14 @@ class Log:
         self.sums, self.n_steps, self.examples, self.row_seconds = {}, 0, 0, 0.0
         if self.folder:
             self._append(METRICS, row)
-            for name, value in row.items():
-                if name != "step":
-                    self._events.add_scalar(name, value, step)
+            self._row_events(row)
         if self._bar is None and self.progress:
             print(_line(row, self.settings["steps"]), flush=True)
+
+    def _row_events(self, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if name != "step":
+                self._events.add_scalar(name, value, row["step"])
 
     def inspection(self, step: int, seen: Inspection) -> None:
         """Keep what an inspection saw before a step."""
@@ -148,16 +151,16 @@ class Log:
         raise CheckpointError(f"{self.folder}: its checkpoint {why}. {remedy}")
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[None]:
-        """Keep the files open, and the bar shown, while a run goes on."""
+    def open(self, step: int) -> Iterator[None]:
+        """Keep the files open, and the bar shown, while a run continues from a step."""
         with contextlib.ExitStack() as stack:
             if self.folder:
-                self._open_files(stack)
+                self._open_files(stack, step)
             if self.progress:
                 self._open_bar(stack)
             yield
 
-    def _open_files(self, stack: contextlib.ExitStack) -> None:
+    def _open_files(self, stack: contextlib.ExitStack, step: int) -> None:
         from tensorboardX import SummaryWriter
 
         assert self.folder
@@ -165,8 +168,13 @@ class Log:
         # Rows that an interrupted run wrote after its last checkpoint are about to be made again.
         for name, rows in ((METRICS, self.history), (INSPECTIONS, self.inspections), (NOISE, self.noise)):
             replace_file(self.folder / name, "".join(to_json(row) + "\n" for row in rows).encode())
-        last = self.history[-1]["step"] if self.history else 0
-        self._events = stack.enter_context(SummaryWriter(str(self.folder / EVENTS), purge_step=last + 1))
+        # TensorBoard forgets what it has of this step and of later ones. Two files of one second must not share a name.
+        events, suffix = str(self.folder / EVENTS), f".{step}"
+        self._events = stack.enter_context(SummaryWriter(events, purge_step=step, filename_suffix=suffix))
+        # Inspections come before their step, and are made again; the row after the last step is not.
+        for row in self.history[-1:]:
+            if row["step"] == step:
+                self._row_events(row)
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         assert self.folder

@@ -59,7 +59,7 @@ def train_state(
     if state is not None and carried is not None:
         raise TypeError("an NNX module carries its own state; state= must be None, or split the module")
     model_state = carried if state is None else jax.tree.map(strong, state)
-    opt_state = jax.tree.map(strong, optimizer.init(params))
+    opt_state = jax.tree.map(_number, optimizer.init(params))
     return TrainState(params, opt_state, jnp.zeros([], jnp.int32), key, model_state, rest)
 
 
@@ -165,6 +165,15 @@ def scalars(aux: Any) -> dict[str, jax.Array]:
     if "loss" in found:
         raise ValueError("aux: loss is the name of the loss itself. Give the scalar in aux another name")
     return found
+
+
+def _number(leaf: Any) -> jax.Array:
+    try:
+        return strong(leaf)
+    except TypeError:
+        raise TypeError(
+            f"the optimizer's state must be numbers and arrays, got {type(leaf).__name__}"
+        ) from None
 
 
 def _check_types(before: Any, after: Any) -> None:

@@ -172,3 +172,208 @@ def test_b2_gpt_on_another_text_is_refused_and_its_model_stays(tmp_path, other):
     with pytest.raises((gf.CheckpointError, RunError), match=r"another run|of another model|checkpoint"):
         gpt.run(dataclasses.replace(config, resume=True))
     assert content(folder) == was
+
+
+# B10. What resumes, and how far
+
+
+def with_python_numbers():
+    """Momentum whose state has Python numbers and one of float64."""
+
+    def init(params):
+        return {"count": 0, "rate": 0.1, "wide": np.float64(0.5), "m": jax.tree.map(jnp.zeros_like, params)}
+
+    def update(grads, state, params=None):
+        m = jax.tree.map(lambda m, g: state["wide"] * m + g, state["m"], grads)
+        updates = jax.tree.map(lambda m: -state["rate"] * m, m)
+        return updates, {**state, "count": state["count"] + 1, "rate": state["rate"] * 0.99, "m": m}
+
+    return optax.GradientTransformation(init, update)
+
+
+def on_plateau():
+    return optax.chain(optax.adam(0.1), optax.contrib.reduce_on_plateau(patience=1, factor=0.5))
+
+
+OPTIMIZERS = {
+    "python numbers": with_python_numbers(),
+    "reduce_on_plateau": on_plateau(),
+    "lbfgs": optax.lbfgs(),
+    "backtracking": optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(10)),
+    "inject_hyperparams": optax.inject_hyperparams(optax.adam)(0.1),
+    "MultiSteps": optax.MultiSteps(optax.adam(0.1), 2),
+}
+
+
+def dying(evaluations):
+    """An `evaluate` that dies in the last of so many calls."""
+    calls = []
+
+    def evaluate(params):
+        calls.append(0)
+        if len(calls) == evaluations:
+            raise InterruptionError
+        return {}
+
+    return evaluate
+
+
+def run_in_two(folder, **options):
+    """A run that dies at its third evaluation, and resumes from its checkpoint."""
+    with pytest.raises(InterruptionError):
+        train(folder, 12, eval_every=2, evaluate=dying(3), **options)
+    assert (folder / "checkpoint.safetensors").exists()
+    return train(folder, 12, eval_every=2, resume=True, **options)
+
+
+def assert_same(one, other):
+    def as_bytes(leaf):
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(leaf) if is_key else leaf).tobytes()
+
+    assert jax.tree.map(as_bytes, one) == jax.tree.map(as_bytes, other)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), one) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), other
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_b10_optimizers_run_and_resume_to_the_bit(tmp_path, name):
+    options = {"optimizer": OPTIMIZERS[name], "inspect_every": 5}
+    whole = train(None, 12, eval_every=2, **options)
+    resumed = run_in_two(tmp_path, **options)
+    assert_same(resumed.state, whole.state)
+    assert resumed.history[-1]["loss"] == whole.history[-1]["loss"] < 0.9 * whole.history[0]["loss"]
+
+
+def test_b10_reduce_on_plateau_sees_the_loss():
+    optimizer = on_plateau()
+    fitted = train(None, 12, optimizer=optimizer)
+    params, state = START, optimizer.init(START)
+    for step in range(12):
+        rows = gf.data.epoch_order(24, 4, 0, step // 6)[step % 6]
+        batch = jax.tree.map(lambda leaf, rows=rows: leaf[rows], DATA)
+        value, grads = jax.value_and_grad(mean_square)(params, batch)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update(grads, state, params, value=value)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(fitted.params["w"], params["w"], rtol=1e-5)
+    assert fitted.state.opt_state[1].scale == state[1].scale < 1
+
+
+@pytest.mark.slow
+def test_b10_lbfgs_gets_the_value_the_gradient_and_the_function():
+    optimizer = optax.lbfgs()
+    fitted = train(None, 4, optimizer=optimizer, batch_size=24)
+    params, state = START, optimizer.init(START)
+    whole = lambda params: mean_square(params, DATA)  # noqa: E731
+    for _ in range(4):
+        value, grads = jax.value_and_grad(whole)(params)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update(grads, state, params, value=value, grad=grads, value_fn=whole)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(fitted.params["w"], params["w"], rtol=1e-4)
+    assert mean_square(fitted.params, DATA) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "bfloat16", "float16", "complex64"])
+def test_b10_parameters_of_every_dtype_resume_to_the_bit(tmp_path, dtype):
+    def loss(params, batch):
+        w = {"w": params["w"].real.astype(jnp.float32)}
+        return mean_square(w, batch) + jnp.square(params["scalar"].real.astype(jnp.float32) - 3)
+
+    options = {
+        "params": {"w": START["w"].astype(dtype), "scalar": jnp.ones([], dtype)},
+        "loss": loss,
+        "optimizer": optax.sgd(0.1, momentum=0.5),
+    }
+    whole = train(None, 12, eval_every=2, **options)
+    resumed = run_in_two(tmp_path, **options)
+    assert_same(resumed.state, whole.state)
+    assert resumed.params["w"].dtype == resumed.params["scalar"].dtype == dtype
+    assert not np.array_equal(np.asarray(resumed.params["w"]), np.asarray(options["params"]["w"]))
+
+
+def test_b10_a_python_number_resumes_as_the_dtype_that_it_had(tmp_path):
+    def loss(params, batch):
+        return mean_square({"w": params["w"].astype(jnp.float32) * params["gain"]}, batch)
+
+    params = {"w": START["w"].astype(jnp.bfloat16), "gain": 1.0}
+    options = {"params": params, "loss": loss, "optimizer": optax.adam(0.1)}
+    assert_same(run_in_two(tmp_path, **options).state, train(None, 12, eval_every=2, **options).state)
+
+
+def test_b10_an_optimizer_state_that_cannot_be_carried_is_refused():
+    def text(params):
+        return {"rule": "steepest"}
+
+    def growing(grads, state, params=None):
+        return grads, jnp.concatenate([state, state])
+
+    with pytest.raises(TypeError, match="optimizer's state must be numbers and arrays, got str"):
+        train(
+            None,
+            optimizer=optax.GradientTransformation(text, lambda grads, state, params=None: (grads, state)),
+        )
+    with pytest.raises(
+        TypeError, match=r"optimizer's state opt_state is float32\[1\] before a step and float32\[2\]"
+    ):
+        train(None, optimizer=optax.GradientTransformation(lambda params: jnp.zeros(1), growing))
+
+
+def test_b10_a_run_is_lengthened_to_the_bit(tmp_path):
+    for name, every in {"epochs": None, "two": 2, "ragged": 5}.items():
+        train(tmp_path / name, 7, eval_every=every)
+        longer = train(tmp_path / name, 12, resume=True, eval_every=every)
+        whole = train(None, 12, eval_every=every)
+        assert_same(longer.state, whole.state)
+        assert [row["step"] for row in longer.history if row["step"] != 7] == [
+            row["step"] for row in whole.history
+        ]
+    with pytest.raises(gf.CheckpointError, match="is of a run with steps 12, got 11"):
+        train(tmp_path / "two", 11, resume=True, eval_every=2)
+    # With data from a function the default of eval_every depends on steps; the run keeps its own.
+    for steps in (10, 40):
+        run = train(tmp_path / "function", steps, data=drawn(ON_DEVICE), eval_every=None, resume=True)
+        assert len(run.history) == steps
+
+
+def test_b10_a_run_that_stop_ended_has_ended(tmp_path):
+    def run(steps):
+        return train(tmp_path, steps, eval_every=2, stop=lambda history: len(history) == 2, resume=True)
+
+    assert run(9).history[-1]["step"] == 4
+    assert run(20).history[-1]["step"] == 4
+
+
+def tensorboard(folder):
+    """What TensorBoard shows of a folder: `{(tag, step): [values]}`, after what it purges."""
+    from tensorboardX.proto import event_pb2
+
+    shown = []
+    for file in sorted((folder / "events").iterdir(), key=lambda file: file.stat().st_mtime_ns):
+        data = file.read_bytes()
+        while data:
+            length = int.from_bytes(data[:8], "little")
+            event = event_pb2.Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            if event.session_log.status == event_pb2.SessionLog.START:
+                shown = [entry for entry in shown if entry[1] < event.step]
+            shown += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+    found = {}
+    for tag, step, value in shown:
+        found.setdefault((tag, step), []).append(value)
+    return found
+
+
+@pytest.mark.parametrize("eval_every", [3, 5])
+def test_b10_tensorboard_keeps_every_row_and_inspection_once(tmp_path, eval_every):
+    options = {"eval_every": eval_every, "inspect_every": 1}
+    with pytest.raises(InterruptionError):
+        train(tmp_path, 12, evaluate=dying(2), **options)
+    train(tmp_path, 12, resume=True, **options)
+    shown = tensorboard(tmp_path)
+    assert {step for tag, step in shown if tag == "gradient_rms/w"} == set(range(12))
+    assert {step for tag, step in shown if tag == "loss"} == {*range(eval_every, 13, eval_every), 12}
+    assert {len(values) for values in shown.values()} == {1}
