@@ -248,7 +248,7 @@ def describe(value: Any) -> str:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{list(value.shape)} {value.dtype}"
     if isinstance(value, Mapping):
-        return f"a dict with {', '.join(map(str, value)) or 'nothing in it'}"
+        return f"a dict with {', '.join(map(str, value)) or 'nothing in it':.200}"
     return f"{type(value).__name__} {' '.join(repr(value).split()):.40}"
 
 
@@ -298,14 +298,14 @@ def _check(spec: Any, params: Any, path: str, seen: dict[Any, tuple[str, Any]]) 
 
 def _check_names(spec: Mapping[str, Any], params: Any, path: str) -> None:
     here = path or "parameters"
-    declared = ", ".join(map(str, spec))
+    declared = f"{', '.join(map(str, spec)):.300}"
     if not isinstance(params, Mapping):
         raise ParameterError(here, f"expected a dict with {declared}, came {describe(params)}")
     prefix = f"{path}/" if path else ""
     for name in spec:
         if name not in params:
             raise ParameterError(
-                f"{prefix}{name}", f"missing. Expected {declared}; came {', '.join(map(str, params))}"
+                f"{prefix}{name}", f"missing. Expected {declared}; came {', '.join(map(str, params)):.300}"
             )
     for name in params:
         if name not in spec:

@@ -125,6 +125,7 @@ def _layers(params: Mapping[str, Any]) -> int:
     expected = {f"{kind}{l}" for kind in "Wb" for l in range(1, L + 1)}
     if L == 0 or set(params) != expected:
         raise ParameterError(
-            "parameters", f"expected W1, b1, W2, b2, ... and nothing else, came {', '.join(map(str, params))}"
+            "parameters",
+            f"expected W1, b1, W2, b2, ... and nothing else, came {', '.join(map(str, params)):.200}",
         )
     return L

@@ -49,7 +49,7 @@ def cosines(grads: Any) -> Cosines:
     lengths = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(grads)}
     if len(lengths) != 1 or None in lengths:
         came = ", ".join(map(describe, jax.tree.leaves(grads))) or "nothing"
-        raise ValueError(f"cosines: expected gradients with one leading axis, came {came}")
+        raise ValueError(f"cosines: expected gradients with one leading axis, came {came:.200}")
 
     def products(leaf: jax.Array) -> jax.Array:
         flat = leaf.reshape(leaf.shape[0], -1)  # [n, ...] -> [n, size]

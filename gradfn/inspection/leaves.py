@@ -70,7 +70,7 @@ def floating_leaves(params: Any, what: str) -> Leaves:
             )
     chosen = [i for i in arrays if jnp.issubdtype(jnp.result_type(leaves[i]), jnp.floating)]
     if not chosen:
-        raise TypeError(f"{what}: there is no floating array in the parameters; came {params!r}")
+        raise TypeError(f"{what}: there is no floating array in the parameters; came {params!r:.200}")
 
     def fill(values: Sequence[Any]) -> Any:
         known = dict(zip(chosen, values, strict=True))
@@ -113,9 +113,8 @@ def _other_structure(names: Sequence[str], other: Any, what: str) -> ParameterEr
     came = [leaf_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(other)[0]]
     missing = [name for name in names if name not in came]
     extra = [name for name in came if name not in names]
-    message = (
-        f"{what}: the vector needs the parameters' structure, {', '.join(names)}; came {', '.join(came)}"
-    )
+    needed, given = ", ".join(names), ", ".join(came)
+    message = f"{what}: the vector needs the parameters' structure, {needed:.200}; came {given:.200}"
     return ParameterError((missing or extra or ["params"])[0], message)
 
 

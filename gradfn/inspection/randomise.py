@@ -215,7 +215,9 @@ def _named(names: Sequence[str], layers: Sequence[str | Sequence[str]]) -> list[
         patterns = [layer] if isinstance(layer, str) else layer
         for pattern in patterns:
             if not any(fnmatch(name, pattern) for name in names):
-                raise ValueError(f"randomise_weights: no parameter {pattern!r}; there are {', '.join(names)}")
+                raise ValueError(
+                    f"randomise_weights: no parameter {pattern!r}; there are {', '.join(names):.500}"
+                )
         group = [name for name in left if any(fnmatch(name, pattern) for pattern in patterns)]
         left = [name for name in left if name not in group]
         groups.append(group)
