@@ -16,6 +16,7 @@ from gradfn.labels import check_range, counting, label_of, labels_of
 from gradfn.net import Net, takes_key
 from gradfn.precision import wide, widen
 from gradfn.transform import flat_products
+from gradfn.transform.program import hide_objects, show_objects
 
 Loss = Callable[..., Any]  # (params, example) or (params, example, key) -> scalar, or (scalar, aux)
 
@@ -185,10 +186,12 @@ def batch_mean(loss: Loss) -> Loss:
         # Only a random key is split; any other value under that name is the loss's own, None as well.
         if _is_random_key(kwargs.get("key")):
             keys = jax.random.split(kwargs.pop("key"), jax.tree.leaves(batch)[0].shape[0])
-            values = jax.vmap(lambda example, key: loss(params, example, key=key, **kwargs))(batch, keys)
+            values = jax.vmap(lambda example, key: hide_objects(loss(params, example, key=key, **kwargs)))(
+                batch, keys
+            )
         else:
-            values = jax.vmap(lambda example: loss(params, example, **kwargs))(batch)
-        return jax.tree.map(lambda value: value.mean(0), values)
+            values = jax.vmap(lambda example: hide_objects(loss(params, example, **kwargs)))(batch)
+        return show_objects(jax.tree.map(lambda value: value.mean(0), values))
 
     mean_loss.per_example = False  # type: ignore[attr-defined]
     return flat_products(mean_loss)

@@ -32,6 +32,7 @@ from gradfn.precision import norm
 from gradfn.text import TextTable
 from gradfn.transform import Place, Program, interpret, probe, trace_as_written, walk
 from gradfn.transform.interpreter import Evaluate, Path, bodies, scan_split
+from gradfn.transform.program import by_position
 from gradfn.transform.varying import zeros
 
 # What does nothing to a parameter but lay it out: its result still goes by the parameter's name.
@@ -246,12 +247,15 @@ def backprop(f: Callable, *, keep: bool = False) -> Callable[..., Backward]:
     """
 
     def run(*args: Any, **kwargs: Any) -> Backward:
+        args, kwargs = by_position(f, args, kwargs) if not args else (args, kwargs)
+
         def checked(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
             of = scalar(f, args, kwargs, range(len(args)), "backprop")
             return of.call(of.leaves)
 
-        names = scalar(f, args, kwargs, range(len(args)), "backprop").names
+        of = scalar(f, args, kwargs, range(len(args)), "backprop")
         program = trace_as_written(checked, *args, **kwargs)
+        names = [name for name, i in zip(of.names, of.numbers, strict=True) if program.is_array[i]]
         infos = active_equations(program, names)
         places = {place.path: place for place in walk(program.jaxpr)}
         chosen = {info.path: (places[info.path], info) for info in infos}

@@ -15,7 +15,7 @@ from gradfn.inspection.backprop import active_equations
 from gradfn.inspection.scalar import Scalar, scalar
 from gradfn.text import TextTable
 from gradfn.transform import trace
-from gradfn.transform.program import traced_leaves
+from gradfn.transform.program import by_position, traced_leaves
 
 PER_LEAF = 64  # of a tree with more leaves, single leaves are only looked at if all of them together are off
 TOLERANCE = 1e-5  # relative, in float64
@@ -143,21 +143,30 @@ def check_grads(
         (False, ['a'])
     """
 
+    def prepared(args: Any, kwargs: Any, numbers: Sequence[int]) -> tuple[Scalar, tuple[str, str]]:
+        of = scalar(f, args, kwargs, numbers, "check_grads")
+        try:
+            return of, _lowest_precision(of)
+        except (TypeError, ValueError, IndexError):
+            fewer = scalar(f, args, kwargs, numbers, "check_grads", singles=False)
+            if fewer.numbers == of.numbers:
+                raise
+            return fewer, _lowest_precision(fewer)
+
     @functools.wraps(f)
     def check(*args: Any, **kwargs: Any) -> GradCheck:
+        args, kwargs = by_position(f, args, kwargs) if not args else (args, kwargs)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
             raise TypeError("check_grads: call it outside jit: it decides on what it finds")
         numbers = range(len(args)) if argnums is None else np.atleast_1d(argnums).tolist()
         try:
             with _float64():
                 wide_args, wide_kwargs = _widened((args, kwargs))
-                of = scalar(f, wide_args, wide_kwargs, numbers, "check_grads")
-                precision = _lowest_precision(of)
+                of, precision = prepared(wide_args, wide_kwargs, numbers)
                 return _check(of, precision, directions, tolerance, seed)
         except TypeError as error:  # such as a scan whose carry is float32 by declaration
             reason = str(error).splitlines()[0]
-        of = scalar(f, args, kwargs, numbers, "check_grads")
-        precision = _lowest_precision(of)
+        of, precision = prepared(args, kwargs, numbers)
         return _check(of, precision, directions, tolerance, seed, f"; float64 gives: {reason}")
 
     return check
@@ -176,6 +185,8 @@ def _widened(tree: Any) -> Any:
     def widened(leaf: Any, traced: bool) -> Any:
         if not traced or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             return leaf
+        if isinstance(leaf, (float, np.floating)):  # single numbers stay what functions can branch on
+            return np.float64(leaf) if isinstance(leaf, np.floating) else leaf
         complex_ = jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating)
         return jnp.asarray(np.asarray(leaf), jnp.complex128 if complex_ else jnp.float64)
 

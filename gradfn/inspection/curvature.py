@@ -44,7 +44,7 @@ def curvature_product(product: Product) -> Product:
     """
 
     @functools.wraps(product, updated=())
-    def checked(params: Any, vector: Any, *args: Any, **kwargs: Any) -> Any:
+    def checked(params: Any, vector: Any, /, *args: Any, **kwargs: Any) -> Any:
         leaves = floating_leaves(params, "curvature_product")
         vector = leaves.tree(tangents(leaves, vector, "curvature_product"))
         return product(params, vector, *args, **kwargs)
@@ -78,7 +78,7 @@ def hvp(loss: Callable) -> Product:
     """
     flat_loss = flat_products(loss)
 
-    def product(params: Any, vector: Any, *args: Any, **kwargs: Any) -> Any:
+    def product(params: Any, vector: Any, /, *args: Any, **kwargs: Any) -> Any:
         leaves = floating_leaves(params, "hvp")
         v = tangents(leaves, vector, "hvp")
         call = scalar(flat_loss, (params, *args), kwargs, (0,), "hvp").call
@@ -182,7 +182,7 @@ def fisher_vp(loss: Callable) -> Product:
             "more; pass the loss of one example, what gf.batch_mean was given"
         )
 
-    def product(params: Any, vector: Any, batch: Any, **kwargs: Any) -> Any:
+    def product(params: Any, vector: Any, batch: Any, /, **kwargs: Any) -> Any:
         def one(params: Any, example: Any) -> jax.Array:
             call = scalar(loss, (params, example), kwargs, (0,), "fisher_vp").call
             return call(floating_leaves(params, "fisher_vp").values)[0]

@@ -92,7 +92,7 @@ def hessian_eigs(
         raise ValueError(f"hessian_eigs: k is from 1 up, max_products from k up, came {k} and {max_products}")
     product = as_product(loss)
 
-    def eigs(params: Any, *args: Any, **kwargs: Any) -> Eigs:
+    def eigs(params: Any, /, *args: Any, **kwargs: Any) -> Eigs:
         leaves = floating_leaves(params, "hessian_eigs")
         if k > leaves.size:
             raise ValueError(f"hessian_eigs: k is at most the number of parameters, {leaves.size}, came {k}")
@@ -159,7 +159,7 @@ def sharpness(loss: Callable, learning_rate: float, **settings: Any) -> Callable
     top = hessian_eigs(loss, 1, which="largest", **settings)
 
     @functools.wraps(loss, updated=())
-    def sharp(params: Any, *args: Any, **kwargs: Any) -> Sharpness:
+    def sharp(params: Any, /, *args: Any, **kwargs: Any) -> Sharpness:
         eigs = top(params, *args, **kwargs)
         value = eigs.values[0]
         limit = jnp.asarray(2 / learning_rate, value.dtype)

@@ -29,7 +29,7 @@ from gradfn.transform.ghost import (
     squares_of_each,
 )
 from gradfn.transform.interpreter import Evaluate, Path
-from gradfn.transform.program import is_array, leaf_name
+from gradfn.transform.program import hide_objects, is_array, leaf_name
 from gradfn.transform.views import Meeting, View, parameter_meetings
 
 SMALL = 1024  # numbers; of a leaf with fewer, every example gets its own copy, however it is used
@@ -74,7 +74,7 @@ class Call:
     def split(self, outs: Sequence[Any]) -> tuple[Any, Any]:
         """Return the value and aux of the program's outputs."""
         out = self.program.rebuild(outs)
-        return out if self._has_aux else (out, None)
+        return (out[0], hide_objects(out[1])) if self._has_aux else (out, None)
 
     def run(self, floating: Sequence[Any], example: Sequence[Any]) -> tuple[Any, Any]:
         """Return one example's value and aux."""
@@ -123,7 +123,7 @@ def _size(what: str, batch: tuple[Any, ...]) -> int:
 
 def _checked_output(what: str, program: Program) -> bool:
     """Tell whether the loss returned aux, after a check that it returned a floating scalar."""
-    out = jax.tree.unflatten(program.out_tree, program.jaxpr.out_avals)
+    out = program.rebuild(program.jaxpr.out_avals)
     has_aux = isinstance(out, tuple) and len(out) == 2
     aval = out[0] if has_aux else out
     if not hasattr(aval, "shape") or aval.shape != () or not jnp.issubdtype(aval.dtype, jnp.floating):

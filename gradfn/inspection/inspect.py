@@ -27,7 +27,7 @@ from gradfn.transform import (
     walk,
 )
 from gradfn.transform.interpreter import Evaluate, Path
-from gradfn.transform.program import params_first, takes_keyword
+from gradfn.transform.program import hide_objects, params_first, show_objects, takes_keyword
 from gradfn.transform.sites import Selection
 from gradfn.transform.summaries import DEFAULT_STATS, STATS, Stats, summarise
 from gradfn.transform.varying import as_varying, varying_axes, zeros
@@ -213,7 +213,8 @@ def inspect(
                 jnp.asarray(step) % every == 0, *[functools.partial(look, b) for b in (False, True)], inputs
             )
 
-        return _differentiably(run, program)(program.jaxpr.consts, program.inputs, step)
+        seen = _differentiably(run, program)(program.jaxpr.consts, program.inputs, step)
+        return replace(seen, aux=show_objects(seen.aux))
 
     return inspected
 
@@ -245,7 +246,7 @@ def _checked_stats(stats: Sequence[str]) -> tuple[str, ...]:
 
 def _check_scalar(program: Program) -> None:
     """Raise unless the function returned a floating scalar, or that and something else."""
-    tree = jax.tree.unflatten(program.out_tree, program.jaxpr.out_avals)
+    tree = program.rebuild(program.jaxpr.out_avals)
     aval = tree[0] if _has_aux(program) else tree
     if not hasattr(aval, "shape") or aval.shape != () or not jnp.issubdtype(aval.dtype, jnp.floating):
         came = jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}", aval)
@@ -256,7 +257,7 @@ def _check_scalar(program: Program) -> None:
 
 
 def _has_aux(program: Program) -> bool:
-    shapes = jax.tree.unflatten(program.out_tree, program.jaxpr.out_avals)
+    shapes = program.rebuild(program.jaxpr.out_avals)
     return isinstance(shapes, tuple) and len(shapes) == 2
 
 
@@ -316,7 +317,7 @@ def _look(
         outs, captures = interpret(program.jaxpr, visit, places if looking else {}, full, tokens)
         out = program.rebuild(outs)
         value, aux = out if _has_aux(program) else (out, None)
-        return value, (aux, captures)
+        return value, (hide_objects(aux), captures)
 
     # A loss whose products were flattened is looked at as it was written, and runs as it would without us.
     run_it = flat_products(run) if flat else run

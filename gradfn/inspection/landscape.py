@@ -71,7 +71,7 @@ def loss_landscape(
     if dims not in (1, 2) or points < 2:
         raise ValueError(f"loss_landscape: dims is 1 or 2, points from 2 up, came {dims} and {points}")
 
-    def landscape(params: Any, *args: Any, **kwargs: Any) -> Landscape:
+    def landscape(params: Any, /, *args: Any, **kwargs: Any) -> Landscape:
         leaves = floating_leaves(params, "loss_landscape")
         call = scalar(loss, (params, *args), kwargs, (0,), "loss_landscape").call
         if directions is None:

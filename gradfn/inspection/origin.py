@@ -37,6 +37,7 @@ from gradfn.inspection.where import (
 )
 from gradfn.transform import Place, Program, interpret, trace_as_written, walk
 from gradfn.transform.interpreter import Evaluate, Path, bodies
+from gradfn.transform.program import by_position, params_first
 from gradfn.transform.varying import any_device, zeros
 
 # What is looked for: a NaN that no computed operand had, an infinity, and an infinity made out of finite
@@ -238,17 +239,19 @@ def nan_origin(f: Callable, argnums: int | Sequence[int] = 0) -> Callable[..., N
 
     @functools.wraps(f)
     def find(*args: Any, **kwargs: Any) -> NanReport:
+        args, kwargs = by_position(f, args, kwargs) if not args else (args, kwargs)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
             raise TypeError(
                 "nan_origin: inside jit, use gf.nan_guard, or return the arguments and call it outside"
             )
-        record = jax.device_get(compiled(*args, **kwargs))
-        program, details = None, {}
-        for kind, row in (("nan", 0), ("inf", _inf_row(record))):
-            spot, turns = _decode(record, row)
-            if spot is not None:
-                program = program or _trace(f, argnums, args, kwargs, "nan_origin")[0]
-                details[kind] = _details(program, kind, spot, turns)
+        with jax.debug_nans(False), jax.debug_infs(False):  # they would stop at what is to be found
+            record = jax.device_get(compiled(*args, **kwargs))
+            program, details = None, {}
+            for kind, row in (("nan", 0), ("inf", _inf_row(record))):
+                spot, turns = _decode(record, row)
+                if spot is not None:
+                    program = program or _trace(f, argnums, args, kwargs, "nan_origin")[0]
+                    details[kind] = _details(program, kind, spot, turns)
         return _report(record, details)
 
     return find
@@ -285,6 +288,7 @@ def nan_guard(f: Callable) -> Callable[..., tuple[Any, Any, NanRecord]]:
 
     @functools.wraps(f)
     def guarded(*args: Any, **kwargs: Any) -> tuple[Any, Any, NanRecord]:
+        args, kwargs = params_first(f, args, kwargs, "nan_guard")
         program, of = _trace(f, 0, args, kwargs, "nan_guard")
         spots = _spots(program)
         (value, aux), grads = jax.value_and_grad(of.call, has_aux=True)(of.leaves)
@@ -386,7 +390,8 @@ def _spot(
 
 
 def _is_inexact(atom: Any) -> bool:
-    return jnp.issubdtype(dtype_of(atom), jnp.inexact)
+    # A mutable array (jax.new_ref) is a place; what is in it shows where it is read.
+    return jnp.issubdtype(dtype_of(atom), jnp.inexact) and not hasattr(atom.aval, "inner_aval")
 
 
 def _record(

@@ -12,6 +12,7 @@ from jax import lax
 from gradfn.inspection.example_norms import FALLBACK, Call, Plan, fall_back, sum_of
 from gradfn.text import TextTable
 from gradfn.transform.ghost import add_up
+from gradfn.transform.program import show_objects
 
 CHUNK = 16  # examples that parameters without a rule are differentiated for at a time
 
@@ -127,10 +128,13 @@ def per_example_grads(loss: Callable, chunk: int | None = None) -> Callable[...,
         call = Call("per_example_grads", loss, params, batch)
 
         def grads_of_one(leaves: list[Any]) -> list[Any]:
-            return jax.grad(lambda some: call.run(some, leaves)[0])(call.floating)
+            grads = jax.grad(lambda some: call.run(some, leaves)[0])(call.floating)
+            return [g for g in grads if g.size]  # lax.map cannot join arrays of size 0
 
-        grads = lax.map(grads_of_one, call.batch, batch_size=min(chunk or call.size, call.size))
-        return call.tree(grads)
+        found = iter(lax.map(grads_of_one, call.batch, batch_size=min(chunk or call.size, call.size)))
+        shapes = [(call.size, *leaf.shape) for leaf in call.floating]
+        pairs = zip(call.floating, shapes, strict=True)
+        return call.tree([next(found) if x.size else jnp.zeros(shape, x.dtype) for x, shape in pairs])
 
     return grads_of
 
@@ -193,7 +197,7 @@ def per_example_norms(loss: Callable, chunk: int = CHUNK) -> Callable[..., Examp
         numbers = range(len(call.floating))
         return ExampleNorms(
             values=values,
-            aux=aux,
+            aux=show_objects(aux),
             norms=call.tree([jnp.sqrt(squares[i]) for i in numbers]),
             total=jnp.sqrt(sum_of(squares.values())),
             grads=call.tree([(sums[i] / call.size).astype(call.floating[i].dtype) for i in numbers]),
@@ -254,7 +258,7 @@ def clipped_grads(loss: Callable, max_norm: Any, chunk: int = CHUNK) -> Callable
         own, some, _ = back(weights)
         sums = dict(zip([*plan.direct, *back_to], [*map(add_up, own), *some], strict=True))
         means = [(sums[i] / call.size).astype(x.dtype) for i, x in enumerate(call.floating)]
-        return ClippedGrads(call.tree(means), values, aux, total, jnp.mean(total > max_norm))
+        return ClippedGrads(call.tree(means), values, show_objects(aux), total, jnp.mean(total > max_norm))
 
     return clipped
 

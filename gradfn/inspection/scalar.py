@@ -7,8 +7,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from gradfn.transform.program import is_array, leaf_name, pure, traced_leaves
+from gradfn.transform.program import (
+    hide_objects,
+    is_array,
+    leaf_name,
+    pure,
+    show_objects,
+    traced_leaves,
+    without_fixed,
+)
 
 
 class Scalar(NamedTuple):
@@ -17,20 +26,31 @@ class Scalar(NamedTuple):
     Attributes:
         leaves: the floating arrays to differentiate with respect to, in order.
         names: a name for each, such as `W1`, `layers/0/W`, `batch/0`.
+        numbers: which of all leaves of the positional arguments they are.
         call: `leaves -> (value, aux)`; aux is None where the function returns a scalar alone.
         tree: `one thing per leaf -> those things in the trees of the chosen arguments`, None elsewhere.
     """
 
     leaves: list[Any]
     names: tuple[str, ...]
+    numbers: tuple[int, ...]
     call: Callable[[Sequence[Any]], tuple[Any, Any]]
     tree: Callable[[Sequence[Any]], tuple[Any, ...]]
 
 
 def scalar(
-    f: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], argnums: Sequence[int], what: str
+    f: Callable,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    argnums: Sequence[int],
+    what: str,
+    singles: bool = True,
 ) -> Scalar:
-    """Take a call of `f(*args) -> scalar` or `(scalar, aux)` apart; `what` names the caller in errors."""
+    """Take a call of `f(*args) -> scalar` or `(scalar, aux)` apart; `what` names the caller in errors.
+
+    Without `singles`, single floats of Python and numpy outside of the first argument are not among the leaves: the
+    function needs their values.
+    """
     if args and any(not -len(args) <= n < len(args) for n in argnums):
         raise ValueError(f"{what}: argnums {tuple(argnums)} of a call with {len(args)} positional arguments")
     chosen = [n % len(args) for n in argnums] if args else []
@@ -41,7 +61,10 @@ def scalar(
     floating = [
         i
         for i, ((path, leaf), traced) in enumerate(places)
-        if path[0].idx in chosen and traced and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+        if path[0].idx in chosen
+        and traced
+        and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+        and (singles or path[0].idx == 0 or not isinstance(leaf, (float, np.floating)))
     ]
     if not floating:
         raise TypeError(
@@ -77,24 +100,40 @@ def scalar(
         label = labels[path[0].idx]
         return inside if inside and path[0].idx == 0 else "/".join(filter(None, [label, inside]))
 
-    return Scalar([leaves[i] for i in floating], tuple(name(with_paths[i][0]) for i in floating), call, tree)
+    names = tuple(name(with_paths[i][0]) for i in floating)
+    return Scalar([leaves[i] for i in floating], names, tuple(floating), call, tree)
 
 
 def jit_arrays(f: Callable) -> Callable:
-    """Return `jax.jit(f)` for arguments whose trees may hold things that are no arrays (functions, strings)."""
+    """Return `jax.jit(f)` for arguments and results whose trees may hold things that are no arrays.
 
-    @functools.partial(jax.jit, static_argnums=(0, 1))
-    def run(structure: Any, others: tuple[Any, ...], arrays: list[Any]) -> Any:
+    Numbers that the function needs while it is traced are left as they are, as in `gradfn.transform.trace`.
+    """
+
+    def filled(structure: Any, others: Sequence[Any], arrays: Sequence[Any]) -> Any:
         rest = iter(arrays)
         args, kwargs = jax.tree.unflatten(structure, [next(rest) if x is None else x for x in others])
-        return f(*args, **kwargs)
+        return hide_objects(f(*args, **kwargs))
+
+    run = jax.jit(filled, static_argnums=(0, 1))
 
     @functools.wraps(f)
     def compiled(*args: Any, **kwargs: Any) -> Any:
         leaves, structure = jax.tree.flatten((args, kwargs))
+
+        def split(traced: Sequence[bool]) -> tuple[tuple[Any, ...], list[Any]]:
+            pairs = list(zip(leaves, traced, strict=True))
+            return tuple(None if t else leaf for leaf, t in pairs), [leaf for leaf, t in pairs if t]
+
         traced = traced_leaves((args, kwargs))
-        others = tuple(None if is_it else leaf for leaf, is_it in zip(leaves, traced, strict=True))
-        return run(structure, others, [leaf for leaf, is_it in zip(leaves, traced, strict=True) if is_it])
+        fewer = without_fixed(traced, args, kwargs)
+        try:
+            return show_objects(run(structure, *split(traced)))
+        except (TypeError, ValueError, IndexError):
+            if fewer == traced:
+                raise
+        others, arrays = split(fewer)  # what is fixed is not hashable, so this is compiled anew for each call
+        return show_objects(jax.jit(functools.partial(filled, structure, others))(arrays))
 
     return compiled
 

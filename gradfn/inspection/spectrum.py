@@ -169,8 +169,10 @@ def hessian_spectrum(
         raise ValueError(f"hessian_spectrum: samples from 1 up, steps from 2 up, came {samples} and {steps}")
     product = as_product(loss)
 
-    def spectrum(params: Any, *args: Any, **kwargs: Any) -> Spectrum:
+    def spectrum(params: Any, /, *args: Any, **kwargs: Any) -> Spectrum:
         leaves = floating_leaves(params, "hessian_spectrum")
+        if not leaves.size:
+            raise ValueError("hessian_spectrum: expected at least one parameter, got arrays of size 0 alone")
         matrix = flat_matrix(product, leaves, args, kwargs)
         m = min(steps, leaves.size)
 
@@ -196,7 +198,7 @@ def _estimator(
         raise ValueError(f"{what}: a standard error needs 2 samples at least, came {samples}")
     product = as_product(loss)
 
-    def estimate(params: Any, *args: Any, **kwargs: Any) -> Estimate:
+    def estimate(params: Any, /, *args: Any, **kwargs: Any) -> Estimate:
         leaves = floating_leaves(params, what)
         matrix = flat_matrix(product, leaves, args, kwargs)
         keys = jax.random.split(jax.random.key(0) if key is None else key, samples)

@@ -4,12 +4,13 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr
+from jax.tree_util import SequenceKey
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,9 @@ class Program:
 
     ``owners[i]`` is the number of the positional argument that input i belongs to (-1: a keyword argument)
     and ``names[i]`` its path in that argument, such as ``layers/0/W``. Leaves that are no arrays (functions,
-    strings: some frameworks keep them in their models) are fixed at tracing.
+    strings: some frameworks keep them in their models) are fixed at tracing. ``objects`` has what the function
+    returned that is not an array, and None for each output of ``jaxpr``. ``fixed_data`` tells that data are among the
+    constants of ``jaxpr``, because the function needs their values.
     """
 
     jaxpr: ClosedJaxpr
@@ -28,10 +31,13 @@ class Program:
     out_tree: Any
     in_tree: Any
     is_array: tuple[bool, ...]
+    objects: tuple[Any, ...]
+    fixed_data: bool = False
 
     def rebuild(self, outs: Sequence[Any]) -> Any:
         """Put flat outputs back into the tree that the function returned."""
-        return jax.tree.unflatten(self.out_tree, outs)
+        rest = iter(outs)
+        return jax.tree.unflatten(self.out_tree, [next(rest) if x is None else x for x in self.objects])
 
     def like_arguments(self, values: Sequence[Any]) -> tuple[Any, ...]:
         """Shape one value per input like the positional arguments; None for leaves that are no arrays."""
@@ -116,6 +122,18 @@ def params_first(
     return (kwargs.pop(first.name),), kwargs
 
 
+def by_position(
+    f: Callable, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call, those passed by keyword by position as far as that goes."""
+    kwargs = dict(kwargs)
+    for parameter in _parameters(f)[len(args) :]:
+        if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD or parameter.name not in kwargs:
+            break
+        args = (*args, kwargs.pop(parameter.name))
+    return args, kwargs
+
+
 def pure(f: Callable) -> Callable:
     """Return ``f``, which raises where it changes a Flax NNX module that it gets: tracing would lose the change."""
     nnx: Any = sys.modules.get("flax.nnx")
@@ -151,10 +169,40 @@ def trace(f: Callable, /, *args: Any, **kwargs: Any) -> Program:
 
     A fresh closure each time: ``make_jaxpr`` caches on the identity of the function, and gave a stale jaxpr
     once something that the function closes over had changed.
+
+    Numbers that the function needs while it is traced (it indexes with a numpy mask, or branches on a Python float) are
+    left as they are, as under `jax.grad`: where tracing everything fails, it is tried again without those.
     """
+    traced = traced_leaves((args, kwargs))
+    fewer = without_fixed(traced, args, kwargs)
+    try:
+        return _trace(f, args, kwargs, traced)
+    except (TypeError, ValueError, IndexError):
+        if fewer == traced:
+            raise
+    n_params = len(jax.tree.leaves(args[:1]))
+    return replace(_trace(f, args, kwargs, fewer), fixed_data=fewer[n_params:] != traced[n_params:])
+
+
+def without_fixed(traced: Sequence[bool], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[bool]:
+    """Return `traced` less what a function may need the values of, and no gradient is lost by.
+
+    These are numpy's integers and booleans, and, outside of the first argument, single floats of Python and numpy.
+    """
+
+    def stays(path: Any, leaf: Any) -> bool:
+        if isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind in "biu":
+            return False
+        is_parameter = (path[0].idx, path[1]) == (0, SequenceKey(0))
+        return is_parameter or not isinstance(leaf, (float, np.floating))
+
+    with_paths = jax.tree_util.tree_leaves_with_path((tuple(args), dict(kwargs)))
+    return [known and stays(path, leaf) for known, (path, leaf) in zip(traced, with_paths, strict=True)]
+
+
+def _trace(f: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], traced: Sequence[bool]) -> Program:
     with_paths, in_tree = jax.tree_util.tree_flatten_with_path((args, kwargs))
     leaves = [leaf for _, leaf in with_paths]
-    known = tuple(traced_leaves((args, kwargs)))
     # A path is (0, i, ...) for the i-th positional argument, (1, name, ...) for a keyword.
     owners = [path[1].idx if path[0].idx == 0 else -1 for path, _ in with_paths]
     names = [
@@ -162,27 +210,62 @@ def trace(f: Callable, /, *args: Any, **kwargs: Any) -> Program:
         for (path, _), owner in zip(with_paths, owners, strict=True)
     ]
     out_tree = None
+    objects: tuple[Any, ...] = ()
 
     def flat(*arrays: Any) -> list[Any]:
-        nonlocal out_tree
+        nonlocal out_tree, objects
         rest = iter(arrays)
         args, kwargs = jax.tree.unflatten(
-            in_tree, [next(rest) if k else x for k, x in zip(known, leaves, strict=True)]
+            in_tree, [next(rest) if k else x for k, x in zip(traced, leaves, strict=True)]
         )
         outs, out_tree = jax.tree.flatten(pure(f)(*args, **kwargs))
-        return outs
+        objects = tuple(None if _is_output(x) else x for x in outs)
+        return [x for x in outs if _is_output(x)]
 
-    inputs = [leaf for leaf, k in zip(leaves, known, strict=True) if k]
+    inputs = [leaf for leaf, k in zip(leaves, traced, strict=True) if k]
     jaxpr = jax.make_jaxpr(flat)(*inputs)
     return Program(
         jaxpr=jaxpr,
         inputs=inputs,
-        owners=tuple(o for o, k in zip(owners, known, strict=True) if k),
-        names=tuple(n for n, k in zip(names, known, strict=True) if k),
+        owners=tuple(o for o, k in zip(owners, traced, strict=True) if k),
+        names=tuple(n for n, k in zip(names, traced, strict=True) if k),
         out_tree=out_tree,
         in_tree=in_tree,
-        is_array=known,
+        is_array=tuple(traced),
+        objects=objects,
     )
+
+
+def _is_output(leaf: Any) -> bool:
+    """Tell whether jax can return a leaf from what it compiles: an array, or a Python number."""
+    return is_array(leaf) or isinstance(leaf, (bool, int, complex))
+
+
+class _Object:
+    """A thing that is not an array, without leaves: jax's transforms let it through."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Object) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+jax.tree_util.register_static(_Object)
+
+
+def hide_objects(tree: Any) -> Any:
+    """Return a tree whose leaves are arrays alone: strings and other objects pass `jit`, `vmap` and `cond` unseen."""
+    return jax.tree.map(lambda leaf: leaf if _is_output(leaf) else _Object(leaf), tree)
+
+
+def show_objects(tree: Any) -> Any:
+    """Undo `hide_objects`."""
+    hidden = lambda leaf: isinstance(leaf, _Object)  # noqa: E731
+    return jax.tree.map(lambda leaf: leaf.value if hidden(leaf) else leaf, tree, is_leaf=hidden)
 
 
 def trace_as_written(f: Callable, /, *args: Any, **kwargs: Any) -> Program:

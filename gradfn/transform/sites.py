@@ -297,9 +297,8 @@ def _analyse(program: Program) -> _Analysis:
         else _Value(data=owner != 0)
         for i, (owner, aval) in enumerate(zip(program.owners, program.jaxpr.in_avals, strict=True))
     ]
-    consts = (
-        bool(program.jaxpr.consts) and not has_data
-    )  # the data of a loss that takes nothing but parameters
+    # Data are constants in a loss that takes nothing but parameters, and in one that needs their values.
+    consts = bool(program.jaxpr.consts) and (program.fixed_data or not has_data)
     analysis = _Analysis(program.names, everything=not has_data and not consts)
     outs = analysis.body(program.jaxpr.jaxpr, inputs, _Value(data=consts), ())
     analysis.uses += [Use((), k, v.leaves) for k, v in enumerate(outs) if v.parametric]
