@@ -76,7 +76,8 @@ class Param:
         init = self.init or default
         # Random numbers of bfloat16 have 128 values and a mean of -0.01: they are drawn in float32.
         dtype = wide(self.dtype) if jnp.issubdtype(self.dtype, jnp.floating) else self.dtype
-        return init(key, self.shape, dtype).astype(self.dtype)
+        value = init(key, self.shape, dtype)
+        return value if dtype == self.dtype else value.astype(self.dtype)
 
 
 # Fans of an [out, in] matrix; for kernels the window counts into both, as is usual.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def as_arrays(data: Any, name: str = "data") -> Any:
+def as_arrays(data: Any, name: str = "data", scalars: bool = False) -> Any:
     """Turn every part of a tree into an array with a leading axis of examples.
 
     Tuples, dicts and other containers are the tree. Its parts may be arrays of numpy or jax (left as they are),
@@ -20,6 +20,7 @@ def as_arrays(data: Any, name: str = "data") -> Any:
     Args:
         data: the tree.
         name: what to call it in errors.
+        scalars: whether a part may be a number that all examples share.
 
     Returns:
         The same tree of arrays.
@@ -37,15 +38,15 @@ def as_arrays(data: Any, name: str = "data") -> Any:
         return isinstance(node, list) and not (node is data and _is_tree(node, name))
 
     def convert(path: tuple[Any, ...], part: Any) -> Any:
-        return as_array(part, name + jax.tree_util.keystr(path))
+        return as_array(part, name + jax.tree_util.keystr(path), scalars)
 
     return jax.tree_util.tree_map_with_path(convert, data, is_leaf=is_part)
 
 
-def as_array(part: Any, name: str) -> Any:
+def as_array(part: Any, name: str, scalars: bool = False) -> Any:
     """Return one part of the data as a numeric array `[examples, ...]`, or raise: see `as_arrays`."""
     array = part if isinstance(part, jax.Array) else _to_numpy(part, name)
-    if not array.ndim:
+    if not array.ndim and not scalars:
         raise ValueError(f"{name} must be an array [examples, ...], got {part!r:.60}")
     return array
 

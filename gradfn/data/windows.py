@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gradfn.data._arrays import as_array
 from gradfn.data._checks import whole
 from gradfn.data.dataset import DataError
 
@@ -30,7 +32,7 @@ def windows(
         `key -> (tokens, targets)`, each `[batch, length]` int32; targets are the tokens one further on.
 
     Raises:
-        DataError: a text that is shorter than a window and the token after it.
+        DataError: a text that is shorter than a window and the token after it, tokens that are not integers `[N]`.
 
     >>> import jax, gradfn as gf
     >>> draw = gf.data.windows(np.arange(100), 3, batch=2)
@@ -38,7 +40,7 @@ def windows(
     >>> tokens.shape, (targets - tokens).tolist()
     ((2, 3), [[1, 1, 1], [1, 1, 1]])
     """
-    n_starts = _starts(tokens, length, batch)
+    tokens, n_starts = _checked(tokens), _starts(tokens, length, batch)
 
     def draw(tokens: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         starts = jax.random.randint(key, (batch,), 0, n_starts)
@@ -63,14 +65,14 @@ def host_windows(tokens: np.ndarray, length: int, batch: int, seed: int = 0) -> 
         `gf.fit(loss, params, gf.train.from_host(gf.data.host_windows(...)), ...)`.
 
     Raises:
-        DataError: a text that is shorter than a window and the token after it.
+        DataError: a text that is shorter than a window and the token after it, tokens that are not integers `[N]`.
 
     >>> import gradfn as gf
     >>> tokens, targets = gf.data.host_windows(np.arange(100), 3, batch=2)(0)
     >>> (targets - tokens).tolist()
     [[1, 1, 1], [1, 1, 1]]
     """
-    n_starts = _starts(tokens, length, batch)
+    tokens, n_starts = _checked(tokens), _starts(tokens, length, batch)
     whole("seed", seed, 0, 2**32 - 1)
 
     def draw(step: int) -> Batch:
@@ -94,17 +96,26 @@ def fixed_windows(tokens: np.ndarray, length: int, most: int | None = None) -> B
         `(tokens, targets)`, each `[windows, length]` int32.
 
     Raises:
-        DataError: a text that is shorter than a window and the token after it.
+        DataError: a text that is shorter than a window and the token after it, tokens that are not integers `[N]`.
 
     >>> import gradfn as gf
     >>> gf.data.fixed_windows(np.arange(8), 3)[0].tolist()
     [[0, 1, 2], [3, 4, 5]]
     """
+    tokens = _checked(tokens)
     _starts(tokens, length, 1)
     n = (len(tokens) - 1) // length
     chosen = np.arange(n) if most is None or most >= n else np.arange(most) * n // most
     rows = np.stack([tokens[i * length : (i + 1) * length + 1] for i in chosen]).astype(np.int32)
     return rows[:, :-1], rows[:, 1:]  # [windows, length + 1] -> [windows, length]
+
+
+def _checked(tokens: Any) -> Any:
+    """Return tokens as an array of integers `[N]`, a memory-mapped one as it is."""
+    tokens = as_array(tokens, "tokens")
+    if tokens.ndim != 1 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise DataError(f"tokens must be integers of shape [N], got {tokens.dtype} {list(tokens.shape)}")
+    return tokens
 
 
 def _starts(tokens: np.ndarray, length: int, batch: int) -> int:

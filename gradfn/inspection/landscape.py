@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from gradfn.inspection.leaves import Leaves, floating_leaves, tangents
 from gradfn.inspection.scalar import jit_arrays, scalar
+from gradfn.precision import wide
 
 
 class Landscape(NamedTuple):
@@ -102,7 +103,9 @@ def _filter_normalised(leaves: Leaves, dims: int, axis: int, key: jax.Array) -> 
         if value.ndim < 2:
             ways.append(jnp.zeros([dims, *value.shape], value.dtype))
             continue
-        way = jax.random.normal(jax.random.fold_in(key, i), [dims, *value.shape], value.dtype)
+        # Normal numbers of narrow dtypes have few values and are off centre.
+        way = jax.random.normal(jax.random.fold_in(key, i), [dims, *value.shape], wide(value.dtype))
+        way = way.astype(value.dtype)
         ways.append(way * _lengths(value, axis)[None] / jax.vmap(lambda w: _lengths(w, axis))(way))
     return ways
 

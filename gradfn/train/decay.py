@@ -54,7 +54,7 @@ def weight_decay_table(params: Any) -> TextTable:
     >>> import gradfn as gf
     >>> print(gf.train.weight_decay_table({"W": jnp.ones([2, 3]), "b": jnp.ones(2)}))
       path   shape    decays   because
-     ─────────────────────────────────────
+     ───────────────────────────────────────
       W      [2, 3]   yes      rank 2
       b      [2]      no       bias or norm
     """

@@ -38,7 +38,7 @@ def adamw_warmup_cosine(
     Raises:
         ValueError: a warm-up that is not shorter than the training.
 
-    >>> import gradfn as gf
+    >>> import jax, gradfn as gf
     >>> params = gf.mlp([784, 16, 10]).init(jax.random.key(0))
     >>> state = adamw_warmup_cosine(1000).init(params)
     """

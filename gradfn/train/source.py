@@ -78,13 +78,15 @@ def from_host(batch: Callable[[int], Any]) -> Source:
     >>> print(fitted.params.round(0))
     3.0
     """
-    shapes = as_arrays(batch(0), "batch")
+    shapes = as_arrays(batch(0), "batch", scalars=True)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(shapes))
     n = max(1, min(HOST_STEPS, HOST_BYTES // max(size, 1)))
 
     @functools.lru_cache(maxsize=2)  # the batches that are in use, and the next ones
     def order(epoch: int) -> Any:
-        batches = [as_arrays(batch(step), "batch") for step in range(epoch * n, (epoch + 1) * n)]
+        batches = [
+            as_arrays(batch(step), "batch", scalars=True) for step in range(epoch * n, (epoch + 1) * n)
+        ]
         return on_device(jax.tree.map(lambda *leaves: np.stack(leaves), *batches), "batch")  # [n, batch, ...]
 
     def row_of(arrays: Any, order: Any, row: jax.Array, key: jax.Array) -> Any:

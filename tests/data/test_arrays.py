@@ -35,6 +35,11 @@ def test_rows_of_a_frame_are_taken_by_position():
     np.testing.assert_array_equal(host.order(0)[0][0], X)
 
 
+def test_batches_of_the_host_may_hold_numbers_that_examples_share():
+    host = gf.train.from_host(lambda step: {"x": X, "temperature": np.float32(step)})
+    np.testing.assert_array_equal(host.order(0)["temperature"][:3], [0, 1, 2])
+
+
 def test_fit_and_accuracy_of_a_frame_are_those_of_its_array():
     pandas = pytest.importorskip("pandas")
     x, y = shuffled_frame(pandas)

@@ -298,6 +298,21 @@ def test_windows_on_the_device_reach_every_token_and_no_other():
         gf.data.windows(tokens, 10, 1)
 
 
+@pytest.mark.parametrize("make", [gf.data.windows, gf.data.host_windows, gf.data.fixed_windows])
+def test_windows_are_of_integers_by_position(make):
+    def draw(tokens):
+        made = make(tokens, 3, 2)
+        return made if isinstance(made, tuple) else made(jax.random.key(0) if make is gf.data.windows else 0)
+
+    for bad in (np.linspace(0, 1, 20), np.zeros([4, 5], int), ["a"] * 20):
+        with pytest.raises(DataError, match=r"tokens must be integers of shape \[N\], got"):
+            draw(bad)
+    expected = draw(np.arange(20))
+    np.testing.assert_array_equal(draw(list(range(20))), expected)
+    pandas = pytest.importorskip("pandas")
+    np.testing.assert_array_equal(draw(pandas.Series(np.arange(20), index=np.arange(20)[::-1])), expected)
+
+
 def test_fixed_windows_stand_side_by_side_and_are_spread_evenly():
     inputs, _ = gf.data.fixed_windows(np.arange(101), 10)
     np.testing.assert_array_equal(inputs, np.arange(100).reshape(10, 10))
