@@ -29,8 +29,8 @@ def patch(f: Callable, edits: Mapping[str, Any]) -> Callable:
         A function with the signature of `f`.
 
     Raises:
-        ValueError: a site that the function does not have (near names are listed), or a replacement of a
-            shape that does not broadcast to the value's.
+        ValueError: a site that the function does not have (near names are listed), a site that no output of
+            the function is computed from, or a replacement of a shape that does not broadcast to the value's.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -49,6 +49,12 @@ def patch(f: Callable, edits: Mapping[str, Any]) -> Callable:
         at: dict[tuple[int, ...], list[tuple[Site, Any]]] = {}
         for name, edit in edits.items():
             for site in select(offered, name, "patch"):
+                if site.reaches == "nothing":
+                    raise ValueError(
+                        f"patch: nothing that the function returns is computed from site {site.name!r} "
+                        f"({site.line}), so a patch there would change nothing. Use what gf.tap returns: "
+                        f"x = gf.tap(x, ...)."
+                    )
                 at.setdefault(site.path, []).append((site, edit))
         tokens = {
             path: [None if callable(edit) else _stacked(site, edit) for site, edit in pairs]

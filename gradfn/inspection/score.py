@@ -66,6 +66,8 @@ def entry(f: Callable, at: str | None, params: Any, x: Any, rest: Sequence[Any],
     site, place = _one_site(program, at, what)
     if not site.differentiable:
         raise ValueError(f"{what}: site {at!r} ({site.dtype}{list(site.shape)}) has no gradient")
+    if site.reaches != "result":
+        raise ValueError(f"{what}: the score is not computed from site {at!r} ({site.line})")
 
     def run(token: Any, change: Callable) -> tuple[jax.Array, jax.Array]:
         def visit(_: Place, evaluate: Evaluate, inputs: Sequence[Any], token: Any) -> tuple[list[Any], Any]:

@@ -4,11 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 from gradfn.text import TextTable
-from gradfn.transform import Site, find_sites, trace_as_written
+from gradfn.transform import Program, Site, find_sites, trace_as_written, walk
+from gradfn.transform.interpreter import bodies
 
 
 class SiteList(list[Site]):
-    """A list of sites that shows itself as a table."""
+    """A list of sites that shows itself as a table; `notes` say what is not in it, and why."""
+
+    notes: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -25,7 +28,8 @@ class SiteList(list[Site]):
 
     def table(self) -> TextTable:
         """Return the sites as a rich table."""
-        table = TextTable(caption=None if self else "No sites: name a value with gf.tap(x, 'name').")
+        empty = () if self else ("No sites: name a value with gf.tap(x, 'name').",)
+        table = TextTable(caption="\n".join([*empty, *self.notes]) or None)
         for column in ("site", "shape", "dtype", "activation", "source", "line"):
             table.add_column(column, overflow="fold")
         for s in self:
@@ -54,7 +58,9 @@ def sites(f: Callable) -> Callable[..., SiteList]:
         A function of the same arguments (arrays, or anything that has a shape and dtype) that returns the
         sites in the order of computation, each with name, shape, dtype, source line, and which source named
         it: ``name`` (``gf.tap``), ``scope`` (``jax.named_scope``: the modules of Linen and Haiku) or
-        ``parameter`` (the first place where the parameter of that path meets data). Nothing is computed.
+        ``parameter`` (the first place where the parameter of that path meets data). Nothing is computed. Of
+        a function that returns ``(scalar, aux)``, what only aux is computed from is not listed, except for
+        values named with ``gf.tap``: their gradient is zero.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -69,6 +75,28 @@ def sites(f: Callable) -> Callable[..., SiteList]:
     """
 
     def listed(*args: Any, **kwargs: Any) -> SiteList:
-        return SiteList(find_sites(trace_as_written(f, *args, **kwargs)))
+        program = trace_as_written(f, *args, **kwargs)
+        found = SiteList(find_sites(program))
+        found.notes = tuple(_notes(found, program))
+        return found
 
     return listed
+
+
+def _notes(found: list[Site], program: Program) -> list[str]:
+    places = {place.path: place for place in walk(program.jaxpr)}
+    opaque = [
+        site.name
+        for site in found
+        if site.source == "parameter"
+        and not site.kind
+        and bodies(places[site.path].eqn, enter_custom=True)[0] == "custom"
+    ]
+    notes = {
+        "a function with its own derivative rule; the values inside it are not sites": opaque,
+        "only aux is computed from it; its gradient is zero": [s.name for s in found if s.reaches == "aux"],
+        "nothing is computed from it; use what gf.tap returns": [
+            s.name for s in found if s.reaches == "nothing"
+        ],
+    }
+    return [f"{', '.join(names)}: {note}" for note, names in notes.items() if names]

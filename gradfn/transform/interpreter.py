@@ -67,12 +67,15 @@ class Place:
 
 def scope_of(eqn: JaxprEqn, outer: str = "") -> str:
     """Return the named scopes around an equation, joined by ``/``, less the wrappers that transforms add."""
-    text = re.sub(r"\b(?:vmap|jvp|transpose|pmap|linearize)\(", "", str(eqn.source_info.name_stack)).replace(
-        ")", ""
-    )
+    inner = _bare_scope(str(eqn.source_info.name_stack))
+    return f"{outer}/{inner}" if outer and inner else outer or inner
+
+
+@cache
+def _bare_scope(name_stack: str) -> str:
+    text = re.sub(r"\b(?:vmap|jvp|transpose|pmap|linearize)\(", "", name_stack).replace(")", "")
     # einsum opens a scope of its own, named after its formula: nobody's module.
-    parts = [part for part in text.split("/") if part and "->" not in part]
-    return "/".join([outer] * bool(outer) + parts)
+    return "/".join(part for part in text.split("/") if part and "->" not in part)
 
 
 def bodies(eqn: JaxprEqn, enter_custom: bool = False) -> tuple[str, list[tuple[Jaxpr, Sequence[Any]]]]:
