@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from gradfn.inspection.directional import slope_of_scalar
 from gradfn.inspection.leaves import floating_leaves
 from gradfn.inspection.scalar import jit_arrays
+from gradfn.precision import norm, widen
 
 
 def tracin(loss: Callable, *, normalise: bool = False, part: int = 64) -> Callable[..., jax.Array]:
@@ -68,7 +68,7 @@ def tracin(loss: Callable, *, normalise: bool = False, part: int = 64) -> Callab
             direction = jax.grad(value)(leaves.values, example)
             if normalise:
                 length = _norm(direction)
-                direction = [g / length for g in direction]
+                direction = [(widen(g) / length).astype(g.dtype) for g in direction]
 
             def slope(other: Any) -> jax.Array:
                 return slope_of_scalar(lambda values: value(values, other), leaves.values, direction)
@@ -97,6 +97,8 @@ def tracin(loss: Callable, *, normalise: bool = False, part: int = 64) -> Callab
     return scores
 
 
-def _norm(tree: Any) -> jax.Array:
-    norm = optax.tree.norm(tree)
-    return jnp.where(norm > 0, norm, 1)  # an example that is learned to the last digit has no gradient
+def _norm(gradient: list[Any]) -> jax.Array:
+    lengths = [norm(g) for g in gradient]
+    widest = max((length.dtype for length in lengths), key=lambda dtype: dtype.itemsize)
+    length = norm(jnp.stack([length.astype(widest) for length in lengths]))
+    return jnp.where(length > 0, length, 1)  # an example that is learned to the last digit has no gradient

@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gradfn.precision import norm
+
 Matrix = Callable[[jax.Array], jax.Array]  # [P] -> [P]
 Which = Literal["magnitude", "largest", "smallest"]
 
@@ -56,7 +58,7 @@ class Ritz(NamedTuple):
 def begin(start: jax.Array, m: int) -> Basis:
     """Return a basis of one vector `[P]` with room for m, and for the one after."""
     vectors = jnp.zeros([m + 1, start.size], start.dtype)
-    first = start / jnp.linalg.norm(start)
+    first = start / norm(start)
     return Basis(vectors.at[0].set(first), jnp.zeros([m, m], start.dtype), jnp.zeros([], start.dtype))
 
 
@@ -66,9 +68,9 @@ def extend(matrix: Matrix, basis: Basis, start: Any, stop: Any, key: jax.Array) 
     def step(j: Any, basis: Basis) -> Basis:
         Q, T, _ = basis
         w = matrix(Q[j])
-        size = jnp.linalg.norm(w)
+        size = norm(w)
         w, along = _orthogonal(Q, w)
-        out = jnp.linalg.norm(w)
+        out = norm(w)
         # Nothing leads out: what is left is rounding. The process goes on in a direction that it has not seen.
         closed = out <= 10 * jnp.finfo(w.dtype).eps * size
         fresh = jax.lax.cond(closed, lambda: _unseen(Q, jax.random.fold_in(key, j)), lambda: w / out)
@@ -150,14 +152,14 @@ def _orthogonal(Q: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _unseen(Q: jax.Array, key: jax.Array) -> jax.Array:
     w, _ = _orthogonal(Q, jax.random.normal(key, Q.shape[1:], Q.dtype))
-    norm = jnp.linalg.norm(w)
-    return jnp.where(norm > 0, w / norm, 0)  # zero where the basis spans everything
+    length = norm(w)
+    return jnp.where(length > 0, w / length, 0)  # zero where the basis spans everything
 
 
 def _ritz(T: jax.Array, n: Any, which: Which) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return eigenvalues `[m]` and eigenvectors `[m, m]` of `T[:n, :n]`, and the order that they are wanted in."""
     there = jnp.arange(len(T), dtype=jnp.int32) < n
-    bound = jnp.linalg.norm(T)
+    bound = norm(T)
     scale = jnp.where(
         bound > 0, bound, 1
     )  # of T's own size: its eigenvalues are right to rounding of the largest

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from gradfn.inspection.leaves import Leaves, floating_leaves, tangents
 from gradfn.inspection.scalar import jit_arrays, scalar
-from gradfn.precision import wide
+from gradfn.precision import norm, wide
 
 
 class Landscape(NamedTuple):
@@ -113,7 +113,7 @@ def _filter_normalised(leaves: Leaves, dims: int, axis: int, key: jax.Array) -> 
 def _lengths(value: jax.Array, axis: int) -> jax.Array:
     """Return each filter's length, the other axes kept as 1."""
     axes = tuple(i for i in range(value.ndim) if i != axis % value.ndim)
-    return jnp.sqrt(jnp.square(value).sum(axes, keepdims=True))
+    return jnp.expand_dims(norm(value, axes), axes).astype(value.dtype)
 
 
 def _given(leaves: Leaves, directions: Any, dims: int) -> list[jax.Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -204,18 +205,19 @@ def _estimator(
         keys = jax.random.split(jax.random.key(0) if key is None else key, samples)
 
         def step(i: jax.Array, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            mean, squares = so_far  # Welford: running, and no difference of large sums
+            mean, spread = so_far  # Welford: running, and no difference of large sums
             v = jax.random.rademacher(keys[i], [leaves.size], leaves.dtype)
             seen = statistic(v, matrix(v))
             change = seen - mean
             mean = mean + change / (i + 1).astype(leaves.dtype)
-            return mean, squares + change * (seen - mean)
+            # The root of the sum of squares, which are not formed: they would over- and underflow.
+            return mean, jnp.hypot(spread, jnp.sqrt(jnp.abs(change)) * jnp.sqrt(jnp.abs(seen - mean)))
 
         zero = jnp.zeros_like(
             statistic(jnp.zeros([leaves.size], leaves.dtype), jnp.zeros([leaves.size], leaves.dtype))
         )
-        mean, squares = jax.lax.fori_loop(0, samples, step, (zero, zero))
-        error = jnp.sqrt(squares / (samples * (samples - 1)))
+        mean, spread = jax.lax.fori_loop(0, samples, step, (zero, zero))
+        error = spread / math.sqrt(samples * (samples - 1))
         return Estimate(finish(leaves, mean), finish(leaves, error))
 
     return functools.wraps(loss, updated=())(jit_arrays(estimate))
