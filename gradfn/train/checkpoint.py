@@ -113,7 +113,7 @@ def kept(folder: str | os.PathLike[str], like: Any, state: Any = None) -> dict[i
     >>> gf.train.kept(folder, like=start)
     {2: {'w': Array(0.5, dtype=float32)}, 4: {'w': Array(0., dtype=float32)}}
     """
-    files = sorted((Path(folder) / KEPT).glob("*.safetensors"))
+    files = sorted((Path(folder) / KEPT).glob(f"{'[0-9]' * DIGITS}.safetensors"))
     if not files:
         raise CheckpointError(f"{folder}: holds no kept parameters; train with gf.fit(..., keep_every=100)")
     params, rest, carried = take_apart(like)

@@ -249,7 +249,8 @@ def stalled(
         if len(values) <= evaluations:
             return False
         before, since = (
-            [v for v in part if v == v] for part in (values[:-evaluations], values[-evaluations:])
+            [v for v in part if v is not None and v == v]
+            for part in (values[:-evaluations], values[-evaluations:])
         )
         if not before or not since:
             return not since

@@ -77,6 +77,7 @@ def content(array: Any) -> str:
     >>> content(np.arange(6).reshape(2, 3))
     'int64[2, 3] 5f7424ae9fade42d'
     """
+    array = array if hasattr(array, "dtype") else np.asarray(array)  # a Python number, in a Partial
     kind = f"{array.dtype}{list(array.shape)}"
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
@@ -93,8 +94,8 @@ def samples(array: Any) -> list[float]:
     >>> samples(np.arange(6.0).reshape(2, 3))
     [0.0, 1.0, 3.0, 5.0]
     """
-    flat = array.reshape(-1)  # [size]
-    values = np.asarray(flat[np.linspace(0, flat.size - 1, min(flat.size, SAMPLES)).astype(np.int32)])
+    flat = np.asarray(array).reshape(-1)  # [size]
+    values = flat[np.linspace(0, flat.size - 1, min(flat.size, SAMPLES)).astype(np.int64)]
     parts = (values.real, values.imag) if np.iscomplexobj(values) else (values,)
     return [float(f"{value:.6g}") for part in parts for value in part.astype(np.float64)]
 
@@ -119,7 +120,7 @@ def _lines(traced: ClosedJaxpr | Jaxpr) -> Iterator[str]:
             return f"{np.asarray(atom.val).tolist()}:{atom.aval.str_short()}"
         return f"{numbers.setdefault(atom, len(numbers))}:{atom.aval.str_short()}"
 
-    yield from (content(np.asarray(const) if np.isscalar(const) else const) for const in consts)
+    yield from map(content, consts)
     yield " ".join(map(told, (*jaxpr.constvars, *jaxpr.invars)))
     for eqn in jaxpr.eqns:
         settings = {name: value for name, value in eqn.params.items() if name != "name" and _plain(value)}

@@ -181,7 +181,7 @@ def _refuse_state(model: Any, nnx: Any) -> None:
         for name, node in named_leaves(model, lambda node: isinstance(node, nnx.Variable)):
             if isinstance(node, nnx.Variable) and not isinstance(node, nnx.Param):
                 raise TypeError(f"{name}: {type(node).__name__} must not be trained. {SPLIT}")
-    if isinstance(model, Mapping) and {"params", "batch_stats"} <= set(model):
+    if any(map(_is_linen, jax.tree.leaves(model, is_leaf=_is_linen))):
         raise TypeError(
             "batch_stats must not be trained. Train variables['params'] and give the rest as state: fit(loss, "
             "variables['params'], ..., state={'batch_stats': variables['batch_stats']}), where loss(params, batch, "
@@ -196,6 +196,10 @@ def _refuse_state(model: Any, nnx: Any) -> None:
             "eqx.nn.make_with_state(Model)(...) and fit(loss, model, ..., state=state), where loss(model, batch, "
             "state) returns (value, {'state': new state})"
         )
+
+
+def _is_linen(node: Any) -> bool:
+    return isinstance(node, Mapping) and {"params", "batch_stats"} <= set(node)
 
 
 def _nodes(tree: Any, kind: type) -> list[Any]:

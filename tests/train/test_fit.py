@@ -529,4 +529,8 @@ def test_b8_stalled_takes_nan_for_worse_than_any_number(better):
     ]
     for values, expected in cases:
         rows = [{"m": sign * value} for value in values]
+        null = [
+            {"m": None if np.isnan(value) else sign * value} for value in values
+        ]  # as metrics.jsonl has it
+        assert gf.stalled("m", evaluations=2, better=better)(null) is expected, values
         assert gf.stalled("m", evaluations=2, better=better)(rows) is expected, values

@@ -59,10 +59,11 @@ def test_b2_files_of_others_stay(tmp_path):
     mine = [tmp_path / name for name in ("notes.txt", "model.json", "kept/best.safetensors", "weights.npz")]
     for file in mine:
         file.write_text("mine")
-    train(tmp_path)
-    train(tmp_path)
+    train(tmp_path, keep_every=6)
+    train(tmp_path, keep_every=3)
     assert [file.read_text() for file in mine] == ["mine"] * 4
     assert len(list((tmp_path / "events").iterdir())) == 1
+    assert list(gf.train.kept(tmp_path, like=START)) == [3, 6]
 
 
 def closing_over(weights):
@@ -152,6 +153,7 @@ def test_b2_large_arrays_are_told_by_rows(monkeypatch):
     assert identity.content(rows) == identity.content(jnp.asarray(rows))
     assert identity.content(rows) != identity.content(rows[::-1])
     assert identity.content(np.array(3.0)) != identity.content(np.array(4.0))
+    assert identity.content(3) != identity.content(4)
     assert identity.content(jax.random.key(0)) != identity.content(jax.random.key(1))
 
 

@@ -195,7 +195,7 @@ def test_a11_linen_batch_stats():
     )
     assert "size" in fitted.history[0]
     with pytest.raises(TypeError, match="batch_stats must not be trained"):
-        train(lambda v, batch: 0.0, start)
+        train(lambda v, batch: 0.0, {"encoder": start})
 
 
 @pytest.mark.slow
