@@ -45,6 +45,7 @@ from rich.table import Table
 
 import gradfn as gf
 from benchmarks import fit_mnist, harness
+from gradfn.transform.summaries import summarise
 
 MINUTES = 5.5
 RATE, BETAS, DECAY = 3e-4, (0.9, 0.95), 0.1
@@ -126,6 +127,7 @@ def correctness(shapes: Shapes, emit: Emit) -> None:
             for what, value in expected.items():
                 error = difference(found[what], value)
                 emit(f"{name}: {what}", difference=error, bound=BOUND, ok=error <= BOUND)
+    compare_magnitudes(device, emit)
     _, loss, params, batch = next(losses())
     compare_origins(params, batch, device, cpu, emit)
     compare_resumed(emit)
@@ -145,6 +147,20 @@ def everything_of(loss: Callable) -> Callable:
         }
 
     return of
+
+
+def compare_magnitudes(device: jax.Device, emit: Emit) -> None:
+    """Root mean squares of values whose squares leave float32's range, against numpy in float64."""
+    x = np.random.default_rng(0).standard_normal(100_000)
+    scales = [10.0**exponent for exponent in range(-30, 31, 5)]
+    values = [(scale * x).astype(np.float32) for scale in scales]
+    expected = [np.sqrt(np.mean(np.square(value.astype(np.float64)))) for value in values]
+    found = on(device, lambda values: [summarise(value, ("rms",)).rms for value in values], values)
+    error = max(
+        difference([one / scale], [other / scale])
+        for one, other, scale in zip(found, expected, scales, strict=True)
+    )
+    emit("rms from 1e-30 to 1e30", difference=error, bound=BOUND, ok=error <= BOUND)
 
 
 def compare_origins(params: Params, batch: Any, device: jax.Device, cpu: jax.Device, emit: Emit) -> None:
