@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -186,7 +187,7 @@ def run(config: Config) -> Result:
     verdict = judge(config, data, validation_loss)
     runs.finish(folder, {"validation_loss": validation_loss, "verdict": verdict})
     print(f"{verdict}\npictures: {folder}/{', '.join(file.name for file in pictures)}")
-    print(f"more of its writing: gradfn sample {folder} --prompt ... --temperature 0.8")
+    print(f"more of its writing: gradfn sample {shlex.quote(str(folder))} --prompt ... --temperature 0.8")
     return Result(fitted.params, fitted.history, validation_loss, folder, verdict)
 
 

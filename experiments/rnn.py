@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -122,7 +123,7 @@ def run(config: Config) -> Result:
     verdict = judge(config, data, losses, after)
     runs.finish(folder, {"validation_losses": losses, "verdict": verdict})
     print(f"{verdict}\npictures: {folder}/{', '.join(f'{name}.png' for name in figures)}")
-    print(f"more of its writing: gradfn sample {folder / 'lstm'}")
+    print(f"more of its writing: gradfn sample {shlex.quote(str(folder / 'lstm'))}")
     return Result(params, losses, after, folder, verdict)
 
 

@@ -13,9 +13,12 @@ import difflib
 import importlib.util
 import io
 import itertools
+import os
 import re
+import shlex
 import sys
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from itertools import dropwhile, takewhile
 from pathlib import Path
 from types import ModuleType
@@ -54,10 +57,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     0
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    return _guarded(lambda: _command(words))
+
+
+def _guarded(command: Callable[[], int]) -> int:
+    """Return a command's exit code, on any console; a reader that goes away ends it quietly."""
+    _replace_unknown_characters()
     try:
-        return _command(words)
+        code = command()
+        sys.stdout.flush()
+        return code
     except UserError as error:
         return _fail(f"gradfn: {error}", 2)
+    except BrokenPipeError:  # gradfn list | head
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # what Python flushes at its end goes there
+        return 1
     except KeyboardInterrupt:
         return _fail("gradfn: interrupted", 130)
 
@@ -68,7 +84,15 @@ def script(file: str) -> None:
     Args:
         file: the experiment's `__file__`.
     """
-    sys.exit(_run(Path(file), sys.argv[1:], f"python {sys.argv[0]}"))
+    command = f"python {shlex.quote(sys.argv[0])}"
+    sys.exit(_guarded(lambda: _run(Path(file), sys.argv[1:], command)))
+
+
+def _replace_unknown_characters() -> None:
+    """Print a question mark for what the console has no character for, and not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def _command(words: list[str]) -> int:
@@ -175,8 +199,8 @@ def _report(words: list[str]) -> int:
             )
         about = {name: _about(file) for name, file in experiments().items()}
         file = write_report(runs, out, about)
-    except (UserError, RunError, ImportError) as error:
-        return _fail(f"gradfn report: {error}", 2)
+    except (UserError, RunError, ImportError, OSError) as error:
+        return _fail(f"gradfn report: {_told(error)}", 2)
     print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB): open it in a browser")
     return 0
 
@@ -216,8 +240,10 @@ def _sample(words: list[str]) -> int:
                 f"{run} does not train a language model; {' and '.join(f'gradfn run {name}' for name in writers)} do"
             )
         sample.run(sample.load_model(run), config)
-    except (UserError, CheckpointError, DataError, ImportError, ValueError) as error:
-        return _fail(f"{command}: {error}", 2)
+    except BrokenPipeError:
+        raise
+    except (UserError, CheckpointError, DataError, ImportError, OSError, ValueError) as error:
+        return _fail(f"{command}: {_told(error)}", 2)
     except SystemExit as error:  # --help
         return int(error.code or 0)
     return 0
@@ -231,6 +257,11 @@ def _run(file: Path, words: list[str], command: str) -> int:
 
     keep_freed_memory()
     config: Any = None
+
+    def has_begun() -> bool:
+        return bool(config and config.folder and (Path(config.folder) / runs.CONFIG).exists())
+
+    hook, threading.excepthook = threading.excepthook, _silent_on_disk_errors
     try:
         module = _load(file)
         config = _config(module, words, command)
@@ -238,15 +269,37 @@ def _run(file: Path, words: list[str], command: str) -> int:
         module.run(config)
     except (UserError, runs.RunError, DataError, CheckpointError, ImportError) as error:
         return _fail(f"{command}: {error}", 2)
+    except ValueError as error:
+        if has_begun():
+            raise
+        return _fail(f"{command}: {error}", 2)  # options that do not go together
+    except BrokenPipeError:
+        raise
     except (FloatingPointError, OSError) as error:  # the loss became nan; the disk is full
-        return _fail(f"{command}: {error}", 1)
+        return _fail(f"{command}: {_told(error)}", 1)
     except KeyboardInterrupt:
-        if config is None or config.folder is None or not (Path(config.folder) / runs.CONFIG).exists():
+        if not has_begun():
             return _fail(f"{command}: interrupted before the run began", 130)
-        return _fail(f"interrupted; to go on: {command} --resume --folder {config.folder}", 130)
+        folder = shlex.quote(str(config.folder))
+        return _fail(f"interrupted; to go on: {command} --resume --folder {folder}", 130)
     except SystemExit as error:  # --help
         return int(error.code or 0)
+    finally:
+        threading.excepthook = hook
     return 0
+
+
+def _told(error: BaseException) -> str:
+    """Return an error's message; of one of the system, the file and the reason."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _silent_on_disk_errors(failure: threading.ExceptHookArgs) -> None:
+    """Leave a full disk to the main thread, which meets it too: TensorBoard's events are written in another."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
 
 
 def _load(file: Path) -> ModuleType:

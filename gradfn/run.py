@@ -98,7 +98,9 @@ def begin(experiment: str, config: RunConfig) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         # A run writes under many names (result.json, curves.png): none of them may be somebody else's file.
         found = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
-        if found and not (found == [VERSIONS] and '"gradfn"' in (folder / VERSIONS).read_text()):
+        if found and not (
+            found == [VERSIONS] and '"gradfn"' in (folder / VERSIONS).read_text(encoding="utf-8")
+        ):
             raise RunError(
                 f"{folder}: contains {found[0]}, which is not of a run: name a new folder or an empty one"
             )
@@ -142,7 +144,9 @@ def latest(experiment: str | Path, holding: str = CONFIG) -> Path | None:
 def begun(folder: Path) -> datetime:
     """Return when a run began; for one of an earlier version, when its options were written."""
     try:
-        return datetime.fromisoformat(json.loads((folder / VERSIONS).read_text())[BEGUN]).astimezone(UTC)
+        return datetime.fromisoformat(
+            json.loads((folder / VERSIONS).read_text(encoding="utf-8"))[BEGUN]
+        ).astimezone(UTC)
     except (OSError, ValueError, KeyError, TypeError):
         file = folder / CONFIG
         return datetime.fromtimestamp((file if file.exists() else folder).stat().st_mtime, UTC)
@@ -161,7 +165,7 @@ def stored(experiment: str, config: C) -> C | None:
         return None
     file = folder / CONFIG
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
         name, found = (
             content["experiment"],
             {key: _tuples(value) for key, value in content["options"].items()},

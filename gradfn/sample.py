@@ -68,7 +68,7 @@ def save_model(folder: Path, net: str, settings: dict[str, Any], tokenizer: Toke
     """
     told = {"net": net, "settings": settings, "tokenizer": tokenizer.to_dict(), "lines": lines}
     file = folder / MODEL
-    if file.exists() and json.loads(file.read_text()) != json.loads(json.dumps(told)):
+    if file.exists() and json.loads(file.read_text(encoding="utf-8")) != json.loads(json.dumps(told)):
         raise RunError(f"{file} is of another model or text than this run's. Use another folder")
     write_json(file, told)
 
@@ -90,7 +90,7 @@ def load_model(run: str | Path) -> Model:
             raise RunError(_no_model(run))
         folder = found
     try:
-        told = json.loads((folder / MODEL).read_text())
+        told = json.loads((folder / MODEL).read_text(encoding="utf-8"))
         net = gpt(GPTConfig(**told["settings"])) if told["net"] == "gpt" else rnn(**told["settings"])
         tokenizer, lines = tokenizer_from(told["tokenizer"]), bool(told["lines"])
     except FileNotFoundError as error:

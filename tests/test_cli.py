@@ -41,7 +41,13 @@ class Config:
 
 def run(config):
     config = runs.settle("echo", config)
+    if config.hidden == 11:
+        raise ValueError("hidden: not with this data")
     folder = runs.begin("echo", config)
+    if config.hidden == 12:
+        raise OSError(28, "No space left on device", f"{folder}/result.json")
+    if config.hidden == 10:
+        raise ValueError("a mistake of the experiment's own")
     if config.hidden == 13:
         raise KeyboardInterrupt
     if config.hidden == 14:
@@ -241,3 +247,19 @@ def test_sampling_says_what_is_not_a_language_model(tmp_path, monkeypatch, capsy
     code, out, err = said(capsys, "sample", name)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert f"gradfn sample {name}: {message}" in err
+
+
+@pytest.mark.usefixtures("echo")
+def test_the_advice_after_ctrl_c_can_be_pasted(capsys):
+    code, _, err = said(capsys, "run", "echo", "--hidden", "13", "--folder", "my run")
+    assert (code, err) == (130, "interrupted; to go on: gradfn run echo --resume --folder 'my run'\n")
+
+
+@pytest.mark.usefixtures("echo")
+def test_a_full_disk_and_options_that_do_not_go_together_get_one_line(capsys):
+    code, _, err = said(capsys, "run", "echo", "--hidden", "12", "--folder", "here")
+    assert (code, err) == (1, "gradfn run echo: here/result.json: No space left on device\n")
+    code, _, err = said(capsys, "run", "echo", "--hidden", "11")
+    assert (code, err) == (2, "gradfn run echo: hidden: not with this data\n")
+    with pytest.raises(ValueError, match="the experiment's own"):  # which is no mistake of the user's
+        main(["run", "echo", "--hidden", "10"])

@@ -6,6 +6,7 @@ stand for more and less, never red and green.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+from gradfn.train.checkpoint import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -252,11 +255,12 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.stem}.part{path.suffix}")
+    out = io.BytesIO()
     # The title goes along as text: a page has it as the description of the picture.
     title = {"Title": figure.get_suptitle()}
-    figure.savefig(part, dpi=130, bbox_inches="tight", pad_inches=0.12, metadata=title)
-    os.replace(part, path)
+    kind = path.suffix.removeprefix(".") or "png"
+    figure.savefig(out, format=kind, dpi=130, bbox_inches="tight", pad_inches=0.12, metadata=title)
+    replace_file(path, out.getvalue())
     return path
 
 

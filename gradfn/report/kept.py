@@ -145,7 +145,7 @@ def _pictures(folder: Path) -> dict[str, bytes]:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{file}: not readable ({error})") from error
     if not isinstance(content, dict):
@@ -157,7 +157,7 @@ def _rows(file: Path) -> list[Row]:
     """Read rows of JSON; of a run that is still going on the last may be half written, which is left out."""
     if not file.exists():
         return []
-    lines = file.read_text().splitlines()
+    lines = file.read_text(encoding="utf-8").splitlines()
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradfn.report.figures import _figure
+from gradfn.train.checkpoint import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,9 +95,9 @@ def animation(
 
     order = [*range(len(steps)), *[len(steps) - 1] * LAST_FRAMES]
     film = FuncAnimation(figure, draw, order, init_func=list, cache_frame_data=False)
-    part = path.with_name(f"{path.stem}.part{path.suffix}")
-    film.save(part, PillowWriter(fps=8), dpi=90)
-    os.replace(part, path)
+    with tempfile.TemporaryDirectory() as folder:
+        film.save(Path(folder) / "film.gif", PillowWriter(fps=8), dpi=90)
+        replace_file(path, (Path(folder) / "film.gif").read_bytes())
     return path
 
 

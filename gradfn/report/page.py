@@ -119,7 +119,7 @@ def page(kept: Sequence[Kept], about: Mapping[str, About] = {}) -> str:
         "net": None if net is None else _net(net),
         "live": None if net is None else _live(net),
         "too_large": too_large,
-        "style": (ASSETS / "style.css").read_text(),
+        "style": (ASSETS / "style.css").read_text(encoding="utf-8"),
         "script": script(),
     }
     room = LIMIT - len(template.render(**content, pictures=[]).encode()) - 10_000
@@ -146,7 +146,7 @@ def _environment(jinja2: Any) -> Any:
 
 def script() -> str:
     """Return the page's modules as one: their imports are of each other, so in this order they need none."""
-    texts = [(ASSETS / name).read_text() for name in SCRIPTS]
+    texts = [(ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS]
     plain = [re.sub(r"^export ", "", re.sub(r"^import .*\n", "", t, flags=re.M), flags=re.M) for t in texts]
     return "\n".join(f"// {name}\n{text}" for name, text in zip(SCRIPTS, plain, strict=True))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -133,13 +134,22 @@ def _together(params: Any, state: Any) -> Any:
 
 
 def replace_file(file: Path, data: bytes) -> None:
-    """Put data into a file in one go: others see the old content or the new, never a part."""
+    """Put data into a file in one go: others see the old content or the new, never a part.
+
+    Raises:
+        OSError: it cannot be written (the disk is full, say); it names the file, and no part of it is left.
+    """
     part = file.with_name(f".{file.name}.part")
-    with part.open("wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-    part.replace(file)
+    try:
+        with part.open("wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        part.replace(file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def _stored(array: np.ndarray) -> np.ndarray:

@@ -178,15 +178,21 @@ class Log:
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         assert self.folder
-        with (self.folder / name).open("a") as out:
-            out.write(to_json(row) + "\n")
+        file = self.folder / name
+        try:
+            with file.open("a") as out:
+                out.write(to_json(row) + "\n")
+        except OSError as error:  # the disk is full: an error of writing does not name the file
+            raise OSError(error.errno, error.strerror, str(file)) from error
 
     def _open_bar(self, stack: contextlib.ExitStack) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         console = Console()
-        if not console.is_terminal:
+        if (
+            not console.is_terminal or console.is_dumb_terminal
+        ):  # one that cannot redraw a line would show no bar
             return
         text = TextColumn("{task.description}")
         bar = Progress(

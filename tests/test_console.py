@@ -1,0 +1,136 @@
+"""Consoles that lack a character or cannot redraw, readers that go away, full disks: one line, no traceback."""
+
+import errno
+import io
+import os
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import optax
+import pytest
+
+import gradfn as gf
+from gradfn import cli
+from gradfn.report.figures import curves, save
+from gradfn.train import checkpoint
+from gradfn.train.log import METRICS, Log
+from tests.report.test_page import write_run
+
+
+class Console(io.TextIOWrapper):
+    """A stream of an encoding that raises at what it lacks, as Python opens it; a terminal where it is told so."""
+
+    def __init__(self, encoding, terminal=False):
+        super().__init__(io.BytesIO(), encoding=encoding, errors="strict", write_through=True)
+        self.terminal = terminal
+
+    def isatty(self):
+        return self.terminal
+
+    def text(self):
+        return self.buffer.getvalue().decode(self.encoding)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1251", "cp932", "cp437", "latin-1"])
+@pytest.mark.parametrize(
+    ("words", "said", "code"),
+    [
+        ("--help", "gradfn run NAME [options]", 0),
+        ("list", "regress", 0),
+        ("table 784 16 10", "12,704 weights + 26 biases = 12,730 parameters", 0),
+        ("run digits --help", "--hidden", 0),
+        ("report run", "wrote run", 0),
+        ("report", "it wants a run's folder", 2),
+        ("sample λ", "neither a run's folder", 2),
+        ("run ψ", "no experiment", 2),
+        ("run digits --hidden ½", "expected a whole number", 2),
+        ("列表", "no command", 2),
+    ],
+)
+def test_what_a_console_lacks_is_replaced(tmp_path, monkeypatch, encoding, words, said, code):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "run", verdict="R² 0.5 → 0.6")
+    out, err = Console(encoding), Console(encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    assert cli.main(words.split()) == code
+    assert said in (err if code else out).text()
+
+
+def test_tables_have_a_frame_that_the_console_has(monkeypatch):
+    console = Console("ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    print(gf.table(gf.mlp([3, 2])))  # from Python, without the command line
+    assert "| W1" in console.text()
+    assert "?" not in console.text()
+
+
+@pytest.mark.parametrize(("terminal", "lines"), [("dumb", 4), ("xterm", 0)])
+def test_a_terminal_that_cannot_redraw_gets_a_line_per_evaluation(monkeypatch, terminal, lines):
+    monkeypatch.setenv("TERM", terminal)
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    console = Console("utf-8", terminal=True)
+    monkeypatch.setattr(sys, "stdout", console)
+    loss = lambda params, x: jnp.square(params - x).mean()  # noqa: E731
+    gf.fit(loss, jnp.array(0.0), jnp.ones(8), optax.sgd(0.1), 8, batch_size=4, eval_every=2)
+    told = [line for line in console.text().splitlines() if line.startswith("step ")]
+    assert len(told) == lines
+    assert (lines == 0) == ("\x1b[" in console.text())  # the bar
+
+
+def test_a_reader_that_goes_away_ends_the_command_quietly(monkeypatch, capfd):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        assert cli.main(["list"]) == 1
+    assert capfd.readouterr().err == ""
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full(descriptor):
+    raise FULL
+
+
+def test_a_full_disk_names_the_file_and_leaves_no_part(tmp_path, monkeypatch):
+    old = tmp_path / "checkpoint.safetensors"
+    checkpoint.save(old, {"w": jnp.zeros(2)}, {})
+    before = old.read_bytes()
+    monkeypatch.setattr(os, "fsync", full)
+    writers = {
+        old: lambda: checkpoint.save(old, {"w": jnp.ones(2)}, {}),
+        tmp_path / "curves.png": lambda: save(curves([{"step": 1, "loss": 1.0}]), tmp_path / "curves.png"),
+    }
+    for file, writer in writers.items():
+        with pytest.raises(OSError, match=r"No space left on device") as raised:
+            writer()
+        assert raised.value.filename == str(file)
+    assert [file.name for file in tmp_path.iterdir()] == [old.name]
+    assert old.read_bytes() == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_rows_that_cannot_be_written_name_their_file(tmp_path):
+    (tmp_path / METRICS).symlink_to("/dev/full")
+    log = Log(tmp_path, {}, None, False, None)
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        log._append(METRICS, {"step": 1})
+    assert raised.value.filename == str(tmp_path / METRICS)
+
+
+def test_a_report_on_a_full_disk_gets_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "run")
+    monkeypatch.setattr(os, "fsync", full)
+    assert cli.main(["report", "run"]) == 2
+    assert capsys.readouterr().err == (
+        "gradfn report: run/report.html: cannot be written (No space left on device)\n"
+    )
+    # Nor is a file that may not be read, or a name that cannot be one, an end in a traceback.
+    for words in (["report", "x" * 5000], ["sample", "x" * 5000]):
+        assert cli.main(words) == 2
+        assert capsys.readouterr().err.count("\n") == 1
