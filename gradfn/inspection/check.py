@@ -13,6 +13,7 @@ import numpy as np
 
 from gradfn.inspection.backprop import active_equations
 from gradfn.inspection.scalar import Scalar, scalar
+from gradfn.inspection.suspects import suspects
 from gradfn.text import TextTable
 from gradfn.transform import trace
 from gradfn.transform.program import by_position, traced_leaves
@@ -32,7 +33,9 @@ class LeafCheck(NamedTuple):
         difference: slope in that direction by central differences.
         error: what lies between them, over the larger of `difference` and the gradient's norm.
         ok: whether the error is within the tolerance, or below what rounding lets be seen.
-        note: what else there is to know: a kink, a gradient too small to be checked, a value not finite.
+        note: what else there is to know: a kink, a gradient too small to be checked, a value not finite; where it is
+            off, the `stop_gradient`, the `custom_jvp` or the `custom_vjp` that it is due to, if it is to one, with its
+            line.
     """
 
     name: str
@@ -236,7 +239,7 @@ def _check(
         norm = math.hypot(*[sizes[i] * float(np.linalg.norm(gradients[i].ravel())) for i in which])
         # Relative to the leaf's numbers; finer in case of a kink nearby; and coarse, for numbers near zero.
         steps = [eps ** (1 / 3) * s for s in (1.0, 1 / 30, 1 / max(sizes.values()))]
-        in_directions = []
+        in_directions, ways = [], []
         for _ in range(directions):
             along = {i: sizes[i] * _normal(rng, leaves[i]) for i in which}
             slope = sum(float(np.sum(np.real(gradients[i] * v))) for i, v in along.items())
@@ -246,9 +249,18 @@ def _check(
                 if tries[-1].ok and not tries[-1].note:
                     break
             in_directions.append(min(tries, key=lambda t: (not t.ok, bool(t.note), t.error)))
-        worst = max(in_directions, key=lambda t: (not t.ok, t.error))
+            ways.append(along)
+        number = max(range(directions), key=lambda n: (not in_directions[n].ok, in_directions[n].error))
+        worst, along = in_directions[number], ways[number]
         if len(which) > 1:
             return worst._replace(name="all leaves")
+
+        def is_right(gradient: np.ndarray) -> bool:
+            apart = abs(float(np.sum(np.real(gradient * along[which[0]]))) - worst.difference)
+            return apart <= 10 * tolerance * abs(worst.difference)
+
+        if not worst.ok and not worst.note:
+            worst = worst._replace(note=suspects(of, which[0], is_right))
         return worst._replace(name=of.names[which[0]], shape=leaves[which[0]].shape)
 
     every = [i for i, x in enumerate(leaves) if x.size]

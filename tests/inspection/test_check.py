@@ -1,5 +1,7 @@
 """Gradients against central differences: right ones pass, a wrong rule is named."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -157,3 +159,62 @@ def test_errors():
         check_grads(lambda n: 1.0)(jnp.arange(3))
     with pytest.raises(TypeError, match="outside jit"):
         jax.jit(lambda x: check_grads(jnp.sum)(x).ok)(X)
+
+
+@jax.custom_vjp
+def halved(x):
+    return x**2
+
+
+halved.defvjp(lambda x: (x**2, x), lambda x, g: (x * g,))
+
+
+@jax.custom_vjp
+def looped(x):
+    return jax.lax.while_loop(lambda s: s[0] < 2, lambda s: (s[0] + 1, s[1] * x), (0, jnp.ones_like(x)))[1]
+
+
+looped.defvjp(lambda x: (looped(x), x), lambda x, g: (2 * x * g,))
+
+
+def stopped(params, x):
+    target = jax.lax.stop_gradient(params["v"])  # this one
+    return jnp.sum(jax.nn.softmax(params["w"] * x) ** 2) + jnp.sum(target * params["w"] * looped(x))
+
+
+def stopped_in_a_scan(params, x):
+    def step(carry, _):
+        return carry * jax.lax.stop_gradient(params["v"]), None  # this one
+
+    return jnp.sum(jax.jit(lambda: jax.lax.scan(step, params["w"], None, length=2)[0])() * x)
+
+
+def own_rule(params, x):
+    return jnp.sum(halved(params["v"])) + jnp.sum(jax.nn.softmax(params["w"]) * x)  # this one
+
+
+def rounded(params, x):
+    return jnp.sum(jnp.round(params["v"] * 1e7)) + jnp.sum(params["w"] * x)  # this one
+
+
+CUT = {
+    stopped: "stop_gradient, at ",
+    stopped_in_a_scan: "stop_gradient, at ",
+    own_rule: "the rule of custom_vjp halved is not its derivative, at ",
+    rounded: "the gradient of round is zero, at ",
+}
+
+
+@pytest.mark.parametrize("f", CUT, ids=lambda f: f.__name__)
+def test_a_gradient_that_is_off_names_what_cuts_it(f):
+    params = {"v": jnp.array([1.5, 2.5, 0.7]), "w": jnp.array([1.0, -0.4, 2.0])}
+    checked = check_grads(f)(params, jnp.array([0.3, 1.1, 0.8]))
+    assert checked.off == ["v"]
+    (leaf,) = [leaf for leaf in checked.leaves if not leaf.ok]
+    lines = Path(__file__).read_text().splitlines()
+    line = next(
+        n for n, text in enumerate(lines, 1) if "# this one" in text and n >= f.__code__.co_firstlineno
+    )
+    assert leaf.note.startswith(CUT[f])
+    assert f"test_check.py:{line}" in leaf.note
+    assert leaf.note.count(" at ") == 1

@@ -1,0 +1,83 @@
+"""What makes a gradient differ from the slope: a `stop_gradient`, a rule of one's own, an operation without a slope."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from gradfn.inspection.backprop import active_equations
+from gradfn.inspection.scalar import Scalar
+from gradfn.inspection.where import around, line_of, operation_of
+from gradfn.transform import Place, Program, interpret, trace_as_written, walk
+from gradfn.transform.interpreter import Evaluate, Path, bodies
+
+_LIFTED = ("stop_gradient", "custom_jvp_call", "custom_vjp_call")
+_FLAT = {"ceil", "floor", "round", "sign"}  # their gradient is zero
+MOST = 16  # suspects that are tried one by one
+
+
+def suspects(of: Scalar, i: int, is_right: Callable[[np.ndarray], bool]) -> str:
+    """Return what it is due to that the gradient of leaf i is off; empty where that is not known.
+
+    A `stop_gradient` is lifted, and a function with a rule of its own differentiated as it is written: if the gradient
+    is right then, those are named without which it would be another.
+
+    Args:
+        of: the function.
+        i: the number of the leaf.
+        is_right: tells whether a gradient of that leaf is right.
+    """
+    program = trace_as_written(
+        lambda leaf: of.call([*of.leaves[:i], leaf, *of.leaves[i + 1 :]])[0], of.leaves[i]
+    )
+    places = {place.path: place for place in walk(program.jaxpr)}
+    lifted = {path: place for path, place in places.items() if place.eqn.primitive.name in _LIFTED}
+    plain = _gradient(program, {})
+    stops = {path: place for path, place in lifted.items() if place.eqn.primitive.name == "stop_gradient"}
+    for some in (stops, lifted):
+        if some and is_right(_gradient(program, some)):
+            alone = list(some.items())[:MOST]
+            guilty = [place for path, place in alone if _differs(_gradient(program, {path: place}), plain)]
+            return "; ".join(dict.fromkeys(_named(place, places) for place in guilty or some.values()))
+    if not plain.any():
+        flat = [e for e in active_equations(program, [of.names[i]]) if e.operation in _FLAT]
+        return "; ".join(dict.fromkeys(f"the gradient of {e.operation} is zero, at {e.line}" for e in flat))
+    return ""
+
+
+def _gradient(program: Program, lifted: Mapping[Path, Place]) -> np.ndarray:
+    """Return the gradient with some equations lifted; NaN where what a function is made of has none."""
+
+    def visit(
+        place: Place, evaluate: Evaluate, inputs: Sequence[Any], token: Any
+    ) -> tuple[Sequence[Any], None]:
+        _, inner = bodies(place.eqn, enter_custom=True)
+        if not inner:
+            return inputs, None
+        body, consts = inner[0]
+        return jax.core.eval_jaxpr(body, consts, *inputs), None
+
+    def value(leaf: Any) -> Any:
+        outs, _ = interpret(program.jaxpr, visit, lifted, [leaf])
+        return outs[0]
+
+    try:
+        return np.asarray(jax.jit(jax.grad(value))(*program.inputs))
+    except (TypeError, ValueError, NotImplementedError):  # such as a while loop, which is why it has a rule
+        return np.full(np.shape(program.inputs[0]), np.nan)
+
+
+def _differs(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool(np.isfinite(a).all()) and not np.allclose(
+        a, b, rtol=1e-6, atol=1e-12 * float(np.abs(b).max(initial=0))
+    )
+
+
+def _named(place: Place, places: Mapping[Path, Place]) -> str:
+    line = line_of(around(place, places))
+    if place.eqn.primitive.name == "stop_gradient":
+        return f"stop_gradient, at {line}"
+    return f"the rule of {operation_of(place)} is not its derivative, at {line}"
