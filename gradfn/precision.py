@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,9 +41,8 @@ def is_safe(square: jax.Array, n: int) -> jax.Array:
 def norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
     """Return the L2 norm over some axes (all by default), right as long as it is itself a number of its dtype.
 
-    On a CPU it is the root of the plain sum of squares. Only where such a sum is not safe (gradients of 1e-25 or 1e20
-    have squares of 0 and inf in float32) are all computed again, scaled: `scaled_norm`. Under `vmap` both are computed.
-    On an accelerator, where such a decision waits for the device, one pass is made in any case: `one_pass_norm`.
+    It is the root of the plain sum of squares. Only where such a sum is not safe (gradients of 1e-25 or 1e20 have
+    squares of 0 and inf in float32) are all computed again, scaled: `scaled_norm`. Under `vmap` both are computed.
 
     Args:
         x: floating or complex; NaN and infinities show in the result.
@@ -55,63 +53,9 @@ def norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
     >>> print(f"{norm(jnp.array([3e-25, 4e-25])):.3g} {norm(jnp.array([3e25 + 4e25j])):.3g}")
     5e-25 5e+25
     """
-
-    def checked(x: jax.Array) -> jax.Array:
-        square = jnp.sum(magnitudes_squared(x), axis)
-        n = x.size // max(square.size, 1)
-        safe = jnp.all(is_safe(square, n))
-        return lax.cond(safe, lambda x: root(square), lambda x: scaled_norm(x, axis), x)
-
-    return lax.platform_dependent(x, cpu=checked, default=lambda x: one_pass_norm(x, axis))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def one_pass_norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
-    """Return the L2 norm from one pass over the values, without a decision that depends on them.
-
-    Small, middle and large magnitudes are summed apart, the small ones scaled up and the large ones down: Blue, *A
-    Portable Fortran Program to Find the Euclidean Norm of a Vector*, 1978.
-    """
-    parts = real_parts(x)
-    exponent = int(jnp.finfo(parts[0].dtype).maxexp) // 3
-    small_below, large_from = 2.0**-exponent, 2.0**exponent
-    up, down = 2.0 ** (2 * exponent), 2.0 ** (-2 * exponent)
-
-    def total(chosen: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        return functools.reduce(jnp.add, [jnp.sum(jnp.square(chosen(part)), axis) for part in parts])
-
-    def is_small(part: jax.Array) -> jax.Array:
-        return jnp.abs(part) < small_below
-
-    def is_large(part: jax.Array) -> jax.Array:
-        return jnp.abs(part) >= large_from
-
-    small = total(lambda part: jnp.where(is_small(part), part, 0) * up)
-    large = total(lambda part: jnp.where(is_large(part), part, 0) * down)
-
-    def twice_down(sum_: jax.Array) -> jax.Array:
-        # The barrier keeps XLA from multiplying the factors first, whose product is 0.
-        return lax.optimization_barrier(sum_ * down) * down
-
-    # What is neither, NaN included.
-    middle = total(lambda part: jnp.where(is_small(part) | is_large(part), 0, part)) + twice_down(small)
-    units = jnp.full_like(middle, up), jnp.ones_like(middle), jnp.full_like(middle, down)
-    unit = jnp.where(large > 0, units[0], jnp.where(middle != 0, units[1], units[2]))
-    square = jnp.where(large > 0, large + twice_down(middle), jnp.where(middle != 0, middle, small))
-    return unit * root(square)
-
-
-@one_pass_norm.defjvp
-def _one_pass_norm_jvp(
-    axis: int | tuple[int, ...] | None, primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """Follow the unit vector: differentiated term by term, the squares of the scales would overflow."""
-    (x,), (dx,) = primals, tangents
-    length = one_pass_norm(x, axis)
-    kept = length if axis is None else jnp.expand_dims(length, axis)
-    divisor = jnp.where(kept == 0, 1, kept)
-    pairs = zip(real_parts(x), real_parts(dx), strict=True)
-    return length, functools.reduce(jnp.add, [jnp.sum(a / divisor * b, axis) for a, b in pairs])
+    square = jnp.sum(magnitudes_squared(x), axis)
+    n = x.size // max(square.size, 1)
+    return lax.cond(jnp.all(is_safe(square, n)), lambda x: root(square), lambda x: scaled_norm(x, axis), x)
 
 
 def scaled_norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:

@@ -3,8 +3,7 @@
 What XLA's CPU backend compiles well decided the forms: plain ``jnp`` reductions (one variadic reduce took five
 times as long), and non-zeros as ``sum(sign(x)**2)`` (counting booleans does not vectorise). Sums are taken in
 float32 (float64 for float64), also for bfloat16. Where the sum of squares over- or underflows, mean and rms are
-computed again, scaled, and non-finite values are counted: one test decides both. On an accelerator such a test
-waits for the device, once per value: there everything is computed in one pass.
+computed again, scaled, and non-finite values are counted: one test decides both.
 """
 
 import functools
@@ -18,16 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gradfn.precision import (
-    in_units,
-    is_safe,
-    magnitudes_squared,
-    one_pass_norm,
-    real_parts,
-    root,
-    unit_of,
-    widen,
-)
+from gradfn.precision import in_units, is_safe, magnitudes_squared, real_parts, root, unit_of, widen
 
 STATS = ("mean", "rms", "max", "zeros", "saturated", "dead", "nonfinite", "histogram")
 DEFAULT_STATS = STATS[:-1]
@@ -98,8 +88,10 @@ def summarise(x: jax.Array, stats: tuple[str, ...], kind: str = "") -> Stats:
     out = {"count": jnp.full((), x.size, accumulate)}
     sums = tuple(name for name in ("mean", "rms", "nonfinite") if name in stats)
     if "rms" in sums or "nonfinite" in sums:
-        decided, in_one_pass = partial(_plain_or_scaled, sums), partial(_in_one_pass, sums)
-        out |= lax.platform_dependent(values, cpu=decided, default=in_one_pass)
+        square = jnp.sum(magnitudes_squared(x))
+        plain = {"mean": _mean(values), "rms": root(square / n), "nonfinite": jnp.zeros_like(square)}
+        of_sums = {name: plain[name] for name in sums}
+        out |= lax.cond(is_safe(square, n), lambda _: of_sums, partial(_carefully, sums), values)
     elif "mean" in sums:
         out["mean"] = _mean(values)
     if "dead" in stats and kind in ("relu", "relu6") and n_rows >= DEAD_ROWS:
@@ -125,16 +117,8 @@ def _mean(x: jax.Array, unit: jax.Array | float = 1.0) -> jax.Array:
     return unit * (means[0] if len(means) == 1 else jnp.abs(lax.complex(*means)))
 
 
-def _plain_or_scaled(names: tuple[str, ...], x: jax.Array) -> dict[str, jax.Array]:
-    """Return mean, rms and the number of non-finite elements; where plain sums over- or underflow, from scaled ones."""
-    n = max(x.size, 1)
-    square = jnp.sum(magnitudes_squared(x))
-    plain = {"mean": _mean(x), "rms": root(square / n), "nonfinite": jnp.zeros_like(square)}
-    of_sums = {name: plain[name] for name in names}
-    return lax.cond(is_safe(square, n), lambda _: of_sums, partial(_scaled, names), x)
-
-
-def _scaled(names: tuple[str, ...], x: jax.Array) -> dict[str, jax.Array]:
+def _carefully(names: tuple[str, ...], x: jax.Array) -> dict[str, jax.Array]:
+    """Return mean, rms and the number of non-finite elements where the plain sums over- or underflow."""
     parts = real_parts(x)
     unit = unit_of(functools.reduce(jnp.maximum, [jnp.max(jnp.abs(part), initial=0) for part in parts]))
     squares = functools.reduce(jnp.add, [jnp.sum(jnp.square(in_units(part, unit))) for part in parts])
@@ -142,26 +126,9 @@ def _scaled(names: tuple[str, ...], x: jax.Array) -> dict[str, jax.Array]:
         "mean": _mean(x, unit),
         # Not the norm over the root of n: the norm may overflow where this does not.
         "rms": unit * root(squares / max(x.size, 1)),
-        "nonfinite": _n_nonfinite(x),
+        "nonfinite": jnp.sum((~jnp.isfinite(x)).astype(unit.dtype)),
     }
     return {name: found[name] for name in names}
-
-
-def _in_one_pass(names: tuple[str, ...], x: jax.Array) -> dict[str, jax.Array]:
-    """Return the same without a decision, for which an accelerator would wait once per value inspected."""
-    n = max(x.size, 1)
-    parts = jnp.stack(real_parts(x))  # [1 or 2, ...]
-    means = [jnp.sum(part / n) for part in parts]
-    found = {
-        "mean": means[0] if len(means) == 1 else jnp.abs(lax.complex(*means)),
-        "rms": one_pass_norm(parts * n**-0.5),
-        "nonfinite": _n_nonfinite(x),
-    }
-    return {name: found[name] for name in names}
-
-
-def _n_nonfinite(x: jax.Array) -> jax.Array:
-    return jnp.sum((~jnp.isfinite(x)).astype(x.real.dtype))
 
 
 def _histogram(x: jax.Array) -> jax.Array:
