@@ -119,6 +119,8 @@ def run(config: Config) -> Result:
     data = gf.data.lines(config.data) if config.lines else gf.data.text(config.data, config.tokens)
     print(data)
     context = data.train[0].shape[1] if config.lines else config.context
+    if config.lines:
+        runs.some(training=data.train[0], validation=data.validation[0])
     batch = runs.batch_for(config, len(data.train[0]), "lines") if config.lines else config.batch
     batches, on_the_way, at_the_end = sequences(data, config, context)
     model = gf.GPTConfig(

@@ -75,6 +75,7 @@ def run(config: Config) -> Result:
     config = runs.settle("rnn", config)
     data = gf.data.lines(config.data)
     print(data)
+    runs.some(training=data.train[0], validation=data.validation[0])
     batch = runs.batch_for(config, len(data.train[0]), "lines")
     folder = runs.begin("rnn", config)
     letters = long_sequences(data)

@@ -28,7 +28,7 @@ USAGE = """\
 gradfn: networks as pure functions over plain dicts of arrays, with every gradient visible
 
   gradfn run NAME [options]   run an experiment; gradfn run NAME --help shows its options
-  gradfn report RUN [B]       write one HTML page that shows a run, or two side by side
+  gradfn report RUN [B]       write one HTML page that shows a run (or a folder of gf.fit), or two side by side
   gradfn sample RUN [options] write with the language model of a run; gradfn sample --help shows the options
   gradfn list                 say which experiments there are, and what to expect of them
   gradfn table 784 16 10      show the parameters of a network with so many nodes a layer

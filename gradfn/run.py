@@ -217,6 +217,18 @@ def within(low: int, high: int | None, **numbers: int | None) -> None:
             raise ValueError(f"{name}: a whole number {bounds}, came {number}")
 
 
+def some(**parts: Any) -> None:
+    """Raise a RunError that names the first part of the data that has no example.
+
+    >>> some(train=[1, 2], validation=[])
+    Traceback (most recent call last):
+    gradfn.run.RunError: data: too few examples, so that none are left for validation; use more
+    """
+    for name, part in parts.items():
+        if not len(part):
+            raise RunError(f"data: too few examples, so that none are left for {name}; use more")
+
+
 def batch_for(config: Any, n: int, what: str) -> int:
     """Return how many of `n` examples a step takes: `config.batch`; a default of more than there are means all.
 

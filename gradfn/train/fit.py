@@ -98,7 +98,7 @@ def fit(
         stop: `(history) -> bool`, asked after each evaluation; True ends the run. See `gf.stalled`.
         folder: where to write `metrics.jsonl`, `inspections.jsonl`, `noise.jsonl`, TensorBoard events and the
             checkpoint; None for nowhere. A run owns its folder: unless it resumes, what an earlier run of `fit`
-            wrote there is removed (other files stay).
+            wrote there is removed (other files stay). `gradfn report FOLDER` makes a page of it.
         checkpoint_seconds: write a checkpoint when this much time has passed since the last (more where
             writing one takes over a twentieth of it), and at the end.
         keep_every: also keep the parameters each so many steps and at the end, which `gf.train.kept` reads. They

@@ -6,7 +6,7 @@ import importlib
 import numpy as np
 import pytest
 
-from experiments import gpt, neuron, vit
+from experiments import gpt, neuron, rnn, vit
 from gradfn import cli
 from gradfn import run as runs
 
@@ -73,3 +73,14 @@ def test_the_region_of_a_node_ends_with_the_image():
     np.testing.assert_array_equal(
         neuron.node(neuron.Config()), neuron.node(neuron.Config(height=5, width=16))
     )
+
+
+@pytest.mark.parametrize("experiment", [gpt, rnn])
+def test_a_text_of_few_lines_is_refused_before_the_run_begins(experiment, tmp_path):
+    (tmp_path / "names.txt").write_text("ab\ncd\nabc\n")
+    options = {"lines": True} if experiment is gpt else {}
+    with pytest.raises(runs.RunError, match="too few examples, so that none are left for validation"):
+        experiment.run(
+            experiment.Config(data=str(tmp_path / "names.txt"), folder=str(tmp_path / "run"), **options)
+        )
+    assert not (tmp_path / "run").exists()
