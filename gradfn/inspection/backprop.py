@@ -232,7 +232,8 @@ def backprop(f: Callable, *, keep: bool = False) -> Callable[..., Backward]:
         for `.sorted()`.
 
     Raises:
-        TypeError: a function that does not return a floating scalar; no floating array in the arguments.
+        TypeError: a function that does not return a floating scalar; no floating array in the arguments; mutable
+            arrays (`jax.new_ref`).
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -256,6 +257,11 @@ def backprop(f: Callable, *, keep: bool = False) -> Callable[..., Backward]:
         of = scalar(f, args, kwargs, range(len(args)), "backprop")
         program = trace_as_written(checked, *args, **kwargs)
         names = [name for name, i in zip(of.names, of.numbers, strict=True) if program.is_array[i]]
+        if any(hasattr(v.aval, "inner_aval") for place in walk(program.jaxpr) for v in place.eqn.outvars):
+            raise TypeError(
+                "backprop: expected a function without mutable arrays, got one with jax.new_ref: what is written into "
+                "an array has no place in a list of equations. gf.inspect and gf.nan_origin can show it"
+            )
         infos = active_equations(program, names)
         places = {place.path: place for place in walk(program.jaxpr)}
         chosen = {info.path: (places[info.path], info) for info in infos}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -204,20 +203,23 @@ def _estimator(
         matrix = flat_matrix(product, leaves, args, kwargs)
         keys = jax.random.split(jax.random.key(0) if key is None else key, samples)
 
-        def step(i: jax.Array, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            mean, spread = so_far  # Welford: running, and no difference of large sums
+        def step(i: jax.Array, so_far: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            mean, squares, unit = so_far  # Welford: running, and no difference of large sums
             v = jax.random.rademacher(keys[i], [leaves.size], leaves.dtype)
             seen = statistic(v, matrix(v))
             change = seen - mean
             mean = mean + change / (i + 1).astype(leaves.dtype)
-            # The root of the sum of squares, which are not formed: they would over- and underflow.
-            return mean, jnp.hypot(spread, jnp.sqrt(jnp.abs(change)) * jnp.sqrt(jnp.abs(seen - mean)))
+            # In units of the largest change so far: the squares themselves may over- or underflow.
+            larger = jnp.maximum(unit, jax.lax.stop_gradient(jnp.abs(change)))
+            safe = jnp.where(larger > 0, larger, 1)
+            squares = squares * jnp.square(unit / safe) + (change / safe) * ((seen - mean) / safe)
+            return mean, squares, larger
 
         zero = jnp.zeros_like(
             statistic(jnp.zeros([leaves.size], leaves.dtype), jnp.zeros([leaves.size], leaves.dtype))
         )
-        mean, spread = jax.lax.fori_loop(0, samples, step, (zero, zero))
-        error = spread / math.sqrt(samples * (samples - 1))
+        mean, squares, unit = jax.lax.fori_loop(0, samples, step, (zero, zero, zero))
+        error = unit * jnp.sqrt(squares / (samples * (samples - 1)))
         return Estimate(finish(leaves, mean), finish(leaves, error))
 
     return functools.wraps(loss, updated=())(jit_arrays(estimate))

@@ -185,6 +185,8 @@ def test_nan_tools_read_mutable_arrays():
     assert (found.inf.operation, found.inf.iteration, found.inf.element) == ("log", (0,), (1,))
     assert found.nan.operation == "log"
     assert found.nan.iteration == (1,)
+    with pytest.raises(TypeError, match="without mutable arrays"):
+        gf.backprop(in_a_ref)(W, x)
 
 
 EMPTY = {"w": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "none": jnp.zeros([0, 3]), "rows": jnp.zeros([2, 0])}

@@ -47,6 +47,8 @@ def test_estimates_whose_squares_are_no_numbers(unit):
     each = np.einsum("ni,ij,nj->n", signs, H, signs)
     found = gf.hessian_trace(quadratic)(W, np.float32(1))
     np.testing.assert_allclose(found.standard_error, each.std(ddof=1) / 8, rtol=1e-4)
+    slope = jax.grad(lambda s: gf.hessian_trace(quadratic)(W, s).standard_error)(np.float32(unit))
+    np.testing.assert_allclose(slope, each.std(ddof=1) / 8, rtol=1e-4)
 
 
 @pytest.mark.parametrize("unit", UNITS)
