@@ -130,6 +130,23 @@ def test_gradients_are_those_of_finite_differences(name, x64):
     check_grads(jax.jit(net.apply), (params, x), order=1, modes=["rev", "fwd"], rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.optimised
+def test_inspected_gradients_are_those_of_value_and_grad(name):
+    """XLA may fuse operations differently, within the bound that the docs state; one by one they are equal."""
+    net, params, xs = made(name)
+
+    def loss(params, xs):
+        return jnp.mean(jnp.square(jax.vmap(net.apply, (None, 0))(params, xs)))
+
+    inspected, plain = gf.inspect(loss), jax.value_and_grad(loss, argnums=(0, 1))
+    for wrap, bound in ((jax.jit, 1e-6), *[(lambda f: f, 0)] * (name in QUICK)):
+        seen, right = wrap(inspected)(params, xs), jax.tree.leaves(wrap(plain)(params, xs))
+        got = jax.tree.leaves((seen.value, (seen.grads, seen.input_grads[0])))
+        largest = max(np.abs(g).max() for g in right)
+        for a, b in zip(got, right, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=bound * largest)
+
+
 def test_every_parameter_is_used(name):
     net, params, xs = made(name)
     if not params:

@@ -19,7 +19,8 @@ The containers that an equation sits in shape its tokens and captures:
 - ``scan``: a leading axis over the iterations (tokens sliced, captures stacked), outer scans first.
 - ``shard_map``: a leading axis over the devices.
 - ``cond``: the captures of a branch that did not run are zeros; put a 1 in a capture to know which ran.
-- ``while``: captures of the last iteration only (or ``merge(old, new)``); tokens stay the same.
+- ``while``: captures of the last iteration only (or ``merge(old, new)``); tokens stay the same. Under ``vmap``,
+  rows that have finished repeat their own last iteration as long as others run.
 - ``jit``: inlined where a chosen equation is inside (sharding constraints kept), else left alone.
 - ``remat``: rebuilt with its policy; names inside still reach the policy.
 - ``custom_jvp``, ``custom_vjp``: one equation each, unless ``walk(..., enter_custom=True)``.
