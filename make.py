@@ -4,7 +4,8 @@
     python3 make.py test      an environment in .venv-test, then every check: ruff, mypy, all tests, all examples
     python3 make.py quick     the same environment, then the tests that take no time
     python3 make.py matrix    the tests under each of Python 3.11, 3.12 and 3.13 that is on the PATH, each with the
-                              newest jax that it gets
+                              newest jax that it gets, and once more with jax's next `jax.checkpoint`
+    python3 make.py remat     the quick tests of what looks into programs, with that, on Python 3.12 or newer
 
 It needs no package; each command makes its environment when it is not there yet.
 """
@@ -30,6 +31,9 @@ CHECKS = {
         [*PYTEST, "-m", "optimised and not slow", "tests"],
     ],
 }
+# jax.checkpoint and checkpoint_name become other primitives in a jax to come; jax 0.12 has them on request.
+NEXT_REMAT = {"JAX_REMAT3": "1"}
+LOOKS_INTO_PROGRAMS = ("tests/transform", "tests/inspection", "tests/nets")
 
 
 def main():
@@ -46,23 +50,40 @@ def main():
         return len(failed)
     if command == "matrix":
         return matrix()
+    if command == "remat":
+        return remat()
     print(__doc__.strip())
     return 0 if command in ("help", "-h", "--help") else 2
 
 
 def matrix():
     """Run the tests under each Python; return how many failed."""
-    outcome = {}
+    outcome, newest = {}, None
     for name in PYTHONS:
         found = works(name)
         if found:
             python = environment(".venv-" + name, "test,frameworks", found)
             outcome[name] = "FAILED" if run([python, *PYTEST]) else "passed"
+            newest = name, python
         else:
             outcome[name] = "not on the PATH"
+    if newest:
+        name, python = newest
+        outcome[f"{name} with the next remat"] = "FAILED" if run([python, *PYTEST], NEXT_REMAT) else "passed"
     for name, text in outcome.items():
         print(f"{name}: {text}")
     return list(outcome.values()).count("FAILED")
+
+
+def remat():
+    """Run the quick tests of what looks into programs with jax's next remat; return the exit code."""
+    found = {name: works(name) for name in PYTHONS[1:]}
+    name = next((name for name in reversed(PYTHONS) if found.get(name)), None)
+    if name is None:
+        print("no Python 3.12 or newer here: the tests with jax's next remat are skipped")
+        return 0
+    python = environment(".venv-" + name, "test,frameworks", found[name])
+    return run([python, *PYTEST, "-m", "not slow and not optimised", *LOOKS_INTO_PROGRAMS], NEXT_REMAT)
 
 
 def works(name):
@@ -93,9 +114,9 @@ def environment(name, extras, base=sys.executable):
     return python
 
 
-def run(command):
-    """Run a command here; return its exit code."""
-    return subprocess.call(command, cwd=HERE)
+def run(command, settings=None):
+    """Run a command here, with further environment variables; return its exit code."""
+    return subprocess.call(command, cwd=HERE, env={**os.environ, **(settings or {})})
 
 
 def newer_python():

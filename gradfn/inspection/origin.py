@@ -36,7 +36,7 @@ from gradfn.inspection.where import (
     turn_text,
 )
 from gradfn.transform import Place, Program, interpret, trace_as_written, walk
-from gradfn.transform.interpreter import Evaluate, Path, bodies
+from gradfn.transform.interpreter import Evaluate, Path, bodies, operation
 from gradfn.transform.program import by_position, params_first
 from gradfn.transform.varying import any_device, zeros
 
@@ -354,7 +354,7 @@ def _spots(program: Program) -> dict[Path, Spot]:
         ):
             given.update(eqn.outvars)
             continue
-        if eqn.primitive.name in _PASSIVE and not any(is_given):
+        if operation(eqn) in _PASSIVE and not any(is_given):
             continue
         spots[place.path] = _spot(place, places, made_by, tuple(is_given))
     return spots

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gradfn.transform import Place
-from gradfn.transform.interpreter import Path
+from gradfn.transform.interpreter import Path, operation, params_of
 
 
 class Loop(NamedTuple):
@@ -65,10 +65,10 @@ def line_of(places: Sequence[Place]) -> str:
 
 def operation_of(place: Place) -> str:
     """Return an operation's name; with the name of the function of a custom derivative, or of a `gf.tap`."""
-    name = place.eqn.primitive.name
+    name = operation(place.eqn)
     if name in ("custom_jvp_call", "custom_vjp_call"):
         return f"{name.removesuffix('_call')} {_custom_name(place)}"
-    return f"name {place.eqn.params['name']}" if name == "name" else name
+    return f"name {params_of(place.eqn)['name']}" if name == "name" else name
 
 
 def function_around(containers: Sequence[Place]) -> str:

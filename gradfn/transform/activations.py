@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
-from gradfn.transform.interpreter import bodies
+from gradfn.transform.interpreter import bodies, operation
 
 # At how many points a root of rank 0 is sampled; each further axis longer than 1 has two for each of those.
 POINTS = 16
@@ -86,7 +86,7 @@ def simulate(eqn: JaxprEqn, operands: Sequence[Sample | None]) -> Sample | None:
     if len(roots) > 1 or len(masks) > 1:
         return None
     _, inner = bodies(eqn, enter_custom=True)
-    rule = _RULES.get(eqn.primitive.name)
+    rule = _RULES.get(operation(eqn))
     if rule is None or inner:
         return None
     arrays = [_array(s, atom.aval) for s, atom in zip(known, eqn.invars, strict=True)]

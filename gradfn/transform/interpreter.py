@@ -24,6 +24,8 @@ _CALLS = {primitives.jit_p.name, primitives.call_p.name, primitives.closed_call_
 _CUSTOM = {primitives.custom_jvp_call_p.name, primitives.custom_vjp_call_p.name}
 _SCAN, _COND, _WHILE = primitives.scan_p.name, primitives.cond_p.name, primitives.while_p.name
 _REMAT, _SHARD_MAP = primitives.remat_p.name, "shard_map"
+# The same operations under jax's new `jax_remat3`, where one primitive carries an object for each operation.
+_CARRIED = {"CheckpointName": "name", "CheckpointNameFwd": "name", "RematTraced": _REMAT}
 
 
 class Frame(NamedTuple):
@@ -78,9 +80,21 @@ def _bare_scope(name_stack: str) -> str:
     return "/".join(part for part in text.split("/") if part and "->" not in part)
 
 
+def operation(eqn: JaxprEqn) -> str:
+    """Return the name of what an equation does; a named value is ``name`` in every version of jax."""
+    carried = _CARRIED.get(type(eqn.params.get("_prim")).__name__)
+    return eqn.primitive.name if carried is None else carried
+
+
+def params_of(eqn: JaxprEqn) -> dict[str, Any]:
+    """Return the parameters of what an equation does."""
+    known = type(eqn.params.get("_prim")).__name__ in _CARRIED
+    return eqn.params["_prim"].params if known else eqn.params
+
+
 def bodies(eqn: JaxprEqn, enter_custom: bool = False) -> tuple[str, list[tuple[Jaxpr, Sequence[Any]]]]:
     """Return the kind of a container and its (jaxpr, consts) bodies; an empty list for any other equation."""
-    name, params = eqn.primitive.name, eqn.params
+    name, params = operation(eqn), params_of(eqn)
     if name in _CALLS:
         return "jit", [_open(params.get("jaxpr", params.get("call_jaxpr")))]
     if name == _SCAN:
@@ -236,16 +250,16 @@ def _container(
         jaxpr, consts = inner[k]
         return _body(run, jaxpr, consts, (*path, k), args, tokens)
 
-    params = eqn.params
+    params = params_of(eqn)
     if kind == "jit":
         outs, captures = body(_constrained(inputs, params.get("in_shardings")), tokens)
         return _constrained(outs, params.get("out_shardings")), captures
     if kind == "custom":
         return body(inputs, tokens)
     if kind == "remat":
-        return jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])(
-            inputs, tokens
-        )
+        prevent_cse = params["prevent_cse"]  # one for all operands, or one for each
+        prevent_cse = prevent_cse if isinstance(prevent_cse, bool) else any(prevent_cse)
+        return jax.checkpoint(body, prevent_cse=prevent_cse, policy=params["policy"])(inputs, tokens)
     if kind == "scan":
         return _scan(eqn, body, inputs, tokens)
     if kind == "cond":

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from gradfn.transform.interpreter import Path, bodies
+from gradfn.transform.interpreter import Path, bodies, operation
 
 Value = tuple[Path, Any]  # the path of a body, and a variable of it
 
@@ -65,7 +65,7 @@ def row_equations(eqns: Mapping[Path, Any], starts: Iterable[tuple[Value, int]])
                 alike = [atom for atom in (*eqn.invars, *eqn.outvars) if atom.aval.shape[:n] == lead]
                 todo += [(other, n) for other in values_of(path, alike)]
     # A value that has a name keeps its shape, but has neighbours on both sides.
-    return {path: n for path, n in found.items() if eqns[path].primitive.name != "name"}
+    return {path: n for path, n in found.items() if operation(eqns[path]) != "name"}
 
 
 def values_of(path: Path, atoms: Iterable[Any]) -> list[Value]:
@@ -85,7 +85,7 @@ def _across(path: Path, eqn: Any) -> Iterator[tuple[Value, Value]]:
 
 def _works_on_rows(eqn: Any, n: int) -> bool:
     """Tell whether an equation does the same with each row, where rows run over the first n axes."""
-    name, operands, out = eqn.primitive.name, [a.aval.shape for a in eqn.invars], eqn.outvars[0].aval.shape
+    name, operands, out = operation(eqn), [a.aval.shape for a in eqn.invars], eqn.outvars[0].aval.shape
     if len(out) < n or any(any(spec_of(atom)) for atom in (*eqn.invars, *eqn.outvars)):
         return False
     if name in _ELEMENTWISE or name == "name":

@@ -50,7 +50,7 @@ from gradfn.transform.activations import (
     simulate,
     simulate_body,
 )
-from gradfn.transform.interpreter import Path, Place, bodies, scan_split, scope_of, walk
+from gradfn.transform.interpreter import Path, Place, bodies, operation, params_of, scan_split, scope_of, walk
 from gradfn.transform.program import Program
 from gradfn.transform.reach import Reach, reaching
 
@@ -247,14 +247,14 @@ class _Analysis:
             env[atom] = value._replace(sample=fresh((path, k), atom.aval, origin))
 
     def equation(self, eqn: JaxprEqn, operands: list[_Value], path: Path, backward: bool) -> list[_Value]:
-        name, aval = eqn.primitive.name, eqn.outvars[0].aval if eqn.outvars else None
+        name, aval = operation(eqn), eqn.outvars[0].aval if eqn.outvars else None
         live = path in self.reach.outputs
         value = _computed(eqn, operands, backward)
         sample, kind = _sampled(eqn, operands, path)
         origin: Origin = (path, 0)
         if name == "name":
             origin = operands[0].origin or origin
-            self.found.append(_Found(path, 0, eqn.params["name"], "name", kind, origin))
+            self.found.append(_Found(path, 0, params_of(eqn)["name"], "name", kind, origin))
             sample = fresh(origin, aval, origin)
         parameters = [(k, v) for k, v in enumerate(operands) if v.parametric] if value.data else []
         self.uses += [Use(path, k, v.leaves) for k, v in parameters]
@@ -273,9 +273,7 @@ class _Analysis:
 
     def _choices(self, eqn: Any, operands: list[_Value], value: _Value, backward: bool) -> list[_Value]:
         """Return the operands that are choices, where they meet data; what they were chosen at is no site then."""
-        met = eqn.primitive.name in _ELEMENTWISE | _PRODUCTS and any(
-            v.data and not v.leaves for v in operands
-        )
+        met = operation(eqn) in _ELEMENTWISE | _PRODUCTS and any(v.data and not v.leaves for v in operands)
         choices = [v for v in operands if v.choice] if met and not value.leaves and not backward else []
         self.moved.update(*[v.chosen_at for v in choices])
         return choices
@@ -324,7 +322,7 @@ class _Analysis:
             return [v._replace(origin=(path, k)) for k, v in enumerate(outs)]
         if kind in ("scan", "while"):
             return self._loop(kind, eqn, run, operands, path)
-        name = eqn.params.get("name", "")
+        name = params_of(eqn).get("name", "")
         if name in NAMES and not any(v.leaves for v in operands):
             activation = _kind_of_call(inner[0], name, eqn, operands)
             if activation:  # jax.nn.silu and the like: one function, whatever it is made of
@@ -388,7 +386,7 @@ def _computed(eqn: JaxprEqn, operands: Sequence[_Value], backward: bool) -> _Val
 
 def _chooses(eqn: Any, operands: Sequence[_Value], met: Sequence[_Value]) -> bool:
     """Tell whether an equation on parameters and data gives parameters again: picked, moved or only reshaped."""
-    name = eqn.primitive.name
+    name = operation(eqn)
     if name == "select_n":
         return not any(v.data and not v.leaves for v in operands[1:])
     if name in ("gather", "dynamic_slice"):
@@ -407,14 +405,14 @@ def _main(eqn: Any, values: Sequence[_Value]) -> tuple[int | None, int]:
     leaves = frozenset().union(*[v.leaves for v in values])
     if len(leaves) == 1:
         return min(leaves), out
-    mixed = eqn.primitive.name not in _ELEMENTWISE | _RESHAPES
+    mixed = operation(eqn) not in _ELEMENTWISE | _RESHAPES
     mains = {v.main for v in values if mixed or v.size == size}
     return (mains.pop() if len(mains) == 1 else None), out
 
 
 def _adds_a_penalty(eqn: Any) -> bool:
     """Tell a weight penalty, a number computed from parameters and added to the loss, from a layer."""
-    return eqn.primitive.name in _ELEMENTWISE and all(a.aval.shape == () for a in eqn.invars)
+    return operation(eqn) in _ELEMENTWISE and all(a.aval.shape == () for a in eqn.invars)
 
 
 def _function_name(eqn: Any) -> str:
@@ -422,7 +420,7 @@ def _function_name(eqn: Any) -> str:
     if not bodies(eqn, enter_custom=True)[1]:
         return ""
     info = getattr(eqn.params["call_jaxpr"].jaxpr, "debug_info", None)
-    return eqn.params.get("name") or str(getattr(info, "func_src_info", "") or "").split(" at ")[0]
+    return params_of(eqn).get("name") or str(getattr(info, "func_src_info", "") or "").split(" at ")[0]
 
 
 def _is_inexact(atom: Any) -> bool:
@@ -439,7 +437,7 @@ def _sampled(eqn: JaxprEqn, operands: list[_Value], path: Path) -> tuple[Sample 
 
     That of a value that is not computed from a site is told where it gets a name.
     """
-    name, samples = eqn.primitive.name, [v.sample for v in operands]
+    name, samples = operation(eqn), [v.sample for v in operands]
     if not eqn.outvars:
         return None, ""
     aval = eqn.outvars[0].aval
@@ -450,7 +448,7 @@ def _sampled(eqn: JaxprEqn, operands: list[_Value], path: Path) -> tuple[Sample 
     inner = bodies(eqn, enter_custom=True)[1]
     if inner:
         sample = next(iter(simulate_body(*inner[0], samples)), None)
-        return sample, _kind_of_call(inner[0], eqn.params.get("name", ""), eqn, operands)
+        return sample, _kind_of_call(inner[0], params_of(eqn).get("name", ""), eqn, operands)
     sample = simulate(eqn, samples)
     if sample is not None and sample.anchor:
         recognized = recognize(sample, aval)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
-from gradfn.transform.interpreter import Path, bodies, scan_split
+from gradfn.transform.interpreter import Path, bodies, operation, params_of, scan_split
 from gradfn.transform.program import Program
 
 # These hand on what came in, number by number.
@@ -196,7 +196,7 @@ def _slice_of(value: _Value, path: Path) -> _Value:
 
 def _viewed(eqn: Any, operands: list[_Value]) -> list[View | None]:
     """Return what the outputs of an equation on parameters alone are views of, if they are."""
-    name, view, params = eqn.primitive.name, operands[0].view, eqn.params
+    name, view, params = operation(eqn), operands[0].view, params_of(eqn)
     nothing: list[View | None] = [None] * len(eqn.outvars)
     if view is None or any(v.leaves for v in operands[1:]):
         return nothing

@@ -8,11 +8,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gradfn.transform import interpret, probe, trace, walk
+from gradfn.transform.interpreter import operation, params_of
 
 
 def name_places(program):
     """Places of the `name` equations, by their name."""
-    return {p.eqn.params["name"]: p for p in walk(program.jaxpr) if p.eqn.primitive.name == "name"}
+    return {params_of(p.eqn)["name"]: p for p in walk(program.jaxpr) if operation(p.eqn) == "name"}
 
 
 def look(f, *args):
@@ -287,6 +288,6 @@ def test_custom_derivatives_are_one_equation_unless_entered():
         return interpret(program.jaxpr, lambda p, e, i, t: (e(i), None), outside, [x])[0][0]
 
     assert float(jax.grad(run)(1.0)) == 14.0
-    entered = {p.path: p for p in walk(program.jaxpr, enter_custom=True) if p.eqn.primitive.name == "name"}
+    entered = {p.path: p for p in walk(program.jaxpr, enter_custom=True) if operation(p.eqn) == "name"}
     _, captures = interpret(program.jaxpr, lambda p, e, i, t: ((o := e(i)), o[0]), entered, program.inputs)
     np.testing.assert_allclose(next(iter(captures.values())), jnp.sin(1.0), rtol=1e-6)
