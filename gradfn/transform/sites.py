@@ -263,7 +263,7 @@ class _Analysis:
             self.found.append(_Found(path, 0, self._label(eqn, meeting), "parameter", kind, origin))
             sample = fresh(origin, aval, origin)
             if value.choice:
-                value = value._replace(chosen_at=frozenset([origin]))
+                value = value._replace(chosen_at=value.chosen_at | {origin})
         elif live and kind and name not in _IDENTITIES and kind == recognize(sample, eqn.outvars[0].aval):
             self._activation(operands, sample, path, kind, origin)
         return [
