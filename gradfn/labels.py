@@ -10,7 +10,7 @@ import numpy as np
 
 
 def label_of(y: Any, classes: int, what: str) -> tuple[jax.Array, jax.Array]:
-    """Return the label of one example as a scalar, and a factor for what is computed of it.
+    """Return the label of one example as a scalar, and a term to add to the net's outputs.
 
     Args:
         y: an integer (or bool) scalar, or such an array `[1]`.
@@ -18,20 +18,20 @@ def label_of(y: Any, classes: int, what: str) -> tuple[jax.Array, jax.Array]:
         what: the caller, for errors.
 
     Returns:
-        The label, and float32 1, or NaN where the label is not in [0, classes): compiled code cannot raise, and
-        no label stands for another class.
+        The label, and float32 0, or NaN where the label is not in [0, classes): compiled code cannot raise, and
+        no label stands for another class. Added to the outputs, the term is fused with what follows.
 
     Raises:
         ValueError: several labels, or fewer than two classes.
         TypeError: a label that is not an integer.
 
     >>> label_of(jnp.array([2]), 3, "loss")[1], label_of(-1, 3, "loss")[1]
-    (Array(1., dtype=float32), Array(nan, dtype=float32))
+    (Array(0., dtype=float32), Array(nan, dtype=float32))
     """
     y = jnp.asarray(y)
     _check_form(y, classes, what, 1)
     label = counting(y).reshape(())  # [] or [1] -> []
-    return label, jnp.where((label >= 0) & (label < classes), jnp.float32(1), jnp.float32(jnp.nan))
+    return label, jnp.where((label >= 0) & (label < classes), jnp.float32(0), jnp.float32(jnp.nan))
 
 
 def labels_of(y: Any, n: int, classes: int, what: str) -> jax.Array:
