@@ -510,10 +510,10 @@ def _outputs(program: Program) -> tuple[list[bool], list[bool]]:
     The result is all of them, unless that is ``(scalar, aux)``, as of a loss: then it is the scalar.
     """
     everything = [True] * len(program.jaxpr.out_avals)
-    out = jax.tree.unflatten(program.out_tree, program.jaxpr.out_avals)
+    out = program.rebuild(program.jaxpr.out_avals)
     if not (isinstance(out, tuple) and len(out) == 2):
         return everything, everything
-    n = len(jax.tree.leaves(out[0]))
+    n = sum(leaf is None for leaf in program.objects[: len(jax.tree.leaves(out[0]))])
     first = [k < n for k in range(len(everything))]
     is_loss = getattr(out[0], "shape", None) == () and jnp.issubdtype(out[0].dtype, jnp.inexact)
     return (first if is_loss else everything), first
