@@ -97,7 +97,7 @@ def ggn_vp(outputs: Callable, loss: str | Callable = "softmax") -> Product:
 
     J is the Jacobian of a net's outputs by its parameters, H the Hessian of the loss by the outputs. For a loss
     that is convex in the outputs it has no negative eigenvalue; it is what the Hessian is without the net's own
-    curvature, and, for softmax and squared error, the Fisher information. About 1.5 gradients, twice that for functions
+    curvature, and, for softmax and squared error, the Fisher information. About 1.5 gradients, more for functions
     without forward mode (`jax.custom_vjp`). Schraudolph,
     *Fast curvature matrix-vector products*, 2002; Martens, *New insights on the natural gradient*, 2020.
 
