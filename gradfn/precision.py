@@ -10,9 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 
 
+def is_narrow(dtype: Any) -> bool:
+    """Tell a float of less than 32 bits."""
+    return bool(jnp.issubdtype(dtype, jnp.inexact)) and jnp.finfo(dtype).bits < 32
+
+
 def wide(dtype: Any) -> Any:
     """Return float32 for the narrower floats (float16, bfloat16), and any other dtype as it is."""
-    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
+    return jnp.dtype(jnp.float32) if is_narrow(dtype) else jnp.dtype(dtype)
 
 
 def widen(x: jax.Array) -> jax.Array:
@@ -32,9 +37,14 @@ def real_parts(x: jax.Array) -> list[jax.Array]:
 
 def is_safe(square: jax.Array, n: int) -> jax.Array:
     """Tell whether a sum of `n` squares is finite and lost nothing that counts to underflow."""
-    limits = jnp.finfo(square.dtype)
+    return (square >= least_safe(square.dtype, n)) & (square < jnp.inf)
+
+
+def least_safe(dtype: Any, n: int) -> float:
+    """Return the least sum of `n` squares, of a dtype, that lost nothing that counts to underflow."""
+    limits = jnp.finfo(dtype)
     # The squares below `tiny` are lost: together less than a rounding of a sum this large.
-    return (square >= n * float(limits.tiny) / float(limits.eps)) & (square < jnp.inf)
+    return n * float(limits.tiny) / float(limits.eps)
 
 
 @functools.partial(jax.jit, static_argnames="axis")
@@ -80,6 +90,11 @@ def unit_of(largest: jax.Array) -> jax.Array:
 def in_units(x: jax.Array, unit: jax.Array) -> jax.Array:
     """Return `x / unit`, to be squared: of constants, XLA would make `x^2 (1 / unit)^2`, which is 0 times infinity."""
     return lax.optimization_barrier(x / unit)
+
+
+def divided(x: jax.Array, unit: jax.Array) -> jax.Array:
+    """Return a real or complex array over a real one, part by part: in a complex quotient unit^2 may overflow."""
+    return lax.complex(x.real / unit, x.imag / unit) if jnp.iscomplexobj(x) else x / unit
 
 
 def root(square: jax.Array) -> jax.Array:

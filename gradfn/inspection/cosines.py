@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradfn.inspection.example_norms import sum_of
+from gradfn.inspection.example_norms import Call, sum_of
 from gradfn.params import describe
-from gradfn.precision import widen
+from gradfn.precision import divided, unit_of, widen
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["total", "leaves"], meta_fields=[])
@@ -51,13 +52,22 @@ def cosines(grads: Any) -> Cosines:
         came = ", ".join(map(describe, jax.tree.leaves(grads))) or "nothing"
         raise ValueError(f"cosines: expected gradients with one leading axis, came {came:.200}")
 
-    def products(leaf: jax.Array) -> jax.Array:
-        flat = leaf.reshape(leaf.shape[0], -1)  # [n, ...] -> [n, size]
-        wide = widen(flat)
-        return jnp.matmul(wide, wide.T, precision="highest")  # [n, n]
+    def measured(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the largest magnitude of each gradient, `[n]`, and their products in these units, `[n, n]`."""
+        flat = widen(leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:])))  # [n, ...] -> [n, size]
+        largest = jnp.max(jnp.abs(flat), 1, initial=0)
+        scaled = divided(flat, unit_of(largest)[:, None])
+        return largest, jnp.matmul(scaled, scaled.conj().T, precision="highest").real
 
-    gram = jax.tree.map(products, grads)
-    return Cosines(_normed(sum_of(jax.tree.leaves(gram))), jax.tree.map(_normed, gram))
+    leaves, tree = jax.tree.flatten(grads)
+    sizes, grams = zip(*map(measured, leaves), strict=True)
+    widest = np.result_type(*[size.dtype for size in sizes])
+    unit = unit_of(functools.reduce(jnp.maximum, [size.astype(widest) for size in sizes]))
+    shares = [size.astype(widest) / unit for size in sizes]  # [n] each, 1 at most
+    total = sum_of(
+        gram.astype(widest) * share[:, None] * share[None] for gram, share in zip(grams, shares, strict=True)
+    )
+    return Cosines(_normed(total), jax.tree.unflatten(tree, map(_normed, grams)))
 
 
 def _normed(gram: jax.Array) -> jax.Array:
@@ -72,7 +82,8 @@ def grad_cosines(loss: Callable, by: Any = None) -> Callable[..., Cosines]:
     Multi-Task Learning*, 2020).
 
     Args:
-        loss: `(params, *example) -> scalar` or `(scalar, aux)`, of one example.
+        loss: `(params, *example) -> scalar` or `(scalar, aux)`, of one example. Its floating parameters are
+            compared; other leaves (integers, keys, functions) have None.
         by: integers `[B]`, a group for each example (its class, its task); the mean gradients of groups
             0, 1, ... to the largest are compared, a backward pass each. None compares examples, whose gradients
             are all held at once.
@@ -99,24 +110,23 @@ def grad_cosines(loss: Callable, by: Any = None) -> Callable[..., Cosines]:
     if groups is not None and (groups.ndim != 1 or groups.dtype.kind not in "iu" or (groups < 0).any()):
         raise ValueError(f"grad_cosines: by is integers [B] from 0 up, came {describe(groups)}")
 
-    def value(params: Any, *example: Any) -> jax.Array:
-        answer = loss(params, *example)
-        return answer[0] if isinstance(answer, tuple) else answer
-
     def compare(params: Any, *batch: Any) -> Cosines:
-        in_batch = (None,) + (0,) * len(batch)
+        call = Call("grad_cosines", loss, params, batch)
+
+        def of_one(example: list[Any]) -> list[Any]:
+            return jax.grad(lambda floating: call.run(floating, example)[0])(call.floating)
+
         if groups is None:
-            return cosines(jax.vmap(jax.grad(value), in_batch)(params, *batch))
-        n = jax.tree.leaves(batch)[0].shape[0]
-        if len(groups) != n:
-            raise ValueError(f"grad_cosines: by has {len(groups)} groups for a batch of {n} examples")
+            return cosines(call.tree(jax.vmap(of_one)(call.batch)))
+        if len(groups) != call.size:
+            raise ValueError(f"grad_cosines: by has {len(groups)} groups for a batch of {call.size} examples")
         members = _members(groups)
 
-        def means(params: Any) -> jax.Array:
-            values = jax.vmap(value, in_batch)(params, *batch)  # [B]
+        def means(floating: list[Any]) -> jax.Array:
+            values = widen(jax.vmap(lambda example: call.run(floating, example)[0])(call.batch))  # [B]
             return jnp.asarray(members, values.dtype) @ values  # [groups]
 
-        return cosines(jax.jacrev(means)(params))
+        return cosines(call.tree(jax.jacrev(means)(call.floating)))
 
     return compare
 

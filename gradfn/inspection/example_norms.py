@@ -1,5 +1,7 @@
 """The plan behind `gf.per_example_norms`: which rule finds the norms of which parameter, and one pass that does it."""
 
+import copy
+import dataclasses
 import functools
 import itertools
 import math
@@ -9,27 +11,34 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import ClosedJaxpr
 
-from gradfn.precision import wide, widen
+from gradfn.precision import is_narrow, scaled_norm, wide, widen
 from gradfn.transform import Place, Program, flat_products, interpret, probe, trace, walk
 from gradfn.transform.ghost import (
     Factors,
     Rule,
+    add_up,
     at,
+    averaged,
     chunk_for,
     factors,
     fold,
     how,
     in_chunks,
     is_less,
+    measure_each,
+    measure_gradients,
     multiplies_out,
+    norm_of,
+    of_real,
     product,
     rule_for,
-    squared_norm,
-    squares_of_each,
+    safest,
 )
 from gradfn.transform.interpreter import Evaluate, Path
 from gradfn.transform.program import hide_objects, is_array, leaf_name
+from gradfn.transform.varying import as_varying, varying_axes
 from gradfn.transform.views import Meeting, View, parameter_meetings
 
 SMALL = 1024  # numbers; of a leaf with fewer, every example gets its own copy, however it is used
@@ -42,6 +51,13 @@ class Call:
     def __init__(self, what: str, loss: Callable, params: Any, batch: tuple[Any, ...]) -> None:
         self.size = _size(what, batch)
         batch = jax.tree.map(jnp.asarray, batch)
+        # Inside a shard_map each device has examples, gradients and norms of its own, also of what is the same on all.
+        arrays = [leaf for leaf in jax.tree.leaves((params, batch)) if is_array(leaf)]
+        self.varying = frozenset().union(*map(varying_axes, arrays))
+        if self.varying:
+            params = jax.tree.map(
+                lambda x: as_varying(jnp.asarray(x), self.varying) if is_array(x) else x, params
+            )
         self.program = trace(loss, params, *jax.tree.map(_example, batch))
         self._has_aux = _checked_output(what, self.program)
         program = self.program
@@ -50,7 +66,7 @@ class Call:
         self.numbers = [
             i
             for i, aval in enumerate(avals)
-            if program.owners[i] == 0 and jnp.issubdtype(aval.dtype, jnp.floating)
+            if program.owners[i] == 0 and jnp.issubdtype(aval.dtype, jnp.inexact)
         ]
         if not self.numbers:
             came = ", ".join(
@@ -63,6 +79,25 @@ class Call:
         self.floating = [jnp.asarray(program.inputs[i]) for i in self.numbers]
         self.batch = jax.tree.leaves(batch)
         self._n_params = sum(owner == 0 for owner in program.owners)
+
+    @property
+    def arrays(self) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+        """All arrays that results depend on: parameters, others beside them, the batch, what the loss closes over."""
+        inputs = self.program.inputs[: self._n_params]
+        return self.floating, inputs, self.batch, list(self.program.jaxpr.consts)
+
+    def of(self, arrays: tuple[list[Any], list[Any], list[Any], list[Any]]) -> "Call":
+        """Return the same call of other arrays."""
+        call = copy.copy(self)
+        call.floating, inputs, call.batch, consts = arrays
+        jaxpr = ClosedJaxpr(self.program.jaxpr.jaxpr, consts)
+        inputs = [*inputs, *self.program.inputs[self._n_params :]]
+        call.program = dataclasses.replace(self.program, inputs=inputs, jaxpr=jaxpr)
+        return call
+
+    def like(self, values: Sequence[Any]) -> Any:
+        """Put gradients into the tree of the parameters, of their dtypes."""
+        return self.tree([g.astype(x.dtype) for g, x in zip(values, self.floating, strict=True)])
 
     def inputs(self, floating: Sequence[Any], example: Sequence[Any]) -> list[Any]:
         """Return the program's inputs."""
@@ -91,7 +126,7 @@ def _example(x: Any) -> Any:
     """Return something with the shape and dtype of one example, to trace with."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return x[0]
-    return jnp.zeros(x.shape[1:], x.dtype)
+    return as_varying(jnp.zeros(x.shape[1:], x.dtype), varying_axes(x))
 
 
 def _size(what: str, batch: tuple[Any, ...]) -> int:
@@ -142,7 +177,9 @@ class _Use(NamedTuple):
     operand: int
     rule: Rule
     view: View
-    alone: bool  # no other use adds to the gradient: the norm is found on the spot
+    alone: bool  # no other use adds to the gradient
+    real: bool  # the parameter is, though it may be used as a complex number
+    spot: bool  # the norm is found in the backward pass; else after it, when all uses are known
 
 
 class Plan:
@@ -166,7 +203,8 @@ class Plan:
         self.fallback: list[int] = []
         self.uses: dict[Path, _Use] = {}
         for i, number in enumerate(call.numbers):
-            uses = _ruled(i, meetings[number], places)
+            real = not jnp.iscomplexobj(call.floating[i])
+            uses = _ruled(i, real, meetings[number], places)
             if not meetings[number]:
                 self.shared.append(i)
                 self.methods.append(UNUSED)
@@ -182,10 +220,20 @@ class Plan:
                 self.methods.append(FALLBACK)
         self.places = {path: places[path] for path in self.uses}
         self.multiplied = {i for i in self.shared if self._is_multiplied(i)}
+        avals = [var.aval for place in places.values() for var in (*place.eqn.invars, *place.eqn.outvars)]
+        self.is_narrow = any(is_narrow(getattr(aval, "dtype", bool)) for aval in avals)
+        # Their gradients are averages over the batch already: a sum may be beyond the range of a narrow dtype.
+        self.averaged = {use.leaf for use in self.uses.values() if use.view.narrow}
+
+    def of(self, arrays: Any) -> "Plan":
+        """Return the same plan for other arrays."""
+        plan = copy.copy(self)
+        plan.call = self.call.of(arrays)
+        return plan
 
     def _is_multiplied(self, i: int) -> bool:
         """Tell whether several uses' gradient is made for each example once all of them are known."""
-        paths = [path for path, use in self.uses.items() if use.leaf == i and not use.alone]
+        paths = [path for path, use in self.uses.items() if use.leaf == i and not use.spot]
         if not paths or any(_leaf_axes(self.uses[path]) is None for path in paths):
             return False
         positions = 0
@@ -202,13 +250,13 @@ class Plan:
         ]
 
     def tokens(self) -> dict[Path, Any]:
-        """Return zeros whose gradients are the squared norms of lone uses, and the cotangents of others."""
+        """Return zeros whose gradients are the norms of lone uses, and the cotangents of others."""
         out = {}
         for path, use in self.uses.items():
             place = self.places[path]
             aval: Any = place.eqn.outvars[0].aval
-            shape, dtype = ((), wide(aval.dtype)) if use.alone else (aval.shape, aval.dtype)
-            out[path] = jnp.zeros((self.call.size, *place.axes, *shape), dtype)
+            shape, dtype = ((), _real(aval.dtype)) if use.spot else (aval.shape, aval.dtype)
+            out[path] = as_varying(jnp.zeros((self.call.size, *place.axes, *shape), dtype), self.call.varying)
         return out
 
     def losses(
@@ -216,7 +264,7 @@ class Plan:
     ) -> tuple[Any, Any]:
         """Return each example's loss, their aux and captures; `some` are the parameters with numbers `which`.
 
-        With `stop` no gradient reaches those whose gradient is made later, in `squares`.
+        With `stop` no gradient reaches those whose gradient is made later, in `norms`.
         """
 
         def one(
@@ -232,7 +280,7 @@ class Plan:
             return value, (aux, captures)
 
         def all_of_them(own: list[Any], shared: list[Any], tokens: Any, batch: list[Any]) -> tuple[Any, Any]:
-            zeros = jnp.zeros(self.call.size)
+            zeros = as_varying(jnp.zeros(self.call.size), self.call.varying)
             return jax.vmap(one, (0, 0, 0, 0, None))(own, tokens, zeros, batch, shared)
 
         return flat_products(all_of_them)(own, some, tokens, self.call.batch)
@@ -249,35 +297,36 @@ class Plan:
         use = self.uses[place.path]
         rule, V = use.rule, inputs[use.operand]
         left = lax.stop_gradient(rule.left(inputs))
-        folded = use.alone and multiplies_out(rule)
-        if folded or use.leaf in stopped:
+        averages = use.leaf in self.averaged - stopped
+        folded = use.spot and not averages and multiplies_out(rule) and not jnp.iscomplexobj(V)
+        if folded or averages or use.leaf in stopped:
             inputs = list(inputs)
             inputs[use.operand] = lax.stop_gradient(V)
         (y,) = evaluate(inputs)
         # Even where all examples look up the same rows, positions for instance, each has a cotangent of its own.
         y += zero.astype(y.dtype)
+        if averages:
+            y = averaged(rule, y, V, self.call.size, left)
         if folded:
             return [fold(rule, y, V, token, left)], None
-        if use.alone:
-            return [probe(lambda g, left: squared_norm([factors(rule, left, g)]), y, token, left)], None
+        if use.spot:
+            return [probe(functools.partial(_norm_of, use), y, token, left)], None
         return [probe(lambda g, _: g, y, token)], left
 
-    def squares(
+    def norms(
         self, own: Sequence[Any], of_tokens: Mapping[Path, Any], captures: Mapping[Path, Any]
     ) -> tuple[dict[int, Any], dict[int, Any]]:
-        """Return the squared norms `[B]` of the direct and the shared parameters, and sums of gradients made here."""
-        n = self.call.size
-        out, sums = {i: squares_of_each(g) for i, g in zip(self.direct, own, strict=True)}, {}
+        """Return the norms `[B]` of the direct and the shared parameters, and sums of gradients made here."""
+        n, out, sums = self.call.size, {}, {}
+        waiting = dict(zip(self.direct, map(measure_gradients, own), strict=True))
         for i in self.shared:
             paths = [path for path, use in self.uses.items() if use.leaf == i]
             leaf = self.call.floating[i]
             if not paths:
-                out[i] = jnp.zeros(n, wide(leaf.dtype))
-            elif self.uses[paths[0]].alone:
-                squares = [
-                    of_tokens[path].reshape(n, -1).sum(1) for path in paths
-                ]  # over the layers of a scan
-                out[i] = functools.reduce(jnp.add, squares)
+                out[i] = as_varying(jnp.zeros(n, _real(leaf.dtype)), self.call.varying)
+            elif self.uses[paths[0]].spot:
+                # Of the parts, and of the layers of a scan.
+                out[i] = norm_of_norms([of_tokens[path] for path in paths])
             else:
                 gathered = [(of_tokens[path], captures[path]) for path in paths]
                 factors_of = functools.partial(self._factors, paths)
@@ -288,8 +337,15 @@ class Plan:
                     )
                     sums[i] = self._as_leaf(i, paths[0], total)
                 else:
-                    out[i] = jax.vmap(lambda one, f=factors_of: squared_norm(f(one)))(gathered)
-        return out, sums
+                    waiting[i] = measure_each(factors_of, gathered)
+        return out | dict(zip(waiting, safest(list(waiting.values())), strict=True)), sums
+
+    def sums(self, which: Sequence[int], own: Sequence[Any], some: Sequence[Any]) -> dict[int, Any]:
+        """Return sums over the batch: of each example's own gradients, and of what the backward pass gave `which`."""
+        shared = [
+            widen(g) * self.call.size if i in self.averaged else g for i, g in zip(which, some, strict=True)
+        ]
+        return dict(zip([*self.direct, *which], [*map(add_up, own), *shared], strict=True))
 
     def _factors(self, paths: list[Path], gathered: list[tuple[Any, Any]]) -> list[Factors]:
         """Return one example's gradient from several uses, or from one in a loop."""
@@ -310,6 +366,16 @@ class Plan:
         return total.transpose(sorted(range(len(order)), key=lambda k: order[k])).reshape(leaf.shape)
 
 
+def _norm_of(use: _Use, g: Any, left: Any) -> jax.Array:
+    """Return the norm of what one use adds to an example's gradient, of the dtype of its token."""
+    return norm_of([factors(use.rule, left, g, use.real)]).astype(_real(g.dtype))
+
+
+def _real(dtype: Any) -> Any:
+    """Return the dtype of norms."""
+    return jnp.finfo(wide(dtype)).dtype
+
+
 def products(gathered: Any, factors_of: Callable, start: Any, count: int) -> list[jax.Array]:
     """Return the gradients of some examples from what was gathered of their uses."""
     some = jax.tree.map(lambda x: at(x, start, count), gathered)
@@ -323,7 +389,9 @@ def _described(uses: Sequence[_Use]) -> str:
     return f"{len(uses)} {what}: {', '.join(dict.fromkeys(use.rule.kind for use in uses))}"
 
 
-def _ruled(leaf: int, meetings: Sequence[Meeting], places: Mapping[Path, Place]) -> dict[Path, _Use]:
+def _ruled(
+    leaf: int, real: bool, meetings: Sequence[Meeting], places: Mapping[Path, Place]
+) -> dict[Path, _Use]:
     """Return the uses of a parameter if rules cover all of them, else none."""
     uses: dict[Path, _Use] = {}
     for meeting in meetings:
@@ -332,10 +400,14 @@ def _ruled(leaf: int, meetings: Sequence[Meeting], places: Mapping[Path, Place])
         rule = rule_for(places[meeting.path].eqn, meeting.operand)
         if rule is None or meeting.path in uses:
             return {}
-        uses[meeting.path] = _Use(leaf, meeting.operand, rule, meeting.view, False)
+        uses[meeting.path] = _Use(leaf, meeting.operand, rule, meeting.view, False, real, False)
     pairs = itertools.combinations(uses.values(), 2)
     if all(one.view.is_apart_from(other.view) for one, other in pairs):
-        uses = {path: use._replace(alone=not _shared_axes(use, places[path])) for path, use in uses.items()}
+        for path, use in uses.items():
+            alone = not _shared_axes(use, places[path])
+            # Of one position, both sides are small: they wait, so that one test is made of all such norms.
+            waits = len(uses) == 1 and use.rule.sizes[1] == 1 and not places[path].axes
+            uses[path] = use._replace(alone=alone, spot=alone and not waits)
         if len(uses) == 1 or all(use.alone for use in uses.values()):
             return uses
     axes = {path: _leaf_axes(use) for path, use in uses.items()}
@@ -382,8 +454,9 @@ def _positions(use: _Use, place: Place, g: jax.Array, left: jax.Array, aligned: 
         return x.reshape(math.prod(x.shape[: len(own) + 1]), -1, *sizes)
 
     sides = [arranged(left), arranged(right_of(g, left))]
+    found = Factors((sides[0], sides[1]), rule.sizes[2:], (rule.looks_up, False))
     if not aligned:
-        return Factors((sides[0], sides[1]), rule.sizes[2:])
+        return of_real(found, use.real)
     axes = use.view.axes or ()
     shape = place.eqn.invars[use.operand].aval.shape  # type: ignore[attr-defined]
     ours = [(along, place.axes[k]) for k, (_, along) in zip(own, use.view.loops, strict=True)]
@@ -397,7 +470,10 @@ def _positions(use: _Use, place: Place, g: jax.Array, left: jax.Array, aligned: 
     rows, columns = (sorted({axes[i] or 0 for i in side}) for side in (rule.rows, rule.columns))
     swapped = rows > columns
     k, m = rule.sizes[2:]
-    return Factors((out[1], out[0]), (m, k)) if swapped else Factors((out[0], out[1]), (k, m))
+    found = found._replace(sides=(out[0], out[1]))
+    if swapped:
+        found = Factors((out[1], out[0]), (m, k), (False, rule.looks_up))
+    return of_real(found, use.real)
 
 
 def _in_order(x: jax.Array, axis: int, parts: Sequence[tuple[int | None, int]]) -> jax.Array:
@@ -430,8 +506,13 @@ def _is_small(size: int, meetings: Sequence[Meeting], places: Mapping[Path, Plac
     return size <= around
 
 
-def fall_back(call: Call, which: Sequence[int], chunk: int) -> tuple[dict[int, Any], dict[int, Any]]:
-    """Return the squared norms `[B]`, and the sum of the gradients, of some parameters, by `vmap(grad)` of them."""
+def fall_back(
+    call: Call, which: Sequence[int], chunk: int, weights: jax.Array | None = None
+) -> tuple[dict[int, Any], dict[int, Any]]:
+    """Return the norms `[B]`, and the sum of the gradients, of some parameters, by `vmap(grad)` of them.
+
+    With weights `[B]` these are of the weighted gradients.
+    """
 
     def of_one(example: list[Any]) -> list[Any]:
         def loss(leaves: list[Any]) -> Any:
@@ -443,14 +524,29 @@ def fall_back(call: Call, which: Sequence[int], chunk: int) -> tuple[dict[int, A
         return [widen(g) for g in jax.grad(loss)([call.floating[i] for i in which])]
 
     def of_some(start: Any, count: int) -> list[Any]:
-        return jax.vmap(of_one)([at(leaf, start, count) for leaf in call.batch])
+        grads = jax.vmap(of_one)([at(leaf, start, count) for leaf in call.batch])
+        return grads if weights is None else [weighted(g, at(weights, start, count)) for g in grads]
 
-    sums, squares = in_chunks(of_some, call.size, chunk)
-    return dict(zip(which, squares, strict=True)), dict(zip(which, sums, strict=True))
+    sums, norms = in_chunks(of_some, call.size, chunk)
+    return dict(zip(which, norms, strict=True)), dict(zip(which, sums, strict=True))
 
 
-def sum_of(squares: Any) -> Any:
+def weighted(grads: jax.Array, weights: jax.Array) -> jax.Array:
+    """Return gradients `[B, ...]`, each times its weight, in float32 at least."""
+    grads = widen(grads)
+    return grads * weights.astype(grads.dtype).reshape(-1, *[1] * (grads.ndim - 1))
+
+
+def norm_of_norms(norms: Sequence[jax.Array]) -> jax.Array:
+    """Return the norm of what has these norms in parts, `[B]` or `[B, parts]` each, in the widest of their dtypes."""
+    dtype = max((x.dtype for x in norms), key=lambda dtype: dtype.itemsize)
+    parts = [x.astype(dtype).reshape(x.shape[0], math.prod(x.shape[1:])) for x in norms]
+    together = jnp.concatenate(parts, 1)  # [B, parts]
+    return together[:, 0] if together.shape[1] == 1 else scaled_norm(together, 1)
+
+
+def sum_of(values: Any) -> Any:
     """Return the sum of arrays, in the widest of their dtypes."""
-    squares = list(squares)
-    widest = max((x.dtype for x in squares), key=lambda dtype: dtype.itemsize)
-    return functools.reduce(jnp.add, [x.astype(widest) for x in squares])
+    values = list(values)
+    widest = max((x.dtype for x in values), key=lambda dtype: dtype.itemsize)
+    return functools.reduce(jnp.add, [x.astype(widest) for x in values])

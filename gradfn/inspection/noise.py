@@ -13,6 +13,7 @@ of |G|^2 may be below zero, where noise hides the gradient; that is said, not hi
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 from gradfn.inspection.example_norms import sum_of
 from gradfn.inspection.per_example import per_example_norms
 from gradfn.params import path_name
+from gradfn.precision import divided, magnitudes_squared, unit_of, widen
 from gradfn.text import TextTable
 
 
@@ -55,7 +57,10 @@ class NoiseScale:
 
     @property
     def variance(self) -> jax.Array:
-        """The mean estimate of tr Sigma, a scalar: the variance of one example's gradient, all elements summed."""
+        """The mean estimate of tr Sigma, a scalar: the variance of one example's gradient, all elements summed.
+
+        It is zero where the examples' gradients are equal up to rounding.
+        """
         return sum_of(jax.tree.leaves(self.noises)) / self.weight
 
     @property
@@ -71,7 +76,7 @@ class NoiseScale:
     def snr(self) -> Any:
         """Signal-to-noise ratio of one example's gradient, |G|^2 / tr Sigma, a scalar for each leaf.
 
-        Batches of B have B times as much. Below zero where the estimate of the signal is.
+        Batches of B have B times as much. Below zero where the estimate of the signal is, infinite without noise.
         """
         return jax.tree.map(lambda signal, noise: signal / noise, self.signals, self.noises)
 
@@ -83,13 +88,16 @@ class NoiseScale:
         return jax.tree.map(jnp.add, self, other)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the estimates as Python numbers, for logs; a scale that does not exist as None."""
-        scale = float(self.scale)
+        """Return the estimates as Python numbers, for logs; those that are not finite as None."""
+
+        def number(x: Any) -> float | None:
+            return float(x) if math.isfinite(x) else None
+
         return {
-            "gradient_square": float(self.gradient_square),
-            "variance": float(self.variance),
-            "scale": None if math.isnan(scale) else scale,
-            "snr": {name: float(leaf) for name, leaf in _named(self.snr)},
+            "gradient_square": number(self.gradient_square),
+            "variance": number(self.variance),
+            "scale": number(self.scale),
+            "snr": {name: number(leaf) for name, leaf in _named(self.snr)},
         }
 
     def __str__(self) -> str:
@@ -107,6 +115,11 @@ class NoiseScale:
             return (
                 f"|G|² is estimated at {signal:.3g}, not above zero: noise hides the gradient (tr Σ {noise:.3g}). "
                 "Add up more batches"
+            )
+        if noise == 0:
+            return (
+                f"no noise: the gradients of all examples are equal up to rounding (|G|² {signal:.3g}). "
+                "Expected if they are; else the loss is not that of one example, but mixes the batch"
             )
         return f"noise scale {noise / signal:.3g} examples: tr Σ {noise:.3g} over |G|² {signal:.3g}"
 
@@ -154,8 +167,11 @@ def noise_of(seen: Any) -> NoiseScale:
 
     def estimates(norms: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
         one = jnp.square(norms).mean()  # S1
-        all_ = jnp.square(grad.astype(one.dtype)).sum()  # SB
-        return (n * all_ - one) / (n - 1), (one - all_) * n / (n - 1)
+        all_ = magnitudes_squared(grad).sum().astype(one.dtype)  # SB
+        # S1 is never below SB but for rounding: a difference within it is none.
+        rounding = float(max(2 * jnp.finfo(grad.dtype).eps, 32 * jnp.finfo(one.dtype).eps))
+        noise = jnp.where(one - all_ <= rounding * one, 0, one - all_)
+        return (n * all_ - one) / (n - 1), noise * n / (n - 1)
 
     pairs = jax.tree.map(estimates, seen.norms, seen.grads)
     signals, noises = jax.tree.transpose(jax.tree.structure(seen.norms), jax.tree.structure((0, 0)), pairs)
@@ -204,8 +220,14 @@ def norm_test(loss: Callable, theta: float = 0.9) -> Callable[..., NormTest]:
 
     def test(params: Any, *batch: Any) -> NormTest:
         seen = per_example_norms(loss)(params, *batch)
-        variance, n = noise_of(seen).variance, seen.total.shape[0]
-        square = sum_of(jnp.square(grad.astype(variance.dtype)).sum() for grad in jax.tree.leaves(seen.grads))
+        # The test does not depend on the gradients' unit, but their squares may be too small or large for any other.
+        unit = unit_of(seen.total.max())
+        norms, grads = jax.tree.map(lambda x: divided(widen(x), unit), (seen.norms, seen.grads))
+        variance = noise_of(dataclasses.replace(seen, norms=norms, grads=grads)).variance
+        n, square = (
+            seen.total.shape[0],
+            sum_of(magnitudes_squared(grad).sum() for grad in jax.tree.leaves(grads)),
+        )
         ratio = jnp.sqrt(variance / n / square)
         return NormTest(ratio <= theta, ratio, jnp.ceil(variance / (theta**2 * square)))
 

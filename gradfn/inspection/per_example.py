@@ -1,5 +1,6 @@
 """Gradients of single examples: all of them, their norms, and their mean with each clipped."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gradfn.inspection.example_norms import FALLBACK, Call, Plan, fall_back, sum_of
+from gradfn.inspection.example_norms import FALLBACK, Call, Plan, fall_back, norm_of_norms, weighted
+from gradfn.precision import norm, widen
 from gradfn.text import TextTable
-from gradfn.transform.ghost import add_up
+from gradfn.transform.ghost import add_up, norms_of_each
 from gradfn.transform.program import show_objects
 
 CHUNK = 16  # examples that parameters without a rule are differentiated for at a time
@@ -62,12 +64,12 @@ class ExampleNorms:
         out.add_column("found by")
         gradients, norms = jax.tree.leaves(self.grads), jax.tree.leaves(self.norms)
         rows = [
-            (path, norm, jnp.linalg.norm(g.reshape(-1).astype(norm.dtype)), method)
-            for (path, method), norm, g in zip(self.methods, norms, gradients, strict=True)
+            (path, of_each, norm(g), method)
+            for (path, method), of_each, g in zip(self.methods, norms, gradients, strict=True)
         ]
-        whole = jnp.sqrt(sum(jnp.square(of_mean) for _, _, of_mean, _ in rows))
-        for path, norm, of_mean, method in [*rows, ("all", self.total, whole, "")]:
-            numbers = (norm.mean(), norm.min(), norm.max(), of_mean)
+        whole = norm_of_norms([of_mean[None] for _, _, of_mean, _ in rows])[0]
+        for path, of_each, of_mean, method in [*rows, ("all", self.total, whole, "")]:
+            numbers = (of_each.mean(), of_each.min(), of_each.max(), of_mean)
             out.add_row(path, *[f"{float(x):.3g}" for x in numbers], method)
         return out
 
@@ -180,31 +182,71 @@ def per_example_norms(loss: Callable, chunk: int = CHUNK) -> Callable[..., Examp
     def norms_of(params: Any, *batch: Any) -> ExampleNorms:
         call = Call("per_example_norms", loss, params, batch)
         plan = Plan(call)
-        tokens = plan.tokens()
+        methods = tuple(zip(call.names, plan.methods, strict=True))
 
-        def total_loss(own: list[Any], shared: list[Any], tokens: Any) -> tuple[Any, Any]:
-            values, rest = plan.losses(own, shared, tokens, plan.shared, stop=True)
-            return values.sum(), (values, *rest)
+        def in_one_pass(arrays: Any) -> ExampleNorms:
+            return _norms(plan.of(arrays), chunk, methods)
 
-        inputs = plan.own(), [call.floating[i] for i in plan.shared], tokens
-        back = jax.grad(total_loss, argnums=(0, 1, 2), has_aux=True)
-        (own, shared, of_tokens), (values, aux, captures) = back(*inputs)
-        squares, made = plan.squares(own, of_tokens, captures)
-        sums = dict(zip([*plan.direct, *plan.shared], [*map(add_up, own), *shared], strict=True)) | made
-        if plan.fallback:
-            more, more_sums = fall_back(call, plan.fallback, chunk)
-            squares, sums = squares | more, sums | more_sums
-        numbers = range(len(call.floating))
-        return ExampleNorms(
-            values=values,
-            aux=show_objects(aux),
-            norms=call.tree([jnp.sqrt(squares[i]) for i in numbers]),
-            total=jnp.sqrt(sum_of(squares.values())),
-            grads=call.tree([(sums[i] / call.size).astype(call.floating[i].dtype) for i in numbers]),
-            methods=tuple((call.names[i], plan.methods[i]) for i in numbers),
-        )
+        def one_by_one(arrays: Any) -> ExampleNorms:
+            values, aux, grads, norms, total = _every_gradient(call.of(arrays))
+            means = [add_up(g) / call.size for g in grads]
+            return ExampleNorms(values, aux, call.tree(norms), total, call.like(means), methods)
+
+        seen = _differentiable(in_one_pass, one_by_one)(call.arrays)
+        return dataclasses.replace(seen, aux=show_objects(seen.aux))
 
     return norms_of
+
+
+def _norms(plan: Plan, chunk: int, methods: tuple[tuple[str, str], ...]) -> ExampleNorms:
+    call = plan.call
+
+    def total_loss(own: list[Any], shared: list[Any], tokens: Any) -> tuple[Any, Any]:
+        values, rest = plan.losses(own, shared, tokens, plan.shared, stop=True)
+        return widen(values).sum(), (values, *rest)
+
+    inputs = plan.own(), [call.floating[i] for i in plan.shared], plan.tokens()
+    back = jax.grad(total_loss, argnums=(0, 1, 2), has_aux=True)
+    (own, shared, of_tokens), (values, aux, captures) = back(*inputs)
+    norms, made = plan.norms(own, of_tokens, captures)
+    sums = plan.sums(plan.shared, own, shared) | made
+    if plan.fallback:
+        more, more_sums = fall_back(call, plan.fallback, chunk)
+        norms, sums = norms | more, sums | more_sums
+    numbers = range(len(call.floating))
+    return ExampleNorms(
+        values=values,
+        aux=aux,
+        norms=call.tree([norms[i] for i in numbers]),
+        total=norm_of_norms(list(norms.values())),
+        grads=call.like([sums[i] / call.size for i in numbers]),
+        methods=methods,
+    )
+
+
+def _every_gradient(call: Call) -> tuple[Any, Any, list[Any], list[Any], Any]:
+    """Return values, aux, gradients, their norms and the norms in all, of every example, by `vmap(grad)`."""
+
+    def of_one(example: list[Any]) -> Any:
+        return jax.value_and_grad(lambda some: call.run(some, example), has_aux=True)(call.floating)
+
+    (values, aux), grads = jax.vmap(of_one)(call.batch)
+    norms = norms_of_each(grads)
+    return values, aux, grads, norms, norm_of_norms(norms)
+
+
+def _differentiable(fast: Callable, plain: Callable) -> Callable:
+    """Return `fast`, whose derivatives are those of `plain`, another way to the same results.
+
+    What `fast` computes in its backward pass has no derivatives of its own.
+    """
+    run = jax.custom_jvp(fast)
+
+    @run.defjvp
+    def derivative(primals: Any, tangents: Any) -> Any:
+        return run(*primals), jax.jvp(plain, primals, tangents)[1]
+
+    return run
 
 
 def clipped_grads(loss: Callable, max_norm: Any, chunk: int = CHUNK) -> Callable[..., ClippedGrads]:
@@ -242,25 +284,57 @@ def clipped_grads(loss: Callable, max_norm: Any, chunk: int = CHUNK) -> Callable
     def clipped(params: Any, *batch: Any) -> ClippedGrads:
         call = Call("clipped_grads", loss, params, batch)
         plan = Plan(call)
-        back_to = [*plan.shared, *plan.fallback]
 
-        def losses(own: list[Any], some: list[Any], tokens: Any) -> tuple[Any, Any]:
-            return plan.losses(own, some, tokens, back_to, stop=False)
+        def in_two_passes(arrays: Any, max_norm: Any) -> ClippedGrads:
+            return _clipped(plan.of(arrays), max_norm, chunk)
 
-        inputs = plan.own(), [call.floating[i] for i in back_to], plan.tokens()
-        values, back, (aux, captures) = jax.vjp(losses, *inputs, has_aux=True)
-        own, _, of_tokens = back(jnp.ones_like(values))
-        squares, _ = plan.squares(own, of_tokens, captures)
-        if plan.fallback:
-            squares |= fall_back(call, plan.fallback, chunk)[0]
-        total = jnp.sqrt(sum_of(squares.values()))
-        weights = (1 / jnp.maximum(total / max_norm, 1)).astype(values.dtype)
-        own, some, _ = back(weights)
-        sums = dict(zip([*plan.direct, *back_to], [*map(add_up, own), *some], strict=True))
-        means = [(sums[i] / call.size).astype(x.dtype) for i, x in enumerate(call.floating)]
-        return ClippedGrads(call.tree(means), values, show_objects(aux), total, jnp.mean(total > max_norm))
+        def one_by_one(arrays: Any, max_norm: Any) -> ClippedGrads:
+            values, aux, grads, _, total = _every_gradient(call.of(arrays))
+            weights, share = _clipping(total, max_norm)
+            means = [add_up(weighted(g, weights)) / call.size for g in grads]
+            return ClippedGrads(call.like(means), values, aux, total, share)
+
+        seen = _differentiable(in_two_passes, one_by_one)(call.arrays, jnp.asarray(max_norm, float))
+        return seen._replace(aux=show_objects(seen.aux))
 
     return clipped
+
+
+def _clipped(plan: Plan, max_norm: Any, chunk: int) -> ClippedGrads:
+    call = plan.call
+    # What is computed in few digits is weighted and added up in float32.
+    apart = plan.fallback if plan.is_narrow else []
+    back_to = [*plan.shared, *(i for i in plan.fallback if i not in apart)]
+
+    def losses(own: list[Any], some: list[Any], tokens: Any) -> tuple[Any, Any]:
+        return plan.losses(own, some, tokens, back_to, stop=False)
+
+    inputs = plan.own(), [call.floating[i] for i in back_to], plan.tokens()
+    values, back, (aux, captures) = jax.vjp(losses, *inputs, has_aux=True)
+    own, _, of_tokens = back(jnp.ones_like(values))
+    norms, _ = plan.norms(own, of_tokens, captures)
+    if plan.fallback:
+        norms |= fall_back(call, plan.fallback, chunk)[0]
+    total = norm_of_norms(list(norms.values()))
+    weights, share = _clipping(total, max_norm)
+    own, some, _ = back(_rounded_down(weights, values.dtype))
+    sums = plan.sums(back_to, own, some)
+    if apart:
+        sums |= fall_back(call, apart, chunk, weights)[1]
+    means = [sums[i] / call.size for i in range(len(call.floating))]
+    return ClippedGrads(call.like(means), values, aux, total, share)
+
+
+def _clipping(total: jax.Array, max_norm: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the factors that clip gradients of these norms, and the share of those that are clipped."""
+    max_norm = max_norm.astype(total.dtype)
+    return 1 / jnp.maximum(total / max_norm, 1), jnp.mean(total > max_norm)
+
+
+def _rounded_down(x: jax.Array, dtype: Any) -> jax.Array:
+    """Cast numbers above zero to a dtype that may be narrower, so that none of them grows."""
+    cast = x.astype(dtype)
+    return jnp.where(cast.astype(x.dtype) > x, jnp.nextafter(cast, jnp.zeros_like(cast)), cast)
 
 
 def _check_chunk(chunk: int | None, what: str) -> None:

@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.extend.core import JaxprEqn
 
-from gradfn.precision import wide
+from gradfn.precision import divided, least_safe, magnitudes_squared, norm, scaled_norm, unit_of, wide, widen
+from gradfn.transform.varying import as_varying, varying_axes
 
 # Of a product in the place of two Gram matrices: a number read or written takes as long as so many multiplications,
 # and what is kept of it may be as large as so many times what the products around it keep anyway.
@@ -48,12 +50,21 @@ class Rule(NamedTuple):
     right: Callable[[Any, Any], Any]
     assemble: Callable[[Any], Any]
 
+    @property
+    def looks_up(self) -> bool:
+        """Whether ``left`` is the numbers of rows: not told by its dtype, as data may be integers too."""
+        return self.kind == "rows"
+
 
 class Factors(NamedTuple):
-    """Both sides of a sum of outer products, each ``[s, f, size]`` or integers ``[s, f]``, and their sizes."""
+    """Both sides of a sum of outer products, each ``[s, f, size]``, and their sizes.
+
+    A side whose ``rows`` is true is integers ``[s, f]`` instead, which stand for one-hot vectors.
+    """
 
     sides: tuple[Any, Any]
     sizes: tuple[int, int]
+    rows: tuple[bool, bool] = (False, False)
 
 
 def rule_for(eqn: JaxprEqn, operand: int) -> Rule | None:
@@ -83,13 +94,18 @@ def _dot(eqn: Any, operand: int) -> Rule:
     f = math.prod(X[i] for i in free)
 
     def left(inputs: Sequence[Any]) -> jax.Array:
-        return inputs[other].transpose(order).reshape(s, f, k)
+        return _as_floats(inputs[other], eqn.invars[operand]).transpose(order).reshape(s, f, k)
 
     def right(g: jax.Array, left: jax.Array) -> jax.Array:  # the output is [own, lhs's free, rhs's free]
         return g.reshape(s, n, f).swapaxes(1, 2) if operand == 0 else g.reshape(s, f, n)
 
     assemble = _assembler(V, own, rows, columns)
     return Rule("dense", own, rows, columns, (s, f, k, n), left, right, assemble)
+
+
+def _as_floats(x: jax.Array, V: Any) -> jax.Array:
+    """Return what a weight is multiplied with as floats: it may be integers or booleans."""
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(wide(jnp.finfo(V.aval.dtype).dtype))
 
 
 def _assembler(
@@ -115,7 +131,7 @@ def _conv(eqn: Any, operand: int) -> Rule | None:
 
     def left(inputs: Sequence[Any]) -> jax.Array:
         patches = lax.conv_general_dilated_patches(
-            inputs[0].transpose(spec.lhs_spec),  # [N, C, *space]
+            _as_floats(inputs[0], eqn.invars[1]).transpose(spec.lhs_spec),  # [N, C, *space]
             window,
             params["window_strides"],
             params["padding"],
@@ -165,7 +181,8 @@ def _gather(eqn: Any, operand: int) -> Rule | None:
         g = g.transpose((*positions, *numbers.offset_dims)).reshape(1, f, n)
         return jnp.where(left[..., None] >= 0, g, jnp.zeros_like(g))
 
-    return Rule("rows", (), (axis,), columns, (1, f, V[axis], n), left, right, lambda d: d)
+    assemble = _assembler(V, (), (axis,), columns)
+    return Rule("rows", (), (axis,), columns, (1, f, V[axis], n), left, right, assemble)
 
 
 def _dynamic_slice(eqn: Any, operand: int) -> Rule | None:
@@ -183,7 +200,8 @@ def _dynamic_slice(eqn: Any, operand: int) -> Rule | None:
     def right(g: jax.Array, left: jax.Array) -> jax.Array:
         return g.reshape(1, 1, n)
 
-    return Rule("rows", (), (axis,), columns, (1, 1, V[axis], n), left, right, lambda d: d)
+    assemble = _assembler(V, (), (axis,), columns)
+    return Rule("rows", (), (axis,), columns, (1, 1, V[axis], n), left, right, assemble)
 
 
 def multiplies_out(rule: Rule) -> bool:
@@ -209,70 +227,186 @@ def how(rule: Rule) -> str:
     return f"{rule.kind}, product" if multiplies_out(rule) else f"{rule.kind}, Gram"
 
 
-def factors(rule: Rule, left: Any, g: Any) -> Factors:
-    """Return the sum of outer products that an example's gradient is."""
-    return Factors((left, rule.right(g, left)), rule.sizes[2:])
+def factors(rule: Rule, left: Any, g: Any, real: bool) -> Factors:
+    """Return the sum of outer products that an example's gradient is; `real` if that of a real parameter."""
+    return of_real(Factors((left, rule.right(g, left)), rule.sizes[2:], (rule.looks_up, False)), real)
 
 
-def squared_norm(uses: Sequence[Factors]) -> jax.Array:
-    """Return the squared norm of a sum of sums of outer products, all in the same two sizes."""
+def of_real(of: Factors, real: bool) -> Factors:
+    """Return the gradient of a real parameter, the real part of a sum of complex outer products."""
+    a, b = of.sides
+    if not real:
+        return of
+    if jnp.iscomplexobj(a) and jnp.iscomplexobj(b):  # Re ab = Re a Re b - Im a Im b: twice as many positions
+        sides = jnp.concatenate([a.real, a.imag], 1), jnp.concatenate([b.real, -b.imag], 1)
+        return of._replace(sides=sides)
+    return of._replace(sides=(a.real, b.real))
+
+
+def norm_of(uses: Sequence[Factors]) -> jax.Array:
+    """Return the norm of a sum of sums of outer products, all in the same two sizes.
+
+    It is the root of the plain squared norm. Where that is not safe from over- and underflow for any of the examples
+    that this is mapped over, it is computed again from factors that were scaled.
+    """
+
+    def with_sides(sides: Any) -> list[Factors]:
+        return [use._replace(sides=pair) for use, pair in zip(uses, sides, strict=True)]
+
+    def plain(sides: Any) -> tuple[jax.Array, jax.Array]:
+        return _squared_norm(with_sides(sides))
+
+    def scaled(sides: Any) -> jax.Array:
+        return _scaled_norm(with_sides(sides))
+
+    @custom_vmap
+    def norm_of_one(sides: Any) -> jax.Array:
+        return safest([Measure(plain, scaled, sides)])[0]
+
+    @norm_of_one.def_vmap
+    def norms_of_all(n: int, batched: Any, sides: Any) -> tuple[jax.Array, bool]:
+        axes = (jax.tree.map(lambda known: 0 if known else None, batched[0]),)
+        return safest([Measure(jax.vmap(plain, axes), jax.vmap(scaled, axes), sides)])[0], True
+
+    return norm_of_one([use.sides for use in uses])
+
+
+class Measure(NamedTuple):
+    """Two ways to norms: ``plain(arrays) -> (squares, the least that is safe)`` and ``scaled(arrays) -> norms``."""
+
+    plain: Callable[[Any], tuple[jax.Array, Any]]
+    scaled: Callable[[Any], jax.Array]
+    arrays: Any
+
+
+def measure_each(factors_of: Callable[[Any], Sequence[Factors]], gathered: Any) -> Measure:
+    """Return how to find the norms of all examples' sums of outer products, made from what was gathered of each."""
+    return Measure(
+        jax.vmap(lambda one: _squared_norm(factors_of(one))),
+        jax.vmap(lambda one: _scaled_norm(factors_of(one))),
+        gathered,
+    )
+
+
+def measure_gradients(d: jax.Array) -> Measure:
+    """Return how to find the norms of all examples' gradients, ``[n, ...]``."""
+    flat = d.reshape(d.shape[0], math.prod(d.shape[1:]))
+    return Measure(
+        lambda flat: (jnp.sum(magnitudes_squared(flat), 1), least_safe(wide(flat.dtype), flat.shape[1])),
+        lambda flat: scaled_norm(flat, 1),
+        flat,
+    )
+
+
+def safest(measures: Sequence[Measure]) -> list[jax.Array]:
+    """Return norms of equal shapes the plain way, or, where one of them is not safe, all of them the scaled way."""
+    squares, safe = [], []
+    for plain, _, arrays in measures:
+        square, least = plain(arrays)
+        squares.append(square)
+        safe.append((square >= least) & (square < jnp.inf))
+    return lax.cond(
+        jnp.all(functools.reduce(jnp.logical_and, safe)) if safe else True,
+        lambda all_arrays: [jnp.sqrt(square) for square in squares],
+        lambda all_arrays: [of.scaled(arrays) for of, arrays in zip(measures, all_arrays, strict=True)],
+        [of.arrays for of in measures],
+    )
+
+
+def _squared_norm(uses: Sequence[Factors]) -> tuple[jax.Array, jax.Array]:
+    """Return the squared norm, and the least at which what its terms lost to underflow does not count."""
     n_positions = sum(use.sides[0].shape[1] for use in uses)
     k, n = uses[0].sizes
-    sides, dtype = [side for use in uses for side in use.sides], _dtype(uses)
+    dtype = _dtype(uses)
+    real = jnp.finfo(dtype).dtype
+    lost = least_safe(dtype, 1)
     if n_positions == 1 and len(uses) == 1:
-        a, b = (_squares(side, dtype) for side in uses[0].sides)
-        return jnp.sum(a * b)
-    widths = sum(side.shape[-1] for side in sides if not _looks_up(side)) / len(uses)
-    if n_positions * widths > k * n:
-        return _square_of(product(uses))
-    total = jnp.zeros((), dtype)
+        a, b = (_squares(*side, real) for side in zip(uses[0].sides, uses[0].rows, strict=True))
+        largest = jnp.maximum(jnp.sum(a), jnp.sum(b))
+        return jnp.sum(a * b), lost * a.size * max(k, n) * jnp.maximum(largest, 1)
+    widths = [side.shape[-1] for use in uses for side in _floating(use)]
+    if n_positions * sum(widths) / len(uses) > k * n:
+        return _square_of(product(uses)), jnp.full((), lost * k * n, real)
+    total, largest = jnp.zeros((), real), jnp.ones((), real)
     for i, one in enumerate(uses):
         for j, other in enumerate(uses[: i + 1]):
-            grams = [_gram(a, b, dtype) for a, b in zip(one.sides, other.sides, strict=True)]
-            total += (1 if i == j else 2) * jnp.sum(grams[0] * grams[1])
-    return total
+            left, right = (
+                _gram(one.sides[k], other.sides[k], one.rows[k], other.rows[k], dtype) for k in (0, 1)
+            )
+            total += (1 if i == j else 2) * jnp.sum((left * right).real)
+            if i == j:
+                traces = [jnp.einsum("sff->", gram.real) for gram in (left, right)]
+                largest = jnp.maximum(largest, jnp.maximum(*traces))
+    return total, lost * n_positions**2 * max(k, n) * largest
+
+
+def _scaled_norm(uses: Sequence[Factors]) -> jax.Array:
+    """Return the norm by way of factors whose magnitudes are 1 at most."""
+    dtype = _dtype(uses)
+    scaled: list[list[jax.Array]] = []
+    for use in uses:
+        a, b = (x if rows else x.astype(dtype) for x, rows in zip(use.sides, use.rows, strict=True))
+        if not any(use.rows):  # the magnitude of each position goes over to its other side
+            units = unit_of(jnp.max(jnp.abs(a), -1, initial=0, keepdims=True))  # [s, f, 1]
+            a, b = divided(a, units), b * units.astype(dtype)
+        scaled.append([a, b])
+    which = [use.rows.index(True) ^ 1 if any(use.rows) else 1 for use in uses]
+    unit = unit_of(
+        functools.reduce(
+            jnp.maximum,
+            [jnp.max(jnp.abs(sides[k]), initial=0) for sides, k in zip(scaled, which, strict=True)],
+        )
+    )
+    for sides, k in zip(scaled, which, strict=True):
+        sides[k] = divided(sides[k], unit)
+    again = [use._replace(sides=(sides[0], sides[1])) for use, sides in zip(uses, scaled, strict=True)]
+    return unit * jnp.sqrt(_squared_norm(again)[0])
 
 
 def product(uses: Sequence[Factors]) -> jax.Array:
     """Return the sum itself, ``[s, k, n]``."""
     dtype = _dtype(uses)
-    return functools.reduce(jnp.add, [_product(*use.sides, use.sizes, dtype) for use in uses])
+    return functools.reduce(jnp.add, [_product(use, dtype) for use in uses])
+
+
+def _floating(use: Factors) -> list[jax.Array]:
+    return [side for side, rows in zip(use.sides, use.rows, strict=True) if not rows]
 
 
 def _dtype(uses: Sequence[Factors]) -> Any:
-    floating = [wide(side.dtype) for use in uses for side in use.sides if not _looks_up(side)]
-    return max(floating, key=lambda dtype: dtype.itemsize)
+    return np.result_type(*[wide(side.dtype) for use in uses for side in _floating(use)])
 
 
-def _looks_up(side: jax.Array) -> bool:
-    return jnp.issubdtype(side.dtype, jnp.integer)
-
-
-def _squares(side: jax.Array, dtype: Any) -> jax.Array:
-    return jnp.ones(side.shape, dtype) if _looks_up(side) else jnp.sum(jnp.square(side.astype(dtype)), -1)
+def _squares(side: jax.Array, rows: bool, dtype: Any) -> jax.Array:
+    return jnp.ones(side.shape, dtype) if rows else jnp.sum(magnitudes_squared(side).astype(dtype), -1)
 
 
 def _square_of(d: jax.Array) -> jax.Array:
     flat = d.reshape(-1)
-    return jnp.dot(flat, flat, precision=lax.Precision.HIGHEST)
+    return jnp.dot(flat, flat.conj(), precision=lax.Precision.HIGHEST).real
 
 
-def _gram(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+def _gram(a: jax.Array, b: jax.Array, a_rows: bool, b_rows: bool, dtype: Any) -> jax.Array:
     """Return all scalar products of positions, ``[s, f, g]``."""
-    if _looks_up(a) and _looks_up(b):
+    if a_rows and b_rows:
         return (a[:, :, None] == b[:, None, :]).astype(dtype)
-    if _looks_up(b):
-        return _gram(b, a, dtype).swapaxes(1, 2)
-    if _looks_up(a):  # one-hot . b: a column of b
+    if b_rows:
+        return _gram(b, a, True, False, dtype).swapaxes(1, 2).conj()
+    b = b.conj()
+    if a_rows:  # one-hot . b: a column of b
         return jax.vmap(lambda ids, b: b.astype(dtype)[:, ids].T)(a, b)
     return _einsum("sfk,sgk->sfg", a, b, dtype)
 
 
-def _product(a: jax.Array, b: jax.Array, sizes: tuple[int, int], dtype: Any) -> jax.Array:
-    a, b = (
-        jax.nn.one_hot(x, size, dtype=dtype) if _looks_up(x) else x
-        for x, size in zip((a, b), sizes, strict=True)
-    )
+def _product(use: Factors, dtype: Any) -> jax.Array:
+    a, b = use.sides
+    if any(use.rows):
+        ids, other = (a, b) if use.rows[0] else (b, a)
+        size = use.sizes[0 if use.rows[0] else 1]
+        total = jax.vmap(lambda ids, x: jnp.zeros((size, x.shape[-1]), dtype).at[ids].add(x))(
+            ids, other.astype(dtype)
+        )
+        return total if use.rows[0] else total.swapaxes(1, 2)
     return _einsum("sfk,sfn->skn", a, b, dtype)
 
 
@@ -283,7 +417,7 @@ def _einsum(formula: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
 
 
 def fold(rule: Rule, y: Any, V: Any, token: Any, left: Any) -> Any:
-    """Return ``y``; its backward pass makes V's gradient, and gives its squared norm to the token, at once.
+    """Return ``y``; its backward pass makes V's gradient, and gives its norm to the token, at once.
 
     Args:
         rule: of the equation that made ``y``, where V was put in behind ``stop_gradient``.
@@ -318,9 +452,9 @@ def _backward(of: _Hashable, kept: Any, g: Any) -> tuple[Any, Any, Any, None]:
     rule = of.rule
     sides = rule.right(g, left), left
     columns_first = (*rule.own, *rule.columns, *rule.rows) == tuple(range(like.ndim - 1))  # [out, in]
-    total, square = _products(*(sides if columns_first else sides[::-1]), jnp.zeros((), token.dtype))
+    total, size = _products(*(sides if columns_first else sides[::-1]), jnp.zeros((), token.dtype))
     total = total.reshape(like.shape[1:]) if columns_first else rule.assemble(total)
-    return g, total.astype(like.dtype), square, None
+    return g, total.astype(like.dtype), size, None
 
 
 _fold.defvjp(_forward, _backward)
@@ -328,9 +462,9 @@ _fold.defvjp(_forward, _backward)
 
 @custom_vmap
 def _products(a: jax.Array, b: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return ``sum_f a[s, f, i] b[s, f, j]`` and its squared norm; under ``vmap`` the former summed over examples."""
+    """Return ``sum_f a[s, f, i] b[s, f, j]`` and its norm; under ``vmap`` the former summed over examples."""
     d = _einsum("sfi,sfj->sij", a, b, like.dtype)
-    return d, _square_of(d)
+    return d, norm(d)
 
 
 @_products.def_vmap
@@ -353,8 +487,57 @@ def _products_of_all(
         )
         return [_einsum("csfi,csfj->csij", left, right, like.dtype)]
 
-    (total,), (squares,) = in_chunks(of_some, n, chunk_for(n, a.shape[1] * a.shape[3] * b.shape[3]))
-    return (total, squares), (False, True)
+    (total,), (norms,) = in_chunks(of_some, n, chunk_for(n, a.shape[1] * a.shape[3] * b.shape[3]))
+    return (total, norms), (False, True)
+
+
+def averaged(rule: Rule, y: Any, V: Any, n: int, left: Any) -> Any:
+    """Return ``y``; its backward pass makes V's gradient, under ``vmap`` that of the mean over `n` examples.
+
+    A sum over examples may be beyond a narrow dtype when their mean is not: it is taken in float32 at least.
+
+    Args:
+        rule: of the equation that made ``y``, where V was put in behind ``stop_gradient``.
+        y: its output.
+        V: what it was made from.
+        n: how many examples there are.
+        left: `rule.left` of its inputs.
+    """
+    return _averaged(_Hashable(rule), n, y, V, left)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _averaged(of: _Hashable, n: int, y: Any, V: Any, left: Any) -> Any:
+    return y
+
+
+def _averaged_forward(of: _Hashable, n: int, y: Any, V: Any, left: Any) -> tuple[Any, Any]:
+    return y, (left, jnp.zeros((0, *V.shape), V.dtype))
+
+
+def _averaged_backward(of: _Hashable, n: int, kept: Any, g: Any) -> tuple[Any, Any, None]:
+    left, like = kept
+    rule = of.rule
+
+    @custom_vmap
+    def total(left: Any, g: Any) -> jax.Array:
+        return product([factors(rule, left, g, False)])
+
+    @total.def_vmap
+    def total_of_all(size: int, batched: Any, left: Any, g: Any) -> tuple[jax.Array, bool]:
+        left, g = (
+            x if known else jnp.broadcast_to(x, (size, *x.shape))
+            for x, known in zip((left, g), batched, strict=True)
+        )
+        each = jax.vmap(lambda left, g: factors(rule, left, g, False).sides)(left, g)
+        # Examples become positions: [examples, s, f, ...] -> [s, examples * f, ...]
+        a, b = (x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:]) for x in each)
+        return product([Factors((a, b), rule.sizes[2:], (rule.looks_up, False))]), False
+
+    return g, (rule.assemble(total(left, g)) / n).astype(like.dtype), None
+
+
+_averaged.defvjp(_averaged_forward, _averaged_backward)
 
 
 def chunk_for(n: int, size: int) -> int:
@@ -372,40 +555,44 @@ def at(x: jax.Array, start: Any, count: int) -> jax.Array:
 def in_chunks(
     of_some: Callable[[Any, int], list[jax.Array]], n: int, chunk: int
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Return the sums over `n` examples, and the squared norm `[n]` of each, of what a function makes of them.
+    """Return the sums over `n` examples, and the norm `[n]` of each, of what a function makes of them.
 
     ``of_some(start, count)`` answers with arrays ``[count, ...]``; only those of a chunk are there at once.
     """
 
     def made(start: Any, count: int) -> tuple[list[jax.Array], list[jax.Array]]:
         arrays = of_some(start, count)
-        return [add_up(d) for d in arrays], [squares_of_each(d) for d in arrays]
+        return [add_up(d) for d in arrays], norms_of_each(arrays)
 
     def step(start: Any, count: int, so_far: Any) -> Any:
-        sums, squares = made(start, count)
+        sums, norms = made(start, count)
         put = lax.dynamic_update_slice_in_dim
         return (
             [a + b for a, b in zip(so_far[0], sums, strict=True)],
-            [put(a, b, start, 0) for a, b in zip(so_far[1], squares, strict=True)],
+            [put(a, b, start, 0) for a, b in zip(so_far[1], norms, strict=True)],
         )
 
     if chunk >= n:
         return made(0, n)
-    sums, squares = jax.eval_shape(lambda: made(0, chunk))
-    so_far = [jnp.zeros(s.shape, s.dtype) for s in sums], [jnp.zeros(n, s.dtype) for s in squares]
+    sums, norms = jax.eval_shape(lambda: made(0, chunk))
+    so_far = [_zeros(s, s.shape) for s in sums], [_zeros(s, (n,)) for s in norms]
     so_far = lax.fori_loop(0, n // chunk, lambda i, so_far: step(i * chunk, chunk, so_far), so_far)
     return step(n - n % chunk, n % chunk, so_far) if n % chunk else so_far
 
 
-def squares_of_each(d: jax.Array) -> jax.Array:
-    """Return the sum of squares of each example, ``[n, ...] -> [n]``."""
-    flat = d.reshape(d.shape[0], -1)
-    flat = flat.astype(wide(flat.dtype))
-    return jnp.sum(jnp.square(flat), 1)
+def _zeros(like: Any, shape: tuple[int, ...]) -> jax.Array:
+    return as_varying(jnp.zeros(shape, like.dtype), varying_axes(like))
+
+
+def norms_of_each(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return the norm of each example in each array, ``[n, ...] -> [n]``."""
+    return safest([measure_gradients(d) for d in arrays])
 
 
 def add_up(d: jax.Array) -> jax.Array:
-    """Return the sum over the first axis, as a product with ones."""
+    """Return the sum over the first axis, in float32 at least, as a product with ones."""
+    d = widen(d)
     ones = jnp.ones((1, d.shape[0]), d.dtype)
-    total = jnp.matmul(ones, d.reshape(d.shape[0], -1), precision=lax.Precision.HIGHEST)
+    flat = d.reshape(d.shape[0], math.prod(d.shape[1:]))
+    total = jnp.matmul(ones, flat, precision=lax.Precision.HIGHEST)
     return total.reshape(d.shape[1:])

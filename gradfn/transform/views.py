@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
+from gradfn.precision import is_narrow
 from gradfn.transform.interpreter import Path, bodies, operation, params_of, scan_split
 from gradfn.transform.program import Program
 
@@ -29,13 +30,15 @@ class View(NamedTuple):
     ``leaf`` is the parameter's number among the program's inputs; ``axes`` its axis behind each axis of the value
     (None for one of size 1 that was added), or None as a whole where a reshape mixed them; ``loops`` the scans of
     which every iteration sees its own part, each with the parameter's axis that it runs along; ``part`` what is left
-    of axes that were sliced, each as (axis, start, stop).
+    of axes that were sliced, each as (axis, start, stop); ``narrow`` whether it is, or was on its way, of less than
+    32 bits.
     """
 
     leaf: int
     axes: tuple[int | None, ...] | None
     loops: tuple[tuple[Path, int | None], ...] = ()
     part: tuple[tuple[int, int, int], ...] = ()
+    narrow: bool = False
 
     def is_apart_from(self, other: "View") -> bool:
         """Tell whether two views of one parameter share none of its numbers, as far as slices tell."""
@@ -98,7 +101,7 @@ def parameter_meetings(program: Program) -> list[Meeting]:
 def _of_parameter(i: int, aval: Any) -> _Value:
     if not jnp.issubdtype(aval.dtype, jnp.inexact):
         return _CONSTANT
-    return _Value(frozenset([i]), view=View(i, tuple(range(len(aval.shape)))))
+    return _Value(frozenset([i]), view=View(i, tuple(range(len(aval.shape))), narrow=is_narrow(aval.dtype)))
 
 
 def _is_floating(atom: Any) -> bool:
@@ -203,7 +206,10 @@ def _viewed(eqn: Any, operands: list[_Value]) -> list[View | None]:
     axes = view.axes
     before, after = (tuple(atom.aval.shape) for atom in (eqn.invars[0], eqn.outvars[0]))
     if name in _SAME:
-        return [view]
+        return [view._replace(narrow=view.narrow or is_narrow(eqn.outvars[0].aval.dtype))]
+    if name == "reshape" and params["dimensions"] is not None:  # turned first, as by order="F"
+        turned = tuple(params["dimensions"])
+        before, axes = tuple(before[i] for i in turned), axes and tuple(axes[i] for i in turned)
     if name == "transpose":
         return [view._replace(axes=axes and tuple(axes[i] for i in params["permutation"]))]
     if name == "broadcast_in_dim" and math.prod(before) != math.prod(after):

@@ -113,3 +113,59 @@ def test_cosines_refuse():
         gf.cosines({"w": jnp.ones([2, 3]), "b": jnp.ones([3, 3])})
     with pytest.raises(ValueError, match="nothing"):
         gf.cosines([])
+
+
+def test_cosines_beside_leaves_that_are_not_floating():
+    """Integers, booleans, keys and functions are not compared; complex leaves are, by their real products."""
+
+    def loss(params, x):
+        scaled = params["f"](x) * params["n"].astype(x.dtype) * jnp.where(params["flag"], 1.0, 2.0)
+        noise = jax.random.normal(params["key"], x.shape)
+        return jnp.sum(params["w"] * (scaled + noise)) + jnp.abs(params["z"]) ** 2 * x[0] ** 2
+
+    params = {"w": jnp.ones(3), "z": jnp.array(2 + 1j), "n": jnp.array(3), "flag": jnp.array(True)}
+    params |= {"f": jnp.tanh, "key": jax.random.key(0)}
+    x = jax.random.normal(jax.random.key(1), (4, 3))
+    w = 3 * np.tanh(x) + np.asarray(jax.random.normal(params["key"], (3,)))
+    z = 2 * np.asarray(x[:, :1]) ** 2 * np.array([[2.0, 1.0]])
+    whole = np.concatenate([w, z], 1)
+    units = [a / np.linalg.norm(a, axis=1, keepdims=True) for a in (w, z, whole)]
+    expected = [unit @ unit.T for unit in units]
+    for seen in (gf.grad_cosines(loss)(params, x), gf.grad_cosines(loss, by=[0, 1, 2, 3])(params, x)):
+        for actual, its in zip((seen.leaves["w"], seen.leaves["z"], seen.total), expected, strict=True):
+            np.testing.assert_allclose(actual, its, atol=1e-6)
+        assert all(seen.leaves[name] is None for name in ("n", "flag", "f", "key"))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_cosines_and_norm_test_at_any_magnitude(scale):
+    def loss(params, x):
+        return scale * (jnp.sum(params["a"] * x) + 0.01 * jnp.sum(params["b"] * x**2))
+
+    params, x = {"a": jnp.ones(3), "b": jnp.ones(3)}, 1 + jax.random.normal(jax.random.key(1), (4, 3))
+    seen, plain = (
+        gf.grad_cosines(loss)(params, x),
+        gf.grad_cosines(lambda p, x: loss(p, x) / scale)(params, x),
+    )
+    np.testing.assert_allclose(seen.total, plain.total, atol=1e-6)
+    np.testing.assert_allclose(seen.leaves["b"], plain.leaves["b"], atol=1e-6)
+    seen, plain = gf.norm_test(loss)(params, x), gf.norm_test(lambda p, x: loss(p, x) / scale)(params, x)
+    np.testing.assert_allclose(seen.ratio, plain.ratio, rtol=1e-4)
+    assert float(seen.examples) == float(plain.examples)
+
+
+def test_a_variance_within_rounding_is_zero_and_said():
+    """A loss that mixes examples, given as that of one: every example has the same gradient."""
+    data = jax.random.normal(jax.random.key(0), (32, 7))
+
+    def loss(params, i):
+        return jnp.mean(jnp.sin(data @ params["w"]) ** 2)
+
+    for dtype in (jnp.float32, jnp.bfloat16):
+        params = {"w": jax.random.normal(jax.random.key(2), (7, 5)).astype(dtype)}
+        of_dtype = lambda params, i: loss({"w": params["w"].astype(jnp.float32)}, i)  # noqa: E731
+        seen = gf.noise_scale(of_dtype)(params, jnp.arange(64))
+        assert float(seen.variance) == 0
+        assert float(seen.scale) == 0
+        assert "equal up to rounding" in str(seen)
+        assert seen.to_dict()["snr"] == {"w": None}
