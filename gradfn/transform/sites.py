@@ -561,18 +561,23 @@ def find_sites(program: Program) -> list[Site]:
     unique = {(f.path, f.output): f for f in kept}.values()
     ordered = sorted(unique, key=lambda f: (*f.path, float("inf")))
     names = _final_names(ordered, places, foremost)
-    reached = [_reached(f, program, reach) for f in ordered]
+    reached = _reached(ordered, program, reach)
     return [
         _site(f, name, places[f.path], reaches)
         for f, name, reaches in zip(ordered, names, reached, strict=True)
     ]
 
 
-def _reached(found: _Found, program: Program, reach: Reach) -> str:
-    if reach.holds(found.path, found.output):
-        return "result"
+def _reached(found: Sequence[_Found], program: Program, reach: Reach) -> list[str]:
+    """Return, for each, whether it reaches the ``result``, only ``aux``, or ``nothing``."""
+    held = [reach.holds(f.path, f.output) for f in found]
+    if all(held):
+        return ["result"] * len(found)
     anything = reaching(program.jaxpr, [True] * len(program.jaxpr.out_avals))
-    return "aux" if anything.holds(found.path, found.output) else "nothing"
+    return [
+        "result" if yes else "aux" if anything.holds(f.path, f.output) else "nothing"
+        for f, yes in zip(found, held, strict=True)
+    ]
 
 
 def _site(found: _Found, name: str, place: Place, reaches: str) -> Site:
