@@ -143,7 +143,7 @@ def inspect(
 
     One forward and one backward pass; the gradients are those of `jax.value_and_grad`: the same operation by
     operation. Under `jit`, XLA may fuse the two programs differently; they then differ by rounding, in float32 by
-    less than 1e-6 of the largest gradient on every net of `tests/test_laws.py`. Call it as it is, or inside
+    less than 1e-5 of the largest gradient on every net of `tests/test_laws.py`. Call it as it is, or inside
     `jit`, `scan`, `vmap` and `shard_map` (there, statistics are each device's own). Statistics sit where values
     are produced, so nothing large is kept alive for them. What it returns can be differentiated, as a penalty on
     a gradient or an activation is. Gradients of complex values are those of `jax.grad`: d/dRe - i d/dIm.
