@@ -138,7 +138,8 @@ def _conv(eqn: Any, operand: int) -> Rule | None:
             params["lhs_dilation"],
             params["rhs_dilation"],
             plain,
-            precision=params["precision"],
+            # A copy of the inputs, which a lower precision would round on accelerators.
+            precision=lax.Precision.HIGHEST,
         )  # [N, C * window, *space]
         patches = patches.reshape(n_examples, s, k, n_positions)
         return patches.transpose(1, 0, 3, 2).reshape(s, f, k)

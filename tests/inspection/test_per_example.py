@@ -167,6 +167,15 @@ def test_convolutions_of_every_kind():
     assert methods == {"a": "convolution, product", "b": "convolution, product"}
 
 
+@pytest.mark.parametrize("precision", ["highest", "tensorfloat32"])
+def test_convolutions_under_a_default_precision(precision):
+    def loss(p, x):
+        return jnp.sum(jnp.sin(jax.lax.conv(x[None], p["W"], (1, 1), "SAME")))
+
+    with jax.default_matmul_precision(precision):
+        check(loss, {"W": normal(0, 3, 2, 3, 3)}, normal(1, 4, 2, 5, 5))
+
+
 def rows_of(p, ids, x):
     dropped = p["W"].at[ids].get(mode="fill", fill_value=0.0, wrap_negative_indices=False)
     brought_in = p["W"].at[ids].get(mode="clip", wrap_negative_indices=False)
