@@ -47,6 +47,11 @@ def cosines(grads: Any) -> Cosines:
     """
     if isinstance(grads, (list, tuple)) and grads:
         grads = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads)
+    return _between(grads)
+
+
+def _between(grads: Any) -> Cosines:
+    """Return the cosines between the gradients `[n, ...]` in a tree, which may be a list or tuple of parameters."""
     lengths = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(grads)}
     if len(lengths) != 1 or None in lengths:
         came = ", ".join(map(describe, jax.tree.leaves(grads))) or "nothing"
@@ -117,7 +122,7 @@ def grad_cosines(loss: Callable, by: Any = None) -> Callable[..., Cosines]:
             return jax.grad(lambda floating: call.run(floating, example)[0])(call.floating)
 
         if groups is None:
-            return cosines(call.tree(jax.vmap(of_one)(call.batch)))
+            return _between(call.tree(jax.vmap(of_one)(call.batch)))
         if len(groups) != call.size:
             raise ValueError(f"grad_cosines: by has {len(groups)} groups for a batch of {call.size} examples")
         members = _members(groups)
@@ -126,7 +131,7 @@ def grad_cosines(loss: Callable, by: Any = None) -> Callable[..., Cosines]:
             values = widen(jax.vmap(lambda example: call.run(floating, example)[0])(call.batch))  # [B]
             return jnp.asarray(members, values.dtype) @ values  # [groups]
 
-        return cosines(call.tree(jax.jacrev(means)(call.floating)))
+        return _between(call.tree(jax.jacrev(means)(call.floating)))
 
     return compare
 

@@ -131,6 +131,8 @@ def test_static_python_floats_in_gauss_newton_fisher_and_influence():
     product = gf.fisher_vp(loss)(net, vector_of(net, v), batch)
     np.testing.assert_allclose(product.w.ravel(), G.T @ (G @ v) / 5, rtol=1e-4)
     np.testing.assert_allclose(gf.tracin(loss)([net], batch, batch, 0.1), 0.1 * G @ G.T, rtol=1e-4)
+    unit = G / jnp.linalg.norm(G, axis=1, keepdims=True)
+    np.testing.assert_allclose(gf.grad_cosines(loss)(net, batch).total, unit @ unit.T, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(
         gf.per_example_norms(loss)(net, batch).total, jnp.linalg.norm(G, axis=1), rtol=1e-4
     )
@@ -215,3 +217,11 @@ def test_static_python_floats_are_told_from_those_that_jax_grad_would_differenti
         lambda p: p["w"] ** 2 * p["v"], k=2
     )  # [[2 v, 2 w], [2 w, 0]] = [[6, 4], [4, 0]]
     np.testing.assert_allclose(Hessian({"w": 2.0, "v": 3.0}).values, [8.0, -2.0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("by", [None, [0, 1, 2, 3, 4]])
+def test_parameters_in_a_list_have_one_gradient_for_each_example(by):
+    cosines = gf.grad_cosines(lambda ws, x: ws[0] @ x + ws[1] @ x, by=by)([W[0], W[1]], X)
+    unit = X / jnp.linalg.norm(X, axis=1, keepdims=True)
+    np.testing.assert_allclose(cosines.total, unit @ unit.T, rtol=1e-5, atol=1e-6)
+    assert [leaf.shape for leaf in cosines.leaves] == [(5, 5), (5, 5)]
