@@ -160,7 +160,8 @@ def per_example_norms(loss: Callable, chunk: int = CHUNK) -> Callable[..., Examp
 
     Returns:
         `(params, *batch) -> ExampleNorms`, also inside `jit`, where it is fast. Each array of the batch has the
-        examples along its first axis.
+        examples along its first axis. The results can be differentiated, at the price of `vmap(grad)`. Inside a
+        `jax.shard_map` they are of each device's own examples.
 
     Raises:
         ValueError: a batch whose arrays differ in their first axis, or without arrays; a chunk below 1.
