@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax import lax
 
 import gradfn as gf
@@ -354,3 +356,41 @@ def test_inside_a_shard_map(check_vma):
     seen, clipped = gf.per_example_norms(in_a_loop)(params, x), gf.clipped_grads(in_a_loop, 90.0)(params, x)
     on_one = (seen.norms, seen.total, clipped.total), (seen.grads, clipped.grads)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), on_two, on_one)
+
+
+MOVES = {
+    "transpose": lambda W: W.T,
+    "reverse": lambda W: W[::-1],
+    "F": lambda W: W.reshape(W.shape[::-1], order="F"),
+    "C": lambda W: W.reshape(W.shape[::-1]),
+    "dimensions": lambda W: lax.reshape(W, W.shape, dimensions=(1, 0)),
+    "narrow": lambda W: W.astype(jnp.bfloat16).astype(jnp.float32),
+    "complex": lambda W: W.astype(jnp.complex64),
+    "slice": lambda W: W[1:, : W.shape[1] // 2 + 1],
+    "ones": lambda W: W[None, :, None].squeeze((0, 2)),
+}
+DATA = [jnp.float32, jnp.int8, jnp.uint8, jnp.bool, jnp.complex64]
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=3, derandomize=True)
+@given(
+    st.lists(st.lists(st.sampled_from(list(MOVES)), max_size=4), min_size=1, max_size=3),
+    st.sampled_from(DATA),
+)
+def test_any_views_of_a_weight_times_any_data(chains, dtype):
+    x = jax.random.randint(KEYS[0], (3, 2, 64), 0, 5).astype(dtype)
+
+    def loss(W, x):
+        out = jnp.float32(0)
+        for chain in chains:
+            V = functools.reduce(lambda V, move: MOVES[move](V), chain, W)
+            y = x[:, : V.shape[0]] @ V
+            out += jnp.sum(jnp.sin(y.real / 9) + y.imag**2 / 81)
+        return out
+
+    W = normal(1, 36, 36)
+    expected = norms_in_float64([jax.vmap(jax.grad(loss), (None, 0))(W, x)])[0]
+    np.testing.assert_allclose(
+        gf.per_example_norms(loss)(W, x).total, expected, rtol=1e-2 if "narrow" in str(chains) else 1e-5
+    )
