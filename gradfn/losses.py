@@ -329,5 +329,5 @@ def _same_shape(answer: Any, y: Any, what: str) -> None:
     if answer.size == y.size and (shapes[0] == shapes[1] or min(map(len, shapes)) == 1):
         return
     raise ValueError(
-        f"{what}: target: expected {answer.size} values, as the net answers {list(answer.shape)}, came {list(y.shape)}"
+        f"{what}: target: expected {answer.size} values, as the net answers {list(answer.shape)}, got {list(y.shape)}"
     )

@@ -306,7 +306,7 @@ def _check_names(spec: Mapping[str, Any], params: Any, path: str) -> None:
     for name in spec:
         if name not in params:
             raise ParameterError(
-                f"{prefix}{name}", f"missing. Expected {declared}; came {', '.join(map(str, params)):.300}"
+                f"{prefix}{name}", f"missing. Expected {declared}; got {', '.join(map(str, params)):.300}"
             )
     for name in params:
         if name not in spec:

@@ -236,7 +236,7 @@ def batch_for(config: Any, n: int, what: str) -> int:
         RunError: more were requested than there are; `what` is what they are called.
     """
     if config.batch > n and config.batch != type(config)().batch:
-        raise RunError(f"batch: there are {n:,} {what}, came {config.batch}")
+        raise RunError(f"batch: there are {n:,} {what}, got {config.batch}")
     return min(config.batch, n)
 
 

@@ -131,7 +131,7 @@ def replaced(**changes):
         ),
         (
             replaced(b1=None),
-            "net/b1: missing. Expected W1, b1; came W1",
+            "net/b1: missing. Expected W1, b1; got W1",
         ),
         (
             replaced(bb1=np.zeros(1)),

@@ -69,7 +69,7 @@ def batches(data: Data, size: int, seed: int = 0, epochs: int | None = 1) -> Ite
     Raises:
         ValueError: at the call and not at the first batch: no arrays or examples, arrays of different
             lengths or not of numbers, a batch larger than the data, a seed out of range; TypeError: an argument
-            that is not a whole number.
+            that is not an integer.
 
     >>> import gradfn as gf, numpy as np
     >>> x, y = np.arange(6.0), np.arange(6)

@@ -126,6 +126,6 @@ def _layers(params: Mapping[str, Any]) -> int:
     if L == 0 or set(params) != expected:
         raise ParameterError(
             "parameters",
-            f"expected W1, b1, W2, b2, ... and nothing else, came {', '.join(map(str, params)):.200}",
+            f"expected W1, b1, W2, b2, ... and nothing else, got {', '.join(map(str, params)):.200}",
         )
     return L

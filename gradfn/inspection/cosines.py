@@ -55,7 +55,7 @@ def _between(grads: Any) -> Cosines:
     lengths = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(grads)}
     if len(lengths) != 1 or None in lengths:
         came = ", ".join(map(describe, jax.tree.leaves(grads))) or "nothing"
-        raise ValueError(f"cosines: expected gradients with one leading axis, came {came:.200}")
+        raise ValueError(f"cosines: expected gradients with one leading axis, got {came:.200}")
 
     def measured(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the largest magnitude of each gradient, `[n]`, and their products in these units, `[n, n]`."""

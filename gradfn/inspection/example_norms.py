@@ -74,7 +74,7 @@ class Call:
                 for name, owner, aval in zip(program.names, program.owners, avals, strict=True)
                 if owner == 0
             )
-            raise TypeError(f"{what}: there is no floating parameter; came {came or 'no arrays':.200}")
+            raise TypeError(f"{what}: there is no floating parameter; got {came or 'no arrays':.200}")
         self.names = [program.names[i] for i in self.numbers]
         self.floating = [jnp.asarray(program.inputs[i]) for i in self.numbers]
         self.batch = jax.tree.leaves(batch)

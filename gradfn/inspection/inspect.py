@@ -253,7 +253,7 @@ def _check_scalar(program: Program) -> None:
     if not hasattr(aval, "shape") or aval.shape != () or not jnp.issubdtype(aval.dtype, jnp.floating):
         came = jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}", aval)
         raise TypeError(
-            f"inspect: the function must return a floating scalar, or (scalar, aux); came {came!s:.200}. "
+            f"inspect: the function must return a floating scalar, or (scalar, aux); got {came!s:.200}. "
             "For a loss of one example, gf.batch_mean(loss) makes the mean over a batch."
         )
 

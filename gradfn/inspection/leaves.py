@@ -70,7 +70,7 @@ def floating_leaves(params: Any, what: str) -> Leaves:
             )
     chosen = [i for i in arrays if jnp.issubdtype(jnp.result_type(leaves[i]), jnp.floating)]
     if not chosen:
-        raise TypeError(f"{what}: there is no floating array in the parameters; came {params!r:.200}")
+        raise TypeError(f"{what}: there is no floating array in the parameters; got {params!r:.200}")
 
     def fill(values: Sequence[Any]) -> Any:
         known = dict(zip(chosen, values, strict=True))
@@ -114,7 +114,7 @@ def _other_structure(names: Sequence[str], other: Any, what: str) -> ParameterEr
     missing = [name for name in names if name not in came]
     extra = [name for name in came if name not in names]
     needed, given = ", ".join(names), ", ".join(came)
-    message = f"{what}: the vector needs the parameters' structure, {needed:.200}; came {given:.200}"
+    message = f"{what}: the vector needs the parameters' structure, {needed:.200}; got {given:.200}"
     return ParameterError((missing or extra or ["params"])[0], message)
 
 

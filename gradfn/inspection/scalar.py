@@ -69,7 +69,7 @@ def scalar(
     if not floating:
         raise TypeError(
             f"{what}: there is no floating array in the arguments to differentiate with respect to; "
-            f"came {[jax.tree.map(_describe, args[n]) for n in chosen]!s:.200}"
+            f"got {[jax.tree.map(_describe, args[n]) for n in chosen]!s:.200}"
         )
 
     def call(values: Sequence[Any]) -> tuple[Any, Any]:
@@ -85,7 +85,7 @@ def scalar(
         ):
             raise TypeError(
                 f"{what}: the function must return a floating scalar, or (scalar, aux); "
-                f"came {jax.tree.map(_describe, value)!s:.200}. "
+                f"got {jax.tree.map(_describe, value)!s:.200}. "
                 "For a loss of one example, gf.batch_mean(loss) makes the mean over a batch."
             )
         return value, aux

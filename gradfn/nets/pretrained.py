@@ -312,7 +312,7 @@ class _Fields:
         for name in unknown:
             value = self.left[name]
             if value is not None and value is not False and value not in ("", [], {}):
-                raise ValueError(f"{self.file}: {name}: not supported, came {value!r:.200}")
+                raise ValueError(f"{self.file}: {name}: not supported, got {value!r:.200}")
         if unknown:
             listed = ", ".join(f"{name} {self.left[name]!r}" for name in unknown)
             warnings.warn(f"{self.file}: ignored what gradfn does not know: {listed:.500}", stacklevel=5)
@@ -416,7 +416,7 @@ def _read_llama(fields: _Fields) -> GPTConfig:
         }
         if kind != "default" or rest:
             raise ValueError(
-                f"{fields.file}: {name}: gf.gpt does {does}rope_type 'default' only, came {asked!r:.200}"
+                f"{fields.file}: {name}: gf.gpt does {does}rope_type 'default' only, got {asked!r:.200}"
             )
         turning |= asked
     base = fields.take("rope_theta", 10_000.0, (int, float))

@@ -62,7 +62,7 @@ def test_a_batch_by_default_is_all_there_are_at_most():
     assert runs.batch_for(gpt.Config(), 5, "lines") == 5
     assert runs.batch_for(gpt.Config(), 50, "lines") == gpt.Config().batch
     assert runs.batch_for(gpt.Config(batch=7), 50, "lines") == 7
-    with pytest.raises(runs.RunError, match="batch: there are 5 lines, came 7"):
+    with pytest.raises(runs.RunError, match="batch: there are 5 lines, got 7"):
         runs.batch_for(gpt.Config(batch=7), 5, "lines")
 
 

@@ -59,7 +59,7 @@ def test_options_out_of_range_are_named(options, message):
 
 
 def test_a_batch_of_more_than_there_is_makes_no_run(tmp_path):
-    with pytest.raises(ValueError, match="batch: there are 1,257 training digits, came 1258"):
+    with pytest.raises(ValueError, match="batch: there are 1,257 training digits, got 1258"):
         run(Config(batch=1258, folder=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 

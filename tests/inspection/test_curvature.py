@@ -111,7 +111,7 @@ def test_products_name_what_does_not_fit():
     params = {"W": jnp.ones([2, 3]), "steps": jnp.int32(3)}
     with pytest.raises(gf.ParameterError, match=r"^W: hvp: the vector needs \[2, 3\].*came \[3, 2\]"):
         product(params, {"W": jnp.ones([3, 2]), "steps": None})
-    with pytest.raises(gf.ParameterError, match=r"^steps: hvp: .*structure, W, steps; came W, b"):
+    with pytest.raises(gf.ParameterError, match=r"^steps: hvp: .*structure, W, steps; got W, b"):
         product(params, {"W": jnp.ones([2, 3]), "b": jnp.ones(1)})
     with pytest.raises(gf.ParameterError, match="came None"):
         product(params, {"W": None, "steps": None})

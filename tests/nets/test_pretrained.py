@@ -245,8 +245,8 @@ def test_pickled_weights_are_not_read(tmp_path):
     ("config", "field", "value", "message"),
     [
         (GPT2, "scale_attn_by_inverse_layer_idx", True, "gf.gpt does False only, came True"),
-        (GPT2, "activation_function", "mish", "not supported, came 'mish'"),
-        (GPT2, "sliding_window", 4, "not supported, came 4"),
+        (GPT2, "activation_function", "mish", "not supported, got 'mish'"),
+        (GPT2, "sliding_window", 4, "not supported, got 4"),
         (GPT2, "n_embd", "8", "expected int, came '8'"),
         (GPT2, "n_layer", True, "expected int, came True"),
         (GPT2, "model_type", "llama", r"expected 'gpt2', came 'llama'\. Load it by gf\.load_llama"),
@@ -264,7 +264,7 @@ def test_pickled_weights_are_not_read(tmp_path):
             "gf.gpt does rope_type 'default' only",
         ),
         (LLAMA, "rope_scaling", {"type": "linear"}, "gf.gpt does None only"),
-        (LLAMA, "quantization_config", {"bits": 4}, "not supported, came {'bits': 4}"),
+        (LLAMA, "quantization_config", {"bits": 4}, "not supported, got {'bits': 4}"),
     ],
 )
 def test_a_field_that_is_not_supported_is_named(config, field, value, message, tmp_path):
