@@ -82,7 +82,7 @@ def run(config: Config) -> Result:
     print(data)
     n_train = len(data.train[1])
     if config.batch > n_train:
-        raise runs.RunError(f"batch: there are {n_train:,} training digits, came {config.batch}")
+        raise runs.RunError(f"batch: there are {n_train:,} training digits, got {config.batch}")
     net = gf.cnn((28, 28, 1), config.channels, (config.hidden,), 10, config.window)
     folder = runs.begin("cnn", config)
     print(gf.table(net.spec))

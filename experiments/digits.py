@@ -65,7 +65,7 @@ def run(config: Config) -> Result:
     print(data if config.data == "mnist" else f"{data}\n(8x8 pixels, resized: this is not MNIST)")
     n_train = len(data.train[1])
     if config.batch > n_train:
-        raise runs.RunError(f"batch: there are {n_train:,} training digits, came {config.batch}")
+        raise runs.RunError(f"batch: there are {n_train:,} training digits, got {config.batch}")
     folder = runs.begin("digits", config)
 
     net = gf.mlp([784, config.hidden, 10], activation="sigmoid")

@@ -84,7 +84,7 @@ def run(config: Config) -> Result:
     data = gf.data.mnist(config.data_path) if config.data == "mnist" else gf.data.digits()
     print(data if config.data == "mnist" else f"{data}\n(8x8 pixels, resized: this is not MNIST)")
     if config.batch > len(data.train[1]):
-        raise runs.RunError(f"batch: there are {len(data.train[1]):,} training digits, came {config.batch}")
+        raise runs.RunError(f"batch: there are {len(data.train[1]):,} training digits, got {config.batch}")
     folder = runs.begin("rates", config)
 
     net = gf.mlp([784, config.hidden, 10], activation="sigmoid")

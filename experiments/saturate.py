@@ -91,7 +91,7 @@ def run(config: Config) -> Result:
     data = gf.data.mnist(config.data_path) if config.data == "mnist" else gf.data.digits(size=8)
     print(data)
     if config.batch > len(data.train[1]):
-        raise runs.RunError(f"batch: there are {len(data.train[1]):,} training digits, came {config.batch}")
+        raise runs.RunError(f"batch: there are {len(data.train[1]):,} training digits, got {config.batch}")
     folder = runs.begin("saturate", config)
     outcomes = {}
     for activation in ACTIVATIONS:

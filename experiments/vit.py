@@ -90,7 +90,7 @@ def run(config: Config) -> Result:
     print(data)
     n_train = len(data.train[1])
     if config.batch > n_train:
-        raise runs.RunError(f"batch: there are {n_train:,} training digits, came {config.batch}")
+        raise runs.RunError(f"batch: there are {n_train:,} training digits, got {config.batch}")
     net = gf.vit(
         gf.ViTConfig(
             patch=config.patch,

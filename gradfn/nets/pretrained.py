@@ -365,7 +365,7 @@ def _read_gpt2(fields: _Fields) -> GPTConfig:
     )
     squash = fields.take("activation_function", "gelu_new", str)
     if squash not in _ACTIVATIONS:
-        raise ValueError(f"{fields.file}: activation_function: not supported, came {squash!r}")
+        raise ValueError(f"{fields.file}: activation_function: not supported, got {squash!r}")
     width, hidden = fields.take("n_embd", 768, int), fields.take("n_inner", None, (int, type(None)))
     config = GPTConfig(
         vocab=fields.take("vocab_size", 50257, int),
