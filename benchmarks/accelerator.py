@@ -74,7 +74,7 @@ class Shapes(NamedTuple):
 # 50,304 is GPT-2's vocabulary rounded up to a multiple of 128, as nanoGPT trains it.
 FULL = Shapes(gf.GPTConfig(vocab=50_304, compute="bfloat16"), (16, 8, 4, 2), 5, 4, 50_000, True)
 REDUCED = Shapes(
-    gf.GPTConfig(vocab=128, context=32, n_layers=2, n_heads=2, width=32, compute="bfloat16"),
+    gf.GPTConfig(vocab=128, context=16, n_layers=1, n_heads=2, width=16, compute="bfloat16"),
     (2,),
     2,
     1,

@@ -115,7 +115,8 @@ def test_custom_vjp_has_eigenvalues_a_trace_and_a_spectrum(known):
     np.testing.assert_allclose(eigs.values, values, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(gf.sharpness(mean, 0.1)(PARAMS, batch).value, values[-1], rtol=1e-5)
     spectrum = gf.hessian_spectrum(mean, samples=1)(PARAMS, batch)
-    np.testing.assert_allclose(spectrum.nodes[0], values, rtol=1e-4, atol=1e-5)
+    # Lanczos in float32 is right relative to the largest eigenvalue, 6e4.
+    np.testing.assert_allclose(spectrum.nodes[0], values, rtol=1e-4, atol=1e-6 * np.abs(values).max())
     trace, error = gf.hessian_trace(mean)(PARAMS, batch)
     assert abs(trace - np.trace(H)) < 5 * error
     fisher = gf.hessian_eigs(gf.fisher_vp(of_one(nested)), k=1)(PARAMS, batch)
