@@ -337,25 +337,26 @@ def in_a_loop(p, x):
 def test_inside_a_shard_map(check_vma):
     """Each device finds the norms of its own examples, and the mean gradient over them."""
     shapes = {"W": (6, 40), "b": (40,), "R": (40, 40), "V": (40, 30), "E": (50, 40)}
-    params, x = (
-        {name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())},
-        normal(7, 4, 3, 6),
-    )
+    # Small, for a loop that does not blow up rounding.
+    params = {name: 0.2 * normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+    x = normal(7, 4, 3, 6)
     each, same = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    one = gf.per_example_norms(in_a_loop)(params, x)
+    bound = float(np.median(one.total))
 
     def both(params, x):
         seen, clipped = (
             gf.per_example_norms(in_a_loop)(params, x),
-            gf.clipped_grads(in_a_loop, 90.0)(params, x),
+            gf.clipped_grads(in_a_loop, bound)(params, x),
         )
         return (seen.norms, seen.total, clipped.total), lax.pmean((seen.grads, clipped.grads), "data")
 
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
     specs = {"in_specs": (same, each), "out_specs": (each, same), "check_vma": check_vma}
     on_two = compiled(jax.shard_map(both, mesh=mesh, **specs))(params, x)
-    seen, clipped = gf.per_example_norms(in_a_loop)(params, x), gf.clipped_grads(in_a_loop, 90.0)(params, x)
-    on_one = (seen.norms, seen.total, clipped.total), (seen.grads, clipped.grads)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), on_two, on_one)
+    clipped = gf.clipped_grads(in_a_loop, bound)(params, x)
+    on_one = (one.norms, one.total, clipped.total), (one.grads, clipped.grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), on_two, on_one)
 
 
 MOVES = {
