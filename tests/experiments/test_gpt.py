@@ -1,7 +1,6 @@
 """The language model end to end: it trains, draws, goes on writing, and says what was promised for it."""
 
 import json
-import sys
 
 import jax
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 
 import gradfn as gf
 from experiments import gpt
+from gradfn import run as runs
 from gradfn import sample
 from gradfn.cli import main
 
@@ -76,7 +76,7 @@ def test_sampling_on_the_command_line(of_text, monkeypatch, capsys):
     assert main([*words[:-1], "5"]) == 0
     assert capsys.readouterr().out != said[0]
     # The name of an experiment is its latest run.
-    monkeypatch.setattr(sys.modules["gradfn.sample"], "RUNS", of_text.folder.parent.parent)
+    monkeypatch.setattr(runs, "RUNS", of_text.folder.parent.parent)
     assert main(["sample", of_text.folder.parent.name, *words[2:]]) == 0
     assert capsys.readouterr().out == said[0]
 
