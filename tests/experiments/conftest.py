@@ -78,7 +78,8 @@ def _rounded(text):
     return float(text), 0.5 * 10.0 ** -len(text.partition(".")[2])
 
 
-@pytest.fixture(scope="session", autouse=True)
+# Of a module, not of the session: that would last into the tests of other folders.
+@pytest.fixture(scope="module", autouse=True)
 def _titles_report_the_verdict():
     finish = runs.finish
 

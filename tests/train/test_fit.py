@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors import safe_open
 
 import gradfn as gf
 from gradfn.train import fit as fit_module  # the function of that name hides the module
@@ -309,13 +310,19 @@ def test_kill_9_at_any_moment_loses_nothing(tmp_path):
         command = [sys.executable, "-c", VICTIM, str(folder)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
+    def rows_in(checkpoint):
+        if not checkpoint.exists():
+            return 0
+        with safe_open(checkpoint, "numpy") as content:
+            return len(json.loads(content.metadata()["notes"])["history"])
+
     rng = np.random.default_rng(0)
     checkpoint = tmp_path / "killed" / "checkpoint.safetensors"
     for _ in range(3):
         run = start_run(tmp_path / "killed")
         run.stdout.readline()  # it trains
-        while not checkpoint.exists():
-            time.sleep(0.001)
+        while rows_in(checkpoint) == 0:
+            time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
         run.send_signal(signal.SIGKILL)
         run.wait()
