@@ -13,8 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
+from gradfn.files import FileError, replace_file
 from gradfn.text import to_json
-from gradfn.train.checkpoint import replace_file, save
+from gradfn.train.checkpoint import save
 from gradfn.train.fit import CHECKPOINT
 from gradfn.train.log import METRICS
 from gradfn.versions import versions
@@ -24,7 +25,7 @@ CONFIG, VERSIONS, RESULT = "config.json", "versions.json", "result.json"
 BEGUN = "begun"  # when, among the versions
 
 
-class RunError(ValueError):
+class RunError(FileError):
     """A run that cannot be begun, or gone on with, as asked."""
 
 

@@ -4,11 +4,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gradfn.files import FileError
+
 Examples = tuple[np.ndarray, np.ndarray]
 """Inputs [N, ...] and targets [N, ...]: row i of the one belongs to row i of the other."""
 
 
-class DataError(ValueError):
+class DataError(FileError):
     """A data file is missing, damaged or not what its name says; the message names it and says what to do."""
 
 

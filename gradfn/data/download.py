@@ -1,16 +1,15 @@
 """Download checked files, whole or not at all."""
 
 import http.client
-import os
 import urllib.error
 import urllib.request
-import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradfn.data.dataset import DataError
+from gradfn.files import replace_file
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -41,7 +40,8 @@ def download(sources: Mapping[str, Path], check: Callable[[str, bytes], None], o
             try:
                 body = fetch(address, partial(show, progress, task))
                 check(address, body)
-                write_atomically(file, body)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                replace_file(file, body)
             except DataError as error:
                 raise DataError(f"{error}\n{otherwise}") from error
             except urllib.error.HTTPError as error:
@@ -73,17 +73,3 @@ def fetch(address: str, progress: Callable[[int, int | None], None]) -> bytes:
     if total is not None and done != total:
         raise DataError(f"{address}: the download was cut off: {done:,} of {total:,} bytes came.")
     return b"".join(chunks)
-
-
-def write_atomically(file: Path, body: bytes) -> None:
-    """Write a file so that under its name there is all of it or nothing, whatever happens midway."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")  # same folder: a rename cannot cross disks
-    try:
-        with part.open("xb") as out:
-            out.write(body)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)

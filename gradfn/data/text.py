@@ -15,6 +15,7 @@ import numpy as np
 
 from gradfn.data.dataset import DataError
 from gradfn.data.tokenizer import Tokenizer, tokenizer, tokenizer_from, utf8_bytes
+from gradfn.files import replace_file
 
 PIECE = 1 << 24  # characters that are tokenized at a time
 FORMAT = "tokenizer of gf.data.tokenize"  # marks its files: nothing else is overwritten
@@ -136,8 +137,6 @@ def tokenize(path: str | os.PathLike[str], to: str | os.PathLike[str], tokens: s
     >>> gf.data.text(gf.data.tokenize(folder / "a.txt", folder / "a.npy"), validation=0).train.tolist()[:5]
     [6, 4, 0, 1, 2]
     """
-    from gradfn.data.download import write_atomically  # urllib's network parts are slow to import
-
     source, target = Path(path).expanduser(), Path(to).expanduser()
     if target.suffix != ".npy":
         raise DataError(f"{target}: tokens go into a file whose name ends in .npy")
@@ -158,7 +157,7 @@ def tokenize(path: str | os.PathLike[str], to: str | os.PathLike[str], tokens: s
             at += len(encoded)
         out.flush()
         about = {"format": FORMAT, "tokens": length} | coder.to_dict()
-        write_atomically(_beside(target), json.dumps(about).encode())
+        replace_file(_beside(target), json.dumps(about).encode())
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gradfn.files import replace_file
 from gradfn.nets.gpt import GPTConfig, gpt
 from gradfn.nets.transformer import unstack_blocks
 from gradfn.params import Params, check
@@ -105,8 +106,6 @@ def save_pretrained(folder: str | os.PathLike[str], config: GPTConfig, params: P
     """
     from safetensors.numpy import save_file
 
-    from gradfn.data.download import write_atomically  # urllib's network parts are slow to import
-
     check(gf_spec := gpt(config).spec, params)
     if config.scan:
         params, gf_spec = unstack_blocks(params), gpt(dataclasses.replace(config, scan=False)).spec
@@ -129,7 +128,7 @@ def save_pretrained(folder: str | os.PathLike[str], config: GPTConfig, params: P
     _check_replaceable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     fields |= {"architectures": [family.architecture], "dtype": str(dtype), "model_type": family.name}
-    write_atomically(folder / "config.json", (json.dumps(fields, indent=2) + "\n").encode())
+    replace_file(folder / "config.json", (json.dumps(fields, indent=2) + "\n").encode())
     part = folder / f".{SINGLE}.{uuid.uuid4().hex}.part"
     try:
         save_file(tensors, part, metadata={"format": "pt"})

@@ -11,7 +11,7 @@ import numpy as np
 
 from gradfn.data import Dataset
 from gradfn.data.digits import spline
-from gradfn.train.checkpoint import replace_file
+from gradfn.files import replace_file
 
 DIGIT_NET = "digit_net.safetensors"
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "gelu")  # those that assets/mlp.js knows

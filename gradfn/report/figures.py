@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from gradfn.train.checkpoint import replace_file
+from gradfn.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

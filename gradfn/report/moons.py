@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gradfn.files import replace_file
 from gradfn.report.figures import _figure
-from gradfn.train.checkpoint import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gradfn.files import replace_file
 from gradfn.report.charts import Line, heat_map, line_chart, log_bounds
 from gradfn.report.digit_net import DigitNet
 from gradfn.report.kept import Kept, Part, Row, Shapes, read_run
 from gradfn.run import BEGUN, RunError, begun
-from gradfn.train.checkpoint import replace_file
 from gradfn.train.log import NOT_METRICS
 
 ASSETS = Path(__file__).parent / "assets"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gradfn.files import FileError, replace_file
 from gradfn.params import named_leaves, path_name
 from gradfn.train.model import take_apart
 
@@ -21,7 +21,7 @@ FLOATS = tuple(map(jnp.dtype, ("bfloat16", "float16", "float32", "float64")))  #
 DIGITS = 10  # of the step in their files' names
 
 
-class CheckpointError(ValueError):
+class CheckpointError(FileError):
     """A checkpoint that cannot be read, or that is of another run."""
 
 
@@ -131,25 +131,6 @@ def kept(folder: str | os.PathLike[str], like: Any, state: Any = None) -> dict[i
 
 def _together(params: Any, state: Any) -> Any:
     return params if state is None else {"params": params, "state": state}
-
-
-def replace_file(file: Path, data: bytes) -> None:
-    """Put data into a file in one go: others see the old content or the new, never a part.
-
-    Raises:
-        OSError: it cannot be written (the disk is full, say); it names the file, and no part of it is left.
-    """
-    part = file.with_name(f".{file.name}.part")
-    try:
-        with part.open("wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        part.replace(file)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def _stored(array: np.ndarray) -> np.ndarray:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gradfn.files import replace_file
 from gradfn.text import to_json
-from gradfn.train.checkpoint import CheckpointError, replace_file
+from gradfn.train.checkpoint import CheckpointError
 from gradfn.train.identity import Identity, difference
 from gradfn.versions import versions
 

@@ -8,6 +8,7 @@ import http.server
 import importlib
 import struct
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -340,7 +341,7 @@ def test_interrupted_write_leaves_nothing(server, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(importlib.import_module("gradfn.data.download").os, "replace", interrupted)
+    monkeypatch.setattr(Path, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         mnist(mirror=server.mirror)
     assert kept(server) == []

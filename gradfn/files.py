@@ -1,0 +1,279 @@
+"""The one door to files: writing that replaces a file in one go, and reading that trusts nothing.
+
+Whoever writes gets the whole new file under its name or, whatever interrupts the writing, the old one. Whoever reads
+gets content of the expected form, within a size that was set beforehand, or a `FileError` of one line that names the
+file and the fault. A name that was read from a file becomes a path by `beside` alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+T = TypeVar("T")
+
+JSON_LIMIT = 64 << 20  # bytes of a JSON file, or of one line of rows
+OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+PART = ".part"  # how names of unfinished files end
+
+
+class FileError(ValueError):
+    """A file that cannot be used; the message names it and says what is wrong."""
+
+
+@contextlib.contextmanager
+def replacing(file: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Open a binary file for content that replaces `file` at the end of the block.
+
+    The content goes into a new file beside it, with a random name that nobody else has. At the end of the block it is
+    flushed to the disk and renamed; after an error it is removed. A link named `file` is replaced, not followed.
+
+    Raises:
+        OSError: it cannot be written (a full disk, say); the error names `file`.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp(), "a.txt")
+    >>> with replacing(file) as out:
+    ...     _ = out.write(b"all of it")
+    >>> file.read_text()
+    'all of it'
+    """
+    file = Path(file)
+    part = file.with_name(f".{file.name}.{secrets.token_hex(8)}{PART}")
+    try:
+        try:
+            with part.open("xb") as out:
+                yield out
+                out.flush()
+                os.fsync(out.fileno())
+            part.replace(file)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+    except OSError as error:
+        if error.filename not in (None, str(part)):
+            raise
+        raise OSError(error.errno, error.strerror, str(file)) from error
+
+
+def replace_file(file: str | os.PathLike[str], data: bytes) -> None:
+    """Write data into a file in one go: see `replacing`."""
+    with replacing(file) as out:
+        out.write(data)
+
+
+def remove_parts(folder: Path, name: str) -> None:
+    """Remove what killed processes left of a file while they were replacing it."""
+    for part in folder.iterdir():
+        if re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{16}}{re.escape(PART)}", part.name):
+            part.unlink(missing_ok=True)
+
+
+def inner_folder(folder: Path, name: str) -> Path:
+    """Return a folder inside of another one, which is made if need be.
+
+    Raises:
+        FileError: the name is taken by a link, which may lead anywhere, or by a file.
+    """
+    inner = folder / name
+    inner.mkdir(parents=True, exist_ok=True)
+    if inner.is_symlink():
+        raise FileError(f"{inner}: is a link, where a folder is expected; remove it")
+    return inner
+
+
+def open_to_append(file: Path, size: int | None = None) -> IO[bytes]:
+    """Open a file to append to, after cutting it to `size` bytes; links are not followed.
+
+    Raises:
+        OSError: it cannot be opened.
+        FileError: it is not a regular file, or a link; or it has fewer than `size` bytes.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+    if file.is_symlink():
+        raise FileError(f"{file}: is a link, where a file is expected; remove it")
+    handle = os.open(file, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0), 0o666)
+    out = os.fdopen(handle, "ab")
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise FileError(f"{file}: is not a regular file")
+        if size is not None:
+            if status.st_size < size:
+                raise FileError(f"{file}: expected at least {size:,} bytes, got {status.st_size:,}")
+            os.ftruncate(handle, size)
+    except BaseException:
+        out.close()
+        raise
+    return out
+
+
+def open_regular(file: str | os.PathLike[str], limit: int | None = None) -> IO[bytes]:
+    """Open a regular file for reading: neither a device nor a pipe, which may never end.
+
+    Args:
+        file: its path.
+        limit: bytes that it may have.
+
+    Raises:
+        FileError: it is missing, cannot be read, is not a regular file, or is larger than `limit`.
+    """
+    try:
+        handle = os.open(file, OPEN_FLAGS)
+    except FileNotFoundError as error:
+        raise FileError(f"{file}: there is no such file") from error
+    except (OSError, ValueError) as error:  # a name of 5,000 letters; a NUL in it
+        raise FileError(f"{str(file)[:300]}: cannot be read ({getattr(error, 'strerror', error)})") from error
+    content = os.fdopen(handle, "rb")
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        content.close()
+        raise FileError(f"{file}: is not a regular file")
+    if limit is not None and status.st_size > limit:
+        content.close()
+        raise FileError(f"{file}: expected at most {limit:,} bytes, got {status.st_size:,}")
+    return content
+
+
+def read_bytes(file: str | os.PathLike[str], limit: int) -> bytes:
+    """Read a file of at most `limit` bytes; errors are those of `open_regular`."""
+    with open_regular(file, limit) as content:
+        try:
+            data = content.read(limit + 1)  # it may have grown
+        except OSError as error:
+            raise FileError(f"{file}: cannot be read ({error.strerror})") from error
+    if len(data) > limit:
+        raise FileError(f"{file}: expected at most {limit:,} bytes")
+    return data
+
+
+def read_text(file: str | os.PathLike[str], limit: int) -> str:
+    """Read a file of at most `limit` bytes in UTF-8; errors are those of `open_regular`, and FileError for others."""
+    try:
+        return read_bytes(file, limit).decode()
+    except UnicodeDecodeError as error:
+        raise FileError(f"{file}: not UTF-8 ({error.reason} at byte {error.start:,})") from error
+
+
+def read_json(file: str | os.PathLike[str], form: type[T], limit: int = JSON_LIMIT) -> T:
+    """Read a JSON file whose content has a form.
+
+    Args:
+        file: its path.
+        form: a type that says what the content must be: `dict[str, float]`, a `TypedDict`, a dataclass, ... Fields
+            that a `TypedDict` or a dataclass does not name are dropped.
+        limit: bytes that the file may have.
+
+    Returns:
+        The content, of that type.
+
+    Raises:
+        FileError: as for `open_regular`; or it is not JSON of this form. The message says where in it.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp(), "a.json")
+    >>> replace_file(file, b'{"rate": "high"}')
+    >>> read_json(file, dict[str, float])  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    gradfn.files.FileError: .../a.json: Expected `float`, got `str` - at `$[...]`
+    """
+    return parse_json(read_bytes(file, limit), form, str(file))
+
+
+def parse_json(data: bytes | str, form: type[T], name: str) -> T:
+    """Parse JSON whose content has a form: see `read_json`; `name` is what to call it in the error."""
+    import msgspec
+
+    try:
+        return msgspec.json.decode(data, type=form)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise FileError(f"{name}: {error}") from error
+    except RecursionError as error:
+        raise FileError(f"{name}: nested too deeply") from error
+
+
+def read_rows(
+    file: str | os.PathLike[str], form: type[T], start: int = 0, limit: int = JSON_LIMIT
+) -> Iterator[T]:
+    """Yield the rows of a file with JSON on each line, one at a time.
+
+    A last line without its end is left out: it is still being written, or its writer was killed.
+
+    Args:
+        file: its path.
+        form: of a row, as in `read_json`.
+        start: the byte to begin at, where a row begins.
+        limit: bytes that one row may have.
+
+    Raises:
+        FileError: as for `read_json`; it names the line.
+    """
+    import msgspec
+
+    decoder = msgspec.json.Decoder(form)
+    with open_regular(file) as content:
+        content.seek(start)
+        number = 0
+        while line := content.readline(limit + 1):
+            number += 1
+            if len(line) > limit:
+                raise FileError(f"{file}: line {number:,}: expected at most {limit:,} bytes")
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield decoder.decode(line)
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                raise FileError(f"{file}: line {number:,}: {error}") from error
+            except RecursionError as error:
+                raise FileError(f"{file}: line {number:,}: nested too deeply") from error
+
+
+def beside(file: Path, name: Any) -> Path:
+    """Return the path of a file that another one names, in the same folder.
+
+    Raises:
+        FileError: the name would lead elsewhere, or is not one that a file can have.
+
+    >>> beside(Path("runs/a/index.json"), "../../b")
+    Traceback (most recent call last):
+    gradfn.files.FileError: runs/a/index.json: expected the name of a file beside it, got '../../b'
+    """
+    plain = isinstance(name, str) and 0 < len(name.encode("utf-8", "replace")) <= 255
+    if not plain or name in (".", "..") or re.search(r"[/\\\x00-\x1f]", name) or Path(name).name != name:
+        raise FileError(f"{file}: expected the name of a file beside it, got {name!r:.100}")
+    return file.with_name(name)
+
+
+@contextlib.contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Own a folder while the block runs: no other process can, and a process that dies owns nothing.
+
+    A process may own a folder several times over, in one thread.
+
+    Raises:
+        FileError: another process (or thread) owns it, or it cannot be locked.
+    """
+    import filelock
+
+    lock = filelock.FileLock(folder / LOCK, timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise FileError(
+            f"{folder}: is in use by another run; wait for its end, or name another folder"
+        ) from error
+    except OSError as error:
+        raise FileError(f"{folder / LOCK}: cannot be locked ({error.strerror})") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+LOCK = ".lock"

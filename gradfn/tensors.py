@@ -1,0 +1,104 @@
+"""Files of named arrays, in the safetensors format: written an array at a time, read with checks.
+
+The format is a length (8 bytes), a JSON header that says of each array its dtype, shape and place, and the arrays'
+bytes one after another: https://github.com/huggingface/safetensors. The library's own writer needs all bytes at once;
+this one needs those of one array, so that saving a state does not double the memory that it takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from gradfn.files import FileError, open_regular
+
+# What the format calls the dtypes that numpy (and ml_dtypes) have.
+NAMES = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
+    "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
+}  # fmt: skip
+HEADER_LIMIT = 100_000_000  # bytes, the format's
+
+
+class Tensor(NamedTuple):
+    """An array to write: its dtype and shape, and a function that returns it when its turn comes."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    load: Callable[[], np.ndarray]
+
+
+def write_tensors(out: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write named arrays and their metadata to an open file.
+
+    Args:
+        out: where to; see `gradfn.files.replacing`.
+        tensors: by name. Each is loaded when it is written, and not kept.
+        metadata: texts by name.
+
+    Raises:
+        ValueError: a header of more than 100 MB, which no reader would accept.
+
+    >>> import io, safetensors.numpy
+    >>> out, ones = io.BytesIO(), np.ones([2], np.float32)
+    >>> write_tensors(out, {"a": Tensor(ones.dtype, ones.shape, lambda: ones)}, {"by": "me"})
+    >>> safetensors.numpy.load(out.getvalue())
+    {'a': array([1., 1.], dtype=float32)}
+    """
+    # The largest items first, so that every array lies at a multiple of its item's size, as maps of the file need it.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in names:
+        dtype, shape, _ = tensors[name]
+        start, end = end, end + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        header[name] = {"dtype": NAMES[dtype.name], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > HEADER_LIMIT:
+        raise ValueError(f"the header would have {len(text):,} bytes, at most {HEADER_LIMIT:,} can be read")
+    out.write(struct.pack("<Q", len(text)))
+    out.write(text)
+    for name in names:
+        array = np.ascontiguousarray(tensors[name].load())
+        out.write(array.reshape(-1).view(np.uint8).data)  # [...] -> [bytes]
+
+
+@contextlib.contextmanager
+def open_tensors(file: str | os.PathLike[str]) -> Iterator[Any]:
+    """Open a safetensors file, for `safetensors.safe_open`'s methods; what they raise becomes a FileError.
+
+    Raises:
+        FileError: the file is missing, not a regular file, damaged, or has arrays of a dtype that numpy lacks.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    open_regular(file).close()  # a pipe would wait for ever
+    try:
+        with safe_open(Path(file), "numpy") as content:
+            yield content
+    except FileError:
+        raise
+    except (
+        OSError,
+        SafetensorError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        ValueError,
+        OverflowError,
+    ) as error:
+        raise FileError(f"{file}: not a readable safetensors file ({error})") from error
+
+
+def is_stored(dtype: Any) -> bool:
+    """Tell whether the format has a dtype."""
+    return jnp.dtype(dtype).name in NAMES
