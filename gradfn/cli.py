@@ -173,8 +173,8 @@ def _table(words: list[str]) -> int:
 
 
 def _report(words: list[str]) -> int:
+    from gradfn.files import FileError
     from gradfn.report.page import write_report
-    from gradfn.run import RunError
 
     runs: list[str] = []
     out: str | None = None
@@ -199,7 +199,7 @@ def _report(words: list[str]) -> int:
             )
         about = {name: _about(file) for name, file in experiments().items()}
         file = write_report(runs, out, about)
-    except (UserError, RunError, ImportError, OSError) as error:
+    except (UserError, FileError, ImportError, OSError) as error:
         return _fail(f"gradfn report: {_told(error)}", 2)
     print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB): open it in a browser")
     return 0
@@ -222,8 +222,6 @@ def _about(file: Path) -> Any:
 
 def _sample(words: list[str]) -> int:
     from gradfn import sample
-    from gradfn.data import DataError
-    from gradfn.train.checkpoint import CheckpointError
 
     helping = words[:1] in (["-h"], ["--help"])
     run, options = ("RUN", ["--help"]) if helping else (words[0] if words else "", words[1:])
@@ -242,7 +240,7 @@ def _sample(words: list[str]) -> int:
         sample.run(sample.load_model(run), config)
     except BrokenPipeError:
         raise
-    except (UserError, CheckpointError, DataError, ImportError, OSError, ValueError) as error:
+    except (UserError, ImportError, OSError, ValueError) as error:
         return _fail(f"{command}: {_told(error)}", 2)
     except SystemExit as error:  # --help
         return int(error.code or 0)
@@ -252,8 +250,8 @@ def _sample(words: list[str]) -> int:
 def _run(file: Path, words: list[str], command: str) -> int:
     """Run an experiment's file with the options in `words`; `command` is what the user typed before them."""
     from gradfn import run as runs
-    from gradfn.data import DataError
-    from gradfn.train import CheckpointError, keep_freed_memory
+    from gradfn.files import FileError
+    from gradfn.train import keep_freed_memory
 
     keep_freed_memory()
     config: Any = None
@@ -267,7 +265,7 @@ def _run(file: Path, words: list[str], command: str) -> int:
         config = _config(module, words, command)
         config = runs.settle(file.stem, config)
         module.run(config)
-    except (UserError, runs.RunError, DataError, CheckpointError, ImportError) as error:
+    except (UserError, FileError, ImportError) as error:
         return _fail(f"{command}: {error}", 2)
     except ValueError as error:
         if has_begun():

@@ -250,6 +250,19 @@ def beside(file: Path, name: Any) -> Path:
     return file.with_name(name)
 
 
+def inside(folder: str | os.PathLike[str], name: str) -> Path:
+    """Return the path of a file in a folder, which may be a link only to what lies in that folder too.
+
+    Raises:
+        FileError: it leads out of the folder.
+    """
+    file = Path(folder) / name
+    root, target = (Path(os.path.realpath(path)) for path in (folder, file))
+    if not target.is_relative_to(root):
+        raise FileError(f"{file}: is a link that leads out of {folder}; remove it")
+    return file
+
+
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
     """Own a folder while the block runs: no other process can, and a process that dies owns nothing.

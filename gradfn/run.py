@@ -7,13 +7,16 @@ beginning of a run, it is there as a whole or not at all.
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Protocol, TypedDict, TypeVar
 
-from gradfn.files import FileError, replace_file
+import msgspec
+from msgspec import Meta
+
+from gradfn.files import FileError, inside, read_json, replace_file
 from gradfn.text import to_json
 from gradfn.train.checkpoint import save
 from gradfn.train.fit import CHECKPOINT
@@ -23,6 +26,25 @@ from gradfn.versions import versions
 RUNS = Path("runs")
 CONFIG, VERSIONS, RESULT = "config.json", "versions.json", "result.json"
 BEGUN = "begun"  # when, among the versions
+
+
+# What may stand in these files. Numbers are bounded so that arithmetic with them stays finite.
+Number = Annotated[float, Meta(ge=-1e300, le=1e300)]
+Integer = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Option = bool | Integer | Number | str | None
+
+
+class ConfigFile(TypedDict):
+    """`config.json`: whose run it is, a name that can be a file's, and its options."""
+
+    experiment: Annotated[str, Meta(pattern=r"\A[^/\\\x00-\x1f\x7f]{1,255}\Z")]
+    options: dict[str, Option | list[Option]]
+
+
+# versions.json: what it ran on, its seed, and BEGUN.
+VersionsFile = dict[str, bool | Integer | Number | str | None]
+# result.json: its verdict, a text, and whatever an experiment measured.
+ResultFile = dict[str, Any]
 
 
 class RunError(FileError):
@@ -131,6 +153,32 @@ def keep_training(folder: Path, history: Sequence[Mapping[str, Any]], params: An
     save(folder / CHECKPOINT, {"params": params}, {})
 
 
+def read_config(folder: Path) -> ConfigFile:
+    """Read whose run a folder has, and its options.
+
+    Raises:
+        FileError: the file is missing, leads out of the folder, or has another form.
+    """
+    return read_json(inside(folder, CONFIG), ConfigFile)
+
+
+def read_versions(folder: Path) -> VersionsFile:
+    """Read what a run ran on; {} where that is not kept. Errors are those of `read_config`."""
+    file = inside(folder, VERSIONS)
+    return read_json(file, VersionsFile) if os.path.lexists(file) else {}
+
+
+def read_result(folder: Path) -> ResultFile | None:
+    """Read what came of a run; None where it has not finished. Errors are those of `read_config`."""
+    file = inside(folder, RESULT)
+    if not os.path.lexists(file):
+        return None
+    result = read_json(file, ResultFile)
+    if not isinstance(verdict := result.get("verdict", ""), str):
+        raise FileError(f"{file}: expected a text as the verdict, got {type(verdict).__name__}")
+    return result
+
+
 def latest(experiment: str | Path, holding: str = CONFIG) -> Path | None:
     """Return the run of an experiment that began last, or None where there is no run.
 
@@ -145,12 +193,14 @@ def latest(experiment: str | Path, holding: str = CONFIG) -> Path | None:
 def begun(folder: Path) -> datetime:
     """Return when a run began; for one of an earlier version, when its options were written."""
     try:
-        return datetime.fromisoformat(
-            json.loads((folder / VERSIONS).read_text(encoding="utf-8"))[BEGUN]
-        ).astimezone(UTC)
-    except (OSError, ValueError, KeyError, TypeError):
+        return datetime.fromisoformat(str(read_versions(folder)[BEGUN])).astimezone(UTC)
+    except (ValueError, KeyError, OverflowError):
         file = folder / CONFIG
-        return datetime.fromtimestamp((file if file.exists() else folder).stat().st_mtime, UTC)
+        seconds = (file if file.exists() else folder).stat().st_mtime
+    try:
+        return datetime.fromtimestamp(seconds, UTC)
+    except (ValueError, OSError, OverflowError):  # a year beyond 9999
+        return datetime.min.replace(tzinfo=UTC)
 
 
 def stored(experiment: str, config: C) -> C | None:
@@ -159,27 +209,24 @@ def stored(experiment: str, config: C) -> C | None:
     It is the run in `config.folder`, or, where that is None, the latest in `runs/<experiment>`.
 
     Raises:
-        RunError: the folder holds a run of another experiment, or one that cannot be read.
+        RunError: the folder holds a run of another experiment, or one with options that it does not take.
+        FileError: its config cannot be read.
     """
     folder = latest(experiment) if config.folder is None else Path(config.folder)
     if folder is None or not (folder / CONFIG).exists():
         return None
-    file = folder / CONFIG
+    content = read_config(folder)
+    if content["experiment"] != experiment:
+        raise RunError(f"{folder} holds a run of {content['experiment']}, not of {experiment}")
+    kind = type(config)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        name, found = (
-            content["experiment"],
-            {key: _tuples(value) for key, value in content["options"].items()},
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{file}: not a readable config of a run ({error})") from error
-    if name != experiment:
-        raise RunError(f"{folder} holds a run of {name}, not of {experiment}")
-    try:
-        kind: Any = type(config)
-        return kind(**found, folder=str(folder), resume=True)
+        if unknown := sorted(content["options"].keys() - options(config).keys()):
+            raise ValueError(f"no option {unknown[0]!r}")
+        return msgspec.convert(content["options"] | {"folder": str(folder), "resume": True}, kind)
     except (TypeError, ValueError) as error:
-        raise RunError(f"{file}: not what {experiment} takes now ({error}); start a new run") from error
+        raise RunError(
+            f"{folder / CONFIG}: not what {experiment} takes now ({error}); start a new run"
+        ) from error
 
 
 def merge(config: C, was: C, default: C) -> C:
@@ -267,7 +314,3 @@ def positive(**numbers: float) -> None:
 def write_json(file: Path, content: Any) -> None:
     """Write JSON in one go: a reader finds the old file or the new, never a part. NaN and infinities become null."""
     replace_file(file, (to_json(content, indent=2) + "\n").encode())
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from gradfn import run as runs
+from gradfn.files import FileError
 from gradfn.report.kept import find_run, read_run
 from gradfn.report.page import page
 
@@ -118,16 +119,16 @@ def test_a_run_that_died_before_its_config_begins_again_in_its_folder(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not a readable config"),
-        ("[]", "not a readable config"),
-        ('{"experiment": "toy"}', "not a readable config"),
+        ("{", "Input data was truncated"),
+        ("[]", "Expected `object`, got `array`"),
+        ('{"experiment": "toy"}', "Object missing required field `options`"),
         ('{"experiment": "toy", "options": {"depth": 3}}', "not what toy takes now"),
     ],
 )
 def test_a_config_that_cannot_be_used_is_named(content, message):
     folder = start(Config())
     (folder / "config.json").write_text(content)
-    with pytest.raises(runs.RunError, match=rf"config.json: {message}"):
+    with pytest.raises(FileError, match=rf"config.json: {message}"):
         runs.settle("toy", Config(resume=True))
 
 

@@ -5,17 +5,30 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import numpy as np
 
 from gradfn.data import Dataset
 from gradfn.data.digits import spline
-from gradfn.files import replace_file
+from gradfn.files import FileError, open_regular, parse_json, replace_file
+from gradfn.tensors import open_tensors
 
 DIGIT_NET = "digit_net.safetensors"
-ACTIVATIONS = ("sigmoid", "tanh", "relu", "gelu")  # those that assets/mlp.js knows
+Activation = Literal["sigmoid", "tanh", "relu", "gelu"]  # those that assets/mlp.js knows
+ACTIVATIONS = get_args(Activation)
 MISTAKES = 2
+PIXELS, LABELS = 784, 10
+LIMIT = 1 << 30  # bytes of the file
+
+
+class About(TypedDict):
+    """What the file says of the network, beside its arrays."""
+
+    activation: Activation
+    output: Activation | None
+    loss: Literal["cross-entropy", "quadratic"]
+    data: str
 
 
 class DigitNet(NamedTuple):
@@ -34,7 +47,7 @@ class DigitNet(NamedTuple):
     samples: np.ndarray
     labels: np.ndarray
     spline: np.ndarray | None
-    about: dict[str, Any]
+    about: About
 
 
 def keep_digit_net(
@@ -91,23 +104,51 @@ def load_digit_net(file: Path) -> DigitNet:
     """Read what `keep_digit_net` wrote.
 
     Raises:
-        ValueError: the file cannot be read.
+        FileError: the file cannot be read, or its arrays are not those of such a network.
     """
-    from safetensors import SafetensorError, safe_open
+    open_regular(file, LIMIT).close()
+    with open_tensors(file) as content:
+        about = parse_json(content.metadata()["about"], About, str(file))
+        arrays = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    _check(file, arrays)
+    return DigitNet(
+        samples=arrays.pop("samples"),
+        labels=arrays.pop("labels"),
+        spline=arrays.pop("spline", None),
+        about=about,
+        params=arrays,
+    )
 
-    try:
-        with safe_open(file, "numpy") as content:
-            about = json.loads(content.metadata()["about"])
-            arrays = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-        return DigitNet(
-            samples=arrays.pop("samples"),
-            labels=arrays.pop("labels"),
-            spline=arrays.pop("spline", None),
-            about=about,
-            params=arrays,
+
+def _check(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise a FileError unless there are the arrays that the page computes with, of the right shapes and dtypes."""
+    n_layers = sum(name.startswith("W") for name in arrays)
+    n_samples = next(iter(arrays.get("samples", np.zeros(0)).shape), 0)
+    # -1 is any length from 1 up.
+    shapes: dict[str, tuple[int, ...]] = {"samples": (-1, PIXELS), "labels": (n_samples,)}
+    n_in = PIXELS
+    for layer in range(1, n_layers + 1):
+        n_out = LABELS if layer == n_layers else max(arrays.get(f"b{layer}", np.zeros(0)).size, 1)
+        shapes |= {f"W{layer}": (n_out, n_in), f"b{layer}": (n_out,)}
+        n_in = n_out
+    if "spline" in arrays:
+        shapes["spline"] = (28, -1)
+    if not n_layers or shapes.keys() != arrays.keys():
+        found = ", ".join(sorted(arrays))
+        raise FileError(f"{file}: expected the arrays W1, b1, ..., samples and labels, got {found!r:.200}")
+    for name, shape in shapes.items():
+        array, dtype = arrays[name], "int32" if name == "labels" else "float32"
+        fits = len(array.shape) == len(shape) and all(
+            n == m or (m == -1 and n > 0) for n, m in zip(array.shape, shape, strict=True)
         )
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: not a readable digit network ({error})") from error
+        if not fits or array.dtype != dtype:
+            expected = f"[{', '.join('n' if n == -1 else str(n) for n in shape)}] {dtype}"
+            raise FileError(f"{file}: {name}: expected {expected}, got {list(array.shape)} {array.dtype}")
+        if not np.isfinite(array).all():
+            raise FileError(f"{file}: {name}: expected finite numbers")
+    labels = arrays["labels"]
+    if labels.min() < 0 or labels.max() >= LABELS:
+        raise FileError(f"{file}: labels: expected 0 to 9, got {labels.min()} to {labels.max()}")
 
 
 def _samples(labels: np.ndarray, probabilities: np.ndarray) -> list[int]:

@@ -2,21 +2,74 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
+from msgspec import Meta
+
+from gradfn.files import FileError, inside, parse_json, read_bytes, read_rows
 from gradfn.params import _reading_order
 from gradfn.report.digit_net import DIGIT_NET, DigitNet, load_digit_net
-from gradfn.run import CONFIG, RESULT, RUNS, VERSIONS, RunError, latest
+from gradfn.run import (
+    CONFIG,
+    RUNS,
+    Number,
+    Option,
+    RunError,
+    VersionsFile,
+    latest,
+    read_config,
+    read_result,
+    read_versions,
+)
+from gradfn.tensors import open_tensors
 from gradfn.train.fit import CHECKPOINT
 from gradfn.train.log import INSPECTIONS, METRICS, NOISE
 
 Row = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
+PICTURES_LIMIT = 256 << 20  # bytes of all pictures of a run
+LAST_STEP = 2**53  # that a float64 tells from the one before
+
+# The rows of a training's files; null is a number that was not finite.
+Step = Annotated[int, Meta(ge=0, le=LAST_STEP)]
+MetricsRow = dict[str, Number | None]  # of a row by name, among them "step"
+
+
+class Stats(TypedDict):
+    """Statistics of a value or a gradient, of which the page shows one; of a value in a loop, one for each turn."""
+
+    rms: NotRequired[Number | list[Any] | None]
+
+
+class InspectionRow(TypedDict):
+    """What the page shows of `Inspection.to_dict()`."""
+
+    step: Step
+    sites: dict[str, Stats]
+    site_grads: dict[str, Stats]
+    grads: dict[str, Stats]
+    param_order: NotRequired[list[str]]
+    flags: NotRequired[dict[str, list[str]]]
+
+
+class NoiseRow(TypedDict):
+    """What the page shows of a measure of the gradient's noise."""
+
+    step: Step
+    running_scale: Number | None
+
+
+class Notes(TypedDict, total=False):
+    """What the page shows of the notes in a checkpoint of `gf.fit`."""
+
+    settings: dict[str, Option]
+    versions: VersionsFile
+    finished: bool
 
 
 class Part(NamedTuple):
@@ -66,33 +119,25 @@ def read_run(run: str | Path) -> Kept:
         run: its folder, also that of `gf.fit(..., folder=...)`; or an experiment's name for its latest run.
 
     Raises:
-        RunError: there is no such run, or a file of it cannot be read; it names the file.
+        RunError: there is no such run.
+        FileError: a file of it cannot be read, or leads out of the run's folder; it names the file.
     """
     folder = find_run(run)
     if not (folder / CONFIG).exists():
         return _of_fit(folder)
-    config = _json(folder / CONFIG)
-    try:
-        experiment, options = str(config["experiment"]), dict(config["options"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{folder / CONFIG}: not a readable config of a run ({error})") from error
-    has = {name: (folder / name).exists() for name in (VERSIONS, RESULT, DIGIT_NET)}
-    try:
-        net = load_digit_net(folder / DIGIT_NET) if has[DIGIT_NET] else None
-    except ValueError as error:
-        raise RunError(str(error)) from error
+    config = read_config(folder)
+    net = inside(folder, DIGIT_NET)
     return Kept(
         folder=folder,
-        experiment=experiment,
-        options=options,
-        versions=_json(folder / VERSIONS) if has[VERSIONS] else {},
-        result=_json(folder / RESULT) if has[RESULT] else None,
+        experiment=config["experiment"],
+        options=dict(config["options"]),
+        versions=dict(read_versions(folder)),
+        result=read_result(folder),
         parts={
-            "" if file.parent == folder else str(file.parent.relative_to(folder)): _part(file.parent)
-            for file in sorted(folder.rglob(METRICS))
+            "" if part == folder else str(part.relative_to(folder)): _part(part) for part in _parts(folder)
         },
         pictures=_pictures(folder),
-        net=net,
+        net=load_digit_net(net) if os.path.lexists(net) else None,
     )
 
 
@@ -121,81 +166,111 @@ def find_run(run: str | Path) -> Path:
     )
 
 
+def _parts(folder: Path) -> list[Path]:
+    """Return the folders with rows of metrics, those of links left out; one at a time, however deep they lie."""
+    found, waiting = [], [folder]
+    while waiting:
+        part = waiting.pop()
+        try:
+            with os.scandir(part) as entries:
+                waiting += [part / entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        except OSError as error:
+            raise FileError(f"{str(part)[:300]}: cannot be read ({error.strerror})") from error
+        if os.path.lexists(part / METRICS):
+            found.append(part)
+    return sorted(found)
+
+
 def _part(folder: Path) -> Part:
-    shapes = _shapes(folder / CHECKPOINT)
-    return Part(_rows(folder / METRICS), _rows(folder / INSPECTIONS), shapes, _rows(folder / NOISE))
+    files = [inside(folder, name) for name in (METRICS, INSPECTIONS, NOISE)]
+    metrics, inspections, noise = (file if os.path.lexists(file) else None for file in files)
+    return Part(
+        history=list(_metrics(metrics)) if metrics else [],
+        inspections=list(_inspections(inspections)) if inspections else [],
+        shapes=_shapes(folder),
+        noise=[_numbers(row) for row in read_rows(noise, NoiseRow)] if noise else [],
+    )
 
 
 def _of_fit(folder: Path) -> Kept:
     """Read what `gf.fit` has kept in a folder of its own; its checkpoint tells its settings and versions."""
-    part, notes = _part(folder), _notes(folder / CHECKPOINT)
+    part, notes = _part(folder), _notes(folder)
     settings = notes.get("settings", {})
     result = None
     if notes.get("finished") and part.history:
         last = part.history[-1]
-        result = {"verdict": f"training loss {last['loss']:.4g} after {last['step']:,} steps"}
+        result = {"verdict": f"training loss {last.get('loss', math.nan):.4g} after {last['step']:,} steps"}
     versions = notes.get("versions", {}) | ({"seed": settings["seed"]} if "seed" in settings else {})
     return Kept(folder, "", settings, versions, result, {"": part}, _pictures(folder), None)
 
 
 def _pictures(folder: Path) -> dict[str, bytes]:
     files = [file for ending in ("png", "gif") for file in sorted(folder.glob(f"*.{ending}"))]
-    return {file.stem: file.read_bytes() for file in files}
+    found, room = {}, PICTURES_LIMIT
+    for file in files:
+        found[file.stem] = read_bytes(inside(folder, file.name), room)
+        room -= len(found[file.stem])
+    return found
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file}: not readable ({error})") from error
-    if not isinstance(content, dict):
-        raise RunError(f"{file}: expected an object, came {type(content).__name__}")
-    return content
+def _metrics(file: Path) -> Iterator[Row]:
+    for i, row in enumerate(read_rows(file, MetricsRow), start=1):
+        step = row.get("step")
+        if step is None or not (0 <= step <= LAST_STEP and step.is_integer()):
+            raise FileError(f"{file}: line {i:,}: expected an integer >= 0 as the step, got {step}")
+        yield _numbers(row) | {"step": int(step)}
 
 
-def _rows(file: Path) -> list[Row]:
-    """Read rows of JSON; of a run that is still going on the last may be half written, which is left out."""
-    if not file.exists():
-        return []
-    lines = file.read_text(encoding="utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, start=1):
+def _inspections(file: Path) -> Iterator[Row]:
+    for i, row in enumerate(read_rows(file, InspectionRow), start=1):
         try:
-            rows.append(dict(json.loads(line, object_hook=_numbers)))
+            yield row | {kind: _sizes(row[kind]) for kind in ("grads", "site_grads")}
         except (TypeError, ValueError) as error:
-            if number < len(lines):
-                raise RunError(f"{file}, line {number}: not readable ({error})") from error
-    return rows
+            raise FileError(f"{file}: line {i:,}: {error}") from error
 
 
-def _numbers(row: Row) -> Row:
+def _sizes(stats: Mapping[str, Stats]) -> dict[str, Stats]:
+    """Return the rms of each entry; of one that a loop repeats, over all its turns."""
+    return {name: {"rms": _root_mean_square(each["rms"])} for name, each in stats.items() if "rms" in each}
+
+
+def _root_mean_square(values: Any) -> float:
+    waiting, sizes = [values], []
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting += value
+        elif value is None:
+            sizes.append(math.nan)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e300:
+            sizes.append(value)
+        else:
+            raise TypeError(f"expected numbers as an rms, got {value!r:.40}")
+    if not sizes:
+        raise ValueError("expected numbers as an rms, got none")
+    return math.hypot(*sizes) / math.sqrt(len(sizes))
+
+
+def _numbers(row: Mapping[str, Any]) -> Row:
     """Read null, which JSON has for it, as NaN."""
     return {name: math.nan if value is None else value for name, value in row.items()}
 
 
-def _shapes(checkpoint: Path) -> Shapes:
-    """Return the shapes of the parameters in a checkpoint, without reading them."""
-    if not checkpoint.exists():
+def _shapes(folder: Path) -> Shapes:
+    """Return the shapes of the parameters in a folder's checkpoint, without reading them."""
+    file = inside(folder, CHECKPOINT)
+    if not os.path.lexists(file):
         return {}
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(checkpoint, "numpy") as content:
-            names = [name for name in content.keys() if re.match("params(/|$)", name)]  # noqa: SIM118
-            shapes = {name.removeprefix("params/"): content.get_slice(name).get_shape() for name in names}
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{checkpoint}: not a readable checkpoint ({error})") from error
-    return {name: tuple(shapes[name]) for name in sorted(shapes, key=_reading_order)}
+    with open_tensors(file) as content:
+        names = [name for name in content.keys() if re.match("params(/|$)", name)]  # noqa: SIM118
+        shapes = {name.removeprefix("params/"): content.get_slice(name).get_shape() for name in names}
+        return {name: tuple(shapes[name]) for name in sorted(shapes, key=_reading_order)}
 
 
-def _notes(checkpoint: Path) -> dict[str, Any]:
-    """Return the notes in a checkpoint; none where there is no checkpoint yet."""
-    if not checkpoint.exists():
+def _notes(folder: Path) -> Notes:
+    """Return the notes in a folder's checkpoint; none where there is no checkpoint yet."""
+    file = inside(folder, CHECKPOINT)
+    if not os.path.lexists(file):
         return {}
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(checkpoint, "numpy") as content:
-            return dict(json.loads(content.metadata()["notes"]))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{checkpoint}: not a readable checkpoint ({error})") from error
+    with open_tensors(file) as content:
+        return parse_json(content.metadata()["notes"], Notes, str(file))

@@ -134,10 +134,10 @@ def test_an_interrupted_run_shows_as_far_as_it_got(tmp_path):
 
 def test_a_loss_that_was_not_finite_leaves_the_rest_to_be_seen(tmp_path):
     folder = write_run(tmp_path / "run")
-    look = {"sites": {}, "site_grads": {}, "grads": {"W1": {"rms": float("nan")}, "b1": {"rms": 0.0}}}
+    look = {"sites": {}, "site_grads": {}, "grads": {"W1": {"rms": None}, "b1": {"rms": 0.0}}}
     (folder / "inspections.jsonl").write_text(json.dumps(look | {"step": 0}) + "\n")
     with (folder / "metrics.jsonl").open("a") as out:
-        out.write('{"step": 30, "loss": NaN}\n')
+        out.write('{"step": 30, "loss": null}\n')
     html = page([read_run(folder)])
     assert 'class="bad" title="W1, step 0: nan"' in html
     assert 'class="none" title="b1, step 0: 0.00e+00"' in html
@@ -209,9 +209,9 @@ def test_the_digit_net_comes_back_as_it_was_kept(tmp_path):
         ("run --out", "--out wants a file's name"),
         ("run --out=", "--out wants a file's name"),
         ("run --out nowhere/x.html", "nowhere/x.html: cannot be written (No such file or directory)"),
-        ("broken", "broken/config.json: not readable"),
-        ("torn", "torn/metrics.jsonl, line 1: not readable"),
-        ("net", "net/digit_net.safetensors: not a readable digit network"),
+        ("broken", "broken/config.json: Input data was truncated"),
+        ("torn", "torn/metrics.jsonl: line 1: Expected `object`, got `int`"),
+        ("net", "net/digit_net.safetensors: not a readable safetensors file"),
     ],
 )
 def test_a_mistake_gets_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, words, message):
