@@ -65,3 +65,13 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the data folder {folder} (or GRADFN_TEST_DATA), which is not here")
     return folder
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print how many tries of each attack there were, and how many held."""
+    reports = [report for each in ("passed", "failed") for report in terminalreporter.stats.get(each, ())]
+    figures = [value for report in reports if report.when == "call" for _, value in report.user_properties]
+    if figures:
+        terminalreporter.section("attacks: tries, and how many held")
+        for name, tries, held in figures:
+            terminalreporter.write_line(f"{held:>7,} of {tries:>7,}  {name}")

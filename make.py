@@ -23,7 +23,7 @@ CHECKS = {
         ["-m", "ruff", "check", "."],
         ["-m", "ruff", "format", "--check", "."],
         ["-m", "mypy"],
-        [*PYTEST, "-m", "not optimised"],
+        [*PYTEST, "-m", "not optimised and not attack"],
         [*PYTEST, "-m", "optimised", "tests"],
     ],
     "quick": [

@@ -1,0 +1,148 @@
+"""Every file that a run, a folder of weights or a data set holds may be damaged: one line says which and how."""
+
+import gzip
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.attack import mutations
+from tests.attack.children import at_once, in_child, train
+from tests.attack.mutations import work
+
+# By folder (see `make`): the files in it, what each holds, and who reads it.
+FILES = {
+    "run": [
+        ("config.json", "json", "report"),
+        ("config.json", "json", "stored"),
+        ("versions.json", "json", "report"),
+        ("result.json", "json", "report"),
+        ("metrics.jsonl", "rows", "report"),
+        ("inspections.jsonl", "rows", "report"),
+        ("noise.jsonl", "rows", "report"),
+        ("digit_net.safetensors", "tensors", "report"),
+        ("checkpoint.safetensors", "tensors", "report"),
+        ("picture.png", "bytes", "report"),
+    ],
+    "fit": [
+        ("checkpoint.safetensors", "tensors", "resume"),
+        ("metrics.jsonl", "rows", "resume"),
+        ("inspections.jsonl", "rows", "resume"),
+        ("noise.jsonl", "rows", "resume"),
+        ("kept/0000000080.safetensors", "tensors", "kept"),
+    ],
+    "writer": [
+        ("model.json", "json", "sample"),
+        ("checkpoint.safetensors", "tensors", "sample"),
+    ],
+    "gpt2": [
+        ("config.json", "json", "load_gpt2"),
+        ("model.safetensors.index.json", "json", "load_gpt2"),
+        ("model-00001-of-00002.safetensors", "tensors", "load_gpt2"),
+    ],
+    "llama": [
+        ("config.json", "json", "load_llama"),
+        ("model.safetensors", "tensors", "load_llama"),
+    ],
+    "tokens": [
+        ("tokens.npy", "bytes", "tokens"),
+        ("tokens.npy.tokenizer.json", "json", "tokens"),
+    ],
+    "idx": [
+        ("train-images-idx3-ubyte.gz", "bytes", "idx"),
+        ("t10k-labels-idx1-ubyte", "bytes", "idx"),
+    ],
+    "text": [("a.txt", "bytes", "text")],
+}
+
+
+def make(kind, folder):
+    """Make a folder to be damaged, with the functions that write such ones."""
+    import jax
+    from PIL import Image
+    from safetensors.numpy import load_file, save_file
+
+    import gradfn as gf
+    from experiments import digits
+    from gradfn import run, sample
+    from gradfn.report.digit_net import keep_digit_net
+
+    folder.mkdir()
+    config = gf.GPTConfig(vocab=65, context=8, n_layers=2, n_heads=2, width=4)
+    if kind == "fit":
+        train(str(folder))
+    elif kind == "run":
+        run.begin("digits", run.settle("digits", digits.Config(folder=str(folder))))
+        train(str(folder))
+        net = gf.mlp([784, 4, 10])
+        data = gf.data.digits()
+        keep_digit_net(folder, net.init(jax.random.key(0)), data, np.full([len(data.test[1]), 10], 0.1))
+        Image.new("RGB", (30, 20)).save(folder / "picture.png")
+        run.finish(folder, {"test_accuracy": 0.5, "verdict": "test accuracy 50 % (nothing was promised)"})
+    elif kind == "writer":
+        net = gf.rnn(3, 4, "gru")
+        sample.save_model(
+            folder, "rnn", {"vocab": 3, "width": 4, "cell": "gru"}, gf.data.characters("ab\n"), False
+        )
+        run.keep_training(folder, [{"step": 1, "loss": 1.0}], net.init(jax.random.key(0)))
+    elif kind in ("gpt2", "llama"):
+        options = {
+            "positions": "rope",
+            "norm": "rms",
+            "feed": "swiglu",
+            "bias": False,
+            "tied": False,
+            "hidden": 6,
+        }
+        config = config if kind == "gpt2" else gf.GPTConfig(65, 8, 2, 2, 4, n_kv_heads=1, **options)
+        gf.save_pretrained(folder, config, gf.gpt(config).init(jax.random.key(0)))
+    elif kind == "tokens":
+        (folder / "a.txt").write_text("to be or not to be")
+        gf.data.tokenize(folder / "a.txt", folder / "tokens.npy")
+    elif kind == "idx":
+        for part in ("train", "t10k"):
+            images = struct.pack(">HBBIII", 0, 8, 3, 6, 2, 2) + bytes(range(24))
+            (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+            (folder / f"{part}-labels-idx1-ubyte").write_bytes(
+                struct.pack(">HBBI", 0, 8, 1, 6) + bytes(range(6))
+            )
+    elif kind == "text":
+        (folder / "a.txt").write_text("to be or not to bé 中\n" * 10, encoding="utf-8")
+    if kind == "gpt2":
+        tensors = load_file(folder / "model.safetensors")
+        names = sorted(tensors)
+        shards = {f"model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
+        for file, part in shards.items():
+            save_file({name: tensors[name] for name in part}, folder / file)
+        index = {"metadata": {}, "weight_map": {name: file for file, part in shards.items() for name in part}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / "model.safetensors").unlink()
+
+
+def damage(folder, kind, files, seeds, results):
+    """Make a folder, and damage and read some of its files once for each seed."""
+    make(kind, Path(folder))
+    faults = {}
+    for name, form, reader in files:
+        faults[f"{reader} {name}"] = work(getattr(mutations, reader), folder, name, form, seeds)
+    Path(results).write_text(json.dumps(faults))
+
+
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.tries(all=500, sample=4)
+def test_damaged_files(forks, tmp_path, tries, tally, kind):
+    """Files are damaged `tries` times each."""
+
+    def attack(part):
+        folder, results = tmp_path / f"{kind}{part}", tmp_path / f"{part}.json"
+        seeds = range(part, tries, n_parts)
+        end = in_child(forks, damage, str(folder), kind, FILES[kind], seeds, str(results))
+        return json.loads(results.read_text()) if results.exists() else {kind: [str(end)]}
+
+    n_parts = 2 if tries > 20 else 1
+    faults = [
+        fault for part in at_once(attack, range(n_parts)) for of_file in part.values() for fault in of_file
+    ]
+    tally(faults, tries * len(FILES[kind]))
