@@ -130,15 +130,14 @@ def open_regular(file: str | os.PathLike[str], limit: int | None = None) -> IO[b
         raise FileError(f"{file}: there is no such file") from error
     except (OSError, ValueError) as error:  # a name of 5,000 letters; a NUL in it
         raise FileError(f"{str(file)[:300]}: cannot be read ({getattr(error, 'strerror', error)})") from error
-    content = os.fdopen(handle, "rb")
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode):
-        content.close()
+        os.close(handle)
         raise FileError(f"{file}: is not a regular file")
     if limit is not None and status.st_size > limit:
-        content.close()
+        os.close(handle)
         raise FileError(f"{file}: expected at most {limit:,} bytes, got {status.st_size:,}")
-    return content
+    return os.fdopen(handle, "rb")
 
 
 def read_bytes(file: str | os.PathLike[str], limit: int) -> bytes:

@@ -1,5 +1,7 @@
 """What every data set is: three parts, each a pair of arrays, and what one needs to know to show them."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +14,17 @@ Examples = tuple[np.ndarray, np.ndarray]
 
 class DataError(FileError):
     """A data file is missing, damaged or not what its name says; the message names it and says what to do."""
+
+
+@contextlib.contextmanager
+def data_errors() -> Iterator[None]:
+    """Raise a DataError for a file of data that cannot be used, where the block raises a FileError."""
+    try:
+        yield
+    except DataError:
+        raise
+    except FileError as error:
+        raise DataError(str(error)) from error
 
 
 class Dataset(NamedTuple):

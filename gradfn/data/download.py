@@ -1,56 +1,69 @@
-"""Download checked files, whole or not at all."""
+"""Download checked files, whole or not at all, within limits of size and time."""
 
 import http.client
+import queue
+import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gradfn.data.dataset import DataError
-from gradfn.files import replace_file
+from gradfn.files import replacing
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 CHUNK = 1 << 16
 TIMEOUT = 30.0  # seconds without a byte
+SLOWEST = 10_000  # bytes a second, on average after the first TIMEOUT seconds
 
 
-def download(sources: Mapping[str, Path], check: Callable[[str, bytes], None], otherwise: str) -> None:
+class Wanted(NamedTuple):
+    """A file to download: where it goes, and how many bytes it may have."""
+
+    file: Path
+    limit: int
+
+
+def download(sources: Mapping[str, Wanted], check: Callable[[str, Path], None], otherwise: str) -> None:
     """Fetch each address into its file, with a progress bar on standard error.
 
     Args:
-        sources: address -> file to write. Its folder is made if need be.
-        check: called with the address and the bytes that came, before anything is written; raises DataError.
+        sources: address -> what to write. The folder is made if need be.
+        check: called with the address and the file as it was received, before it gets its name; raises DataError.
         otherwise: what the user can do when the network cannot help, for the message.
 
     Raises:
-        DataError: no connection, an error for an answer, a cut-off body, or `check` refused it. Files that
-            came before are whole and stay; of the one that failed nothing is left.
+        DataError: no connection, an error as response, a body that is cut off, too long or too slow, or `check`
+            refused it. Files that were received before are whole and stay; of the one that failed nothing is left.
     """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        for address, file in sources.items():
+        for address, (file, limit) in sources.items():
             task = progress.add_task(file.name, total=None)
             try:
-                body = fetch(address, partial(show, progress, task))
-                check(address, body)
                 file.parent.mkdir(parents=True, exist_ok=True)
-                replace_file(file, body)
+                with replacing(file) as out:
+                    for piece in fetch(address, limit, partial(show, progress, task)):
+                        out.write(piece)
+                    out.flush()
+                    check(address, Path(out.name))
             except DataError as error:
-                raise DataError(f"{error}\n{otherwise}") from error
+                raise DataError(f"{error}. {otherwise}") from error
             except urllib.error.HTTPError as error:
                 error.close()
-                what = f"the server answered {error.code} {error.reason}"
-                raise DataError(f"{address}: {what}.\n{otherwise}") from error
-            except (OSError, http.client.HTTPException) as error:
-                what = f"could not be brought to {file} ({error})"
-                raise DataError(f"{address}: {what}.\n{otherwise}") from error
+                what = f"the server answered {error.code} {error.reason!s:.200}"
+                raise DataError(f"{address}: {what}. {otherwise}") from error
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                what = f"could not be brought to {file} ({error!s:.200})"
+                raise DataError(f"{address}: {what}. {otherwise}") from error
 
 
 def show(progress: "Progress", task: "TaskID", done: int, total: int | None) -> None:
@@ -58,18 +71,86 @@ def show(progress: "Progress", task: "TaskID", done: int, total: int | None) -> 
     progress.update(task, completed=done, total=total)
 
 
-def fetch(address: str, progress: Callable[[int, int | None], None]) -> bytes:
-    """Return the body at an address, whole; `progress` is told bytes so far and bytes in all."""
-    with urllib.request.urlopen(address, timeout=TIMEOUT) as response:
-        length = response.headers.get("Content-Length")
-        total = int(length) if length and length.isdigit() else None
-        chunks, done = [], 0
-        progress(done, total)
-        while chunk := response.read(CHUNK):
-            chunks.append(chunk)
-            done += len(chunk)
+def fetch(address: str, limit: int, progress: Callable[[int, int | None], None]) -> Iterator[bytes]:
+    """Yield the body at an address, a piece at a time.
+
+    Args:
+        address: http or https, and so is every address that it redirects to.
+        limit: bytes that the body may have.
+        progress: called with bytes so far and bytes in all, None while they are unknown.
+
+    Raises:
+        DataError: the body is cut off, has more bytes than the limit, or is too slow.
+        OSError, http.client.HTTPException: what else goes wrong between here and there.
+    """
+    # In a thread of its own, since nothing else ends a wait that one byte now and then prolongs (in the names'
+    # look-up, the handshake, the headers or the body). No piece that waits here is beyond the limit.
+    pieces: queue.Queue[bytes | int | Exception | None] = queue.Queue()
+    abandoned = threading.Event()
+    threading.Thread(target=receive, args=(address, limit, pieces, abandoned), daemon=True).start()
+    start, done, total = time.monotonic(), 0, None
+    progress(done, total)
+    try:
+        while True:
+            seconds_left = start + TIMEOUT + done / SLOWEST - time.monotonic()
+            try:
+                piece = pieces.get(seconds_left > 0, max(seconds_left, 0))
+            except queue.Empty:
+                raise DataError(
+                    f"{address}: too slow: {done:,} bytes in {time.monotonic() - start:.0f} s, expected "
+                    f"{SLOWEST:,} bytes a second after the first {TIMEOUT:g} s"
+                ) from None
+            if isinstance(piece, Exception):
+                raise piece
+            if isinstance(piece, int):
+                total = piece
+                if total > limit:
+                    raise DataError(f"{address}: expected at most {limit:,} bytes, got a file of {total:,}")
+            elif piece is None:
+                break
+            else:
+                done += len(piece)
+                if done > limit:
+                    raise DataError(f"{address}: expected at most {limit:,} bytes, got more")
+                yield piece
             progress(done, total)
+    finally:
+        abandoned.set()
     # http.client raises for a short body only when it is read in one go.
     if total is not None and done != total:
-        raise DataError(f"{address}: the download was cut off: {done:,} of {total:,} bytes came.")
-    return b"".join(chunks)
+        raise DataError(f"{address}: the download was cut off: {done:,} of {total:,} bytes")
+
+
+def receive(address: str, limit: int, pieces: "queue.Queue", abandoned: threading.Event) -> None:
+    """Put the pieces of a body into a queue: its length where the server says it, bytes, None at its end.
+
+    What is raised goes into the queue too. No more is received than shows that the body exceeds the limit.
+    """
+    opener = urllib.request.OpenerDirector()  # without the handlers of file:, ftp: and data:
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPErrorProcessor,
+        urllib.request.UnknownHandler,
+    ):
+        opener.add_handler(handler())
+    try:
+        with opener.open(address, timeout=TIMEOUT) as response:
+            length = response.headers.get("Content-Length")
+            if (
+                length
+                and length.isdecimal()
+                and "chunked" not in response.headers.get("Transfer-Encoding", "")
+            ):
+                pieces.put(int(length))
+            done = 0
+            # One read of the connection at a time: `read` would wait until the piece is full.
+            while done <= limit and not abandoned.is_set() and (piece := response.read1(CHUNK)):
+                done += len(piece)
+                pieces.put(piece)
+        pieces.put(None)
+    except Exception as error:
+        pieces.put(error)

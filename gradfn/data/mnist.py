@@ -1,6 +1,5 @@
 """MNIST from a folder, the cache, or one checked download; and other data in the same four files."""
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from gradfn.data._checks import whole
 from gradfn.data.dataset import DataError, Dataset, Examples
-from gradfn.data.idx import contents, decompress, parse
+from gradfn.data.idx import read, sha256
 
 MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 
@@ -18,6 +17,13 @@ SHA256 = {
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+# Bytes of the decompressed files.
+SIZES = {
+    "train-images-idx3-ubyte": 47_040_016,
+    "train-labels-idx1-ubyte": 60_008,
+    "t10k-images-idx3-ubyte": 7_840_016,
+    "t10k-labels-idx1-ubyte": 10_008,
 }
 CLASSES = tuple("0123456789")
 
@@ -66,7 +72,7 @@ def mnist(
     try:
         return load(folder, validation, "MNIST", SHA256)
     except DataError as error:
-        raise DataError(f"{error}\nDelete that file, and the next call downloads it anew.") from error
+        raise DataError(f"{error}. Delete that file, and the next call downloads it anew.") from error
 
 
 def idx_folder(path: str | os.PathLike[str], validation: int = 0) -> Dataset:
@@ -110,8 +116,8 @@ def load_part(folder: Path, part: str, sums: dict[str, str]) -> tuple[Examples, 
     """Read images and labels of one part, "train" or "t10k"; return them and the shape of an image."""
     image_file = find(folder, f"{part}-images-idx3-ubyte")
     label_file = find(folder, f"{part}-labels-idx1-ubyte")
-    image_bytes, label_bytes = contents(image_file), contents(label_file)
-    images, labels = parse(image_bytes, image_file), parse(label_bytes, label_file)
+    limit = max(SIZES.values()) if sums else None  # the largest, to tell when files were swapped
+    images, labels = read(image_file, str(image_file), limit), read(label_file, str(label_file), limit)
     for file, array, ndim, what in ((image_file, images, 3, "images"), (label_file, labels, 1, "labels")):
         if array.ndim != ndim:
             raise DataError(
@@ -129,22 +135,25 @@ def load_part(folder: Path, part: str, sums: dict[str, str]) -> tuple[Examples, 
             f"{label_file}: labels must be 0 to 9, but number {first:,} (from 0) is {labels[first]}"
         )
     if sums:
-        check_sum(image_file, f"{part}-images-idx3-ubyte", image_bytes, sums)
-        check_sum(label_file, f"{part}-labels-idx1-ubyte", label_bytes, sums)
+        check_sum(image_file, f"{part}-images-idx3-ubyte", images, sums)
+        check_sum(label_file, f"{part}-labels-idx1-ubyte", labels, sums)
     count, height, width = images.shape
-    x = images.reshape(count, height * width) / np.float32(255)  # [N, H, W] uint8 -> [N, H*W] float32
+    try:
+        x = images.reshape(count, height * width) / np.float32(255)  # [N, H, W] uint8 -> [N, H*W] float32
+    except MemoryError as error:
+        raise DataError(f"{image_file}: its images do not fit in memory as float32") from error
     return (x, labels.astype(np.int32)), (height, width)
 
 
-def check_sum(file: str | Path, name: str, data: bytes, sums: dict[str, str]) -> None:
-    """Raise a DataError unless `data` is byte for byte what `sums` has under `name`."""
-    came = hashlib.sha256(data).hexdigest()
-    if came == sums[name]:
+def check_sum(file: str | Path, name: str, array: np.ndarray, sums: dict[str, str]) -> None:
+    """Raise a DataError unless a file's array is byte for byte what `sums` has under `name`."""
+    actual = sha256(array)
+    if actual == sums[name]:
         return
-    if other := next((other for other, known in sums.items() if known == came), None):
+    if other := next((other for other, known in sums.items() if known == actual), None):
         raise DataError(f"{file}: holds MNIST's {other}, not its {name}: the files were swapped; rename them")
     raise DataError(
-        f"{file}: damaged, or not MNIST: the sha256 of its contents is {came}, expected {sums[name]}. "
+        f"{file}: damaged, or not MNIST: the sha256 of its contents is {actual}, expected {sums[name]}. "
         "Fetch it again (other data in such files: gradfn.data.idx_folder)"
     )
 
@@ -171,11 +180,17 @@ def download_missing(folder: Path, mirror: str) -> None:
         return
     if not mirror.startswith(("http://", "https://")):
         raise ValueError(f"mirror must be an address that starts with https:// or http://, got {mirror!r}")
-    from gradfn.data.download import download  # urllib's network parts are slow to import
+    from gradfn.data.download import Wanted, download  # urllib's network parts are slow to import
 
     names = {f"{mirror.rstrip('/')}/{name}.gz": name for name in missing}
+
+    def check(address: str, file: Path) -> None:
+        check_sum(address, names[address], read(file, address, max(SIZES.values())), SHA256)
+
+    # Whoever compressed them: what gzip cannot make smaller, it makes larger by less than a hundredth.
+    limits = {name: size + size // 100 + 1000 for name, size in SIZES.items()}
     download(
-        {address: folder / f"{name}.gz" for address, name in names.items()},
-        check=lambda address, body: check_sum(address, names[address], decompress(body, address), SHA256),
+        {address: Wanted(folder / f"{name}.gz", limits[name]) for address, name in names.items()},
+        check,
         otherwise="Try another mirror=..., or name a folder with the files by path=... or GRADFN_MNIST.",
     )

@@ -85,8 +85,8 @@ def test_messages(tmp_path):
     cases = {
         b"<!DOCTYPE html><title>404</title>": "not gzip data, though named .gz: it starts with b'<!DOCTYPE",
         good: r"Decompressed already\? Take .gz off its name",
-        gzip.compress(good + b"!!"): r"too long: its header says 5 = 5 bytes of data, 7 came",
-        gzip.compress(good[:-1]): r"cut off: its header says 5 = 5 bytes of data, 4 came",
+        gzip.compress(good + b"!!"): r"too long: its header says 5 = 5 bytes of data, got 7",
+        gzip.compress(good[:-1]): r"cut off: its header says 5 = 5 bytes of data, got 4",
         gzip.compress(b"PK\x03\x04 zip"): "not an IDX file",
         gzip.compress(struct.pack(">HBBI", 0, 0x0D, 1, 1) + bytes(4)): "type 0x0d, where unsigned bytes",
         gzip.compress(struct.pack(">HBBII", 0, 8, 2, 0, 9)): r"empty array, of shape \[0, 9\]",
@@ -98,5 +98,21 @@ def test_messages(tmp_path):
             read_idx(file)
     with pytest.raises(DataError, match="nothing-here: there is no such file"):
         read_idx(tmp_path / "nothing-here")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="is not a regular file"):
         read_idx(tmp_path)
+
+
+@pytest.mark.parametrize("ndim", [33, 64, 65, 255])
+def test_more_dimensions_than_numpy_has_are_refused(tmp_path, ndim):
+    (tmp_path / "data").write_bytes(struct.pack(f">HBB{ndim}I", 0, 8, ndim, *[1] * ndim) + b"x")
+    with pytest.raises(DataError, match=f"data: expected at most 32 dimensions, got {ndim}"):
+        read_idx(tmp_path / "data")
+
+
+def test_gzip_data_in_several_members_are_read(tmp_path):
+    array = np.arange(200, dtype=np.uint8).reshape(10, 20)
+    data = encode(array)
+    (tmp_path / "data.gz").write_bytes(
+        b"".join(gzip.compress(data[i : i + 7]) for i in range(0, len(data), 7))
+    )
+    np.testing.assert_array_equal(read_idx(tmp_path / "data.gz"), array, strict=True)

@@ -6,8 +6,13 @@ import gzip
 import hashlib
 import http.server
 import importlib
+import os
 import struct
+import subprocess
+import sys
 import threading
+import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -216,6 +221,11 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     def do_GET(self):
         self.server.asked.append(self.path)
+        if self.server.attack is not None:
+            self.close_connection = True
+            with contextlib.suppress(OSError):  # the other side has gone
+                self.server.attack(self)
+            return None
         if self.path.split("/")[-1] not in self.server.cut:
             return super().do_GET()
         with open(self.translate_path(self.path), "rb") as file:
@@ -235,7 +245,7 @@ def serving(folder):
     """Serve a folder as http://127.0.0.1:.../mnist."""
     handler = functools.partial(Handler, directory=str(folder.parent))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.asked, server.cut, server.folder = [], set(), folder
+        server.asked, server.cut, server.folder, server.attack = [], set(), folder, None
         server.mirror = f"http://127.0.0.1:{server.server_port}/mnist"
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -357,3 +367,185 @@ def test_damaged_cache_says_how_to_renew_it(server):
 def test_bad_mirror(server):
     with pytest.raises(ValueError, match=r"mirror must be an address .* got 'example\.org/mnist'"):
         mnist(mirror="example.org/mnist")
+
+
+# What a mirror can do to those who download from it
+
+
+def write_for(handler, seconds, piece, pause=0.0):
+    """Write a piece again and again, no longer than the test lasts; count what the other side took."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        handler.wfile.write(piece)
+        handler.server.sent = getattr(handler.server, "sent", 0) + len(piece)
+        time.sleep(pause)
+
+
+def endless(handler, *headers, chunked=False):
+    handler.protocol_version = "HTTP/1.1"
+    handler.send_response(200)
+    for header in headers:
+        handler.send_header(*header)
+    handler.end_headers()
+    piece = bytes(1 << 16)
+    write_for(handler, 20, b"10000\r\n" + piece + b"\r\n" if chunked else piece)
+
+
+TOO_LONG = {
+    "no length": lambda handler: endless(handler),
+    "chunked": lambda handler: endless(handler, ("Transfer-Encoding", "chunked"), chunked=True),
+    "a length of 4 GB": lambda handler: endless(handler, ("Content-Length", str(4 << 30))),
+    "chunked, with a length of 5": lambda handler: endless(
+        handler, ("Content-Length", "5"), ("Transfer-Encoding", "chunked"), chunked=True
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TOO_LONG)
+def test_a_body_without_end_is_refused_at_the_files_size(server, kind, monkeypatch):
+    monkeypatch.setattr(module, "SIZES", dict.fromkeys(module.SIZES, 1 << 20))
+    server.attack = TOO_LONG[kind]
+    expect_failure(
+        server, r"train-images-idx3-ubyte.gz: expected at most 1,060,061 bytes, got (more|a file of)"
+    )
+    assert len(server.asked) == 1
+    assert server.sent < 16 << 20  # and that in buffers of the system
+
+
+def test_a_length_that_is_not_a_number_or_too_short_or_too_long(server):
+    body = gzip.compress(encode(small_arrays()[TRAIN_IMAGES]))
+
+    def answer(length):
+        def attack(handler):
+            handler.send_response(200)
+            handler.send_header("Content-Length", length)
+            handler.end_headers()
+            handler.wfile.write(body)
+
+        return attack
+
+    for length, message in {
+        str(len(body) - 9): "gzip data cut off",
+        str(len(body) + 9): f"the download was cut off: {len(body)} of {len(body) + 9} bytes",
+        "9" * 5000: "could not be brought to",
+    }.items():
+        server.attack = answer(length)
+        expect_failure(server, message)
+
+
+def trickle(handler, start):
+    handler.wfile.write(start)
+    write_for(handler, 20, b"x", pause=0.05)
+
+
+@pytest.mark.parametrize(
+    "start", [b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 9000\r\n\r\n"]
+)
+def test_a_trickle_ends_after_a_time(server, start, monkeypatch):
+    download = importlib.import_module("gradfn.data.download")
+    monkeypatch.setattr(download, "TIMEOUT", 0.3)
+    server.attack = lambda handler: trickle(handler, start)
+    began = time.monotonic()
+    expect_failure(
+        server, r"too slow: \d bytes in \d s, expected 10,000 bytes a second after the first 0\.3 s"
+    )
+    assert time.monotonic() - began < 2
+
+
+def test_a_body_that_is_slow_but_not_too_slow_is_received(server, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("gradfn.data.download"), "TIMEOUT", 0.2)
+
+    def attack(handler):
+        body = (server.folder / handler.path.split("/")[-1]).read_bytes()
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        for part in range(0, len(body), 100):
+            handler.wfile.write(body[part : part + 100])
+            time.sleep(0.005)
+
+    server.attack = attack
+    assert len(mnist(mirror=server.mirror, validation=0).train[1]) == 30
+
+
+@pytest.mark.parametrize("to", ["file:///etc/passwd", "ftp://127.0.0.1:9/x", "data:,x", "//127.0.0.1:9/x"])
+def test_redirects_lead_to_http_alone(server, to):
+    def attack(handler):
+        handler.send_response(302)
+        handler.send_header("Location", to)
+        handler.end_headers()
+
+    server.attack = attack
+    expect_failure(server, "the server answered 302|could not be brought to|unknown url type")
+    server.attack = lambda handler: (
+        handler.send_response(302),
+        handler.send_header("Location", handler.path),
+        handler.end_headers(),
+    )
+    expect_failure(server, "the server answered 302")  # for ever
+
+
+def test_a_bomb_from_a_mirror_is_refused_at_the_size_that_its_header_describes(server):
+    bomb = zlib.compressobj(9, wbits=31)
+    header = struct.pack(">HBB3I", 0, 8, 3, 1, 10, 10)
+    body = bomb.compress(header + bytes(40 << 20)) + bomb.flush()
+    (server.folder / f"{TRAIN_IMAGES}.gz").write_bytes(body)
+    expect_failure(server, "too long: its header says 1 x 10 x 10 = 100 bytes of data, got .* or more")
+
+
+# Bombs in a folder
+
+
+def peak_of(code, *arguments):
+    """Run a program; return its exit status, what it wrote to standard error, and its memory beyond imports."""
+    program = (
+        "import resource, sys, gradfn as gf, gradfn.data.idx\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"try:\n    {code}\n"
+        "except gf.data.DataError as error:\n    print(error, file=sys.stderr)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=env, check=True
+    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return ran.stderr, int(ran.stdout) * unit
+
+
+@pytest.mark.parametrize("claims", [100, 1 << 32])
+def test_a_bomb_takes_no_more_memory_than_there_are_data_that_its_header_describes(tmp_path, claims):
+    n = 300 << 20
+    shape = (claims, 1, 1) if claims < 1 << 32 else (claims // 4, 2, 2)
+    file = tmp_path / "bomb.gz"
+    header = struct.pack(">HBB3I", 0, 8, 3, *shape)
+    if claims == 100:  # far more data than it describes, in two members
+        data = gzip.compress(header + bytes(100)) + gzip.compress(bytes(n), 1)
+    else:  # far less
+        data = gzip.compress(header + bytes(1000))
+    file.write_bytes(data)
+    error, peak = peak_of("gf.data.read_idx(sys.argv[1])", str(file))
+    assert ("too long" if claims == 100 else "cut off: its header says 1073741824 x 2 x 2") in error
+    assert len(error.splitlines()) == 1
+    assert peak < 32 << 20
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_what_is_not_a_regular_file_is_refused(small, kind):
+    file = small / f"{TRAIN_LABELS}.gz"
+    file.unlink()
+    if kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        file.mkdir()
+    for read in (mnist, idx_folder):
+        with pytest.raises(DataError, match=f"{TRAIN_LABELS}.gz: is not a regular file"):
+            read(small)
+
+
+def test_mnists_files_have_the_sizes_that_bound_them(shared_data):
+    for name, size in module.SIZES.items():
+        with gzip.open(shared_data / "mnist" / f"{name}.gz") as content:
+            assert len(content.read()) == size
