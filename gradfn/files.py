@@ -273,7 +273,8 @@ def owned(folder: Path) -> Iterator[None]:
     """
     import filelock
 
-    lock = filelock.FileLock(folder / LOCK, timeout=0, is_singleton=True)
+    # By its real path: a relative one may name another folder once the process has changed its own.
+    lock = filelock.FileLock(Path(os.path.realpath(folder)) / LOCK, timeout=0, is_singleton=True)
     try:
         lock.acquire()
     except filelock.Timeout as error:

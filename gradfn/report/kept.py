@@ -123,7 +123,7 @@ def read_run(run: str | Path) -> Kept:
         FileError: a file of it cannot be read, or leads out of the run's folder; it names the file.
     """
     folder = find_run(run)
-    if not (folder / CONFIG).exists():
+    if not os.path.lexists(folder / CONFIG):
         return _of_fit(folder)
     config = read_config(folder)
     net = inside(folder, DIGIT_NET)
@@ -148,13 +148,13 @@ def find_run(run: str | Path) -> Path:
         RunError: there is no such run; it says what to type.
     """
     folder = Path(run)
-    if (folder / CONFIG).exists():
+    if os.path.lexists(folder / CONFIG):
         return folder
-    if (folder / METRICS).exists() and not (folder.parent / CONFIG).exists():
+    if os.path.lexists(folder / METRICS) and not os.path.lexists(folder.parent / CONFIG):
         return folder
     if found := latest(folder):
         return found
-    if (folder.parent / CONFIG).exists():
+    if os.path.lexists(folder.parent / CONFIG):
         raise RunError(f"{run}: only a part of a run; name the run's folder, {folder.parent}")
     if folder.is_dir():
         raise RunError(
