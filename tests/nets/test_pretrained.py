@@ -180,7 +180,9 @@ def test_a_shard_elsewhere_or_without_its_tensor_is_refused(tmp_path):
     ):
         gf.load_gpt2(tmp_path)
     index.write_text(json.dumps({"weight_map": {"x": "../secret.safetensors"}}))
-    with pytest.raises(ValueError, match=r"files lie beside it, came \.\./secret\.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"expected the name of a file beside it, got '\.\./secret\.safetensors'"
+    ):
         gf.load_gpt2(tmp_path)
 
 
@@ -206,10 +208,14 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path):
     name = "transformer.h.1.mlp.c_fc.weight"
     saved(tmp_path)
     edit(tmp_path, lambda t: t.update({name: np.ascontiguousarray(t[name].T)}))
-    with pytest.raises(ValueError, match=rf"{name}: expected \[8, 32\] floats, came \[32, 8\] float32"):
+    with pytest.raises(
+        ValueError, match=rf"{name}: expected \[8, 32\] of F16, BF16, F32, F64, got \[32, 8\] of F32"
+    ):
         gf.load_gpt2(tmp_path)
     edit(tmp_path, lambda t: t.update({name: t[name].T.astype(np.int32)}))
-    with pytest.raises(ValueError, match=rf"{name}: expected \[8, 32\] floats, came \[8, 32\] int32"):
+    with pytest.raises(
+        ValueError, match=rf"{name}: expected \[8, 32\] of F16, BF16, F32, F64, got \[8, 32\] of I32"
+    ):
         gf.load_gpt2(tmp_path)
     edit(tmp_path, lambda t: t.update({"transformer.h.1.mlp.fc.weight": t.pop(name)}))
     with pytest.raises(
@@ -230,7 +236,7 @@ def test_a_file_cut_short_is_told_from_a_whole_one(tmp_path):
     whole = file.read_bytes()
     for n in (0, 5, 100, len(whole) - 1):
         file.write_bytes(whole[:n])
-        with pytest.raises(ValueError, match=rf"model\.safetensors: damaged or cut short \({n} bytes\)"):
+        with pytest.raises(ValueError, match=r"model\.safetensors: not a readable safetensors file"):
             gf.load_gpt2(tmp_path)
 
 
@@ -244,13 +250,13 @@ def test_pickled_weights_are_not_read(tmp_path):
 @pytest.mark.parametrize(
     ("config", "field", "value", "message"),
     [
-        (GPT2, "scale_attn_by_inverse_layer_idx", True, "gf.gpt does False only, came True"),
+        (GPT2, "scale_attn_by_inverse_layer_idx", True, "gf.gpt does False only, got True"),
         (GPT2, "activation_function", "mish", "not supported, got 'mish'"),
         (GPT2, "sliding_window", 4, "not supported, got 4"),
-        (GPT2, "n_embd", "8", "expected int, came '8'"),
-        (GPT2, "n_layer", True, "expected int, came True"),
-        (GPT2, "model_type", "llama", r"expected 'gpt2', came 'llama'\. Load it by gf\.load_llama"),
-        (LLAMA, "hidden_act", "gelu", "gf.gpt does 'silu' only, came 'gelu'"),
+        (GPT2, "n_embd", "8", "expected int, got '8'"),
+        (GPT2, "n_layer", True, "expected int, got True"),
+        (GPT2, "model_type", "llama", r"expected 'gpt2', got 'llama'\. Load it by gf\.load_llama"),
+        (LLAMA, "hidden_act", "gelu", "gf.gpt does 'silu' only, got 'gelu'"),
         (
             LLAMA,
             "attention_bias",
@@ -474,7 +480,10 @@ def test_files_that_are_not_a_models_are_not_written_over(name, content, tmp_pat
 def test_a_missing_or_broken_config_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json: not there"):
         gf.load_gpt2(tmp_path)
-    for text, message in (("{", "not JSON"), ("[]", "expected a JSON object, came list")):
+    for text, message in (
+        ("{", "config.json: Input data was truncated"),
+        ("[]", "Expected `object`, got `array`"),
+    ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             gf.load_gpt2(tmp_path)
@@ -485,11 +494,11 @@ def test_a_missing_or_broken_config_is_named(tmp_path):
     [
         (
             dataclasses.replace(GPT2, positions="sinusoidal"),
-            "gpt2 has positions 'learned', came 'sinusoidal'",
+            "gpt2 has positions 'learned', got 'sinusoidal'",
         ),
-        (dataclasses.replace(GPT2, n_kv_heads=1), "gpt2 has n_kv_heads None, came 1"),
+        (dataclasses.replace(GPT2, n_kv_heads=1), "gpt2 has n_kv_heads None, got 1"),
         (dataclasses.replace(GPT2, feed="swiglu"), "gpt2 has no feed 'swiglu'"),
-        (dataclasses.replace(LLAMA, norm="layer"), "llama has norm 'rms', came 'layer'"),
+        (dataclasses.replace(LLAMA, norm="layer"), "llama has norm 'rms', got 'layer'"),
     ],
 )
 def test_a_config_that_transformers_does_not_know_is_refused(config, message, tmp_path):
