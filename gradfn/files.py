@@ -144,7 +144,10 @@ def read_bytes(file: str | os.PathLike[str], limit: int) -> bytes:
     """Read a file of at most `limit` bytes; errors are those of `open_regular`."""
     with open_regular(file, limit) as content:
         try:
-            data = content.read(limit + 1)  # it may have grown
+            size = os.fstat(content.fileno()).st_size  # a buffer of all the limit would be taken at once
+            data = content.read(size + 1)
+            if len(data) > size:  # it has grown
+                data += content.read(max(limit - size, 0))
         except OSError as error:
             raise FileError(f"{file}: cannot be read ({error.strerror})") from error
     if len(data) > limit:
