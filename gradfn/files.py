@@ -20,11 +20,23 @@ T = TypeVar("T")
 
 JSON_LIMIT = 64 << 20  # bytes of a JSON file, or of one line of rows
 OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+MESSAGE_LIMIT = 2000  # characters
 PART = ".part"  # how names of unfinished files end
 
 
 class FileError(ValueError):
-    """A file that cannot be used; the message names it and says what is wrong."""
+    """A file that cannot be used; the message names it and says what is wrong, in one line.
+
+    Names and contents that somebody else chose may be in it, so it is made printable: a terminal obeys what it is sent.
+
+    >>> print(FileError("a.json: expected a name, got 'b\\n\\x1b[2J'"))
+    a.json: expected a name, got 'b  [2J'
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            "".join(letter if letter.isprintable() else " " for letter in message[:MESSAGE_LIMIT])
+        )
 
 
 @contextlib.contextmanager
