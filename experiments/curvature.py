@@ -15,7 +15,6 @@ import optax
 
 import gradfn as gf
 from gradfn import run as runs
-from gradfn.files import inner_folder
 from gradfn.report.curvature import EDGE, edge_of_stability, landscape, late_sharpness, spectrum
 from gradfn.report.figures import save_all
 
@@ -90,7 +89,7 @@ def run(config: Config) -> Result:
             config.steps,
             evaluate=partial(_measure, sharp, batch),
             eval_every=config.every,
-            folder=inner_folder(folder, f"rate-{rate:g}"),
+            folder=folder / f"rate-{rate:g}",
             resume=config.resume,
             progress=False,
         )

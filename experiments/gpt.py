@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -107,7 +108,7 @@ class Result(NamedTuple):
     """What came of a run."""
 
     params: dict[str, Any]
-    history: list[dict[str, Any]]
+    history: Sequence[dict[str, Any]]
     validation_loss: float  # nats a token, over the whole validation part
     folder: Path
     verdict: str

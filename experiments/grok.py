@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,6 @@ import optax
 
 import gradfn as gf
 from gradfn import run as runs
-from gradfn.files import inner_folder
 from gradfn.layers.embed import look_up
 from gradfn.report.figures import save_all
 from gradfn.report.grok import grokking, waves
@@ -64,7 +64,7 @@ class Result(NamedTuple):
     """What came of a run; dicts are by network, `decay` and `no decay`."""
 
     params: dict[str, dict[str, jax.Array]]
-    histories: dict[str, list[dict[str, Any]]]
+    histories: dict[str, Sequence[dict[str, Any]]]
     by_heart: int | None  # the step at which the training pairs are known, with decay
     understood: int | None  # that at which the others are
     folder: Path
@@ -91,7 +91,7 @@ def run(config: Config) -> Result:
             seed=config.seed,
             evaluate=measures(net, loss, train, test),
             eval_every=max(config.steps // EVALUATIONS, 1),
-            folder=inner_folder(folder, name.replace(" ", "-")),
+            folder=folder / name.replace(" ", "-"),
             resume=config.resume,
             progress=False,
         )
@@ -176,7 +176,7 @@ def wave_share(A: jax.Array) -> jax.Array:
     return power.max(0).sum() / power.sum()
 
 
-def first(history: list[dict[str, Any]], name: str, level: float) -> int | None:
+def first(history: Sequence[dict[str, Any]], name: str, level: float) -> int | None:
     """Return the first step that was looked at with a metric at a level or above."""
     return next((row["step"] for row in history if row[name] >= level), None)
 

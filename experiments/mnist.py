@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,7 +14,6 @@ import optax
 
 import gradfn as gf
 from gradfn import run as runs
-from gradfn.files import inner_folder
 from gradfn.report.classifier import classifier_figures, classifier_measures
 from gradfn.report.digit_net import keep_digit_net
 
@@ -123,7 +122,7 @@ class Result(NamedTuple):
     """What came of a run; parameters and history are of the seed with the best test accuracy."""
 
     params: dict[str, jax.Array]
-    history: list[dict[str, Any]]
+    history: Sequence[dict[str, Any]]
     test_accuracies: list[float]  # in [0, 1], one a seed
     folder: Path
     verdict: str
@@ -154,7 +153,7 @@ def run(config: Config) -> Result:
             seed=seed,
             evaluate=classifier_measures(recipe.net, recipe.clean_loss, data),
             inspect_every=steps // 20 or None,  # a run of a few steps is not looked at
-            folder=inner_folder(folder, f"seed-{seed}"),
+            folder=folder / f"seed-{seed}",
             resume=config.resume,
         )
         fits.append(fitted)

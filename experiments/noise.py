@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -56,7 +57,7 @@ class Config:
 class Result(NamedTuple):
     """What came of a run."""
 
-    noise: list[dict[str, Any]]  # a row a measure, see gf.fit
+    noise: Sequence[dict[str, Any]]  # a row a measure, see gf.fit
     first: float  # noise scale before training, from all training digits
     second: float  # the same of training's second half
     estimate: float  # of the second half, from the batches alone

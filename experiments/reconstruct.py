@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,7 +14,6 @@ import optax
 
 import gradfn as gf
 from gradfn import run as runs
-from gradfn.files import inner_folder
 from gradfn.report.attribution import image_rows
 from gradfn.report.classifier import in_parts
 from gradfn.report.figures import save_all
@@ -72,7 +72,7 @@ class Result(NamedTuple):
 
     params: dict[str, Any]  # by the name of the net
     drawn: dict[str, Drawn]
-    history: list[dict[str, Any]]
+    history: Sequence[dict[str, Any]]
     test_accuracy: float  # of the dense net, in [0, 1]
     folder: Path
     verdict: str
@@ -92,7 +92,7 @@ def run(config: Config) -> Result:
             conv,
             shifted(gf.classification_loss(conv), data.shape),
             -(-steps // 3),
-            inner_folder(folder, "conv"),
+            folder / "conv",
         ),
     }
     params, drawn, histories = {}, {}, []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -53,7 +54,7 @@ class Result(NamedTuple):
     """What came of a run; shares are of all test digits, in [0, 1]."""
 
     params: dict[str, jax.Array]
-    history: list[dict[str, Any]]
+    history: Sequence[dict[str, Any]]
     test_accuracy: float
     right_from: dict[str, float]  # by region: the share that is answered right from it alone
     falls: np.ndarray  # [classes, rows, columns], the fall of the right answer's probability without a region

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -63,7 +63,7 @@ class Result(NamedTuple):
     """What came of a run."""
 
     params: dict[str, jax.Array]
-    history: list[dict[str, Any]]
+    history: Sequence[dict[str, Any]]
     test_accuracy: float  # in [0, 1]
     gap: float  # of the integrated gradients: the largest of all test digits, as a share of the score
     tests: dict[str, tuple[Randomised, Randomised]]  # by method: weights random, labels shuffled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -77,7 +78,7 @@ class Result(NamedTuple):
     """What came of a run."""
 
     params: dict[str, Any]
-    history: list[dict[str, Any]]
+    history: Sequence[dict[str, Any]]
     test_accuracy: float  # in [0, 1]
     folder: Path
     verdict: str

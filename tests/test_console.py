@@ -14,7 +14,8 @@ import gradfn as gf
 from gradfn import cli
 from gradfn.report.figures import curves, save
 from gradfn.train import checkpoint
-from gradfn.train.log import METRICS, Log
+from gradfn.train.log import METRICS
+from gradfn.train.rows import Rows
 from tests.report.test_page import write_run
 
 
@@ -114,12 +115,15 @@ def test_a_full_disk_names_the_file_and_leaves_no_part(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_rows_that_cannot_be_written_name_their_file(tmp_path):
-    (tmp_path / METRICS).symlink_to("/dev/full")
-    log = Log(tmp_path, {}, None, False, None)
+def test_rows_that_cannot_be_written_name_their_file(tmp_path, monkeypatch):
+    full = lambda file, size: Path("/dev/full").open("ab")  # noqa: E731, SIM115
+    monkeypatch.setattr("gradfn.train.rows.open_to_append", full)
+    rows = Rows(tmp_path / METRICS)
+    rows.open()
     with pytest.raises(OSError, match="No space left on device") as raised:
-        log._append(METRICS, {"step": 1})
+        rows.append({"step": 1})
     assert raised.value.filename == str(tmp_path / METRICS)
+    rows.close()
 
 
 def test_a_report_on_a_full_disk_gets_one_line(tmp_path, monkeypatch, capsys):

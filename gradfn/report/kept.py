@@ -37,7 +37,9 @@ LAST_STEP = 2**53  # that a float64 tells from the one before
 
 # The rows of a training's files; null is a number that was not finite.
 Step = Annotated[int, Meta(ge=0, le=LAST_STEP)]
-MetricsRow = dict[str, Number | None]  # of a row by name, among them "step"
+MetricsRow = dict[
+    str, Number | list[Any] | None
+]  # of a row by name, among them "step"; a list is `not_finite`
 
 
 class Stats(TypedDict):
@@ -123,7 +125,7 @@ def read_run(run: str | Path) -> Kept:
         FileError: a file of it cannot be read, or leads out of the run's folder; it names the file.
     """
     folder = find_run(run)
-    if not os.path.lexists(folder / CONFIG):
+    if not (folder / CONFIG).exists():
         return _of_fit(folder)
     config = read_config(folder)
     net = inside(folder, DIGIT_NET)
@@ -148,13 +150,13 @@ def find_run(run: str | Path) -> Path:
         RunError: there is no such run; it says what to type.
     """
     folder = Path(run)
-    if os.path.lexists(folder / CONFIG):
+    if (folder / CONFIG).exists():
         return folder
-    if os.path.lexists(folder / METRICS) and not os.path.lexists(folder.parent / CONFIG):
+    if (folder / METRICS).exists() and not (folder.parent / CONFIG).exists():
         return folder
     if found := latest(folder):
         return found
-    if os.path.lexists(folder.parent / CONFIG):
+    if (folder.parent / CONFIG).exists():
         raise RunError(f"{run}: only a part of a run; name the run's folder, {folder.parent}")
     if folder.is_dir():
         raise RunError(
@@ -214,7 +216,8 @@ def _pictures(folder: Path) -> dict[str, bytes]:
 
 
 def _metrics(file: Path) -> Iterator[Row]:
-    for i, row in enumerate(read_rows(file, MetricsRow), start=1):
+    for i, found in enumerate(read_rows(file, MetricsRow), start=1):
+        row = {name: value for name, value in found.items() if not isinstance(value, list)}
         step = row.get("step")
         if step is None or not (0 <= step <= LAST_STEP and step.is_integer()):
             raise FileError(f"{file}: line {i:,}: expected an integer >= 0 as the step, got {step}")

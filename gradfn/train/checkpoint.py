@@ -2,52 +2,63 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradfn.files import FileError, replace_file
+from gradfn.files import FileError, parse_json, replacing
 from gradfn.params import named_leaves, path_name
+from gradfn.tensors import NAMES, Tensor, is_stored, open_tensors, write_tensors
 from gradfn.train.model import take_apart
 
 KEPT = "kept"  # the folder, in that of a run, of the parameters that stay
-FLOATS = tuple(map(jnp.dtype, ("bfloat16", "float16", "float32", "float64")))  # that files have
 DIGITS = 10  # of the step in their files' names
+
+
+Number = float | Literal["nan", "inf", "-inf"]  # in notes; `float` makes the number of it
 
 
 class CheckpointError(FileError):
     """A checkpoint that cannot be read, or that is of another run."""
 
 
-def save(file: Path, state: Any, notes: dict[str, Any]) -> None:
+def save(file: Path, state: Any, notes: Mapping[str, Any]) -> None:
     """Write a state and some JSON notes to a file; whatever interrupts it, the old file or the new one is there.
+
+    One array at a time is made ready to be written.
 
     Args:
         file: where to, `checkpoint.safetensors`.
         state: a pytree of arrays and typed keys.
-        notes: what JSON can hold.
+        notes: what JSON can hold; NaN and infinities become `"nan"`, `"inf"` and `"-inf"`.
+
+    Raises:
+        OSError: it cannot be written; it names the file.
     """
-    from safetensors.numpy import save as to_bytes
-
-    arrays = {name: _stored(_plain(leaf)) for name, leaf in named_leaves(state)}
-    data = to_bytes(arrays, metadata={"notes": json.dumps(_tagged(notes), allow_nan=False)})
-    replace_file(file, data)
+    content = tensors(state), metadata(notes)
+    with replacing(file) as out:
+        write_tensors(out, *content)
 
 
-def load(file: Path, like: Any, rest: bool = False) -> tuple[Any, dict[str, Any]]:
+def load(file: Path, like: Any, rest: bool = False, form: type = dict) -> tuple[Any, Any]:
     """Read a state and its notes back.
+
+    Arrays are read and put on the device one at a time.
 
     Args:
         file: what `save` wrote.
         like: a state of the same structure, whose shapes and dtypes the file must have (keys apart,
             `jax.ShapeDtypeStruct` will do).
         rest: whether the file may hold more than that, which is not read.
+        form: what the notes must be, a type: see `gradfn.files.read_json`.
 
     Returns:
         The state, and the notes.
@@ -55,40 +66,32 @@ def load(file: Path, like: Any, rest: bool = False) -> tuple[Any, dict[str, Any]
     Raises:
         CheckpointError: the file cannot be read, or does not fit `like`; it names the array.
     """
-    from safetensors import SafetensorError, safe_open
-
-    wanted = {name for name, _ in named_leaves(like)}
+    wanted = dict(named_leaves(like))
     try:
-        with safe_open(file, "numpy") as content:
-            notes = json.loads(content.metadata()["notes"], object_hook=_untagged)
-            names = [name for name in content.keys() if not rest or name in wanted]  # noqa: SIM118
-            arrays = {name: content.get_tensor(name) for name in names}
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file}: not a readable checkpoint ({error})") from error
+        with open_tensors(file) as content:
+            notes: Any = parse_json((content.metadata() or {})["notes"], form, "its notes")
+            names = set(content.keys())
+            for name, leaf in wanted.items():
+                if name not in names:
+                    raise CheckpointError(f"{file}: holds no {name}; it is of another network or optimizer")
+                _check(file, name, content.get_slice(name), leaf)
+            if not rest and (more := sorted(names - wanted.keys())):
+                few = ", ".join(f"{name!r:.100}" for name in more[:3]) + ", ..." * (len(more) > 3)
+                raise CheckpointError(f"{file}: holds {few} too; it is of another network or optimizer")
 
-    def restore(path: tuple[Any, ...], leaf: Any) -> jax.Array:
-        name = path_name(path)
-        expected = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else _plain(leaf)
-        if name not in arrays:
-            raise CheckpointError(f"{file}: holds no {name}; it is of another network or optimizer")
-        came, stored = arrays.pop(name), _stored(np.empty(expected.shape, expected.dtype))
-        if (came.shape, came.dtype) != (stored.shape, stored.dtype):
-            fits = f"expected {list(stored.shape)} {stored.dtype}, got {list(came.shape)} {came.dtype}"
-            raise CheckpointError(f"{file}: {name}: {fits}")
-        came = came.view(expected.dtype).reshape(expected.shape)  # [..., 2] -> [...] where it is complex
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(jnp.asarray(came), impl=jax.random.key_impl(leaf))
-        return jnp.asarray(came)
+            def restore(path: tuple[Any, ...], leaf: Any) -> jax.Array:
+                return _restored(content.get_tensor(path_name(path)), leaf)
 
-    state = jax.tree_util.tree_map_with_path(restore, like)
-    if arrays:
-        raise CheckpointError(f"{file}: holds {', '.join(arrays)} too; it is of another network or optimizer")
-    return state, notes
+            return jax.tree_util.tree_map_with_path(restore, like), notes
+    except CheckpointError:
+        raise
+    except FileError as error:
+        reason = str(error).removeprefix(f"{file}: ")
+        raise CheckpointError(f"{file}: not a readable checkpoint ({reason})") from error
 
 
 def keep(folder: Path, step: int, params: Any, state: Any = None) -> None:
     """Keep the parameters after a step, and a model's state, among those of a run, `kept/<step>.safetensors`."""
-    (folder / KEPT).mkdir(parents=True, exist_ok=True)
     save(folder / KEPT / f"{step:0{DIGITS}}.safetensors", _together(params, state), {"step": step})
 
 
@@ -133,28 +136,69 @@ def _together(params: Any, state: Any) -> Any:
     return params if state is None else {"params": params, "state": state}
 
 
-def _stored(array: np.ndarray) -> np.ndarray:
-    """Return an array as one of a dtype that files have: bytes for eight bits and less, pairs for complex numbers."""
-    array = np.array(array, order="C")
-    if np.iscomplexobj(array):
-        return np.stack([array.real, array.imag], -1)  # [...] -> [..., 2]
-    known = array.dtype.kind in "biu" or array.dtype in FLOATS
-    return array if known else array.view(np.uint8)
+def tensors(state: Any) -> dict[str, Tensor]:
+    """Return what a file of a state has to hold: its arrays by path, each made ready when it is written."""
+    found = {}
+    for name, leaf in named_leaves(state):
+        leaf = _without_type(leaf)
+        dtype, shape = _stored_as(leaf)
+        found[name] = Tensor(dtype, shape, functools.partial(_stored, leaf))
+    return found
 
 
-def _plain(leaf: Any) -> np.ndarray:
-    typed_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(leaf) if typed_key else leaf)
+def metadata(notes: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a file has to hold of notes."""
+    return {"notes": json.dumps(_finite(notes), allow_nan=False)}
 
 
-def _tagged(value: Any) -> Any:
-    """Put floats that JSON does not have into `{"float": "nan"}`."""
-    if isinstance(value, dict):
-        return {name: _tagged(inner) for name, inner in value.items()}
+def _stored_as(leaf: Any) -> tuple[np.dtype, tuple[int, ...]]:
+    """Return the dtype and shape of an array in a file, which has complex numbers as pairs, odd dtypes as bytes."""
+    dtype = np.dtype(leaf.dtype)
+    if dtype.kind == "c":
+        return np.dtype(f"f{dtype.itemsize // 2}"), (*leaf.shape, 2)
+    return (dtype if is_stored(dtype) else np.dtype(np.uint8)), tuple(leaf.shape)
+
+
+def _stored(leaf: Any) -> np.ndarray:
+    """Return an array as it is in a file; on a CPU it shares the memory."""
+    if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
+        leaf = leaf.addressable_data(
+            0
+        )  # jax would keep the host's copy for as long as it keeps `leaf` itself
+    dtype, shape = _stored_as(leaf)
+    return np.asarray(leaf).reshape(-1).view(dtype).reshape(shape)  # [...] -> [..., 2] where it is complex
+
+
+def _restored(array: np.ndarray, like: Any) -> jax.Array:
+    """Return an array of a file as one like another."""
+    like = like if hasattr(like, "dtype") else np.asarray(like)
+    if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
+    return jnp.asarray(
+        array.reshape(-1).view(like.dtype).reshape(like.shape)
+    )  # [..., 2] -> [...] where it is complex
+
+
+def _check(file: Path, name: str, found: Any, like: Any) -> None:
+    """Raise a CheckpointError for an array of another dtype or shape."""
+    dtype, shape = _stored_as(_without_type(like))
+    actual = (tuple(found.get_shape()), found.get_dtype())
+    if actual != (shape, NAMES[dtype.name]):
+        known = {stored: known for known, stored in NAMES.items()}
+        fits = f"expected {list(shape)} {dtype}, got {list(actual[0])} {known.get(actual[1], actual[1])}"
+        raise CheckpointError(f"{file}: {name}: {fits}")
+
+
+def _without_type(leaf: Any) -> Any:
+    """Return a key's data, anything else that has no dtype as an array, and the rest as it is."""
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(leaf)
+    return leaf if hasattr(leaf, "dtype") and hasattr(leaf, "shape") else np.asarray(leaf)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_tagged(inner) for inner in value]
-    return {"float": str(value)} if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _untagged(found: dict[str, Any]) -> Any:
-    return float(found["float"]) if list(found) == ["float"] and isinstance(found["float"], str) else found
+        return [_finite(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

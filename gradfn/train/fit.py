@@ -21,28 +21,37 @@ from gradfn.losses import Loss, check_targets
 from gradfn.train import checkpoint
 from gradfn.train.chunk import CAPACITY, chunks
 from gradfn.train.fault import fault
+from gradfn.train.folder import CHECKPOINT, own, prepare
 from gradfn.train.identity import identity
-from gradfn.train.log import EVENTS, INSPECTIONS, METRICS, NOISE, Log
+from gradfn.train.log import Log, Notes, Settings
+from gradfn.train.rows import Row
 from gradfn.train.source import Source, source_of
 from gradfn.train.step import TrainState, train_state
 
-Row = dict[
-    str, Any
-]  # one evaluation: step, epoch, loss, examples_per_second, seconds, and what evaluate said
-CHECKPOINT = "checkpoint.safetensors"
 CHUNK_SECONDS = (
     0.2  # what a chunk should take: often enough for the progress bar, seldom enough to cost nothing
 )
 
 
 class Fit(NamedTuple):
-    """What training gave: parameters, the whole state, a row for each evaluation, inspection, measure of noise."""
+    """What training gave: parameters, the whole state, a row for each evaluation, inspection, measure of noise.
+
+    Rows are lists where there is no folder. Where there is one they are `gradfn.train.rows.Rows`, which read like
+    lists: the last ones (up to 4 MB as JSON) are in memory, older ones are read from the folder's files.
+
+    Attributes:
+        params: of the type that was given.
+        state: all that training carries from step to step.
+        history: a row for each evaluation: see `fit`.
+        inspections: `{"step": ...}` and what `Inspection.to_dict` says.
+        noise: `{"step": ...}`, what `NoiseScale.to_dict` says, and the `running_scale`.
+    """
 
     params: Any
     state: TrainState
-    history: list[Row]
-    inspections: list[Row]  # {"step": ...} and what Inspection.to_dict says
-    noise: list[Row]  # {"step": ...} and what NoiseScale.to_dict says, and the "running_scale"
+    history: Sequence[Row]
+    inspections: Sequence[Row]
+    noise: Sequence[Row]
 
     @property
     def model_state(self) -> Any:
@@ -64,7 +73,7 @@ def fit(
     eval_every: int | None = None,
     inspect_every: int | None = None,
     noise_every: int | None = None,
-    stop: Callable[[list[Row]], bool] | None = None,
+    stop: Callable[[Sequence[Row]], bool] | None = None,
     folder: str | Path | None = None,
     checkpoint_seconds: float = 1.0,
     keep_every: int | None = None,
@@ -98,7 +107,8 @@ def fit(
         stop: `(history) -> bool`, asked after each evaluation; True ends the run. See `gf.stalled`.
         folder: where to write `metrics.jsonl`, `inspections.jsonl`, `noise.jsonl`, TensorBoard events and the
             checkpoint; None for nowhere. A run owns its folder: unless it resumes, what an earlier run of `fit`
-            wrote there is removed (other files stay). `gradfn report FOLDER` makes a page of it.
+            wrote there is removed (other files stay). `gradfn report FOLDER` makes a page of it. The checkpoint holds
+            the state, and how far each file of rows reaches; a run that resumes cuts them to that.
         checkpoint_seconds: write a checkpoint when this much time has passed since the last (more where
             writing one takes over a twentieth of it), and at the end.
         keep_every: also keep the parameters each so many steps and at the end, which `gf.train.kept` reads. They
@@ -159,71 +169,78 @@ def fit(
         check_targets(loss, source.content)
     apart = state is not None  # the user's state, beside the model
     state = train_state(params, optimizer, jax.random.key(seed), state)
-    settings = {"steps": steps, "batch_size": batch_size, "seed": seed, "eval_every": eval_every}
+    settings: Settings = {"steps": steps, "batch_size": batch_size, "seed": seed, "eval_every": eval_every}
     who = None if folder is None else identity(state, source, loss)
     log = Log(None if folder is None else Path(folder), settings, who, progress, source.tokens)
-    if resume and log.folder and (log.folder / CHECKPOINT).exists():
-        state, notes = checkpoint.load(log.folder / CHECKPOINT, like=state)
-        log.restore(notes)
-        if log.finished:
-            return Fit(state.model, state, log.history, log.inspections, log.noise)
-    elif log.folder:
-        clear(log.folder)
-    eval_every = log.settings["eval_every"] or min(source.epoch_steps or max(steps // 10, 1), steps)
-    log.settings["eval_every"] = eval_every
-    periods = [
-        every for every in (eval_every, inspect_every, noise_every, keep_every, source.order_steps) if every
-    ]
-    if mesh is not None:
-        # Automatic axes: the compiler shares the work, the loss knows nothing of devices.
-        auto = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
-        mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=auto)
-        state = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    run = chunks(loss, optimizer, source, mesh)
+    with own(log.folder):
+        if log.folder:
+            going_on = resume and (log.folder / CHECKPOINT).exists()
+            if going_on:
+                state, notes = checkpoint.load(log.folder / CHECKPOINT, like=state, form=Notes)
+                log.restore(notes, int(state.step))
+            if log.finished:
+                return Fit(state.model, state, log.history, log.inspections, log.noise)
+            prepare(log.folder, resume=going_on, keep=keep_every is not None)
+        eval_every = log.settings["eval_every"] or min(source.epoch_steps or max(steps // 10, 1), steps)
+        log.settings["eval_every"] = eval_every
+        periods = [
+            every
+            for every in (eval_every, inspect_every, noise_every, keep_every, source.order_steps)
+            if every
+        ]
+        if mesh is not None:
+            # Automatic axes: the compiler shares the work, the loss knows nothing of devices.
+            auto = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
+            mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=auto)
+            state = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+        run = chunks(loss, optimizer, source, mesh)
 
-    step = int(state.step)
-    with log.open(step):
-        jax.block_until_ready(
-            run.advance(state, source.order(source.epoch(step)), 0, 0)
-        )  # compile, take no step
-        length = 1  # the first chunk is one step, to learn what a step takes
-        saved, pause = time.monotonic(), checkpoint_seconds
-        while step < steps and not log.finished:
-            here = state, source.order(source.epoch(step)), source.row(step)
-            if inspect_every and step % inspect_every == 0:
-                log.inspection(step, run.look(*here))
-            if noise_every and step % noise_every == 0:
-                log.noise_scale(step, run.measure(*here))
-            boundaries = ((step // every + 1) * every for every in periods)
-            end = min(step + length, steps, *boundaries)
-            began = time.monotonic()
-            after, columns, finite = run.advance(*here, end - step)
-            source.order(source.epoch(end))  # a new epoch's is shuffled while the device works
-            columns, finite = jax.device_get((columns, finite))
-            metrics = {name: column[: end - step] for name, column in columns.items()}
-            took = time.monotonic() - began
-            if not (finite and np.isfinite(metrics["loss"]).all()):
-                raise fault(loss, run, *here, metrics["loss"])
-            log.steps(metrics, source.batch_size, took)
-            if end - step == length:  # not cut short by a boundary, so its time is telling
-                aim = length * CHUNK_SECONDS / max(took, 1e-9)
-                length = int(np.clip(aim, max(length // 2, 1), min(length * 8, CAPACITY)))
-            state, step = after, end
-            if step % eval_every == 0 or step == steps:
-                answers = (
-                    {} if evaluate is None else evaluate(state.model, *([state.model_state] if apart else []))
-                )
-                epoch = step / source.epoch_steps if source.epoch_steps else None
-                log.row(step, epoch, {name: float(value) for name, value in answers.items()})
-                log.finished = step == steps or (stop is not None and stop(log.history))
-            if log.folder and keep_every and (step % keep_every == 0 or log.finished):
-                checkpoint.keep(log.folder, step, state.params, state.model_state)
-            if log.folder and (log.finished or time.monotonic() - saved >= pause):
+        step = int(state.step)
+        with log.open(step):
+            jax.block_until_ready(
+                run.advance(state, source.order(source.epoch(step)), 0, 0)
+            )  # compile, take no step
+            length = 1  # the first chunk is one step, to learn what a step takes
+            saved, pause = time.monotonic(), checkpoint_seconds
+            while step < steps and not log.finished:
+                here = state, source.order(source.epoch(step)), source.row(step)
+                if inspect_every and step % inspect_every == 0:
+                    log.inspection(step, run.look(*here))
+                if noise_every and step % noise_every == 0:
+                    log.noise_scale(step, run.measure(*here))
+                boundaries = ((step // every + 1) * every for every in periods)
+                end = min(step + length, steps, *boundaries)
                 began = time.monotonic()
-                checkpoint.save(log.folder / CHECKPOINT, state, log.notes())
-                saved = time.monotonic()
-                pause = max(checkpoint_seconds, 20 * (saved - began))
-    return Fit(state.model, state, log.history, log.inspections, log.noise)
+                after, columns, finite = run.advance(*here, end - step)
+                source.order(source.epoch(end))  # a new epoch's is shuffled while the device works
+                columns, finite = jax.device_get((columns, finite))
+                metrics = {name: column[: end - step] for name, column in columns.items()}
+                took = time.monotonic() - began
+                if not (finite and np.isfinite(metrics["loss"]).all()):
+                    raise fault(loss, run, *here, metrics["loss"])
+                log.steps(metrics, source.batch_size, took)
+                if end - step == length:  # not cut short by a boundary, so its time is telling
+                    aim = length * CHUNK_SECONDS / max(took, 1e-9)
+                    length = int(np.clip(aim, max(length // 2, 1), min(length * 8, CAPACITY)))
+                state, step = after, end
+                if step % eval_every == 0 or step == steps:
+                    answers = (
+                        {}
+                        if evaluate is None
+                        else evaluate(state.model, *([state.model_state] if apart else []))
+                    )
+                    epoch = step / source.epoch_steps if source.epoch_steps else None
+                    log.row(step, epoch, {name: float(value) for name, value in answers.items()})
+                    log.finished = step == steps or (stop is not None and stop(log.history))
+                if log.folder and keep_every and (step % keep_every == 0 or log.finished):
+                    checkpoint.keep(log.folder, step, state.params, state.model_state)
+                if log.folder and (log.finished or time.monotonic() - saved >= pause):
+                    began = time.monotonic()
+                    log.sync()
+                    checkpoint.save(log.folder / CHECKPOINT, state, log.notes())
+                    saved = time.monotonic()
+                    pause = max(checkpoint_seconds, 20 * (saved - began))
+        return Fit(state.model, state, log.history, log.inspections, log.noise)
 
 
 def stalled(
@@ -244,7 +261,7 @@ def stalled(
     (False, True)
     """
 
-    def stop(history: list[Row]) -> bool:
+    def stop(history: Sequence[Row]) -> bool:
         values = [row[name] for row in history]
         if len(values) <= evaluations:
             return False
@@ -258,16 +275,6 @@ def stalled(
         return functools.reduce(better, since, best) == best
 
     return stop
-
-
-def clear(folder: Path) -> None:
-    """Remove what an earlier run of `fit` left in a folder, the checkpoint first; other files stay."""
-    written = [CHECKPOINT, METRICS, INSPECTIONS, NOISE]
-    patterns = [*written, *(f".{name}.part" for name in written), f"{EVENTS}/events.out.tfevents.*"]
-    digits = "[0-9]" * checkpoint.DIGITS
-    for pattern in (*patterns, f"{checkpoint.KEPT}/{digits}.safetensors"):
-        for file in folder.glob(pattern):
-            file.unlink()
 
 
 def _positive(**numbers: int | None) -> None:

@@ -14,9 +14,9 @@ Programs depend on the version of JAX and on the platform, and are compared only
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from gradfn.losses import Loss
 from gradfn.params import named_leaves
+from gradfn.train.checkpoint import Number
 from gradfn.train.model import batch_loss
 from gradfn.train.source import Source
 from gradfn.train.step import TrainState, step_keywords
@@ -33,7 +34,21 @@ HASHED = 1 << 24  # bytes of an array that are hashed, at most
 SAMPLES = 4  # values of a parameter that are kept
 CLOSE = 1e-3  # relative to the largest of them
 
-Identity = dict[str, dict[str, Any]]
+
+class Programs(TypedDict):
+    """Hashes of what a run computes, and by which version of JAX they were made."""
+
+    jax: str
+    batch: str
+    loss: str
+
+
+class Identity(TypedDict):
+    """What makes a run the run it is: of data and parameters by path."""
+
+    data: dict[str, str]
+    start: dict[str, Sequence[Number]]
+    programs: Programs
 
 
 def identity(state: TrainState, source: Source, loss: Loss) -> Identity:
@@ -58,15 +73,18 @@ def difference(was: Identity, now: Identity) -> str | None:
         before, after = was["data"].get(name, "nothing"), now["data"].get(name, "nothing")
         if before != after:
             return f"data: expected {name} {before}, got {after}"
-    for name, after in now["start"].items():
-        before = was["start"][name]
-        margin = CLOSE * max(map(abs, before), default=0)
-        if not np.allclose(before, after, rtol=0, atol=margin, equal_nan=True):
-            return f"params: expected {name} to start from {before}, got {after}"
-    before, after = was["programs"], now["programs"]
-    if before["jax"] == after["jax"] and before["batch"] != after["batch"]:
+    for name, values in now["start"].items():
+        expected = was["start"].get(name, [])
+        old, new = (
+            np.array(list(map(float, some))) for some in (expected, values)
+        )  # also of "nan" and "inf"
+        margin = CLOSE * np.max(np.abs(old[np.isfinite(old)]), initial=0)
+        if old.shape != new.shape or not np.allclose(old, new, rtol=0, atol=margin, equal_nan=True):
+            return f"params: expected {name} to start from {expected}, got {values}"
+    programs, others = was["programs"], now["programs"]
+    if programs["jax"] == others["jax"] and programs["batch"] != others["batch"]:
         return "data: batches are made in another way than when the run began"
-    if before["jax"] == after["jax"] and before["loss"] != after["loss"]:
+    if programs["jax"] == others["jax"] and programs["loss"] != others["loss"]:
         return "loss: it computes something else than when the run began"
     return None
 

@@ -4,23 +4,64 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
 
 import numpy as np
 
-from gradfn.files import replace_file
-from gradfn.text import to_json
-from gradfn.train.checkpoint import CheckpointError
+from gradfn.files import FileError, inner_folder
+from gradfn.train.checkpoint import CheckpointError, Number
+from gradfn.train.events import Events
 from gradfn.train.identity import Identity, difference
+from gradfn.train.rows import NOT_FINITE, Extent, Row, Rows
 from gradfn.versions import versions
 
 if TYPE_CHECKING:
     from gradfn.inspection import Inspection, NoiseScale
 
 METRICS, INSPECTIONS, NOISE, EVENTS = "metrics.jsonl", "inspections.jsonl", "noise.jsonl", "events"
+LOGS = (METRICS, INSPECTIONS, NOISE)
 REMEMBERED = 0.98  # of the noise scale's running sums, from one measure to the next
-NOT_METRICS = ("step", "epoch", "examples_per_second", "tokens_per_second", "seconds")
+NOT_METRICS = ("step", "epoch", "examples_per_second", "tokens_per_second", "seconds", NOT_FINITE)
+
+
+class Settings(TypedDict):
+    """What a run was asked for, as far as it makes the run what it is."""
+
+    steps: int
+    batch_size: int
+    seed: int
+    eval_every: int | None
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What `fit` writes into a checkpoint beside the state.
+
+    Attributes:
+        settings: of the run.
+        finished: whether it ended.
+        sums: of each metric since the last row.
+        n_steps, examples, row_seconds: how many steps and examples these are of, and how long they took.
+        seconds: spent in steps, in all.
+        noise_sums: of signal and noise, what is older counting less.
+        logs: how far each file of rows reaches, by its name; None of an earlier version, which had the rows here.
+        identity: what makes the run the run it is; None of an earlier version.
+        versions: of what it ran on.
+    """
+
+    settings: Settings
+    finished: bool
+    sums: dict[str, Number]
+    n_steps: int
+    examples: int
+    row_seconds: float
+    seconds: float
+    noise_sums: tuple[Number, Number]
+    logs: dict[str, Extent] | None = None
+    identity: Identity | None = None
+    versions: dict[str, Any] = field(default_factory=dict)
 
 
 class Log:
@@ -32,16 +73,14 @@ class Log:
     def __init__(
         self,
         folder: Path | None,
-        settings: dict[str, Any],
+        settings: Settings,
         identity: Identity | None,
         progress: bool,
         tokens: int | None,
     ) -> None:
         self.folder, self.settings, self.identity, self.progress = folder, settings, identity, progress
         self.tokens = tokens  # of an example, where examples are sequences of them
-        self.history: list[dict[str, Any]] = []
-        self.inspections: list[dict[str, Any]] = []
-        self.noise: list[dict[str, Any]] = []
+        self.history, self.inspections, self.noise = (_rows(folder, name) for name in LOGS)
         self.noise_sums = [0.0, 0.0]  # of signal and noise, what is older counting less
         self.finished = False
         self.sums: dict[str, float] = {}
@@ -49,7 +88,13 @@ class Log:
         self.examples = 0
         self.row_seconds = 0.0  # spent in steps since the last row
         self.seconds = 0.0  # in all
+        self._events: Events | None = None
         self._bar: Any = None
+
+    @property
+    def files(self) -> list[Rows]:
+        """The files of rows; none where there is no folder."""
+        return [rows for rows in (self.history, self.inspections, self.noise) if isinstance(rows, Rows)]
 
     def steps(self, values: dict[str, np.ndarray], batch_size: int, seconds: float) -> None:
         """Take in the metrics of a chunk of steps, `[steps]` each."""
@@ -80,25 +125,22 @@ class Log:
             row["tokens_per_second"] = self.tokens * rate
         self.history.append(row)
         self.sums, self.n_steps, self.examples, self.row_seconds = {}, 0, 0, 0.0
-        if self.folder:
-            self._append(METRICS, row)
-            self._row_events(row)
+        self._row_events(row)
         if self._bar is None and self.progress:
             print(_line(row, self.settings["steps"]), flush=True)
 
-    def _row_events(self, row: dict[str, Any]) -> None:
-        for name, value in row.items():
-            if name != "step":
-                self._events.add_scalar(name, value, row["step"])
+    def _row_events(self, row: Row) -> None:
+        if self._events:
+            self._events.add(row["step"], {name: value for name, value in row.items() if name != "step"})
 
     def inspection(self, step: int, seen: Inspection) -> None:
         """Keep what an inspection saw before a step."""
         row = {"step": step} | seen.to_dict()
         self.inspections.append(row)
-        if self.folder:
-            self._append(INSPECTIONS, row)
-            for name, stats in row["grads"].items():
-                self._events.add_scalar(f"gradient rms/{name}", stats["rms"], step)
+        if self._events:
+            self._events.add(
+                step, {f"gradient rms/{name}": stats["rms"] for name, stats in row["grads"].items()}
+            )
 
     def noise_scale(self, step: int, seen: NoiseScale) -> None:
         """Keep the noise scale that was measured before a step, and the running one."""
@@ -110,46 +152,76 @@ class Log:
         ]
         row["running_scale"] = noise / signal if signal > 0 else None
         self.noise.append(row)
-        if self.folder:
-            self._append(NOISE, row)
-            if row["running_scale"] is not None:
-                self._events.add_scalar("noise scale", row["running_scale"], step)
+        if self._events and row["running_scale"] is not None:
+            self._events.add(step, {"noise scale": row["running_scale"]})
 
     def notes(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold for the log to go on."""
-        rows = ("history", "inspections", "noise")
-        sums = ("sums", "noise_sums", "n_steps", "examples", "row_seconds", "seconds")
-        kept = {name: getattr(self, name) for name in ("settings", "identity", "finished", *rows, *sums)}
-        return kept | {"versions": versions()}
+        """Return what a checkpoint must hold for the log to go on: `Notes`."""
+        return {
+            "settings": self.settings,
+            "finished": self.finished,
+            "sums": self.sums,
+            "n_steps": self.n_steps,
+            "examples": self.examples,
+            "row_seconds": self.row_seconds,
+            "seconds": self.seconds,
+            "noise_sums": self.noise_sums,
+            "logs": {rows.file.name: rows.extent for rows in self.files},
+            "identity": self.identity,
+            "versions": versions(),
+        }
 
-    def restore(self, notes: dict[str, Any]) -> None:
-        """Resume from a checkpoint's notes.
+    def restore(self, notes: Notes, step: int) -> None:
+        """Resume from a checkpoint's notes; nothing is written.
+
+        Args:
+            notes: from there.
+            step: of the state beside them.
 
         Raises:
             CheckpointError: they are of a run with other settings (more steps are fine, and None is any), other
-                data or another loss.
+                data or another loss; or they do not fit the state, or the rows in the folder.
         """
-        notes.pop("versions", None)
-        was = notes.pop("settings")
+        was = notes.settings
         for name, value in self.settings.items():
-            longer = name == "steps" and value > was[name]
-            if value is not None and value != was[name] and not longer:
-                self._refuse(f"is of a run with {name} {was[name]}, got {value}")
-        self.settings = was | {name: value for name, value in self.settings.items() if value is not None}
-        if "identity" not in notes:
+            before = was[name]  # type: ignore[literal-required]
+            longer = name == "steps" and self.settings["steps"] > was["steps"]
+            if value is not None and value != before and not longer:
+                self._refuse(f"is of a run with {name} {before}, got {value}")
+        if notes.identity is None:
             self._refuse("does not say of which data it is; an earlier version of gradfn wrote it")
+        if notes.logs is None:
+            self._refuse("does not say how many rows there are; an earlier version of gradfn wrote it")
         assert self.identity
-        if differs := difference(notes.pop("identity"), self.identity):
+        if differs := difference(notes.identity, self.identity):
             self._refuse(f"is of another run: {differs}")
-        for name, value in notes.items():
-            setattr(self, name, value)
+        for rows in self.files:
+            extent = notes.logs.get(rows.file.name, {"rows": 0, "bytes": 0})
+            try:
+                rows.restore(extent, _Checked(rows.file.name, step))
+            except FileError as error:
+                raise CheckpointError(str(error)) from error
+        last = self.history[-1]["step"] if self.history else 0
+        if last + notes.n_steps != step or notes.n_steps < 0:
+            found = f"{last:,} in the last row and {notes.n_steps:,} since"
+            self._refuse(f"is of step {step:,}, but counts {found}; it is damaged")
+        self.settings["eval_every"] = self.settings["eval_every"] or was["eval_every"]
+        self.sums = {name: float(total) for name, total in notes.sums.items()}
+        self.noise_sums = [float(total) for total in notes.noise_sums]
+        self.n_steps, self.examples = notes.n_steps, notes.examples
+        self.row_seconds, self.seconds = notes.row_seconds, notes.seconds
         # A run that took all its steps may take more; one that `stop` ended has ended.
-        if self.finished and self.history[-1]["step"] == was["steps"] < self.settings["steps"]:
-            self.finished = False
+        longer = last == was["steps"] < self.settings["steps"]
+        self.finished = notes.finished and not longer
 
-    def _refuse(self, why: str) -> None:
+    def _refuse(self, why: str) -> NoReturn:
         remedy = "Resume with what that run began with, or use another folder"
         raise CheckpointError(f"{self.folder}: its checkpoint {why}. {remedy}")
+
+    def sync(self) -> None:
+        """Wait until all rows are on the disk."""
+        for rows in self.files:
+            rows.sync()
 
     @contextlib.contextmanager
     def open(self, step: int) -> Iterator[None]:
@@ -162,29 +234,18 @@ class Log:
             yield
 
     def _open_files(self, stack: contextlib.ExitStack, step: int) -> None:
-        from tensorboardX import SummaryWriter
-
         assert self.folder
-        self.folder.mkdir(parents=True, exist_ok=True)
         # Rows that an interrupted run wrote after its last checkpoint are about to be made again.
-        for name, rows in ((METRICS, self.history), (INSPECTIONS, self.inspections), (NOISE, self.noise)):
-            replace_file(self.folder / name, "".join(to_json(row) + "\n" for row in rows).encode())
-        # TensorBoard forgets what it has of this step and of later ones. Two files of one second must not share a name.
-        events, suffix = str(self.folder / EVENTS), f".{step}"
-        self._events = stack.enter_context(SummaryWriter(events, purge_step=step, filename_suffix=suffix))
+        for rows in self.files:
+            rows.open()
+            stack.callback(rows.close)
+        # TensorBoard forgets what it has of this step and of later ones.
+        self._events = Events(inner_folder(self.folder, EVENTS), step)
+        stack.callback(self._events.close)
         # Inspections come before their step, and are made again; the row after the last step is not.
         for row in self.history[-1:]:
             if row["step"] == step:
                 self._row_events(row)
-
-    def _append(self, name: str, row: dict[str, Any]) -> None:
-        assert self.folder
-        file = self.folder / name
-        try:
-            with file.open("a") as out:
-                out.write(to_json(row) + "\n")
-        except OSError as error:  # the disk is full: an error of writing does not name the file
-            raise OSError(error.errno, error.strerror, str(file)) from error
 
     def _open_bar(self, stack: contextlib.ExitStack) -> None:
         from rich.console import Console
@@ -216,6 +277,29 @@ class Log:
             )
         per_second = f"{self.tokens * rate:,.0f} tokens/s" if self.tokens else f"{rate:,.0f} examples/s"
         self._bar.update(self._task, advance=n, description=f"{text} {per_second}")
+
+
+def _rows(folder: Path | None, name: str) -> Rows | list[Row]:
+    return [] if folder is None else Rows(folder / name)
+
+
+class _Checked:
+    """Raises a ValueError for a row of a log that none can be: called with each, in order."""
+
+    def __init__(self, name: str, step: int) -> None:
+        self.metrics = name == METRICS
+        # A row is of the steps before it, an inspection of the step after it.
+        self.last, self.end = (0, step) if self.metrics else (-1, step - 1)
+
+    def __call__(self, row: Row) -> None:
+        step = row.get("step")
+        if type(step) is not int or not self.last < step <= self.end:
+            raise ValueError(f"expected a step from {self.last + 1:,} to {self.end:,}, got {step!r:.30}")
+        self.last = step
+        if self.metrics:
+            numbers = all(value is None or type(value) in (int, float) for value in row.values())
+            if not numbers or "loss" not in row:
+                raise ValueError("expected numbers, among them a loss")
 
 
 def refuse_names(names: Iterable[str], what: str, others: Iterable[str] = ()) -> None:

@@ -314,7 +314,7 @@ def test_kill_9_at_any_moment_loses_nothing(tmp_path):
         if not checkpoint.exists():
             return 0
         with safe_open(checkpoint, "numpy") as content:
-            return len(json.loads(content.metadata()["notes"])["history"])
+            return json.loads(content.metadata()["notes"])["logs"]["metrics.jsonl"]["rows"]
 
     rng = np.random.default_rng(0)
     checkpoint = tmp_path / "killed" / "checkpoint.safetensors"

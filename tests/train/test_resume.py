@@ -1,6 +1,7 @@
 """A run owns its folder, and resumes as itself or not at all."""
 
 import dataclasses
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,10 @@ import optax
 import pytest
 
 import gradfn as gf
+from gradfn.files import FileError, owned
 from gradfn.run import RunError
+from gradfn.train import checkpoint
+from gradfn.train.log import Log
 
 X = np.random.default_rng(0).normal(size=[24, 3]).astype("float32")
 DATA = {"x": X, "y": X @ np.array([1.0, -2.0, 0.5], "float32")}
@@ -25,7 +29,7 @@ def train(folder, steps=6, *, loss=mean_square, params=START, data=DATA, optimiz
     return gf.fit(loss, params, data, optimizer or optax.adam(0.1), steps, folder=folder, **options)
 
 
-def content(folder):
+def content_of(folder):
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
@@ -109,10 +113,10 @@ def test_b2_another_run_is_refused_before_anything_is_written(tmp_path, before, 
         train(tmp_path, evaluate=interrupted, **before)
     done = train(tmp_path, **before)
     for steps in (6, 9):
-        was = content(tmp_path)
+        was = content_of(tmp_path)
         with pytest.raises(gf.CheckpointError, match=message):
             train(tmp_path, steps, resume=True, **(before | after))
-        assert content(tmp_path) == was
+        assert content_of(tmp_path) == was
     np.testing.assert_array_equal(train(tmp_path, resume=True, **before).params["w"], done.params["w"])
 
 
@@ -135,8 +139,6 @@ def test_b2_what_changes_nothing_resumes(tmp_path):
 
 
 def test_b2_a_checkpoint_that_does_not_say_of_what_it_is(tmp_path):
-    from gradfn.train import checkpoint
-
     train(tmp_path)
     file = tmp_path / "checkpoint.safetensors"
     state, notes = checkpoint.load(file, gf.train_state(START, optax.adam(0.1), jax.random.key(0)))
@@ -169,11 +171,11 @@ def test_b2_gpt_on_another_text_is_refused_and_its_model_stays(tmp_path, other):
     small = {"steps": 4, "layers": 1, "heads": 2, "width": 8, "context": 8, "batch": 4, "warmup": 1}
     config = gpt.Config(**small, data=str(text), folder=str(folder))
     gpt.run(config)
-    was = content(folder)
+    was = content_of(folder)
     text.write_text(other * 30)
     with pytest.raises((gf.CheckpointError, RunError), match=r"another run|of another model|checkpoint"):
         gpt.run(dataclasses.replace(config, resume=True))
-    assert content(folder) == was
+    assert content_of(folder) == was
 
 
 # B10. What resumes, and how far
@@ -379,3 +381,186 @@ def test_b10_tensorboard_keeps_every_row_and_inspection_once(tmp_path, eval_ever
     assert {step for tag, step in shown if tag == "gradient_rms/w"} == set(range(12))
     assert {step for tag, step in shown if tag == "loss"} == {*range(eval_every, 13, eval_every), 12}
     assert {len(values) for values in shown.values()} == {1}
+
+
+# A checkpoint is small, and the rows are in files of their own
+
+
+def test_a_checkpoint_is_as_large_after_many_rows_as_after_none(tmp_path):
+    sizes = {}
+    for n in (0, 100_000):
+        log = Log(tmp_path, {"steps": 10**6, "batch_size": 1, "seed": 0, "eval_every": 1}, None, False, None)
+        log.history.open()
+        for step in range(n):
+            log.history.append({"step": step, "loss": 0.5})
+        checkpoint.save(tmp_path / "x", {"w": jnp.zeros(3)}, log.notes())
+        sizes[n] = (tmp_path / "x").stat().st_size
+        log.history.close()
+    assert (tmp_path / "metrics.jsonl").stat().st_size > 2_000_000
+    assert sizes[100_000] - sizes[0] <= 16  # digits of the counts
+
+
+def damaged(folder, name, content):
+    file = folder / name
+    data = file.read_bytes()
+    file.unlink() if content is None else file.write_bytes(content(data))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", None, "metrics.jsonl: there is no such file"),
+        ("inspections.jsonl", lambda data: data[:-1], r"inspections.jsonl: expected at least [\d,]+ bytes, got"),
+        ("metrics.jsonl", lambda data: b"\xff" + data[1:], "metrics.jsonl: line 1: "),
+        ("metrics.jsonl", lambda data: data.replace(b'"step": 3', b'"step": 9'), "line 1: expected a step from 1 to 6"),
+        ("metrics.jsonl", lambda data: data.replace(b'"loss"', b'"lass"'), "line 1: expected numbers, among"),
+        ("inspections.jsonl", lambda data: data.replace(b'"step": 2', b'"step": 0'), "line 2: expected a step from 1"),
+        ("metrics.jsonl", lambda data: data[:-1] + b" ", "line 2: expected a row of JSON that ends at byte"),
+    ],
+)  # fmt: skip
+def test_rows_that_do_not_fit_the_checkpoint_are_named(tmp_path, name, content, message):
+    train(tmp_path, inspect_every=2)
+    damaged(tmp_path, name, content)
+    was = content_of(tmp_path)
+    for steps in (6, 9):
+        with pytest.raises(gf.CheckpointError, match=message) as error:
+            train(tmp_path, steps, resume=True, inspect_every=2)
+        assert "\n" not in str(error.value)
+        assert content_of(tmp_path) == was
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_steps": 1}, "is of step 6, but counts 6 in the last row and 1 since; it is damaged"),
+        ({"logs": None}, "does not say how many rows there are; an earlier version"),
+        ({"logs": {}}, "is of step 6, but counts 0 in the last row"),
+        ({"logs": {"metrics.jsonl": {"rows": 3, "bytes": -7}}}, "expected 3 rows in -7 bytes"),
+        (
+            {"logs": {"metrics.jsonl": 3}},
+            "not a readable checkpoint .its notes: Expected `object`, got `int`",
+        ),
+        ({"sums": {"loss": "fast"}}, "not a readable checkpoint .its notes: Invalid enum value"),
+        ({"settings": 3}, "not a readable checkpoint .its notes: Expected `object`"),
+        ({"seconds": "long"}, "not a readable checkpoint .its notes: Expected `float`"),
+        ({"identity": {"data": 3}}, "not a readable checkpoint .its notes: "),
+    ],
+)
+def test_notes_that_cannot_be_this_runs_are_refused(tmp_path, changes, message):
+    train(tmp_path)
+    file = tmp_path / "checkpoint.safetensors"
+    state, notes = checkpoint.load(file, gf.train_state(START, optax.adam(0.1), jax.random.key(0)))
+    checkpoint.save(file, state, notes | changes)
+    was = content_of(tmp_path)
+    with pytest.raises(gf.CheckpointError, match=message):
+        train(tmp_path, 9, resume=True)
+    assert content_of(tmp_path) == was
+
+
+def test_names_in_notes_set_nothing(tmp_path):
+    whole = train(None, 9)
+    train(tmp_path / "run")
+    file = tmp_path / "run" / "checkpoint.safetensors"
+    state, notes = checkpoint.load(file, gf.train_state(START, optax.adam(0.1), jax.random.key(0)))
+    more = {"folder": str(tmp_path / "elsewhere"), "progress": True, "history": [3], "tokens": 7, "row": None}
+    logs = notes["logs"] | {"../../outside": {"rows": 1, "bytes": 5}}
+    checkpoint.save(file, state, notes | more | {"logs": logs})
+    resumed = train(tmp_path / "run", 9, resume=True)
+    assert_same(resumed.state, whole.state)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert "tokens_per_second" not in resumed.history[-1]
+
+
+def test_sums_that_are_not_finite_are_resumed(tmp_path):
+    def with_aux(params, batch):
+        return mean_square(params, batch), {"bound": jnp.float32(jnp.inf), "odd": jnp.float32(jnp.nan)}
+
+    options = {"loss": with_aux, "eval_every": 4, "keep_every": 3}
+    with pytest.raises(InterruptionError):  # the checkpoint is that of step 3, between two rows
+        train(tmp_path, 8, evaluate=interrupted, **options)
+    row = train(tmp_path, 8, resume=True, **options).history[0]
+    assert (row["bound"], str(row["odd"])) == (np.inf, "nan")
+    assert row["loss"] == train(None, 8, **options | {"keep_every": None}).history[0]["loss"]
+
+
+def test_old_rows_are_read_from_the_file_and_stop_sees_all(tmp_path, monkeypatch):
+    monkeypatch.setattr("gradfn.train.rows.RECENT", 300)
+    seen = []
+
+    def stop(history):
+        seen.append([row["step"] for row in history])
+        return len(history) == 15
+
+    fitted = train(tmp_path, 100, eval_every=1, stop=stop)
+    assert seen == [list(range(1, n + 1)) for n in range(1, 16)]
+    assert len(fitted.history._recent) < 5
+    assert [row["loss"] for row in fitted.history] == [
+        row["loss"] for row in train(None, 15, eval_every=1).history
+    ]
+
+
+def test_a_report_of_rows_with_infinities(tmp_path):
+    from gradfn.report.kept import read_run
+
+    train(tmp_path, evaluate=lambda params: {"bound": np.inf, "odd": np.nan}, inspect_every=2)
+    assert set(read_run(tmp_path).parts[""].history[0]) >= {"loss", "bound", "odd"}
+    assert "not_finite" not in read_run(tmp_path).parts[""].history[0]
+
+
+# A run owns its folder
+
+
+def test_a_folder_that_another_run_trains_in_is_refused_before_anything_is_written(tmp_path):
+    train(tmp_path)
+    was = content_of(tmp_path)
+    messages = []
+
+    def other():
+        for resume in (False, True):
+            with pytest.raises(FileError, match="is in use by another run") as error:
+                train(tmp_path, 9, resume=resume)
+            messages.append(str(error.value))
+
+    with owned(tmp_path):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert content_of(tmp_path) == was
+        train(tmp_path, 9)  # the owner itself may
+    assert len(messages) == 2
+    assert not any("\n" in message for message in messages)
+
+
+@pytest.mark.parametrize("name", ["events", "kept"])
+def test_nothing_is_written_or_removed_through_a_link(tmp_path, name):
+    folder, outside = tmp_path / "run", tmp_path / "outside"
+    for path in (folder, outside):
+        path.mkdir()
+    mine = [outside / "0000000003.safetensors", outside / "events.out.tfevents.1.mine"]
+    for file in mine:
+        file.write_text("mine")
+    (folder / name).symlink_to(outside, target_is_directory=True)
+    (folder / "checkpoint.safetensors").symlink_to(mine[0])
+    if name == "kept":
+        train(folder)  # does not keep parameters, so the link stays
+        assert not (folder / "checkpoint.safetensors").is_symlink()
+    with pytest.raises(FileError, match=f"{name}: is a link"):
+        train(folder, keep_every=2)
+    assert sorted(outside.iterdir()) == sorted(mine)
+    assert {file.read_text() for file in mine} == {"mine"}
+
+
+def test_what_killed_saves_left_is_removed(tmp_path):
+    train(tmp_path, keep_every=3)
+    mine = [tmp_path / ".mine.part", tmp_path / "kept" / ".mine.0123456789abcdef.part"]
+    for resume in (False, True):
+        parts = [
+            tmp_path / ".checkpoint.safetensors.0123456789abcdef.part",
+            tmp_path / "kept" / ".0000000007.safetensors.0123456789abcdef.part",
+        ]
+        for file in (*parts, *mine):
+            file.write_text("half")
+        train(tmp_path, 9, keep_every=3, resume=resume, eval_every=3 if resume else 9)
+        assert not any(part.exists() for part in parts)
+        assert all(file.exists() for file in mine)
+        train(tmp_path, keep_every=3)

@@ -1,0 +1,60 @@
+"""The folder of a run of `fit`: who owns it, and what an earlier run left in it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from gradfn.files import inner_folder, owned, remove_parts
+from gradfn.train.checkpoint import DIGITS, KEPT
+from gradfn.train.log import EVENTS, LOGS
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+@contextlib.contextmanager
+def own(folder: Path | None) -> Iterator[None]:
+    """Make a folder, and own it while the block runs: see `gradfn.files.owned`."""
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with owned(folder):
+        yield
+
+
+def prepare(folder: Path, resume: bool, keep: bool) -> None:
+    """Make a folder ready for a run: remove what an earlier one left there, all of it or what it left half done.
+
+    Args:
+        folder: that of the run, which this process owns.
+        resume: whether the run goes on from the folder's checkpoint.
+        keep: whether the run keeps parameters.
+
+    Raises:
+        FileError: a folder in it is a link.
+    """
+    inner_folder(folder, EVENTS)
+    if keep:
+        inner_folder(folder, KEPT)
+    if not resume:
+        clear(folder)
+    remove_parts(folder, CHECKPOINT)
+    for part in _within(folder, KEPT, f".{'[0-9]' * DIGITS}.safetensors.*"):
+        remove_parts(folder / KEPT, f"{part.name[1 : DIGITS + 1]}.safetensors")
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run of `fit` left in a folder, the checkpoint first; other files stay."""
+    for name in (CHECKPOINT, *LOGS):
+        (folder / name).unlink(missing_ok=True)
+    patterns = {EVENTS: "events.out.tfevents.*", KEPT: f"{'[0-9]' * DIGITS}.safetensors"}
+    for inner, pattern in patterns.items():
+        for file in _within(folder, inner, pattern):
+            file.unlink()
+
+
+def _within(folder: Path, inner: str, pattern: str) -> list[Path]:
+    """Return files in a folder inside of a run's; none where that is a link, which may lead anywhere."""
+    return [] if (folder / inner).is_symlink() else list((folder / inner).glob(pattern))

@@ -1,0 +1,236 @@
+"""The rows of a run: each is a line of JSON at the end of a file, and the most recent ones are in memory too.
+
+JSON has no NaN and no infinities. A row has null in their place, as every reader expects, and a list `not_finite` with
+the value and the path of each of them, `[["-inf", "low"], ["nan", "sites", "a1", "mean"]]`; without any it has no
+such list. So a row that comes back from the file is equal to the one that was written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NoReturn, TypedDict, overload
+
+from gradfn.files import JSON_LIMIT, FileError, open_regular, open_to_append, parse_json
+from gradfn.text import to_json
+
+Row = dict[str, Any]
+NOT_FINITE = "not_finite"
+RECENT = 4 << 20  # bytes of JSON whose rows are kept in memory, at most
+BLOCK = 1 << 20  # bytes of older rows that are read at a time, where a row is no larger
+
+
+class Extent(TypedDict):
+    """How far a file of rows reaches; a checkpoint holds this, and not the rows."""
+
+    rows: int
+    bytes: int
+
+
+class Rows(Sequence[Row]):
+    """Rows that are appended to a file, and can be read like a list.
+
+    Older rows are read from the file when they are used. Once another run has replaced the file, they are gone, and
+    using them is a FileError.
+
+    >>> import tempfile
+    >>> rows = Rows(Path(tempfile.mkdtemp(), "metrics.jsonl"))
+    >>> rows.open()
+    >>> rows.append({"step": 1, "loss": 0.5})
+    >>> rows.append({"step": 2, "loss": math.inf})
+    >>> rows.close()
+    >>> rows[-1], rows.extent, rows.file.read_text().splitlines()[-1]
+    ({'step': 2, 'loss': inf}, {'rows': 2, 'bytes': 84}, '{"step": 2, "loss": null, "not_finite": [["inf", "loss"]]}')
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._ends = array("q", [0])  # where each row ends, behind a 0: row i is [ends[i], ends[i + 1])
+        self._recent: deque[Row] = deque()
+        self._out: IO[bytes] | None = None
+        self._inode: tuple[int, int] | None = None  # of the file that the rows are in
+        self._synced = 0  # bytes that are on the disk
+
+    @property
+    def extent(self) -> Extent:
+        """How far the file reaches."""
+        return {"rows": len(self), "bytes": self._ends[-1]}
+
+    def restore(self, extent: Extent, check: Callable[[Row], None]) -> None:
+        """Read back the rows up to an extent, as another process left them; what comes after it does not count.
+
+        Args:
+            extent: how far to read.
+            check: raises a ValueError for a row that cannot be one.
+
+        Raises:
+            FileError: there are fewer rows, or one cannot be read; it names the file.
+        """
+        size = extent["bytes"]
+        if size == extent["rows"] == 0:
+            return
+        with open_regular(self.file) as content:
+            found = os.fstat(content.fileno())
+            if found.st_size < size:
+                raise FileError(f"{self.file}: expected at least {size:,} bytes, got {found.st_size:,}")
+            self._inode = found.st_dev, found.st_ino
+            while self._ends[-1] < size:
+                line = content.readline(min(JSON_LIMIT, size - self._ends[-1]))
+                name = f"{self.file}: line {len(self) + 1:,}"
+                if not line.endswith(b"\n"):
+                    raise FileError(f"{name}: expected a row of JSON that ends at byte {size:,} or before")
+                row = _parsed(line, name)
+                try:
+                    check(row)
+                except ValueError as error:
+                    raise FileError(f"{name}: {error}") from error
+                self._remember(row, len(line))
+        if self.extent != extent:
+            raise FileError(
+                f"{self.file}: expected {extent['rows']:,} rows in {size:,} bytes, got {len(self):,}"
+            )
+
+    def open(self) -> None:
+        """Open the file to append to, and cut it to the rows that there are."""
+        self._out = open_to_append(self.file, self._ends[-1])
+        found = os.fstat(self._out.fileno())
+        self._inode = found.st_dev, found.st_ino
+
+    def append(self, row: Row) -> None:
+        """Append a row, which is in the file when this returns (though not on the disk: see `sync`).
+
+        Raises:
+            OSError: it cannot be written; it names the file.
+        """
+        assert self._out
+        line = _line(row)
+        try:
+            self._out.write(line)
+            self._out.flush()
+        except OSError as error:
+            self._name(error)
+        self._remember(row, len(line))
+
+    def sync(self) -> None:
+        """Wait until the rows are on the disk."""
+        end = self._ends[-1]
+        if self._out and self._synced < end:
+            try:
+                os.fsync(self._out.fileno())
+            except OSError as error:
+                self._name(error)
+            self._synced = end
+
+    def close(self) -> None:
+        """Close the file; each row is in it already."""
+        if self._out:
+            with contextlib.suppress(OSError):  # of a row that could not be written, which was raised then
+                self._out.close()
+            self._out = None
+
+    def _name(self, error: OSError) -> NoReturn:
+        """Raise an error of writing, which does not name the file, with the file's name."""
+        raise OSError(error.errno, error.strerror, str(self.file)) from error
+
+    def _remember(self, row: Row, size: int) -> None:
+        self._ends.append(self._ends[-1] + size)
+        self._recent.append(row)
+        while self._ends[-1] - self._ends[len(self) - len(self._recent)] > RECENT:
+            self._recent.popleft()
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        indices = range(len(self))[index]  # an IndexError, as of a list
+        if isinstance(indices, int):
+            return next(self._from(indices, indices + 1))
+        if indices.step == 1:
+            return list(self._from(indices.start, indices.stop))
+        return [self[i] for i in indices]
+
+    def __iter__(self) -> Iterator[Row]:
+        return self._from(0, len(self))
+
+    def _from(self, start: int, stop: int) -> Iterator[Row]:
+        """Yield the rows from `start` to `stop`: the older ones in one pass over the file."""
+        in_file = min(len(self) - len(self._recent), stop)
+        if start < in_file:
+            yield from self._read(start, in_file)
+        # By number: rows may be appended, and leave memory, while this waits.
+        for i in range(max(start, in_file), stop):
+            oldest = len(self) - len(self._recent)
+            yield self._recent[i - oldest] if i >= oldest else self[i]
+
+    def _read(self, start: int, stop: int) -> Iterator[Row]:
+        with open_regular(self.file) as content:
+            found = os.fstat(content.fileno())
+            if (found.st_dev, found.st_ino) != self._inode or found.st_size < self._ends[stop]:
+                raise FileError(f"{self.file}: another run has replaced it; its older rows are gone")
+            content.seek(self._ends[start])
+            while start < stop:
+                end = start + 1
+                while end < stop and self._ends[end + 1] - self._ends[start] <= BLOCK:
+                    end += 1
+                block = content.read(self._ends[end] - self._ends[start])
+                for i in range(start, end):
+                    line = block[self._ends[i] - self._ends[start] : self._ends[i + 1] - self._ends[start]]
+                    yield _parsed(line, f"{self.file}: line {i + 1:,}")
+                start = end
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, (Rows, list, tuple)):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        if len(self._recent) == len(self):
+            return repr(list(self._recent))
+        return f"<{len(self):,} rows in {self.file}, the last of them {self[-1]}>"
+
+    def __reduce__(self) -> Any:
+        return list, (list(self),)  # a copy, or another process, has all of them
+
+
+def _line(row: Row) -> bytes:
+    special = [[str(value), *path] for path, value in _not_finite(row, ())]
+    return (to_json(row | ({NOT_FINITE: special} if special else {})) + "\n").encode()
+
+
+def _not_finite(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], float]]:
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            yield path, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _not_finite(inner, (*path, name))
+    elif isinstance(value, (list, tuple)):
+        for i, inner in enumerate(value):
+            yield from _not_finite(inner, (*path, i))
+
+
+def _parsed(line: bytes, name: str) -> Row:
+    """Parse a line of a file of rows; `name` is what to call it in a FileError."""
+    row = parse_json(line, Row, name)
+    try:
+        for value, *path, last in row.pop(NOT_FINITE, ()):
+            inner = row
+            for key in path:
+                inner = inner[key]
+            if inner[last] is not None:
+                raise ValueError(f"{last} is a number")
+            inner[last] = float(value)
+    except (LookupError, TypeError, ValueError) as error:
+        raise FileError(f"{name}: {NOT_FINITE} does not fit the row ({error})") from error
+    return row
