@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 import gradfn as gf
 from gradfn import run as runs
+from gradfn.files import replace_file
 from gradfn.report.backprop import agreement, equations
 from gradfn.report.figures import save_all, weight_images
 
@@ -91,7 +92,7 @@ def run(config: Config) -> Result:
     errors = {
         way: errors_against(grads["by hand"], found) for way, found in grads.items() if way != "by hand"
     }
-    (folder / "steps.txt").write_text(f"{steps}\n", encoding="utf-8")
+    replace_file(folder / "steps.txt", f"{steps}\n".encode())
 
     few = jax.tree.map(lambda part: jnp.asarray(part[:1000]), data.train)
     of_many = jax.jit(jax.grad(gf.batch_mean(loss)))(start, few)

@@ -15,6 +15,7 @@ import optax
 
 import gradfn as gf
 from gradfn import run as runs
+from gradfn.files import inner_folder
 from gradfn.report.curvature import EDGE, edge_of_stability, landscape, late_sharpness, spectrum
 from gradfn.report.figures import save_all
 
@@ -89,7 +90,7 @@ def run(config: Config) -> Result:
             config.steps,
             evaluate=partial(_measure, sharp, batch),
             eval_every=config.every,
-            folder=folder / f"rate-{rate:g}",
+            folder=inner_folder(folder, f"rate-{rate:g}"),
             resume=config.resume,
             progress=False,
         )

@@ -14,6 +14,7 @@ import optax
 
 import gradfn as gf
 from gradfn import run as runs
+from gradfn.files import inner_folder
 from gradfn.layers.embed import look_up
 from gradfn.report.figures import save_all
 from gradfn.report.grok import grokking, waves
@@ -91,7 +92,7 @@ def run(config: Config) -> Result:
             seed=config.seed,
             evaluate=measures(net, loss, train, test),
             eval_every=max(config.steps // EVALUATIONS, 1),
-            folder=folder / name.replace(" ", "-"),
+            folder=inner_folder(folder, name.replace(" ", "-")),
             resume=config.resume,
             progress=False,
         )

@@ -14,6 +14,7 @@ import optax
 
 import gradfn as gf
 from gradfn import run as runs
+from gradfn.files import inner_folder
 from gradfn.report.classifier import classifier_figures, classifier_measures
 from gradfn.report.digit_net import keep_digit_net
 
@@ -153,7 +154,7 @@ def run(config: Config) -> Result:
             seed=seed,
             evaluate=classifier_measures(recipe.net, recipe.clean_loss, data),
             inspect_every=steps // 20 or None,  # a run of a few steps is not looked at
-            folder=folder / f"seed-{seed}",
+            folder=inner_folder(folder, f"seed-{seed}"),
             resume=config.resume,
         )
         fits.append(fitted)

@@ -14,6 +14,7 @@ import optax
 
 import gradfn as gf
 from gradfn import run as runs
+from gradfn.files import inner_folder
 from gradfn.report.attribution import image_rows
 from gradfn.report.classifier import in_parts
 from gradfn.report.figures import save_all
@@ -92,7 +93,7 @@ def run(config: Config) -> Result:
             conv,
             shifted(gf.classification_loss(conv), data.shape),
             -(-steps // 3),
-            folder / "conv",
+            inner_folder(folder, "conv"),
         ),
     }
     params, drawn, histories = {}, {}, []

@@ -16,6 +16,7 @@ import numpy as np
 import gradfn as gf
 from gradfn import run as runs
 from gradfn import sample
+from gradfn.files import inner_folder
 from gradfn.report.figures import curves, save_all
 from gradfn.report.language import expectations, loss_per_token
 from gradfn.report.sequences import gradient_through_time, token_probabilities, visible
@@ -102,10 +103,10 @@ def run(config: Config) -> Result:
             seed=config.seed,
             evaluate=measured(loss_per_token(loss, data.validation)),
             eval_every=max(config.steps // 20, 1),
-            folder=folder / cell,
+            folder=inner_folder(folder, cell),
             resume=config.resume,
         )
-        sample.save_model(folder / cell, "rnn", settings, data.tokenizer, lines=True)
+        sample.save_model(inner_folder(folder, cell), "rnn", settings, data.tokenizer, lines=True)
         params[cell], histories[cell] = fitted.params, fitted.history
         losses[cell] = fitted.history[-1]["validation_loss"]
         before[cell], after[cell] = (gradients(loss, cell, p, letters) for p in (start, fitted.params))

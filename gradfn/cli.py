@@ -284,6 +284,8 @@ def _run(file: Path, words: list[str], command: str) -> int:
         return int(error.code or 0)
     finally:
         threading.excepthook = hook
+        if config and config.folder:
+            runs.disown(config.folder)
     return 0
 
 

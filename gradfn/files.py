@@ -20,11 +20,23 @@ T = TypeVar("T")
 
 JSON_LIMIT = 64 << 20  # bytes of a JSON file, or of one line of rows
 OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+MESSAGE_LIMIT = 2000  # characters
 PART = ".part"  # how names of unfinished files end
 
 
 class FileError(ValueError):
-    """A file that cannot be used; the message names it and says what is wrong."""
+    """A file that cannot be used; the message names it and says what is wrong, in one line.
+
+    Names and contents that somebody else chose may be in it, so it is made printable: a terminal obeys what it is sent.
+
+    >>> print(FileError("a.json: expected a name, got 'b\\n\\x1b[2J'"))
+    a.json: expected a name, got 'b  [2J'
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            "".join(letter if letter.isprintable() else " " for letter in message[:MESSAGE_LIMIT])
+        )
 
 
 @contextlib.contextmanager
@@ -144,7 +156,10 @@ def read_bytes(file: str | os.PathLike[str], limit: int) -> bytes:
     """Read a file of at most `limit` bytes; errors are those of `open_regular`."""
     with open_regular(file, limit) as content:
         try:
-            data = content.read(limit + 1)  # it may have grown
+            size = os.fstat(content.fileno()).st_size  # a buffer of all the limit would be taken at once
+            data = content.read(size + 1)
+            if len(data) > size:  # it has grown
+                data += content.read(max(limit - size, 0))
         except OSError as error:
             raise FileError(f"{file}: cannot be read ({error.strerror})") from error
     if len(data) > limit:
@@ -273,7 +288,8 @@ def owned(folder: Path) -> Iterator[None]:
     """
     import filelock
 
-    lock = filelock.FileLock(folder / LOCK, timeout=0, is_singleton=True)
+    # By its real path: a relative one may name another folder once the process has changed its own.
+    lock = filelock.FileLock(Path(os.path.realpath(folder)) / LOCK, timeout=0, is_singleton=True)
     try:
         lock.acquire()
     except filelock.Timeout as error:

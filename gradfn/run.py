@@ -1,11 +1,13 @@
 """Run folders: where an experiment keeps what it was told and what came of it.
 
 A run is a folder with a `config.json` in it, which is written last and in one go. So whatever interrupts the
-beginning of a run, it is there as a whole or not at all.
+beginning of a run, it is there as a whole or not at all. From `begin` to `finish`, or to the end of the process, one
+process owns the folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -16,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Protocol, TypedDict, TypeVar
 import msgspec
 from msgspec import Meta
 
-from gradfn.files import FileError, inside, read_json, replace_file
+from gradfn.files import FileError, inside, owned, parse_json, read_json, replace_file
 from gradfn.text import to_json
 from gradfn.train.checkpoint import save
 from gradfn.train.fit import CHECKPOINT
@@ -26,6 +28,7 @@ from gradfn.versions import versions
 RUNS = Path("runs")
 CONFIG, VERSIONS, RESULT = "config.json", "versions.json", "result.json"
 BEGUN = "begun"  # when, among the versions
+_OWNED: dict[str, contextlib.ExitStack] = {}  # the folders of this process's runs, by their real paths
 
 
 # What may stand in these files. Numbers are bounded so that arithmetic with them stays finite.
@@ -92,13 +95,19 @@ def settle(experiment: str, config: C) -> C:
         # To the microsecond, so that runs that are started together do not meet in one folder.
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
         return dataclasses.replace(config, folder=str(RUNS / experiment / stamp))
-    if (Path(config.folder) / CONFIG).exists():
-        raise RunError(f"{config.folder} holds a run: go on with it (--resume), or name another folder")
+    _refuse_a_run(Path(config.folder))
     return config
+
+
+def _refuse_a_run(folder: Path) -> None:
+    if os.path.lexists(folder / CONFIG):
+        raise RunError(f"{folder} holds a run: go on with it (--resume), or name another folder")
 
 
 def begin(experiment: str, config: RunConfig) -> Path:
     """Make the folder of a settled run and write its options and the versions it runs on; say where it is.
+
+    The process owns the folder until `finish`, or to its end.
 
     Args:
         experiment: its name.
@@ -109,36 +118,61 @@ def begin(experiment: str, config: RunConfig) -> Path:
 
     Raises:
         RunError: the folder cannot be made, or contains files that are not of a run.
+        FileError: another process runs in it.
     """
     folder = Path(config.folder or "")
     if config.resume:
+        _own(folder)
         finished = (folder / RESULT).exists()
         print(
             f"{folder}: finished before, so here is its result again" if finished else f"going on in {folder}"
         )
         return folder
+    content = to_json({"experiment": experiment, "options": options(config)}, indent=2) + "\n"
+    parse_json(content, ConfigFile, f"{folder / CONFIG}")  # what could not be read back is not begun
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # A run writes under many names (result.json, curves.png): none of them may be somebody else's file.
-        found = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
-        if found and not (
-            found == [VERSIONS] and '"gradfn"' in (folder / VERSIONS).read_text(encoding="utf-8")
-        ):
-            raise RunError(
-                f"{folder}: contains {found[0]}, which is not of a run: name a new folder or an empty one"
-            )
-        now = datetime.now(UTC).isoformat()
-        write_json(folder / VERSIONS, versions() | {"seed": getattr(config, "seed", None), BEGUN: now})
-        write_json(folder / CONFIG, {"experiment": experiment, "options": options(config)})
+        _refuse_files(folder)
+        _own(folder)
+        try:
+            _refuse_files(folder)  # which another process may have left since
+            now = datetime.now(UTC).isoformat()
+            write_json(folder / VERSIONS, versions() | {"seed": getattr(config, "seed", None), BEGUN: now})
+            replace_file(folder / CONFIG, content.encode())
+        except BaseException:
+            disown(folder)
+            raise
     except OSError as error:
         raise RunError(f"{folder}: cannot be made a run's folder ({error.strerror})") from error
     print(f"running in {folder}")
     return folder
 
 
+def _refuse_files(folder: Path) -> None:
+    """Raise unless a run may begin here: it writes under many names, none of which may be somebody else's file."""
+    _refuse_a_run(folder)
+    found = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
+    if found and not (found == [VERSIONS] and "gradfn" in read_versions(folder)):
+        raise RunError(
+            f"{folder}: contains {found[0]}, which is not of a run: name a new folder or an empty one"
+        )
+
+
+def _own(folder: Path) -> None:
+    """Own a folder until `disown`, or to the end of the process."""
+    _OWNED.setdefault(os.path.realpath(folder), contextlib.ExitStack()).enter_context(owned(folder))
+
+
+def disown(folder: str | Path) -> None:
+    """Let other processes run in a folder that this one may own."""
+    if stack := _OWNED.pop(os.path.realpath(folder), None):
+        stack.close()
+
+
 def finish(folder: Path, result: Mapping[str, Any]) -> None:
-    """Write what came of a run, which marks it as finished: `result.json`."""
+    """Write what came of a run, which marks it as finished: `result.json`; others may run in its folder then."""
     write_json(folder / RESULT, dict(result))
+    disown(folder)
 
 
 def keep_training(folder: Path, history: Sequence[Mapping[str, Any]], params: Any) -> None:
@@ -196,7 +230,7 @@ def begun(folder: Path) -> datetime:
         return datetime.fromisoformat(str(read_versions(folder)[BEGUN])).astimezone(UTC)
     except (ValueError, KeyError, OverflowError):
         file = folder / CONFIG
-        seconds = (file if file.exists() else folder).stat().st_mtime
+        seconds = (file if os.path.lexists(file) else folder).lstat().st_mtime
     try:
         return datetime.fromtimestamp(seconds, UTC)
     except (ValueError, OSError, OverflowError):  # a year beyond 9999
@@ -213,7 +247,7 @@ def stored(experiment: str, config: C) -> C | None:
         FileError: its config cannot be read.
     """
     folder = latest(experiment) if config.folder is None else Path(config.folder)
-    if folder is None or not (folder / CONFIG).exists():
+    if folder is None or not os.path.lexists(folder / CONFIG):
         return None
     content = read_config(folder)
     if content["experiment"] != experiment:

@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import math
+import os
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import jax
+import jax.numpy as jnp
+import msgspec
 
 from gradfn.data import DataError, Tokenizer, tokenizer_from
+from gradfn.data.tokenizer import TokenizerFile
+from gradfn.files import FileError, inside, read_json
 from gradfn.nets import GPTConfig, LanguageModel, gpt, rnn, stream
 from gradfn.params import Params
 from gradfn.run import RUNS, RunError, latest, within, write_json
+from gradfn.tensors import open_tensors
 from gradfn.train import checkpoint
 from gradfn.train.fit import CHECKPOINT
 
 MODEL = "model.json"
+CACHE_LIMIT = 1 << 30  # values that a GPT keeps of a whole context while it writes
+
+
+class ModelFile(TypedDict):
+    """`model.json`: what `load_model` needs beside the checkpoint."""
+
+    net: Literal["gpt", "rnn"]
+    settings: dict[str, Any]  # fields of GPTConfig, or of RNNSettings
+    tokenizer: TokenizerFile
+    lines: bool
+
+
+class RNNSettings(TypedDict):
+    """What `gf.rnn` takes."""
+
+    vocab: int
+    width: int
+    cell: NotRequired[Literal["vanilla", "gru", "lstm"]]
+    n_layers: NotRequired[int]
 
 
 @dataclass(frozen=True)
@@ -65,10 +91,11 @@ def save_model(folder: Path, net: str, settings: dict[str, Any], tokenizer: Toke
 
     Raises:
         RunError: the folder holds another model, or one of another text.
+        FileError: it holds one that cannot be read.
     """
     told = {"net": net, "settings": settings, "tokenizer": tokenizer.to_dict(), "lines": lines}
-    file = folder / MODEL
-    if file.exists() and json.loads(file.read_text(encoding="utf-8")) != json.loads(json.dumps(told)):
+    file = inside(folder, MODEL)
+    if os.path.lexists(file) and read_json(file, ModelFile) != told:
         raise RunError(f"{file} is of another model or text than this run's. Use another folder")
     write_json(file, told)
 
@@ -81,7 +108,7 @@ def load_model(run: str | Path) -> Model:
 
     Raises:
         RunError: there is no such run, or it is not one of a language model.
-        CheckpointError: its checkpoint is missing or cannot be read.
+        FileError: a file of it is missing or cannot be read, or leads out of the folder.
     """
     folder = Path(run)
     if not folder.exists():
@@ -89,17 +116,58 @@ def load_model(run: str | Path) -> Model:
         if found is None:
             raise RunError(_no_model(run))
         folder = found
+    file, weights = inside(folder, MODEL), inside(folder, CHECKPOINT)
+    if not os.path.lexists(file):
+        raise RunError(_no_model(folder))
+    content = read_json(file, ModelFile)
+    shapes = _shapes(weights)
     try:
-        told = json.loads((folder / MODEL).read_text(encoding="utf-8"))
-        net = gpt(GPTConfig(**told["settings"])) if told["net"] == "gpt" else rnn(**told["settings"])
-        tokenizer, lines = tokenizer_from(told["tokenizer"]), bool(told["lines"])
-    except FileNotFoundError as error:
-        raise RunError(_no_model(folder)) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{folder / MODEL}: not a readable model ({error})") from error
+        tokenizer = tokenizer_from(content["tokenizer"])
+        net = _net(content["net"], content["settings"], tokenizer.size, shapes)
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise FileError(f"{file}: {error}") from error
     like = {"params": jax.eval_shape(net.init, jax.random.key(0))}
-    state, _ = checkpoint.load(folder / CHECKPOINT, like, rest=True)
-    return Model(net, state["params"], tokenizer, lines)
+    if (n := len(jax.tree.leaves(like))) != len(shapes):
+        raise FileError(f"{file}: expected settings of the {len(shapes)} arrays in {CHECKPOINT}, got {n}")
+    state, _ = checkpoint.load(weights, like, rest=True)
+    try:
+        jax.eval_shape(net.apply, state["params"], jnp.zeros([1], jnp.int32))
+    except Exception as error:  # whatever a layer says of settings that it cannot compute with
+        raise FileError(f"{file}: not a model that can be computed with ({error})") from error
+    return Model(net, state["params"], tokenizer, content["lines"])
+
+
+def _shapes(weights: Path) -> list[tuple[int, ...]]:
+    """Return the shapes of the parameters in a checkpoint, without reading them."""
+    with open_tensors(weights) as tensors:
+        names = [name for name in tensors.keys() if name.startswith("params/")]  # noqa: SIM118
+        return [tuple(tensors.get_slice(name).get_shape()) for name in names]
+
+
+def _net(kind: str, settings: dict[str, Any], vocab: int, shapes: list[tuple[int, ...]]) -> LanguageModel:
+    """Return the net of a `model.json`, once it is known that it is no larger than the parameters that there are.
+
+    Raises:
+        ValueError: settings that it does not take, or sizes that are not those of these parameters.
+    """
+    form: Any = GPTConfig if kind == "gpt" else RNNSettings
+    known = form.__annotations__
+    if unknown := sorted(settings.keys() - known):
+        raise ValueError(f"settings: {unknown[0]!r:.100} is not one of {', '.join(known)}")
+    made: Any = msgspec.convert(settings, form)
+    sizes = dataclasses.asdict(made) if kind == "gpt" else {"n_layers": 1} | made
+    n_values = sum(map(math.prod, shapes))
+    for name, size in sizes.items():
+        most = len(shapes) if name == "n_layers" and not sizes.get("scan") else n_values
+        # A context needs no parameters, but memory of its length while the net writes.
+        most = CACHE_LIMIT // (sizes["n_layers"] * sizes["width"]) if name == "context" else most
+        if type(size) is int and not 1 <= size <= most:
+            raise ValueError(
+                f"settings: expected {name} from 1 to {most:,}, as in {CHECKPOINT}, got {size:,}"
+            )
+    if sizes["vocab"] != vocab:
+        raise ValueError(f"expected as many tokens as the vocab of {sizes['vocab']:,}, got {vocab:,}")
+    return gpt(made) if kind == "gpt" else rnn(**made)
 
 
 def _no_model(run: str | Path) -> str:

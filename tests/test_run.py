@@ -3,14 +3,22 @@
 import json
 import os
 import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gradfn import run as runs
 from gradfn.files import FileError
+from gradfn.report.figures import curves, save
 from gradfn.report.kept import find_run, read_run
-from gradfn.report.page import page
+from gradfn.report.page import page, write_report
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,8 @@ def test_a_run_has_a_folder_with_its_options_and_versions():
     versions = json.loads((folder / "versions.json").read_text())
     assert versions["seed"] == 0
     assert {"python", "gradfn", "jax", "jaxlib", "optax", "numpy", "platform"} <= set(versions)
-    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "versions.json"]
+    found = [file.name for file in folder.iterdir() if not file.name.startswith(".")]
+    assert sorted(found) == ["config.json", "versions.json"]
 
 
 def test_runs_started_together_have_folders_of_their_own():
@@ -110,7 +119,7 @@ def test_no_file_of_somebody_else_is_written_over(tmp_path, name):
 def test_a_run_that_died_before_its_config_begins_again_in_its_folder(tmp_path):
     (start(Config(folder="here")) / "config.json").unlink()
     (tmp_path / "here" / ".DS_Store").touch()
-    assert sorted(file.name for file in start(Config(folder="here")).iterdir())[1:] == [
+    assert sorted(file.name for file in start(Config(folder="here")).iterdir())[-2:] == [
         "config.json",
         "versions.json",
     ]
@@ -159,3 +168,87 @@ def test_the_page_tells_when_a_run_began_as_a_time_and_not_as_a_version():
     html = page([read_run(folder)])
     assert "1 March 2026, 10:34 UTC" in html
     assert re.findall(r'<th scope="row">([^<]*)</th>', html.partition('id="versions"')[2]) == ["gradfn"]
+
+
+OWNER = """
+import os, sys
+from pathlib import Path
+from gradfn.files import owned
+with owned(Path("here")), owned(Path("fresh")):
+    print("owned", flush=True)
+    sys.stdin.read()
+"""
+
+
+def snapshot(folder):
+    return {file: (file.lstat().st_mtime_ns, file.read_bytes()) for file in sorted(folder.rglob("*"))}
+
+
+def test_a_folder_has_one_run_at_a_time_and_none_once_its_process_is_dead(tmp_path):
+    folder = start(Config(folder="here"))
+    runs.finish(folder, {})
+    (tmp_path / "fresh").mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT
+    ) as owner:
+        assert owner.stdout.readline() == b"owned\n"
+        before = snapshot(folder)
+        with pytest.raises(FileError, match=r"^here: is in use by another run; wait for its end, or name"):
+            runs.begin("toy", Config(folder="here", resume=True))
+        with pytest.raises(FileError, match=r"^fresh: is in use by another run"):
+            start(Config(folder="fresh"))
+        assert snapshot(folder) == before
+        assert [file.name for file in (tmp_path / "fresh").iterdir()] == [".lock"]
+        owner.kill()
+    assert runs.begin("toy", Config(folder="here", resume=True)) == folder
+    assert runs.begin("toy", Config(folder="here", resume=True)) == folder  # once more in one process
+    runs.disown("here")
+
+
+def test_a_run_lets_go_of_its_folder_at_its_end():
+    folder = start(Config(folder="here"))
+    with pytest.raises(FileError, match="in use"), ThreadPoolExecutor() as pool:
+        pool.submit(runs.begin, "toy", Config(folder="here", resume=True)).result()
+    runs.finish(folder, {})
+    with ThreadPoolExecutor() as pool:
+        pool.submit(lambda: runs.disown(runs.begin("toy", Config(folder="here", resume=True)))).result()
+
+
+def test_a_run_that_another_process_began_meanwhile_is_not_written_over(tmp_path):
+    config = runs.settle("toy", Config(folder="here"))
+    runs.finish(start(Config(hidden=3, folder="here")), {})
+    before = snapshot(tmp_path / "here")
+    with pytest.raises(runs.RunError, match="here holds a run"):
+        runs.begin("toy", config)
+    assert snapshot(tmp_path / "here") == before
+
+
+def test_options_that_could_not_be_read_back_are_not_begun(tmp_path):
+    for sizes in (({"a": 1},), (((1,),),), ("\udcff",)):
+        with pytest.raises(FileError, match=r"config\.json"):
+            start(Config(sizes=sizes, folder="here"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_write_into_a_run_follows_a_link(tmp_path):
+    """Files under the names that a run writes, and their unfinished forms, may be links that somebody has put there."""
+    folder = start(Config(folder="here"))
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine", encoding="utf-8")
+    names = (
+        "result.json",
+        "metrics.jsonl",
+        "checkpoint.safetensors",
+        "curves.png",
+        "report.html",
+        "steps.txt",
+    )
+    for name in names:
+        (folder / name).symlink_to(mine)
+        (folder / f".{name}.part").symlink_to(mine)
+    runs.keep_training(folder, [{"step": 1, "loss": 1.0}], {"w": np.ones(1)})
+    save(curves([{"step": 1, "loss": 1.0}]), folder / "curves.png")
+    runs.finish(folder, {"verdict": "done"})
+    write_report([folder])
+    assert mine.read_text(encoding="utf-8") == "mine"
+    assert not any((folder / name).is_symlink() for name in names if name != "steps.txt")

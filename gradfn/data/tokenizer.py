@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
 from gradfn.data.dataset import DataError
+
+
+class TokenizerFile(TypedDict):
+    """What files hold of a tokenizer: `Tokenizer.to_dict`."""
+
+    name: str
+    symbols: NotRequired[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,26 +48,36 @@ class Tokenizer:
             yield decoder.decode(self.piece(int(token)))
         yield decoder.decode(b"", final=True)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> TokenizerFile:
         """Return what `tokenizer_from` makes it from again, ready for JSON."""
-        return {"name": self.name} | ({"symbols": self.symbols} if self.symbols else {})
+        return {"name": self.name, "symbols": self.symbols} if self.symbols else {"name": self.name}
 
 
-def tokenizer_from(content: dict[str, Any]) -> Tokenizer:
-    """Return the tokenizer that `Tokenizer.to_dict` told of.
+def tokenizer_from(content: Mapping[str, Any]) -> Tokenizer:
+    """Return the tokenizer that `Tokenizer.to_dict` described.
 
     Raises:
-        DataError: what no tokenizer said.
+        DataError: content that no tokenizer returned.
+        ImportError: it is one of tiktoken, which is not installed.
 
     >>> import gradfn as gf
     >>> told = gf.data.characters("hello").to_dict()
     >>> gf.data.tokenizer_from(told).decode([1, 0, 2, 2, 3])
     'hello'
     """
-    name = str(content.get("name"))
-    if name == "characters":
-        return characters(content["symbols"])
-    return tokenizer(name)
+    import msgspec
+
+    try:
+        checked = msgspec.convert(content, TokenizerFile)
+    except msgspec.ValidationError as error:
+        raise DataError(f"tokenizer: {error}") from error
+    if checked["name"] != "characters":
+        return tokenizer(checked["name"])
+    symbols = checked.get("symbols", "")
+    found = characters(symbols)
+    if found.symbols != symbols:  # another order would give other tokens
+        raise DataError("tokenizer: expected each of its symbols once, in the order of their code points")
+    return found
 
 
 def tokenizer(name: str, texts: Iterable[str] = ()) -> Tokenizer:

@@ -1,33 +1,53 @@
 """Real weights: GPT-2 and Llama models in the folders that Hugging Face's `transformers` writes and reads.
 
 A folder holds `config.json` and `model.safetensors`, or several such files and `model.safetensors.index.json`.
-Pickled weights are never read: to unpickle is to run whatever somebody put into the file.
+Pickled weights are never read: to unpickle is to run whatever somebody put into the file. What the config describes
+is compared with the files' headers before anything is built or loaded, and tensors are loaded one at a time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
+import math
 import os
 import re
-import uuid
+import reprlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradfn.files import replace_file
+from gradfn.files import FileError, beside, read_json, replacing
 from gradfn.nets.gpt import GPTConfig, gpt
-from gradfn.nets.transformer import unstack_blocks
 from gradfn.params import Params, check
+from gradfn.tensors import NAMES, Tensor, is_stored, open_tensors, write_tensors
 
-Tensors = dict[str, np.ndarray]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = {NAMES[name]: name for name in ("float16", "bfloat16", "float32", "float64")}
+MOST = 2**31 - 1  # of each size in a config
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: what the file's header says of it, and a function that loads it."""
+
+    file: Path
+    dtype: str  # as the format calls it
+    shape: tuple[int, ...]
+    load: Callable[[], np.ndarray]
+
+
+class Index(TypedDict):
+    """What `model.safetensors.index.json` contains."""
+
+    weight_map: dict[str, str]  # the file of each tensor
 
 
 class Entry(NamedTuple):
@@ -52,9 +72,10 @@ def load_gpt2(folder: str | os.PathLike[str], dtype: str | None = "float32") -> 
     Raises:
         FileNotFoundError: a file that is not there.
         ValueError: a field of `config.json` that stands for something that `gf.gpt` does not do, a tensor that
-            is missing, left over or of another shape, or a file that is damaged. The message names it. Fields of
-            training, generation and book-keeping change no number and are passed over; of unknown ones those that
-            are null, false or empty are, with a warning.
+            is missing, left over, of another shape or not of floats, or a file that is damaged. The message names
+            it, and nothing has been loaded until headers and config agree. Fields of
+            training, generation and book-keeping change no number and are passed over; of unknown ones those
+            that are null, false or empty are, with a warning.
 
     >>> import jax, tempfile, gradfn as gf
     >>> config = gf.GPTConfig(vocab=65, context=8, n_layers=1, n_heads=2, width=4)
@@ -90,7 +111,9 @@ def save_pretrained(folder: str | os.PathLike[str], config: GPTConfig, params: P
             (`model-00001-of-00002.safetensors`, ...) included.
         config: GPT-2's choices (learned positions, layer norms, no shared heads; absent biases are written as
             zeros) or Llama's (RoPE, RMS norms, SwiGLU).
-        params: of `gf.gpt(config)`; they are written in their own dtype.
+        params: of `gf.gpt(config)`; they are written in their own dtype, one tensor at a time.
+
+    Config and weights are written in full before they replace those that are there.
 
     Raises:
         ParameterError: parameters that are not those of the config.
@@ -104,37 +127,45 @@ def save_pretrained(folder: str | os.PathLike[str], config: GPTConfig, params: P
     >>> sorted(os.listdir(folder))
     ['config.json', 'model.safetensors']
     """
-    from safetensors.numpy import save_file
-
-    check(gf_spec := gpt(config).spec, params)
-    if config.scan:
-        params, gf_spec = unstack_blocks(params), gpt(dataclasses.replace(config, scan=False)).spec
+    check(gpt(config).spec, params)
     family = _family_of(config)
     fields = family.write(config)
-    if family.name == "gpt2" and not config.bias:  # GPT-2 always has them
-        config = dataclasses.replace(config, bias=True)
-        gf_spec = gpt(dataclasses.replace(config, scan=False)).spec
-    given = {_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    given = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     dtype = next(iter(given.values())).dtype
-    leaves = {
-        _name(path): given.get(_name(path), np.zeros(param.shape, dtype))
-        for path, param in jax.tree_util.tree_leaves_with_path(gf_spec)
-    }
-    tensors = {}
-    for entry in family.entries(config):
-        tensor = np.concatenate([leaves[path] for path in entry.paths])
-        tensors[entry.name] = np.ascontiguousarray(tensor.T if entry.transposed else tensor)
+    if family.name == "gpt2":  # it always has biases
+        spec = gpt(dataclasses.replace(config, bias=True, scan=False)).spec
+    else:
+        spec = gpt(dataclasses.replace(config, scan=False)).spec
+    shapes = {_name(path): param.shape for path, param in jax.tree_util.tree_leaves_with_path(spec)}
+
+    def leaf(path: str) -> Any:
+        block = re.fullmatch(r"blocks/(\d+)/(.+)", path) if config.scan else None
+        if block is not None:
+            path = f"blocks/{block[2]}"
+        if path not in given:
+            return np.zeros(shapes[path if block is None else block[0]], dtype)
+        return given[path] if block is None else given[path][int(block[1])]
+
+    def tensor(entry: Entry) -> Tensor:
+        parts = [shapes[path] for path in entry.paths]
+        shape = (sum(part[0] for part in parts), *parts[0][1:])
+
+        def load() -> np.ndarray:
+            array = np.concatenate([np.asarray(leaf(path)) for path in entry.paths])
+            return array.T if entry.transposed else array
+
+        return Tensor(np.dtype(dtype), shape[::-1] if entry.transposed else shape, load)
+
+    if not is_stored(dtype):
+        raise ValueError(f"save_pretrained: expected parameters of a dtype that safetensors has, got {dtype}")
+    tensors = {entry.name: tensor(entry) for entry in family.entries(config)}
     folder = Path(folder)
     _check_replaceable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     fields |= {"architectures": [family.architecture], "dtype": str(dtype), "model_type": family.name}
-    replace_file(folder / "config.json", (json.dumps(fields, indent=2) + "\n").encode())
-    part = folder / f".{SINGLE}.{uuid.uuid4().hex}.part"
-    try:
-        save_file(tensors, part, metadata={"format": "pt"})
-        part.replace(folder / SINGLE)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(folder / "config.json") as described, replacing(folder / SINGLE) as weights:
+        described.write((json.dumps(fields, indent=2) + "\n").encode())
+        write_tensors(weights, tensors, {"format": "pt"})
     for stale in [folder / INDEX, *folder.iterdir()]:
         if stale.name == INDEX or re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", stale.name):
             stale.unlink(missing_ok=True)
@@ -145,10 +176,10 @@ def _check_replaceable(folder: Path) -> None:
     file = folder / "config.json"
     if os.path.lexists(file):
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            content = None
-        if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
+            content = read_json(file, dict[str, Any])
+        except FileError:
+            content = {}
+        if not isinstance(content.get("model_type"), str):
             raise ValueError(
                 f"{file}: already exists and is not the config of a Hugging Face model. Name another folder"
             )
@@ -157,27 +188,28 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _load(folder: Path, name: str, dtype: str | None) -> tuple[GPTConfig, Params]:
-    family = _FAMILIES[name]
-    config = family.read(_Fields(folder / "config.json", family))
-    tensors = _without_buffers(_read(folder), family, config)
-    spec = gpt(config).spec
-    shapes = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(spec)}
-    entries = family.entries(config)
-    _check_names([entry.name for entry in entries], tensors, folder)
-    leaves: dict[str, jax.Array] = {}
-    for entry in entries:
-        tensor = tensors[entry.name]
-        parts = [shapes[path] for path in entry.paths]
-        expected: tuple[int, ...] = (sum(part[0] for part in parts), *parts[0][1:])
-        expected = expected[::-1] if entry.transposed else expected
-        if tensor.shape != expected or not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise ValueError(
-                f"{folder}: {entry.name}: expected {list(expected)} floats, came {list(tensor.shape)} {tensor.dtype}"
-            )
-        tensor = tensor.T if entry.transposed else tensor
-        cuts = np.cumsum([part[0] for part in parts])[:-1]
-        for path, part in zip(entry.paths, np.split(tensor, cuts), strict=True):
-            leaves[path] = jnp.asarray(part, dtype and jnp.dtype(dtype))
+    family, file = _FAMILIES[name], folder / "config.json"
+    config = family.read(_Fields(file, family))
+    try:
+        gpt(dataclasses.replace(config, n_layers=1))
+    except ValueError as error:  # sizes that do not fit together
+        raise FileError(f"{file}: {error}") from error
+    with _opened(folder) as tensors:
+        tensors = _without_buffers(tensors, family, config, file)
+        _check_depth(family, config, len(tensors), file)
+        entries = family.entries(config)
+        _check_names([entry.name for entry in entries], tensors, folder)
+        spec = gpt(config).spec
+        shapes = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(spec)}
+        for entry in entries:
+            _check_tensor(entry, tensors[entry.name], shapes)
+        leaves: dict[str, jax.Array] = {}
+        for entry in entries:
+            tensor = tensors[entry.name].load()
+            tensor = tensor.T if entry.transposed else tensor
+            cuts = np.cumsum([shapes[path][0] for path in entry.paths])[:-1]
+            for path, part in zip(entry.paths, np.split(tensor, cuts), strict=True):
+                leaves[path] = jnp.asarray(part, dtype and jnp.dtype(dtype))
     return config, jax.tree_util.tree_map_with_path(lambda path, _: leaves[_name(path)], spec)
 
 
@@ -185,66 +217,70 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def _shown(name: str) -> str:
+    """Return a name that was read from a file as an error may show it: on one line, and not too long."""
+    return name if name.isprintable() and len(name) <= 200 else f"{name!r:.200}"
+
+
 # Files
 
 
-def _read(folder: Path) -> Tensors:
-    """Read all tensors of a folder, from one file or else from shards, as `transformers` does."""
-    single, index = folder / SINGLE, folder / INDEX
-    if index.exists() and not single.exists():
-        where = _read_json(index).get("weight_map")
-        if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
-            raise ValueError(f"{index}: expected a weight_map of tensor names to files")
-        outside = sorted(file for file in set(where.values()) if Path(file).name != file)
-        if outside:
-            raise ValueError(f"{index}: files lie beside it, came {outside[0]}")
-        tensors: Tensors = {}
-        for file in sorted(set(where.values())):
-            shard = _read_file(folder / file)
-            absent = sorted(name for name, of in where.items() if of == file and name not in shard)
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[dict[str, Stored]]:
+    """Open all tensors of a folder, in one file or else in shards, as `transformers` does."""
+    with contextlib.ExitStack() as files:
+        tensors: dict[str, Stored] = {}
+        for file, names in _files(folder).items():
+            content = files.enter_context(open_tensors(file))
+            stored = _stored(content, file)
+            absent = sorted(names - stored.keys())
             if absent:
-                raise ValueError(
-                    f"{folder / file}: {absent[0]}: missing, though {index.name} says it is here"
-                )
-            tensors |= shard
-        return tensors
-    if not single.exists():
-        pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
-        hint = (
-            f". {pickled[0].name} is pickled and never read; save the model with safe_serialization=True"
-            if pickled
-            else ""
-        )
-        raise FileNotFoundError(f"{folder}: expected {single.name} or {index.name}{hint}")
-    return _read_file(single)
+                raise FileError(f"{file}: {_shown(absent[0])}: missing, though {INDEX} says it is here")
+            tensors |= stored
+        yield tensors
 
 
-def _read_file(file: Path) -> Tensors:
-    from safetensors import SafetensorError, safe_open
+def _files(folder: Path) -> dict[Path, set[str]]:
+    """Return a folder's files of weights, each with the tensors that an index says it contains."""
+    single, index = folder / SINGLE, folder / INDEX
+    if single.exists():
+        return {single: set()}
+    if index.exists():
+        files: dict[Path, set[str]] = {}
+        for name, file in sorted(read_json(index, Index)["weight_map"].items()):
+            files.setdefault(beside(index, file), set()).add(name)
+        absent = next((file for file in files if not file.exists()), None)
+        if absent is not None:
+            raise FileNotFoundError(f"{absent}: not there, though the index names it")
+        return files
+    pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+    hint = (
+        f". {_shown(pickled[0].name)} is pickled and never read; save the model with safe_serialization=True"
+        if pickled
+        else ""
+    )
+    raise FileNotFoundError(f"{folder}: expected {single.name} or {index.name}{hint}")
 
-    if not file.exists():
-        raise FileNotFoundError(f"{file}: not there, though the index names it")
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        size = file.stat().st_size
-        raise ValueError(f"{file}: damaged or cut short ({size} bytes): {error}") from error
+
+def _stored(content: Any, file: Path) -> dict[str, Stored]:
+    """Return what an open file's header says of its tensors."""
+    stored = {}
+    for name in content.keys():  # noqa: SIM118
+        header = content.get_slice(name)
+        load = partial(content.get_tensor, name)
+        stored[name] = Stored(file, header.get_dtype(), tuple(header.get_shape()), load)
+    return stored
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.exists():
         raise FileNotFoundError(f"{file}: not there")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected a JSON object, came {type(content).__name__}")
-    return content
+    return read_json(file, dict[str, Any])
 
 
-def _without_buffers(tensors: Tensors, family: _Family, config: GPTConfig) -> Tensors:
+def _without_buffers(
+    tensors: dict[str, Stored], family: _Family, config: GPTConfig, file: Path
+) -> dict[str, Stored]:
     """Drop what older files hold beside the parameters, and give all names their usual prefix."""
     if not any(name.startswith(family.prefix) for name in tensors):  # the bare model, without its head
         tensors = {
@@ -253,24 +289,51 @@ def _without_buffers(tensors: Tensors, family: _Family, config: GPTConfig) -> Te
     tensors = {name: t for name, t in tensors.items() if not re.search(family.buffers, name)}
     head, embedded = tensors.get("lm_head.weight"), tensors.get(family.embedding)
     if config.tied and head is not None and embedded is not None:
-        if not np.array_equal(head, embedded):
-            raise ValueError(
-                f"lm_head.weight: differs from {family.embedding}, though config.json ties them "
+        same = head[1:3] == embedded[1:3] and head.dtype in FLOATS
+        if not same or not np.array_equal(head.load(), embedded.load()):
+            raise FileError(
+                f"{head.file}: lm_head.weight: differs from {family.embedding}, though {file.name} ties them "
                 "(tie_word_embeddings)"
             )
         del tensors["lm_head.weight"]
     return tensors
 
 
-def _check_names(expected: list[str], tensors: Tensors, folder: Path) -> None:
+def _check_depth(family: _Family, config: GPTConfig, n_tensors: int, file: Path) -> None:
+    """Refuse far more layers than the files can have the tensors of, before a list of them is made."""
+    one, two = (len(family.entries(dataclasses.replace(config, n_layers=n))) for n in (1, 2))
+    expected = one + (config.n_layers - 1) * (two - one)
+    if expected > n_tensors + 1000:
+        raise FileError(
+            f"{file}: describes {config.n_layers:,} layers of {two - one} tensors each, but the folder's files contain "
+            f"{n_tensors:,} tensors"
+        )
+
+
+def _check_names(expected: list[str], tensors: dict[str, Stored], folder: Path) -> None:
     missing = [name for name in expected if name not in tensors]
     extra = sorted(set(tensors) - set(expected))
     if missing:
-        near = difflib.get_close_matches(missing[0], extra, 1)
-        hint = f". Left over is {near[0]}" if near else ""
-        raise ValueError(f"{folder}: {missing[0]}: missing ({len(missing)} of {len(expected)} are){hint}")
+        alike = [name for name in extra if len(name) <= 200][:1000]
+        near = difflib.get_close_matches(missing[0], alike, 1)
+        hint = f". Left over is {_shown(near[0])}" if near else ""
+        raise FileError(f"{folder}: {missing[0]}: missing ({len(missing)} of {len(expected)} are){hint}")
     if extra:
-        raise ValueError(f"{folder}: {extra[0]}: no parameter of this model ({len(extra)} are left over)")
+        raise FileError(
+            f"{folder}: {_shown(extra[0])}: no parameter of this model ({len(extra)} are left over)"
+        )
+
+
+def _check_tensor(entry: Entry, tensor: Stored, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a tensor of another shape than the config describes, or of a dtype that is not of parameters."""
+    parts = [shapes[path] for path in entry.paths]
+    expected: tuple[int, ...] = (sum(part[0] for part in parts), *parts[0][1:])
+    expected = expected[::-1] if entry.transposed else expected
+    if tensor.shape != expected or tensor.dtype not in FLOATS:
+        raise FileError(
+            f"{tensor.file}: {entry.name}: expected {list(expected)} of {', '.join(FLOATS)}, got "
+            f"{list(tensor.shape)[:9]} of {tensor.dtype}"
+        )
 
 
 # What config.json says
@@ -281,26 +344,42 @@ class _Fields:
 
     def __init__(self, file: Path, family: _Family) -> None:
         self.file, self.left = file, _read_json(file)
-        came = self.left.pop("model_type", None)
-        if came != family.name:
-            other = f" Load it by gf.load_{came}." if came in _FAMILIES else ""
-            raise ValueError(f"{file}: model_type: expected {family.name!r}, came {came!r}.{other}")
+        kind = self.left.pop("model_type", None)
+        if kind != family.name:
+            other = f". Load it by gf.load_{kind}" if isinstance(kind, str) and kind in _FAMILIES else ""
+            raise FileError(f"{file}: model_type: expected {family.name!r}, got {reprlib.repr(kind)}{other}")
 
     def take(self, name: str, default: Any = None, kind: type | tuple[type, ...] = object) -> Any:
         value = self.left.pop(name, default)
         if value is None and default is False:  # as where it is absent
             value = False
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind in (int, (int, float))):
-            names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-            raise ValueError(f"{self.file}: {name}: expected {names}, came {value!r}")
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and int in kinds):
+            names = " or ".join(k.__name__ for k in kinds)
+            raise FileError(f"{self.file}: {name}: expected {names}, got {reprlib.repr(value)}")
         return value
+
+    def size(self, name: str, default: int | None) -> Any:
+        """Take an integer that counts something; it may be null where the default is None."""
+        value = self.take(name, default, int if default is not None else (int, type(None)))
+        if value is not None and not 1 <= value <= MOST:
+            raise FileError(f"{self.file}: {name}: expected 1 to {MOST:,}, got {reprlib.repr(value)}")
+        return value
+
+    def positive(self, name: str, value: Any) -> float:
+        """Return a field's value as a float."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise FileError(f"{self.file}: {name}: expected a number above 0, got {reprlib.repr(value)}")
+        return float(value)
 
     def expect(self, **values: Any) -> None:
         """Refuse other values than the one that `gf.gpt` stands for; a field that is absent has it."""
         for name, value in values.items():
-            came = self.left.pop(name, value)
-            if came != value and not (came is None and not value):
-                raise ValueError(f"{self.file}: {name}: gf.gpt does {value!r} only, came {came!r}")
+            actual = self.left.pop(name, value)
+            if actual != value and not (actual is None and not value):
+                raise FileError(
+                    f"{self.file}: {name}: gf.gpt does {value!r} only, got {reprlib.repr(actual)}"
+                )
 
     def end(self) -> None:
         """Refuse fields that nobody took and that say something, but for those of training, text and book-keeping.
@@ -311,9 +390,9 @@ class _Fields:
         for name in unknown:
             value = self.left[name]
             if value is not None and value is not False and value not in ("", [], {}):
-                raise ValueError(f"{self.file}: {name}: not supported, got {value!r:.200}")
+                raise FileError(f"{self.file}: {_shown(name)}: not supported, got {reprlib.repr(value)}")
         if unknown:
-            listed = ", ".join(f"{name} {self.left[name]!r}" for name in unknown)
+            listed = ", ".join(f"{_shown(name)} {self.left[name]!r}" for name in unknown)
             warnings.warn(f"{self.file}: ignored what gradfn does not know: {listed:.500}", stacklevel=5)
 
 
@@ -364,18 +443,18 @@ def _read_gpt2(fields: _Fields) -> GPTConfig:
     )
     squash = fields.take("activation_function", "gelu_new", str)
     if squash not in _ACTIVATIONS:
-        raise ValueError(f"{fields.file}: activation_function: not supported, got {squash!r}")
-    width, hidden = fields.take("n_embd", 768, int), fields.take("n_inner", None, (int, type(None)))
+        raise FileError(f"{fields.file}: activation_function: not supported, got {reprlib.repr(squash)}")
+    width, hidden = fields.size("n_embd", 768), fields.size("n_inner", None)
     config = GPTConfig(
-        vocab=fields.take("vocab_size", 50257, int),
-        context=fields.take("n_positions", 1024, int),
-        n_layers=fields.take("n_layer", 12, int),
-        n_heads=fields.take("n_head", 12, int),
+        vocab=fields.size("vocab_size", 50257),
+        context=fields.size("n_positions", 1024),
+        n_layers=fields.size("n_layer", 12),
+        n_heads=fields.size("n_head", 12),
         width=width,
         hidden=None if hidden == 4 * width else hidden,
         feed=_ACTIVATIONS[squash],
         tied=fields.take("tie_word_embeddings", True, bool),
-        norm_epsilon=fields.take("layer_norm_epsilon", 1e-5, float),
+        norm_epsilon=fields.positive("layer_norm_epsilon", fields.take("layer_norm_epsilon", 1e-5)),
     )
     fields.end()
     return config
@@ -414,35 +493,35 @@ def _read_llama(fields: _Fields) -> GPTConfig:
             if key not in ("rope_type", "type", "rope_theta") and value != 1
         }
         if kind != "default" or rest:
-            raise ValueError(
-                f"{fields.file}: {name}: gf.gpt does {does}rope_type 'default' only, got {asked!r:.200}"
+            raise FileError(
+                f"{fields.file}: {name}: gf.gpt does {does}rope_type 'default' only, got {reprlib.repr(asked)}"
             )
         turning |= asked
-    base = fields.take("rope_theta", 10_000.0, (int, float))
+    base = fields.take("rope_theta", 10_000.0)
     bias, feed_bias = fields.take("attention_bias", False, bool), fields.take("mlp_bias", False, bool)
     if bias != feed_bias:
-        raise ValueError(
+        raise FileError(
             f"{fields.file}: attention_bias: gf.gpt has biases in attention and feed-forward layers or in "
-            f"neither, came {bias} with mlp_bias {feed_bias}"
+            f"neither, got {bias} with mlp_bias {feed_bias}"
         )
-    width, n_heads = fields.take("hidden_size", 4096, int), fields.take("num_attention_heads", 32, int)
-    head_size = fields.take("head_dim", None, (int, type(None)))
+    width, n_heads = fields.size("hidden_size", 4096), fields.size("num_attention_heads", 32)
+    head_size = fields.size("head_dim", None)
     config = GPTConfig(
-        vocab=fields.take("vocab_size", 32000, int),
-        context=fields.take("max_position_embeddings", 2048, int),
-        n_layers=fields.take("num_hidden_layers", 32, int),
+        vocab=fields.size("vocab_size", 32000),
+        context=fields.size("max_position_embeddings", 2048),
+        n_layers=fields.size("num_hidden_layers", 32),
         n_heads=n_heads,
         width=width,
-        n_kv_heads=fields.take("num_key_value_heads", None, (int, type(None))),
+        n_kv_heads=fields.size("num_key_value_heads", None),
         head_size=None if head_size is not None and head_size * n_heads == width else head_size,
-        hidden=fields.take("intermediate_size", 11008, int),
+        hidden=fields.size("intermediate_size", 11008),
         positions="rope",
         norm="rms",
         feed="swiglu",
         bias=bias,
         tied=fields.take("tie_word_embeddings", False, bool),
-        norm_epsilon=fields.take("rms_norm_eps", 1e-6, float),
-        rope_base=float(turning.get("rope_theta", base)),
+        norm_epsilon=fields.positive("rms_norm_eps", fields.take("rms_norm_eps", 1e-6)),
+        rope_base=fields.positive("rope_theta", turning.get("rope_theta", base)),
     )
     fields.end()
     return config
@@ -471,9 +550,9 @@ def _write_llama(config: GPTConfig) -> dict[str, Any]:
 
 
 def _need(family: str, config: GPTConfig, name: str, needed: Any) -> None:
-    came = getattr(config, name)
-    if came != needed:
-        raise ValueError(f"save_pretrained: {family} has {name} {needed!r}, came {came!r}")
+    actual = getattr(config, name)
+    if actual != needed:
+        raise ValueError(f"save_pretrained: {family} has {name} {needed!r}, got {actual!r}")
 
 
 def _family_of(config: GPTConfig) -> _Family:

@@ -29,6 +29,7 @@ from gradfn.run import (
 from gradfn.tensors import open_tensors
 from gradfn.train.fit import CHECKPOINT
 from gradfn.train.log import INSPECTIONS, METRICS, NOISE
+from gradfn.train.rows import NOT_FINITE
 
 Row = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -37,9 +38,8 @@ LAST_STEP = 2**53  # that a float64 tells from the one before
 
 # The rows of a training's files; null is a number that was not finite.
 Step = Annotated[int, Meta(ge=0, le=LAST_STEP)]
-MetricsRow = dict[
-    str, Number | list[Any] | None
-]  # of a row by name, among them "step"; a list is `not_finite`
+# Of a row by name, among them "step"; the only list is that of NOT_FINITE.
+MetricsRow = dict[str, Number | list[Any] | None]
 
 
 class Stats(TypedDict):
@@ -125,7 +125,7 @@ def read_run(run: str | Path) -> Kept:
         FileError: a file of it cannot be read, or leads out of the run's folder; it names the file.
     """
     folder = find_run(run)
-    if not (folder / CONFIG).exists():
+    if not os.path.lexists(folder / CONFIG):
         return _of_fit(folder)
     config = read_config(folder)
     net = inside(folder, DIGIT_NET)
@@ -150,13 +150,13 @@ def find_run(run: str | Path) -> Path:
         RunError: there is no such run; it says what to type.
     """
     folder = Path(run)
-    if (folder / CONFIG).exists():
+    if os.path.lexists(folder / CONFIG):
         return folder
-    if (folder / METRICS).exists() and not (folder.parent / CONFIG).exists():
+    if os.path.lexists(folder / METRICS) and not os.path.lexists(folder.parent / CONFIG):
         return folder
     if found := latest(folder):
         return found
-    if (folder.parent / CONFIG).exists():
+    if os.path.lexists(folder.parent / CONFIG):
         raise RunError(f"{run}: only a part of a run; name the run's folder, {folder.parent}")
     if folder.is_dir():
         raise RunError(
@@ -217,7 +217,9 @@ def _pictures(folder: Path) -> dict[str, bytes]:
 
 def _metrics(file: Path) -> Iterator[Row]:
     for i, found in enumerate(read_rows(file, MetricsRow), start=1):
-        row = {name: value for name, value in found.items() if not isinstance(value, list)}
+        row: dict[str, Any] = {name: value for name, value in found.items() if name != NOT_FINITE}
+        if lists := [name for name, value in row.items() if isinstance(value, list)]:
+            raise FileError(f"{file}: line {i:,}: expected a number as {lists[0]!r:.40}, got a list")
         step = row.get("step")
         if step is None or not (0 <= step <= LAST_STEP and step.is_integer()):
             raise FileError(f"{file}: line {i:,}: expected an integer >= 0 as the step, got {step}")

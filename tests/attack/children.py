@@ -134,7 +134,13 @@ def train(folder, steps=240, event=None, evaluate=None, told=None, **options):
     start = net.init(jax.random.key(1))
     measure = gf.classification_loss(net)
     data = (x, (x[:, 0] > 0).astype(jnp.int32))
-    options = {"eval_every": 15, "inspect_every": 30, "noise_every": 40, "keep_every": 80} | options
+    options = {
+        "resume": True,
+        "eval_every": 15,
+        "inspect_every": 30,
+        "noise_every": 40,
+        "keep_every": 80,
+    } | options
     if event is not None:
         die_at(folder, event)
     fitted = gf.fit(
@@ -145,7 +151,6 @@ def train(folder, steps=240, event=None, evaluate=None, told=None, **options):
         steps,
         batch_size=8,
         folder=folder,
-        resume=True,
         checkpoint_seconds=0,
         progress=False,
         evaluate=evaluate or (lambda params: {"spread": float(params["W1"].std())}),

@@ -1,0 +1,412 @@
+"""Damaged and hostile files of a run: reading them ends in one line, which names the file."""
+
+import json
+import os
+import struct
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+import gradfn as gf
+from gradfn import cli, sample
+from gradfn.files import FileError
+from gradfn.report.kept import read_run
+from gradfn.run import write_json
+from gradfn.train import checkpoint
+from tests.report.test_page import write_run
+from tests.test_cli import EXPERIMENT
+
+DEEP = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
+NUL, LATIN = b"\0" * 40, '{"verdict": "é"}'.encode("latin-1")
+
+# Of JSON with any content, then of each file's own.
+ANY_JSON = (b"", b"{", b"[]", b"3", b"null", b'"text"', b"{]", DEEP, NUL, LATIN, b"{} {}", b'{"a": NaN}')
+ROWS = (b"3\n", b"[]\n", b"{}\n", b"\n", b"{\n", DEEP + b"\n", NUL + b"\n", LATIN + b"\n", b'{"a": 1}\n')
+
+
+def as_rows(*rows):
+    return [json.dumps(row).encode() + b"\n" for row in rows]
+
+
+LOOK = {"step": 0, "sites": {}, "site_grads": {}, "grads": {"W1": {"rms": 1.0}}}
+NOTES = {"settings": {"seed": 0}, "versions": {}, "finished": True}
+ABOUT = {"activation": "relu", "output": None, "loss": "quadratic", "data": "noise"}
+ARRAYS = {
+    "W1": np.ones([10, 784], np.float32),
+    "b1": np.ones(10, np.float32),
+    "samples": np.ones([2, 784], np.float32),
+    "labels": np.array([0, 9], np.int32),
+}
+HIDDEN = {"W1": np.ones([3, 784], np.float32), "b1": np.ones(3, np.float32)}
+
+
+def net(about=ABOUT, **changed):
+    """Return the file of a digit network with other arrays; those that are None are left out."""
+    arrays = {name: array for name, array in (ARRAYS | changed).items() if array is not None}
+    text = about if isinstance(about, str) else json.dumps(about)
+    return save(arrays, metadata={"about": text})
+
+
+def tensors(**header):
+    """Return a safetensors file of 8 bytes of data, with any header."""
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + b"\0" * 8
+
+
+BAD_TENSORS = (
+    b"",
+    b"x",
+    b"nothing",
+    struct.pack("<Q", 2**62) + b"{}",
+    struct.pack("<Q", 2) + b"{]",
+    struct.pack("<Q", len(DEEP)) + DEEP,
+    tensors(params={"dtype": "F32", "shape": [2**40], "data_offsets": [0, 8]}),
+    tensors(params={"dtype": "F9", "shape": [2], "data_offsets": [0, 8]}),
+    tensors(params={"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}),
+    tensors(params={"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}),
+)
+DAMAGED = {
+    "config.json": [
+        *ANY_JSON,
+        b'{"experiment": "toy"}',
+        b'{"options": {}}',
+        b'{"experiment": 3, "options": {}}',
+        b'{"experiment": "", "options": {}}',
+        b'{"experiment": "/../../outside", "options": {}}',
+        b'{"experiment": "a\\u0000b", "options": {}}',
+        b'{"experiment": "%s", "options": {}}' % (b"x" * 5000),
+        b'{"experiment": "toy", "options": []}',
+        b'{"experiment": "toy", "options": {"a": {"b": 1}}}',
+        b'{"experiment": "toy", "options": {"a": [[1]]}}',
+        b'{"experiment": "toy", "options": {"a": %s}}' % (b"9" * 5000),
+        b'{"experiment": "toy", "options": {"a": 1e999}}',
+    ],
+    "versions.json": [*ANY_JSON, b'{"seed": []}', b'{"seed": {}}', b'{"seed": %s}' % (b"9" * 5000)],
+    "result.json": [*ANY_JSON, b'{"verdict": 3}', b'{"verdict": null}', b'{"verdict": ["reached"]}'],
+    "metrics.jsonl": [
+        *ROWS,
+        *as_rows(
+            *({"step": step, "loss": 1.0} for step in (-1, 1.5, None, "1", True, [1], 2**60, 10**30)),
+            *({"step": 1, "loss": loss} for loss in ("1", True, [1.0], {}, 10**310, -1e305)),
+        ),
+    ],
+    "inspections.jsonl": [
+        *ROWS,
+        *as_rows(
+            *({name: value for name, value in LOOK.items() if name != left_out} for left_out in LOOK),
+            *(LOOK | {"step": step} for step in (-1, 1.5, None, "1", 2**60)),
+            *(
+                LOOK | {kind: value}
+                for kind in ("sites", "grads", "site_grads")
+                for value in ([], 3, {"a": 3})
+            ),
+            *(
+                LOOK | {"grads": {"W1": {"rms": rms}}}
+                for rms in ("1", True, [], [[]], ["1"], [True], [{}], {}, 10**310, [10**310], [1e305])
+            ),
+            *(LOOK | {"flags": flags} for flags in (3, [], {"a": 3}, {"a": [3]}, {"a": "bad"})),
+            *(LOOK | {"param_order": order} for order in (3, "W1", [3], {"W1": 0})),
+        ),
+    ],
+    "noise.jsonl": [
+        *ROWS,
+        *as_rows(
+            {"step": 1},
+            *({"step": step, "running_scale": 1.0} for step in (-1, 1.5, None, "1", 2**60)),
+            *({"step": 1, "running_scale": scale} for scale in ("1", True, [1.0], 1e305)),
+        ),
+    ],
+    "digit_net.safetensors": [
+        *BAD_TENSORS,
+        save(ARRAYS),
+        *(net(about=text) for text in ("{", "[]", "3", "{}", DEEP.decode())),
+        *(
+            net(ABOUT | {name: value})
+            for name in ABOUT
+            for value in (3, [], "elu" * (name != "data") or None)
+        ),
+        *(net(**{name: None}) for name in ARRAYS),
+        net(extra=np.ones(2, np.float32)),
+        net(**HIDDEN),
+        net(**HIDDEN, W2=np.ones([10, 4], np.float32), b2=ARRAYS["b1"]),
+        net(W1=np.ones([9, 784], np.float32), b1=np.ones(9, np.float32)),
+        net(W1=np.ones([10, 8], np.float32)),
+        net(W1=np.ones([10, 784], np.float64)),
+        net(W1=np.ones([10, 784, 1], np.float32)),
+        net(W1=np.full([10, 784], np.nan, np.float32)),
+        net(b1=np.ones([], np.float32)),
+        net(samples=np.ones([], np.float32)),
+        net(samples=np.ones([0, 784], np.float32), labels=np.ones(0, np.int32)),
+        net(samples=np.full([2, 784], np.inf, np.float32)),
+        net(labels=np.array([0, 1, 2], np.int32)),
+        net(labels=np.array([0, 10], np.int32)),
+        net(labels=np.array([-1, 1], np.int32)),
+        net(labels=np.array([0.0, 1.0], np.float32)),
+        net(spline=np.ones([28], np.float32)),
+        net(spline=np.ones([27, 8], np.float32)),
+        net(spline=np.ones([28, 0], np.float32)),
+    ],
+    "checkpoint.safetensors": [
+        *BAD_TENSORS,
+        save({"params/W" + "1" * 5000: np.ones(2, np.float32)}),
+    ],
+}
+CASES = [(name, i) for name, contents in DAMAGED.items() for i in range(len(contents))]
+
+
+def one_line(capsys, words, name):
+    """Hold a command to exit code 2 and one line that names a file."""
+    capsys.readouterr()
+    assert cli.main(words) == 2
+    said = capsys.readouterr()
+    assert said.err.endswith("\n")
+    assert_short(said.err[:-1], name)
+
+
+def refused(read, name):
+    """Hold a function to what the command line makes one line of."""
+    with pytest.raises(FileError) as error:
+        read()
+    assert_short(" ".join(str(error.value).split()), name)
+
+
+def assert_short(line, name):
+    assert line.isprintable()
+    assert name in line
+    assert len(line) < 1000
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Stand beside a whole run, of which a page can be made."""
+    monkeypatch.chdir(tmp_path)
+    folder = write_run(tmp_path / "run")
+    (folder / "noise.jsonl").write_text('{"step": 1, "running_scale": null}\n', encoding="utf-8")
+    (folder / "digit_net.safetensors").write_bytes(net())
+    assert cli.main(["report", "run"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_gets_one_line(folder, capsys, name):
+    for content in DAMAGED[name]:
+        (folder / name).write_bytes(content)
+        refused(lambda: read_run("run"), name)
+    one_line(capsys, ["report", "run"], name)
+
+
+def test_rows_of_one_kind_may_be_absent_or_null(folder):
+    rows = as_rows(
+        *(LOOK | {"step": step, "grads": {"W1": {"rms": rms}}} for step, rms in ((1, None), (2, [None, 1])))
+    )
+    (folder / "inspections.jsonl").write_bytes(b"".join(rows))
+    (folder / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": null}\n{"step": 2.0, "other": 3}\n')
+    assert cli.main(["report", "run"]) == 0
+    for name in ("metrics.jsonl", "inspections.jsonl", "noise.jsonl"):
+        (folder / name).write_bytes(b"")
+    assert cli.main(["report", "run"]) == 0
+
+
+@pytest.mark.parametrize("name", [*DAMAGED, "weights.png"])
+def test_what_is_no_file_gets_one_line(folder, capsys, name):
+    """A folder, a pipe that nobody writes to, a link to a device and one out of the run are refused, not followed."""
+    outside = folder.parent / "outside"
+    (folder / name).rename(outside)
+    makers = [
+        lambda file: file.mkdir(),
+        os.mkfifo,
+        lambda file: file.symlink_to("/dev/zero"),
+        lambda file: file.symlink_to(outside),
+        lambda file: file.symlink_to(file),
+    ]
+    for make in makers:
+        make(folder / name)
+        refused(lambda: read_run("run"), name)
+        (folder / name).rmdir() if (folder / name).is_dir() else (folder / name).unlink()
+    outside.rename(folder / name)
+    (folder / "real").mkdir()
+    (folder / name).rename(folder / "real" / "file")
+    (folder / name).symlink_to("real/file")  # a link within the run is a file as others
+    assert cli.main(["report", "run"]) == 0
+
+
+def test_notes_of_a_checkpoint_get_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fit").mkdir()
+    (tmp_path / "fit" / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n', encoding="utf-8")
+    arrays = {"params/w": np.ones(2, np.float32)}
+    file = tmp_path / "fit" / "checkpoint.safetensors"
+
+    def write(notes):
+        file.write_bytes(save(arrays, metadata={"notes": notes}))
+
+    write(json.dumps(NOTES))
+    assert cli.main(["report", "fit"]) == 0
+    assert "Training loss nan" in (tmp_path / "fit" / "report.html").read_text(encoding="utf-8")
+    bad = [NOTES | {name: value} for name in NOTES for value in (3, "no", [], {"a": []})]
+    for notes in ("", "{", "[]", "3", DEEP.decode(), *map(json.dumps, bad)):
+        write(notes)
+        refused(lambda: read_run("fit"), file.name)
+    for content in (*BAD_TENSORS, save(arrays)):
+        file.write_bytes(content)
+        refused(lambda: read_run("fit"), file.name)
+    one_line(capsys, ["report", "fit"], file.name)
+
+
+def test_folders_in_a_run_lead_nowhere_else(folder, capsys):
+    """Parts are found however deep they lie, and never through links."""
+    outside = folder.parent / "outside"
+    outside.mkdir()
+    (outside / "metrics.jsonl").write_text("no rows\n", encoding="utf-8")
+    (folder / "linked").symlink_to(outside)
+    (folder / "itself").symlink_to(folder)
+    deep = folder
+    for _ in range(300):
+        deep = deep / "a"
+    deep.mkdir(parents=True)
+    (deep / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n', encoding="utf-8")
+    assert cli.main(["report", "run"]) == 0
+    (deep / "metrics.jsonl").write_text("no rows\n", encoding="utf-8")
+    one_line(capsys, ["report", "run"], "metrics.jsonl")
+
+
+SETTINGS = {"vocab": 4, "width": 3, "cell": "gru"}
+GPT = {"vocab": 4, "context": 5, "n_layers": 2, "n_heads": 1, "width": 4}
+MODEL = {
+    "net": "rnn",
+    "settings": SETTINGS,
+    "tokenizer": {"name": "characters", "symbols": "\nabc"},
+    "lines": False,
+}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Return the checkpoints of an rnn and a gpt, as bytes."""
+    folder, found = tmp_path_factory.mktemp("weights"), {}
+    for name, model in (("rnn", gf.rnn(**SETTINGS)), ("gpt", gf.gpt(gf.GPTConfig(**GPT)))):
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
+        checkpoint.save(folder / name, {"params": params}, {})
+        found[name] = (folder / name).read_bytes()
+    return found
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch, weights):
+    """Stand beside the folder of a language model; return what writes its `model.json`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lm").mkdir()
+
+    def write(content, net="rnn"):
+        (tmp_path / "lm" / "checkpoint.safetensors").write_bytes(weights[net])
+        if isinstance(content, bytes):
+            (tmp_path / "lm" / "model.json").write_bytes(content)
+        else:
+            write_json(tmp_path / "lm" / "model.json", content)
+
+    return write
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("net", "settings"), [("rnn", SETTINGS), ("gpt", GPT)])
+def test_a_whole_model_is_loaded(model, net, settings):
+    model(MODEL | {"net": net, "settings": settings}, net)
+    assert len(list(sample.write(sample.load_model("lm"), sample.Config(n=3)))) == 3
+
+
+LARGE = (0, -1, 1.5, "4", None, True, [4], 10**6, 10**9, 10**12, 10**18)
+BAD_MODELS = [
+    *({key: value for key, value in MODEL.items() if key != left_out} for left_out in MODEL),
+    *(MODEL | {key: value} for key in MODEL for value in (3, "lstm", [], None)),
+    *(MODEL | {"tokenizer": {"name": name}} for name in ("characters", "words", "tiktoken:../../x", "")),
+    *(MODEL | {"tokenizer": {"name": "characters", "symbols": text}} for text in ("", "cba\n", "aabc", "abcde", 3)),
+    MODEL | {"tokenizer": {"name": "bytes"}},
+    *(MODEL | {"settings": SETTINGS | {name: size}} for name in ("vocab", "width", "n_layers") for size in LARGE),
+    *(MODEL | {"settings": SETTINGS | extra} for extra in ({"cell": "x"}, {"cell": 3}, {"depth": 3}, {"width": 2})),
+    *(MODEL | {"settings": {name: 4}} for name in ("vocab", "width")),
+]  # fmt: skip
+BAD_GPTS = [
+    *(
+        {name: size}
+        for name in ("vocab", "context", "n_layers", "n_heads", "width", "n_kv_heads", "head_size", "hidden")
+        for size in LARGE
+        if size is not None or name in ("vocab", "width")
+    ),
+    {"scan": True, "n_layers": 10**9},
+    *({"positions": value} for value in (3, "none", "rope")),
+    *({"feed": value} for value in (3, "none", None)),
+    *({"compute": value} for value in (3, "float", "int8", "S4")),
+    *({"dropout": value} for value in ("0", 1.5, -1)),
+    *({"tied": value} for value in (3, False, None)),
+    {"rope_base": "large"},
+    {"unknown": 1},
+    {"__class__": 1},
+]
+
+
+def test_a_damaged_model_gets_one_line(model, capsys):
+    for content in (*ANY_JSON, *BAD_MODELS):
+        model(content)
+        refused(lambda: sample.load_model("lm"), "lm")
+    one_line(capsys, ["sample", "lm"], "lm")
+
+
+def test_settings_that_are_not_of_the_checkpoint_get_one_line(model):
+    for settings in BAD_GPTS:
+        model(MODEL | {"net": "gpt", "settings": GPT | settings}, "gpt")
+        refused(lambda: sample.load_model("lm"), "lm")
+
+
+def test_a_damaged_checkpoint_of_a_model_gets_one_line(model, capsys, tmp_path):
+    model(MODEL)
+    file = tmp_path / "lm" / "checkpoint.safetensors"
+    for content in BAD_TENSORS:
+        file.write_bytes(content)
+        refused(lambda: sample.load_model("lm"), file.name)
+    file.unlink()
+    refused(lambda: sample.load_model("lm"), file.name)
+    os.mkfifo(file)
+    one_line(capsys, ["sample", "lm"], file.name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hidden": [16]},
+        {"hidden": "16"},
+        {"hidden": 1.5},
+        {"hidden": True},
+        {"hidden": None},
+        {"hidden": 0},
+        {"rate": "fast"},
+        {"rate": [0.1]},
+        {"data": "cifar"},
+        {"data": 3},
+        {"resume": "yes"},
+        {"depth": 3},
+    ],
+)
+def test_options_of_another_type_get_one_line(tmp_path, monkeypatch, capsys, options):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "echo.py").write_text(EXPERIMENT, encoding="utf-8")
+    monkeypatch.setattr(cli, "experiments", lambda: {"echo": tmp_path / "echo.py"})
+    assert cli.main(["run", "echo", "--folder", "here"]) == 0
+    file = tmp_path / "here" / "config.json"
+    whole = {"hidden": 16, "rate": None, "data": "digits"}
+    assert json.loads(file.read_text(encoding="utf-8"))["options"] == whole
+    write_json(file, {"experiment": "echo", "options": whole | options})
+    one_line(capsys, ["run", "echo", "--resume", "--folder", "here"], "config.json")
+
+
+def test_a_damaged_config_is_not_resumed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "echo.py").write_text(EXPERIMENT, encoding="utf-8")
+    monkeypatch.setattr(cli, "experiments", lambda: {"echo": tmp_path / "echo.py"})
+    (tmp_path / "here").mkdir()
+    for content in DAMAGED["config.json"]:
+        (tmp_path / "here" / "config.json").write_bytes(content)
+        one_line(capsys, ["run", "echo", "--resume", "--folder", "here"], "here")
+    assert [file.name for file in (tmp_path / "here").iterdir()] == ["config.json"]
