@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+MOST_EXAMPLES = 2**31 - 1  # that int32 indexes
+
 
 def as_arrays(data: Any, name: str = "data", scalars: bool = False) -> Any:
     """Turn every part of a tree into an array with a leading axis of examples.
@@ -55,12 +57,18 @@ def on_device(data: Any, name: str = "data") -> Any:
     """Turn data into arrays of jax: see `as_arrays`.
 
     Raises:
-        ValueError: also for an array that is not numeric, and for integers that would wrap around in jax's dtype.
+        ValueError: also for an array that is not numeric, for integers that would wrap around in jax's dtype, and for
+            more examples than int32 indexes.
     """
 
     def place(path: tuple[Any, ...], array: Any) -> jax.Array:
         if isinstance(array, np.ndarray):
             _numeric(array, name + jax.tree_util.keystr(path))
+        if array.ndim and array.shape[0] > MOST_EXAMPLES:
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)}: expected at most {MOST_EXAMPLES:,} examples, got "
+                f"{array.shape[0]:,}. Use gf.train.from_host"
+            )
         dtype = jax.dtypes.canonicalize_dtype(array.dtype) if isinstance(array, np.ndarray) else array.dtype
         if dtype != array.dtype and array.size and jnp.issubdtype(dtype, jnp.integer):
             low, high, bounds = int(array.min()), int(array.max()), jnp.iinfo(dtype)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from gradfn.data._arrays import as_arrays
+from gradfn.data._arrays import MOST_EXAMPLES, as_arrays
 from gradfn.data._checks import whole
 
 Data = TypeVar("Data")
@@ -37,7 +37,11 @@ def epoch_order(n: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
     >>> gf.data.epoch_order(5, 2, seed=0, epoch=0).shape
     (2, 2)
     """
-    n = whole("n (the number of examples)", n, 0, 2**31 - 1)
+    n = whole("n (the number of examples)", n, 0)
+    if n > MOST_EXAMPLES:
+        raise ValueError(
+            f"n (the number of examples) must be at most {MOST_EXAMPLES:,}, got {n:,}. Use gf.train.from_host"
+        )
     batch_size = whole("batch_size", batch_size, 1)
     # Numpy joins the seed's 32-bit words into one list: without these bounds, two seeds could meet in it.
     seed, epoch = whole("seed", seed, 0, 2**32 - 1), whole("epoch", epoch, 0, 2**32 - 1)

@@ -3,37 +3,49 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import itertools
 import json
 import os
 import re
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, NotRequired
 
 import numpy as np
 
-from gradfn.data.dataset import DataError
-from gradfn.data.tokenizer import Tokenizer, tokenizer, tokenizer_from, utf8_bytes
-from gradfn.files import replace_file
+from gradfn.data.dataset import DataError, data_errors
+from gradfn.data.file_tokens import READ, FileTokens, decoded, file_tokens
+from gradfn.data.tokenizer import Tokenizer, TokenizerFile, tokenizer, tokenizer_from, utf8_bytes
+from gradfn.files import FileError, open_regular, read_json, replacing
 
-PIECE = 1 << 24  # characters that are tokenized at a time
+PIECE = 1 << 24  # characters that tiktoken gets at a time
+IN_MEMORY = 1 << 28  # bytes of tokens; those of larger texts stay in the file
 FORMAT = "tokenizer of gf.data.tokenize"  # marks its files: nothing else is overwritten
+
+
+class TokensFile(TokenizerFile):
+    """What the file beside a file of tokens contains."""
+
+    format: str
+    tokens: NotRequired[int]  # how many
+    sha256: NotRequired[str]  # of the file of tokens
 
 
 class Text(NamedTuple):
     """Tokens for training and for validation: the beginning of a text and its end.
 
     Attributes:
-        train: `[N]`, of the tokenizer's dtype; on no device, for large files in no memory either (`np.memmap`).
+        train: `[N]`, of the tokenizer's dtype; on no device, for large files in no memory either (`np.memmap`, or for
+            characters an array of which slices are read, and all by `np.asarray`).
         validation: `[M]`, what comes after; no window can reach from one into the other.
         tokenizer: text to tokens and back.
         name: what to write on a figure.
         sha256: of the text's UTF-8, or of the file it was read from.
     """
 
-    train: np.ndarray
-    validation: np.ndarray
+    train: np.ndarray | FileTokens
+    validation: np.ndarray | FileTokens
     tokenizer: Tokenizer
     name: str
     sha256: str
@@ -78,8 +90,10 @@ def text(
 
     Args:
         path: any file in UTF-8 (of any bytes, with `tokens="bytes"`), or the `.npy` of tokens that `tokenize`
-            wrote. Bytes and `.npy` are mapped into memory, not read. None for `python_topics`. Text is read as
-            Python reads it: every end of a line is `\\n`, and a byte order mark is left out; bytes are the file's.
+            wrote. Of any size: bytes and `.npy` are mapped into memory, and so are characters of more than 256 MB of
+            tokens, which are decoded as they are used; tiktoken's tokens are in memory, for large texts there is
+            `tokenize`. The file must stay as it is. None for `python_topics`. Text is read as Python reads it: every
+            end of a line is `\\n`, and a byte order mark is left out; bytes are the file's.
         tokens: `"characters"`, `"bytes"` or `"tiktoken:<encoding>"`; an `.npy` file knows by itself.
         validation: the share of the tokens, the last ones, to keep for validation.
 
@@ -95,7 +109,7 @@ def text(
     'The "assert" statement'
     """
     if not 0 <= validation < 1:
-        raise ValueError(f"validation is a share from 0 up and below 1, came {validation}")
+        raise ValueError(f"validation must be >= 0 and < 1, got {validation}")
     if path is None:
         content = python_topics()
         coder = tokenizer(tokens, [content])
@@ -103,15 +117,22 @@ def text(
             coder.encode(content), coder, validation, "topics of the Python documentation", _sha256(content)
         )
     file = Path(path).expanduser()
-    digest = _file_sha256(file)
+    all_tokens: np.ndarray | FileTokens
     if file.suffix == ".npy":
-        coder, all_tokens = _mapped(file)
+        coder, all_tokens, digest = _mapped(file)
     elif tokens == "bytes":
-        coder, all_tokens = utf8_bytes(), np.memmap(file, np.uint8, "r")
+        coder, digest = utf8_bytes(), _file_sha256(file)
+        all_tokens = np.memmap(file, np.uint8, "r")
+    elif tokens == "characters":
+        all_tokens, digest = file_tokens(file)
+        coder = all_tokens.coder
+        if all_tokens.nbytes <= IN_MEMORY:
+            all_tokens = np.asarray(all_tokens)
     else:
-        content = _read(file)
-        coder = tokenizer(tokens, [content])
-        all_tokens = coder.encode(content)
+        coder, digest = tokenizer(tokens), _file_sha256(file)
+        all_tokens = np.concatenate([coder.encode(""), *_encoded(file, coder)])
+    if not len(all_tokens):
+        raise DataError(f"{file}: the file is empty")
     return _parts(all_tokens, coder, validation, file.name, digest)
 
 
@@ -140,27 +161,33 @@ def tokenize(path: str | os.PathLike[str], to: str | os.PathLike[str], tokens: s
     source, target = Path(path).expanduser(), Path(to).expanduser()
     if target.suffix != ".npy":
         raise DataError(f"{target}: tokens go into a file whose name ends in .npy")
-    _exists(source)
+    with data_errors():
+        open_regular(source).close()
     _check_writable(source, target)
-    coder = tokenizer(tokens, _pieces(source, tokens) if tokens == "characters" else ())
-    length = sum(len(coder.encode(piece)) for piece in _pieces(source, tokens))
+    if tokens == "characters":
+        found, _ = file_tokens(source)
+        coder, length, encoded = found.coder, len(found), found.pieces()
+    else:
+        coder = tokenizer(tokens)
+        length = sum(map(len, _encoded(source, coder)))
+        encoded = _encoded(source, coder)
     if not length:
         raise DataError(f"{source}: the file is empty")
+    header = io.BytesIO()
+    dtype = np.lib.format.dtype_to_descr(coder.encode("").dtype)
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": (length,)})
+    digest, written = hashlib.sha256(header.getvalue()), 0
     # Under their own names the files appear whole: a map of the old tokens in memory stays as it was.
-    part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
-    try:
-        out = np.lib.format.open_memmap(part, "w+", coder.encode("").dtype, (length,))
-        at = 0
-        for piece in _pieces(source, tokens):
-            encoded = coder.encode(piece)
-            out[at : at + len(encoded)] = encoded
-            at += len(encoded)
-        out.flush()
-        about = {"format": FORMAT, "tokens": length} | coder.to_dict()
-        replace_file(_beside(target), json.dumps(about).encode())
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(_beside(target)) as about, replacing(target) as out:
+        out.write(header.getvalue())
+        for piece in encoded:
+            out.write(piece.data)
+            digest.update(piece.data)
+            written += len(piece)
+        if written != length:
+            raise DataError(f"{source}: has changed while it was tokenized")
+        content = {"format": FORMAT, "tokens": length, "sha256": digest.hexdigest()} | coder.to_dict()
+        about.write(json.dumps(content).encode())
     return target
 
 
@@ -188,22 +215,17 @@ def lines(
     ('\\n', '\\n')
     """
     if not 0 <= validation < 1:
-        raise ValueError(f"validation is a share from 0 up and below 1, came {validation}")
+        raise ValueError(f"validation must be >= 0 and < 1, got {validation}")
     if path is None:
-        content = "\n".join(re.findall(r"[a-z]{2,}", python_topics().lower()))
         name, digest = "words of the Python documentation", _sha256(python_topics())
+        words = "\n".join(re.findall(r"[a-z]{2,}", python_topics().lower()))
+        found = _distinct_lines([words], name, longest)
     else:
         file = Path(path).expanduser()
-        name, digest, content = file.name, _file_sha256(file), _read(file)
-    found = list(dict.fromkeys(line.strip() for line in content.split("\n") if line.strip()))
+        name, digest = file.name, _file_sha256(file)
+        found = _distinct_lines(_pieces(file, max(READ, longest)), name, longest)
     if len(found) < 2:
         raise DataError(f"{name}: two different lines or more are needed, there are {len(found)}")
-    too_long = next((line for line in found if len(line) > longest), None)
-    if too_long is not None:
-        raise DataError(
-            f"{name}: a line of {len(too_long):,} characters, {too_long[:40]!r}...; {longest} is the longest that "
-            "lines may be. Is it a running text, for which there is `gf.data.text`?"
-        )
     coder = tokenizer("characters", ["\n", *found])
     width = max(map(len, found)) + 1
     inputs = np.zeros([len(found), width], np.int32)
@@ -237,68 +259,117 @@ def python_topics() -> str:
     return "\n\n".join(once.values())
 
 
-def _parts(tokens: np.ndarray, coder: Tokenizer, validation: float, name: str, digest: str) -> Text:
+def _distinct_lines(pieces: Iterable[str], name: str, longest: int) -> list[str]:
+    """Return the lines of a text, each once, without white space around them."""
+    found: dict[str, None] = {}
+    rest = ""
+    for piece in itertools.chain(pieces, ["\n"]):
+        *complete, rest = (rest + piece).split("\n")
+        if len(rest) > max(READ, longest):  # it may never end
+            complete.append(rest)
+        stripped = [line.strip() for line in complete]
+        too_long = next((line for line in stripped if len(line) > longest), None)
+        if too_long is not None:
+            raise DataError(
+                f"{name}: a line of {len(too_long):,} characters, {too_long[:40]!r}...; {longest} is the longest that "
+                "lines may be. Is it a running text, for which there is `gf.data.text`?"
+            )
+        found.update(dict.fromkeys(line for line in stripped if line))
+    return list(found)
+
+
+def _parts(
+    tokens: np.ndarray | FileTokens, coder: Tokenizer, validation: float, name: str, digest: str
+) -> Text:
     n_train = len(tokens) - int(validation * len(tokens))
+    if isinstance(tokens, FileTokens):
+        train, held = tokens.part(0, n_train), tokens.part(n_train, len(tokens))
+        return Text(train, held, coder, name, digest)
     return Text(tokens[:n_train], tokens[n_train:], coder, name, digest)
 
 
-def _read(file: Path) -> str:
-    try:
-        content = (
-            file.read_bytes().decode()
-        )  # the whole file, so that the error counts bytes from its beginning
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file}: not in UTF-8 ({error.reason} at byte {error.start:,}); try tokens=bytes"
-        ) from error
-    content = _plain(content)
-    if not content:
-        raise DataError(f"{file}: the file is empty")
-    return content
+def _pieces(file: Path, size: int) -> Iterator[str]:
+    """Yield a text as Python's text mode reads it, in pieces of `size` characters or a little more.
+
+    They end where lines end, where there is such a place.
+    """
+    newlines, rest = io.IncrementalNewlineDecoder(None, translate=True), ""
+    for data, text in decoded(file):
+        rest += newlines.decode(text, final=not data)
+        if len(rest) >= size:
+            end = rest.rfind("\n") + 1 or len(rest)
+            yield rest[:end]
+            rest = rest[end:]
+    rest += newlines.decode("", final=True)
+    if rest:
+        yield rest
 
 
-def _plain(content: str) -> str:
-    """Return a text as Python's text mode reads it: lines end with a newline, and a byte order mark is no character."""
-    return content.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+def _encoded(file: Path, coder: Tokenizer) -> Iterator[np.ndarray]:
+    """Yield the tokens of a file, some at a time: its bytes, or the pieces of its text."""
+    if coder.name == "bytes":
+        return (np.frombuffer(data, np.uint8) for data, _ in decoded(file))
+    return map(coder.encode, _pieces(file, PIECE))
 
 
-def _pieces(file: Path, tokens: str) -> Iterator[str]:
-    """Yield a text in parts that end where lines end; as it is for bytes, else as `_plain` would return it."""
-    encoding, newline = ("utf-8", "") if tokens == "bytes" else ("utf-8-sig", None)
-    try:
-        with file.open(encoding=encoding, newline=newline) as source:
-            while piece := source.read(PIECE):
-                yield piece + source.readline()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file}: not in UTF-8 ({error.reason}); with tokens=bytes it need not be tokenized"
-        ) from error
-
-
-def _mapped(file: Path) -> tuple[Tokenizer, np.ndarray]:
-    _exists(file)
+def _mapped(file: Path) -> tuple[Tokenizer, np.ndarray, str]:
+    """Return the tokenizer and the tokens of a file that `tokenize` wrote, and the file's sha256."""
     beside = _beside(file)
-    about = _about(file)
-    if about is None:
-        raise DataError(
-            f"{file}: tokens are stored in a .npy file with their tokenizer in {beside.name} beside it, as "
-            "gf.data.tokenize writes them"
-        )
+    with data_errors():
+        open_regular(file).close()
+        if not os.path.lexists(beside):
+            raise DataError(
+                f"{file}: tokens are stored in a .npy file with their tokenizer in {beside.name} beside it, as "
+                "gf.data.tokenize writes them"
+            )
+        about = read_json(beside, TokensFile)
+    if about["format"] != FORMAT:
+        raise DataError(f"{beside}: expected format {FORMAT!r}, got {about['format']!r:.100}")
     try:
         coder = tokenizer_from(about)
-        tokens = np.load(file, mmap_mode="r")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file}: cannot be read as tokens ({error})") from error
-    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+    except DataError as error:
+        raise DataError(f"{beside}: {error}") from error
+    try:
+        tokens = np.lib.format.open_memmap(file, mode="r")
+    except Exception as error:  # a header may be anything, and what numpy's reader then raises is
+        raise DataError(f"{file}: not a readable .npy file ({' '.join(str(error).split()):.200})") from error
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise DataError(
             f"{file}: expected integer tokens of shape [N], got {list(tokens.shape)} {tokens.dtype}"
         )
-    if about.get("tokens", len(tokens)) != len(tokens):
+    expected = about.get("tokens", len(tokens))
+    if expected != len(tokens):
         raise DataError(
-            f"{file}: expected {about['tokens']:,} tokens according to {beside.name}, got {len(tokens):,}: the two "
+            f"{file}: expected {expected:,} tokens according to {beside.name}, got {len(tokens):,}: the two "
             "files do not belong together. Tokenize the text again"
         )
-    return coder, tokens
+    digest = _checked_sha256(file, tokens, coder.size)
+    if about.get("sha256", digest) != digest:
+        raise DataError(
+            f"{file}: damaged, or not what {beside.name} describes: its sha256 is {digest}, expected "
+            f"{about['sha256']:.100}. Tokenize the text again"
+        )
+    return coder, tokens, digest
+
+
+def _checked_sha256(file: Path, tokens: np.memmap, size: int) -> str:
+    """Return the sha256 of a file of tokens, all of which must be below `size`."""
+    with open_regular(file) as content:
+        digest = hashlib.sha256(content.read(tokens.offset))
+        length = os.fstat(content.fileno()).st_size
+    if length != tokens.offset + tokens.nbytes:
+        raise DataError(
+            f"{file}: expected {tokens.offset + tokens.nbytes:,} bytes, as its header says, got {length:,}"
+        )
+    for at in range(0, len(tokens), READ):
+        piece = tokens[at : at + READ]
+        digest.update(piece.view(np.uint8).data)
+        if piece.min() < 0 or piece.max() >= size:
+            i = at + int(np.argmax((piece < 0) | (piece >= size)))
+            raise DataError(
+                f"{file}: tokens must be from 0 to {size - 1:,} for its tokenizer, got {tokens[i]} at {i:,}"
+            )
+    return digest.hexdigest()
 
 
 def _beside(file: Path) -> Path:
@@ -306,13 +377,12 @@ def _beside(file: Path) -> Path:
     return file.with_name(f"{file.name}.tokenizer.json")
 
 
-def _about(file: Path) -> dict[str, Any] | None:
-    """Return what the tokenizer file beside a token file contains, None where `tokenize` wrote none."""
+def _is_ours(target: Path) -> bool:
+    """Tell whether `tokenize` wrote the tokenizer file beside a file of tokens."""
     try:
-        about = json.loads(_beside(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return about if isinstance(about, dict) and about.get("format") == FORMAT else None
+        return read_json(_beside(target), TokensFile)["format"] == FORMAT
+    except FileError:
+        return False
 
 
 def _check_writable(source: Path, target: Path) -> None:
@@ -322,15 +392,10 @@ def _check_writable(source: Path, target: Path) -> None:
             raise DataError(
                 f"{file}: is the text itself, which its tokens would overwrite. Name another file"
             )
-        if os.path.lexists(file) and _about(target) is None:
+        if os.path.lexists(file) and not _is_ours(target):
             raise DataError(
                 f"{file}: already exists and was not written by gf.data.tokenize. Name another file, or delete it"
             )
-
-
-def _exists(file: Path) -> None:
-    if not file.is_file():
-        raise DataError(f"{file}: there is no such file")
 
 
 def _sha256(content: str) -> str:
@@ -338,11 +403,10 @@ def _sha256(content: str) -> str:
 
 
 def _file_sha256(file: Path) -> str:
-    _exists(file)
-    with file.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
-    if not file.stat().st_size:
-        raise DataError(f"{file}: the file is empty")
+    with data_errors(), open_regular(file) as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()  # type: ignore[arg-type]
+        if not content.tell():
+            raise DataError(f"{file}: the file is empty")
     return digest
 
 

@@ -103,7 +103,7 @@ def tokenizer(name: str, texts: Iterable[str] = ()) -> Tokenizer:
     if kind == "tiktoken":
         return tiktoken(encoding or "gpt2")
     raise DataError(
-        f"tokens: there are characters, bytes and tiktoken:<encoding> (tiktoken:gpt2), came {name!r}"
+        f"tokens: there are characters, bytes and tiktoken:<encoding> (tiktoken:gpt2), got {name!r:.100}"
     )
 
 
@@ -125,11 +125,13 @@ def characters(*texts: str) -> Tokenizer:
         raise DataError("there are no characters in an empty text")
     symbols = "".join(map(chr, points))
     pieces = [symbol.encode() for symbol in symbols]
+    # By code point; the last one stands for all beyond.
+    table = np.full(int(points[-1]) + 2, -1, np.int32)
+    table[points] = np.arange(len(points))
 
     def encode(text: str) -> np.ndarray:
-        came = _points(text)
-        tokens = np.searchsorted(points, came).clip(max=len(points) - 1)
-        unknown = np.flatnonzero(points[tokens] != came)
+        tokens = table[np.minimum(_points(text), np.uint32(len(table) - 1))]
+        unknown = np.flatnonzero(tokens < 0)
         if len(unknown):
             raise DataError(
                 f"the character {text[unknown[0]]!r} is not among the {len(points)} that the text is made of: "

@@ -12,19 +12,20 @@ import numpy as np
 from gradfn.data._arrays import as_array
 from gradfn.data._checks import whole
 from gradfn.data.dataset import DataError
+from gradfn.data.file_tokens import FileTokens
 
 Batch = tuple[np.ndarray, np.ndarray]  # tokens and targets, [batch, length] int32 each
+Tokens = np.ndarray | FileTokens
+MOST = 2**31 - 1  # what an index on the device reaches, and the largest int32
 
 
-def windows(
-    tokens: np.ndarray, length: int, batch: int
-) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+def windows(tokens: Tokens, length: int, batch: int) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
     """Return a function that draws windows of a text at random, on the device: `data` for `gf.fit`.
 
     The tokens lie on the device; for a text that is too large for that there is `host_windows`.
 
     Args:
-        tokens: `[N]` whole numbers.
+        tokens: `[N]` integers, N < 2**31.
         length: tokens a window.
         batch: windows a call.
 
@@ -32,7 +33,8 @@ def windows(
         `key -> (tokens, targets)`, each `[batch, length]` int32; targets are the tokens one further on.
 
     Raises:
-        DataError: a text that is shorter than a window and the token after it, tokens that are not integers `[N]`.
+        DataError: a text that is shorter than a window and the token after it, or too long for indices on the
+            device; tokens that are not integers `[N]`, or beyond int32.
 
     >>> import jax, gradfn as gf
     >>> draw = gf.data.windows(np.arange(100), 3, batch=2)
@@ -41,6 +43,19 @@ def windows(
     ((2, 3), [[1, 1, 1], [1, 1, 1]])
     """
     tokens, n_starts = _checked(tokens), _starts(tokens, length, batch)
+    if len(tokens) > MOST:
+        raise DataError(
+            f"windows: expected at most {MOST:,} tokens, which is as far as indices on the device reach, got "
+            f"{len(tokens):,}. Use gf.train.from_host(gf.data.host_windows(...))"
+        )
+    _check_int32(tokens)  # what does not fit would wrap around in silence
+    if isinstance(tokens, jax.Array):
+        placed = tokens
+    else:
+        array = np.asarray(tokens)
+        placed = jnp.asarray(
+            array.astype(array.dtype.newbyteorder("="), copy=False)
+        )  # jax has this order alone
 
     def draw(tokens: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         starts = jax.random.randint(key, (batch,), 0, n_starts)
@@ -48,14 +63,14 @@ def windows(
         return rows[:, :-1], rows[:, 1:]
 
     # A partial application is a pytree, whose arrays `fit` hands to the compiled program as arguments.
-    return jax.tree_util.Partial(draw, jnp.asarray(tokens))
+    return jax.tree_util.Partial(draw, placed)
 
 
-def host_windows(tokens: np.ndarray, length: int, batch: int, seed: int = 0) -> Callable[[int], Batch]:
+def host_windows(tokens: Tokens, length: int, batch: int, seed: int = 0) -> Callable[[int], Batch]:
     """Return a function that draws windows of a text at random, on the host: for memory-mapped files.
 
     Args:
-        tokens: `[N]` whole numbers, such as an `np.memmap`; only what a window needs is read.
+        tokens: `[N]` integers of any N, such as an `np.memmap`; only what a window needs is read.
         length: tokens a window.
         batch: windows a call.
         seed: of the draws.
@@ -77,17 +92,17 @@ def host_windows(tokens: np.ndarray, length: int, batch: int, seed: int = 0) -> 
 
     def draw(step: int) -> Batch:
         starts = np.random.default_rng([seed, step]).integers(0, n_starts, batch)
-        rows = np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int32)
+        rows = _as_int32(np.stack([tokens[start : start + length + 1] for start in starts]))
         return rows[:, :-1], rows[:, 1:]  # [batch, length + 1] -> [batch, length]
 
     return draw
 
 
-def fixed_windows(tokens: np.ndarray, length: int, most: int | None = None) -> Batch:
+def fixed_windows(tokens: Tokens, length: int, most: int | None = None) -> Batch:
     """Return windows that stand side by side, to measure on: the same ones each time.
 
     Args:
-        tokens: `[N]` whole numbers.
+        tokens: `[N]` integers of any N; only what the windows need is read.
         length: tokens a window.
         most: take no more than so many, spread evenly over the text; None for all that there are. What does
             not fill the last window is left out.
@@ -106,19 +121,33 @@ def fixed_windows(tokens: np.ndarray, length: int, most: int | None = None) -> B
     _starts(tokens, length, 1)
     n = (len(tokens) - 1) // length
     chosen = np.arange(n) if most is None or most >= n else np.arange(most) * n // most
-    rows = np.stack([tokens[i * length : (i + 1) * length + 1] for i in chosen]).astype(np.int32)
+    rows = np.empty([len(chosen), length + 1], np.int32)
+    for row, i in zip(rows, chosen.tolist(), strict=True):
+        row[:] = _as_int32(tokens[i * length : (i + 1) * length + 1])
     return rows[:, :-1], rows[:, 1:]  # [windows, length + 1] -> [windows, length]
 
 
 def _checked(tokens: Any) -> Any:
-    """Return tokens as an array of integers `[N]`, a memory-mapped one as it is."""
+    """Return tokens as an array of integers `[N]`, those in a file as they are."""
+    if isinstance(tokens, FileTokens):
+        return tokens
     tokens = as_array(tokens, "tokens")
     if tokens.ndim != 1 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise DataError(f"tokens must be integers of shape [N], got {tokens.dtype} {list(tokens.shape)}")
     return tokens
 
 
-def _starts(tokens: np.ndarray, length: int, batch: int) -> int:
+def _as_int32(tokens: Any) -> np.ndarray:
+    _check_int32(tokens)
+    return np.asarray(tokens).astype(np.int32)
+
+
+def _check_int32(tokens: Any) -> None:
+    if tokens.dtype.itemsize >= 4 and len(tokens) and int(tokens.max()) > MOST:
+        raise DataError(f"tokens must fit int32, got {int(tokens.max()):,}. Renumber them")
+
+
+def _starts(tokens: Tokens, length: int, batch: int) -> int:
     """Return how many windows there are to draw from."""
     length, _ = whole("length", length, 1), whole("batch", batch, 1)
     if len(tokens) < length + 1:
