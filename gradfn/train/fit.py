@@ -25,8 +25,10 @@ from gradfn.train.folder import CHECKPOINT, own, prepare
 from gradfn.train.identity import identity
 from gradfn.train.log import Log, Notes, Settings
 from gradfn.train.rows import Row
+from gradfn.train.saver import Saver
 from gradfn.train.source import Source, source_of
 from gradfn.train.step import TrainState, train_state
+from gradfn.train.stopping import deferred
 
 CHUNK_SECONDS = (
     0.2  # what a chunk should take: often enough for the progress bar, seldom enough to cost nothing
@@ -110,7 +112,7 @@ def fit(
             wrote there is removed (other files stay). `gradfn report FOLDER` makes a page of it. The checkpoint holds
             the state, and how far each file of rows reaches; a run that resumes cuts them to that.
         checkpoint_seconds: write a checkpoint when this much time has passed since the last (more where
-            writing one takes over a twentieth of it), and at the end.
+            writing one takes over a twentieth of it), and at the end. It is written while the next steps are taken.
         keep_every: also keep the parameters each so many steps and at the end, which `gf.train.kept` reads. They
             stay in the folder.
         resume: continue from the folder's checkpoint, where there is one, to the bit as if never interrupted.
@@ -128,6 +130,10 @@ def fit(
         since the row before), `examples_per_second` (and `tokens_per_second`, padding counted, where examples
         are whole numbers `[tokens]`), `seconds`, aux's scalars and what `evaluate` said.
 
+    With a folder and in the main thread, SIGINT (Ctrl-C, a notebook's interrupt) and SIGTERM let the steps that are
+    being taken end, and an evaluation that is due. Then a checkpoint is written, a line says where it is, and
+    KeyboardInterrupt or SystemExit(143) is raised. A second signal raises it at once.
+
     Raises:
         ValueError: data that are not numbers or arrays of unlike length, targets that gradfn's own loss is not
             right for (labels outside of the classes, NaN), a batch that is larger than the data, numbers below 1;
@@ -136,6 +142,9 @@ def fit(
         TypeError: labels that are not integers; an optimizer that is not one; an iterable of batches; nothing in
             `params` can be trained, or it holds state that must not be (it says what to write); a loss that does not
             return the state that it takes.
+        FileError: another run trains in the folder; or something in it is a link, which is not followed.
+        OSError: a file in the folder cannot be written (the disk is full, say); it names the file. The last good
+            checkpoint is kept, and `resume` continues from it.
         CheckpointError: `resume` finds the checkpoint of another run, or one that cannot be read; it says what
             differs.
         FloatingPointError: the loss or a gradient is no longer finite; it says where that began, as
@@ -172,11 +181,13 @@ def fit(
     settings: Settings = {"steps": steps, "batch_size": batch_size, "seed": seed, "eval_every": eval_every}
     who = None if folder is None else identity(state, source, loss)
     log = Log(None if folder is None else Path(folder), settings, who, progress, source.tokens)
-    with own(log.folder):
+    with own(log.folder), deferred(log.folder is not None) as stopping:
         if log.folder:
             going_on = resume and (log.folder / CHECKPOINT).exists()
             if going_on:
-                state, notes = checkpoint.load(log.folder / CHECKPOINT, like=state, form=Notes)
+                like = _shapes(state)
+                del state  # its memory is for the one that is loaded
+                state, notes = checkpoint.load(log.folder / CHECKPOINT, like, form=Notes)
                 log.restore(notes, int(state.step))
             if log.finished:
                 return Fit(state.model, state, log.history, log.inspections, log.noise)
@@ -196,13 +207,11 @@ def fit(
         run = chunks(loss, optimizer, source, mesh)
 
         step = int(state.step)
-        with log.open(step):
-            jax.block_until_ready(
-                run.advance(state, source.order(source.epoch(step)), 0, 0)
-            )  # compile, take no step
+        with log.open(step), Saver(log, checkpoint_seconds) as saver:
+            # Compile, and take no step.
+            jax.block_until_ready(run.advance(state, source.order(source.epoch(step)), 0, 0))
             length = 1  # the first chunk is one step, to learn what a step takes
-            saved, pause = time.monotonic(), checkpoint_seconds
-            while step < steps and not log.finished:
+            while step < steps and not log.finished and stopping.signal is None:
                 here = state, source.order(source.epoch(step)), source.row(step)
                 if inspect_every and step % inspect_every == 0:
                     log.inspection(step, run.look(*here))
@@ -224,23 +233,31 @@ def fit(
                     length = int(np.clip(aim, max(length // 2, 1), min(length * 8, CAPACITY)))
                 state, step = after, end
                 if step % eval_every == 0 or step == steps:
-                    answers = (
-                        {}
-                        if evaluate is None
-                        else evaluate(state.model, *([state.model_state] if apart else []))
-                    )
+                    carried = [state.model_state] if apart else []
+                    answers = {} if evaluate is None else evaluate(state.model, *carried)
                     epoch = step / source.epoch_steps if source.epoch_steps else None
                     log.row(step, epoch, {name: float(value) for name, value in answers.items()})
                     log.finished = step == steps or (stop is not None and stop(log.history))
                 if log.folder and keep_every and (step % keep_every == 0 or log.finished):
                     checkpoint.keep(log.folder, step, state.params, state.model_state)
-                if log.folder and (log.finished or time.monotonic() - saved >= pause):
-                    began = time.monotonic()
-                    log.sync()
-                    checkpoint.save(log.folder / CHECKPOINT, state, log.notes())
-                    saved = time.monotonic()
-                    pause = max(checkpoint_seconds, 20 * (saved - began))
+                del here, after  # the state that the checkpoint being written does not need
+                saver.wait()
+                if log.finished or saver.due():
+                    saver.save(step, state)
+            if stopping.signal is not None and saver.step != step:
+                saver.save(step, state)
+        if log.folder:
+            file = log.folder / CHECKPOINT
+            stopping.message = f"stopped at step {step:,} of {steps:,}; resume=True continues from {file}"
         return Fit(state.model, state, log.history, log.inspections, log.noise)
+
+
+def _shapes(state: TrainState) -> TrainState:
+    """Return what tells how a state is built, without its arrays; keys, which are small, stay."""
+    is_key = lambda leaf: jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noqa: E731
+    return jax.tree.map(
+        lambda leaf: leaf if is_key(leaf) else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state
+    )
 
 
 def stalled(

@@ -1,0 +1,120 @@
+"""Checkpoints that are written while training goes on."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import IO
+
+from gradfn.files import replacing
+from gradfn.tensors import Tensor, write_tensors
+from gradfn.train.checkpoint import metadata, tensors
+from gradfn.train.folder import CHECKPOINT
+from gradfn.train.log import Log
+from gradfn.train.step import TrainState
+
+SHARE = 20  # a checkpoint may take this part of the time between two
+PIECE = 1 << 28  # bytes that are written, and put on the disk, at a time
+
+
+class Saver:
+    """Writes a run's checkpoints in a thread, one at a time, and seldom enough to cost little.
+
+    While a state is being written it stays in memory. So `fit` lets one chunk of steps run meanwhile, and waits before
+    the one after it, which would make a third state.
+
+    Args:
+        log: of the run; where it has no folder nothing is written.
+        seconds: from one checkpoint to the next, at least.
+    """
+
+    def __init__(self, log: Log, seconds: float) -> None:
+        self.step: int | None = None  # of the last checkpoint that was begun
+        self._log, self._seconds = log, seconds
+        self._ended, self._pause = time.monotonic(), seconds
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._cancelled = threading.Event()
+
+    def due(self) -> bool:
+        """Tell whether it is time for the next checkpoint."""
+        return self._thread is None and time.monotonic() - self._ended >= self._pause
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Begin to write a checkpoint, when the one before it is written."""
+        self.wait()
+        if self._log.folder is None:
+            return
+        self.step = step
+        content = tensors(state), metadata(self._log.notes())
+        self._thread = threading.Thread(target=self._write, args=content, name="gradfn checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being written is on the disk.
+
+        Raises:
+            OSError: it could not be written; the one before it is still there.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.wait()
+            elif self._thread is not None:
+                if not issubclass(kind, Exception):  # a second signal
+                    self._cancelled.set()
+                self._thread.join()  # its own error comes after the one that ended the run
+        except BaseException:
+            self._cancelled.set()
+            if self._thread is not None:
+                self._thread.join()
+            raise
+
+    def _write(self, arrays: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
+        assert self._log.folder
+        began = time.monotonic()
+        try:
+            self._log.sync()  # the rows that it refers to must not come after it
+            with replacing(self._log.folder / CHECKPOINT) as out:
+                write_tensors(_Pieces(out, self._cancelled), arrays, notes)  # type: ignore[arg-type]
+        except BaseException as error:
+            self._error = error
+        self._ended = time.monotonic()
+        self._pause = max(self._seconds, SHARE * (self._ended - began))
+
+
+class _CancelledError(Exception):
+    """A checkpoint that nobody waits for."""
+
+
+class _Pieces:
+    """A file that is written to the disk in pieces, so that what is cancelled ends soon, in its last step too."""
+
+    def __init__(self, out: IO[bytes], cancelled: threading.Event) -> None:
+        self._out, self._cancelled = out, cancelled
+        self._since = 0  # bytes since the last that were put on the disk
+
+    def write(self, data: bytes | memoryview) -> None:
+        for start in range(0, len(data), PIECE):
+            piece = data[start : start + PIECE]
+            self._out.write(piece)
+            self._since += len(piece)
+            if self._since >= PIECE:
+                self._out.flush()
+                os.fsync(self._out.fileno())
+                self._since = 0
+            if self._cancelled.is_set():
+                raise _CancelledError

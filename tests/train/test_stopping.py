@@ -1,0 +1,254 @@
+"""A run that a signal stops writes a checkpoint, says where, and resumes to the bit."""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gradfn as gf
+from gradfn.train import checkpoint
+from gradfn.train.stopping import deferred
+
+module = sys.modules["gradfn.train.fit"]
+X = np.random.default_rng(0).normal(size=[24, 3]).astype("float32")
+DATA = (X, X @ np.array([1.0, -2.0, 0.5], "float32"))
+START = {"w": jnp.array([0.3, 0.1, -0.2])}
+ENDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}
+
+
+def loss(params, batch):
+    return jnp.square(batch[0] @ params["w"] - batch[1]).mean()
+
+
+def train(folder, steps=12, **options):
+    options = {"batch_size": 4, "eval_every": 3, "progress": False, "checkpoint_seconds": 1e9} | options
+    return gf.fit(loss, START, DATA, optax.adam(0.1), steps, folder=folder, **options)
+
+
+def handlers():
+    return [signal.getsignal(number) for number in ENDS]
+
+
+def assert_same_run(one, other):
+    as_bytes = lambda leaf: np.asarray(  # noqa: E731
+        jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    ).tobytes()
+    assert jax.tree.map(as_bytes, one.state) == jax.tree.map(as_bytes, other.state)
+    for rows in ("history", "inspections", "noise"):
+        names = ("step", "loss", "value", "grads")
+        found, expected = ([{n: row.get(n) for n in names} for row in getattr(f, rows)] for f in (one, other))
+        assert found == expected
+
+
+def once(number, at=1):
+    """An `evaluate` in which a signal comes, in its call number `at`."""
+    calls = []
+
+    def evaluate(params):
+        calls.append(0)
+        if len(calls) == at:
+            signal.raise_signal(number)
+        return {}
+
+    return evaluate
+
+
+@pytest.mark.parametrize("number", ENDS)
+@pytest.mark.parametrize("chunk_seconds", [0, 0.2])
+def test_a_signal_writes_a_checkpoint_and_resumes_to_the_bit(
+    tmp_path, monkeypatch, capsys, number, chunk_seconds
+):
+    monkeypatch.setattr(module, "CHUNK_SECONDS", chunk_seconds)
+    before, every = handlers(), {"inspect_every": 2}
+    with pytest.raises(ENDS[number]) as end:
+        train(tmp_path, evaluate=once(number, at=2), **every)
+    assert handlers() == before
+    assert number != signal.SIGTERM or end.value.code == 143
+    file = tmp_path / "checkpoint.safetensors"
+    out, err = capsys.readouterr()
+    assert err == f"stopped at step 6 of 12; resume=True continues from {file}\n"
+    assert out == ""
+    assert_same_run(train(tmp_path, resume=True, **every), train(None, **every))
+    assert not list(tmp_path.glob(".*.part"))
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_a_signal_while_it_compiles_is_not_lost(tmp_path, capsys, number):
+    def signalling(params, batch):
+        if isinstance(params["w"], jax.core.Tracer) and calls and calls.pop() == "now":
+            signal.raise_signal(number)
+        return loss(params, batch)
+
+    # The identity of the run traces the loss before it begins; a signal then ends it, as ever.
+    calls = ["now", "identity"]
+    with pytest.raises(ENDS[number]):
+        gf.fit(signalling, START, DATA, optax.adam(0.1), 12, folder=tmp_path, batch_size=4, progress=False)
+    assert not calls
+    assert capsys.readouterr().err.startswith("stopped at step 0 of 12; ")
+    assert_same_run(train(tmp_path, resume=True, eval_every=None), train(None, eval_every=None))
+
+
+@pytest.mark.slow
+def test_a_signal_at_any_moment_of_the_loop_resumes_to_the_bit(tmp_path, monkeypatch):
+    """The signal comes before the call number `at` of anything that writes, evaluates or measures."""
+    from gradfn.train.log import Log
+    from gradfn.train.rows import Rows
+
+    every = {"inspect_every": 2, "noise_every": 3, "eval_every": 2, "keep_every": 4}
+    example = lambda params, one: jnp.square(one[0] @ params["w"] - one[1])  # noqa: E731
+    example.per_example = True
+    run = lambda folder, **more: gf.fit(  # noqa: E731
+        example, START, DATA, optax.adam(0.1), 6, folder=folder, batch_size=4, progress=False, **every, **more
+    )
+    whole = run(tmp_path / "whole")
+    counter = {"calls": 0, "at": None}
+
+    def counted(f):
+        def wrapped(*args, **kwargs):
+            counter["calls"] += 1
+            if counter["calls"] == counter["at"]:
+                signal.raise_signal(signal.SIGINT)
+            return f(*args, **kwargs)
+
+        return wrapped
+
+    for owner, name in (
+        (Log, "steps"),
+        (Log, "row"),
+        (Log, "inspection"),
+        (Rows, "append"),
+        (checkpoint, "save"),
+    ):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+    for at in (1, 4, 7, 10, 13, 16):
+        counter |= {"calls": 0, "at": at}
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / str(at))
+        assert_same_run(run(tmp_path / str(at), resume=True), whole)
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_a_second_signal_stops_at_once(tmp_path, capsys, number):
+    before = handlers()
+
+    def evaluate(params):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
+        pytest.fail("it went on")
+
+    with pytest.raises(ENDS[number]) as end:
+        train(tmp_path, evaluate=evaluate)
+    assert number != signal.SIGTERM or end.value.code == 143
+    assert handlers() == before
+    assert capsys.readouterr().err == ""
+    assert sorted(file.name for file in tmp_path.glob("*checkpoint*")) == []
+
+
+def test_a_second_signal_while_the_checkpoint_is_written_keeps_the_one_before(tmp_path, monkeypatch):
+    from gradfn.train import saver
+
+    train(tmp_path, 3)
+    was = (tmp_path / "checkpoint.safetensors").read_bytes()
+    started, main = threading.Event(), threading.main_thread().ident
+
+    def slow(out, arrays, notes):
+        out.write(b"half of it")
+        started.set()
+        for _ in range(2000):  # far longer than the test, unless it is cancelled
+            time.sleep(0.01)
+            out.write(b"")
+            out.write(b"more")
+
+    def second():
+        started.wait()
+        time.sleep(0.1)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    monkeypatch.setattr(saver, "write_tensors", slow)
+    thread = threading.Thread(target=second)
+    thread.start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, 12, resume=True, evaluate=once(signal.SIGINT))
+    thread.join()
+    assert time.monotonic() - began < 15
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == was
+    assert not list(tmp_path.glob(".*.part"))
+    monkeypatch.undo()
+    assert_same_run(train(tmp_path, resume=True), train(None))
+
+
+def test_the_programs_own_handler_is_called_when_the_checkpoint_is_there(tmp_path):
+    seen = []
+
+    def mine(number, frame):
+        seen.append(
+            (number, (tmp_path / "checkpoint.safetensors").exists(), signal.getsignal(number) is mine)
+        )
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        with pytest.raises(SystemExit):
+            train(tmp_path, evaluate=once(signal.SIGTERM))
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [(signal.SIGTERM, True, True)]
+
+
+def test_signals_that_are_ignored_stay_so(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert train(tmp_path, evaluate=once(signal.SIGINT)).state.step == 12
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_handlers_are_restored_after_errors_and_left_alone_without_a_folder(tmp_path):
+    before, during = handlers(), []
+
+    def failing(params):
+        during.append(handlers())
+        raise ZeroDivisionError
+
+    for folder in (tmp_path, None):
+        with pytest.raises(ZeroDivisionError):
+            train(folder, evaluate=failing)
+        assert handlers() == before
+    assert during[0] != before
+    assert during[1] == before
+    with pytest.raises(KeyboardInterrupt):
+        train(None, evaluate=once(signal.SIGINT))  # at once, as ever
+
+
+def test_fit_runs_in_a_thread_that_is_not_the_main_one(tmp_path):
+    before, seen, fitted = handlers(), [], []
+    evaluate = lambda params: seen.append(handlers()) or {}  # noqa: E731
+    thread = threading.Thread(target=lambda: fitted.append(train(tmp_path, evaluate=evaluate)))
+    thread.start()
+    thread.join()
+    assert fitted[0].state.step == 12
+    assert all(found == before for found in seen)
+
+
+def test_a_closed_stderr_does_not_replace_the_signal(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as broken:
+        monkeypatch.setattr(sys, "stderr", broken)
+        with pytest.raises(KeyboardInterrupt), deferred(True) as stop:  # noqa: PT012
+            stop.message = "stopped"
+            signal.raise_signal(signal.SIGINT)
+        monkeypatch.undo()
+        with pytest.raises(BrokenPipeError):
+            broken.flush()
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), broken.fileno())
