@@ -1,40 +1,15 @@
-"""gradfn: networks as pure functions over plain dicts of arrays, with every gradient visible."""
+"""gradfn: networks as pure functions over plain dicts of arrays, with every gradient visible.
 
+Importing it imports nothing else: what a name stands for is imported when the name is first used. So the command line
+can tell of Ctrl-C while jax is still being imported.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from gradfn import data, layers
-from gradfn.losses import (
-    accuracy,
-    batch_mean,
-    classification_loss,
-    next_token_loss,
-    quadratic_loss,
-    regression_loss,
-)
-from gradfn.names import ParameterError, tap
-from gradfn.net import Net, repeat, residual, serial
-from gradfn.nets import (
-    GPTConfig,
-    LanguageModel,
-    ViTConfig,
-    cnn,
-    generate,
-    gpt,
-    hidden_width,
-    load_gpt2,
-    load_llama,
-    mlp,
-    rnn,
-    save_pretrained,
-    stack_blocks,
-    stream,
-    unstack_blocks,
-    vit,
-)
-from gradfn.params import Param, check, count, init, shapes, table
-from gradfn.train import CheckpointError, Fit, TrainState, fit, stalled, train_state, train_step
-
 if TYPE_CHECKING:
+    from gradfn._public import *
     from gradfn.inspection import (
         ClippedGrads,
         Cosines,
@@ -190,9 +165,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import inspection when it is first asked for: it takes a third of the time that all of gradfn does."""
-    if name in __all__:  # and not found here, or this would not be asked
-        from importlib import import_module
+    """Import what a name stands for: a module, or what one has."""
+    if not name.startswith("_") and find_spec(f"gradfn.{name}"):
+        return import_module(f"gradfn.{name}")
+    if name not in __all__:
+        raise AttributeError(f"module 'gradfn' has no attribute {name!r}")
+    public = import_module("gradfn._public")
+    home = public if hasattr(public, name) else import_module("gradfn.inspection")
+    return globals().setdefault(name, getattr(home, name))
 
-        return getattr(import_module("gradfn.inspection"), name)
-    raise AttributeError(f"module 'gradfn' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
