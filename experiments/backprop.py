@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+if __name__ == "__main__":
+    from gradfn.cli import script
+
+    script(__file__)
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -147,9 +153,3 @@ def judge(errors: dict[str, dict[str, float]]) -> str:
         f"largest difference to the gradient by hand: {reached}; expected at most {expected}: "
         f"{'reached' if enough else 'NOT reached'}"
     )
-
-
-if __name__ == "__main__":
-    from gradfn.cli import script
-
-    script(__file__)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+if __name__ == "__main__":
+    from gradfn.cli import script
+
+    script(__file__)
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -159,9 +165,3 @@ def judge(
     enough = edges and min(accuracies.values()) >= PROMISED
     expected = f"1 within {EDGE:g} for 0.2 and 0.4, below 1 for 0.1, at least {100 * PROMISED:.0f} %"
     return f"{reached}; expected {expected}: {'reached' if enough else 'NOT reached'}"
-
-
-if __name__ == "__main__":
-    from gradfn.cli import script
-
-    script(__file__)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+if __name__ == "__main__":
+    from gradfn.cli import script
+
+    script(__file__)
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,9 +114,3 @@ def judge(config: Config, accuracy: float) -> str:
     if config.data != "digits" or config.hidden < 16 or config.epochs < Config.epochs:
         return f"{reached} (nothing was promised for these options)"
     return f"{reached}; expected at least 93 %: {'reached' if accuracy >= 0.93 else 'NOT reached'}"
-
-
-if __name__ == "__main__":
-    from gradfn.cli import script
-
-    script(__file__)

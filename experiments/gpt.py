@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+if __name__ == "__main__":
+    from gradfn.cli import script
+
+    script(__file__)
+
 import dataclasses
 import shlex
 from collections.abc import Sequence
@@ -224,9 +230,3 @@ def judge(config: Config, data: Any, validation_loss: float) -> str:
         return f"{reached} (nothing was promised for this text and these options)"
     enough = "reached" if validation_loss <= promised else "NOT reached"
     return f"{reached}; expected at most {promised}: {enough}"
-
-
-if __name__ == "__main__":
-    from gradfn.cli import script
-
-    script(__file__)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+if __name__ == "__main__":
+    from gradfn.cli import script
+
+    script(__file__)
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,9 +200,3 @@ def judge(config: Config, by_heart: int | None, understood: int | None, without:
     enough = late and without < PROMISED_WITHOUT
     expected = f"{PROMISED_FACTOR:.0f} times as late, and below {100 * PROMISED_WITHOUT:.0f} %"
     return f"{reached}; expected {expected}: {'reached' if enough else 'NOT reached'}"
-
-
-if __name__ == "__main__":
-    from gradfn.cli import script
-
-    script(__file__)

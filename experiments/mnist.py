@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+if __name__ == "__main__":
+    from gradfn.cli import script
+
+    script(__file__)
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,9 +189,3 @@ def judge(recipe: Recipe, accuracies: list[float], epochs: int) -> str:
         return f"{reached} (nothing was promised for fewer epochs)"
     enough = "reached" if (mean if recipe.of == "mean" else top) >= 100 * recipe.expected else "NOT reached"
     return f"{reached}; expected {recipe.of} at least {100 * recipe.expected:.1f} %: {enough}"
-
-
-if __name__ == "__main__":
-    from gradfn.cli import script
-
-    script(__file__)

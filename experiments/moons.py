@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+if __name__ == "__main__":
+    from gradfn.cli import script
+
+    script(__file__)
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,9 +156,3 @@ def judge(config: Config, accuracy: float) -> str:
         return f"{reached} (nothing was promised for these options)"
     enough = "reached" if accuracy >= PROMISED else "NOT reached"
     return f"{reached}; expected at least {100 * PROMISED:.0f} %: {enough}"
-
-
-if __name__ == "__main__":
-    from gradfn.cli import script
-
-    script(__file__)

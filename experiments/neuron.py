@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+if __name__ == "__main__":
+    from gradfn.cli import script
+
+    script(__file__)
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -140,9 +146,3 @@ def judge(config: Config, labels: np.ndarray, fires: np.ndarray) -> str:
     enough = digit == 5 and share >= PROMISED_SHARE and with_bias.mean() <= PROMISED_RATE
     expected = f"at most {100 * PROMISED_RATE:.0f} %, and at least {100 * PROMISED_SHARE:.0f} % of them 5s"
     return f"{reached}; expected {expected}: {'reached' if enough else 'NOT reached'}"
-
-
-if __name__ == "__main__":
-    from gradfn.cli import script
-
-    script(__file__)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+if __name__ == "__main__":
+    from gradfn.cli import script
+
+    script(__file__)
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,9 +144,3 @@ def judge(config: Config, first: float, second: float, estimate: float) -> str:
         return f"{reached} (nothing was promised for these options)"
     good = second >= 2 * first and second / 2 <= estimate <= 2 * second
     return f"{reached}; expected twice the start, agreement within 2: {'reached' if good else 'NOT reached'}"
-
-
-if __name__ == "__main__":
-    from gradfn.cli import script
-
-    script(__file__)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+if __name__ == "__main__":
+    from gradfn.cli import script
+
+    script(__file__)
+
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,9 +176,3 @@ def judge(config: Config, rates: np.ndarray, accuracies: np.ndarray, states: lis
     enough = states[0] == "stuck" and states[-1] == "broken" and medians[best] >= PROMISED
     expected = f"stuck, broken, and at least {100 * PROMISED:.0f} %"
     return f"{reached}; expected {expected}: {'reached' if enough else 'NOT reached'}"
-
-
-if __name__ == "__main__":
-    from gradfn.cli import script
-
-    script(__file__)

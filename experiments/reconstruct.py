@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+if __name__ == "__main__":
+    from gradfn.cli import script
+
+    script(__file__)
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,9 +215,3 @@ def judge(config: Config, of_own_class: int) -> str:
     if asked != (Config.hidden, None, Config.noise, Config.climb):
         return f"{reached} (nothing was promised for these options)"
     return f"{reached}; expected at least 9: {'reached' if of_own_class >= 9 else 'NOT reached'}"
-
-
-if __name__ == "__main__":
-    from gradfn.cli import script
-
-    script(__file__)

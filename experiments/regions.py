@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+if __name__ == "__main__":
+    from gradfn.cli import script
+
+    script(__file__)
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,9 +227,3 @@ def judge(config: Config, right_from: dict[str, float], error: float) -> str:
         return f"{reached} (nothing was promised for these options)"
     good = error < 1e-5 and half > 1 / 3 > single
     return f"{reached}; expected more than a third, and less than a third: {'reached' if good else 'NOT reached'}"
-
-
-if __name__ == "__main__":
-    from gradfn.cli import script
-
-    script(__file__)

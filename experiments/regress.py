@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+if __name__ == "__main__":
+    from gradfn.cli import script
+
+    script(__file__)
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,9 +158,3 @@ def judge(config: Config, shares: dict[str, float]) -> str:
         return f"{reached} (nothing was promised for these options)"
     enough = "reached" if ours >= max(PROMISED_R2, linear - PROMISED_BEHIND) else "NOT reached"
     return f"{reached}; expected at least {PROMISED_R2:.2f}, and at most {PROMISED_BEHIND} less than it: {enough}"
-
-
-if __name__ == "__main__":
-    from gradfn.cli import script
-
-    script(__file__)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+if __name__ == "__main__":
+    from gradfn.cli import script
+
+    script(__file__)
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,9 +155,3 @@ def judge(config: Config, accuracy: float) -> str:
     if config.digits > Config.digits or config.steps < Config.steps or config.batch < Config.batch:
         return f"{reached} (nothing was promised for these options)"
     return f"{reached}; expected 100 %: {'reached' if accuracy == 1 else 'NOT reached'}"
-
-
-if __name__ == "__main__":
-    from gradfn.cli import script
-
-    script(__file__)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+if __name__ == "__main__":
+    from gradfn.cli import script
+
+    script(__file__)
+
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -202,9 +208,3 @@ def judge(config: Config, data: Any, losses: dict[str, float], gradients: dict[s
         enough = enough and max(losses.values()) < PROMISED_LOSS
         expected = f"losses below {PROMISED_LOSS} and {expected}"
     return f"{reached}; expected {expected}: {'reached' if enough else 'NOT reached'}"
-
-
-if __name__ == "__main__":
-    from gradfn.cli import script
-
-    script(__file__)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+if __name__ == "__main__":
+    from gradfn.cli import script
+
+    script(__file__)
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,9 +294,3 @@ def judge(config: Config, gap: float, tests: dict[str, tuple[Randomised, Randomi
         return f"{reached} (nothing was promised for these options)"
     good = gap < 0.01 and saliency and not impostor
     return f"{reached}; expected within 1 %, passes, fails both: {'reached' if good else 'NOT reached'}"
-
-
-if __name__ == "__main__":
-    from gradfn.cli import script
-
-    script(__file__)

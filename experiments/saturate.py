@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+if __name__ == "__main__":
+    from gradfn.cli import script
+
+    script(__file__)
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -260,9 +266,3 @@ def judge(config: Config, outcomes: dict[tuple[str, str], Outcome]) -> str:
     enough = share < 1e-3 and stuck < 0.2 and min(repaired.values()) >= PROMISED
     expected = f"below 1e-03 and 20 %, and at least {100 * PROMISED:.0f} %"
     return f"{reached}; expected {expected}: {'reached' if enough else 'NOT reached'}"
-
-
-if __name__ == "__main__":
-    from gradfn.cli import script
-
-    script(__file__)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+if __name__ == "__main__":
+    from gradfn.cli import script
+
+    script(__file__)
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,9 +168,3 @@ def judge(config: Config, accuracy: float) -> str:
         return f"{reached} (nothing was promised for these options)"
     enough = "reached" if accuracy >= promised else "NOT reached"
     return f"{reached}; expected at least {100 * promised:.1f} %: {enough}"
-
-
-if __name__ == "__main__":
-    from gradfn.cli import script
-
-    script(__file__)

@@ -5,6 +5,12 @@ Some twenty shapes are few enough to try them all; a search library would have n
 
 from __future__ import annotations
 
+# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+if __name__ == "__main__":
+    from gradfn.cli import script
+
+    script(__file__)
+
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,9 +197,3 @@ def judge(config: Config, tried: list[Tried], base: Tried, best: Tried) -> str:
     enough = behind <= PROMISED_BASE and small.parameters <= base.parameters / 10
     expected = f"at most {100 * PROMISED_BASE:.0f} point behind, and a tenth of its parameters"
     return f"{reached}; expected {expected}: {'reached' if enough else 'NOT reached'}"
-
-
-if __name__ == "__main__":
-    from gradfn.cli import script
-
-    script(__file__)

@@ -2,6 +2,7 @@
 
 An experiment is a module in `experiments/` with a line that says what it does, `EXPECTED` (what it comes to),
 `Config` (a dataclass of options) and `run(config)`. A user's mistake is answered with one line and exit code 2.
+Importing this module does not import jax: until that has been imported, a signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import difflib
 import importlib.util
 import io
 import itertools
-import os
 import re
 import shlex
 import sys
@@ -23,6 +23,18 @@ from itertools import dropwhile, takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from gradfn.console import (
+    ENDED,
+    discard,
+    exit_code,
+    handle,
+    handling,
+    open_missing_streams,
+    optional,
+    stop,
+    stop_at_once,
+)
 
 USAGE = """\
 gradfn: networks as pure functions over plain dicts of arrays, with every gradient visible
@@ -47,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `gradfn`; the process's own by default.
 
     Returns:
-        The exit code: 0, 1 for a run that failed, 2 for a user's mistake, 130 for Ctrl-C.
+        The exit code: 0, 1 for a run that failed, 2 for a user's mistake, 130 for Ctrl-C, 143 for SIGTERM.
 
     >>> from gradfn.cli import main
     >>> main(["table", "728", "16", "10"])  # doctest: +ELLIPSIS
@@ -57,25 +69,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     0
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    return _guarded(lambda: _command(words))
+    if argv is None:
+        handle(stop_at_once)  # to the end of the process
+        return _guarded(lambda: _command(words))
+    with handling(stop_at_once):
+        return _guarded(lambda: _command(words))
 
 
 def _guarded(command: Callable[[], int]) -> int:
     """Return a command's exit code, on any console; a reader that goes away ends it quietly."""
+    open_missing_streams()
     _replace_unknown_characters()
-    try:
-        code = command()
-        sys.stdout.flush()
-        return code
-    except UserError as error:
-        return _fail(f"gradfn: {error}", 2)
-    except BrokenPipeError:  # gradfn list | head
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # what Python flushes at its end goes there
-        return 1
-    except KeyboardInterrupt:
-        return _fail("gradfn: interrupted", 130)
+    with optional("stderr"):
+        try:
+            code = command()
+            sys.stdout.flush()
+            return code
+        except UserError as error:
+            return _fail(f"gradfn: {error}", 2)
+        except BrokenPipeError:  # gradfn list | head
+            discard(sys.stdout)
+            return 1
+        except OSError as error:  # gradfn list > /dev/full
+            discard(sys.stdout)
+            output = f"the output cannot be written ({error.strerror})"
+            return _fail(f"gradfn: {_told(error) if error.filename else output}", 1)
+        except (KeyboardInterrupt, SystemExit) as end:
+            code = exit_code(end)
+            return _fail(f"gradfn: {ENDED[code]}", code) if code in ENDED else code
 
 
 def script(file: str) -> None:
@@ -85,6 +106,7 @@ def script(file: str) -> None:
         file: the experiment's `__file__`.
     """
     command = f"python {shlex.quote(sys.argv[0])}"
+    handle(stop_at_once)
     sys.exit(_guarded(lambda: _run(Path(file), sys.argv[1:], command)))
 
 
@@ -198,10 +220,12 @@ def _report(words: list[str]) -> int:
                 f"came {' '.join(runs) or 'nothing'}"
             )
         about = {name: _about(file) for name, file in experiments().items()}
-        file = write_report(runs, out, about)
+        with handling(stop):
+            file = write_report(runs, out, about)
     except (UserError, FileError, ImportError, OSError) as error:
         return _fail(f"gradfn report: {_told(error)}", 2)
-    print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB): open it in a browser")
+    with optional("stdout"):
+        print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB): open it in a browser")
     return 0
 
 
@@ -237,13 +261,12 @@ def _sample(words: list[str]) -> int:
             raise UserError(
                 f"{run} does not train a language model; {' and '.join(f'gradfn run {name}' for name in writers)} do"
             )
-        sample.run(sample.load_model(run), config)
-    except BrokenPipeError:
-        raise
-    except (UserError, ImportError, OSError, ValueError) as error:
+        with handling(stop):
+            sample.run(sample.load_model(run), config)
+    except (UserError, ImportError, OSError, ValueError, MemoryError) as error:
+        if isinstance(error, OSError) and error.filename is None:  # of the output
+            raise
         return _fail(f"{command}: {_told(error)}", 2)
-    except SystemExit as error:  # --help
-        return int(error.code or 0)
     return 0
 
 
@@ -260,32 +283,33 @@ def _run(file: Path, words: list[str], command: str) -> int:
         return bool(config and config.folder and (Path(config.folder) / runs.CONFIG).exists())
 
     hook, threading.excepthook = threading.excepthook, _silent_on_disk_errors
-    try:
-        module = _load(file)
-        config = _config(module, words, command)
-        config = runs.settle(file.stem, config)
-        module.run(config)
-    except (UserError, FileError, ImportError) as error:
-        return _fail(f"{command}: {error}", 2)
-    except ValueError as error:
-        if has_begun():
-            raise
-        return _fail(f"{command}: {error}", 2)  # options that do not go together
-    except BrokenPipeError:
-        raise
-    except (FloatingPointError, OSError) as error:  # the loss became nan; the disk is full
-        return _fail(f"{command}: {_told(error)}", 1)
-    except KeyboardInterrupt:
-        if not has_begun():
-            return _fail(f"{command}: interrupted before the run began", 130)
-        folder = shlex.quote(str(config.folder))
-        return _fail(f"interrupted; to go on: {command} --resume --folder {folder}", 130)
-    except SystemExit as error:  # --help
-        return int(error.code or 0)
-    finally:
-        threading.excepthook = hook
-        if config and config.folder:
-            runs.disown(config.folder)
+    with optional("stdout"):
+        try:
+            module = _load(file)
+            with handling(stop):
+                config = _config(module, words, command)
+                config = runs.settle(file.stem, config)
+                module.run(config)
+        except (UserError, FileError, ImportError) as error:
+            return _fail(f"{command}: {error}", 2)
+        except ValueError as error:
+            if has_begun():
+                raise
+            return _fail(f"{command}: {error}", 2)  # options that do not go together
+        except (FloatingPointError, OSError) as error:  # the loss became nan; the disk is full
+            return _fail(f"{command}: {_told(error)}", 1)
+        except (KeyboardInterrupt, SystemExit) as end:
+            code = exit_code(end)
+            if code not in ENDED:  # --help
+                return code
+            if not has_begun():
+                return _fail(f"{command}: {ENDED[code]} before the run began", code)
+            folder = shlex.quote(str(config.folder))
+            return _fail(f"{ENDED[code]}; to go on: {command} --resume --folder {folder}", code)
+        finally:
+            threading.excepthook = hook
+            if config and config.folder:
+                runs.disown(config.folder)
     return 0
 
 
@@ -385,6 +409,9 @@ def _near(word: str, known: Iterable[str]) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stdout.flush()
-    print(" ".join(message.split()), file=sys.stderr)
+    """Print an error in one line, without what a file may have put into it to control the terminal; return the code."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    line = " ".join(message.split())
+    print("".join(letter if letter.isprintable() else "?" for letter in line), file=sys.stderr)
     return code

@@ -1,0 +1,139 @@
+"""The process around a command: signals end it in one line, and its output is not its master."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, NoReturn
+
+# What may end a command, and how it then says so. The exit code is 128 more than a signal's number.
+SIGNALS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
+ENDED = {128 + getattr(signal, name): said for name, said in SIGNALS.items() if hasattr(signal, name)}
+
+
+def stop(number: int, frame: FrameType | None = None) -> NoReturn:
+    """Handle a signal as Python does Ctrl-C, by an exception (SystemExit for the others); the next one ends at once."""
+    handle(stop_at_once)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
+
+
+def stop_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
+    """Handle a signal where an exception could end up anywhere, as in an import: say so, and end the process."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"gradfn: {ENDED[128 + number]}\n".encode())
+    os._exit(128 + number)
+
+
+Handler = Callable[[int, FrameType | None], Any]
+
+
+def handle(handler: Handler) -> dict[int, Any]:
+    """Handle the signals of `SIGNALS` from now on; return what handled them before.
+
+    Those that the process ignores (under nohup, say) stay ignored, and outside of the main thread nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, handler)
+    return before
+
+
+@contextlib.contextmanager
+def handling(handler: Handler) -> Iterator[None]:
+    """Handle the signals of `SIGNALS` during the block: see `handle`."""
+    before = handle(handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def exit_code(end: KeyboardInterrupt | SystemExit) -> int:
+    """Return the exit code that an exception asks for; a text, which SystemExit may have, is printed."""
+    if isinstance(end, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    if end.code is None or isinstance(end.code, int):
+        return end.code or 0
+    print(end.code, file=sys.stderr)
+    return 1
+
+
+class Output:
+    """A stream of text that replaces what it cannot encode, and drops what it cannot write.
+
+    Attributes:
+        stream: the one that it stands for; None where there is none.
+        broken: whether writing has failed; nothing more is tried then.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.broken = stream, stream is None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write text, as far as that is possible."""
+        if not self.broken:
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError:
+                encoding = self.stream.encoding or "ascii"
+                self.write(text.encode(encoding, "replace").decode(encoding))
+            except (OSError, ValueError):  # a reader that went away, a full disk; closed
+                self.broken = True
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream, as far as that is possible."""
+        if not self.broken:
+            try:
+                self.stream.flush()
+            except (OSError, ValueError):
+                self.broken = True
+
+
+@contextlib.contextmanager
+def optional(name: str) -> Iterator[None]:
+    """Let what the block prints be dropped where it cannot be written; `name` is `"stdout"` or `"stderr"`."""
+    stream = getattr(sys, name)
+    output = Output(stream)
+    setattr(sys, name, output)
+    try:
+        yield
+    finally:
+        output.flush()
+        if output.broken:
+            discard(stream)
+        setattr(sys, name, stream)
+
+
+def discard(stream: Any) -> None:
+    """Let what Python still has of a stream that cannot be written go nowhere, so that it does not fail at its end."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def open_missing_streams() -> None:
+    """Give a process that was started without its standard streams (`>&-`) ones that lead nowhere.
+
+    Otherwise the next file that it opens takes the number of the missing one, and what libraries print, such as
+    XLA's log, goes into that file.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115

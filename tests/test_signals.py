@@ -1,0 +1,92 @@
+"""Signals at any moment of a command: one line, the exit code of the signal, and the run can go on."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CONSOLE_SCRIPT = "import sys; from gradfn.cli import main; sys.exit(main())"
+COMMANDS = {
+    "console script": [sys.executable, "-c", CONSOLE_SCRIPT, "run", "digits"],
+    "module": [sys.executable, "-m", "gradfn", "run", "digits"],
+    "script": [sys.executable, "experiments/digits.py"],
+}
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+
+
+def started(command, folder, *options):
+    """Start a run, and return once it imports numpy, which comes before jax."""
+    words = [*command, "--folder", str(folder), *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(words, cwd=ROOT, env=environment, text=True, **pipes)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "numpy" not in maps.read_text(encoding="utf-8"):
+        assert process.poll() is None
+        time.sleep(0.002)
+    return process
+
+
+def ended(process, number):
+    """Hold a process to one line and the exit code of a signal; return the line."""
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == CODES[number], err
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in out + err
+    return err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_ctrl_c_while_jax_is_imported(tmp_path, name):
+    process = started(COMMANDS[name], tmp_path / "run")
+    process.send_signal(signal.SIGINT)
+    assert ended(process, signal.SIGINT) == "gradfn: interrupted\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [*((name, signal.SIGINT) for name in COMMANDS), *(("module", number) for number in CODES)],
+)
+def test_signals_at_any_moment(tmp_path, name, number):
+    for i, seconds in enumerate((0.1, 0.4, 1.0, 2.0, 4.0)):
+        process = started(COMMANDS[name], tmp_path / f"run{i}", "--epochs", "100000")
+        time.sleep(seconds)
+        process.send_signal(number)
+        said = {130: "interrupted", 143: "terminated", 129: "hung up"}[CODES[number]]
+        line = ended(process, number)
+        assert said in line
+        assert ("; to go on: " in line) == (tmp_path / f"run{i}" / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_as_the_line_says(tmp_path):
+    process = started(COMMANDS["module"], tmp_path / "run", "--epochs", "100000")
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    line = ended(process, signal.SIGTERM)
+    words = re.fullmatch(r"terminated; to go on: (gradfn run digits --resume --folder \S+)\n", line)[1]
+    assert words.split()[-1] == str(tmp_path / "run")
+    process = started([sys.executable, "-m", *words.split()[:-2]], tmp_path / "run")
+    assert f"going on in {tmp_path / 'run'}\n" in iter(process.stdout.readline, "")
+    process.send_signal(signal.SIGINT)
+    ended(process, signal.SIGINT)
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path):
+    """Under nohup the end of the terminal does not end a run."""
+    command = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *COMMANDS["module"]]
+    process = started(command, tmp_path / "run", "--hidden", "x")
+    process.send_signal(signal.SIGHUP)
+    assert process.communicate(timeout=60)[1].startswith("gradfn run digits: --hidden")
+    assert process.returncode == 2
