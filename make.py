@@ -99,11 +99,11 @@ def environment(name, extras, base=sys.executable):
     """Make the environment, where there is none of this state of pyproject.toml; return its Python."""
     folder = os.path.join(HERE, name)
     python = os.path.join(folder, "Scripts" if os.name == "nt" else "bin", "python")
-    with open(os.path.join(HERE, "pyproject.toml")) as file:
+    with open(os.path.join(HERE, "pyproject.toml"), encoding="utf-8") as file:
         wanted = file.read()
     stamp = os.path.join(folder, "made-from.toml")
     if os.path.exists(stamp):
-        with open(stamp) as file:
+        with open(stamp, encoding="utf-8") as file:
             if file.read() == wanted:
                 return python
     print(f"Setting up {name} (a minute or more: it installs jax and what else is needed) ...", flush=True)
@@ -112,7 +112,7 @@ def environment(name, extras, base=sys.executable):
         sys.exit("make.py: no environment could be made. On Debian and Ubuntu: apt install python3-venv")
     if run([python, "-m", "pip", "install", "--quiet", "--editable", HERE + "[" + extras + "]"]):
         sys.exit("make.py: the installation failed; what pip says is above")
-    with open(stamp, "w") as file:
+    with open(stamp, "w", encoding="utf-8") as file:
         file.write(wanted)
     return python
 

@@ -82,9 +82,7 @@ def _guarded(command: Callable[[], int]) -> int:
     _replace_unknown_characters()
     with optional("stderr"):
         try:
-            code = command()
-            sys.stdout.flush()
-            return code
+            return command()
         except UserError as error:
             return _fail(f"gradfn: {error}", 2)
         except BrokenPipeError:  # gradfn list | head
@@ -121,19 +119,16 @@ def _command(words: list[str]) -> int:
     match words:
         case [] | ["-h" | "--help"] | ["run" | "list" | "table" | "report", "-h" | "--help"]:
             print(USAGE, end="")
-            return 0
         case ["--version"]:
             import gradfn
 
             print(f"gradfn {gradfn.__version__}")
-            return 0
         case ["list"]:
             _list()
-            return 0
         case ["list", extra, *_]:
             raise UserError(f"list takes nothing more, came {extra}")
         case ["table", *sizes]:
-            return _table(sizes)
+            _table(sizes)
         case ["run"]:
             raise UserError(f"run wants the name of an experiment: {', '.join(experiments())}")
         case ["run", name, *options]:
@@ -148,6 +143,7 @@ def _command(words: list[str]) -> int:
         case [name, *_]:
             commands = ("run", "report", "sample", "list", "table", "--help", "--version")
             raise UserError(f"no command {name!r}{_near(name, commands)}; there are {', '.join(commands)}")
+    sys.stdout.flush()  # here, so that what cannot be written is told of
     return 0
 
 
@@ -181,7 +177,7 @@ def _described(file: Path) -> tuple[str, str]:
     return what, expected
 
 
-def _table(words: list[str]) -> int:
+def _table(words: list[str]) -> None:
     import gradfn as gf
 
     sizes = [int(word) for word in words if word.isascii() and word.isdigit() and int(word) > 0]
@@ -191,7 +187,6 @@ def _table(words: list[str]) -> int:
             f"table wants two or more numbers of nodes from 1 up, inputs first (784 16 10), came {came}"
         )
     print(gf.table(gf.mlp(sizes).spec))
-    return 0
 
 
 def _report(words: list[str]) -> int:
@@ -410,7 +405,7 @@ def _near(word: str, known: Iterable[str]) -> str:
 
 def _fail(message: str, code: int) -> int:
     """Print an error in one line, without what a file may have put into it to control the terminal; return the code."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     line = " ".join(message.split())
     print("".join(letter if letter.isprintable() else "?" for letter in line), file=sys.stderr)

@@ -2,7 +2,10 @@
 
 import errno
 import io
+import json
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from gradfn.train import checkpoint
 from gradfn.train.log import METRICS
 from gradfn.train.rows import Rows
 from tests.report.test_page import write_run
+from tests.test_cli import EXPERIMENT
 
 
 class Console(io.TextIOWrapper):
@@ -88,6 +92,120 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(monkeypatch, capfd):
         monkeypatch.setattr(sys, "stdout", broken)
         assert cli.main(["list"]) == 1
     assert capfd.readouterr().err == ""
+
+
+class Broken(io.StringIO):
+    """A stream that fails at every use, with an error of its own kind."""
+
+    def __init__(self, error, terminal=False):
+        super().__init__()
+        self.error, self.terminal = error, terminal
+
+    def write(self, text):
+        raise self.error
+
+    def flush(self):
+        raise self.error
+
+    def isatty(self):
+        return self.terminal
+
+
+BROKEN = {
+    "no reader": BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)),
+    "a full disk": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    "a terminal that went away": OSError(errno.EIO, os.strerror(errno.EIO)),
+    "closed": ValueError("I/O operation on closed file"),
+}
+
+
+@pytest.mark.parametrize("why", [*BROKEN, "none"])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_training_goes_on_without_its_output(monkeypatch, why, terminal):
+    """Of `fit` itself, with a line per evaluation or with a bar."""
+    monkeypatch.setenv("TERM", "xterm")
+    output = None if why == "none" else Broken(BROKEN[why], terminal)
+    monkeypatch.setattr(sys, "stdout", output)
+    loss = lambda params, x: jnp.square(params - x).mean()  # noqa: E731
+    fitted = gf.fit(loss, jnp.array(0.0), jnp.ones(8), optax.sgd(0.1), 8, batch_size=4, eval_every=2)
+    assert [row["step"] for row in fitted.history] == [2, 4, 6, 8]
+    assert sys.stdout is output
+
+
+@pytest.mark.parametrize("why", [*BROKEN, "none"])
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_run_goes_on_without_its_output(tmp_path, monkeypatch, capsys, name, why):
+    (tmp_path / "echo.py").write_text(EXPERIMENT, encoding="utf-8")
+    monkeypatch.setattr(cli, "experiments", lambda: {"echo": tmp_path / "echo.py"})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, name, None if why == "none" else Broken(BROKEN[why]))
+    assert cli.main(["run", "echo", "--folder", "here"]) == 0
+    assert (tmp_path / "here" / "result.json").exists()
+    assert cli.main(["run", "echo", "--folder", "here"]) == 2  # the exit code tells of a mistake all the same
+    write_run(tmp_path / "run")
+    assert cli.main(["report", "run"]) == 0
+    assert (tmp_path / "run" / "report.html").exists()
+    getattr(sys, name).close()
+
+
+def test_a_command_that_prints_tells_of_a_full_disk(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", Broken(BROKEN["a full disk"]))
+    assert cli.main(["list"]) == 1
+    assert capsys.readouterr().err == "gradfn: the output cannot be written (No space left on device)\n"
+
+
+def test_errors_cannot_control_the_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["report", "\x1b[2J\x07run\nof two lines"]) == 2
+    err = capsys.readouterr().err
+    assert err.endswith("\n")
+    assert err[:-1].isprintable()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("redirected", "code"),
+    [
+        ("run digits --epochs 2 --hidden 4 --folder run > /dev/full 2> /dev/full", 0),
+        ("run digits --epochs 2 --hidden 4 --folder run <&- >&- 2>&-", 0),
+        ("run digits --epochs 2 --hidden 4 --folder run 2>&1 | head -1", 0),
+        ("list > /dev/full", 1),
+        ("list >&-", 0),
+        ("list | head -1", 1),
+        ("nothing 2> /dev/full", 2),
+        ("nothing 2>&-", 2),
+    ],
+)
+def test_processes_end_with_their_exit_code_whatever_their_output(tmp_path, redirected, code):
+    """Under an encoding of ASCII alone, and with text that is read or written in the locale's encoding reported."""
+    python = f"{sys.executable} -X warn_default_encoding -m gradfn"
+    root = Path(cli.__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root), "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    command = ["bash", "-c", f"{python} {redirected}; exit ${{PIPESTATUS[0]}}"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == code
+    assert not re.search(r"Traceback|Exception ignored|gradfn/.*EncodingWarning", done.stdout + done.stderr)
+    if "--folder" in redirected:
+        result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
+        assert result["test_accuracy"] > 0.1
+
+
+@pytest.mark.slow
+def test_text_is_read_and_written_as_utf8(tmp_path):
+    """A run and its page, with a warning for each file that is opened in the locale's encoding."""
+    root = Path(cli.__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root), "LC_ALL": "C", "PYTHONWARNDEFAULTENCODING": "1"}
+    for words in (
+        ["run", "digits", "--epochs", "1", "--hidden", "4", "--folder", "run"],
+        ["report", "run"],
+        ["list"],
+    ):
+        command = [sys.executable, "-W", "always::EncodingWarning", "-m", "gradfn", *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        ours = [line for line in done.stderr.splitlines() if "EncodingWarning" in line and str(root) in line]
+        assert ours == []
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
 
 import numpy as np
 
+from gradfn.console import Output
 from gradfn.files import FileError, inner_folder
 from gradfn.train.checkpoint import CheckpointError, Number
 from gradfn.train.events import Events
@@ -127,7 +129,7 @@ class Log:
         self.sums, self.n_steps, self.examples, self.row_seconds = {}, 0, 0, 0.0
         self._row_events(row)
         if self._bar is None and self.progress:
-            print(_line(row, self.settings["steps"]), flush=True)
+            print(_line(row, self.settings["steps"]), file=Output(sys.stdout), flush=True)
 
     def _row_events(self, row: Row) -> None:
         if self._events:
@@ -251,15 +253,15 @@ class Log:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        console = Console()
+        output: Any = Output(sys.stdout)
+        console = Console(file=output)
         if (
             not console.is_terminal or console.is_dumb_terminal
         ):  # one that cannot redraw a line would show no bar
             return
         text = TextColumn("{task.description}")
-        bar = Progress(
-            text, BarColumn(), TimeElapsedColumn(), TextColumn("of which left"), TimeRemainingColumn()
-        )
+        left = (TimeElapsedColumn(), TextColumn("of which left"), TimeRemainingColumn())
+        bar = Progress(text, BarColumn(), *left, console=console)
         self._bar = stack.enter_context(bar)
         self._task = bar.add_task("compiling", total=self.settings["steps"], completed=self._steps_taken())
         stack.callback(setattr, self, "_bar", None)
