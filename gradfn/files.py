@@ -14,11 +14,15 @@ import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import msgspec
 
 T = TypeVar("T")
 
 JSON_LIMIT = 64 << 20  # bytes of a JSON file, or of one line of rows
+BLOCK = 1 << 18  # bytes of a file of rows that are read at once
 OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 MESSAGE_LIMIT = 2000  # characters
 PART = ".part"  # how names of unfinished files end
@@ -228,24 +232,52 @@ def read_rows(
     Raises:
         FileError: as for `read_json`; it names the line.
     """
+    for rows in read_blocks_of_rows(file, form, start, limit):
+        yield from rows
+
+
+def read_blocks_of_rows(
+    file: str | os.PathLike[str], form: type[T], start: int = 0, limit: int = JSON_LIMIT
+) -> Iterator[list[T]]:
+    """Yield the rows of a file as `read_rows` does, in lists of those that were read at once: quicker for many rows."""
     import msgspec
 
     decoder = msgspec.json.Decoder(form)
     with open_regular(file) as content:
         content.seek(start)
-        number = 0
-        while line := content.readline(limit + 1):
-            number += 1
-            if len(line) > limit:
-                raise FileError(f"{file}: line {number:,}: expected at most {limit:,} bytes")
-            if not line.endswith(b"\n"):
-                return
-            try:
-                yield decoder.decode(line)
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-                raise FileError(f"{file}: line {number:,}: {error}") from error
-            except RecursionError as error:
-                raise FileError(f"{file}: line {number:,}: nested too deeply") from error
+        number, rest = 0, b""
+        while block := content.read(BLOCK):
+            whole, end, rest = (rest + block).rpartition(b"\n")
+            if end:
+                rows = _decoded(decoder, whole, file, number, limit)
+                number += len(rows)
+                yield rows
+            if len(rest) > limit:
+                raise FileError(f"{file}: line {number + 1:,}: expected at most {limit:,} bytes")
+
+
+def _decoded(
+    decoder: msgspec.json.Decoder[T], whole: bytes, file: str | os.PathLike[str], number: int, limit: int
+) -> list[T]:
+    """Return the rows in some lines of a file, after so many others."""
+    import msgspec
+
+    if len(whole) <= limit:  # then all are; together they are decoded in half the time
+        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            rows = decoder.decode_lines(whole)
+            if len(rows) == whole.count(b"\n") + 1:
+                return rows
+    rows = []
+    for i, line in enumerate(whole.split(b"\n"), start=number + 1):
+        if len(line) > limit:
+            raise FileError(f"{file}: line {i:,}: expected at most {limit:,} bytes")
+        try:
+            rows.append(decoder.decode(line))
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise FileError(f"{file}: line {i:,}: {error}") from error
+        except RecursionError as error:
+            raise FileError(f"{file}: line {i:,}: nested too deeply") from error
+    return rows
 
 
 def beside(file: Path, name: Any) -> Path:

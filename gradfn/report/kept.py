@@ -5,19 +5,30 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
-from msgspec import Meta
-
-from gradfn.files import FileError, inside, parse_json, read_bytes, read_rows
+from gradfn.files import FileError, inside, parse_json, read_blocks_of_rows, read_bytes, read_rows
 from gradfn.params import _reading_order
+from gradfn.report.curve import Curve
 from gradfn.report.digit_net import DIGIT_NET, DigitNet, load_digit_net
+from gradfn.report.rows import (
+    INSPECTIONS_ROW,
+    METRICS_ROW,
+    InspectionRow,
+    Inspections,
+    Metrics,
+    MetricsRow,
+    NoiseRow,
+    Shapes,
+    inspections,
+    metrics,
+    noise,
+)
 from gradfn.run import (
     CONFIG,
     RUNS,
-    Number,
     Option,
     RunError,
     VersionsFile,
@@ -29,41 +40,10 @@ from gradfn.run import (
 from gradfn.tensors import open_tensors
 from gradfn.train.fit import CHECKPOINT
 from gradfn.train.log import INSPECTIONS, METRICS, NOISE
-from gradfn.train.rows import NOT_FINITE
 
-Row = dict[str, Any]
-Shapes = dict[str, tuple[int, ...]]
-PICTURES_LIMIT = 256 << 20  # bytes of all pictures of a run
-LAST_STEP = 2**53  # that a float64 tells from the one before
-
-# The rows of a training's files; null is a number that was not finite.
-Step = Annotated[int, Meta(ge=0, le=LAST_STEP)]
-# Of a row by name, among them "step"; the only list is that of NOT_FINITE.
-MetricsRow = dict[str, Number | list[Any] | None]
-
-
-class Stats(TypedDict):
-    """Statistics of a value or a gradient, of which the page shows one; of a value in a loop, one for each turn."""
-
-    rms: NotRequired[Number | list[Any] | None]
-
-
-class InspectionRow(TypedDict):
-    """What the page shows of `Inspection.to_dict()`."""
-
-    step: Step
-    sites: dict[str, Stats]
-    site_grads: dict[str, Stats]
-    grads: dict[str, Stats]
-    param_order: NotRequired[list[str]]
-    flags: NotRequired[dict[str, list[str]]]
-
-
-class NoiseRow(TypedDict):
-    """What the page shows of a measure of the gradient's noise."""
-
-    step: Step
-    running_scale: Number | None
+MAX_PARTS = 64  # trainings that a page shows
+MAX_PICTURES = 100
+PICTURE_LIMIT, PICTURES_LIMIT = 16 << 20, 64 << 20  # bytes of a picture, and of all those of a run
 
 
 class Notes(TypedDict, total=False):
@@ -78,16 +58,16 @@ class Part(NamedTuple):
     """One training of a run: of a seed, of a cell, or the only one.
 
     Attributes:
-        history: a row for each evaluation.
-        inspections: a row for each look at all gradients; empty where nobody looked.
+        history: its evaluations.
+        inspections: its inspections of all gradients.
         shapes: of the parameters, by path, in reading order.
-        noise: a row for each measure of the gradient's noise.
+        noise: the running noise scale of the gradient.
     """
 
-    history: list[Row]
-    inspections: list[Row]
+    history: Metrics
+    inspections: Inspections
     shapes: Shapes
-    noise: Sequence[Row] = ()
+    noise: Curve
 
 
 class Kept(NamedTuple):
@@ -102,6 +82,8 @@ class Kept(NamedTuple):
         parts: its trainings, by the folders that they are in; "" for the run's own.
         pictures: PNG and GIF files, by their names without the ending.
         net: the digit network that it trained; None where it is of another kind.
+        parts_left_out: how many trainings there are beyond `MAX_PARTS`.
+        pictures_left_out: files of pictures that are not shown, with the reason.
     """
 
     folder: Path
@@ -112,6 +94,8 @@ class Kept(NamedTuple):
     parts: dict[str, Part]
     pictures: dict[str, bytes]
     net: DigitNet | None
+    parts_left_out: int = 0
+    pictures_left_out: Mapping[str, str] = {}
 
 
 def read_run(run: str | Path) -> Kept:
@@ -128,7 +112,8 @@ def read_run(run: str | Path) -> Kept:
     if not os.path.lexists(folder / CONFIG):
         return _of_fit(folder)
     config = read_config(folder)
-    net = inside(folder, DIGIT_NET)
+    net, parts = inside(folder, DIGIT_NET), _parts(folder)
+    pictures, pictures_left_out = _pictures(folder)
     return Kept(
         folder=folder,
         experiment=config["experiment"],
@@ -136,10 +121,12 @@ def read_run(run: str | Path) -> Kept:
         versions=dict(read_versions(folder)),
         result=read_result(folder),
         parts={
-            "" if part == folder else str(part.relative_to(folder)): _part(part) for part in _parts(folder)
+            "" if part == folder else str(part.relative_to(folder)): _part(part) for part in parts[:MAX_PARTS]
         },
-        pictures=_pictures(folder),
+        pictures=pictures,
         net=load_digit_net(net) if os.path.lexists(net) else None,
+        parts_left_out=max(len(parts) - MAX_PARTS, 0),
+        pictures_left_out=pictures_left_out,
     )
 
 
@@ -185,12 +172,17 @@ def _parts(folder: Path) -> list[Path]:
 
 def _part(folder: Path) -> Part:
     files = [inside(folder, name) for name in (METRICS, INSPECTIONS, NOISE)]
-    metrics, inspections, noise = (file if os.path.lexists(file) else None for file in files)
+    evaluated, inspected, measured = (file if os.path.lexists(file) else None for file in files)
+    shapes = _shapes(folder)
     return Part(
-        history=list(_metrics(metrics)) if metrics else [],
-        inspections=list(_inspections(inspections)) if inspections else [],
-        shapes=_shapes(folder),
-        noise=[_numbers(row) for row in read_rows(noise, NoiseRow)] if noise else [],
+        metrics(read_blocks_of_rows(evaluated, MetricsRow, limit=METRICS_ROW), str(evaluated))
+        if evaluated
+        else Metrics(),
+        inspections(read_rows(inspected, InspectionRow, limit=INSPECTIONS_ROW), shapes, str(inspected))
+        if inspected
+        else Inspections(),
+        shapes,
+        noise(read_blocks_of_rows(measured, NoiseRow, limit=METRICS_ROW)) if measured else Curve(),
     )
 
 
@@ -199,66 +191,27 @@ def _of_fit(folder: Path) -> Kept:
     part, notes = _part(folder), _notes(folder)
     settings = notes.get("settings", {})
     result = None
-    if notes.get("finished") and part.history:
-        last = part.history[-1]
+    if notes.get("finished") and part.history.n:
+        last = part.history.last
         result = {"verdict": f"training loss {last.get('loss', math.nan):.4g} after {last['step']:,} steps"}
     versions = notes.get("versions", {}) | ({"seed": settings["seed"]} if "seed" in settings else {})
-    return Kept(folder, "", settings, versions, result, {"": part}, _pictures(folder), None)
+    pictures, left_out = _pictures(folder)
+    return Kept(folder, "", settings, versions, result, {"": part}, pictures, None, 0, left_out)
 
 
-def _pictures(folder: Path) -> dict[str, bytes]:
+def _pictures(folder: Path) -> tuple[dict[str, bytes], dict[str, str]]:
+    """Return the pictures in a folder; and of those that cannot be read, or are too large or too many, why."""
     files = [file for ending in ("png", "gif") for file in sorted(folder.glob(f"*.{ending}"))]
-    found, room = {}, PICTURES_LIMIT
-    for file in files:
-        found[file.stem] = read_bytes(inside(folder, file.name), room)
-        room -= len(found[file.stem])
-    return found
-
-
-def _metrics(file: Path) -> Iterator[Row]:
-    for i, found in enumerate(read_rows(file, MetricsRow), start=1):
-        row: dict[str, Any] = {name: value for name, value in found.items() if name != NOT_FINITE}
-        if lists := [name for name, value in row.items() if isinstance(value, list)]:
-            raise FileError(f"{file}: line {i:,}: expected a number as {lists[0]!r:.40}, got a list")
-        step = row.get("step")
-        if step is None or not (0 <= step <= LAST_STEP and step.is_integer()):
-            raise FileError(f"{file}: line {i:,}: expected an integer >= 0 as the step, got {step}")
-        yield _numbers(row) | {"step": int(step)}
-
-
-def _inspections(file: Path) -> Iterator[Row]:
-    for i, row in enumerate(read_rows(file, InspectionRow), start=1):
+    found: dict[str, bytes] = {}
+    left_out = {file.name: f"there are more than {MAX_PICTURES} pictures" for file in files[MAX_PICTURES:]}
+    room = PICTURES_LIMIT
+    for file in files[:MAX_PICTURES]:
         try:
-            yield row | {kind: _sizes(row[kind]) for kind in ("grads", "site_grads")}
-        except (TypeError, ValueError) as error:
-            raise FileError(f"{file}: line {i:,}: {error}") from error
-
-
-def _sizes(stats: Mapping[str, Stats]) -> dict[str, Stats]:
-    """Return the rms of each entry; of one that a loop repeats, over all its turns."""
-    return {name: {"rms": _root_mean_square(each["rms"])} for name, each in stats.items() if "rms" in each}
-
-
-def _root_mean_square(values: Any) -> float:
-    waiting, sizes = [values], []
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, list):
-            waiting += value
-        elif value is None:
-            sizes.append(math.nan)
-        elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e300:
-            sizes.append(value)
-        else:
-            raise TypeError(f"expected numbers as an rms, got {value!r:.40}")
-    if not sizes:
-        raise ValueError("expected numbers as an rms, got none")
-    return math.hypot(*sizes) / math.sqrt(len(sizes))
-
-
-def _numbers(row: Mapping[str, Any]) -> Row:
-    """Read null, which JSON has for it, as NaN."""
-    return {name: math.nan if value is None else value for name, value in row.items()}
+            found[file.stem] = read_bytes(inside(folder, file.name), min(PICTURE_LIMIT, room))
+            room -= len(found[file.stem])
+        except FileError as error:
+            left_out[file.name] = str(error).removeprefix(f"{file}: ")
+    return found, left_out
 
 
 def _shapes(folder: Path) -> Shapes:

@@ -1,25 +1,30 @@
-"""`gradfn report RUN`: one HTML file that shows a run, or two side by side, and needs nothing but itself."""
+"""`gradfn report RUN`: one HTML file that shows a run, or two side by side, and needs nothing but itself.
+
+The file has at most `LIMIT` bytes, whatever the run holds: texts and tables are cut at a length of their own, and the
+charts, the network, the heat maps and the pictures, in this order, share the rest. The page says what it leaves out.
+"""
 
 from __future__ import annotations
 
 import base64
-import io
 import json
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any, NamedTuple, TypeVar
 
 from gradfn.files import replace_file
-from gradfn.report.charts import Line, heat_map, line_chart, log_bounds
+from gradfn.report.charts import MAX_COLUMNS, Line, heat_map, line_chart, log_bounds, short
+from gradfn.report.curve import Curve
 from gradfn.report.digit_net import DigitNet
-from gradfn.report.kept import Kept, Part, Row, Shapes, read_run
+from gradfn.report.kept import Kept, Part, read_run
+from gradfn.report.pictures import Picture, PictureError, fitting, read_picture
 from gradfn.run import BEGUN, RunError, begun
-from gradfn.train.log import NOT_METRICS
+
+T = TypeVar("T")
 
 ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = (  # each imports only from those before it
@@ -27,10 +32,20 @@ SCRIPTS = (  # each imports only from those before it
     *("pad.js", "layers.js", "node.js", "steps.js", "live.js", "curves.js", "main.js"),
 )
 LIMIT = 5_000_000  # bytes, of the whole page
-NET_LIMIT = 2_500_000  # bytes of a network's parameters in it
+NET_LIMIT = 2_500_000  # bytes of a network's parameters and samples in it
 DRAWN_LIVE = ("curves",)  # pictures whose content the page draws itself, where the run has kept it
 GENERATOR = b'<meta name="generator" content="gradfn">'  # in every page: no other file is written over
-HEAT_ROWS = 100  # more would be too many to read
+# Bytes that parts of the page may take, at most.
+CHARTS_ROOM, OPTIONS_ROOM, SHAPES_ROOM, VERSIONS_ROOM, NOTES_ROOM = (
+    1_000_000,
+    200_000,
+    300_000,
+    50_000,
+    20_000,
+)
+LINES = 48  # of a chart
+MIN_COLUMNS = 15  # of a heat map
+VALUE, TEXT, COMMAND = 300, 1000, 2000  # letters of a value in a table, of a text, of a command
 
 
 class About(NamedTuple):
@@ -79,14 +94,15 @@ def write_report(
             existing file that is not a page of gradfn.
     """
     kept = [read_run(run) for run in runs]
-    if out is not None and Path(out).is_file() and GENERATOR not in Path(out).read_bytes()[:4096]:
+    if out is not None and Path(out).is_file() and GENERATOR not in _beginning(Path(out)):
         raise RunError(f"{out}: already exists and is not a page that gradfn wrote. Name another file")
     if out is None:
         name = "report.html" if len(kept) == 1 else f"against-{_name(kept[1])}.html"
         out = kept[0].folder / name
     file = Path(out)
+    html = page(kept, about).encode(errors="replace")  # names of files may hold what is not UTF-8
     try:
-        replace_file(file, page(kept, about).encode())
+        replace_file(file, html)
     except OSError as error:
         raise RunError(f"{file}: cannot be written ({error.strerror})") from error
     return file
@@ -103,27 +119,63 @@ def page(kept: Sequence[Kept], about: Mapping[str, About] = {}) -> str:
     except ImportError as error:
         raise ImportError("reports need jinja2: pip install 'gradfn[run]'") from error
 
-    net = kept[0].net if len(kept) == 1 else None
-    too_large = net is not None and sum(array.nbytes for array in net.params.values()) > NET_LIMIT
-    net = None if too_large else net
     template = _environment(jinja2).get_template("template.html")
-    content = {
+    options, options_left_out = _differences([run.options for run in kept], OPTIONS_ROOM)
+    versions, versions_left_out = _differences(
+        [{k: v for k, v in run.versions.items() if k != BEGUN} for run in kept], VERSIONS_ROOM
+    )
+    shapes, shapes_left_out = _shared_shapes(kept)
+    content: dict[str, Any] = {
         "runs": [_told(run, about.get(run.experiment, About())) for run in kept],
-        "title": " and ".join(dict.fromkeys(run.experiment or _name(run) for run in kept)),
-        "charts": charts(kept),
-        "flows": flows(kept),
-        "options": differences([run.options for run in kept]),
+        "title": short(" and ".join(dict.fromkeys(run.experiment or _name(run) for run in kept)), VALUE),
+        "options": options,
+        "options_left_out": options_left_out,
         "meanings": {name: said for run in kept for name, (said, _) in _options_of(about, run).items()},
-        "versions": differences([{k: v for k, v in run.versions.items() if k != BEGUN} for run in kept]),
-        "shapes": _shared_shapes(kept),
-        "net": None if net is None else _net(net),
-        "live": None if net is None else _live(net),
-        "too_large": too_large,
+        "versions": versions,
+        "versions_left_out": versions_left_out,
+        "shapes": shapes,
+        "shapes_left_out": shapes_left_out,
         "style": (ASSETS / "style.css").read_text(encoding="utf-8"),
         "script": script(),
+        **{"charts": [], "charts_left_out": 0, "flows": [], "net": None, "live": None, "too_large": False},
+        **{"pictures": [], "pictures_left_out": []},
     }
-    room = LIMIT - len(template.render(**content, pictures=[]).encode()) - 10_000
-    return template.render(**content, pictures=_pictures(kept, room))
+
+    def room() -> int:
+        return LIMIT - _size(template.render(**content))
+
+    drawn = charts(kept)
+    content["charts"] = _that_fit(drawn, _size, min(CHARTS_ROOM, room()))
+    content["charts_left_out"] = len(drawn) - len(content["charts"])
+    if len(kept) == 1 and (net := kept[0].net):
+        n_bytes = sum(array.nbytes for array in (*net.params.values(), net.samples, net.labels))
+        told = _net(net) if n_bytes <= NET_LIMIT else None
+        # Something is left for the heat maps and the pictures.
+        fits = told is not None and _size(told) <= room() - 400_000
+        content |= {"net": told, "live": _live(net)} if fits else {"too_large": True}
+    content["flows"] = flows(kept, room() // 2)
+    content["pictures"], content["pictures_left_out"] = _pictures(kept, room() - NOTES_ROOM)
+    return template.render(**content)
+
+
+def _beginning(file: Path) -> bytes:
+    with file.open("rb") as content:
+        return content.read(4096)
+
+
+def _size(text: str) -> int:
+    return len(text.encode(errors="replace"))
+
+
+def _that_fit(things: Iterable[T], size: Callable[[T], int], room: int) -> list[T]:
+    """Return the first of some things, as many as have `room` bytes."""
+    found = []
+    for thing in things:
+        room -= size(thing)
+        if room < 0:
+            break
+        found.append(thing)
+    return found
 
 
 def _environment(jinja2: Any) -> Any:
@@ -161,7 +213,7 @@ def verdict(result: Mapping[str, Any] | None) -> Verdict:
     """
     if result is None:
         return Verdict("Not finished", "", "unfinished")
-    said = str(result.get("verdict", "Finished"))
+    said = short(str(result.get("verdict", "Finished")), TEXT)
     found = re.fullmatch(r"(.*); expected (.*): (reached|NOT reached)", said, re.DOTALL)
     if found:
         return Verdict(_capital(found[1]), found[2], "reached" if found[3] == "reached" else "missed")
@@ -179,25 +231,29 @@ def charts(kept: Sequence[Kept]) -> list[str]:
         (f"{chr(65 + i)} {name}".strip() if len(kept) > 1 else name, part, run.result or {})
         for i, run in enumerate(kept)
         for name, part in run.parts.items()
-        if part.history
+        if part.history.n
     ]
-    names = dict.fromkeys(name for _, part, _ in trainings for row in part.history for name in row)
     groups: dict[str, list[str]] = {}
-    for name in names:
-        if name not in NOT_METRICS:
-            group = next((kind for kind in ("loss", "accuracy") if name.endswith(kind)), words(name))
-            groups.setdefault(group, []).append(name)
+    for name in dict.fromkeys(name for _, part, _ in trainings for name in part.history.curves):
+        group = next((kind for kind in ("loss", "accuracy") if name.endswith(kind)), words(name))
+        groups.setdefault(group, []).append(name)
     drawn = [
-        line_chart(group.capitalize(), lines, percent=group == "accuracy")
+        _chart(_capital(group), lines, percent=group == "accuracy")
         for group, metrics in groups.items()
         if (lines := _lines(trainings, metrics))
     ]
     scales = [
-        Line(f"{name}, noise scale" if len(trainings) > 1 else "running estimate", i, False, points)
+        Line(f"{name}, noise scale" if len(trainings) > 1 else "running estimate", i, False, part.noise)
         for i, (name, part, _) in enumerate(trainings)
-        if (points := [(row["step"], row["running_scale"]) for row in part.noise if row["running_scale"] > 0])
+        if part.noise.ends
     ]
-    return drawn + ([line_chart("Noise scale of the gradient (examples)", scales)] if scales else [])
+    return drawn + ([_chart("Noise scale of the gradient (examples)", scales)] if scales else [])
+
+
+def _chart(title: str, lines: Sequence[Line], percent: bool = False) -> str:
+    """Return a chart of the first `LINES` lines."""
+    note = f"The first {LINES} of {len(lines):,} lines." if len(lines) > LINES else ""
+    return line_chart(short(title), lines[:LINES], percent=percent, note=note)
 
 
 def _lines(trainings: Sequence[tuple[str, Part, Mapping[str, Any]]], metrics: Sequence[str]) -> list[Line]:
@@ -205,104 +261,70 @@ def _lines(trainings: Sequence[tuple[str, Part, Mapping[str, Any]]], metrics: Se
     lines = []
     for i, (name, part, result) in enumerate(trainings):
         for j, metric in enumerate(metrics):
-            points = [(row["step"], row[metric]) for row in part.history if metric in row]
-            if any(math.isfinite(y) for _, y in points):
+            curve = part.history.curves.get(metric)
+            if curve and curve.ends:
                 label = f"{name}, {words(metric)}" if several else words(metric)
-                if result.get(metric, points[-1][1]) != points[-1][1]:
+                if result.get(metric, curve.ends[-1][1]) != curve.ends[-1][1]:
                     label += " on the way"  # the run measured it anew at the end, on all examples
                 dashed = several and j < len(metrics) - 1
-                lines.append(Line(label, i if several else j, dashed, points))
+                lines.append(Line(label, i if several else j, dashed, curve))
     return lines
 
 
-def flows(kept: Sequence[Kept]) -> list[list[dict[str, Any]]]:
+def flows(kept: Sequence[Kept], room: int = LIMIT) -> list[list[dict[str, Any]]]:
     """Return for each run the maps of its gradients by layer over training; all are on one scale.
+
+    Args:
+        kept: the runs.
+        room: bytes. The maps have so many columns that they fit; those that do not fit even so are empty.
 
     Returns:
         For each run a list with, for each of its trainings, `name`, `params` and `values` (heat maps of the
         gradient's rms at the parameters and at the values on the way, both from the inputs to the loss),
         `left_out` and `values_left_out` (how many rows they lack) and `flags` (what was wrong, and where).
     """
-    trainings = [(name, part) for run in kept for name, part in run.parts.items() if part.inspections]
-    sizes = [rms for _, part in trainings for row in part.inspections for rms in _rms(row["grads"]).values()]
-    bounds = log_bounds(sizes)
-    on_the_way = log_bounds(
-        [rms for _, part in trainings for row in part.inspections for rms in _rms(row["site_grads"]).values()]
-    )
+    parts = [part for run in kept for part in run.parts.values() if part.inspections.n]
+    bounds = _bounds(curve for part in parts for curve in part.inspections.grads.values())
+    on_the_way = _bounds(curve for part in parts for curve in part.inspections.site_grads.values())
 
-    def told(name: str, part: Part) -> dict[str, Any]:
-        rows = part.inspections
-        steps = [row["step"] for row in rows]
-        params = _by_depth(rows[0], part.shapes)
-        values = list(rows[0]["site_grads"])
+    def told(name: str, part: Part, columns: int) -> dict[str, Any]:
+        seen = part.inspections
         return {
-            "name": name,
-            "params": heat_map(
-                "Gradient of each parameter (rms)", _table(rows, "grads", params), steps, bounds
-            ),
+            "name": short(name),
+            "params": heat_map("Gradient of each parameter (rms)", seen.grads, bounds, columns),
             "values": heat_map(
-                "Gradient at each value on the way (rms)",
-                _table(rows, "site_grads", values),
-                steps,
-                on_the_way,
+                "Gradient at each value on the way (rms)", seen.site_grads, on_the_way, columns
             ),
-            "left_out": max(len(params) - HEAT_ROWS, 0),
-            "values_left_out": max(len(values) - HEAT_ROWS, 0),
-            "flags": _flags(rows),
-            "looks": len(rows),
+            "left_out": seen.left_out,
+            "values_left_out": seen.sites_left_out,
+            "flags": [(short(site), short(flag), n) for site, flag, n in seen.flags],
+            "looks": seen.n,
         }
 
-    return [[told(name, part) for name, part in run.parts.items() if part.inspections] for run in kept]
+    found: list[list[dict[str, Any]]] = []
+    columns = MAX_COLUMNS
+    while columns >= MIN_COLUMNS:
+        found = [
+            [told(name, part, columns) for name, part in run.parts.items() if part.inspections.n]
+            for run in kept
+        ]
+        if sum(map(_size_of_maps, (each for of_run in found for each in of_run))) <= room:
+            return found
+        columns //= 2
+    for each in (each for of_run in found for each in of_run):
+        if _size_of_maps(each) > room:
+            each |= {"params": "", "values": "", "flags": []}
+        room -= _size_of_maps(each)
+    return found
 
 
-def _rms(stats: Mapping[str, Any]) -> dict[str, float]:
-    """Return the rms of each entry; of one that a loop repeats, over all its turns."""
-    return {
-        name: float(np.sqrt(np.mean(np.square(np.asarray(each["rms"], np.float64)))))
-        for name, each in stats.items()
-        if "rms" in each
-    }
+def _bounds(curves: Iterable[Curve]) -> tuple[float, float]:
+    return log_bounds([bucket.high for curve in curves for bucket in curve.buckets(MAX_COLUMNS)])
 
 
-def _table(rows: Sequence[Row], kind: str, names: Sequence[str]) -> dict[str, list[float]]:
-    sizes = [_rms(row[kind]) for row in rows]
-    return {name: [of_row.get(name, 0.0) for of_row in sizes] for name in names[:HEAT_ROWS]}
-
-
-def _by_depth(row: Row, shapes: Shapes) -> list[str]:
-    """Return the parameters in the order in which the loss uses them, from the inputs on.
-
-    Runs of earlier versions have not kept that order: it is guessed from the names there.
-    """
-    order = row.get("param_order") or sorted(row["grads"], key=lambda param: _depth(param, row, shapes))
-    # The loss does not use the others, or not together with data.
-    return [
-        *(param for param in order if param in row["grads"]),
-        *(p for p in row["grads"] if p not in order),
-    ]
-
-
-def _depth(param: str, row: Row, shapes: Shapes) -> tuple[int, int]:
-    """Return a key to sort by: the first value whose name shares most of the parameter's path, then reading order."""
-    scopes = param.split("/")[:-1]
-    shared = [_n_shared(scopes, site.split("/")) for site in row["sites"]]
-    order = list(shapes).index(param) if param in shapes else len(shapes)
-    return (shared.index(max(shared)) if scopes and shared and max(shared) else 0), order
-
-
-def _n_shared(a: Sequence[str], b: Sequence[str]) -> int:
-    """Return how many parts two paths share from their beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _flags(rows: Sequence[Row]) -> list[tuple[str, str, int]]:
-    """Return site, flag, and at how many of the looks it was raised."""
-    counts: dict[tuple[str, str], int] = {}
-    for row in rows:
-        for site, found in row.get("flags", {}).items():
-            for flag in found:
-                counts[site, flag] = counts.get((site, flag), 0) + 1
-    return [(site, flag, n) for (site, flag), n in counts.items()]
+def _size_of_maps(told: Mapping[str, Any]) -> int:
+    flags = sum(60 + _size(escape(site + flag)) for site, flag, _ in told["flags"])
+    return _size(told["params"]) + _size(told["values"]) + flags + 1000
 
 
 def differences(tables: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str], bool]]:
@@ -326,28 +348,31 @@ def words(name: str) -> str:
 
 
 def _told(run: Kept, about: About) -> dict[str, Any]:
-    last = next((part.history[-1] for part in run.parts.values() if part.history), None)
+    last = next((part.history.last for part in run.parts.values() if part.history.n), None)
     counts = {sum(map(math.prod, part.shapes.values())) for part in run.parts.values() if part.shapes}
     facts = {}
     if counts:
-        facts["parameters"] = " / ".join(f"{count:,}" for count in sorted(counts))
+        facts["parameters"] = short(" / ".join(f"{count:,}" for count in sorted(counts)), VALUE)
     if last:
         facts["steps"] = f"{last['step']:,}"
     if len(run.parts) > 1:
-        facts["trainings"] = str(len(run.parts))
+        facts["trainings"] = f"{len(run.parts) + run.parts_left_out:,}"
     if run.versions.get("seed") is not None:
-        facts["seed"] = str(run.versions["seed"])
+        facts["seed"] = short(str(run.versions["seed"]))
     if run.experiment:
         began = begun(run.folder)
         facts["begun"] = f"{began.day} {began:%B %Y, %H:%M} UTC"
+    again = command(run, about)
     return {
-        "experiment": run.experiment or _name(run),
-        "folder": str(run.folder),
+        "experiment": short(run.experiment or _name(run), VALUE),
+        "folder": short(str(run.folder), TEXT),
         "what": about.what,
-        "promise": about.expected,
         "verdict": verdict(run.result),
         "facts": facts,
-        "command": command(run, about),
+        "command": again if len(again) <= COMMAND else "",
+        "long_command": len(again) > COMMAND,
+        "parts": len(run.parts),
+        "parts_left_out": run.parts_left_out,
     }
 
 
@@ -377,84 +402,106 @@ def _options_of(about: Mapping[str, About], run: Kept) -> Mapping[str, tuple[str
     return about.get(run.experiment, About()).options
 
 
-def _shared_shapes(kept: Sequence[Kept]) -> list[dict[str, Any]]:
-    """Return the tables of parameters, each with the names of the trainings that have these parameters."""
+def _differences(
+    tables: Sequence[Mapping[str, Any]], room: int
+) -> tuple[list[tuple[str, list[str], bool]], int]:
+    """Return the rows of `differences`, long texts cut, that fit in `room` bytes; and how many do not."""
+    rows = differences(tables)
+    cut = [(short(name), list(map(_cut, values)), differ) for name, values, differ in rows]
+
+    def size(row: tuple[str, list[str], bool]) -> int:
+        name, values, _ = row
+        return 150 + 2 * _size(escape(name)) + sum(20 + _size(escape(value)) for value in values)
+
+    found = _that_fit(cut, size, room)
+    return found, len(rows) - len(found)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= VALUE else f"{short(text, VALUE)} ({len(text):,} characters)"
+
+
+def _shared_shapes(kept: Sequence[Kept]) -> tuple[list[dict[str, Any]], int]:
+    """Return the tables of parameters, each with the names of the trainings that have these parameters.
+
+    Returns:
+        The tables with as many rows as fit on the page; and how many tables do not.
+    """
     tables: dict[tuple[Any, ...], list[str]] = {}
     for i, run in enumerate(kept):
         for name, part in run.parts.items():
             if part.shapes:
                 label = " ".join(filter(None, [chr(65 + i) if len(kept) > 1 else "", name]))
                 tables.setdefault(tuple(part.shapes.items()), []).append(label)
-    found = []
-    for rows, names in tables.items():
-        sizes = [math.prod(shape) for _, shape in rows]
-        weights = sum(size for size, (_, shape) in zip(sizes, rows, strict=True) if len(shape) > 1)
+    found, room = [], SHAPES_ROOM
+    for shapes, names in tables.items():
+        sizes = [math.prod(shape) for _, shape in shapes]
+        weights = sum(size for size, (_, shape) in zip(sizes, shapes, strict=True) if len(shape) > 1)
+        cut = [
+            (short(name), short(str(list(shape))), size)
+            for (name, shape), size in zip(shapes, sizes, strict=True)
+        ]
+        rows = _that_fit(cut, lambda row: 300 + _size(escape(row[0])), room - 2000)
+        if not rows:
+            break
+        room -= 2000 + sum(300 + _size(escape(name)) for name, _, _ in rows)
         found.append(
             {
-                "of": ", ".join(name for name in names if name),
-                "rows": [(name, list(shape), size) for (name, shape), size in zip(rows, sizes, strict=True)],
+                "of": short(", ".join(name for name in names if name), VALUE),
+                "rows": rows,
+                "n_rows": len(shapes),
                 "weights": weights,
                 "biases": sum(sizes) - weights,
                 "total": sum(sizes),
             }
         )
-    return found
+    return found, len(tables) - len(found)
 
 
-def _pictures(kept: Sequence[Kept], room: int) -> list[dict[str, Any]]:
-    """Return the pictures by name, for each run its data address (None where it has none); within `room` bytes."""
-    live = DRAWN_LIVE if any(part.history for run in kept for part in run.parts.values()) else ()
+def _pictures(kept: Sequence[Kept], room: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the pictures that fit in `room` bytes, and a line for each that is left out.
+
+    Returns:
+        By name, for each run the picture (None where it has none); and the lines.
+    """
+    live = DRAWN_LIVE if any(part.history.n for run in kept for part in run.parts.values()) else ()
     names = dict.fromkeys(name for run in kept for name in run.pictures if name not in live)
-    files = {
-        (name, i): run.pictures[name] for name in names for i, run in enumerate(kept) if name in run.pictures
-    }
-    files = _shrunk(files, room)
+    pictures: dict[tuple[str, int], Picture] = {}
+    left_out: dict[tuple[str, int], str] = {}
+    for key in [(name, i) for name in names for i, run in enumerate(kept) if name in run.pictures]:
+        try:
+            pictures[key] = read_picture(kept[key[1]].pictures[key[0]])
+        except PictureError as error:
+            left_out[key] = str(error)
+    around = sum(
+        600 + 3 * _size(escape(name)) + _size(escape(picture.title))
+        for (name, _), picture in pictures.items()
+    )
+    pictures, no_room = fitting(pictures, room - around)
     found = []
-    for name in names:
-        of_runs = [_picture(files[name, i]) if (name, i) in files else None for i in range(len(kept))]
-        wide = any(each and each["width"] > 2 * each["height"] for each in of_runs)
-        found.append({"name": words(name), "wide": wide, "of_runs": of_runs})
-    return found
-
-
-def _picture(png: bytes) -> dict[str, Any]:
-    from PIL import Image
-
-    image = Image.open(io.BytesIO(png))
-    title = " ".join(image.info.get("Title", "").split())
-    kind = (image.format or "png").lower()
-    address = f"data:image/{kind};base64,{base64.b64encode(png).decode()}"
-    return {"address": address, "title": title, "width": image.width, "height": image.height}
-
-
-def _shrunk(files: dict[Any, bytes], room: int) -> dict[Any, bytes]:
-    """Return pictures that fit, as base64, in `room` bytes: with fewer colors, then pixels; of films the last frame."""
-    size = 1.0
-    small = files
-    while sum(map(len, small.values())) * 4 / 3 > room:
-        small = {key: min(png, _smaller(png, size), key=len) for key, png in files.items()}
-        size *= 0.8
-    return small
-
-
-def _smaller(png: bytes, size: float) -> bytes:
-    from PIL import Image, PngImagePlugin
-
-    image = Image.open(io.BytesIO(png))
-    image.seek(getattr(image, "n_frames", 1) - 1)
-    title = PngImagePlugin.PngInfo()
-    title.add_itxt("Title", image.info.get("Title", ""))
-    pixels = image.convert("RGB").resize([max(int(side * size), 1) for side in image.size])
-    out = io.BytesIO()
-    pixels.quantize(256).save(out, "png", optimize=True, pnginfo=title)
-    return out.getvalue()
+    for name in dict.fromkeys(name for name, _ in pictures):
+        of_runs = [pictures.get((name, i)) for i in range(len(kept))]
+        wide = any(each and each.width > 2 * each.height for each in of_runs)
+        found.append({"name": short(words(name)), "wide": wide, "of_runs": of_runs})
+    unread = {(name, i): why for i, run in enumerate(kept) for name, why in run.pictures_left_out.items()}
+    lines = [
+        f"{f'{chr(65 + i)} ' if len(kept) > 1 else ''}{short(name)}: {short(why, VALUE)}"
+        for (name, i), why in (unread | left_out | no_room).items()
+    ]
+    told = _that_fit(lines, lambda line: 50 + _size(escape(line)), NOTES_ROOM - 1000)
+    more = len(lines) - len(told)
+    return found, told + ([f"and {more:,} more"] if more else [])
 
 
 def _live(net: DigitNet) -> dict[str, Any]:
     """Return what the page says of the network that it holds."""
     n_layers = sum(1 for name in net.params if name.startswith("W"))
     sizes = [net.params["W1"].shape[1], *(len(net.params[f"W{i}"]) for i in range(1, n_layers + 1))]
-    return {"sizes": "-".join(map(str, sizes)), "data": net.about["data"], "small": net.spline is not None}
+    return {
+        "sizes": short("-".join(map(str, sizes))),
+        "data": short(net.about["data"]),
+        "small": net.spline is not None,
+    }
 
 
 def _net(net: DigitNet) -> str:

@@ -1,7 +1,9 @@
 """Damaged and hostile files of a run: reading them ends in one line, which names the file."""
 
+import base64
 import json
 import os
+import re
 import struct
 
 import jax
@@ -209,11 +211,37 @@ def test_rows_of_one_kind_may_be_absent_or_null(folder):
     assert cli.main(["report", "run"]) == 0
 
 
-@pytest.mark.parametrize("name", [*DAMAGED, "weights.png"])
-def test_what_is_no_file_gets_one_line(folder, capsys, name):
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_is_no_file_gets_one_line(folder, name):
     """A folder, a pipe that nobody writes to, a link to a device and one out of the run are refused, not followed."""
-    outside = folder.parent / "outside"
-    (folder / name).rename(outside)
+    for _ in no_files(folder / name):
+        refused(lambda: read_run("run"), name)
+    as_a_link(folder / name)
+    assert cli.main(["report", "run"]) == 0
+
+
+def test_a_picture_that_is_no_file_is_named_in_the_page_and_not_followed(folder):
+    data = (folder / "weights.png").read_bytes()
+    whys = (
+        "is not a regular file",
+        "is not a regular file",
+        *["is a link that leads out of run"] * 2,
+        "cannot be",
+    )
+    for why, _ in zip(whys, no_files(folder / "weights.png"), strict=True):
+        assert cli.main(["report", "run"]) == 0
+        html = (folder / "report.html").read_text(encoding="utf-8")
+        assert re.search(f"<li>weights.png: {why}", html)
+        assert base64.b64encode(data[:300]).decode() not in html
+    as_a_link(folder / "weights.png")
+    assert cli.main(["report", "run"]) == 0
+    assert base64.b64encode(data[:300]).decode() in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def no_files(file):
+    """Put in turn what is no file into the place of one, and then the file again."""
+    outside = file.parent.parent / "outside"
+    file.rename(outside)
     makers = [
         lambda file: file.mkdir(),
         os.mkfifo,
@@ -222,14 +250,17 @@ def test_what_is_no_file_gets_one_line(folder, capsys, name):
         lambda file: file.symlink_to(file),
     ]
     for make in makers:
-        make(folder / name)
-        refused(lambda: read_run("run"), name)
-        (folder / name).rmdir() if (folder / name).is_dir() else (folder / name).unlink()
-    outside.rename(folder / name)
-    (folder / "real").mkdir()
-    (folder / name).rename(folder / "real" / "file")
-    (folder / name).symlink_to("real/file")  # a link within the run is a file as others
-    assert cli.main(["report", "run"]) == 0
+        make(file)
+        yield
+        file.rmdir() if file.is_dir() else file.unlink()
+    outside.rename(file)
+
+
+def as_a_link(file):
+    """Make a file a link within the run, which is a file as others."""
+    (file.parent / "real").mkdir()
+    file.rename(file.parent / "real" / "file")
+    file.symlink_to("real/file")
 
 
 def test_notes_of_a_checkpoint_get_one_line(tmp_path, monkeypatch, capsys):

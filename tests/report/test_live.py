@@ -15,10 +15,12 @@ import pytest
 
 import gradfn as gf
 from gradfn.data.digits import enlarge, spline
+from gradfn.report.curve import Curve
 from gradfn.report.digit_net import DigitNet
 from gradfn.report.figures import curves
 from gradfn.report.kept import Kept, Part
 from gradfn.report.page import _net, page
+from gradfn.report.rows import Inspections, inspections, metrics
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync")
@@ -273,7 +275,8 @@ def test_pictures_grow_when_clicked_and_curves_tell_their_values(tmp_path):
     curves([{"step": 1, "loss": 2.3}]).savefig(out, format="png")
     history = [{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.5}, {"step": 30, "loss": 1.0}]
     run = kept_run(tmp_path, pictures={"weights": out.getvalue()})
-    runs = [run._replace(parts={"": Part(history, [], {})}), run]
+    part = Part(metrics([history]), Inspections(), {}, Curve())
+    runs = [run._replace(parts={"": part}), run]
     script = """const told = () => {
       const images = [...document.images].map((image) => image.naturalWidth > 100);
       find(".enlarge").click();
@@ -311,7 +314,8 @@ def gpt_run(tmp_path):
     row = json.loads(json.dumps(jax.jit(look)(params, (tokens, tokens)).to_dict()))
     shapes = {name: (8,) for name in row["grads"]}
     shapes |= {f"more/{i}": (8,) for i in range(9)}  # a table that is folded
-    part = Part([{"step": 1, "loss": 2.0}], [row | {"step": step} for step in (0, 10)], shapes)
+    looks = inspections([row | {"step": step} for step in (0, 10)], shapes)
+    part = Part(metrics([[{"step": 1, "loss": 2.0}]]), looks, shapes, Curve())
     return kept_run(tmp_path)._replace(parts={"": part}), list(row["sites"])
 
 

@@ -19,6 +19,7 @@ from gradfn.report import page as report
 from gradfn.report.digit_net import keep_digit_net, load_digit_net
 from gradfn.report.kept import find_run, read_run
 from gradfn.report.page import About, command, page, write_report
+from gradfn.report.pictures import _scaled, _still, read_picture
 from gradfn.run import RunError, write_json
 from gradfn.train import checkpoint
 
@@ -298,8 +299,8 @@ def test_a_run_without_rows_shows_its_picture_of_the_curves_and_its_film(tmp_pat
     assert len(pictures_of(page([read_run(folder)]))) == 1
     (folder / "metrics.jsonl").unlink()
     assert len(pictures_of(page([read_run(folder)]))) == 2  # weights, curves
-    last = report._smaller((folder / "film.gif").read_bytes(), 1.0)
-    with Image.open(io.BytesIO(last)) as image:
+    last = _scaled(_still(read_picture((folder / "film.gif").read_bytes()), 1000), 1.0)
+    with Image.open(io.BytesIO(last.data)) as image:
         assert image.convert("RGB").getpixel((0, 0))[2] > 200  # the end of a film that does not fit
 
 
