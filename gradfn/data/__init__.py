@@ -4,6 +4,7 @@ from gradfn.data.batches import batches, epoch_order
 from gradfn.data.dataset import DataError, Dataset
 from gradfn.data.diabetes import diabetes
 from gradfn.data.digits import digits
+from gradfn.data.file_tokens import FileTokens
 from gradfn.data.idx import read_idx
 from gradfn.data.mnist import idx_folder, mnist
 from gradfn.data.split import split
@@ -14,6 +15,7 @@ from gradfn.data.windows import fixed_windows, host_windows, windows
 __all__ = [
     "DataError",
     "Dataset",
+    "FileTokens",
     "Lines",
     "Text",
     "Tokenizer",

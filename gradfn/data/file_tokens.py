@@ -151,7 +151,9 @@ def file_tokens(file: Path) -> tuple[FileTokens, str]:
     seen = np.zeros(0x110000, bool)  # by code point
     start = 0
     with ThreadPoolExecutor(1) as hashing:  # which takes as long as all of the rest
+        hashed = hashing.submit(digest.update, b"")
         for data, text in decoded(file):
+            hashed.result()
             hashed = hashing.submit(digest.update, data)
             if data == BOM and not text:
                 start = len(BOM)
@@ -159,7 +161,6 @@ def file_tokens(file: Path) -> tuple[FileTokens, str]:
                 counts.append(_counts(data, last))
                 last = data[-1]
                 _collect(text, seen)
-            hashed.result()
     before = np.cumsum(np.concatenate(counts))
     if seen[ord("\r")]:
         seen[ord("\r")], seen[ord("\n")] = False, True

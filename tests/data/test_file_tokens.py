@@ -21,7 +21,7 @@ from gradfn.data import DataError, file_tokens
 
 module = sys.modules["gradfn.data.text"]
 by_example = settings(
-    deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 texts = st.text(st.sampled_from("ab \r\n\r\né中😀\ufeff\x85\u2028\0"), min_size=1, max_size=60)
 blocks = st.tuples(st.sampled_from([1, 2, 3, 5, 64]), st.integers(1, 3))
