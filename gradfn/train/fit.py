@@ -204,12 +204,14 @@ def fit(
             auto = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
             mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=auto)
             state = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+            source = source.placed(mesh)
         run = chunks(loss, optimizer, source, mesh)
 
         step = int(state.step)
         with log.open(step), Saver(log, checkpoint_seconds) as saver:
             # Compile, and take no step.
             jax.block_until_ready(run.advance(state, source.order(source.epoch(step)), 0, 0))
+            log.begin(step)
             length = 1  # the first chunk is one step, to learn what a step takes
             while step < steps and not log.finished and stopping.signal is None:
                 here = state, source.order(source.epoch(step)), source.row(step)

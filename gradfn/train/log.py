@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,11 +94,24 @@ class Log:
         self.seconds = 0.0  # in all
         self._events: Events | None = None
         self._bar: Any = None
+        self._began: tuple[float, int] | None = None  # when this process began to train, and at which step
 
     @property
     def files(self) -> list[Rows]:
         """The files of rows; none where there is no folder."""
         return [rows for rows in (self.history, self.inspections, self.noise) if isinstance(rows, Rows)]
+
+    def begin(self, step: int) -> None:
+        """Say that all is compiled, and training begins at a step: what is left is told by the time from here on."""
+        self._began = time.monotonic(), step
+
+    def left(self) -> float:
+        """Return how many seconds are left, evaluations, inspections and checkpoints included."""
+        if self._began is None or self._steps_taken() == self._began[1]:
+            return math.nan
+        began, step = self._began
+        taken = self._steps_taken()
+        return (time.monotonic() - began) / (taken - step) * (self.settings["steps"] - taken)
 
     def steps(self, values: dict[str, np.ndarray], batch_size: int, seconds: float) -> None:
         """Take in the metrics of a chunk of steps, `[steps]` each."""
@@ -129,7 +144,8 @@ class Log:
         self.sums, self.n_steps, self.examples, self.row_seconds = {}, 0, 0, 0.0
         self._row_events(row)
         if self._bar is None and self.progress:
-            print(_line(row, self.settings["steps"]), file=Output(sys.stdout), flush=True)
+            line = _line(row, self.settings["steps"], self.left())
+            print(line, file=Output(sys.stdout), flush=True)
 
     def _row_events(self, row: Row) -> None:
         if self._events:
@@ -251,7 +267,7 @@ class Log:
 
     def _open_bar(self, stack: contextlib.ExitStack) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         output: Any = Output(sys.stdout)
         console = Console(file=output)
@@ -260,10 +276,12 @@ class Log:
         ):  # one that cannot redraw a line would show no bar
             return
         text = TextColumn("{task.description}")
-        left = (TimeElapsedColumn(), TextColumn("of which left"), TimeRemainingColumn())
+        remaining = TextColumn("{task.fields[left]}", style="progress.remaining")
+        left = (TimeElapsedColumn(), TextColumn("of which left"), remaining)
         bar = Progress(text, BarColumn(), *left, console=console)
         self._bar = stack.enter_context(bar)
-        self._task = bar.add_task("compiling", total=self.settings["steps"], completed=self._steps_taken())
+        total, done = self.settings["steps"], self._steps_taken()
+        self._task = bar.add_task("compiling", total=total, completed=done, left=_clock(math.nan))
         stack.callback(setattr, self, "_bar", None)
 
     def _steps_taken(self) -> int:
@@ -278,7 +296,7 @@ class Log:
                 f" {name} {value:.4g}" for name, value in self.history[-1].items() if name not in skip
             )
         per_second = f"{self.tokens * rate:,.0f} tokens/s" if self.tokens else f"{rate:,.0f} examples/s"
-        self._bar.update(self._task, advance=n, description=f"{text} {per_second}")
+        self._bar.update(self._task, advance=n, description=f"{text} {per_second}", left=_clock(self.left()))
 
 
 def _rows(folder: Path | None, name: str) -> Rows | list[Row]:
@@ -313,8 +331,19 @@ def refuse_names(names: Iterable[str], what: str, others: Iterable[str] = ()) ->
         )
 
 
-def _line(row: dict[str, Any], steps: int) -> str:
-    left = row["seconds"] / row["step"] * (steps - row["step"])
+def _clock(seconds: float) -> str:
+    """Return a time as hours, minutes and seconds, as the bar has them.
+
+    >>> _clock(3723.4), _clock(math.nan)
+    ('1:02:03', '-:--:--')
+    """
+    if not math.isfinite(seconds):
+        return "-:--:--"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def _line(row: Row, steps: int, left: float) -> str:
     named = " ".join(f"{name} {value:.4f}" for name, value in row.items() if name not in NOT_METRICS)
     rates = {"tokens/s": row.get("tokens_per_second"), "examples/s": row["examples_per_second"]}
     rate = next(f"{rate:,.0f} {unit}" for unit, rate in rates.items() if rate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,6 +47,20 @@ class Source:
     def row(self, step: int) -> int:
         """Return the row of that order that a step uses."""
         return step % self.order_steps if self.order_steps else 0
+
+    def placed(self, mesh: jax.sharding.Mesh) -> Source:
+        """Return the source with its arrays on all devices of a mesh, once and not in each chunk of steps."""
+        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        devices = everywhere.device_set
+
+        def place(leaf: Any) -> Any:
+            if not isinstance(leaf, (jax.Array, np.ndarray)):
+                return leaf
+            there = isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices
+            return leaf if there else jax.device_put(leaf, everywhere)
+
+        order = functools.lru_cache(maxsize=2)(lambda epoch: jax.tree.map(place, self.order(epoch)))
+        return dataclasses.replace(self, arrays=jax.tree.map(place, self.arrays), order=order)
 
 
 def source_of(data: Any, batch_size: int, seed: int) -> Source:

@@ -16,7 +16,8 @@ from safetensors import safe_open
 
 import gradfn as gf
 from gradfn.train import fit as fit_module  # the function of that name hides the module
-from gradfn.train.source import take_rows
+from gradfn.train.log import Log
+from gradfn.train.source import Source, take_rows
 
 pytestmark = pytest.mark.optimised
 
@@ -147,6 +148,31 @@ def test_many_devices_share_a_batch():
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), shared.params, train(12).params
     )
     assert len(shared.params["W1"].devices()) == 8
+
+
+def test_data_are_placed_on_a_mesh_once(monkeypatch):
+    """Every chunk gets arrays that lie on all devices, which it need not copy; the result is that of before."""
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    calls, chunks = [], module.chunks
+
+    def watched(loss, optimizer, source, mesh):
+        run = chunks(loss, optimizer, source, mesh)
+
+        def advance(state, order, *rest):
+            calls.append(jax.tree.leaves((source.arrays, order)))
+            return run.advance(state, order, *rest)
+
+        return run._replace(advance=advance)
+
+    monkeypatch.setattr(module, "chunks", watched)
+    shared = train(12, mesh=mesh)
+    assert len(calls) >= 3
+    assert all(len(leaf.devices()) == 2 for leaves in calls for leaf in leaves)
+    assert all(
+        a is b for leaves in calls for a, b in zip(leaves[:2], calls[0][:2], strict=True)
+    )  # the same arrays
+    monkeypatch.setattr(Source, "placed", lambda source, mesh: source)
+    assert_same(train(12, mesh=mesh).state.params, shared.state.params)
 
 
 @pytest.mark.parametrize("shape", [[20], [20, 3], [20, 2, 2]])
@@ -344,6 +370,42 @@ def test_lines_where_there_is_no_terminal(capsys):
     assert lines[1].startswith("step 20/20 loss 0.")
     assert "accuracy 0.5000" in lines[1]
     assert lines[1].endswith("0.0 s left")
+
+
+def test_what_is_left_includes_evaluations_and_the_rest(monkeypatch, capsys):
+    """At the half of a run it is what then follows, to 30 %, though nearly all of the time goes beside the steps."""
+    clock = {"now": 1000.0}
+    monkeypatch.setattr("gradfn.train.log.time.monotonic", lambda: clock["now"])
+
+    def evaluate(params):
+        clock["now"] += 9.0
+        ends.append(clock["now"])
+        return {}
+
+    look = Log.inspection
+    monkeypatch.setattr(Log, "inspection", lambda *args: (clock.update(now=clock["now"] + 2.0), look(*args)))
+    monkeypatch.setattr(
+        Log, "begin", lambda log, step, begin=Log.begin: (clock.update(now=5000.0), begin(log, step))
+    )
+    ends = []
+    train(40, progress=True, eval_every=10, inspect_every=5, evaluate=evaluate)
+    lines = capsys.readouterr().out.splitlines()
+    left = [float(line.split(" s, ")[-1].removesuffix(" s left").replace(",", "")) for line in lines]
+    assert left[1] == pytest.approx(ends[3] - ends[1], rel=0.3)
+    assert left[3] == 0
+
+
+def test_what_is_left_is_told_by_this_process_alone(monkeypatch):
+    clock = {"now": 50.0}
+    monkeypatch.setattr("gradfn.train.log.time.monotonic", lambda: clock["now"])
+    log = Log(None, {"steps": 100, "batch_size": 1, "seed": 0, "eval_every": 10}, None, False, None)
+    assert np.isnan(log.left())
+    log.history.append({"step": 60})  # of the process before
+    log.begin(60)
+    assert np.isnan(log.left())
+    clock["now"] += 4.0
+    log.steps({"loss": np.zeros(8)}, 1, 0.1)
+    assert log.left() == pytest.approx(4.0 / 8 * 32)
 
 
 def test_a_bar_where_there_is_one(monkeypatch, capsys):
