@@ -177,8 +177,9 @@ def tokenize(path: str | os.PathLike[str], to: str | os.PathLike[str], tokens: s
     dtype = np.lib.format.dtype_to_descr(coder.encode("").dtype)
     np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": (length,)})
     digest, written = hashlib.sha256(header.getvalue()), 0
-    # Under their own names the files appear whole: a map of the old tokens in memory stays as it was.
-    with replacing(_beside(target)) as about, replacing(target) as out:
+    # Under their own names the files appear whole: a map of the old tokens in memory stays as it was. The tokenizer
+    # gets its name first: a process that is killed in between leaves what the next call knows as its own.
+    with replacing(target) as out, replacing(_beside(target)) as about:
         out.write(header.getvalue())
         for piece in encoded:
             out.write(piece.data)

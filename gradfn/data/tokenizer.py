@@ -11,6 +11,8 @@ import numpy as np
 
 from gradfn.data.dataset import DataError
 
+PART = 1 << 20  # characters that are looked up at a time
+
 
 class TokenizerFile(TypedDict):
     """What files hold of a tokenizer: `Tokenizer.to_dict`."""
@@ -118,9 +120,11 @@ def characters(*texts: str) -> Tokenizer:
     >>> letters.symbols, letters.encode("hole").tolist(), letters.decode([1, 3, 2, 0])
     ('ehlo', [1, 3, 2, 0], 'hole')
     """
-    points = np.unique(
-        np.concatenate([np.zeros(0, np.uint32), *(np.unique(_points(text)) for text in texts)])
-    )
+    seen = np.zeros(0x110000, bool)  # by code point
+    for text in texts:
+        for at in range(0, len(text), PART):
+            seen[_points(text[at : at + PART])] = True
+    points = np.flatnonzero(seen)
     if not len(points):
         raise DataError("there are no characters in an empty text")
     symbols = "".join(map(chr, points))
@@ -130,6 +134,13 @@ def characters(*texts: str) -> Tokenizer:
     table[points] = np.arange(len(points))
 
     def encode(text: str) -> np.ndarray:
+        tokens = np.empty(len(text), _dtype(len(points)))
+        for at in range(0, len(text), PART):
+            part = text[at : at + PART]
+            tokens[at : at + PART] = encode_part(part)
+        return tokens
+
+    def encode_part(text: str) -> np.ndarray:
         tokens = table[np.minimum(_points(text), np.uint32(len(table) - 1))]
         unknown = np.flatnonzero(tokens < 0)
         if len(unknown):
@@ -137,7 +148,7 @@ def characters(*texts: str) -> Tokenizer:
                 f"the character {text[unknown[0]]!r} is not among the {len(points)} that the text is made of: "
                 f"{symbols!r:.200}. Leave it out, or train with tokens=bytes, which knows every text"
             )
-        return tokens.astype(_dtype(len(points)))
+        return tokens
 
     return Tokenizer("characters", len(points), encode, lambda token: pieces[token], symbols)
 

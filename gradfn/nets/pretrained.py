@@ -163,7 +163,8 @@ def save_pretrained(folder: str | os.PathLike[str], config: GPTConfig, params: P
     _check_replaceable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     fields |= {"architectures": [family.architecture], "dtype": str(dtype), "model_type": family.name}
-    with replacing(folder / "config.json") as described, replacing(folder / SINGLE) as weights:
+    # The config gets its name first: weights without one would count as somebody else's.
+    with replacing(folder / SINGLE) as weights, replacing(folder / "config.json") as described:
         described.write((json.dumps(fields, indent=2) + "\n").encode())
         write_tensors(weights, tensors, {"format": "pt"})
     for stale in [folder / INDEX, *folder.iterdir()]:

@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import tracemalloc
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -376,6 +377,28 @@ def test_a_full_disk_leaves_the_old_tokens(tmp_path, monkeypatch):
     data = gf.data.text(file, validation=0)
     assert data.tokenizer.decode(data.train) == "abcabc"
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.txt", "b.txt", "t.npy", "t.npy.tokenizer.json"]
+
+
+def test_what_a_killed_process_left_is_tokenized_again(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("abcabc")
+    (tmp_path / "b.txt").write_text("dcbdcb")
+    rename = Path.replace
+    for source, renames in (("a.txt", 1), ("a.txt", 2), ("b.txt", 1)):
+        done = []
+
+        def replace(part, to, done=done, renames=renames):
+            if len(done) == renames:
+                raise KeyboardInterrupt
+            done.append(rename(part, to))
+
+        monkeypatch.setattr(Path, "replace", replace)
+        with contextlib.suppress(KeyboardInterrupt):
+            gf.data.tokenize(tmp_path / source, tmp_path / "t.npy")
+        monkeypatch.undo()
+    with pytest.raises(DataError, match=r"t\.npy: damaged, or not what t\.npy\.tokenizer\.json describes"):
+        gf.data.text(tmp_path / "t.npy")  # the new tokenizer, as many old tokens
+    data = gf.data.text(gf.data.tokenize(tmp_path / "b.txt", tmp_path / "t.npy"), validation=0)
+    assert data.tokenizer.decode(data.train) == "dcbdcb"
 
 
 # More than 2**31 tokens

@@ -45,6 +45,16 @@ def test_characters_are_in_order_and_dtypes_small():
     assert gf.data.characters("".join(map(chr, range(300)))).encode("a").dtype == np.uint16
 
 
+def test_characters_of_long_texts_are_looked_up_in_parts(monkeypatch):
+    monkeypatch.setattr(sys.modules["gradfn.data.tokenizer"], "PART", 3)
+    text = "aébcé中\U0001f600dd"
+    coder = gf.data.characters(text, "z")
+    assert coder.symbols == "".join(sorted({*text, "z"}))
+    assert coder.encode(text).tolist() == [coder.symbols.index(letter) for letter in text]
+    with pytest.raises(DataError, match="the character 'q' is not among"):
+        coder.encode(text + "q")
+
+
 @pytest.mark.parametrize("text", ["x", "é", "\U0001f600", "\udc80"])
 def test_an_unknown_character_is_named(text):
     with pytest.raises(DataError, match="is not among the 3 that the text is made of: 'abc'"):
