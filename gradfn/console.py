@@ -16,6 +16,11 @@ SIGNALS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"
 ENDED = {128 + getattr(signal, name): said for name, said in SIGNALS.items() if hasattr(signal, name)}
 
 
+def numbers() -> list[int]:
+    """Return the numbers of `SIGNALS` that this system has."""
+    return [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+
+
 def stop(number: int, frame: FrameType | None = None) -> NoReturn:
     """Handle a signal as Python does Ctrl-C, by an exception (SystemExit for the others); the next one ends at once."""
     handle(stop_at_once)
@@ -41,8 +46,7 @@ def handle(handler: Handler) -> dict[int, Any]:
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
-    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: signal.getsignal(number) for number in numbers()}
     before = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
     for number in before:
         signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C, a notebook's interrupt) and SIGTERM, at a moment when a run can stop."""
+"""SIGINT (Ctrl-C, a notebook's interrupt), SIGTERM and SIGHUP, at a moment when a run can stop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from gradfn import console
 
 
 class Stop:
@@ -44,12 +44,13 @@ def deferred(active: bool) -> Iterator[Stop]:
 
     Raises:
         KeyboardInterrupt: at the block's end, for SIGINT.
-        SystemExit: for SIGTERM, with the code 143; the program's own handler is called first, where it has one.
+        SystemExit: for SIGTERM and SIGHUP, with 128 more than their number; the program's own handler is called
+            first, where it has one.
     """
     stop, previous = Stop(), {}
     main = threading.current_thread() is threading.main_thread()
     try:
-        for number in SIGNALS if active and main else ():
+        for number in console.numbers() if active and main else ():
             handler = signal.getsignal(number)
             if handler not in (None, signal.SIG_IGN):
                 previous[number] = handler
@@ -59,10 +60,11 @@ def deferred(active: bool) -> Iterator[Stop]:
         for number, handler in previous.items():
             signal.signal(number, handler)
     if stop.signal is not None:
-        if stop.message:
+        # The command line tells how to go on in its own words.
+        if stop.message and previous[stop.signal] is not console.stop:
             with contextlib.suppress(OSError, ValueError):  # a closed pipe must not replace the signal
                 print(stop.message, file=sys.stderr, flush=True)
-        _call(previous[stop.signal], stop.signal)  # type: ignore[index]
+        _call(previous[stop.signal], stop.signal)
         raise _end(stop.signal)
 
 
