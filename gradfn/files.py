@@ -316,10 +316,13 @@ def owned(folder: Path) -> Iterator[None]:
     A process may own a folder several times over, in one thread.
 
     Raises:
-        FileError: another process (or thread) owns it, or it cannot be locked.
+        FileError: another process (or thread) owns it, or its lock is a link.
+        OSError: it cannot be locked (the folder is read-only, say); it names the file.
     """
     import filelock
 
+    if (folder / LOCK).is_symlink():
+        raise FileError(f"{folder / LOCK}: is a link, where a file is expected; remove it")
     # By its real path: a relative one may name another folder once the process has changed its own.
     lock = filelock.FileLock(Path(os.path.realpath(folder)) / LOCK, timeout=0, is_singleton=True)
     try:
@@ -329,7 +332,7 @@ def owned(folder: Path) -> Iterator[None]:
             f"{folder}: is in use by another run; wait for its end, or name another folder"
         ) from error
     except OSError as error:
-        raise FileError(f"{folder / LOCK}: cannot be locked ({error.strerror})") from error
+        raise OSError(error.errno, error.strerror, str(folder / LOCK)) from error
     try:
         yield
     finally:
