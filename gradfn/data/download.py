@@ -1,7 +1,9 @@
 """Download checked files, whole or not at all, within limits of size and time."""
 
+import contextlib
 import http.client
 import queue
+import socket
 import threading
 import time
 import urllib.error
@@ -9,7 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradfn.data.dataset import DataError
 from gradfn.files import replacing
@@ -86,8 +88,10 @@ def fetch(address: str, limit: int, progress: Callable[[int, int | None], None])
     # In a thread of its own, since nothing else ends a wait that one byte now and then prolongs (in the names'
     # look-up, the handshake, the headers or the body). No piece that waits here is beyond the limit.
     pieces: queue.Queue[bytes | int | Exception | None] = queue.Queue()
-    abandoned = threading.Event()
-    threading.Thread(target=receive, args=(address, limit, pieces, abandoned), daemon=True).start()
+    connections = Connections()
+    threading.Thread(
+        target=receive, args=(address, limit, pieces, connections), name="download", daemon=True
+    ).start()
     start, done, total = time.monotonic(), 0, None
     progress(done, total)
     try:
@@ -115,22 +119,57 @@ def fetch(address: str, limit: int, progress: Callable[[int, int | None], None])
                 yield piece
             progress(done, total)
     finally:
-        abandoned.set()
+        connections.close()
     # http.client raises for a short body only when it is read in one go.
     if total is not None and done != total:
         raise DataError(f"{address}: the download was cut off: {done:,} of {total:,} bytes")
 
 
-def receive(address: str, limit: int, pieces: "queue.Queue", abandoned: threading.Event) -> None:
+class Connections:
+    """The connections of a download, to close them from another thread: what waits for them then ends."""
+
+    def __init__(self) -> None:
+        self.sockets: list[socket.socket] = []
+        self.closed = False
+
+    def of(self, kind: Any) -> Any:
+        """Return a class of http.client's connections that are noted here."""
+
+        def connect(connection: Any) -> None:
+            kind.connect(connection)
+            self.sockets.append(connection.sock)
+            if self.closed:
+                self.close()
+
+        return type("Connection", (kind,), {"connect": connect})
+
+    def close(self) -> None:
+        """Close those that there are, and those that come."""
+        self.closed = True
+        for connection in self.sockets:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+def receive(address: str, limit: int, pieces: "queue.Queue", connections: Connections) -> None:
     """Put the pieces of a body into a queue: its length where the server says it, bytes, None at its end.
 
     What is raised goes into the queue too. No more is received than shows that the body exceeds the limit.
     """
+
+    class Http(urllib.request.HTTPHandler):
+        def http_open(self, request: Any) -> Any:
+            return self.do_open(connections.of(http.client.HTTPConnection), request)
+
+    class Https(urllib.request.HTTPSHandler):
+        def https_open(self, request: Any) -> Any:
+            return self.do_open(connections.of(http.client.HTTPSConnection), request)
+
     opener = urllib.request.OpenerDirector()  # without the handlers of file:, ftp: and data:
     for handler in (
         urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
+        Http,
+        Https,
         urllib.request.HTTPDefaultErrorHandler,
         urllib.request.HTTPRedirectHandler,
         urllib.request.HTTPErrorProcessor,
@@ -148,7 +187,7 @@ def receive(address: str, limit: int, pieces: "queue.Queue", abandoned: threadin
                 pieces.put(int(length))
             done = 0
             # One read of the connection at a time: `read` would wait until the piece is full.
-            while done <= limit and not abandoned.is_set() and (piece := response.read1(CHUNK)):
+            while done <= limit and not connections.closed and (piece := response.read1(CHUNK)):
                 done += len(piece)
                 pieces.put(piece)
         pieces.put(None)

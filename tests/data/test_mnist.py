@@ -410,6 +410,7 @@ def test_a_body_without_end_is_refused_at_the_files_size(server, kind, monkeypat
     )
     assert len(server.asked) == 1
     assert server.sent < 16 << 20  # and that in buffers of the system
+    wait_for_downloads()
 
 
 def test_a_length_that_is_not_a_number_or_too_short_or_too_long(server):
@@ -433,23 +434,40 @@ def test_a_length_that_is_not_a_number_or_too_short_or_too_long(server):
         expect_failure(server, message)
 
 
-def trickle(handler, start):
+def trickle(handler, start, piece):
     handler.wfile.write(start)
-    write_for(handler, 20, b"x", pause=0.05)
+    write_for(handler, 20, piece, pause=0.05)
 
 
-@pytest.mark.parametrize(
-    "start", [b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 9000\r\n\r\n"]
-)
-def test_a_trickle_ends_after_a_time(server, start, monkeypatch):
+TRICKLES = {
+    "status": (b"", b"x"),
+    "continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "header": (b"HTTP/1.1 200 OK\r\nX: ", b"x"),
+    "body": (b"HTTP/1.1 200 OK\r\nContent-Length: 9000\r\n\r\n", b"x"),
+    "chunks": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+    "chunk": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;", b"x"),
+}
+
+
+def wait_for_downloads():
+    """Wait until no thread downloads, or fail."""
+    end = time.monotonic() + 2
+    while any(thread.name == "download" for thread in threading.enumerate()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("kind", TRICKLES)
+def test_a_trickle_ends_after_a_time(server, kind, monkeypatch):
     download = importlib.import_module("gradfn.data.download")
     monkeypatch.setattr(download, "TIMEOUT", 0.3)
-    server.attack = lambda handler: trickle(handler, start)
+    server.attack = lambda handler: trickle(handler, *TRICKLES[kind])
     began = time.monotonic()
     expect_failure(
         server, r"too slow: \d bytes in \d s, expected 10,000 bytes a second after the first 0\.3 s"
     )
     assert time.monotonic() - began < 2
+    wait_for_downloads()
 
 
 def test_a_body_that_is_slow_but_not_too_slow_is_received(server, monkeypatch):
