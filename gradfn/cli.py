@@ -17,7 +17,6 @@ import itertools
 import re
 import shlex
 import sys
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from itertools import dropwhile, takewhile
 from pathlib import Path
@@ -277,7 +276,6 @@ def _run(file: Path, words: list[str], command: str) -> int:
     def has_begun() -> bool:
         return bool(config and config.folder and (Path(config.folder) / runs.CONFIG).exists())
 
-    hook, threading.excepthook = threading.excepthook, _silent_on_disk_errors
     with optional("stdout"):
         try:
             module = _load(file)
@@ -302,7 +300,6 @@ def _run(file: Path, words: list[str], command: str) -> int:
             folder = shlex.quote(str(config.folder))
             return _fail(f"{ENDED[code]}; to go on: {command} --resume --folder {folder}", code)
         finally:
-            threading.excepthook = hook
             if config and config.folder:
                 runs.disown(config.folder)
     return 0
@@ -313,12 +310,6 @@ def _told(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)
-
-
-def _silent_on_disk_errors(failure: threading.ExceptHookArgs) -> None:
-    """Leave a full disk to the main thread, which meets it too: TensorBoard's events are written in another."""
-    if not isinstance(failure.exc_value, OSError):
-        threading.__excepthook__(failure)
 
 
 def _load(file: Path) -> ModuleType:

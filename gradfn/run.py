@@ -228,7 +228,7 @@ def begun(folder: Path) -> datetime:
     """Return when a run began; for one of an earlier version, when its options were written."""
     try:
         return datetime.fromisoformat(str(read_versions(folder)[BEGUN])).astimezone(UTC)
-    except (ValueError, KeyError, OverflowError):
+    except (ValueError, KeyError, OSError, OverflowError):
         file = folder / CONFIG
         seconds = (file if os.path.lexists(file) else folder).lstat().st_mtime
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CONSOLE_SCRIPT = "import sys; from gradfn.cli import main; sys.exit(main())"
+CONSOLE_SCRIPT = "import sys; from gradfn.__main__ import main; sys.exit(main())"
 COMMANDS = {
     "console script": [sys.executable, "-c", CONSOLE_SCRIPT, "run", "digits"],
     "module": [sys.executable, "-m", "gradfn", "run", "digits"],

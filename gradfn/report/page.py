@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from gradfn.files import replace_file
+from gradfn.files import open_regular, replace_file
 from gradfn.report.charts import MAX_COLUMNS, Line, heat_map, line_chart, log_bounds, short
 from gradfn.report.curve import Curve
 from gradfn.report.digit_net import DigitNet
@@ -94,7 +95,7 @@ def write_report(
             existing file that is not a page of gradfn.
     """
     kept = [read_run(run) for run in runs]
-    if out is not None and Path(out).is_file() and GENERATOR not in _beginning(Path(out)):
+    if out is not None and os.path.lexists(out) and GENERATOR not in _beginning(Path(out)):
         raise RunError(f"{out}: already exists and is not a page that gradfn wrote. Name another file")
     if out is None:
         name = "report.html" if len(kept) == 1 else f"against-{_name(kept[1])}.html"
@@ -159,7 +160,10 @@ def page(kept: Sequence[Kept], about: Mapping[str, About] = {}) -> str:
 
 
 def _beginning(file: Path) -> bytes:
-    with file.open("rb") as content:
+    """Return the first bytes of a file; none of what is not one, a folder or a device."""
+    if not file.is_file():
+        return b""
+    with open_regular(file) as content:
         return content.read(4096)
 
 

@@ -249,6 +249,12 @@ def test_no_file_of_somebody_else_is_written_over(tmp_path):
     with pytest.raises(RunError, match=r"thesis\.html: already exists and is not a page that gradfn wrote"):
         write_report([folder], mine)
     assert mine.read_text() == "<html>mine</html>"
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(mine)
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("pipe", "link", "dangling", "run"):  # as root, /dev/null could be replaced
+        with pytest.raises(RunError, match=f"{name}: already exists"):
+            write_report([folder], tmp_path / name)
     file = write_report([folder], tmp_path / "new.html")
     assert write_report([folder], file) == file
 
