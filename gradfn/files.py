@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -26,6 +27,7 @@ BLOCK = 1 << 18  # bytes of a file of rows that are read at once
 OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 MESSAGE_LIMIT = 2000  # characters
 PART = ".part"  # how names of unfinished files end
+IDLE = 3600.0  # seconds after which nobody can be writing an unfinished file any more
 
 
 class FileError(ValueError):
@@ -84,11 +86,19 @@ def replace_file(file: str | os.PathLike[str], data: bytes) -> None:
         out.write(data)
 
 
-def remove_parts(folder: Path, name: str) -> None:
-    """Remove what killed processes left of a file while they were replacing it."""
+def remove_parts(folder: Path, name: str, idle: float = 0.0) -> None:
+    """Remove what killed processes left of a file while they were replacing it.
+
+    Args:
+        folder: where the file is.
+        name: of the file.
+        idle: seconds for which nobody has written to what is removed; 0 where nobody else can be writing.
+    """
     for part in folder.iterdir():
         if re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{16}}{re.escape(PART)}", part.name):
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if not idle or time.time() - part.lstat().st_mtime >= idle:
+                    part.unlink()
 
 
 def inner_folder(folder: Path, name: str) -> Path:

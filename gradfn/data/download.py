@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradfn.data.dataset import DataError
-from gradfn.files import replacing
+from gradfn.files import IDLE, remove_parts, replacing
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -52,6 +52,7 @@ def download(sources: Mapping[str, Wanted], check: Callable[[str, Path], None], 
             task = progress.add_task(file.name, total=None)
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
+                remove_parts(file.parent, file.name, IDLE)
                 with replacing(file) as out:
                     for piece in fetch(address, limit, partial(show, progress, task)):
                         out.write(piece)

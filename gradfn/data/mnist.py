@@ -51,7 +51,8 @@ def mnist(
         A `Dataset`: images [N, 784] float32 from 0 (paper) to 1 (ink), row after row; labels [N] int32.
 
     Raises:
-        DataError: a file is missing, damaged, swapped with another or not MNIST's, or cannot be downloaded;
+        DataError: a file is missing, damaged, swapped with another or not MNIST's, or cannot be downloaded: the
+            mirror is not reached, sends more than the file can have, or less than 10,000 bytes a second;
         ValueError: `validation` is not in 0 ... 59,999.
 
     The data: Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, Gradient-based learning applied to document

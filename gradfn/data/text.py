@@ -17,7 +17,7 @@ import numpy as np
 from gradfn.data.dataset import DataError, data_errors
 from gradfn.data.file_tokens import READ, FileTokens, decoded, file_tokens
 from gradfn.data.tokenizer import Tokenizer, TokenizerFile, tokenizer, tokenizer_from, utf8_bytes
-from gradfn.files import FileError, open_regular, read_json, replacing
+from gradfn.files import IDLE, FileError, open_regular, read_json, remove_parts, replacing
 
 PIECE = 1 << 24  # characters that tiktoken gets at a time
 IN_MEMORY = 1 << 28  # bytes of tokens; those of larger texts stay in the file
@@ -164,6 +164,8 @@ def tokenize(path: str | os.PathLike[str], to: str | os.PathLike[str], tokens: s
     with data_errors():
         open_regular(source).close()
     _check_writable(source, target)
+    for file in (target, _beside(target)):
+        remove_parts(file.parent, file.name, IDLE)
     if tokens == "characters":
         found, _ = file_tokens(source)
         coder, length, encoded = found.coder, len(found), found.pieces()

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradfn.files import FileError, beside, read_json, replacing
+from gradfn.files import IDLE, FileError, beside, read_json, remove_parts, replacing
 from gradfn.nets.gpt import GPTConfig, gpt
 from gradfn.params import Params, check
 from gradfn.tensors import NAMES, Tensor, is_stored, open_tensors, write_tensors
@@ -162,6 +162,8 @@ def save_pretrained(folder: str | os.PathLike[str], config: GPTConfig, params: P
     folder = Path(folder)
     _check_replaceable(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", SINGLE):
+        remove_parts(folder, name, IDLE)
     fields |= {"architectures": [family.architecture], "dtype": str(dtype), "model_type": family.name}
     # The config gets its name first: weights without one would count as somebody else's.
     with replacing(folder / SINGLE) as weights, replacing(folder / "config.json") as described:

@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 from unittest import mock
@@ -399,6 +400,17 @@ def test_what_a_killed_process_left_is_tokenized_again(tmp_path, monkeypatch):
         gf.data.text(tmp_path / "t.npy")  # the new tokenizer, as many old tokens
     data = gf.data.text(gf.data.tokenize(tmp_path / "b.txt", tmp_path / "t.npy"), validation=0)
     assert data.tokenizer.decode(data.train) == "dcbdcb"
+
+
+def test_parts_of_killed_processes_go_and_those_of_others_at_work_stay(tmp_path):
+    (tmp_path / "a.txt").write_text("abcabc")
+    names = [f".{name}.{'0' * 15}{i}.part" for name in ("t.npy", "t.npy.tokenizer.json") for i in (1, 2)]
+    for name in [*names, ".another.part"]:
+        (tmp_path / name).write_text("a part")
+        age = 7200 if name != names[0] else 60
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    gf.data.tokenize(tmp_path / "a.txt", tmp_path / "t.npy")
+    assert {file.name for file in tmp_path.glob(".*")} == {names[0], ".another.part"}
 
 
 # More than 2**31 tokens
