@@ -1,14 +1,16 @@
 """The benchmarks' own machinery, and that the hand-written contenders do the same work. Nothing here is timed."""
 
 import json
+import os
 import statistics
+import time
 
 import jax
 import numpy as np
 import pytest
 
 import gradfn as gf
-from benchmarks import fit_mnist, gpt_step, harness
+from benchmarks import fit_mnist, gpt_step, harness, saving
 
 
 def test_everyone_takes_turns():
@@ -208,3 +210,24 @@ def test_contenders_of_the_gpt_that_are_not_installed_are_skipped(gpt_task, monk
     ready, skipped = gpt_step.steps(gpt_task, ["raw", "other"])
     assert list(ready) == ["raw"]
     assert skipped == {"other": "nowhere is not installed"}
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="measures memory as Linux tells it")
+def test_saving_is_measured(tmp_path, capsys):
+    saving.main(["--folder", str(tmp_path), "--gigabytes", "0.05", "--chunk", "0.01"])
+    printed = capsys.readouterr().out
+    for text in ("a state of 0.05 GB in 100 arrays", "safetensors, all at once", "gradfn, loading"):
+        assert text in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="measures memory as Linux tells it")
+def test_memory_that_was_freed_again_is_measured():
+    def act():
+        content = np.ones(10**8, np.uint8)
+        time.sleep(0.1)
+        return float(len(content))
+
+    result, peak = saving.peak_memory(act)
+    assert result == 1e8
+    assert 0.9e8 < peak < 2e8

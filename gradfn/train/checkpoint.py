@@ -80,7 +80,8 @@ def load(file: Path, like: Any, rest: bool = False, form: type = dict) -> tuple[
                 raise CheckpointError(f"{file}: holds {few} too; it is of another network or optimizer")
 
             def restore(path: tuple[Any, ...], leaf: Any) -> jax.Array:
-                return _restored(content.get_tensor(path_name(path)), leaf)
+                # Waited for, so that its copy from the file goes before the next one comes.
+                return jax.block_until_ready(_restored(content.get_tensor(path_name(path)), leaf))
 
             return jax.tree_util.tree_map_with_path(restore, like), notes
     except CheckpointError:

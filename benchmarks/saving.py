@@ -1,0 +1,133 @@
+"""What a checkpoint of a large state costs: seconds, memory beside the state, and how long training waits for it.
+
+    python -m benchmarks.saving --folder FOLDER    # on the disk that is to be measured; needs twice the state's size
+
+The state has 100 arrays. gradfn writes an array at a time; safetensors' own writer of bytes, which gradfn used before,
+needs all of them at once. Memory is what the process has beyond the state, of its own (`RssAnon` of Linux).
+"""
+
+import argparse
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from rich.console import Console
+from rich.table import Table
+
+from gradfn.files import replace_file
+from gradfn.train import checkpoint
+from gradfn.train.log import Log
+from gradfn.train.saver import Saver
+
+ARRAYS = 100
+
+
+class Cost(NamedTuple):
+    """What one way of saving or loading cost."""
+
+    name: str
+    seconds: float
+    memory: float  # beside the state, as a part of its size
+    waited: float  # seconds that training stood still
+
+
+def state_of(size: int) -> dict[str, jax.Array]:
+    """Return a state of so many bytes."""
+    return {f"w{i:03}": jnp.full([size // ARRAYS // 4], float(i)) for i in range(ARRAYS)}
+
+
+def costs(folder: Path, size: int, chunk: float) -> Iterator[Cost]:
+    """Yield the costs of each way.
+
+    Args:
+        folder: where to write.
+        size: of the state, bytes.
+        chunk: seconds that a chunk of steps takes, which runs while a checkpoint is written.
+    """
+    file, state = folder / "checkpoint.safetensors", jax.block_until_ready(state_of(size))
+
+    def at_once() -> float:
+        began = time.monotonic()
+        replace_file(file, safetensors.numpy.save({name: np.array(leaf) for name, leaf in state.items()}))
+        return time.monotonic() - began
+
+    def by_array() -> float:
+        began = time.monotonic()
+        checkpoint.save(file, state, {})
+        return time.monotonic() - began
+
+    def in_background() -> float:
+        log = Log(folder, {"steps": 1, "batch_size": 1, "seed": 0, "eval_every": 1}, None, False, None)
+        with Saver(log, 0.0) as saver:
+            began = time.monotonic()
+            saver.save(1, state)  # type: ignore[arg-type]
+            time.sleep(chunk)
+            saver.wait()
+            return time.monotonic() - began - chunk
+
+    def load() -> float:
+        began = time.monotonic()
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+        jax.block_until_ready(checkpoint.load(file, shapes))
+        return time.monotonic() - began
+
+    for name, act, new in (
+        ("safetensors, all at once", at_once, 0),
+        ("gradfn", by_array, 0),
+        (f"gradfn, beside {chunk:g} s of steps", in_background, 0),
+        ("gradfn, loading", load, size),
+    ):
+        began = time.monotonic()
+        waited, peak = peak_memory(act)
+        yield Cost(name, time.monotonic() - began, (peak - new) / size, waited)
+    file.unlink()
+
+
+def peak_memory(act: Callable[[], float]) -> tuple[float, int]:
+    """Return what a function returns, and by how many bytes the process grew meanwhile."""
+    start, peak, done = own_memory(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, own_memory() - start)
+            time.sleep(0.005)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        return act(), max(peak, own_memory() - start)
+    finally:
+        done.set()
+        watching.join()
+
+
+def own_memory() -> int:
+    """Return the bytes of memory that are the process's own."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--folder", type=Path, default=Path())
+    parser.add_argument("--gigabytes", type=float, default=1.4, help="of the state")
+    parser.add_argument("--chunk", type=float, default=1.0, help="seconds of a chunk of steps")
+    options = parser.parse_args(arguments)
+    size = int(options.gigabytes * 1e9)
+    title = f"a state of {size / 1e9:g} GB in {ARRAYS} arrays, {os.cpu_count()} processors"
+    table = Table("", "seconds", "memory / state", "training waits, s", title=title)
+    for cost in costs(options.folder, size, options.chunk):
+        table.add_row(cost.name, *(f"{figure:.2f}" for figure in cost[1:]))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
