@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from gradfn import cli, sample
+from gradfn.report import page
+from tests.test_cli import EXPERIMENT
+
 ROOT = Path(__file__).parents[1]
 CONSOLE_SCRIPT = "import sys; from gradfn.__main__ import main; sys.exit(main())"
 COMMANDS = {
@@ -17,6 +21,7 @@ COMMANDS = {
     "module": [sys.executable, "-m", "gradfn", "run", "digits"],
     "script": [sys.executable, "experiments/digits.py"],
 }
+KILL = "import signal; signal.raise_signal(%d)"
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
@@ -81,6 +86,45 @@ def test_a_run_goes_on_as_the_line_says(tmp_path):
     assert f"going on in {tmp_path / 'run'}\n" in iter(process.stdout.readline, "")
     process.send_signal(signal.SIGINT)
     ended(process, signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_signals_in_each_command(tmp_path, monkeypatch, capsys, number):
+    """In a process that goes on: the exit code, one line, and the handlers that it had before."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "echo.py").write_text(
+        EXPERIMENT.replace("raise KeyboardInterrupt", KILL % number), encoding="utf-8"
+    )
+    monkeypatch.setattr(cli, "experiments", lambda: {"echo": tmp_path / "echo.py"})
+    monkeypatch.setattr(page, "write_report", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr(sample, "load_model", lambda *_: signal.raise_signal(number))
+    before = [signal.getsignal(each) for each in CODES]
+    said = {130: "interrupted", 143: "terminated", 129: "hung up"}[CODES[number]]
+    for words, line in {
+        (
+            "run",
+            "echo",
+            "--hidden",
+            "13",
+            "--folder",
+            "a",
+        ): f"{said}; to go on: gradfn run echo --resume --folder a\n",
+        ("report", "run"): f"gradfn: {said}\n",
+        ("sample", "run"): f"gradfn: {said}\n",
+    }.items():
+        assert cli.main(words) == CODES[number]
+        assert capsys.readouterr().err == line
+    assert [signal.getsignal(each) for each in CODES] == before
+
+
+def test_an_exit_code_of_an_experiment_is_that_of_the_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "experiments", lambda: {"echo": tmp_path / "echo.py"})
+    for code, expected in (("None", 0), ("3", 3), ("'no luck'", 1)):
+        text = EXPERIMENT.replace("raise KeyboardInterrupt", f"raise SystemExit({code})")
+        (tmp_path / "echo.py").write_text(text, encoding="utf-8")
+        assert cli.main(["run", "echo", "--hidden", "13"]) == expected
+    assert capsys.readouterr().err == "no luck\n"
 
 
 def test_an_ignored_signal_stays_ignored(tmp_path):

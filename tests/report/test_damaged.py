@@ -303,6 +303,27 @@ def test_folders_in_a_run_lead_nowhere_else(folder, capsys):
     one_line(capsys, ["report", "run"], "metrics.jsonl")
 
 
+def test_names_that_others_chose_are_text_and_no_more(folder):
+    """Of parts and pictures, in bytes that are not UTF-8, in HTML, and of any length."""
+    names = [
+        b"\xff\xfe",
+        b"<script>alert(1)",
+        b"a\nb\x1b[2J",
+        b"%s" % (b"x" * 240),
+        "é中".encode(),
+    ]
+    for name in names:
+        part = os.path.join(os.fsencode(folder), name)
+        os.mkdir(part)
+        with open(os.path.join(part, b"metrics.jsonl"), "w", encoding="utf-8") as out:
+            out.write('{"step": 1, "loss": 1.0}\n')
+        os.link(folder / "weights.png", part + b".png")
+    assert cli.main(["report", "run"]) == 0
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    assert "é中" in html
+    assert "<script>alert" not in html
+
+
 SETTINGS = {"vocab": 4, "width": 3, "cell": "gru"}
 GPT = {"vocab": 4, "context": 5, "n_layers": 2, "n_heads": 1, "width": 4}
 MODEL = {
