@@ -69,7 +69,7 @@ def line_chart(
     drawn = [[_scaled(bucket, scale) for bucket in line.curve.buckets(MAX_POINTS)] for line in lines]
     finite = [bucket for buckets in drawn for bucket in buckets if bucket.n_finite]
     last = max(0, *(bucket.last for bucket in finite))
-    x_ticks = ticks(0.0, last, 5)
+    x_ticks = ticks(0.0, last, 5 if last < 1_000_000 else 3)  # as many as their labels leave room for
     low, high = min(bucket.low for bucket in finite), max(bucket.high for bucket in finite)
     if percent:
         high = max(high, 100.0)
@@ -216,9 +216,8 @@ def heat_map(
     n = max((bucket.n_finite + bucket.n_other for bucket in columns), default=1)
     thinned = f" <small>each column is the largest of up to {n:,} inspections</small>" if n > 1 else ""
     told = [
-        f'<span>{escape(short(name))}</span><div class="cells">'
-        f"{''.join(_cell(short(name), bucket, bounds) for bucket in buckets)}</div>"
-        for name, buckets in cells.items()
+        f'<span>{name}</span><div class="cells">{"".join(_cell(name, bucket, bounds) for bucket in buckets)}</div>'
+        for name, buckets in ((escape(short(name)), buckets) for name, buckets in cells.items())
     ]
     first, last = (columns[0].first, columns[-1].last) if columns else (0, 0)
     low, high = bounds
@@ -232,6 +231,7 @@ def heat_map(
 
 
 def _cell(name: str, bucket: Bucket, bounds: tuple[float, float]) -> str:
+    """Return a cell of the row with this name, which has no markup in it."""
     low, high = bounds
     n = bucket.n_finite + bucket.n_other
     if n == 1:
@@ -248,7 +248,7 @@ def _cell(name: str, bucket: Bucket, bounds: tuple[float, float]) -> str:
     else:
         share = math.log10(max(bucket.high / low, 1 / LARGEST)) / (math.log10(high / low) or 1.0)
         look = f'style="--p:{100 * min(max(share, 0.0), 1.0):.0f}%"'
-    return f'<i {look} title="{escape(said)}"></i>'
+    return f'<i {look} title="{said}"></i>'
 
 
 def log_bounds(values: Sequence[float]) -> tuple[float, float]:

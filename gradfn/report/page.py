@@ -46,6 +46,7 @@ CHARTS_ROOM, OPTIONS_ROOM, SHAPES_ROOM, VERSIONS_ROOM, NOTES_ROOM = (
 )
 LINES = 48  # of a chart
 MIN_COLUMNS = 15  # of a heat map
+NO_MAPS = {"params": "", "values": "", "left_out": 0, "values_left_out": 0, "flags": [], "looks": 0}
 VALUE, TEXT, COMMAND = 300, 1000, 2000  # letters of a value in a table, of a text, of a command
 
 
@@ -305,21 +306,28 @@ def flows(kept: Sequence[Kept], room: int = LIMIT) -> list[list[dict[str, Any]]]
             "looks": seen.n,
         }
 
-    found: list[list[dict[str, Any]]] = []
+    # The first training of each run, then the second ones, ...: so both runs have something to show.
+    trainings = sorted(
+        (
+            (place, i, name, part)
+            for i, run in enumerate(kept)
+            for place, (name, part) in enumerate(run.parts.items())
+            if part.inspections.n
+        ),
+        key=lambda training: training[:2],
+    )
     columns = MAX_COLUMNS
-    while columns >= MIN_COLUMNS:
-        found = [
-            [told(name, part, columns) for name, part in run.parts.items() if part.inspections.n]
-            for run in kept
-        ]
-        if sum(map(_size_of_maps, (each for of_run in found for each in of_run))) <= room:
-            return found
+    while True:
+        maps = (told(name, part, columns) for _, _, name, part in trainings)
+        found = _that_fit(maps, _size_of_maps, room)
+        if len(found) == len(trainings) or columns // 2 < MIN_COLUMNS:
+            break
         columns //= 2
-    for each in (each for of_run in found for each in of_run):
-        if _size_of_maps(each) > room:
-            each |= {"params": "", "values": "", "flags": []}
-        room -= _size_of_maps(each)
-    return found
+    found += [NO_MAPS | {"name": short(name)} for _, _, name, _ in trainings[len(found) :]]
+    of_runs: list[list[dict[str, Any]]] = [[] for _ in kept]
+    for (_, i, _, _), each in zip(trainings, found, strict=True):
+        of_runs[i].append(each)
+    return of_runs
 
 
 def _bounds(curves: Iterable[Curve]) -> tuple[float, float]:
