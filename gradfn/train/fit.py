@@ -24,7 +24,7 @@ from gradfn.train.fault import fault
 from gradfn.train.folder import CHECKPOINT, own, prepare
 from gradfn.train.identity import identity
 from gradfn.train.log import Log, Notes, Settings
-from gradfn.train.rows import Row
+from gradfn.train.rows import Row, Rows
 from gradfn.train.saver import Saver
 from gradfn.train.source import Source, source_of
 from gradfn.train.step import TrainState, train_state
@@ -280,18 +280,31 @@ def stalled(
     (False, True)
     """
 
+    known: tuple[Any, int, list[float]] = (
+        None,
+        0,
+        [],
+    )  # a history, how many of its rows, and the best of these
+
+    def valid(rows: Iterable[Row]) -> list[float]:
+        return [row[name] for row in rows if row[name] is not None and row[name] == row[name]]
+
     def stop(history: Sequence[Row]) -> bool:
-        values = [row[name] for row in history]
-        if len(values) <= evaluations:
+        nonlocal known
+        n = len(history) - evaluations
+        if n <= 0 or not evaluations:
             return False
-        before, since = (
-            [v for v in part if v is not None and v == v]
-            for part in (values[:-evaluations], values[-evaluations:])
-        )
+        # The rows of a run only grow in number, so older ones, which may be in a file, need be read but once.
+        of, start, before = known
+        if not (isinstance(history, Rows) and of is history and start <= n):
+            start, before = 0, []
+        before = [*before, *valid(history[start:n])]
+        before = [functools.reduce(better, before)] if before else []
+        known = history, n, before
+        since = valid(history[n:])
         if not before or not since:
             return not since
-        best = functools.reduce(better, before)
-        return functools.reduce(better, since, best) == best
+        return functools.reduce(better, since, before[0]) == before[0]
 
     return stop
 

@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 
+import gradfn as gf
 from gradfn.files import FileError
 from gradfn.train import rows as module
 from gradfn.train.rows import Rows
@@ -200,3 +201,21 @@ def test_links_are_not_followed(tmp_path):
     with pytest.raises(FileError, match="is a link"):
         Rows(tmp_path / "a.jsonl").open()
     assert (tmp_path / "target").read_text() == "mine\n"
+
+
+def test_stalled_reads_older_rows_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "RECENT", 200)
+    read, of_file = [], Rows._read
+    monkeypatch.setattr(
+        Rows, "_read", lambda rows, start, stop: read.append(stop - start) or of_file(rows, start, stop)
+    )
+    losses = [*np.random.default_rng(0).normal(size=60).tolist(), math.nan, *[5.0] * 40]
+    stop, rows = gf.stalled("loss", evaluations=30), opened(tmp_path / "a.jsonl")
+    for i, loss in enumerate(losses):
+        rows.append({"step": i, "loss": loss})
+        assert stop(rows) == gf.stalled("loss", evaluations=30)(
+            [{"loss": value} for value in losses[: i + 1]]
+        )
+    assert stop(rows)
+    rows.close()
+    assert sum(read) <= 31 * len(losses)  # the last thirty each time, and one that is older
