@@ -8,9 +8,11 @@ this one needs those of one array, so that saving a state does not double the me
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import struct
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -25,6 +27,8 @@ NAMES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
     "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
 }  # fmt: skip
+CHECKSUM = "checksum"
+BLOCK = 1 << 20  # bytes that are read at a time
 HEADER_LIMIT = 100_000_000  # bytes, the format's
 
 
@@ -36,13 +40,16 @@ class Tensor(NamedTuple):
     load: Callable[[], np.ndarray]
 
 
-def write_tensors(out: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    out: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str], checksum: bool = False
+) -> None:
     """Write named arrays and their metadata to an open file.
 
     Args:
         out: where to; see `gradfn.files.replacing`.
         tensors: by name. Each is loaded when it is written, and not kept.
         metadata: texts by name.
+        checksum: whether to add an array of that name at the end, four bytes that `verify` compares.
 
     Raises:
         ValueError: a header of more than 100 MB, which no reader would accept.
@@ -61,15 +68,39 @@ def write_tensors(out: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mappi
         dtype, shape, _ = tensors[name]
         start, end = end, end + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
         header[name] = {"dtype": NAMES[dtype.name], "shape": list(shape), "data_offsets": [start, end]}
+    if checksum:
+        header[CHECKSUM] = {"dtype": "U8", "shape": [4], "data_offsets": [end, end + 4]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > HEADER_LIMIT:
         raise ValueError(f"the header would have {len(text):,} bytes, at most {HEADER_LIMIT:,} can be read")
-    out.write(struct.pack("<Q", len(text)))
-    out.write(text)
-    for name in names:
-        array = np.ascontiguousarray(tensors[name].load())
-        out.write(array.reshape(-1).view(np.uint8).data)  # [...] -> [bytes]
+    # [...] -> [bytes]
+    arrays = (np.ascontiguousarray(tensors[name].load()).reshape(-1).view(np.uint8).data for name in names)
+    crc = 0
+    parts: Iterator[bytes | memoryview] = itertools.chain([struct.pack("<Q", len(text)), text], arrays)
+    for data in parts:
+        out.write(data)
+        crc = zlib.crc32(data, crc) if checksum else 0
+        del data  # the next array is loaded without this one
+    if checksum:
+        out.write(struct.pack("<I", crc))
+
+
+def verify(file: str | os.PathLike[str]) -> None:
+    """Compare a file's bytes with the checksum at its end (CRC-32), which finds any damage of a disk or a copy.
+
+    Raises:
+        FileError: they do not match, or there is no checksum.
+    """
+    with open_tensors(file) as content:
+        if CHECKSUM not in content.keys():  # noqa: SIM118
+            raise FileError(f"{file}: has no checksum; it is damaged, or an earlier version wrote it")
+    with open_regular(file) as content:
+        left, crc = os.fstat(content.fileno()).st_size - 4, 0
+        while left > 0 and (data := content.read(min(left, BLOCK))):
+            crc, left = zlib.crc32(data, crc), left - len(data)
+        if content.read(5) != struct.pack("<I", crc):
+            raise FileError(f"{file}: damaged: its content does not match its checksum")
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import numpy as np
 
 from gradfn.files import FileError, parse_json, replacing
 from gradfn.params import named_leaves, path_name
-from gradfn.tensors import NAMES, Tensor, is_stored, open_tensors, write_tensors
+from gradfn.tensors import CHECKSUM, NAMES, Tensor, is_stored, open_tensors, verify, write_tensors
 from gradfn.train.model import take_apart
 
 KEPT = "kept"  # the folder, in that of a run, of the parameters that stay
@@ -45,7 +45,7 @@ def save(file: Path, state: Any, notes: Mapping[str, Any]) -> None:
     """
     content = tensors(state), metadata(notes)
     with replacing(file) as out:
-        write_tensors(out, *content)
+        write_tensors(out, *content, checksum=True)
 
 
 def load(file: Path, like: Any, rest: bool = False, form: type = dict) -> tuple[Any, Any]:
@@ -64,13 +64,14 @@ def load(file: Path, like: Any, rest: bool = False, form: type = dict) -> tuple[
         The state, and the notes.
 
     Raises:
-        CheckpointError: the file cannot be read, or does not fit `like`; it names the array.
+        CheckpointError: the file cannot be read, is damaged, or does not fit `like`; it names the array.
     """
     wanted = dict(named_leaves(like))
     try:
+        verify(file)
         with open_tensors(file) as content:
             notes: Any = parse_json((content.metadata() or {})["notes"], form, "its notes")
-            names = set(content.keys())
+            names = set(content.keys()) - {CHECKSUM}
             for name, leaf in wanted.items():
                 if name not in names:
                     raise CheckpointError(f"{file}: holds no {name}; it is of another network or optimizer")

@@ -214,7 +214,7 @@ class Log:
         if differs := difference(notes.identity, self.identity):
             self._refuse(f"is of another run: {differs}")
         for rows in self.files:
-            extent = notes.logs.get(rows.file.name, {"rows": 0, "bytes": 0})
+            extent = notes.logs.get(rows.file.name, {"rows": 0, "bytes": 0, "crc": 0})
             try:
                 rows.restore(extent, _Checked(rows.file.name, step))
             except FileError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import zlib
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ class Extent(TypedDict):
 
     rows: int
     bytes: int
+    crc: int  # CRC-32 of these bytes
 
 
 class Rows(Sequence[Row]):
@@ -44,8 +46,10 @@ class Rows(Sequence[Row]):
     >>> rows.append({"step": 1, "loss": 0.5})
     >>> rows.append({"step": 2, "loss": math.inf})
     >>> rows.close()
-    >>> rows[-1], rows.extent, rows.file.read_text().splitlines()[-1]
-    ({'step': 2, 'loss': inf}, {'rows': 2, 'bytes': 84}, '{"step": 2, "loss": null, "not_finite": [["inf", "loss"]]}')
+    >>> rows[-1], rows.file.read_text().splitlines()[-1]
+    ({'step': 2, 'loss': inf}, '{"step": 2, "loss": null, "not_finite": [["inf", "loss"]]}')
+    >>> rows.extent
+    {'rows': 2, 'bytes': 84, 'crc': 1735388278}
     """
 
     def __init__(self, file: Path) -> None:
@@ -54,12 +58,13 @@ class Rows(Sequence[Row]):
         self._recent: deque[Row] = deque()
         self._out: IO[bytes] | None = None
         self._inode: tuple[int, int] | None = None  # of the file that the rows are in
+        self._crc = 0
         self._synced = 0  # bytes that are on the disk
 
     @property
     def extent(self) -> Extent:
         """How far the file reaches."""
-        return {"rows": len(self), "bytes": self._ends[-1]}
+        return {"rows": len(self), "bytes": self._ends[-1], "crc": self._crc}
 
     def restore(self, extent: Extent, check: Callable[[Row], None]) -> None:
         """Read back the rows up to an extent, as another process left them; what comes after it does not count.
@@ -89,11 +94,13 @@ class Rows(Sequence[Row]):
                     check(row)
                 except ValueError as error:
                     raise FileError(f"{name}: {error}") from error
-                self._remember(row, len(line))
-        if self.extent != extent:
+                self._remember(row, line)
+        if len(self) != extent["rows"]:
             raise FileError(
                 f"{self.file}: expected {extent['rows']:,} rows in {size:,} bytes, got {len(self):,}"
             )
+        if self._crc != extent["crc"]:
+            raise FileError(f"{self.file}: damaged: its rows do not match the checksum in the checkpoint")
 
     def open(self) -> None:
         """Open the file to append to, and cut it to the rows that there are."""
@@ -114,7 +121,7 @@ class Rows(Sequence[Row]):
             self._out.flush()
         except OSError as error:
             self._name(error)
-        self._remember(row, len(line))
+        self._remember(row, line)
 
     def sync(self) -> None:
         """Wait until the rows are on the disk."""
@@ -137,8 +144,9 @@ class Rows(Sequence[Row]):
         """Raise an error of writing, which does not name the file, with the file's name."""
         raise OSError(error.errno, error.strerror, str(self.file)) from error
 
-    def _remember(self, row: Row, size: int) -> None:
-        self._ends.append(self._ends[-1] + size)
+    def _remember(self, row: Row, line: bytes) -> None:
+        self._ends.append(self._ends[-1] + len(line))
+        self._crc = zlib.crc32(line, self._crc)
         self._recent.append(row)
         while self._ends[-1] - self._ends[len(self) - len(self._recent)] > RECENT:
             self._recent.popleft()

@@ -89,7 +89,7 @@ class Saver:
         try:
             self._log.sync()  # the rows that it refers to must not come after it
             with replacing(self._log.folder / CHECKPOINT) as out:
-                write_tensors(_Pieces(out, self._cancelled), arrays, notes)  # type: ignore[arg-type]
+                write_tensors(_Pieces(out, self._cancelled), arrays, notes, checksum=True)  # type: ignore[arg-type]
         except BaseException as error:
             self._error = error
         self._ended = time.monotonic()

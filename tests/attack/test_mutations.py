@@ -72,7 +72,7 @@ def make(kind, folder):
     folder.mkdir()
     config = gf.GPTConfig(vocab=65, context=8, n_layers=2, n_heads=2, width=4)
     if kind == "fit":
-        train(str(folder))
+        train(str(folder), told=folder / "fingerprint")
     elif kind == "run":
         run.begin("digits", run.settle("digits", digits.Config(folder=str(folder))))
         train(str(folder))

@@ -435,7 +435,7 @@ def test_rows_that_do_not_fit_the_checkpoint_are_named(tmp_path, name, content, 
         ({"n_steps": 1}, "is of step 6, but counts 6 in the last row and 1 since; it is damaged"),
         ({"logs": None}, "does not say how many rows there are; an earlier version"),
         ({"logs": {}}, "is of step 6, but counts 0 in the last row"),
-        ({"logs": {"metrics.jsonl": {"rows": 3, "bytes": -7}}}, "expected 3 rows in -7 bytes"),
+        ({"logs": {"metrics.jsonl": {"rows": 3, "bytes": -7, "crc": 0}}}, "expected 3 rows in -7 bytes"),
         (
             {"logs": {"metrics.jsonl": 3}},
             "not a readable checkpoint .its notes: Expected `object`, got `int`",
@@ -463,7 +463,7 @@ def test_names_in_notes_set_nothing(tmp_path):
     file = tmp_path / "run" / "checkpoint.safetensors"
     state, notes = checkpoint.load(file, gf.train_state(START, optax.adam(0.1), jax.random.key(0)))
     more = {"folder": str(tmp_path / "elsewhere"), "progress": True, "history": [3], "tokens": 7, "row": None}
-    logs = notes["logs"] | {"../../outside": {"rows": 1, "bytes": 5}}
+    logs = notes["logs"] | {"../../outside": {"rows": 1, "bytes": 5, "crc": 0}}
     checkpoint.save(file, state, notes | more | {"logs": logs})
     resumed = train(tmp_path / "run", 9, resume=True)
     assert_same(resumed.state, whole.state)
@@ -503,8 +503,9 @@ def test_a_report_of_rows_with_infinities(tmp_path):
     from gradfn.report.kept import read_run
 
     train(tmp_path, evaluate=lambda params: {"bound": np.inf, "odd": np.nan}, inspect_every=2)
-    assert set(read_run(tmp_path).parts[""].history[0]) >= {"loss", "bound", "odd"}
-    assert "not_finite" not in read_run(tmp_path).parts[""].history[0]
+    history = read_run(tmp_path).parts[""].history
+    assert set(history.last) >= {"loss", "bound", "odd"}
+    assert "not_finite" not in {*history.last, *history.curves}
 
 
 # A run owns its folder

@@ -155,6 +155,7 @@ def test_what_comes_after_the_extent_is_cut(tmp_path):
         (b'{"a": 1}\n{"a": 2}\n', (1, 18), "expected 1 rows in 18 bytes, got 2"),
         (b'{"a": 1}\n{"a": 2}\n', (3, 18), "expected 3 rows in 18 bytes, got 2"),
         (b'{"a": 1}\n{"a": 2}\n', (2, 17), "line 2: expected a row of JSON that ends at byte 17"),
+        (b'{"a": 1}\n{"a": 2}\n', (2, 18), "damaged: its rows do not match the checksum"),
         (b'{"a": 1}\n{"a": 2}\n', (0, -5), "expected 0 rows in -5 bytes"),
         (b'{"a": 1}\n{"a": 2}\n', (-1, 0), "expected -1 rows in 0 bytes"),
         (b"\xff\xff\n", (1, 3), "line 1: "),
@@ -173,7 +174,7 @@ def test_files_that_do_not_fit_are_named(tmp_path, content, extent, message):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(FileError) as error:
-        Rows(file).restore({"rows": extent[0], "bytes": extent[1]}, lambda row: None)
+        Rows(file).restore({"rows": extent[0], "bytes": extent[1], "crc": 0}, lambda row: None)
     assert str(error.value).startswith(f"{file}: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)

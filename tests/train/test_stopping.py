@@ -158,7 +158,7 @@ def test_a_second_signal_while_the_checkpoint_is_written_keeps_the_one_before(tm
     was = (tmp_path / "checkpoint.safetensors").read_bytes()
     started, main = threading.Event(), threading.main_thread().ident
 
-    def slow(out, arrays, notes):
+    def slow(out, arrays, notes, checksum):
         out.write(b"half of it")
         started.set()
         for _ in range(2000):  # far longer than the test, unless it is cancelled
