@@ -7,6 +7,7 @@ is change no bit of the outcome.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -173,15 +174,21 @@ def fit(
         )
     if keep_every and folder is None:
         raise ValueError("fit: keep_every needs a folder to keep the parameters in")
-    source = source_of(data, batch_size, seed)
-    if not callable(source.content):  # a function's batches are known only inside the program
-        check_targets(loss, source.content)
-    apart = state is not None  # the user's state, beside the model
-    state = train_state(params, optimizer, jax.random.key(seed), state)
-    settings: Settings = {"steps": steps, "batch_size": batch_size, "seed": seed, "eval_every": eval_every}
-    who = None if folder is None else identity(state, source, loss)
-    log = Log(None if folder is None else Path(folder), settings, who, progress, source.tokens)
-    with own(log.folder), deferred(log.folder is not None) as stopping:
+    with deferred(folder is not None) as stopping, contextlib.ExitStack() as stack:
+        source = source_of(data, batch_size, seed)
+        if not callable(source.content):  # a function's batches are known only inside the program
+            check_targets(loss, source.content)
+        apart = state is not None  # the user's state, beside the model
+        state = train_state(params, optimizer, jax.random.key(seed), state)
+        settings: Settings = {
+            "steps": steps,
+            "batch_size": batch_size,
+            "seed": seed,
+            "eval_every": eval_every,
+        }
+        who = None if folder is None else identity(state, source, loss)
+        log = Log(None if folder is None else Path(folder), settings, who, progress, source.tokens)
+        stack.enter_context(own(log.folder))
         if log.folder:
             going_on = resume and (log.folder / CHECKPOINT).exists()
             if going_on:
@@ -209,8 +216,8 @@ def fit(
 
         step = int(state.step)
         with log.open(step), Saver(log, checkpoint_seconds) as saver:
-            # Compile, and take no step.
-            jax.block_until_ready(run.advance(state, source.order(source.epoch(step)), 0, 0))
+            if stopping.signal is None:  # compile, and take no step
+                jax.block_until_ready(run.advance(state, source.order(source.epoch(step)), 0, 0))
             log.begin(step)
             length = 1  # the first chunk is one step, to learn what a step takes
             while step < steps and not log.finished and stopping.signal is None:

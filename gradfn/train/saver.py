@@ -35,13 +35,14 @@ class Saver:
         self.step: int | None = None  # of the last checkpoint that was begun
         self._log, self._seconds = log, seconds
         self._ended, self._pause = time.monotonic(), seconds
-        self._thread: threading.Thread | None = None
+        self._writing: threading.Event | None = None  # set when the checkpoint that is being written is done
+        self._thread = threading.Thread()
         self._error: BaseException | None = None
         self._cancelled = threading.Event()
 
     def due(self) -> bool:
         """Tell whether it is time for the next checkpoint."""
-        return self._thread is None and time.monotonic() - self._ended >= self._pause
+        return self._writing is None and time.monotonic() - self._ended >= self._pause
 
     def save(self, step: int, state: TrainState) -> None:
         """Begin to write a checkpoint, when the one before it is written."""
@@ -50,7 +51,9 @@ class Saver:
             return
         self.step = step
         content = tensors(state), metadata(self._log.notes())
-        self._thread = threading.Thread(target=self._write, args=content, name="gradfn checkpoint")
+        self._writing = threading.Event()
+        arguments = (self._writing, *content)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="gradfn checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
@@ -59,9 +62,7 @@ class Saver:
         Raises:
             OSError: it could not be written; the one before it is still there.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._finish()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -73,17 +74,27 @@ class Saver:
         try:
             if kind is None:
                 self.wait()
-            elif self._thread is not None:
-                if not issubclass(kind, Exception):  # a second signal
-                    self._cancelled.set()
-                self._thread.join()  # its own error comes after the one that ended the run
+                return
+            if not issubclass(kind, Exception):  # a second signal
+                self._cancelled.set()
+            self._finish()  # its own error comes after the one that ended the run
         except BaseException:
             self._cancelled.set()
-            if self._thread is not None:
-                self._thread.join()
+            self._finish()
             raise
 
-    def _write(self, arrays: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
+    def _finish(self) -> None:
+        """Wait for the thread, if there is one.
+
+        Its own `join` will not do: where a signal interrupts that, Python takes the thread for ended. And a signal may
+        have come before the thread began.
+        """
+        if self._writing is not None:
+            while not self._writing.wait(timeout=1.0) and self._thread.is_alive():
+                pass
+            self._writing = None
+
+    def _write(self, done: threading.Event, arrays: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
         assert self._log.folder
         began = time.monotonic()
         try:
@@ -94,6 +105,7 @@ class Saver:
             self._error = error
         self._ended = time.monotonic()
         self._pause = max(self._seconds, SHARE * (self._ended - began))
+        done.set()
 
 
 class _CancelledError(Exception):

@@ -80,17 +80,19 @@ def test_a_signal_writes_a_checkpoint_and_resumes_to_the_bit(
 
 
 @pytest.mark.parametrize("number", ENDS)
-def test_a_signal_while_it_compiles_is_not_lost(tmp_path, capsys, number):
+@pytest.mark.parametrize("trace", [1, 2])
+def test_a_signal_while_it_is_traced_and_compiled_is_not_lost(tmp_path, capsys, number, trace):
+    traces = []
+
     def signalling(params, batch):
-        if isinstance(params["w"], jax.core.Tracer) and calls and calls.pop() == "now":
+        traces.append(0)
+        if len(traces) == trace:
             signal.raise_signal(number)
         return loss(params, batch)
 
-    # The identity of the run traces the loss before it begins; a signal then ends it, as ever.
-    calls = ["now", "identity"]
     with pytest.raises(ENDS[number]):
         gf.fit(signalling, START, DATA, optax.adam(0.1), 12, folder=tmp_path, batch_size=4, progress=False)
-    assert not calls
+    assert len(traces) >= trace
     assert capsys.readouterr().err.startswith("stopped at step 0 of 12; ")
     assert_same_run(train(tmp_path, resume=True, eval_every=None), train(None, eval_every=None))
 
