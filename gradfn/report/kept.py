@@ -44,6 +44,7 @@ from gradfn.train.log import INSPECTIONS, METRICS, NOISE
 MAX_PARTS = 64  # trainings that a page shows
 MAX_PICTURES = 100
 PICTURE_LIMIT, PICTURES_LIMIT = 16 << 20, 64 << 20  # bytes of a picture, and of all those of a run
+NET_LIMIT = 16 << 20  # bytes of a digit network, of which a page holds fewer
 
 
 class Notes(TypedDict, total=False):
@@ -84,6 +85,7 @@ class Kept(NamedTuple):
         net: the digit network that it trained; None where it is of another kind.
         parts_left_out: how many trainings there are beyond `MAX_PARTS`.
         pictures_left_out: files of pictures that are not shown, with the reason.
+        net_left_out: whether there is a digit network that is too large to be read.
     """
 
     folder: Path
@@ -96,6 +98,7 @@ class Kept(NamedTuple):
     net: DigitNet | None
     parts_left_out: int = 0
     pictures_left_out: Mapping[str, str] = {}
+    net_left_out: bool = False
 
 
 def read_run(run: str | Path) -> Kept:
@@ -114,6 +117,8 @@ def read_run(run: str | Path) -> Kept:
     config = read_config(folder)
     net, parts = inside(folder, DIGIT_NET), _parts(folder)
     pictures, pictures_left_out = _pictures(folder)
+    has_net = os.path.lexists(net)
+    net_left_out = net.is_file() and net.stat().st_size > NET_LIMIT
     return Kept(
         folder=folder,
         experiment=config["experiment"],
@@ -124,9 +129,10 @@ def read_run(run: str | Path) -> Kept:
             "" if part == folder else str(part.relative_to(folder)): _part(part) for part in parts[:MAX_PARTS]
         },
         pictures=pictures,
-        net=load_digit_net(net) if os.path.lexists(net) else None,
+        net=load_digit_net(net) if has_net and not net_left_out else None,
         parts_left_out=max(len(parts) - MAX_PARTS, 0),
         pictures_left_out=pictures_left_out,
+        net_left_out=net_left_out,
     )
 
 

@@ -83,6 +83,8 @@ def write_report(
 ) -> Path:
     """Write the page of a run, or of two side by side.
 
+    It has at most 5 MB, however many rows the run has. Pictures that cannot be shown are named in it.
+
     Args:
         runs: one or two of them: folders, or experiments' names for their latest runs.
         out: the file; by default `report.html` in the run's folder, or `against-<B>.html` in the first one's.
@@ -92,8 +94,9 @@ def write_report(
         The file.
 
     Raises:
-        RunError: there is no such run, or a file of it cannot be read; or `out` cannot be written, or is an
-            existing file that is not a page of gradfn.
+        RunError: there is no such run; or `out` cannot be written, or is an existing file that is not a page of
+            gradfn.
+        FileError: a file of the run cannot be read; it names the file.
     """
     kept = [read_run(run) for run in runs]
     if out is not None and os.path.lexists(out) and GENERATOR not in _beginning(Path(out)):
@@ -139,9 +142,11 @@ def page(kept: Sequence[Kept], about: Mapping[str, About] = {}) -> str:
         "shapes_left_out": shapes_left_out,
         "style": (ASSETS / "style.css").read_text(encoding="utf-8"),
         "script": script(),
-        **{"charts": [], "charts_left_out": 0, "flows": [], "net": None, "live": None, "too_large": False},
-        **{"pictures": [], "pictures_left_out": []},
+        "too_large": len(kept) == 1 and kept[0].net_left_out,
     }
+    # What shares the rest.
+    content |= {"charts": [], "charts_left_out": 0, "net": None, "live": None, "flows": []}
+    content |= {"pictures": [], "pictures_left_out": []}
 
     def room() -> int:
         return LIMIT - _size(template.render(**content))

@@ -225,3 +225,10 @@ def test_very_many_inspections_take_little_memory(tmp_path):
     assert len(html) < 200_000
     assert "<b>dead</b> a, in 50,000 of 200,000 looks" in html
     assert "each column is the largest of up to" in html
+
+
+def test_a_digit_network_that_is_too_large_is_not_read(tmp_path):
+    folder = write_run(tmp_path / "run")
+    with (folder / "digit_net.safetensors").open("wb") as out:
+        out.truncate(1 << 30)  # of which the disk holds nothing
+    assert "The network is too large to be computed with in the page." in text_of(page([read_run(folder)]))
