@@ -4,11 +4,13 @@ Importing it imports nothing else: what a name stands for is imported when the n
 can tell of Ctrl-C while jax is still being imported.
 """
 
-from importlib import import_module
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
+
+TYPE_CHECKING = False  # typing's own takes longer to import than all else here
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from gradfn._public import *
     from gradfn.inspection import (
         ClippedGrads,
@@ -166,6 +168,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import what a name stands for: a module, or what one has."""
+    from importlib import import_module
+    from importlib.util import find_spec
+
     if not name.startswith("_") and find_spec(f"gradfn.{name}"):
         return import_module(f"gradfn.{name}")
     if name not in __all__:

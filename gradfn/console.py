@@ -7,9 +7,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from types import FrameType
-from typing import Any, NoReturn
+
+TYPE_CHECKING = False  # typing's own would be imported before signals are handled, which must not take long
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import FrameType
+    from typing import Any, NoReturn
+
+    Handler = Callable[[int, FrameType | None], Any]
 
 # What may end a command, and how it then says so. The exit code is 128 more than a signal's number.
 SIGNALS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
@@ -34,9 +39,6 @@ def stop_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
     with contextlib.suppress(OSError):
         os.write(2, f"gradfn: {ENDED[128 + number]}\n".encode())
     os._exit(128 + number)
-
-
-Handler = Callable[[int, FrameType | None], Any]
 
 
 def handle(handler: Handler) -> dict[int, Any]:

@@ -12,6 +12,7 @@ import pytest
 
 from gradfn import cli, sample
 from gradfn.report import page
+from tests.attack.children import wait_for_handlers
 from tests.test_cli import EXPERIMENT
 
 ROOT = Path(__file__).parents[1]
@@ -24,19 +25,16 @@ COMMANDS = {
 KILL = "import signal; signal.raise_signal(%d)"
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 
 
 def started(command, folder, *options):
-    """Start a run, and return once it imports numpy, which comes before jax."""
+    """Start a run, and return once it handles signals; jax is not imported then."""
     words = [*command, "--folder", str(folder), *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(words, cwd=ROOT, env=environment, text=True, **pipes)
-    maps = Path(f"/proc/{process.pid}/maps")
-    while "numpy" not in maps.read_text(encoding="utf-8"):
-        assert process.poll() is None
-        time.sleep(0.002)
+    wait_for_handlers(process)
     return process
 
 

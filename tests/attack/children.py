@@ -9,9 +9,11 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import NamedTuple
 
 PRELOADED = [
     "gradfn.cli",
+    "gradfn._public",
     "gradfn.inspection",
     "tensorboardX",
     "safetensors.numpy",
@@ -65,6 +68,8 @@ def in_child(forks, target, *args, after=None, number=signal.SIGKILL):
     """
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder, "out"), Path(folder, "err")
+        for file in files:
+            file.touch()  # a signal may come before the process writes
         process = forks.Process(target=_run, args=(target, args, *map(str, files)))
         process.start()
         if after is not None:
@@ -77,6 +82,15 @@ def in_child(forks, target, *args, after=None, number=signal.SIGKILL):
             process.join()
             return End(-999, "", f"it hung for {TIMEOUT} s")
         return End(process.exitcode, *(file.read_text(errors="replace") for file in files))
+
+
+def wait_for_handlers(process):
+    """Wait until a process of the command line handles signals; until then they are Python's own affair."""
+    status = Path(f"/proc/{process.pid}/status")
+    # Bit 14 of the signals that are caught, 15, is SIGTERM, which Python itself does not catch.
+    while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text(encoding="utf-8"))[1], 16) >> 14 & 1:
+        assert process.poll() is None
+        time.sleep(0.001)
 
 
 def at_once(function, jobs):

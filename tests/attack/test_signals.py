@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import gradfn
-from tests.attack.children import at_once, command, in_child, readable, train
+from tests.attack.children import at_once, command, in_child, readable, train, wait_for_handlers
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
@@ -77,8 +77,8 @@ def test_ctrl_c_while_jax_is_imported(tmp_path, tries, tally):
             words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
         try:
-            # Python itself takes some 50 ms to begin, in which Ctrl-C is its own affair.
-            run.wait(0.15 + 1.5 * number / tries)
+            wait_for_handlers(run)
+            run.wait(1.5 * number / tries)
         except subprocess.TimeoutExpired:
             run.send_signal(signal.SIGINT)
         out, err = run.communicate()
