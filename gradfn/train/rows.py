@@ -95,7 +95,7 @@ class Rows(Sequence[Row]):
                 except ValueError as error:
                     raise FileError(f"{name}: {error}") from error
                 self._remember(row, line)
-        if len(self) != extent["rows"]:
+        if (len(self), self._ends[-1]) != (extent["rows"], size):
             raise FileError(
                 f"{self.file}: expected {extent['rows']:,} rows in {size:,} bytes, got {len(self):,}"
             )

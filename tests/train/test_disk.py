@@ -72,11 +72,11 @@ def limit_at(monkeypatch, where, call, limit):
     owner = pkgutil.resolve_name(module)
     write, calls = getattr(owner, name), []
 
-    def limited(*args):
+    def limited(*args, **options):
         calls.append(0)
         if len(calls) == call:
             limit()
-        return write(*args)
+        return write(*args, **options)
 
     monkeypatch.setattr(owner, name, limited)
 
