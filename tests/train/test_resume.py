@@ -565,3 +565,9 @@ def test_what_killed_saves_left_is_removed(tmp_path):
         assert not any(part.exists() for part in parts)
         assert all(file.exists() for file in mine)
         train(tmp_path, keep_every=3)
+
+
+def test_a_parameter_may_be_called_checksum(tmp_path):
+    params = {"checksum": jnp.array([1.0, 2.0], jnp.float32)}
+    checkpoint.save(tmp_path / "x", params, {})
+    assert_same(checkpoint.load(tmp_path / "x", params)[0], params)
