@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 JSON_LIMIT = 64 << 20  # bytes of a JSON file, or of one line of rows
-BLOCK = 1 << 18  # bytes of a file of rows that are read at once
+BLOCK = 1 << 20  # bytes of a file of rows that are read at once
 OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 MESSAGE_LIMIT = 2000  # characters
 PART = ".part"  # how names of unfinished files end

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from operator import itemgetter
 from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
@@ -30,7 +30,7 @@ WAITING = 1 << 15  # numbers that wait for being added to curves
 MAX_METRICS = 48  # of a training
 HEAT_ROWS = 100  # of a heat map: more would be too many to read
 MAX_FLAGS = 200  # different ones of a training
-NO_CURVES = {*NOT_METRICS, NOT_FINITE}
+NO_CURVES = {*NOT_METRICS, NOT_FINITE} - {"step"}
 MAX_PAIRS = 2_000_000  # of a parameter and a value, whose names are compared
 
 # The rows of a training's files; null is a number that was not finite.
@@ -116,11 +116,12 @@ def metrics(blocks: Iterable[Sequence[Mapping[str, Any]]], name: str = "metrics"
     curves: dict[str, Curve] = {}
     for rows in blocks:
         try:
-            steps = _numbers([row.get("step") for row in rows], (len(rows),))
+            columns = _columns(rows)
+            _, steps = columns.pop("step", ([], np.zeros(0)))
             right = (steps >= 0) & (steps <= LAST_STEP) & (steps == np.floor(steps))
-            if not right.all():
-                raise ValueError("a step that is not an integer")
-            for metric, places, numbers in _columns(rows):
+            if len(steps) < len(rows) or not right.all():
+                raise ValueError("a row without an integer as its step")
+            for metric, (places, numbers) in columns.items():
                 if metric not in curves and len(curves) < MAX_METRICS:
                     curves[metric] = Curve()
                 if metric in curves:
@@ -132,22 +133,21 @@ def metrics(blocks: Iterable[Sequence[Mapping[str, Any]]], name: str = "metrics"
     return Metrics(n, row | {"step": int(row["step"])} if row else {}, curves)
 
 
-def _columns(
-    rows: Sequence[Mapping[str, Any]],
-) -> Iterator[tuple[str, slice | list[int], np.ndarray]]:
-    """Yield for each metric its name, which of the rows have it, and their numbers."""
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[slice | list[int], np.ndarray]]:
+    """Return for the step and for each metric which of the rows have it, and their numbers."""
     names = [name for name in rows[0] if name not in NO_CURVES] if rows else []
     if names and sum(map(len, rows)) == len(rows) * len(rows[0]):
         with contextlib.suppress(KeyError):  # rows of one length may still have other names
             shape = (len(rows), len(names)) if len(names) > 1 else (len(rows),)
             numbers = _numbers(list(map(itemgetter(*names), rows)), shape)
             columns = numbers.reshape(len(rows), len(names)).T  # [rows] or [rows, metrics] -> [metrics, rows]
-            yield from ((name, slice(None), column) for name, column in zip(names, columns, strict=True))
-            return
+            return {name: (slice(None), column) for name, column in zip(names, columns, strict=True)}
+    found: dict[str, tuple[slice | list[int], np.ndarray]] = {}
     for name in dict.fromkeys(chain.from_iterable(rows)):
         if name not in NO_CURVES:
             has = [i for i, row in enumerate(rows) if name in row]
-            yield name, has, _numbers([rows[i][name] for i in has], (len(has),))
+            found[name] = has, _numbers([rows[i][name] for i in has], (len(has),))
+    return found
 
 
 def _numbers(values: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
