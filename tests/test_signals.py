@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,11 @@ from tests.attack.children import wait_for_handlers
 from tests.test_cli import EXPERIMENT
 
 ROOT = Path(__file__).parents[1]
-CONSOLE_SCRIPT = "import sys; from gradfn.__main__ import main; sys.exit(main())"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+# What an installed `gradfn` runs.
+CONSOLE_SCRIPT = "import sys; from {} import {}; sys.exit(main())".format(
+    *PROJECT["scripts"]["gradfn"].split(":")
+)
 COMMANDS = {
     "console script": [sys.executable, "-c", CONSOLE_SCRIPT, "run", "digits"],
     "module": [sys.executable, "-m", "gradfn", "run", "digits"],
