@@ -171,7 +171,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
     from importlib.util import find_spec
 
-    if not name.startswith("_") and find_spec(f"gradfn.{name}"):
+    if name.isidentifier() and not name.startswith("_") and find_spec(f"gradfn.{name}"):
         return import_module(f"gradfn.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'gradfn' has no attribute {name!r}")
@@ -181,4 +181,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__} - {"TYPE_CHECKING", "annotations"})

@@ -35,8 +35,9 @@ def test_names_are_what_type_checkers_take_them_to_be():
         assert getattr(gf, name) is expected
     assert set(gf.__all__) <= set(dir(gf))
     assert gf.train is import_module("gradfn.train")
-    with pytest.raises(AttributeError, match="module 'gradfn' has no attribute 'mpl'"):
-        gf.mpl  # noqa: B018
+    for name in ("mpl", "a.b", "", "_x"):
+        with pytest.raises(AttributeError, match=f"module 'gradfn' has no attribute '{name}'"):
+            getattr(gf, name)
 
 
 def test_importing_imports_nothing_else():
