@@ -37,7 +37,7 @@ PRELOADED += [
     "matplotlib.backends.backend_agg",
 ]
 PRELOADED += ["tests.attack.children", "tests.attack.mutations"]
-TIMEOUT = 300  # seconds after which a process counts as one that hangs
+TIMEOUT = 600  # seconds after which a process counts as one that hangs
 EVENTS = {"open", "os.rename", "os.remove", "os.truncate", "os.mkdir", "os.listdir", "os.scandir"}
 
 

@@ -111,7 +111,7 @@ def _rows(data, rng):
         i = rng.randrange(len(lines))
         match rng.randrange(6):
             case 0 | 1 | 2:
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError, RecursionError):  # of a line that is damaged already
                     lines[i] = _text_level(json.dumps(_changed(json.loads(lines[i]), rng)), rng)
             case 3:
                 lines[i] = rng.choice(["", "[]", "null", "3", '"x"', "{}", "[" * DEEP, '{"step": 1}', "\x00"])
