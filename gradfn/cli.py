@@ -11,6 +11,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import io
 import itertools
@@ -223,6 +224,7 @@ def _report(words: list[str]) -> int:
     return 0
 
 
+@functools.cache
 def _about(file: Path) -> Any:
     """Return what an experiment says of itself and of its options, without importing what it imports."""
     from gradfn.report.page import About

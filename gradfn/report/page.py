@@ -7,6 +7,7 @@ charts, the network, the heat maps and the pictures, in this order, share the re
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import math
 import os
@@ -119,12 +120,7 @@ def page(kept: Sequence[Kept], about: Mapping[str, About] = {}) -> str:
     Raises:
         ImportError: jinja2 is not there.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ImportError("reports need jinja2: pip install 'gradfn[run]'") from error
-
-    template = _environment(jinja2).get_template("template.html")
+    template = _environment().get_template("template.html")
     options, options_left_out = _differences([run.options for run in kept], OPTIONS_ROOM)
     versions, versions_left_out = _differences(
         [{k: v for k, v in run.versions.items() if k != BEGUN} for run in kept], VERSIONS_ROOM
@@ -188,8 +184,13 @@ def _that_fit(things: Iterable[T], size: Callable[[T], int], room: int) -> list[
     return found
 
 
-def _environment(jinja2: Any) -> Any:
+@functools.cache
+def _environment() -> Any:
     """Return jinja's environment, in which `part.values` of a dict is its item and never its method."""
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ImportError("reports need jinja2: pip install 'gradfn[run]'") from error
 
     class Environment(jinja2.Environment):
         def getattr(self, obj: Any, attribute: str) -> Any:

@@ -263,7 +263,7 @@ def test_an_item_of_a_dict_is_never_its_method(tmp_path):
     """`part.values`, `.items`, `.keys`, `.copy`, `.count` in a template are what the dict holds, or an error."""
     import jinja2
 
-    environment = report._environment(jinja2)
+    environment = report._environment()
     names = ("values", "items", "keys", "copy", "get", "pop", "count")
     text = " ".join(f"{{{{ part.{name} }}}}" for name in names)
     assert environment.from_string(text).render(part={name: f"<{name}>" for name in names}) == " ".join(
