@@ -397,7 +397,7 @@ def test_a_checkpoint_is_as_large_after_many_rows_as_after_none(tmp_path):
         sizes[n] = (tmp_path / "x").stat().st_size
         log.history.close()
     assert (tmp_path / "metrics.jsonl").stat().st_size > 2_000_000
-    assert sizes[100_000] - sizes[0] <= 16  # digits of the counts
+    assert sizes[100_000] - sizes[0] <= 32  # digits of the count, of the offset and of the checksum
 
 
 def damaged(folder, name, content):
