@@ -18,7 +18,7 @@ import numpy as np
 
 from gradfn.names import ParameterError
 from gradfn.precision import wide
-from gradfn.text import TextTable
+from gradfn.text import TextTable, reading_order
 
 Spec = dict[str, Any]  # nested; its leaves are Params
 Params = Any  # the same tree with arrays
@@ -215,7 +215,7 @@ def table(tree: Any) -> TextTable:
     6 weights + 2 biases = 8 parameters
     """
     rows = [(name, leaf.shape, leaf.dtype) for name, leaf in _arrays(tree, "table")]
-    rows.sort(key=lambda row: _reading_order(row[0]))
+    rows.sort(key=lambda row: reading_order(row[0]))
     sizes = [math.prod(shape) for _, shape, _ in rows]
     size_bytes = [size * dtype.itemsize for size, (_, _, dtype) in zip(sizes, rows, strict=True)]
     weights = sum(size for size, (_, shape, _) in zip(sizes, rows, strict=True) if len(shape) > 1)
@@ -231,17 +231,6 @@ def table(tree: Any) -> TextTable:
     for (name, shape, dtype), size, n_bytes in zip(rows, sizes, size_bytes, strict=True):
         out.add_row(name, str(list(shape)), str(dtype), f"{size:,}", f"{n_bytes:,}")
     return out
-
-
-def _reading_order(name: str) -> list[Any]:
-    """Sort as a reader would: W1, b1, W2, ..., W10, by number, then weights before biases; blocks/2 before 10."""
-    *scopes, leaf = map(_numbered, name.split("/"))
-    return [*((1, *scope) for scope in scopes), (0, *leaf[::-1])]
-
-
-def _numbered(part: str) -> tuple[str, int]:
-    stem = part.rstrip("0123456789")
-    return stem, int(part[len(stem) :] or 0)
 
 
 def describe(value: Any) -> str:

@@ -19,10 +19,8 @@ import msgspec
 from msgspec import Meta
 
 from gradfn.files import FileError, inside, owned, parse_json, read_json, replace_file
+from gradfn.layout import CHECKPOINT, METRICS
 from gradfn.text import to_json
-from gradfn.train.checkpoint import save
-from gradfn.train.fit import CHECKPOINT
-from gradfn.train.log import METRICS
 from gradfn.versions import versions
 
 RUNS = Path("runs")
@@ -183,6 +181,8 @@ def keep_training(folder: Path, history: Sequence[Mapping[str, Any]], params: An
         history: a row per evaluation, with `step`.
         params: at the end.
     """
+    from gradfn.train.checkpoint import save
+
     replace_file(folder / METRICS, "".join(to_json(row) + "\n" for row in history).encode())
     save(folder / CHECKPOINT, {"params": params}, {})
 

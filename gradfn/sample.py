@@ -19,12 +19,12 @@ import msgspec
 from gradfn.data import DataError, Tokenizer, tokenizer_from
 from gradfn.data.tokenizer import TokenizerFile
 from gradfn.files import FileError, inside, read_json
+from gradfn.layout import CHECKPOINT
 from gradfn.nets import GPTConfig, LanguageModel, gpt, rnn, stream
 from gradfn.params import Params
 from gradfn.run import RUNS, RunError, latest, within, write_json
 from gradfn.tensors import open_tensors
 from gradfn.train import checkpoint
-from gradfn.train.fit import CHECKPOINT
 
 MODEL = "model.json"
 CACHE_LIMIT = 1 << 30  # values that a GPT keeps of a whole context while it writes

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from gradfn.files import FileError, open_regular
@@ -132,4 +131,4 @@ def open_tensors(file: str | os.PathLike[str]) -> Iterator[Any]:
 
 def is_stored(dtype: Any) -> bool:
     """Tell whether the format has a dtype."""
-    return jnp.dtype(dtype).name in NAMES
+    return np.dtype(dtype).name in NAMES

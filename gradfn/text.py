@@ -68,3 +68,18 @@ def to_json(content: Any, indent: int | None = None) -> str:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return json.dumps(finite(content), indent=indent, allow_nan=False)
+
+
+def reading_order(name: str) -> list[Any]:
+    """Return a key that sorts names as a reader would: by number, then weights before biases.
+
+    >>> sorted(["b1", "W10", "W1", "blocks/10/W", "W2", "blocks/2/W"], key=reading_order)
+    ['W1', 'b1', 'W2', 'W10', 'blocks/2/W', 'blocks/10/W']
+    """
+    *scopes, leaf = map(_numbered, name.split("/"))
+    return [*((1, *scope) for scope in scopes), (0, *leaf[::-1])]
+
+
+def _numbered(part: str) -> tuple[str, int]:
+    stem = part.rstrip("0123456789")
+    return stem, int(part[len(stem) :] or 0)

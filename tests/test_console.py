@@ -15,9 +15,9 @@ import pytest
 
 import gradfn as gf
 from gradfn import cli
+from gradfn.layout import METRICS
 from gradfn.report.figures import curves, save
 from gradfn.train import checkpoint
-from gradfn.train.log import METRICS
 from gradfn.train.rows import Rows
 from tests.report.test_page import write_run
 from tests.test_cli import EXPERIMENT

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, get_args
 
 import numpy as np
 
-from gradfn.data import Dataset
-from gradfn.data.digits import spline
 from gradfn.files import FileError, open_regular, parse_json, replace_file
 from gradfn.tensors import open_tensors
+
+if TYPE_CHECKING:
+    from gradfn.data import Dataset
 
 DIGIT_NET = "digit_net.safetensors"
 Activation = Literal["sigmoid", "tanh", "relu", "gelu"]  # those that assets/mlp.js knows
@@ -93,6 +94,8 @@ def keep_digit_net(
     arrays = {name: np.asarray(array, np.float32) for name, array in params.items()}
     arrays |= {"samples": data.test[0][chosen], "labels": np.asarray(data.test[1][chosen], np.int32)}
     if enlarged_from is not None:
+        from gradfn.data.digits import spline
+
         arrays["spline"] = spline(enlarged_from, 28).astype(np.float32)
     about = {"activation": activation, "output": output, "loss": loss, "data": data.name}
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 from gradfn.files import FileError, inside, parse_json, read_blocks_of_rows, read_bytes, read_rows
-from gradfn.params import _reading_order
+from gradfn.layout import CHECKPOINT, INSPECTIONS, METRICS, NOISE
 from gradfn.report.curve import Curve
 from gradfn.report.digit_net import DIGIT_NET, DigitNet, load_digit_net
 from gradfn.report.rows import (
@@ -38,8 +38,7 @@ from gradfn.run import (
     read_versions,
 )
 from gradfn.tensors import open_tensors
-from gradfn.train.fit import CHECKPOINT
-from gradfn.train.log import INSPECTIONS, METRICS, NOISE
+from gradfn.text import reading_order
 
 MAX_PARTS = 64  # trainings that a page shows
 MAX_PICTURES = 100
@@ -228,7 +227,7 @@ def _shapes(folder: Path) -> Shapes:
     with open_tensors(file) as content:
         names = [name for name in content.keys() if re.match("params(/|$)", name)]  # noqa: SIM118
         shapes = {name.removeprefix("params/"): content.get_slice(name).get_shape() for name in names}
-        return {name: tuple(shapes[name]) for name in sorted(shapes, key=_reading_order)}
+        return {name: tuple(shapes[name]) for name in sorted(shapes, key=reading_order)}
 
 
 def _notes(folder: Path) -> Notes:

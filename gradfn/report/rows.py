@@ -17,10 +17,9 @@ import numpy as np
 from msgspec import Meta
 
 from gradfn.files import FileError
+from gradfn.layout import NOT_FINITE, NOT_METRICS
 from gradfn.report.curve import Curve
 from gradfn.run import Number
-from gradfn.train.log import NOT_METRICS
-from gradfn.train.rows import NOT_FINITE
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -15,13 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradfn.files import FileError, parse_json, replacing
+from gradfn.layout import DIGITS, KEPT
 from gradfn.params import named_leaves, path_name
 from gradfn.tensors import CHECKSUM, NAMES, Tensor, is_stored, open_tensors, verify, write_tensors
 from gradfn.train.model import take_apart
-
-KEPT = "kept"  # the folder, in that of a run, of the parameters that stay
-DIGITS = 10  # of the step in their files' names
-
 
 Number = float | Literal["nan", "inf", "-inf"]  # in notes; `float` makes the number of it
 

@@ -18,11 +18,12 @@ import jax
 import numpy as np
 import optax
 
+from gradfn.layout import CHECKPOINT
 from gradfn.losses import Loss, check_targets
 from gradfn.train import checkpoint
 from gradfn.train.chunk import CAPACITY, chunks
 from gradfn.train.fault import fault
-from gradfn.train.folder import CHECKPOINT, own, prepare
+from gradfn.train.folder import own, prepare
 from gradfn.train.identity import identity
 from gradfn.train.log import Log, Notes, Settings
 from gradfn.train.rows import Row, Rows

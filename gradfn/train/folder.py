@@ -7,10 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gradfn.files import inner_folder, owned, remove_parts
-from gradfn.train.checkpoint import DIGITS, KEPT
-from gradfn.train.log import EVENTS, LOGS
-
-CHECKPOINT = "checkpoint.safetensors"
+from gradfn.layout import CHECKPOINT, DIGITS, EVENTS, KEPT, LOGS
 
 
 @contextlib.contextmanager

@@ -15,19 +15,17 @@ import numpy as np
 
 from gradfn.console import Output
 from gradfn.files import FileError, inner_folder
+from gradfn.layout import EVENTS, LOGS, METRICS, NOT_METRICS
 from gradfn.train.checkpoint import CheckpointError, Number
 from gradfn.train.events import Events
 from gradfn.train.identity import Identity, difference
-from gradfn.train.rows import NOT_FINITE, Extent, Row, Rows
+from gradfn.train.rows import Extent, Row, Rows
 from gradfn.versions import versions
 
 if TYPE_CHECKING:
     from gradfn.inspection import Inspection, NoiseScale
 
-METRICS, INSPECTIONS, NOISE, EVENTS = "metrics.jsonl", "inspections.jsonl", "noise.jsonl", "events"
-LOGS = (METRICS, INSPECTIONS, NOISE)
 REMEMBERED = 0.98  # of the noise scale's running sums, from one measure to the next
-NOT_METRICS = ("step", "epoch", "examples_per_second", "tokens_per_second", "seconds", NOT_FINITE)
 
 
 class Settings(TypedDict):

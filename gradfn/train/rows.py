@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import IO, Any, NoReturn, TypedDict, overload
 
 from gradfn.files import JSON_LIMIT, FileError, open_regular, open_to_append, parse_json
+from gradfn.layout import NOT_FINITE
 from gradfn.text import to_json
 
 Row = dict[str, Any]
-NOT_FINITE = "not_finite"
 RECENT = 4 << 20  # bytes of JSON whose rows are kept in memory, at most
 BLOCK = 1 << 20  # bytes of older rows that are read at a time, where a row is no larger
 

@@ -10,9 +10,9 @@ from types import TracebackType
 from typing import IO
 
 from gradfn.files import replacing
+from gradfn.layout import CHECKPOINT
 from gradfn.tensors import Tensor, write_tensors
 from gradfn.train.checkpoint import metadata, tensors
-from gradfn.train.folder import CHECKPOINT
 from gradfn.train.log import Log
 from gradfn.train.step import TrainState
 
