@@ -24,7 +24,8 @@ from gradfn.run import Number
 Shapes = dict[str, tuple[int, ...]]
 
 LAST_STEP = 2**53  # that a float64 tells from the one before
-METRICS_ROW, INSPECTIONS_ROW = 1 << 20, 16 << 20  # bytes that a row may have
+# Bytes that a row may have: more than a block of rows, which is then decoded at once.
+METRICS_ROW, INSPECTIONS_ROW = 2 << 20, 16 << 20
 WAITING = 1 << 15  # numbers that wait for being added to curves
 MAX_METRICS = 48  # of a training
 HEAT_ROWS = 100  # of a heat map: more would be too many to read
