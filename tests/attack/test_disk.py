@@ -73,7 +73,7 @@ def faults_of(end, folder):
     return [*([] if end.code in (0, 1) else [end]), *readable(folder)]
 
 
-@pytest.mark.tries(all=60, sample=2)
+@pytest.mark.tries(all=30, sample=2)
 def test_full_disk(forks, tmp_path, tries, tally, disks):
     expected = whole(forks, tmp_path)
     sizes = np.random.default_rng(0).integers(1, 40, tries) * 4  # kilobytes, by pages
@@ -93,7 +93,7 @@ def test_full_disk(forks, tmp_path, tries, tally, disks):
     tally([fault for faults in at_once(attack, jobs) for fault in faults], tries)
 
 
-@pytest.mark.tries(all=20, sample=1)
+@pytest.mark.tries(all=8, sample=1)
 def test_a_disk_that_becomes_read_only(forks, tmp_path, tries, tally, disks):
     expected = whole(forks, tmp_path)
     jobs = [(i, disks(str(i), 20_000)) for i in range(tries)]
@@ -115,7 +115,7 @@ def test_a_disk_that_becomes_read_only(forks, tmp_path, tries, tally, disks):
     tally([fault for faults in at_once(attack, jobs) for fault in faults], tries)
 
 
-@pytest.mark.tries(all=20, sample=1)
+@pytest.mark.tries(all=8, sample=1)
 def test_a_folder_that_goes_away(forks, tmp_path, tries, tally):
     def attack(number):
         folder = tmp_path / f"gone{number}"

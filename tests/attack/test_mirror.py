@@ -130,7 +130,7 @@ def mirror():
         server.shutdown()
 
 
-@pytest.mark.tries(all=10 * len(EVILS), sample=len(EVILS) // 2)
+@pytest.mark.tries(all=5 * len(EVILS), sample=len(EVILS) // 2)
 def test_mirror(mirror, tmp_path, tries, tally, monkeypatch):
     monkeypatch.setattr(download, "TIMEOUT", 0.5)
     faults = []

@@ -1,6 +1,7 @@
 """Every file that a run, a folder of weights or a data set holds may be damaged: one line says which and how."""
 
 import gzip
+import itertools
 import json
 import struct
 from pathlib import Path
@@ -12,7 +13,8 @@ from tests.attack import mutations
 from tests.attack.children import at_once, in_child, train
 from tests.attack.mutations import work
 
-# By folder (see `make`): the files in it, what each holds, and who reads it.
+# By folder (see `make`): the files in it, what each holds, and who reads it. The tries of a file that several read,
+# or of which there are several, are shared out.
 FILES = {
     "run": [
         ("config.json", "json", "report"),
@@ -121,28 +123,39 @@ def make(kind, folder):
         (folder / "model.safetensors").unlink()
 
 
-def damage(folder, kind, files, seeds, results):
-    """Make a folder, and damage and read some of its files once for each seed."""
+def shared(kind, name):
+    """Return how many of the files above, and their readers, are of the kind of a file in a folder."""
+
+    def what(kind, name):
+        is_model = kind in ("gpt2", "llama")
+        return is_model, "model.safetensors" if is_model and name.startswith("model-") else name
+
+    return sum(
+        what(*each) == what(kind, name) for each in ((k, file) for k in FILES for file, _, _ in FILES[k])
+    )
+
+
+def damage(folder, kind, tries, part, n_parts, results):
+    """Make a folder, and damage and read each of its files; `part` says which of the tries."""
     make(kind, Path(folder))
-    faults = {}
-    for name, form, reader in files:
-        faults[f"{reader} {name}"] = work(getattr(mutations, reader), folder, name, form, seeds)
-    Path(results).write_text(json.dumps(faults))
+    faults, n = [], 0
+    for name, form, reader in FILES[kind]:
+        seeds = range(part, -(-tries // shared(kind, name)), n_parts)
+        faults += work(getattr(mutations, reader), folder, name, form, seeds)
+        n += len(seeds)
+    Path(results).write_text(json.dumps([faults, n]))
 
 
 @pytest.mark.parametrize("kind", FILES)
 @pytest.mark.tries(all=500, sample=4)
 def test_damaged_files(forks, tmp_path, tries, tally, kind):
-    """Files are damaged `tries` times each."""
+    """Each kind of file is damaged `tries` times."""
 
     def attack(part):
         folder, results = tmp_path / f"{kind}{part}", tmp_path / f"{part}.json"
-        seeds = range(part, tries, n_parts)
-        end = in_child(forks, damage, str(folder), kind, FILES[kind], seeds, str(results))
-        return json.loads(results.read_text()) if results.exists() else {kind: [str(end)]}
+        end = in_child(forks, damage, str(folder), kind, tries, part, n_parts, str(results))
+        return json.loads(results.read_text()) if results.exists() else [[str(end)], 1]
 
     n_parts = 2 if tries > 20 else 1
-    faults = [
-        fault for part in at_once(attack, range(n_parts)) for of_file in part.values() for fault in of_file
-    ]
-    tally(faults, tries * len(FILES[kind]))
+    faults, numbers = zip(*at_once(attack, range(n_parts)))
+    tally(itertools.chain(*faults), sum(numbers))

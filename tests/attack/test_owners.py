@@ -21,7 +21,7 @@ def slowly(folder, told, wait):
     return 0
 
 
-@pytest.mark.tries(all=40, sample=1)
+@pytest.mark.tries(all=10, sample=1)
 def test_owners(forks, tmp_path, tries, tally):
     end = in_child(forks, slowly, str(tmp_path / "whole"), str(tmp_path / "whole.txt"), 0.0)
     assert end.code == 0, end

@@ -17,7 +17,7 @@ from tests.attack.children import at_once, command, in_child, readable, train, w
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
-@pytest.mark.tries(all=150, sample=3)
+@pytest.mark.tries(all=40, sample=3)
 def test_fit_stops_well(forks, tmp_path, tries, tally):
     end = in_child(forks, train, str(tmp_path / "whole"), 240, None, None, str(tmp_path / "whole.txt"))
     assert end.code == 0, end.err
@@ -41,7 +41,7 @@ def test_fit_stops_well(forks, tmp_path, tries, tally):
     tally([fault for faults in at_once(attack, range(tries)) for fault in faults], tries)
 
 
-@pytest.mark.tries(all=24, sample=1)
+@pytest.mark.tries(all=6, sample=1)
 def test_the_command_line_stops_well(forks, tmp_path, tries, tally):
     options = ("run", "digits", "--epochs", "3")
     end = in_child(forks, command, *options, "--folder", str(tmp_path / "whole"))
@@ -66,7 +66,7 @@ def test_the_command_line_stops_well(forks, tmp_path, tries, tally):
     tally([fault for faults in at_once(attack, range(tries)) for fault in faults], tries)
 
 
-@pytest.mark.tries(all=20, sample=2)
+@pytest.mark.tries(all=12, sample=2)
 def test_ctrl_c_while_jax_is_imported(tmp_path, tries, tally):
     environment = os.environ | {"PYTHONPATH": str(Path(gradfn.__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
 
