@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from experiments.digits import Config, run
+from gradfn.tensors import CHECKSUM
 
 ROOT = Path(__file__).parents[2]
 PICTURES = {"weights.png", "curves.png", "confusion.png", "mistakes.png"}
@@ -113,5 +114,6 @@ def test_kill_9_and_resume_ends_with_the_parameters_of_an_uninterrupted_run(tmp_
     assert {file.name for file in folder.iterdir()} >= PICTURES | {"result.json"}
     ended = load_file(folder / "checkpoint.safetensors")
     assert set(ended) == set(uninterrupted)
-    for name, array in uninterrupted.items():
-        np.testing.assert_array_equal(ended[name], array, err_msg=name)
+    # The checksum is of the seconds that it took, too.
+    for name in uninterrupted.keys() - {CHECKSUM}:
+        np.testing.assert_array_equal(ended[name], uninterrupted[name], err_msg=name)
