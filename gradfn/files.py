@@ -26,6 +26,7 @@ JSON_LIMIT = 64 << 20  # bytes of a JSON file, or of one line of rows
 BLOCK = 1 << 20  # bytes of a file of rows that are read at once
 OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 MESSAGE_LIMIT = 2000  # characters
+LOCK = ".lock"  # the file by which a folder is owned
 PART = ".part"  # how names of unfinished files end
 IDLE = 3600.0  # seconds after which nobody can be writing an unfinished file any more
 
@@ -347,6 +348,3 @@ def owned(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-LOCK = ".lock"
