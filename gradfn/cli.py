@@ -30,6 +30,7 @@ from gradfn.console import (
     exit_code,
     handle,
     handling,
+    leave,
     open_missing_streams,
     optional,
     stop,
@@ -105,7 +106,7 @@ def script(file: str) -> None:
     """
     command = f"python {shlex.quote(sys.argv[0])}"
     handle(stop_at_once)
-    sys.exit(_guarded(lambda: _run(Path(file), sys.argv[1:], command)))
+    leave(_guarded(lambda: _run(Path(file), sys.argv[1:], command)))
 
 
 def _replace_unknown_characters() -> None:

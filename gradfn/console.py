@@ -76,6 +76,20 @@ def exit_code(end: KeyboardInterrupt | SystemExit) -> int:
     return 1
 
 
+def leave(code: int) -> NoReturn:
+    """End the process with an exit code, after Ctrl-C at once.
+
+    Where Ctrl-C came while a string was executed, as in the making of a dataclass, Python would remember it and end
+    itself by SIGINT in the end, whatever became of it.
+    """
+    if code == 128 + signal.SIGINT:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 class Output:
     """A stream of text that replaces what it cannot encode, and drops what it cannot write.
 

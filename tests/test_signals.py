@@ -137,3 +137,19 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
     process.send_signal(signal.SIGHUP)
     assert process.communicate(timeout=60)[1].startswith("gradfn run digits: --hidden")
     assert process.returncode == 2
+
+
+def test_ctrl_c_while_a_string_is_executed_has_its_exit_code(tmp_path):
+    """As in the making of a dataclass; Python alone would end itself by SIGINT then."""
+    lines = [
+        "from gradfn.console import exit_code, leave",
+        "try:",
+        "    exec('import signal; signal.raise_signal(2)')",
+    ]
+    lines += ["except KeyboardInterrupt as end:", "    leave(exit_code(end))"]
+    (tmp_path / "interrupted.py").write_text("\n".join(lines))
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "interrupted"], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (130, "")
