@@ -25,6 +25,7 @@ from gradfn.versions import versions
 
 RUNS = Path("runs")
 CONFIG, VERSIONS, RESULT = "config.json", "versions.json", "result.json"
+CONFIG_LIMIT = 1 << 20  # bytes of the first two
 BEGUN = "begun"  # when, among the versions
 _OWNED: dict[str, contextlib.ExitStack] = {}  # the folders of this process's runs, by their real paths
 
@@ -193,13 +194,13 @@ def read_config(folder: Path) -> ConfigFile:
     Raises:
         FileError: the file is missing, leads out of the folder, or has another form.
     """
-    return read_json(inside(folder, CONFIG), ConfigFile)
+    return read_json(inside(folder, CONFIG), ConfigFile, CONFIG_LIMIT)
 
 
 def read_versions(folder: Path) -> VersionsFile:
     """Read what a run ran on; {} where that is not kept. Errors are those of `read_config`."""
     file = inside(folder, VERSIONS)
-    return read_json(file, VersionsFile) if os.path.lexists(file) else {}
+    return read_json(file, VersionsFile, CONFIG_LIMIT) if os.path.lexists(file) else {}
 
 
 def read_result(folder: Path) -> ResultFile | None:
