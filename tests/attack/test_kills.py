@@ -29,8 +29,8 @@ def test_kill_9(forks, tmp_path, tries, tally):
             if killed == kills:
                 break
             by_event = rng.random() < 0.5
-            args = (folder, 240, int(rng.integers(1, 120)) if by_event else None)
-            end = in_child(forks, train, *args, after=None if by_event else rng.uniform(0.05, 1.2))
+            args = (folder, 240, int(rng.integers(1, 60)) if by_event else None)
+            end = in_child(forks, train, *args, after=None if by_event else rng.uniform(0.05, 0.8))
             if end.code == 0:
                 folder = f"{folder}x"  # it has ended: go on with another one
             elif end.code == -signal.SIGKILL:
