@@ -63,7 +63,7 @@ class Config:
 class Result(NamedTuple):
     """What came of a run."""
 
-    noise: Sequence[dict[str, Any]]  # a row a measure, see gf.fit
+    noise: Sequence[dict[str, Any]]  # one row per measurement, see gf.fit
     first: float  # noise scale before training, from all training digits
     second: float  # the same of training's second half
     estimate: float  # of the second half, from the batches alone

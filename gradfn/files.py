@@ -8,12 +8,13 @@ file and the fault. A name that was read from a file becomes a path by `beside` 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -219,8 +220,15 @@ def parse_json(data: bytes | str, form: type[T], name: str) -> T:
     """Parse JSON whose content has a form: see `read_json`; `name` is what to call it in the error."""
     import msgspec
 
+    return _decoded(functools.partial(msgspec.json.decode, type=form), data, name)
+
+
+def _decoded(decode: Callable[[Any], T], data: bytes | str, name: str) -> T:
+    """Decode JSON; what is wrong with it becomes a FileError."""
+    import msgspec
+
     try:
-        return msgspec.json.decode(data, type=form)
+        return decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise FileError(f"{name}: {error}") from error
     except RecursionError as error:
@@ -260,14 +268,14 @@ def read_blocks_of_rows(
         while block := content.read(BLOCK):
             whole, end, rest = (rest + block).rpartition(b"\n")
             if end:
-                rows = _decoded(decoder, whole, file, number, limit)
+                rows = _decoded_rows(decoder, whole, file, number, limit)
                 number += len(rows)
                 yield rows
             if len(rest) > limit:
                 raise FileError(f"{file}: line {number + 1:,}: expected at most {limit:,} bytes")
 
 
-def _decoded(
+def _decoded_rows(
     decoder: msgspec.json.Decoder[T], whole: bytes, file: str | os.PathLike[str], number: int, limit: int
 ) -> list[T]:
     """Return the rows in some lines of a file, after so many others."""
@@ -282,12 +290,7 @@ def _decoded(
     for i, line in enumerate(whole.split(b"\n"), start=number + 1):
         if len(line) > limit:
             raise FileError(f"{file}: line {i:,}: expected at most {limit:,} bytes")
-        try:
-            rows.append(decoder.decode(line))
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise FileError(f"{file}: line {i:,}: {error}") from error
-        except RecursionError as error:
-            raise FileError(f"{file}: line {i:,}: nested too deeply") from error
+        rows.append(_decoded(decoder.decode, line, f"{file}: line {i:,}"))
     return rows
 
 

@@ -277,7 +277,7 @@ def resume(folder):
 
 
 def stored(folder):
-    """Read the options that a run goes on with."""
+    """Read the options that a run resumes with."""
     from experiments import digits
     from gradfn import run
 

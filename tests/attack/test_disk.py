@@ -73,6 +73,13 @@ def faults_of(end, folder):
     return [*([] if end.code in (0, 1) else [end]), *readable(folder)]
 
 
+def resumed(forks, folder, file, expected, when):
+    """Resume a run; return what is wrong with what came of it."""
+    end = in_child(forks, training, str(folder), str(file))
+    right = end.code == 0 and file.read_text() == expected
+    return [*([] if right else [f"{when}: {end}, or another result"]), *readable(folder)]
+
+
 @pytest.mark.tries(all=30, sample=2)
 def test_full_disk(forks, tmp_path, tries, tally, disks):
     expected = whole(forks, tmp_path)
@@ -85,10 +92,7 @@ def test_full_disk(forks, tmp_path, tries, tally, disks):
         faults = faults_of(in_child(forks, training, str(folder)), disk)
         if not mount("-o", "remount,size=20m", disk):
             return [*faults, "no room could be made"]
-        again = in_child(forks, training, str(folder), str(file))
-        if again.code or file.read_text() != expected:
-            faults.append(f"{size} kB, after room was made: {again}, or another result")
-        return faults + readable(folder)
+        return [*faults, *resumed(forks, folder, file, expected, f"{size} kB, after room was made")]
 
     tally([fault for faults in at_once(attack, jobs) for fault in faults], tries)
 
@@ -107,10 +111,7 @@ def test_a_disk_that_becomes_read_only(forks, tmp_path, tries, tally, disks):
         )
         faults = faults_of(end, disk)
         mount("-o", "remount,rw", disk)
-        again = in_child(forks, training, str(folder), str(file))
-        if again.code or file.read_text() != expected:
-            faults.append(f"after it could be written again: {again}, or another result")
-        return faults + readable(folder)
+        return [*faults, *resumed(forks, folder, file, expected, "after it could be written again")]
 
     tally([fault for faults in at_once(attack, jobs) for fault in faults], tries)
 
