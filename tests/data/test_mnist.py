@@ -377,7 +377,7 @@ def write_for(handler, seconds, piece, pause=0.0):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         handler.wfile.write(piece)
-        handler.server.sent = getattr(handler.server, "sent", 0) + len(piece)
+        handler.server.sent += len(piece)
         time.sleep(pause)
 
 
