@@ -11,9 +11,11 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import jax
 import pytest
 
+import gradfn
+
 # All of gradfn, before pytest imports single files for their examples: it would make second copies of modules.
-import gradfn._public
-import gradfn.inspection  # noqa: F401
+for name in gradfn.__all__:
+    getattr(gradfn, name)
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

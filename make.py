@@ -33,7 +33,7 @@ CHECKS = {
 }
 # jax.checkpoint and checkpoint_name become other primitives in a jax to come; jax 0.12 has them on request.
 NEXT_REMAT = {"JAX_REMAT3": "1"}
-LOOKS_INTO_PROGRAMS = ["tests/transform", "tests/nets/test_gpt.py"]
+LOOKS_INTO_PROGRAMS = ["tests/jaxpr", "tests/flatten", "tests/nets/test_gpt.py"]
 LOOKS_INTO_PROGRAMS += [
     f"tests/inspection/test_{name}.py" for name in ("inspect", "backprop", "origin", "patch")
 ]

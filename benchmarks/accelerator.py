@@ -45,7 +45,7 @@ from rich.table import Table
 
 import gradfn as gf
 from benchmarks import fit_mnist, harness
-from gradfn.transform.summaries import summarise
+from gradfn.inspection.summaries import summarize
 
 MINUTES = 5.75
 RATE, BETAS, DECAY = 3e-4, (0.9, 0.95), 0.1
@@ -143,7 +143,7 @@ def everything_of(loss: Callable) -> Callable:
         return {
             "value and gradients": jax.value_and_grad(mean)(params, batch),
             "inspect": (seen.value, seen.grads, statistics),
-            "per-example norms": gf.per_example_norms(loss)(params, batch),
+            "per-example norms": gf.per_example.norms(loss)(params, batch),
         }
 
     return of
@@ -155,7 +155,7 @@ def compare_magnitudes(device: jax.Device, emit: Emit) -> None:
     scales = [10.0**exponent for exponent in range(-30, 31, 5)]
     values = [(scale * x).astype(np.float32) for scale in scales]
     expected = [np.sqrt(np.mean(np.square(value.astype(np.float64)))) for value in values]
-    found = on(device, lambda values: [summarise(value, ("rms",)).rms for value in values], values)
+    found = on(device, lambda values: [summarize(value, ("rms",)).rms for value in values], values)
     error = max(
         difference([one / scale], [other / scale])
         for one, other, scale in zip(found, expected, scales, strict=True)
@@ -481,8 +481,8 @@ def overhead(shapes: Shapes, emit: Emit) -> None:
     inspected = gf.inspect(mean, stats=FIVE, input_grads=False)
     ways = {
         "inspect, five statistics": lambda params, batch: inspected(params, batch),
-        "per-example norms": lambda params, batch: gf.per_example_norms(loss)(params, batch),
-        "Hessian-vector product": lambda params, batch: gf.hvp(mean)(params, params, batch),
+        "per-example norms": lambda params, batch: gf.per_example.norms(loss)(params, batch),
+        "Hessian-vector product": lambda params, batch: gf.curvature.hvp(mean)(params, params, batch),
     }
 
     def ready(f: Callable, batch: Any) -> tuple[Any, Callable[[], Any], float]:

@@ -6,8 +6,8 @@
 
 Products: Hessian, Gauss-Newton and empirical Fisher times a vector, over the gradient of the same batch's loss.
 Where both factors of a matrix product vary, a Hessian product needs eight matrix products for the three of a
-gradient, 2.67 times as many; in a first layer, whose input is constant, three for two. `gf.hessian_eigs` and its
-kin compute what does not depend on the vector once, and need six, or two.
+gradient, 2.67 times as many; in a first layer, whose input is constant, three for two. `gf.curvature.hessian_eigs` and
+its kin compute what does not depend on the vector once, and need six, or two.
 
 Eigenvalues: the five largest of the 784-16-10 net's Hessian on 1,024 of the built-in digits, after 100 steps of
 Adam. Everyone is given the fastest of their settings (tolerance, number of products, threads) that leaves all five
@@ -114,9 +114,9 @@ def residual(p: Problem) -> Callable[[Solved], float]:
 
 
 def gradfn_solver(p: Problem) -> Iterable[tuple[str, Solver]]:
-    """gf.hessian_eigs."""
+    """gf.curvature.hessian_eigs."""
     for tolerance in (3e-3, 1e-3, 3e-4):
-        eigs = gf.hessian_eigs(gf.batch_mean(gf.classification_loss(NET)), K, tolerance=tolerance)
+        eigs = gf.curvature.hessian_eigs(gf.batch_mean(gf.classification_loss(NET)), K, tolerance=tolerance)
 
         def solve(eigs: Callable = eigs) -> Solved:
             found = eigs(p.params, (p.images, p.labels))
@@ -340,9 +340,9 @@ def products(options: argparse.Namespace) -> None:
         vector = unravel(jax.random.normal(jax.random.key(1), flat.shape))
         ways = {
             "gradient": jax.jit(lambda params, vector, batch, mean=mean: jax.grad(mean)(params, batch)),
-            "hvp": jax.jit(gf.hvp(mean)),
-            "ggn_vp": jax.jit(gf.ggn_vp(net.apply)),
-            "fisher_vp": jax.jit(gf.fisher_vp(loss)),
+            "hvp": jax.jit(gf.curvature.hvp(mean)),
+            "ggn_vp": jax.jit(gf.curvature.ggn_vp(net.apply)),
+            "fisher_vp": jax.jit(gf.curvature.fisher_vp(loss)),
         }
         calls = 1 if net is gpt else 20
         ready = {name: counted(partial(way, params, vector, batch), calls) for name, way in ways.items()}

@@ -51,20 +51,20 @@ CASES: dict[str, Callable[[], Case]] = {
 
 
 def norms(loss: Callable) -> Callable:
-    """gf.per_example_norms: gradient and norms."""
+    """gf.per_example.norms: gradient and norms."""
 
     def run(params: Any, batch: Any) -> Any:
-        seen = gf.per_example_norms(loss)(params, batch)
+        seen = gf.per_example.norms(loss)(params, batch)
         return seen.grads, seen.total
 
     return run
 
 
 def clipped(loss: Callable) -> Callable:
-    """gf.clipped_grads, with a bound that leaves every gradient as it is, so that the mean is the same."""
+    """gf.per_example.clipped_grads, with a bound that leaves every gradient as it is, so that the mean is the same."""
 
     def run(params: Any, batch: Any) -> Any:
-        seen = gf.clipped_grads(loss, 1e9)(params, batch)
+        seen = gf.per_example.clipped_grads(loss, 1e9)(params, batch)
         return seen.grads, seen.total
 
     return run
@@ -200,8 +200,8 @@ def compiled(name: str) -> tuple[dict[str, Callable], dict[str, str]]:
     loss, params, batch = CASES[name]()
     ways = {
         PLAIN: jax.value_and_grad(gf.batch_mean(loss)),
-        "gf.per_example_norms": norms(loss),
-        "gf.clipped_grads": clipped(loss),
+        "gf.per_example.norms": norms(loss),
+        "gf.per_example.clipped_grads": clipped(loss),
         "vmap(grad)": every_gradient(loss),
     } | ({"ghost by hand": ghost_by_hand} if name == "MLP" else {})
     runs: dict[str, Callable] = {}

@@ -66,7 +66,7 @@ class Result(NamedTuple):
     histories: dict[float, list[dict[str, Any]]]  # by rate: step, loss, sharpness
     accuracies: dict[float, float]  # by rate, on the test digits, in [0, 1]
     eigenvalues: np.ndarray  # [10], the largest in the end, of the last rate
-    trace: gf.Estimate
+    trace: gf.curvature.Estimate
     folder: Path
     verdict: str
 
@@ -87,7 +87,7 @@ def run(config: Config) -> Result:
 
     histories, accuracies = {}, {}
     for rate in config.rates:
-        sharp = gf.sharpness(loss, rate)
+        sharp = gf.curvature.sharpness(loss, rate)
         fitted = gf.fit(
             loss,
             start,
@@ -109,12 +109,12 @@ def run(config: Config) -> Result:
         )
     params, size = fitted.params, gf.count(net.spec)
 
-    eigs = gf.hessian_eigs(loss, k=10, which="largest")(params, batch)
-    trace = gf.hessian_trace(loss)(params, batch)
+    eigs = gf.curvature.hessian_eigs(loss, k=10, which="largest")(params, batch)
+    trace = gf.curvature.hessian_trace(loss)(params, batch)
     print(f"the Hessian in the end, rate {rate:g}:\n{eigs}")
     print(f"its trace: {trace.value:.1f}, standard error {trace.standard_error:.1f}")
 
-    spread = gf.hessian_spectrum(loss)
+    spread = gf.curvature.hessian_spectrum(loss)
     spectra = {"after training": spread(params, batch), "before training": spread(start, batch)}
     densities = {name: one.density(width=BLUR * float(eigs.values[0])) for name, one in spectra.items()}
     curved = float(spectra["after training"].above(eigs.values[0] / 10))
@@ -136,9 +136,9 @@ def _measure(sharp: Callable, batch: Any, params: Any) -> dict[str, Any]:
     return {"sharpness": sharp(params, batch).value}
 
 
-def _landscape(loss: Any, params: Any, batch: Any, eigs: gf.Eigs) -> Any:
+def _landscape(loss: Any, params: Any, batch: Any, eigs: gf.curvature.Eigs) -> Any:
     """Draw the loss over a random plane, and along the sharpest and a random direction of length 1."""
-    plane = gf.loss_landscape(loss, points=41)(params, batch)
+    plane = gf.curvature.loss_landscape(loss, points=41)(params, batch)
     random = jax.tree.map(lambda d: d[:1], plane.directions)
     length = optax.tree.norm(random)
     ways = {
@@ -147,7 +147,7 @@ def _landscape(loss: Any, params: Any, batch: Any, eigs: gf.Eigs) -> Any:
     }
     along = {}
     for name, way in ways.items():
-        line = gf.loss_landscape(loss, dims=1, directions=way, points=41)(params, batch)
+        line = gf.curvature.loss_landscape(loss, dims=1, directions=way, points=41)(params, batch)
         along[name] = line.steps, line.losses
     return landscape(plane.steps, plane.losses, along, float(eigs.values[0]), LOSS_UNIT)
 

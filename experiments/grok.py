@@ -21,7 +21,7 @@ import optax
 import gradfn as gf
 from gradfn import run as runs
 from gradfn.files import inner_folder
-from gradfn.layers.embed import look_up
+from gradfn.layers._embed import look_up
 from gradfn.report.figures import save_all
 from gradfn.report.grok import grokking, waves
 

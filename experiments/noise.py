@@ -85,7 +85,7 @@ def run(config: Config) -> Result:
     loss, start = gf.classification_loss(net), net.init(jax.random.key(config.seed))
     # What batches estimate, all training digits tell (the first 10,000 of MNIST's).
     images, labels = (jnp.asarray(part[:10_000]) for part in data.train)
-    measure = jax.jit(gf.noise_scale(loss))
+    measure = jax.jit(gf.per_example.noise_scale(loss))
 
     def exact(params: Any) -> dict[str, jax.Array]:
         seen = measure(params, (images, labels))
@@ -108,9 +108,9 @@ def run(config: Config) -> Result:
 
     print(f"at the end, from {len(labels):,} training digits at once:")
     print(measure(fitted.params, (images, labels)))
-    norms = jax.jit(gf.per_example_norms(loss))(fitted.params, (images, labels)).total
+    norms = jax.jit(gf.per_example.norms(loss))(fitted.params, (images, labels)).total
     answers = jax.vmap(net.apply, (None, 0))(fitted.params, images).argmax(1)
-    classes = jax.jit(gf.grad_cosines(loss, by=np.asarray(labels)))(start, (images, labels))
+    classes = jax.jit(gf.per_example.grad_cosines(loss, by=np.asarray(labels)))(start, (images, labels))
     digits = [str(digit) for digit in range(10)]
     before = exact(start)
     first = scale([before])

@@ -88,7 +88,7 @@ def run(config: Config) -> Result:
         resume=config.resume,
     )
     images, labels = (jnp.asarray(part) for part in data.test)
-    cells = gf.grid_regions(data.shape, GRID)
+    cells = gf.attribution.grid_regions(data.shape, GRID)
     parts = named_regions(data.shape)
     of_cells = look(net, fitted.params, images, cells)
     of_parts = look(net, fitted.params, images, np.stack(list(parts.values())))
@@ -142,9 +142,9 @@ def named_regions(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
     }
 
 
-def look(net: gf.Net, params: Any, images: jax.Array, masks: np.ndarray) -> gf.inspection.Regions:
+def look(net: gf.Net, params: Any, images: jax.Array, masks: np.ndarray) -> gf.attribution.Regions:
     """Return the regions of each image, with a leading axis of images."""
-    one = gf.regions(net.apply, masks)
+    one = gf.attribution.regions(net.apply, masks)
     return jax.jit(lambda images: jax.lax.map(lambda image: one(params, image), images, batch_size=100))(
         images
     )

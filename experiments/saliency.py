@@ -20,10 +20,10 @@ import optax
 
 import gradfn as gf
 from gradfn import run as runs
-from gradfn.inspection import Randomised
+from gradfn.attribution import Randomized
+from gradfn.display import TextTable
 from gradfn.report.attribution import influences, randomised_maps, signed_maps
 from gradfn.report.figures import save_all
-from gradfn.text import TextTable
 
 EXPECTED = (
     "integrated gradients that add up to within 1 %, and saliency to pass both randomisation tests that an edge "
@@ -72,7 +72,7 @@ class Result(NamedTuple):
     history: Sequence[dict[str, Any]]
     test_accuracy: float  # in [0, 1]
     gap: float  # of the integrated gradients: the largest of all test digits, as a share of the score
-    tests: dict[str, tuple[Randomised, Randomised]]  # by method: weights random, labels shuffled
+    tests: dict[str, tuple[Randomized, Randomized]]  # by method: weights random, labels shuffled
     same_label: float  # of the five training digits that helped an answer most, the share with its label
     folder: Path
     verdict: str
@@ -105,7 +105,7 @@ def run(config: Config) -> Result:
     tests = believable(net, fitted.params, data, (images[:N_TESTED], said[:N_TESTED]), config)
     print(table(tests))
     kept = list(gf.train.kept(folder, like=fitted.params).values())
-    traced = gf.tracin(gf.classification_loss(net))(
+    traced = gf.attribution.tracin(gf.classification_loss(net))(
         kept, data.train, (images[:N_TRACED], said[:N_TRACED]), RATE
     )
     best = np.argsort(-np.asarray(traced), 1)[:, :5]
@@ -137,15 +137,19 @@ def explanations(net: gf.Net, path: int = 64) -> dict[str, Method]:
     """Return methods to explain the answer `class` to an image; the last looks at the image alone."""
     f, key = net.apply, jax.random.key(0)
     return {
-        "saliency": lambda params, example: gf.saliency(f, example[1])(params, example[0]),
-        "smooth gradient": lambda params, example: gf.smooth_grad(f, example[1])(params, example[0], key),
-        "gradient x input": lambda params, example: gf.grad_times_input(f, example[1])(params, example[0]),
-        "integrated gradients": lambda params, example: (
-            gf.integrated_gradients(f, example[1], steps=path)(params, example[0]).attributions
+        "saliency": lambda params, example: gf.attribution.saliency(f, example[1])(params, example[0]),
+        "smooth gradient": lambda params, example: gf.attribution.smooth_grad(f, example[1])(
+            params, example[0], key
         ),
-        "occlusion": lambda params, example: gf.occlusion(f, 4, 2, target=example[1], shape=(28, 28))(
+        "gradient x input": lambda params, example: gf.attribution.grad_times_input(f, example[1])(
             params, example[0]
         ),
+        "integrated gradients": lambda params, example: (
+            gf.attribution.integrated_gradients(f, example[1], steps=path)(params, example[0]).attributions
+        ),
+        "occlusion": lambda params, example: gf.attribution.occlusion(
+            f, 4, 2, target=example[1], shape=(28, 28)
+        )(params, example[0]),
         "edge detector": lambda params, example: edges(example[0].reshape(28, 28)).reshape(-1),
     }
 
@@ -159,14 +163,16 @@ def edges(image: jax.Array) -> jax.Array:
 def largest_gap(net: gf.Net, params: Any, examples: Any, path: int) -> float:
     """Return by how much integrated gradients miss the score at worst, as a share of it."""
     gap = jax.jit(
-        lambda image, k: gf.integrated_gradients(net.apply, k, steps=path)(params, image).relative_gap
+        lambda image, k: (
+            gf.attribution.integrated_gradients(net.apply, k, steps=path)(params, image).relative_gap
+        )
     )
     return float(jax.lax.map(lambda example: gap(*example), examples, batch_size=100).max())
 
 
 def believable(
     net: gf.Net, params: Any, data: gf.data.Dataset, examples: Any, config: Config
-) -> dict[str, tuple[Randomised, Randomised]]:
+) -> dict[str, tuple[Randomized, Randomized]]:
     """Run both randomisation tests on all methods."""
     key_weights, key_labels = jax.random.split(jax.random.key(config.seed + 1))
     wide = gf.mlp([784, WIDE, 10])
@@ -192,14 +198,14 @@ def believable(
     of_net, of_wide = explanations(net, config.path), explanations(wide, config.path)
     return {
         name: (
-            gf.randomise_weights(of_net[name], net.init)(params, examples, key_weights),
-            gf.randomise_labels(of_wide[name], train)(part, examples, key_labels),
+            gf.attribution.randomize_weights(of_net[name], net.init)(params, examples, key_weights),
+            gf.attribution.randomize_labels(of_wide[name], train)(part, examples, key_labels),
         )
         for name in of_net
     }
 
 
-def table(tests: dict[str, tuple[Randomised, Randomised]]) -> TextTable:
+def table(tests: dict[str, tuple[Randomized, Randomized]]) -> TextTable:
     """Return what came of the randomisation tests as a table."""
     shown = TextTable(title="how alike the maps stay (rank correlation of magnitudes)")
     names = [name for test in next(iter(tests.values())) for name in test.names]
@@ -231,12 +237,12 @@ def maps_figure(net: gf.Net, params: Any, data: gf.data.Dataset, tests: Any, pat
     return signed_maps(images[chosen].reshape(-1, *data.shape), columns, title, names)
 
 
-def passes(both: tuple[Randomised, Randomised]) -> bool:
+def passes(both: tuple[Randomized, Randomized]) -> bool:
     """Tell whether a method passed the test of weights and that of labels."""
     return all(test.passed for test in both)
 
 
-def tests_figure(tests: dict[str, tuple[Randomised, Randomised]], data: gf.data.Dataset) -> Any:
+def tests_figure(tests: dict[str, tuple[Randomized, Randomized]], data: gf.data.Dataset) -> Any:
     """Draw what becomes of the maps of one digit while what was learned is taken away."""
     images = data.test[0][:N_TESTED].reshape(-1, *data.shape)
     rows: dict[str, Any] = {}
@@ -283,7 +289,7 @@ def influence_figure(net: gf.Net, params: Any, data: gf.data.Dataset, scores: np
     )
 
 
-def judge(config: Config, gap: float, tests: dict[str, tuple[Randomised, Randomised]]) -> str:
+def judge(config: Config, gap: float, tests: dict[str, tuple[Randomized, Randomized]]) -> str:
     """Say what was reached against what was expected."""
     saliency, impostor = passes(tests["saliency"]), any(test.passed for test in tests["edge detector"])
     reached = (

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gradfn.core.labels import check_range, counting, label_of, labels_of
+from gradfn.core.net import Net, takes_key
+from gradfn.core.precision import wide, widen
 from gradfn.data._arrays import as_arrays
-from gradfn.labels import check_range, counting, label_of, labels_of
-from gradfn.net import Net, takes_key
-from gradfn.precision import wide, widen
-from gradfn.transform import flat_products
-from gradfn.transform.program import hide_objects, show_objects
+from gradfn.flatten import flat_products
+from gradfn.jaxpr.program import hide_objects, show_objects
 
 Loss = Callable[..., Any]  # (params, example) or (params, example, key) -> scalar, or (scalar, aux)
 
@@ -172,7 +172,7 @@ def batch_mean(loss: Loss) -> Loss:
         The same over a batch, whose arrays have a leading batch axis; aux is averaged too. A random key passed
         as `key=` is split, one for each example; every other keyword goes to the loss as it is. Compiled, its
         matrix products are taken on `[batch * time, features]`, which makes a small GPT's step 1.13 to 1.19
-        times as fast on processors (`gradfn.transform.flat_products`).
+        times as fast on processors (`gradfn.flatten.flat_products`).
 
     >>> import jax.numpy as jnp, gradfn as gf
     >>> gf.batch_mean(lambda params, x: params * x)(2.0, jnp.array([1.0, 2.0]))

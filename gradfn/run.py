@@ -18,9 +18,9 @@ from typing import Annotated, Any, ClassVar, Protocol, TypedDict, TypeVar
 import msgspec
 from msgspec import Meta
 
+from gradfn.display import to_json
 from gradfn.files import FileError, inside, owned, parse_json, read_json, replace_file
 from gradfn.layout import CHECKPOINT, METRICS
-from gradfn.text import to_json
 from gradfn.versions import versions
 
 RUNS = Path("runs")

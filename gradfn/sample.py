@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import msgspec
 
+from gradfn.core.params import Params
 from gradfn.data import DataError, Tokenizer, tokenizer_from
-from gradfn.data.tokenizer import TokenizerFile
+from gradfn.data._tokenizer import TokenizerFile
 from gradfn.files import FileError, inside, read_json
 from gradfn.layout import CHECKPOINT
 from gradfn.nets import GPTConfig, LanguageModel, gpt, rnn, stream
-from gradfn.params import Params
 from gradfn.run import RUNS, RunError, latest, within, write_json
 from gradfn.tensors import open_tensors
 from gradfn.train import checkpoint

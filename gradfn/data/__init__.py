@@ -1,16 +1,16 @@
 """Data as numpy arrays: handwritten digits, MNIST, a regression set, texts; splits, batches, windows."""
 
-from gradfn.data.batches import batches, epoch_order
+from gradfn.data._batches import batches, epoch_order
+from gradfn.data._diabetes import diabetes
+from gradfn.data._digits import digits
+from gradfn.data._mnist import idx_folder, mnist
+from gradfn.data._split import split
+from gradfn.data._text import Lines, Text, lines, python_topics, text, tokenize
+from gradfn.data._tokenizer import Tokenizer, characters, tiktoken, tokenizer, tokenizer_from, utf8_bytes
+from gradfn.data._windows import fixed_windows, host_windows, windows
 from gradfn.data.dataset import DataError, Dataset
-from gradfn.data.diabetes import diabetes
-from gradfn.data.digits import digits
 from gradfn.data.file_tokens import FileTokens
 from gradfn.data.idx import read_idx
-from gradfn.data.mnist import idx_folder, mnist
-from gradfn.data.split import split
-from gradfn.data.text import Lines, Text, lines, python_topics, text, tokenize
-from gradfn.data.tokenizer import Tokenizer, characters, tiktoken, tokenizer, tokenizer_from, utf8_bytes
-from gradfn.data.windows import fixed_windows, host_windows, windows
 
 __all__ = [
     "DataError",

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from gradfn.data._tokenizer import Tokenizer, characters
 from gradfn.data.dataset import DataError, data_errors
-from gradfn.data.tokenizer import Tokenizer, characters
 from gradfn.files import open_regular
 
 BLOCK = 1 << 12  # bytes

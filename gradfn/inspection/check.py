@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradfn.inspection.backprop import active_equations
+from gradfn.display import TextTable
+from gradfn.inspection._backprop import active_equations
 from gradfn.inspection.scalar import Scalar, scalar
 from gradfn.inspection.suspects import suspects
-from gradfn.text import TextTable
-from gradfn.transform import trace
-from gradfn.transform.program import by_position, traced_leaves
+from gradfn.jaxpr import trace
+from gradfn.jaxpr.program import by_position, traced_leaves
 
 PER_LEAF = 64  # of a tree with more leaves, single leaves are only looked at if all of them together are off
 TOLERANCE = 1e-5  # relative, in float64

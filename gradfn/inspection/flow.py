@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from gradfn.text import TextTable
-from gradfn.transform import Site
-from gradfn.transform.program import leaf_name
-from gradfn.transform.summaries import Stats
+from gradfn.display import TextTable
+from gradfn.inspection.summaries import Stats
+from gradfn.jaxpr import Site
+from gradfn.jaxpr.program import leaf_name
 
 if TYPE_CHECKING:
-    from gradfn.inspection.inspect import Inspection
+    from gradfn.inspection._inspect import Inspection
 
 VANISHING, EXPLODING = 1e-3, 1e3
 SATURATED_SHARE, DEAD_SHARE = 0.5, 0.5

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gradfn.names import ParameterError
-from gradfn.transform.program import is_array, leaf_name, traced_leaves
+from gradfn.core.names import ParameterError
+from gradfn.jaxpr.program import is_array, leaf_name, traced_leaves
 
 
 class Leaves(NamedTuple):

@@ -35,10 +35,10 @@ from gradfn.inspection.where import (
     order_key,
     turn_text,
 )
-from gradfn.transform import Place, Program, interpret, trace_as_written, walk
-from gradfn.transform.interpreter import Evaluate, Path, bodies, operation
-from gradfn.transform.program import by_position, params_first
-from gradfn.transform.varying import any_device, zeros
+from gradfn.jaxpr import Place, Program, interpret, trace_as_written, walk
+from gradfn.jaxpr.interpreter import Evaluate, Path, bodies, operation
+from gradfn.jaxpr.program import by_position, params_first
+from gradfn.jaxpr.varying import any_device, zeros
 
 # What is looked for: a NaN that no computed operand had, an infinity, and an infinity made out of finite
 # operands. Other infinities were written into the program (a mask) or handed on. A NaN that is written in the

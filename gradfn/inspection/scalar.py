@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradfn.transform.program import (
+from gradfn.jaxpr.program import (
     hide_objects,
     is_array,
     leaf_name,
@@ -107,7 +107,7 @@ def scalar(
 def jit_arrays(f: Callable) -> Callable:
     """Return `jax.jit(f)` for arguments and results whose trees may hold things that are no arrays.
 
-    Numbers that the function needs while it is traced are left as they are, as in `gradfn.transform.trace`.
+    Numbers that the function needs while it is traced are left as they are, as in `gradfn.jaxpr.trace`.
     """
 
     def filled(structure: Any, others: Sequence[Any], arrays: Sequence[Any]) -> Any:

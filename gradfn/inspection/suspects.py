@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from gradfn.inspection.backprop import active_equations
+from gradfn.inspection._backprop import active_equations
 from gradfn.inspection.scalar import Scalar
 from gradfn.inspection.where import around, line_of, operation_of
-from gradfn.transform import Place, Program, interpret, trace_as_written, walk
-from gradfn.transform.interpreter import Evaluate, Path, bodies
+from gradfn.jaxpr import Place, Program, interpret, trace_as_written, walk
+from gradfn.jaxpr.interpreter import Evaluate, Path, bodies
 
 _LIFTED = ("stop_gradient", "custom_jvp_call", "custom_vjp_call")
 _FLAT = {"ceil", "floor", "round", "sign"}  # their gradient is zero

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gradfn.transform import Place
-from gradfn.transform.interpreter import Path, operation, params_of
+from gradfn.jaxpr import Place
+from gradfn.jaxpr.interpreter import Path, operation, params_of
 
 
 class Loop(NamedTuple):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from gradfn.names import ParameterError
-from gradfn.net import Net
-from gradfn.params import Param, Params
-from gradfn.precision import widen
+from gradfn.core.names import ParameterError
+from gradfn.core.net import Net
+from gradfn.core.params import Param, Params
+from gradfn.core.precision import widen
 
 
 def layer_norm(n: int, bias: bool = True, epsilon: float = 1e-5) -> Net:

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gradfn.layers.dense import affine
-from gradfn.names import tap
-from gradfn.net import Net
-from gradfn.params import Param, Params, Spec
+from gradfn.core.names import tap
+from gradfn.core.net import Net
+from gradfn.core.params import Param, Params, Spec
+from gradfn.layers._dense import affine
 
 # (what the input gives, what the state gives, state) -> (state, output); all [hidden] but the first two. What is
 # tapped is what goes on, so that its gradient is all that comes back from later steps.

@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gradfn.core.params import Params, check
 from gradfn.files import IDLE, FileError, beside, read_json, remove_parts, replacing
-from gradfn.nets.gpt import GPTConfig, gpt
-from gradfn.params import Params, check
+from gradfn.nets._gpt import GPTConfig, gpt
 from gradfn.tensors import NAMES, Tensor, is_stored, open_tensors, write_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gradfn.layers.dropout import dropout
-from gradfn.names import scope, tap
-from gradfn.net import Net, fold, repeat
-from gradfn.params import Param, Params, Spec
+from gradfn.core.names import scope, tap
+from gradfn.core.net import Net, fold, repeat
+from gradfn.core.params import Param, Params, Spec
+from gradfn.layers._dropout import dropout
 
 Run = Callable[..., Any]  # (params, x, key, cache, start) -> (y, cache)
 

@@ -252,7 +252,7 @@ def influences(
         test_names: what to write under each test image.
         train: `[m, height, width]`.
         train_labels: `[m]`, what the training images are said to be.
-        scores: `[n, m]`, from `gf.tracin`.
+        scores: `[n, m]`, from `gf.attribution.tracin`.
         title: the figure's.
         n_best: how many training images a side.
 

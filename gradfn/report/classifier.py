@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gradfn.core.net import Net
 from gradfn.data import Dataset
 from gradfn.losses import Loss, accuracy, batch_mean
-from gradfn.net import Net
 from gradfn.report.figures import History, confusion, curves, mistakes, save_all, weight_images
 
 PART = (

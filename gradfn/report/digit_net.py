@@ -94,7 +94,7 @@ def keep_digit_net(
     arrays = {name: np.asarray(array, np.float32) for name, array in params.items()}
     arrays |= {"samples": data.test[0][chosen], "labels": np.asarray(data.test[1][chosen], np.int32)}
     if enlarged_from is not None:
-        from gradfn.data.digits import spline
+        from gradfn.data._digits import spline
 
         arrays["spline"] = spline(enlarged_from, 28).astype(np.float32)
     about = {"activation": activation, "output": output, "loss": loss, "data": data.name}

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
+from gradfn.display import reading_order
 from gradfn.files import FileError, inside, parse_json, read_blocks_of_rows, read_bytes, read_rows
 from gradfn.layout import CHECKPOINT, INSPECTIONS, METRICS, NOISE
 from gradfn.report.curve import Curve
@@ -38,7 +39,6 @@ from gradfn.run import (
     read_versions,
 )
 from gradfn.tensors import open_tensors
-from gradfn.text import reading_order
 
 MAX_PARTS = 64  # trainings that a page shows
 MAX_PICTURES = 100

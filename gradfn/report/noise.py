@@ -143,7 +143,7 @@ def agreement(cosines: Any, names: Sequence[str], what: str = "classes") -> Figu
     """Draw which gradients agree: a matrix of cosines on one diverging scale from -1 to 1.
 
     Args:
-        cosines: `[n, n]`, from `gf.grad_cosines`; NaN for groups without examples.
+        cosines: `[n, n]`, from `gf.per_example.grad_cosines`; NaN for groups without examples.
         names: n of them.
         what: what is compared.
 

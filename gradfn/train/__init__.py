@@ -1,8 +1,8 @@
 """Training: a step, a loop of compiled chunks of steps, and checkpoints."""
 
+from gradfn.train._fit import Fit, fit, stalled
 from gradfn.train.checkpoint import CheckpointError, kept
 from gradfn.train.decay import weight_decay_mask, weight_decay_table
-from gradfn.train.fit import Fit, fit, stalled
 from gradfn.train.memory import keep_freed_memory
 from gradfn.train.optimizer import adamw_warmup_cosine
 from gradfn.train.source import from_host

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gradfn.core.net import takes_key
 from gradfn.losses import Loss, over_batch
-from gradfn.net import takes_key
 
 
 def shift_images(images: jax.Array, key: jax.Array, shape: Sequence[int], pixels: int = 2) -> jax.Array:

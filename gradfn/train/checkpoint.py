@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gradfn.core.params import named_leaves, path_name
 from gradfn.files import FileError, parse_json, replacing
 from gradfn.layout import DIGITS, KEPT
-from gradfn.params import named_leaves, path_name
 from gradfn.tensors import CHECKSUM, NAMES, Tensor, is_stored, open_tensors, verify, write_tensors
 from gradfn.train.model import take_apart
 

@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gradfn.core.net import takes_key
 from gradfn.losses import Loss
-from gradfn.net import takes_key
 from gradfn.train.log import refuse_names
 from gradfn.train.model import batch_loss
 from gradfn.train.source import Source
 from gradfn.train.step import TrainState, step_key, step_keywords, train_step, update, value_and_aux
 
 if TYPE_CHECKING:
-    from gradfn.inspection import Inspection, NoiseScale
+    from gradfn.inspection import Inspection
+    from gradfn.per_example import NoiseScale
 
 CAPACITY = 4096  # steps in a chunk at most
 
@@ -39,7 +40,8 @@ def chunks(
     loss: Loss, optimizer: optax.GradientTransformation, source: Source, mesh: jax.sharding.Mesh | None
 ) -> Chunks:
     """Return the compiled functions of a training run; one program serves chunks of every length."""
-    from gradfn.inspection import inspect, noise_scale
+    from gradfn.inspection import inspect
+    from gradfn.per_example import noise_scale
 
     one_step = train_step(loss, optimizer)
 

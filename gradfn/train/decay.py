@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gradfn.params import Param, path_name
-from gradfn.text import TextTable
+from gradfn.core.params import Param, path_name
+from gradfn.display import TextTable
 
 # Names that vectors have in gradfn, Flax, Equinox, Haiku and PyTorch, whatever their number of axes.
 _VECTOR = re.compile(r"(b|bias|biases)(_\w*)?|bn|beta|gamma|gain|scale|offset|shift", re.IGNORECASE)

@@ -22,13 +22,13 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from gradfn.core.params import named_leaves
+from gradfn.jaxpr.program import as_written
 from gradfn.losses import Loss
-from gradfn.params import named_leaves
 from gradfn.train.checkpoint import Number
 from gradfn.train.model import batch_loss
 from gradfn.train.source import Source
 from gradfn.train.step import TrainState, step_keywords
-from gradfn.transform.program import as_written
 
 HASHED = 1 << 24  # bytes of an array that are hashed, at most
 SAMPLES = 4  # values of a parameter that are kept

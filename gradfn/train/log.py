@@ -23,7 +23,8 @@ from gradfn.train.rows import Extent, Row, Rows
 from gradfn.versions import versions
 
 if TYPE_CHECKING:
-    from gradfn.inspection import Inspection, NoiseScale
+    from gradfn.inspection import Inspection
+    from gradfn.per_example import NoiseScale
 
 REMEMBERED = 0.98  # of the noise scale's running sums, from one measure to the next
 

@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gradfn.core.params import named_leaves
+from gradfn.jaxpr.program import traced_leaves
 from gradfn.losses import Loss, over_batch
-from gradfn.params import named_leaves
-from gradfn.transform.program import traced_leaves
 
 SPLIT = (
     "Write graphdef, params, rest = nnx.split(model, nnx.Param, ...), train params, and give rest as state: "

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypedDict, overload
 
+from gradfn.display import to_json
 from gradfn.files import JSON_LIMIT, FileError, open_regular, open_to_append, parse_json
 from gradfn.layout import NOT_FINITE
-from gradfn.text import to_json
 
 Row = dict[str, Any]
 RECENT = 4 << 20  # bytes of JSON whose rows are kept in memory, at most

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradfn.data._arrays import as_arrays, on_device
-from gradfn.data.batches import epoch_order, n_examples
+from gradfn.data._batches import epoch_order, n_examples
 
 HOST_STEPS, HOST_BYTES = 64, 1 << 24  # how many steps' batches the host makes at a time, at most
 

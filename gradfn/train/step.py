@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gradfn.core.net import takes_key
+from gradfn.core.params import named_leaves
 from gradfn.losses import Loss
-from gradfn.net import takes_key
-from gradfn.params import named_leaves
 from gradfn.train.model import Graph, Rest, batch_loss, carry, strong, take_apart, value_and_aux
 
 

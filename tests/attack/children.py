@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 PRELOADED = [
     "gradfn.cli",
-    "gradfn._public",
     "gradfn.inspection",
+    "gradfn.nets",
+    "gradfn.train",
     "tensorboardX",
     "safetensors.numpy",
     "msgspec",

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from gradfn.data import DataError
-from gradfn.data.mnist import download_missing
+from gradfn.data._mnist import download_missing
 
 download = importlib.import_module("gradfn.data.download")
 PIECE = bytes(1 << 16)

@@ -169,11 +169,11 @@ def test_no_message_prints_a_long_list():
     many = [np.zeros([28, 28])] * 5000
     ints = {f"p{i}": np.zeros(3, int) for i in range(5000)}
     calls = [
-        lambda: gf.hvp(lambda params: 0.0)(ints, ints),
+        lambda: gf.curvature.hvp(lambda params: 0.0)(ints, ints),
         lambda: gf.inspect(lambda params: [params["p0"]] * 5000)({"p0": jnp.zeros(2)}),
         lambda: gf.inspect(lambda params: params)(ints),
-        lambda: gf.cosines({f"g{i}": jnp.zeros(i % 2 + 1) for i in range(500)}),
-        lambda: gf.per_example_norms(lambda params, x: 0.0)(ints, jnp.ones(2)),
+        lambda: gf.per_example.cosines({f"g{i}": jnp.zeros(i % 2 + 1) for i in range(500)}),
+        lambda: gf.per_example.norms(lambda params, x: 0.0)(ints, jnp.ones(2)),
         lambda: gf.mlp([784, 2]).apply(ints, jnp.ones(784)),
         lambda: gf.mlp([784, 2]).apply([ints], jnp.ones(784)),
         lambda: gf.accuracy(gf.mlp([784, 2]))({}, many),

@@ -55,7 +55,7 @@ def test_large_digits_are_the_small_ones_enlarged():
 
 
 def test_enlarging_keeps_a_constant_and_a_direction():
-    enlarge = importlib.import_module("gradfn.data.digits").enlarge
+    enlarge = importlib.import_module("gradfn.data._digits").enlarge
     np.testing.assert_allclose(enlarge(np.full([1, 8, 8], 0.5), 28), 0.5, atol=1e-12)
     ramp = np.broadcast_to(np.linspace(0.0, 1.0, 8), (1, 8, 8))
     big = enlarge(ramp, 28)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import gradfn as gf
 from gradfn.data import DataError, file_tokens
 
-module = sys.modules["gradfn.data.text"]
+module = sys.modules["gradfn.data._text"]
 by_example = settings(
     deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

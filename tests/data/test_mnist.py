@@ -20,8 +20,8 @@ import pytest
 
 from gradfn.data import DataError, idx_folder, mnist
 
-# `gradfn.data.mnist` is the function; this is the module of that name.
-module = importlib.import_module("gradfn.data.mnist")
+# `gradfn.data._mnist` is the function; this is the module of that name.
+module = importlib.import_module("gradfn.data._mnist")
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = module.SHA256
 
 

@@ -46,7 +46,7 @@ def test_characters_are_in_order_and_dtypes_small():
 
 
 def test_characters_of_long_texts_are_looked_up_in_parts(monkeypatch):
-    monkeypatch.setattr(sys.modules["gradfn.data.tokenizer"], "PART", 3)
+    monkeypatch.setattr(sys.modules["gradfn.data._tokenizer"], "PART", 3)
     text = "aébcé中\U0001f600dd"
     coder = gf.data.characters(text, "z")
     assert coder.symbols == "".join(sorted({*text, "z"}))
@@ -94,7 +94,7 @@ def test_a_text_is_its_beginning_and_its_end(tmp_path, tokens):
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 1 << 24])
 def test_text_is_what_pythons_text_mode_reads(tmp_path, piece, monkeypatch):
-    monkeypatch.setattr(sys.modules["gradfn.data.text"], "PIECE", piece)
+    monkeypatch.setattr(sys.modules["gradfn.data._text"], "PIECE", piece)
     file = tmp_path / "a.txt"
     file.write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\r\n\r\nf\xc3\xbcnf\r")
     expected = file.read_text(encoding="utf-8-sig")
@@ -150,7 +150,7 @@ def test_tiny_shakespeare(shared_data):
 @pytest.mark.parametrize("piece", [7, 1 << 24])
 @pytest.mark.parametrize("tokens", ["characters", "bytes"])
 def test_a_file_of_tokens_is_mapped_and_the_same(tmp_path, tokens, piece, monkeypatch):
-    monkeypatch.setattr(sys.modules["gradfn.data.text"], "PIECE", piece)
+    monkeypatch.setattr(sys.modules["gradfn.data._text"], "PIECE", piece)
     (tmp_path / "a.txt").write_text(TEXT + "é\r\nend")
     file = gf.data.tokenize(tmp_path / "a.txt", tmp_path / "a.npy", tokens)
     mapped, read = gf.data.text(file), gf.data.text(tmp_path / "a.txt", tokens)

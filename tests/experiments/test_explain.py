@@ -8,11 +8,11 @@ import pytest
 
 import gradfn as gf
 from experiments import reconstruct, regions, saliency
-from gradfn.inspection import Randomised
+from gradfn.attribution import Randomized
 
 
 def both_tests(rank):
-    return (Randomised(("W",), np.array([0.0]), np.array([rank]), np.zeros([2, 1, 4])),) * 2
+    return (Randomized(("W",), np.array([0.0]), np.array([rank]), np.zeros([2, 1, 4])),) * 2
 
 
 def test_the_verdict_of_saliency_needs_all_three():

@@ -85,13 +85,13 @@ def test_custom_vjp_has_products_with_its_curvature(known, name):
     cube, batch = FUNCTIONS[name], (X, Y)
     mean = gf.batch_mean(of_one(cube))
     close = lambda tree, expected: np.testing.assert_allclose(flat(tree), expected, rtol=2e-5, atol=1e-6)  # noqa: E731
-    close(jax.jit(gf.hvp(mean))(PARAMS, VECTOR, batch), H @ v)
+    close(jax.jit(gf.curvature.hvp(mean))(PARAMS, VECTOR, batch), H @ v)
     gauss_newton = np.einsum("nip,niq,q->p", J, J, v) / 6
-    close(jax.jit(gf.ggn_vp(outputs(cube), "squared"))(PARAMS, VECTOR, batch), gauss_newton)
+    close(jax.jit(gf.curvature.ggn_vp(outputs(cube), "squared"))(PARAMS, VECTOR, batch), gauss_newton)
     convex = lambda z, y: jnp.sum(cube(z - y) * (z - y) ** 3) / 60  # noqa: E731
     z = jax.vmap(lambda x: outputs(lambda x: x**3)(PARAMS, x))(X)
     by_outputs = np.einsum("nip,ni,niq,q->p", J, np.asarray(0.5 * (z - Y) ** 4), J, v) / 6
-    close(jax.jit(gf.ggn_vp(outputs(cube), convex))(PARAMS, VECTOR, batch), by_outputs)
+    close(jax.jit(gf.curvature.ggn_vp(outputs(cube), convex))(PARAMS, VECTOR, batch), by_outputs)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -99,10 +99,10 @@ def test_custom_vjp_has_a_fisher_matrix_and_influence_from_its_gradients(known, 
     _, _, G, v = known
     loss, batch = of_one(FUNCTIONS[name]), (X, Y)
     np.testing.assert_allclose(
-        flat(jax.jit(gf.fisher_vp(loss))(PARAMS, VECTOR, batch)), G.T @ (G @ v) / 6, rtol=1e-5
+        flat(jax.jit(gf.curvature.fisher_vp(loss))(PARAMS, VECTOR, batch)), G.T @ (G @ v) / 6, rtol=1e-5
     )
     np.testing.assert_allclose(
-        gf.tracin(loss)([PARAMS], batch, batch, 0.1), 0.1 * G @ G.T, rtol=1e-5, atol=1e-7
+        gf.attribution.tracin(loss)([PARAMS], batch, batch, 0.1), 0.1 * G @ G.T, rtol=1e-5, atol=1e-7
     )
 
 
@@ -111,15 +111,15 @@ def test_custom_vjp_has_eigenvalues_a_trace_and_a_spectrum(known):
     H, _, G, _ = known
     mean, batch = gf.batch_mean(of_one(nested)), (X, Y)
     values = np.linalg.eigvalsh(H)
-    eigs = gf.hessian_eigs(mean, k=6, which="smallest")(PARAMS, batch)
+    eigs = gf.curvature.hessian_eigs(mean, k=6, which="smallest")(PARAMS, batch)
     np.testing.assert_allclose(eigs.values, values, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(gf.sharpness(mean, 0.1)(PARAMS, batch).value, values[-1], rtol=1e-5)
-    spectrum = gf.hessian_spectrum(mean, samples=1)(PARAMS, batch)
+    np.testing.assert_allclose(gf.curvature.sharpness(mean, 0.1)(PARAMS, batch).value, values[-1], rtol=1e-5)
+    spectrum = gf.curvature.hessian_spectrum(mean, samples=1)(PARAMS, batch)
     # Lanczos in float32 is right relative to the largest eigenvalue, 6e4.
     np.testing.assert_allclose(spectrum.nodes[0], values, rtol=1e-4, atol=1e-6 * np.abs(values).max())
-    trace, error = gf.hessian_trace(mean)(PARAMS, batch)
+    trace, error = gf.curvature.hessian_trace(mean)(PARAMS, batch)
     assert abs(trace - np.trace(H)) < 5 * error
-    fisher = gf.hessian_eigs(gf.fisher_vp(of_one(nested)), k=1)(PARAMS, batch)
+    fisher = gf.curvature.hessian_eigs(gf.curvature.fisher_vp(of_one(nested)), k=1)(PARAMS, batch)
     np.testing.assert_allclose(fisher.values[0], np.linalg.eigvalsh(G.T @ G / 6)[-1], rtol=1e-5)
 
 
@@ -138,19 +138,24 @@ def test_custom_vjp_that_is_not_a_derivative_has_the_slope_of_its_gradient():
     w, v = jnp.array([1.0, 2.0]), jnp.array([1.0, 0.5])
     slopes = jax.jacrev(jax.grad(loss))(w)
     assert abs(slopes[0, 1] - slopes[1, 0]) > 1
-    np.testing.assert_allclose(gf.hvp(loss)(w, v), slopes @ v, rtol=1e-6)
+    np.testing.assert_allclose(gf.curvature.hvp(loss)(w, v), slopes @ v, rtol=1e-6)
 
 
 def test_a_backward_rule_without_a_derivative_is_named_with_its_line():
     batch = (X, Y)
     named = r"once \(.*test_backward_only\.py:\d+.*\), and its backward rule cannot .*while_loop"
-    for product in (gf.hvp(gf.batch_mean(of_one(once))), gf.ggn_vp(outputs(once), "squared")):
+    for product in (
+        gf.curvature.hvp(gf.batch_mean(of_one(once))),
+        gf.curvature.ggn_vp(outputs(once), "squared"),
+    ):
         with pytest.raises(TypeError, match=named):
             product(PARAMS, VECTOR, batch)
     with pytest.raises(TypeError, match=named):
-        gf.sharpness(gf.batch_mean(of_one(once)), 0.1)(PARAMS, batch)
+        gf.curvature.sharpness(gf.batch_mean(of_one(once)), 0.1)(PARAMS, batch)
     with pytest.raises(TypeError, match="expected real outputs, got complex64"):
-        gf.ggn_vp(lambda params, x: jnp.fft.fft(x * params), "squared")(jnp.ones(2), jnp.ones(2), batch)
+        gf.curvature.ggn_vp(lambda params, x: jnp.fft.fft(x * params), "squared")(
+            jnp.ones(2), jnp.ones(2), batch
+        )
 
 
 def solved(w, t=1.0):
@@ -162,7 +167,7 @@ def solved(w, t=1.0):
 def test_odeint_under_curvature_and_influence():
     w, v = jnp.array([1.0, 2.0]), jnp.array([1.0, -1.0])
     curvature = 4 * jnp.exp(-2 * w)  # of exp(-2 w), a diagonal
-    product = jax.jit(gf.hvp(lambda w: jnp.sum(solved(w) ** 2)))(w, v)
+    product = jax.jit(gf.curvature.hvp(lambda w: jnp.sum(solved(w) ** 2)))(w, v)
     np.testing.assert_allclose(product, curvature * v, rtol=1e-4)
 
     def loss(w, x):
@@ -170,5 +175,7 @@ def test_odeint_under_curvature_and_influence():
 
     x = jnp.array([[1.0, 2.0], [3.0, -1.0]])
     G = -jnp.exp(-w)[None] * x  # [examples, P]
-    np.testing.assert_allclose(gf.fisher_vp(loss)(w, v, x), G.T @ (G @ v) / 2, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(gf.tracin(loss)([w], x, x, 0.1), 0.1 * G @ G.T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(gf.curvature.fisher_vp(loss)(w, v, x), G.T @ (G @ v) / 2, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        gf.attribution.tracin(loss)([w], x, x, 0.1), 0.1 * G @ G.T, rtol=1e-4, atol=1e-5
+    )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gradfn as gf
-from gradfn.transform import find_sites, trace
+from gradfn.jaxpr import find_sites, trace
 
 W = jnp.array([1.0, 2.0, 3.0])
 X = np.array([1.0, -2.0, 0.5], np.float32)
@@ -34,14 +34,14 @@ CONCRETE = {
     "inspect by keyword": lambda: gf.inspect(masked)(W, X, scale=2.0, mask=MASK).grads,
     "inspect every": lambda: gf.inspect(masked, every=2)(*ARGS, step=0).grads,
     "nan_guard": lambda: gf.nan_guard(masked)(*ARGS)[1],
-    "saliency": lambda: gf.saliency(lambda x, w: masked(w, x, *ARGS[2:]))(X, W),
+    "saliency": lambda: gf.attribution.saliency(lambda x, w: masked(w, x, *ARGS[2:]))(X, W),
     "fisher_vp": lambda: (
-        gf.fisher_vp(lambda w, x, mask=MASK: masked(w, x, mask, 2.0))(W, GRADS[0], X[None])
+        gf.curvature.fisher_vp(lambda w, x, mask=MASK: masked(w, x, mask, 2.0))(W, GRADS[0], X[None])
         / jnp.vdot(GRADS[0], GRADS[0])
     ),
-    "per_example_grads": lambda: gf.per_example_grads(lambda w, x: masked(w, x, *ARGS[2:]))(W, X[None])[0],
+    "per_example_grads": lambda: gf.per_example.grads(lambda w, x: masked(w, x, *ARGS[2:]))(W, X[None])[0],
     "tracin": lambda: (
-        gf.tracin(lambda w, x: masked(w, x, *ARGS[2:]))([W], X[None], X[None], 1.0)
+        gf.attribution.tracin(lambda w, x: masked(w, x, *ARGS[2:]))([W], X[None], X[None], 1.0)
         * GRADS[0]
         / jnp.vdot(GRADS[0], GRADS[0])
     ),
@@ -68,8 +68,10 @@ def test_numbers_that_a_function_needs_stay_concrete_beside_those_that_are_diffe
     ]
     assert str(gf.nan_origin(masked)(*ARGS)).startswith("value 5.597")
     assert gf.check_grads(masked)(*ARGS)
-    np.testing.assert_allclose(gf.hvp(masked)(W, W, *ARGS[1:]), jax.hessian(masked)(*ARGS) @ W, rtol=1e-5)
-    seen = gf.loss_landscape(masked, dims=1, points=3)(*ARGS)
+    np.testing.assert_allclose(
+        gf.curvature.hvp(masked)(W, W, *ARGS[1:]), jax.hessian(masked)(*ARGS) @ W, rtol=1e-5
+    )
+    seen = gf.curvature.loss_landscape(masked, dims=1, points=3)(*ARGS)
     np.testing.assert_allclose(seen.losses[1], masked(*ARGS), rtol=1e-6)
 
     def lookup(params, tokens, n):
@@ -94,8 +96,8 @@ AUX = {
     "backprop": lambda: gf.backprop(with_objects)(W, X).aux,
     "nan_guard": lambda: gf.nan_guard(with_objects)(W, X)[0][1],
     "patch": lambda: gf.patch(with_objects, {"params": 0.0})(W, X)[1],
-    "per_example_norms": lambda: gf.per_example_norms(with_objects)(W, BATCH).aux,
-    "clipped_grads": lambda: gf.clipped_grads(with_objects, 1.0)(W, BATCH).aux,
+    "per_example_norms": lambda: gf.per_example.norms(with_objects)(W, BATCH).aux,
+    "clipped_grads": lambda: gf.per_example.clipped_grads(with_objects, 1.0)(W, BATCH).aux,
     "batch_mean": lambda: gf.batch_mean(with_objects)(W, BATCH)[1],
     "inspect batch_mean": lambda: gf.inspect(gf.batch_mean(with_objects))(W, BATCH).aux,
 }
@@ -112,16 +114,18 @@ def test_aux_that_is_not_an_array_is_returned_as_it_is(name):
 @pytest.mark.slow
 def test_aux_that_is_not_an_array_is_passed_over_where_there_is_no_aux():
     H = jnp.diag(2 * X**2)
-    np.testing.assert_allclose(gf.hvp(with_objects)(W, W, X), H @ W, rtol=1e-6)
-    np.testing.assert_allclose(gf.sharpness(with_objects, 0.1)(W, X).value, 8.0, rtol=1e-5)
+    np.testing.assert_allclose(gf.curvature.hvp(with_objects)(W, W, X), H @ W, rtol=1e-6)
+    np.testing.assert_allclose(gf.curvature.sharpness(with_objects, 0.1)(W, X).value, 8.0, rtol=1e-5)
     assert gf.check_grads(with_objects)(W, X)
     assert gf.nan_origin(with_objects)(W, X).ok
     assert "params" in gf.sites(with_objects)(W, X).names
-    assert gf.loss_landscape(with_objects, dims=1, points=3)(W, X).losses.shape == (3,)
+    assert gf.curvature.loss_landscape(with_objects, dims=1, points=3)(W, X).losses.shape == (3,)
     G = 2 * np.asarray(W)[None] * BATCH**2
-    np.testing.assert_allclose(gf.per_example_grads(with_objects)(W, BATCH), G, rtol=1e-6)
-    np.testing.assert_allclose(gf.tracin(with_objects)([W], BATCH, BATCH, 1.0), G @ G.T, rtol=1e-5)
-    assert gf.noise_scale(with_objects)(W, BATCH).variance.shape == ()
+    np.testing.assert_allclose(gf.per_example.grads(with_objects)(W, BATCH), G, rtol=1e-6)
+    np.testing.assert_allclose(
+        gf.attribution.tracin(with_objects)([W], BATCH, BATCH, 1.0), G @ G.T, rtol=1e-5
+    )
+    assert gf.per_example.noise_scale(with_objects)(W, BATCH).variance.shape == ()
 
 
 def test_calls_by_keyword_alone():
@@ -143,11 +147,13 @@ def test_keywords_of_the_loss_are_its_own_under_curvature():
         return jnp.sum(w**2) * vector * params * batch
 
     names = {"vector": 2.0, "params": 3.0, "batch": 5.0, "key": jax.random.key(0)}
-    np.testing.assert_allclose(gf.hvp(loss)(W, W, **names), 60 * W, rtol=1e-6)
-    np.testing.assert_allclose(gf.sharpness(loss, 0.1)(W, **names).value, 60.0, rtol=1e-5)
+    np.testing.assert_allclose(gf.curvature.hvp(loss)(W, W, **names), 60 * W, rtol=1e-6)
+    np.testing.assert_allclose(gf.curvature.sharpness(loss, 0.1)(W, **names).value, 60.0, rtol=1e-5)
     one = lambda w, x, vector, params: jnp.sum(w * x) * vector * params  # noqa: E731
     expected = 36 * BATCH.T @ (BATCH @ W) / 2
-    np.testing.assert_allclose(gf.fisher_vp(one)(W, W, BATCH, vector=2.0, params=3.0), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        gf.curvature.fisher_vp(one)(W, W, BATCH, vector=2.0, params=3.0), expected, rtol=1e-5
+    )
 
 
 def test_nan_origin_under_jax_debug_nans():
@@ -204,14 +210,14 @@ def beside_empty(params, x):
 EMPTIES = {
     "inspect": lambda f: gf.inspect(f, stats=["rms", "histogram"])(EMPTY, POINTS).grads,
     "nan_guard": lambda f: gf.nan_guard(f)(EMPTY, POINTS)[1],
-    "hvp": lambda f: gf.hvp(f)(EMPTY, EMPTY, POINTS),
-    "fisher_vp": lambda f: gf.fisher_vp(beside_empty)(EMPTY, EMPTY, POINTS),
-    "hessian_diagonal": lambda f: gf.hessian_diagonal(f, samples=2)(EMPTY, POINTS).value,
+    "hvp": lambda f: gf.curvature.hvp(f)(EMPTY, EMPTY, POINTS),
+    "fisher_vp": lambda f: gf.curvature.fisher_vp(beside_empty)(EMPTY, EMPTY, POINTS),
+    "hessian_diagonal": lambda f: gf.curvature.hessian_diagonal(f, samples=2)(EMPTY, POINTS).value,
     "per_example_grads": lambda f: jax.tree.map(
-        lambda g: g[0], gf.per_example_grads(beside_empty)(EMPTY, POINTS)
+        lambda g: g[0], gf.per_example.grads(beside_empty)(EMPTY, POINTS)
     ),
-    "per_example_norms": lambda f: gf.per_example_norms(beside_empty)(EMPTY, POINTS).grads,
-    "clipped_grads": lambda f: gf.clipped_grads(beside_empty, 1.0)(EMPTY, POINTS).grads,
+    "per_example_norms": lambda f: gf.per_example.norms(beside_empty)(EMPTY, POINTS).grads,
+    "clipped_grads": lambda f: gf.per_example.clipped_grads(beside_empty, 1.0)(EMPTY, POINTS).grads,
 }
 
 
@@ -228,10 +234,13 @@ def test_empty_leaves_do_not_count():
     alone = lambda w: mean({**EMPTY, "w": w.reshape(2, 2)}, POINTS)  # noqa: E731
     values = jnp.linalg.eigvalsh(jax.hessian(alone)(EMPTY["w"].ravel()))
     np.testing.assert_allclose(
-        gf.hessian_eigs(mean, k=4, which="smallest")(EMPTY, POINTS).values, values, rtol=1e-4, atol=1e-6
+        gf.curvature.hessian_eigs(mean, k=4, which="smallest")(EMPTY, POINTS).values,
+        values,
+        rtol=1e-4,
+        atol=1e-6,
     )
     assert gf.check_grads(mean)(EMPTY, POINTS)
     assert gf.nan_origin(mean)(EMPTY, POINTS).ok
-    for sizes in (gf.hessian_spectrum, gf.hessian_eigs):
+    for sizes in (gf.curvature.hessian_spectrum, gf.curvature.hessian_eigs):
         with pytest.raises(ValueError, match=r"0"):
             sizes(lambda w: jnp.sum(w**2))(jnp.zeros([0]))

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import gradfn as gf
-from gradfn.transform.program import traced_leaves
+from gradfn.jaxpr.program import traced_leaves
 
 # Other libraries promote ranks and dtypes, and warn, as they please.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -81,34 +81,36 @@ def test_static_python_floats_have_no_curvature():
     H = jax.hessian(by_array(mean_of, net, batch))(W.ravel())
     values = np.linalg.eigvalsh(H)
     for f in (mean_of, gf.batch_mean(loss)):
-        np.testing.assert_allclose(gf.hvp(f)(net, vector_of(net, v), batch).w.ravel(), H @ v, rtol=1e-4)
-    eigs = gf.hessian_eigs(mean_of, k=4, which="smallest")(net, batch)
+        np.testing.assert_allclose(
+            gf.curvature.hvp(f)(net, vector_of(net, v), batch).w.ravel(), H @ v, rtol=1e-4
+        )
+    eigs = gf.curvature.hessian_eigs(mean_of, k=4, which="smallest")(net, batch)
     np.testing.assert_allclose(eigs.values, values, rtol=1e-4)
     assert eigs.vectors.w.shape == (4, 2, 2)
     assert eigs.vectors.gain is None
-    np.testing.assert_allclose(gf.sharpness(mean_of, 0.1)(net, batch).value, values[-1], rtol=1e-4)
-    spectrum = gf.hessian_spectrum(mean_of, samples=1)(net, batch)
+    np.testing.assert_allclose(gf.curvature.sharpness(mean_of, 0.1)(net, batch).value, values[-1], rtol=1e-4)
+    spectrum = gf.curvature.hessian_spectrum(mean_of, samples=1)(net, batch)
     np.testing.assert_allclose(spectrum.nodes[0], values, rtol=1e-4)
     assert int(spectrum.size) == 4
-    assert gf.hessian_diagonal(mean_of, samples=2)(net, batch).value.gain is None
+    assert gf.curvature.hessian_diagonal(mean_of, samples=2)(net, batch).value.gain is None
 
 
 @pytest.mark.slow
 def test_static_python_floats_have_no_curvature_where_dropout_is_on():
     net, batch, v = build(), (X, Y), jnp.array([1.0, -2.0, 0.5, 3.0])
     H = jax.hessian(by_array(noisy, net, batch, KEY))(W.ravel())
-    product = gf.hvp(noisy)(net, vector_of(net, v), batch, KEY)
+    product = gf.curvature.hvp(noisy)(net, vector_of(net, v), batch, KEY)
     np.testing.assert_allclose(product.w.ravel(), H @ v, rtol=1e-4)
     eqx = pytest.importorskip("equinox")
-    compiled = eqx.filter_jit(gf.hvp(noisy))(net, vector_of(net, v), batch, KEY)
+    compiled = eqx.filter_jit(gf.curvature.hvp(noisy))(net, vector_of(net, v), batch, KEY)
     np.testing.assert_allclose(compiled.w, product.w, rtol=1e-5)
     np.testing.assert_allclose(
-        gf.hessian_eigs(noisy, k=1, which="largest")(net, batch, KEY).values[0],
+        gf.curvature.hessian_eigs(noisy, k=1, which="largest")(net, batch, KEY).values[0],
         np.linalg.eigvalsh(H)[-1],
         rtol=1e-4,
     )
     # An estimate, beside its standard error.
-    trace, error = gf.hessian_trace(noisy, samples=512)(net, batch, KEY)
+    trace, error = gf.curvature.hessian_trace(noisy, samples=512)(net, batch, KEY)
     assert abs(trace - jnp.trace(H)) < 5 * error + 1e-4
     assert gf.check_grads(noisy)(net, batch, KEY)
     assert gf.nan_origin(noisy)(net, batch, KEY).ok
@@ -126,22 +128,26 @@ def test_static_python_floats_in_gauss_newton_fisher_and_influence():
 
     J, G = jax.jacobian(outputs)(W.ravel()), jax.jacobian(each)(W.ravel())  # [5, 2, 4], [5, 4]
     gauss_newton = jnp.einsum("nop,noq,q->p", J, J, v) / 5  # squared error is a mean over two outputs
-    product = gf.ggn_vp(lambda net, x: net(x), "squared")(net, vector_of(net, v), batch)
+    product = gf.curvature.ggn_vp(lambda net, x: net(x), "squared")(net, vector_of(net, v), batch)
     np.testing.assert_allclose(product.w.ravel(), gauss_newton, rtol=1e-4)
-    product = gf.fisher_vp(loss)(net, vector_of(net, v), batch)
+    product = gf.curvature.fisher_vp(loss)(net, vector_of(net, v), batch)
     np.testing.assert_allclose(product.w.ravel(), G.T @ (G @ v) / 5, rtol=1e-4)
-    np.testing.assert_allclose(gf.tracin(loss)([net], batch, batch, 0.1), 0.1 * G @ G.T, rtol=1e-4)
-    unit = G / jnp.linalg.norm(G, axis=1, keepdims=True)
-    np.testing.assert_allclose(gf.grad_cosines(loss)(net, batch).total, unit @ unit.T, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(
-        gf.per_example_norms(loss)(net, batch).total, jnp.linalg.norm(G, axis=1), rtol=1e-4
+        gf.attribution.tracin(loss)([net], batch, batch, 0.1), 0.1 * G @ G.T, rtol=1e-4
     )
-    np.testing.assert_allclose(gf.per_example_grads(loss)(net, batch).w.reshape(5, 4), G, rtol=1e-4)
+    unit = G / jnp.linalg.norm(G, axis=1, keepdims=True)
+    np.testing.assert_allclose(
+        gf.per_example.grad_cosines(loss)(net, batch).total, unit @ unit.T, rtol=1e-4, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        gf.per_example.norms(loss)(net, batch).total, jnp.linalg.norm(G, axis=1), rtol=1e-4
+    )
+    np.testing.assert_allclose(gf.per_example.grads(loss)(net, batch).w.reshape(5, 4), G, rtol=1e-4)
 
 
 def test_static_python_floats_stay_where_the_landscape_moves():
     net, batch = build(), (X, Y)
-    seen = gf.loss_landscape(mean_of, points=3)(net, batch)
+    seen = gf.curvature.loss_landscape(mean_of, points=3)(net, batch)
     directions = seen.directions.w  # [2, 2, 2]
     for i, j in np.ndindex(3, 3):
         moved = W + seen.steps[i] * directions[0] + seen.steps[j] * directions[1]
@@ -159,16 +165,20 @@ TOOLS = {
     "nan_guard": lambda net, batch: gf.nan_guard(mean_of)(net, batch)[1],
     "nan_origin": lambda net, batch: gf.nan_origin(gf.batch_mean(loss))(net, batch),
     "check_grads": lambda net, batch: gf.check_grads(gf.batch_mean(loss))(net, batch),
-    "clipped_grads": lambda net, batch: gf.clipped_grads(loss, 1e6)(net, batch).grads,
+    "clipped_grads": lambda net, batch: gf.per_example.clipped_grads(loss, 1e6)(net, batch).grads,
     "patch": lambda net, batch: gf.patch(mean_of, {"w": 0.0})(net, batch),
     "sites": lambda net, batch: gf.sites(mean_of)(net, batch),
-    "saliency": lambda net, batch: gf.saliency(apply, 0, at="w")(net, X[0]),
-    "smooth_grad": lambda net, batch: gf.smooth_grad(apply, 0, samples=2)(net, X[0], KEY),
-    "integrated_gradients": lambda net, batch: gf.integrated_gradients(apply, 0, steps=2)(net, X[0]),
-    "occlusion": lambda net, batch: gf.occlusion(lambda net, x: net(x[0]), 1, target=0)(net, X[:2]),
-    "maximize": lambda net, batch: gf.maximize(apply, 0, steps=2)(net, X[0], KEY),
-    "randomise_weights": lambda net, batch: gf.randomise_weights(
-        gf.saliency(apply, 0), lambda key: with_array(net, jax.random.normal(key, [4]))
+    "saliency": lambda net, batch: gf.attribution.saliency(apply, 0, at="w")(net, X[0]),
+    "smooth_grad": lambda net, batch: gf.attribution.smooth_grad(apply, 0, samples=2)(net, X[0], KEY),
+    "integrated_gradients": lambda net, batch: gf.attribution.integrated_gradients(apply, 0, steps=2)(
+        net, X[0]
+    ),
+    "occlusion": lambda net, batch: gf.attribution.occlusion(lambda net, x: net(x[0]), 1, target=0)(
+        net, X[:2]
+    ),
+    "maximize": lambda net, batch: gf.attribution.maximize(apply, 0, steps=2)(net, X[0], KEY),
+    "randomize_weights": lambda net, batch: gf.attribution.randomize_weights(
+        gf.attribution.saliency(apply, 0), lambda key: with_array(net, jax.random.normal(key, [4]))
     )(net, X, KEY),
 }
 
@@ -211,9 +221,9 @@ def test_static_python_floats_are_told_from_those_that_jax_grad_would_differenti
     assert traced_leaves({"p": flax.core.freeze({"w": 1.0})}) == [True]
     nnx = pytest.importorskip("flax.nnx")
     assert traced_leaves({"w": nnx.Param(0.5)}) == [True]
-    Hessian = gf.hessian_eigs(lambda s: s.rate * jnp.sum(s.scale**2) + s.rate**2, k=2)
+    Hessian = gf.curvature.hessian_eigs(lambda s: s.rate * jnp.sum(s.scale**2) + s.rate**2, k=2)
     np.testing.assert_allclose(Hessian(Settings(jnp.ones(2), 3.0)).values, [6.0, 6.0], rtol=1e-5)
-    Hessian = gf.hessian_eigs(
+    Hessian = gf.curvature.hessian_eigs(
         lambda p: p["w"] ** 2 * p["v"], k=2
     )  # [[2 v, 2 w], [2 w, 0]] = [[6, 4], [4, 0]]
     np.testing.assert_allclose(Hessian({"w": 2.0, "v": 3.0}).values, [8.0, -2.0], rtol=1e-5)
@@ -221,7 +231,7 @@ def test_static_python_floats_are_told_from_those_that_jax_grad_would_differenti
 
 @pytest.mark.parametrize("by", [None, [0, 1, 2, 3, 4]])
 def test_parameters_in_a_list_have_one_gradient_for_each_example(by):
-    cosines = gf.grad_cosines(lambda ws, x: ws[0] @ x + ws[1] @ x, by=by)([W[0], W[1]], X)
+    cosines = gf.per_example.grad_cosines(lambda ws, x: ws[0] @ x + ws[1] @ x, by=by)([W[0], W[1]], X)
     unit = X / jnp.linalg.norm(X, axis=1, keepdims=True)
     np.testing.assert_allclose(cosines.total, unit @ unit.T, rtol=1e-5, atol=1e-6)
     assert [leaf.shape for leaf in cosines.leaves] == [(5, 5), (5, 5)]

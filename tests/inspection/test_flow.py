@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from gradfn.inspection import inspect, sites
-from gradfn.transform.summaries import DEFAULT_STATS, summarise
+from gradfn.inspection.summaries import DEFAULT_STATS, summarize
 
 
 def network(activation):
@@ -81,7 +81,7 @@ def test_non_finite_values_are_counted_and_flagged():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_statistics_are_those_of_numpy(dtype):
     x = jnp.maximum(jax.random.normal(jax.random.key(0), (24, 10)), 0).at[:, 3].set(0).astype(dtype)
-    stats = summarise(x, (*DEFAULT_STATS, "histogram"), "relu")
+    stats = summarize(x, (*DEFAULT_STATS, "histogram"), "relu")
     wide = np.asarray(x, np.float64)
     np.testing.assert_allclose(stats.mean, wide.mean(), rtol=1e-5)
     np.testing.assert_allclose(stats.rms, np.sqrt((wide**2).mean()), rtol=1e-5)
@@ -93,19 +93,19 @@ def test_statistics_are_those_of_numpy(dtype):
         stats.histogram, np.bincount(np.clip(exponents + 32, 0, 47).astype(int).ravel(), minlength=48)
     )
     squashed = jnp.tanh(3 * jax.random.normal(jax.random.key(1), (24, 10))).astype(dtype)
-    share = summarise(squashed, ("saturated",), "tanh").saturated
+    share = summarize(squashed, ("saturated",), "tanh").saturated
     np.testing.assert_allclose(share, (1 - np.asarray(squashed, np.float64) ** 2 < 0.1).mean(), atol=0.01)
-    assert summarise(x[:7], DEFAULT_STATS, "relu").dead is None  # too few rows to call a unit dead
+    assert summarize(x[:7], DEFAULT_STATS, "relu").dead is None  # too few rows to call a unit dead
 
 
 def test_empty_arrays_have_statistics():
     for shape in ((0,), (4, 0), (0, 4), ()):
-        stats = summarise(jnp.zeros(shape), DEFAULT_STATS, "relu")
+        stats = summarize(jnp.zeros(shape), DEFAULT_STATS, "relu")
         assert float(stats.rms) == float(stats.max) == 0
 
 
 def test_sums_of_huge_finite_values_are_not_called_non_finite():
-    assert float(summarise(jnp.full(4, 1e30), ("nonfinite",)).nonfinite) == 0
+    assert float(summarize(jnp.full(4, 1e30), ("nonfinite",)).nonfinite) == 0
 
 
 def test_update_ratios_and_dict():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import gradfn as gf
-from gradfn.data.digits import enlarge, spline
+from gradfn.data._digits import enlarge, spline
 from gradfn.report.curve import Curve
 from gradfn.report.digit_net import DigitNet
 from gradfn.report.figures import curves

@@ -8,7 +8,7 @@ import pytest
 from jax.tree_util import tree_leaves_with_path
 
 import gradfn as gf
-from gradfn.params import path_name
+from gradfn.core.params import path_name
 from gradfn.train import adamw_warmup_cosine, weight_decay_mask, weight_decay_table
 
 

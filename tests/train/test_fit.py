@@ -15,13 +15,12 @@ import pytest
 from safetensors import safe_open
 
 import gradfn as gf
-from gradfn.train import fit as fit_module  # the function of that name hides the module
 from gradfn.train.log import Log
 from gradfn.train.source import Source, take_rows
 
 pytestmark = pytest.mark.optimised
 
-module = sys.modules["gradfn.train.fit"]
+module = sys.modules["gradfn.train._fit"]
 net = gf.mlp([3, 4, 2])
 x = jax.random.normal(jax.random.key(0), [50, 3])
 data = (x, (x[:, 0] > 0).astype(jnp.int32))
@@ -415,7 +414,6 @@ def test_a_bar_where_there_is_one(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "examples/s" in text
     assert "accuracy 0.5" in text
-    assert fit_module is gf.fit
 
 
 # What it sees on the way
@@ -445,7 +443,7 @@ def test_noise_is_that_of_the_steps(tmp_path):
     fitted = train(6, noise_every=2, folder=tmp_path)
     assert [row["step"] for row in fitted.noise] == [0, 2, 4]
     index = gf.data.epoch_order(50, 8, 3, 0)[0]
-    seen = gf.noise_scale(loss)(start, (data[0][index], data[1][index]))
+    seen = gf.per_example.noise_scale(loss)(start, (data[0][index], data[1][index]))
     np.testing.assert_allclose(fitted.noise[0]["variance"], seen.variance, rtol=1e-4)
     signals, noises = ([row[name] for row in fitted.noise] for name in ("gradient_square", "variance"))
     weights = 0.98 ** np.array([2, 1, 0])

@@ -16,7 +16,7 @@ import gradfn as gf
 from gradfn.train import checkpoint
 from gradfn.train.stopping import deferred
 
-module = sys.modules["gradfn.train.fit"]
+module = sys.modules["gradfn.train._fit"]
 X = np.random.default_rng(0).normal(size=[24, 3]).astype("float32")
 DATA = (X, X @ np.array([1.0, -2.0, 0.5], "float32"))
 START = {"w": jnp.array([0.3, 0.1, -0.2])}

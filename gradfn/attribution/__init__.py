@@ -1,0 +1,32 @@
+"""Which inputs, regions and training examples an output rests on."""
+
+from gradfn.attribution._maximize import Maximized, maximize
+from gradfn.attribution._occlusion import occlusion
+from gradfn.attribution._regions import Regions, grid_regions, regions
+from gradfn.attribution.gradients import (
+    IntegratedGradients,
+    grad_times_input,
+    integrated_gradients,
+    saliency,
+    smooth_grad,
+)
+from gradfn.attribution.influence import tracin
+from gradfn.attribution.randomize import Randomized, randomize_labels, randomize_weights
+
+__all__ = [
+    "IntegratedGradients",
+    "Maximized",
+    "Randomized",
+    "Regions",
+    "grad_times_input",
+    "grid_regions",
+    "integrated_gradients",
+    "maximize",
+    "occlusion",
+    "randomize_labels",
+    "randomize_weights",
+    "regions",
+    "saliency",
+    "smooth_grad",
+    "tracin",
+]

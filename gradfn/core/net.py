@@ -1,0 +1,177 @@
+"""Networks: `Net = (spec, apply)`, and how nets compose.
+
+`apply(params, x)` is a pure function of one example; `jax.vmap` makes it one of a batch. A net with noise in
+it (dropout) takes `key=` too; without a key there is no noise.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from gradfn.core import params as _params
+from gradfn.core.names import scope
+from gradfn.core.params import Param, Params, Spec
+
+
+@dataclass(frozen=True, eq=False)
+class Net:
+    """A network: what its parameters are, and a pure function of them.
+
+    Args:
+        spec: a nested dict of `Param`.
+        apply: `(params, x) -> y` for one example, or `(params, x, key=None) -> y` where there is noise.
+
+    `net.apply` checks the parameters against the spec before it traces on, and raises `ParameterError`.
+
+    >>> import jax, jax.numpy as jnp, gradfn as gf
+    >>> net = gf.Net({"w": gf.Param([3])}, lambda params, x: params["w"] @ x)
+    >>> net.apply(net.init(jax.random.key(0)), jnp.ones(3))
+    Array(0., dtype=float32)
+    """
+
+    spec: Spec
+    apply: Callable[..., Any]
+
+    def __post_init__(self) -> None:
+        _params.named_leaves(self.spec, _params.is_param)  # no two of them have the same path
+        object.__setattr__(self, "apply", _checked(self.spec, self.apply))
+
+    def init(self, key: jax.Array) -> Params:
+        """Make the parameters: see `gf.init`."""
+        return _params.init(self.spec, key)
+
+
+def _checked(spec: Spec, apply: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(apply)
+    def checked_apply(params: Params, *args: Any, **kwargs: Any) -> Any:
+        _params.check(spec, params)
+        return apply(params, *args, **kwargs)
+
+    return checked_apply
+
+
+def takes_key(function: Callable[..., Any]) -> bool:
+    """Tell whether a function has noise in it: a parameter called `key`."""
+    return "key" in inspect.signature(function).parameters
+
+
+def serial(**named: Net | Callable[[Any], Any]) -> Net:
+    """Put nets one after the other; each one's parameters lie under its name.
+
+    Args:
+        **named: nets, or functions of one array that have no parameters (`jax.nn.relu`), in order.
+
+    Returns:
+        A net whose spec is `{name: net.spec}` for those that have parameters.
+
+    Raises:
+        ParameterError: from a member, with the member's name before the path.
+
+    >>> import jax, gradfn as gf
+    >>> net = gf.serial(hidden=gf.layers.dense(784, 16), squash=jax.nn.sigmoid, out=gf.layers.dense(16, 10))
+    >>> gf.shapes(net.spec)
+    {'hidden': {'W': [16, 784], 'b': [16]}, 'out': {'W': [10, 16], 'b': [10]}}
+    """
+    spec = {name: net.spec for name, net in named.items() if isinstance(net, Net) and net.spec}
+    noisy = [name for name, net in named.items() if isinstance(net, Net) and takes_key(net.apply)]
+
+    def run(params: Params, x: Any, key: jax.Array | None) -> Any:
+        for name, net in named.items():
+            with scope(name):
+                if not isinstance(net, Net):
+                    x = net(x)
+                elif name in noisy:
+                    x = net.apply(params.get(name, {}), x, key=fold(key, noisy.index(name)))
+                else:
+                    x = net.apply(params.get(name, {}), x)
+        return x
+
+    return Net(spec, with_or_without_key(run, bool(noisy)))
+
+
+def residual(net: Net) -> Net:
+    """Add a net's answer to its input, `x + net(x)` (He et al., *Deep Residual Learning*, 2015).
+
+    Args:
+        net: answers in the shape of its input.
+
+    Returns:
+        A net with the same spec.
+
+    >>> import jax, jax.numpy as jnp, gradfn as gf
+    >>> net = gf.residual(gf.layers.dense(3, 3))
+    >>> net.apply({"W": jnp.zeros([3, 3]), "b": jnp.ones(3)}, jnp.arange(3.0))
+    Array([1., 2., 3.], dtype=float32)
+    """
+
+    def run(params: Params, x: Any, key: jax.Array | None) -> Any:
+        return x + call(net, params, x, key)
+
+    return Net(net.spec, with_or_without_key(run, takes_key(net.apply)))
+
+
+def repeat(net: Net, n: int) -> Net:
+    """Put `n` nets of one kind one after the other, each with its own parameters, as one `lax.scan`.
+
+    The parameters are stacked along a new first axis, so that time to compile does not grow with depth.
+
+    Args:
+        net: answers in the shape and dtype of its input.
+        n: how many.
+
+    Returns:
+        A net whose arrays are `[n, ...]`.
+
+    Raises:
+        ValueError: `n` below 1.
+
+    >>> import gradfn as gf
+    >>> gf.shapes(gf.repeat(gf.layers.dense(64, 64), 24).spec)
+    {'W': [24, 64, 64], 'b': [24, 64]}
+    """
+    if n < 1:
+        raise ValueError(f"repeat: n is 1 or more, came {n}")
+
+    def stacked(param: Param) -> Param:
+        def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+            return jax.vmap(param.make)(jax.random.split(key, n))  # [n, *param.shape]
+
+        axes = ("layers", *(param.axes or (None,) * param.ndim))
+        return Param((n, *param.shape), init, param.dtype, axes)
+
+    def run(params: Params, x: Any, key: jax.Array | None) -> Any:
+        def layer(x: Any, each: tuple[Params, jax.Array | None]) -> tuple[Any, None]:
+            layer_params, layer_key = each
+            return call(net, layer_params, x, layer_key), None
+
+        keys = None if key is None else jax.random.split(key, n)
+        return jax.lax.scan(layer, x, (params, keys), length=n)[0]
+
+    return Net(jax.tree.map(stacked, net.spec), with_or_without_key(run, takes_key(net.apply)))
+
+
+def call(net: Net, params: Params, x: Any, key: jax.Array | None) -> Any:
+    """Apply a net, passing the key on to one that takes it."""
+    return net.apply(params, x, key=key) if takes_key(net.apply) else net.apply(params, x)
+
+
+def fold(key: jax.Array | None, number: int) -> jax.Array | None:
+    """Fold a number into a key, where there is one."""
+    return None if key is None else jax.random.fold_in(key, number)
+
+
+def with_or_without_key(run: Callable[[Params, Any, Any], Any], noisy: bool) -> Callable[..., Any]:
+    """Turn `run(params, x, key)` into an `apply` that shows `key` in its signature only where it is used."""
+    if noisy:
+
+        def apply_with_noise(params: Params, x: Any, key: jax.Array | None = None) -> Any:
+            return run(params, x, key)
+
+        return apply_with_noise
+    return lambda params, x: run(params, x, None)

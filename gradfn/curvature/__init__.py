@@ -1,0 +1,24 @@
+"""Curvature of a loss: products with its Hessian, its eigenvalues, its spectrum, its landscape."""
+
+from gradfn.curvature.eigenvalues import Eigs, Sharpness, hessian_eigs, sharpness
+from gradfn.curvature.landscape import Landscape, loss_landscape
+from gradfn.curvature.products import fisher_vp, ggn_vp, hvp, product
+from gradfn.curvature.spectrum import Estimate, Spectrum, hessian_diagonal, hessian_spectrum, hessian_trace
+
+__all__ = [
+    "Eigs",
+    "Estimate",
+    "Landscape",
+    "Sharpness",
+    "Spectrum",
+    "fisher_vp",
+    "ggn_vp",
+    "hessian_diagonal",
+    "hessian_eigs",
+    "hessian_spectrum",
+    "hessian_trace",
+    "hvp",
+    "loss_landscape",
+    "product",
+    "sharpness",
+]

@@ -1,0 +1,299 @@
+"""Products of a curvature matrix and a vector, without the matrix: Hessian, Gauss-Newton, empirical Fisher."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gradfn.core.labels import check_range, counting
+from gradfn.core.precision import widen
+from gradfn.curvature.directional import linear_matrix, linearized, slope, slope_by_gradient
+from gradfn.flatten import flat_products
+from gradfn.inspection.leaves import Leaves, floating_leaves, tangents
+from gradfn.inspection.scalar import scalar
+
+CHUNK = 16  # examples whose gradients are formed at a time, where there is no forward mode
+Product = Callable[..., Any]  # (params, vector, *args) -> matrix times vector, a tree like the parameters
+
+
+def product(product: Product) -> Product:
+    """Declare that a function multiplies a vector by a symmetric matrix which depends on the parameters.
+
+    `gf.curvature.hessian_eigs`, `gf.curvature.hessian_trace`, `gf.curvature.hessian_diagonal`,
+    `gf.curvature.hessian_spectrum` and `gf.curvature.sharpness` take
+    such a function in the place of a loss, and then tell of its matrix. What `gf.curvature.hvp`,
+    `gf.curvature.ggn_vp` and `gf.curvature.fisher_vp` return is declared so already.
+
+    Args:
+        product: `(params, vector, *args) -> tree`, linear in `vector`; vector and result have the structure and
+            the shapes of `params`.
+
+    Returns:
+        The same function, which checks its vector first.
+
+    Raises:
+        ParameterError: called with a vector of another structure or with other shapes than the parameters.
+
+    >>> import jax, jax.numpy as jnp, gradfn as gf
+    >>> damped = gf.curvature.product(lambda params, vector: jax.tree.map(lambda v: 3 * v, vector))
+    >>> gf.curvature.hessian_eigs(damped, k=2)(jnp.ones(4)).values.round()
+    Array([3., 3.], dtype=float32)
+    """
+
+    @functools.wraps(product, updated=())
+    def checked(params: Any, vector: Any, /, *args: Any, **kwargs: Any) -> Any:
+        leaves = floating_leaves(params, "product")
+        vector = leaves.tree(tangents(leaves, vector, "product"))
+        return product(params, vector, *args, **kwargs)
+
+    checked.is_curvature_product = True  # type: ignore[attr-defined]
+    return checked
+
+
+def hvp(loss: Callable) -> Product:
+    """Return the product of a loss's Hessian and a vector: `H v`, the gradient's slope in direction `v`.
+
+    Forward-mode over reverse-mode differentiation: about the cost of two gradients, and no matrix is formed.
+    Pearlmutter, *Fast exact multiplication by the Hessian*, 1994. Where a function inside has a backward rule only
+    (`jax.custom_vjp`, `jax.experimental.ode.odeint`), reverse mode three times: the same slope, at more cost.
+
+    Args:
+        loss: any JAX function `(params, *args) -> scalar` or `(scalar, aux)`.
+
+    Returns:
+        `(params, vector, *args) -> tree`: vector and result have the structure, shapes and dtypes of `params`
+        (None for leaves that are no floating arrays). Compile it: `jax.jit(gf.curvature.hvp(loss))`.
+
+    Raises:
+        ParameterError: a vector of another structure or shape; complex parameters.
+        TypeError: a loss that is not a floating scalar, or no floating parameter; a `jax.custom_vjp` whose backward
+            rule cannot be differentiated.
+
+    >>> import jax.numpy as jnp, gradfn as gf
+    >>> gf.curvature.hvp(lambda w: w[0] ** 2 * w[1])(jnp.array([3.0, 5.0]), jnp.array([1.0, 0.0]))  # [10, 6; 6, 0] v
+    Array([10.,  6.], dtype=float32)
+    """
+    flat_loss = flat_products(loss)
+
+    def product(params: Any, vector: Any, /, *args: Any, **kwargs: Any) -> Any:
+        leaves = floating_leaves(params, "hvp")
+        v = tangents(leaves, vector, "hvp")
+        call = scalar(flat_loss, (params, *args), kwargs, (0,), "hvp").call
+
+        def value(values: list[jax.Array]) -> jax.Array:
+            return call(values)[0]
+
+        return leaves.tree(slope(jax.grad(value), _arrays(leaves.values), v, "hvp", value))
+
+    product.is_curvature_product = True  # type: ignore[attr-defined]
+    return product
+
+
+def ggn_vp(outputs: Callable, loss: str | Callable = "softmax") -> Product:
+    """Return the product of the generalised Gauss-Newton matrix and a vector: `J^T H J v`, meant over a batch.
+
+    J is the Jacobian of a net's outputs by its parameters, H the Hessian of the loss by the outputs. For a loss
+    that is convex in the outputs it has no negative eigenvalue; it is what the Hessian is without the net's own
+    curvature, and, for softmax and squared error, the Fisher information. About 1.5 gradients, more for functions
+    without forward mode (`jax.custom_vjp`). Schraudolph,
+    *Fast curvature matrix-vector products*, 2002; Martens, *New insights on the natural gradient*, 2020.
+
+    Args:
+        outputs: `(params, x) -> array` for one example, such as `net.apply`.
+        loss: of one example:
+            `"softmax"`, the cross-entropy of logits `[..., classes]` with integer labels `[...]`, meant over
+            what there is of labels (`gf.classification_loss`, `gf.next_token_loss`). Negative labels of a
+            sequence are padding and do not count; any other label that is not in [0, classes) gives NaN. Its H
+            is used in closed form, `p * u - p (p . u)`.
+            `"squared"`, squared error, meant over the outputs (`gf.regression_loss`).
+            Any other: a function `(outputs, y) -> scalar`, convex in the outputs.
+
+    Returns:
+        `(params, vector, (x, y)) -> tree`; `x` and `y` have a leading batch axis, vector and result have the
+        structure, shapes and dtypes of `params`. Compile it: `jax.jit(gf.curvature.ggn_vp(net.apply))`.
+
+    Raises:
+        ParameterError: a vector of another structure or shape; complex parameters.
+        ValueError: an unknown loss, labels that do not fit the outputs or, where they are known, are not classes.
+        TypeError: labels that are no integers, no floating parameter, complex outputs; a `jax.custom_vjp` whose
+            backward rule cannot be differentiated.
+
+    >>> import jax, jax.numpy as jnp, gradfn as gf
+    >>> net = gf.mlp([2, 3])
+    >>> params = {"W1": jnp.zeros([3, 2]), "b1": jnp.zeros(3)}
+    >>> vector = {"W1": jnp.zeros([3, 2]), "b1": jnp.array([1.0, 0.0, 0.0])}
+    >>> product = gf.curvature.ggn_vp(net.apply)(params, vector, (jnp.ones([5, 2]), jnp.array([0, 1, 2, 0, 1])))
+    >>> [round(float(value), 4) for value in product["b1"]]  # with p = 1/3 each: p v - p (p . v)
+    [0.2222, -0.1111, -0.1111]
+    """
+    if isinstance(loss, str) and loss not in _HESSIANS:
+        raise ValueError(
+            f"ggn_vp: loss is 'softmax', 'squared' or a function (outputs, y) -> scalar, came {loss!r}"
+        )
+    of_outputs = _HESSIANS[loss] if isinstance(loss, str) else functools.partial(_hessian_of, loss)
+
+    def product(params: Any, vector: Any, batch: Any) -> Any:
+        x, y = batch
+
+        def answers(params: Any, x: Any) -> jax.Array:
+            return jax.vmap(lambda x: outputs(params, x))(x)  # [batch, ...]
+
+        def times_hessian(z: jax.Array, u: jax.Array) -> jax.Array:
+            if loss == "softmax" and z.size > jnp.size(y):
+                # z is [batch, classes] for labels, [batch, T, classes] for sequences of them
+                check_range(y, z.size // max(jnp.size(y), 1), "ggn_vp", padding=z.ndim > 2 and _padded(z, y))
+            return jax.vmap(of_outputs)(z, u, y) / len(z)
+
+        return _gauss_newton(answers, times_hessian, params, vector, x, "ggn_vp")
+
+    product.is_curvature_product = True  # type: ignore[attr-defined]
+    return product
+
+
+def fisher_vp(loss: Callable) -> Product:
+    """Return the product of the empirical Fisher matrix and a vector: `mean_n g_n (g_n . v)`.
+
+    `g_n` is the gradient of example n: the matrix is the gradients' second moment, not centred. It is near the
+    Fisher information only where the model fits the data: Kunstner et al., *Limitations of the empirical Fisher
+    approximation*, 2019. About 1.5 gradients; no gradient of a single example is formed (but for losses without forward
+    mode, those that call a `jax.custom_vjp`).
+
+    Args:
+        loss: of ONE example, `(params, example) -> scalar` or `(scalar, aux)`.
+
+    Returns:
+        `(params, vector, batch) -> tree`; arrays in `batch` have a leading batch axis, vector and result have
+        the structure, shapes and dtypes of `params`. Compile it: `jax.jit(gf.curvature.fisher_vp(loss))`.
+
+    Raises:
+        ParameterError: a vector of another structure or shape; complex parameters.
+        TypeError: a loss over a batch, or one that is not a floating scalar; no floating parameter.
+
+    >>> import jax.numpy as jnp, gradfn as gf
+    >>> gf.curvature.fisher_vp(lambda w, x: w @ x)(jnp.zeros(2), jnp.ones(2), jnp.array([[1.0, 0.0], [0.0, 3.0]]))
+    Array([0.5, 4.5], dtype=float32)
+    """
+    if getattr(loss, "per_example", True) is False:
+        raise TypeError(
+            "fisher_vp: this loss is a mean over a batch, whose examples have no gradients of their own any "
+            "more; pass the loss of one example, what gf.batch_mean was given"
+        )
+
+    def product(params: Any, vector: Any, batch: Any, /, **kwargs: Any) -> Any:
+        def one(params: Any, example: Any) -> jax.Array:
+            call = scalar(loss, (params, example), kwargs, (0,), "fisher_vp").call
+            return call(floating_leaves(params, "fisher_vp").values)[0]
+
+        def losses(params: Any, batch: Any) -> jax.Array:
+            return jax.vmap(lambda example: one(params, example))(batch)  # [batch]
+
+        def by_gradients(fill: Callable, values: Any, v: Any) -> jax.Array:
+            def slope_of(example: Any) -> jax.Array:
+                return slope_by_gradient(lambda values: one(fill(values), example), values, v)
+
+            return jax.lax.map(slope_of, batch, batch_size=CHUNK)  # [batch]
+
+        return _gauss_newton(
+            losses, lambda z, u: u / len(z), params, vector, batch, "fisher_vp", by_gradients
+        )
+
+    product.per_example = False  # type: ignore[attr-defined]
+    product.is_curvature_product = True  # type: ignore[attr-defined]
+    return product
+
+
+def as_product(loss: Callable) -> Product:
+    """Return a curvature product as it is, and a loss's Hessian product."""
+    return loss if getattr(loss, "is_curvature_product", False) else hvp(loss)
+
+
+def flat_matrix(
+    product: Callable, leaves: Leaves, args: Any, kwargs: Any
+) -> Callable[[jax.Array], jax.Array]:
+    """Return a product at fixed parameters as a function of flat vectors `[P]`.
+
+    What does not depend on the vector (the loss's own forward and backward pass) is computed once, here.
+    """
+    params = leaves.fill([jnp.asarray(value) for value in leaves.values])
+
+    def times(vector: jax.Array) -> jax.Array:
+        out = product(params, leaves.tree(leaves.split(vector)), *args, **kwargs)
+        return leaves.flat(leaves.match(out))
+
+    return linear_matrix(times, jnp.zeros([leaves.size], leaves.dtype))
+
+
+def _gauss_newton(
+    f: Callable,
+    times_hessian: Callable,
+    params: Any,
+    vector: Any,
+    x: Any,
+    what: str,
+    push: Callable | None = None,
+) -> Any:
+    """Return `J^T H J v` for the Jacobian J of `f(params, x)` by params; H is a function of f's value and J v.
+
+    `push` is another way to J v, `(fill, values, v) -> J v`, for functions without forward mode.
+    """
+    leaves = floating_leaves(params, what)
+    v, values = tangents(leaves, vector, what), _arrays(leaves.values)
+    flat = flat_products(f)
+    without = None if push is None else functools.partial(push, leaves.fill, values)
+    # One linearisation serves both directions, so the forward pass is there once.
+    at = linearized(lambda values: flat(leaves.fill(values), x), values, what, without)
+    if jnp.iscomplexobj(at.value):
+        raise TypeError(f"{what}: expected real outputs, got {at.value.dtype}; return both parts, stacked")
+    u = times_hessian(at.value, at.push(v))
+    return leaves.tree(at.pull(u.astype(at.value.dtype)))
+
+
+def _softmax_hessian(z: jax.Array, u: jax.Array, labels: Any) -> jax.Array:
+    """Return the cross-entropy's Hessian by the logits of one example, times u."""
+    labels = jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(
+            f"ggn_vp: softmax needs integer labels, came {labels.dtype}; for others pass a function (logits, y)"
+        )
+    if not labels.size or z.size % labels.size:
+        raise ValueError(
+            f"ggn_vp: softmax needs logits [..., classes] and labels [...], came {list(z.shape)} and "
+            f"{list(labels.shape)} for one example"
+        )
+    p = jax.nn.softmax(widen(z).reshape(*labels.shape, -1))  # [..., classes]
+    if p.shape[-1] < 2:
+        raise ValueError(
+            f"ggn_vp: softmax needs 2 classes or more, got logits {list(z.shape)} for one example"
+        )
+    along = widen(u).reshape(p.shape)
+    hu = p * (along - (p * along).sum(-1, keepdims=True))
+    labels = counting(labels)
+    negative = (labels < 0)[..., None]
+    padding = negative & _padded(z, labels)
+    unknown = (labels >= p.shape[-1])[..., None] | (negative & ~padding)  # NaN, as in the losses
+    hu = jnp.where(unknown, jnp.nan, jnp.where(padding, 0, hu))
+    return (hu / jnp.maximum((~padding).sum(dtype=p.dtype), 1)).reshape(z.shape)
+
+
+def _padded(z: Any, labels: Any) -> bool:
+    """Tell labels of sequences, where negative ones are padding, from one label per example."""
+    return jnp.ndim(labels) > 0 and jnp.ndim(z) > 1 and z.shape[:-1] == jnp.shape(labels)
+
+
+def _squared_hessian(z: jax.Array, u: jax.Array, y: Any) -> jax.Array:
+    return 2 * u / z.size
+
+
+def _hessian_of(loss: Callable, z: jax.Array, u: jax.Array, y: Any) -> jax.Array:
+    return slope(lambda z: jax.grad(loss)(z, y), z, u, "ggn_vp", lambda z: loss(z, y))
+
+
+_HESSIANS = {"softmax": _softmax_hessian, "squared": _squared_hessian}
+
+
+def _arrays(values: list[Any]) -> list[jax.Array]:
+    return [jnp.asarray(value) for value in values]

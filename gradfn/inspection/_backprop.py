@@ -1,0 +1,422 @@
+"""`gf.backprop`: the backward pass of a function, one step per equation, from the loss to the inputs.
+
+Each equation of the forward pass gets a probe on every result (the cotangent that comes in) and on every
+operand that the arguments have an influence on (the cotangent that goes out). One backward pass gives them
+all.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
+
+from gradfn.core.precision import norm
+from gradfn.display import TextTable
+from gradfn.inspection.scalar import jit_arrays, scalar
+from gradfn.inspection.where import (
+    Loop,
+    around,
+    dtype_of,
+    function_around,
+    line_of,
+    loops_around,
+    operation_of,
+    order_key,
+)
+from gradfn.jaxpr import Place, Program, interpret, probe, trace_as_written, walk
+from gradfn.jaxpr.interpreter import Evaluate, Path, bodies, scan_split
+from gradfn.jaxpr.program import by_position
+from gradfn.jaxpr.varying import zeros
+
+# What does nothing to a parameter but lay it out: its result still goes by the parameter's name.
+_LAYOUT = {"broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "transpose"}
+
+
+class Cotangent(NamedTuple):
+    """A gradient of the function's value with respect to one result, or one operand, of an equation.
+
+    Attributes:
+        name: for an operand: the argument's leaf that it is (`W1`), or empty for a value computed on the way.
+        shape: its shape.
+        norm: root of its sum of squares.
+        value: the array, if `keep` asked for it, else None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    norm: float
+    value: Any = None
+
+    def __str__(self) -> str:
+        return f"{self.name} {list(self.shape)} {self.norm:.3g}".strip()
+
+
+class Step(NamedTuple):
+    """One equation's part in the backward pass.
+
+    Attributes:
+        operation: name of the operation, such as `dot_general`.
+        line: the source line of the forward equation, `file:line (function)`.
+        scope: its `jax.named_scope` stack.
+        within: the function of a library that it is part of (`softmax`), or empty.
+        iteration: the iterations of the scans around it (the devices of a `shard_map`), outermost first.
+        incoming: the cotangents that came in, one per floating result.
+        outgoing: the cotangents that went out, one per use of an operand; operands that no gradient goes to are
+            left out.
+        factor: the norm of what went out over the norm of what came in: how much the gradient shrank or grew.
+            What goes straight to a parameter (the first argument) does not count where anything else goes
+            out. 0 where the gradient ends, NaN where it was 0 already.
+    """
+
+    operation: str
+    line: str
+    scope: str
+    within: str
+    iteration: tuple[int, ...]
+    incoming: tuple[Cotangent, ...]
+    outgoing: tuple[Cotangent, ...]
+    factor: float
+
+
+class StepList(list[Step]):
+    """Steps of a backward pass; `print` shows them as a table."""
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        return StepList(found) if isinstance(index, slice) else found
+
+    def sorted(self) -> "StepList":
+        """Return them from the one that shrank the gradient most to the one that made it grow most."""
+        return StepList(sorted(self, key=lambda s: (math.isnan(s.factor), s.factor)))
+
+    def table(self) -> TextTable:
+        """Return them as a rich table."""
+        out = TextTable(caption="×: norm of what went out over norm of what came in")
+        for column in ("operation", "line", "scope", "came in"):
+            out.add_column(column, overflow="fold")
+        out.add_column("×", justify="right")
+        out.add_column("went out", overflow="fold")
+        for s in self:
+            turns = "".join(f"[{i}]" for i in s.iteration)
+            out.add_row(
+                s.operation + (f" (in {s.within})" if s.within else "") + turns,
+                s.line.rsplit("/", 1)[-1],
+                s.scope,
+                "; ".join(map(str, s.incoming)),
+                f"{s.factor:.3g}",
+                "; ".join(map(str, s.outgoing)),
+            )
+        return out
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    __repr__ = __str__
+
+    def __rich__(self) -> Any:
+        return self.table().__rich__()
+
+
+class _Info(NamedTuple):
+    """What is known of an equation before it runs."""
+
+    path: Path
+    operation: str
+    line: str
+    scope: str
+    within: str
+    loops: tuple[Loop, ...]
+    results: tuple[tuple[int, tuple[int, ...], str], ...]  # number, shape, dtype
+    operands: tuple[tuple[int, tuple[int, ...], str, str], ...]  # number, shape, dtype, name
+    parameters: frozenset[str]  # the names of the first argument's leaves
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["value", "aux", "cotangents"], meta_fields=["infos"]
+)
+@dataclass(frozen=True)
+class Backward:
+    """The backward pass of one call: a list of steps once it is outside `jit`, a pytree of arrays inside.
+
+    Iterate over it, index it, `print` it.
+
+    Attributes:
+        value: the function's value.
+        aux: the second thing that the function returned, or None.
+        cotangents: what the probes saw, per equation (its results' and its operands').
+        infos: the equations (static).
+    """
+
+    value: Any
+    aux: Any
+    cotangents: tuple[Any, ...]
+    infos: tuple[_Info, ...]
+
+    @functools.cached_property
+    def steps(self) -> StepList:
+        """The steps in the order of the backward pass. Not inside `jit`."""
+        host = jax.device_get(self.cotangents)
+        found = []
+        for info, seen in zip(self.infos, host, strict=True):
+            for turns in itertools.product(*[range(loop.length or 1) for loop in info.loops]):
+                step = _step(info, seen, turns)
+                if step.incoming:
+                    found.append((order_key(info.path, info.loops, turns), step))
+        found.sort(key=lambda pair: pair[0], reverse=True)
+        return StepList(step for _, step in found)
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.steps[index]
+
+    def sorted(self) -> StepList:
+        """Return the steps from the one that shrank the gradient most to the one that made it grow most."""
+        return self.steps.sorted()
+
+    def table(self) -> TextTable:
+        """Return the steps as a rich table."""
+        return self.steps.table()
+
+    def __str__(self) -> str:
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self)):
+            return f"Backward of {len(self.infos)} equations, being traced: return it from jit to print it"
+        return str(self.steps)
+
+    __repr__ = __str__
+
+
+def _step(info: _Info, seen: Any, turns: tuple[int, ...]) -> Step:
+    def cotangents(described: Sequence[Any], probes: Sequence[Any]) -> tuple[Cotangent, ...]:
+        out = []
+        for (_, shape, _, *name), probed in zip(described, probes, strict=True):
+            norm, reached = np.asarray(probed["norm"])[turns]
+            if reached:
+                value = np.asarray(probed["value"])[turns] if "value" in probed else None
+                out.append(Cotangent("".join(name), shape, float(norm), value))
+        return tuple(out)
+
+    incoming = cotangents(info.results, seen["results"])
+    outgoing = cotangents(info.operands, seen["operands"])
+    onward = [c for c in outgoing if c.name not in info.parameters] or outgoing
+    came, went = (math.hypot(*[c.norm for c in cs]) for cs in (incoming, onward))
+    factor = went / came if came else math.nan
+    return Step(info.operation, info.line, info.scope, info.within, turns, incoming, outgoing, factor)
+
+
+def backprop(f: Callable, *, keep: bool = False) -> Callable[..., Backward]:
+    """Show the backward pass of a function: one step per equation, in the order of the backward pass.
+
+    Gradients are those with respect to all floating arrays in the positional arguments. What is in `jit`,
+    `vmap` and `jax.checkpoint` is shown in line, what is in a `scan` once per iteration; a `custom_jvp` or
+    `custom_vjp` function is one step. Compiled at the first call; inside `jit` it can be called too, and the
+    result printed outside.
+
+    Args:
+        f: any JAX function `(*args) -> scalar` or `-> (scalar, aux)`.
+        keep: keep the cotangents themselves, not only their norms.
+
+    Returns:
+        A function of the same arguments that returns a `Backward`: iterate over its steps, `print` them, or ask
+        for `.sorted()`.
+
+    Raises:
+        TypeError: a function that does not return a floating scalar; no floating array in the arguments; mutable
+            arrays (`jax.new_ref`).
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from gradfn.inspection import backprop
+        >>> def f(W, x):
+        ...     return jnp.sum(jnp.sin(W @ x))
+        >>> for step in backprop(f)(jnp.eye(2), jnp.array([0.0, 1.0])):
+        ...     print(step.operation, [str(c) for c in step.outgoing], round(step.factor, 3))
+        reduce_sum ['[2] 1.41'] 1.414
+        sin ['[2] 1.14'] 0.804
+        dot_general ['W [2, 2] 1.14', 'x [2] 1.14'] 1.0
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Backward:
+        args, kwargs = by_position(f, args, kwargs) if not args else (args, kwargs)
+
+        def checked(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            of = scalar(f, args, kwargs, range(len(args)), "backprop")
+            return of.call(of.leaves)
+
+        of = scalar(f, args, kwargs, range(len(args)), "backprop")
+        program = trace_as_written(checked, *args, **kwargs)
+        names = [name for name, i in zip(of.names, of.numbers, strict=True) if program.is_array[i]]
+        if any(hasattr(v.aval, "inner_aval") for place in walk(program.jaxpr) for v in place.eqn.outvars):
+            raise TypeError(
+                "backprop: expected a function without mutable arrays, got one with jax.new_ref: what is written into "
+                "an array has no place in a list of equations. gf.inspect and gf.nan_origin can show it"
+            )
+        infos = active_equations(program, names)
+        places = {place.path: place for place in walk(program.jaxpr)}
+        chosen = {info.path: (places[info.path], info) for info in infos}
+        summary = _with_value if keep else _norm
+
+        def visit(
+            place: Place, evaluate: Evaluate, inputs: Sequence[Any], token: Any
+        ) -> tuple[list[Any], None]:
+            info, inputs = chosen[place.path][1], list(inputs)
+            for (i, *_), t in zip(info.operands, token["operands"], strict=True):
+                inputs[i] = probe(summary, inputs[i], t)
+            outs = evaluate(inputs)
+            for (i, *_), t in zip(info.results, token["results"], strict=True):
+                outs[i] = probe(summary, outs[i], t)
+            return outs, None
+
+        def value_of(tokens: Mapping[Path, Any]) -> tuple[Any, Any]:
+            only = {path: place for path, (place, _) in chosen.items()}
+            outs, _ = interpret(program.jaxpr, visit, only, program.inputs, tokens)
+            return program.rebuild(outs)
+
+        tokens = {info.path: _tokens(info, places[info.path].eqn, summary) for info in infos}
+        (value, aux), seen = jax.value_and_grad(value_of, has_aux=True)(tokens)
+        return Backward(value, aux, tuple(seen[info.path] for info in infos), infos)
+
+    return functools.wraps(f)(jit_arrays(run))
+
+
+def _norm(g: Any, residual: Any) -> dict[str, jax.Array]:
+    """Return the norm of a cotangent, and 1 for having been asked: steps off the path to the loss never are."""
+    size = norm(g)
+    return {"norm": jnp.stack([size, jnp.ones_like(size)])}
+
+
+def _with_value(g: Any, residual: Any) -> dict[str, jax.Array]:
+    return {**_norm(g, residual), "value": g}
+
+
+def _tokens(info: _Info, eqn: JaxprEqn, summary: Callable) -> dict[str, list[dict[str, jax.Array]]]:
+    axes = tuple(loop.length or 1 for loop in info.loops)
+
+    def token(atom: Any) -> dict[str, jax.Array]:
+        return zeros(jax.eval_shape(summary, atom.aval, None), axes)
+
+    return {
+        "results": [token(eqn.outvars[i]) for i, *_ in info.results],
+        "operands": [token(eqn.invars[i]) for i, *_ in info.operands],
+    }
+
+
+def active_equations(program: Program, names: Sequence[str]) -> tuple[_Info, ...]:
+    """Return the equations that the floating leaves of the positional arguments have an influence on.
+
+    Args:
+        program: the traced call.
+        names: of those leaves, in order.
+    """
+    left = iter(names)
+    labels = [
+        next(left) if owner >= 0 and jnp.issubdtype(aval.dtype, jnp.inexact) else None
+        for owner, aval in zip(program.owners, program.jaxpr.in_avals, strict=True)
+    ]
+    known: dict[Path, list[_Label]] = {}
+    _follow(program.jaxpr.jaxpr, labels, (), known)
+    places = {place.path: place for place in walk(program.jaxpr)}
+    pairs = zip(program.owners, labels, strict=True)
+    parameters = frozenset(label for owner, label in pairs if owner == 0 and label is not None)
+    return tuple(_info(places[path], places, known[path], parameters) for path in sorted(known))
+
+
+def _info(
+    place: Place, places: Mapping[Path, Place], labels: Sequence["_Label"], parameters: frozenset[str]
+) -> _Info:
+    containers = around(place, places)
+
+    def described(i: int, v: Any) -> tuple[int, tuple[int, ...], str]:
+        return i, tuple(v.aval.shape), str(v.aval.dtype)
+
+    operands = zip(place.eqn.invars, labels, strict=True)
+    return _Info(
+        path=place.path,
+        operation=operation_of(place),
+        line=line_of(containers),
+        scope=place.scope,
+        within=function_around(containers[1:]),
+        loops=loops_around(place, places),
+        results=tuple(described(i, v) for i, v in enumerate(place.eqn.outvars) if _is_float(v)),
+        operands=tuple((*described(i, v), name) for i, (v, name) in enumerate(operands) if name is not None),
+        parameters=parameters,
+    )
+
+
+# The name of the leaf that a value is, empty for one computed from leaves, None for one that they have no
+# influence on.
+_Label = str | None
+
+
+def _follow(
+    jaxpr: Jaxpr, labels: Sequence[_Label], prefix: Path, known: dict[Path, list[_Label]]
+) -> list[_Label]:
+    """Note the labels of the operands of every equation that leaves have an influence on; return the results'."""
+    of: dict[Any, _Label] = dict(zip(jaxpr.invars, labels, strict=True))
+
+    def read(atom: Any) -> _Label:
+        return None if isinstance(atom, Literal) else of.get(atom)
+
+    for i, eqn in enumerate(jaxpr.eqns):
+        path, operands = (*prefix, i), [read(v) for v in eqn.invars]
+        kind, inner = bodies(eqn)
+        if kind:
+            outs = _follow_inside(kind, eqn, [body for body, _ in inner], operands, path, known)
+        else:
+            outs = _labels_of_results(eqn, operands)
+            if any(label is not None for label in outs):
+                known[path] = operands
+        of.update(zip(eqn.outvars, outs, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _labels_of_results(eqn: JaxprEqn, operands: Sequence[_Label]) -> list[_Label]:
+    active = [label for label in operands if label is not None]
+    if not active or eqn.primitive.name == "stop_gradient":
+        return [None] * len(eqn.outvars)
+    label = active[0] if eqn.primitive.name in _LAYOUT else ""
+    return [label if _is_float(v) else None for v in eqn.outvars]
+
+
+def _follow_inside(
+    kind: str,
+    eqn: JaxprEqn,
+    inner: Sequence[Jaxpr],
+    operands: list[_Label],
+    path: Path,
+    known: dict[Path, list[_Label]],
+) -> list[_Label]:
+    if kind == "while":  # no gradient goes through: jax says so itself if one should
+        return [None] * len(eqn.outvars)
+    if kind == "cond":
+        branches = [_follow(body, operands[1:], (*path, k), known) for k, body in enumerate(inner)]
+        return [functools.reduce(_join, labels) for labels in zip(*branches, strict=True)]
+    if kind != "scan":
+        return _follow(inner[0], operands, (*path, 0), known)
+    n_consts, n_carry = scan_split(eqn)
+    while True:  # until the carry is as it was: it only ever gains influence, so this ends
+        outs = _follow(inner[0], operands, (*path, 0), known)
+        carry = operands[n_consts : n_consts + n_carry]
+        joined = [_join(*pair) for pair in zip(carry, outs[:n_carry], strict=True)]
+        if joined == carry:
+            return outs
+        operands = [*operands[:n_consts], *joined, *operands[n_consts + n_carry :]]
+
+
+def _join(a: _Label, b: _Label) -> _Label:
+    return a if a == b else ""
+
+
+def _is_float(atom: Any) -> bool:
+    return jnp.issubdtype(dtype_of(atom), jnp.inexact)

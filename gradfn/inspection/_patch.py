@@ -1,0 +1,105 @@
+"""`gf.patch`: the same function with named values replaced on their way."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gradfn.jaxpr import Place, Site, find_sites, interpret, select, trace_as_written, walk
+from gradfn.jaxpr.interpreter import Evaluate
+from gradfn.jaxpr.varying import as_varying, varying_axes
+
+
+def patch(f: Callable, edits: Mapping[str, Any]) -> Callable:
+    """Return the same function with values replaced or edited on their way.
+
+    For ablation (`{"a1": 0.0}`), activation patching (`{"a1": the activation from another input}`) and
+    editing (`{"a1": lambda a: a.at[3].set(0)}`). The result is differentiable and works in `jit`, `vmap` and
+    `scan`; gradients flow into a value given as an array, and through a function.
+
+    Args:
+        f: any JAX function; its first argument counts as the parameters.
+        edits: for each site (a name or glob of `gf.sites(f)(*args)`), a function of the value, or what to put
+            in its place: an array that broadcasts to the value's shape. In a scan, an array with the
+            iterations in front gives each iteration its own; without, all get the same.
+
+    Returns:
+        A function with the signature of `f`.
+
+    Raises:
+        ValueError: a site that the function does not have (near names are listed), a site that no output of
+            the function is computed from, or a replacement of a shape that does not broadcast to the value's.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from gradfn.inspection import patch
+        >>> def f(params, x):
+        ...     return jnp.sum(jnp.tanh(x @ params["W"]) @ params["V"])
+        >>> params = {"W": jnp.ones((3, 2)), "V": jnp.ones((2, 1))}
+        >>> float(patch(f, {"W:tanh": lambda a: 0.5 * jnp.ones_like(a)})(params, jnp.ones((5, 3))))
+        5.0
+    """
+
+    @functools.wraps(f)
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        program = trace_as_written(f, *args, **kwargs)
+        offered = find_sites(program)
+        at: dict[tuple[int, ...], list[tuple[Site, Any]]] = {}
+        for name, edit in edits.items():
+            for site in select(offered, name, "patch"):
+                if site.reaches == "nothing":
+                    raise ValueError(
+                        f"patch: nothing that the function returns is computed from site {site.name!r} "
+                        f"({site.line}), so a patch there would change nothing. Use what gf.tap returns: "
+                        f"x = gf.tap(x, ...)."
+                    )
+                at.setdefault(site.path, []).append((site, edit))
+        tokens = {
+            path: [None if callable(edit) else _stacked(site, edit) for site, edit in pairs]
+            for path, pairs in at.items()
+        }
+
+        def visit(
+            place: Place, evaluate: Evaluate, inputs: Sequence[Any], token: list[Any]
+        ) -> tuple[list[Any], None]:
+            outs = evaluate(inputs)
+            for (site, edit), value in zip(at[place.path], token, strict=True):
+                old = outs[site.index]
+                outs[site.index] = _fitted(site, edit(old) if callable(edit) else value, old)
+            return outs, None
+
+        places = {place.path: place for place in walk(program.jaxpr) if place.path in at}
+        outs, _ = interpret(program.jaxpr, visit, places, program.inputs, tokens)
+        return program.rebuild(outs)
+
+    return patched
+
+
+def _stacked(site: Site, value: Any) -> jax.Array:
+    """Give every iteration of the loops around a site its own value, as tokens have it."""
+    value = jnp.asarray(value)
+    if value.shape != site.axes + site.shape:
+        _check(site, value.shape)
+        value = jnp.broadcast_to(value, site.axes + value.shape)
+    return value
+
+
+def _fitted(site: Site, value: Any, old: jax.Array) -> jax.Array:
+    value = jnp.asarray(value)
+    _check(site, value.shape)
+    return as_varying(jnp.broadcast_to(value.astype(old.dtype), old.shape), varying_axes(old))
+
+
+def _check(site: Site, shape: tuple[int, ...]) -> None:
+    try:
+        fits = jnp.broadcast_shapes(shape, site.shape) == site.shape
+    except ValueError:
+        fits = False
+    if not fits:
+        stacked = f", or with the iterations in front, {list(site.axes + site.shape)}" if site.axes else ""
+        raise ValueError(
+            f"patch: site {site.name!r} is {site.dtype}{list(site.shape)}; the patch gives {list(shape)}. "
+            f"Give that shape, or one that broadcasts to it{stacked}."
+        )

@@ -1,0 +1,102 @@
+"""`gf.sites`: the values of a function that can be inspected and patched."""
+
+from collections.abc import Callable
+from typing import Any
+
+from gradfn.display import TextTable
+from gradfn.jaxpr import Program, Site, find_sites, trace_as_written, walk
+from gradfn.jaxpr.interpreter import bodies
+
+
+class SiteList(list[Site]):
+    """A list of sites that shows itself as a table; `notes` say what is not in it, and why."""
+
+    notes: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """The names, in the order in which the function computes the values."""
+        return [site.name for site in self]
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    __repr__ = __str__
+
+    def __rich__(self) -> TextTable:
+        return self.table()
+
+    def table(self) -> TextTable:
+        """Return the sites as a rich table."""
+        empty = () if self else ("No sites: name a value with gf.tap(x, 'name').",)
+        table = TextTable(caption="\n".join([*empty, *self.notes]) or None)
+        for column in ("site", "shape", "dtype", "activation", "source", "line"):
+            table.add_column(column, overflow="fold")
+        for s in self:
+            table.add_row(s.name, shape_text(s), s.dtype, s.kind, s.source, short_line(s.line))
+        return table
+
+
+def shape_text(site: Site) -> str:
+    """Return a site's shape as text; the iterations of loops stand in front: ``4 × [32, 16]``."""
+    return "".join(f"{n} × " for n in site.axes) + str(list(site.shape))
+
+
+def short_line(line: str) -> str:
+    """Return a source line with no more of its file than the last folder: ``linen/linear.py:294 (f)``."""
+    file, _, rest = line.partition(":")
+    return ":".join(["/".join(file.split("/")[-2:]), rest])
+
+
+def sites(f: Callable) -> Callable[..., SiteList]:
+    """List the values inside a function that can be inspected and patched by name.
+
+    Args:
+        f: any JAX function; its first argument counts as the parameters.
+
+    Returns:
+        A function of the same arguments (arrays, or anything that has a shape and dtype) that returns the
+        sites in the order of computation, each with name, shape, dtype, source line, and which source named
+        it: ``name`` (``gf.tap``), ``scope`` (``jax.named_scope``: the modules of Linen and Haiku) or
+        ``parameter`` (the first place where the parameter of that path meets data). Nothing is computed. Of
+        a function that returns ``(scalar, aux)``, what only aux is computed from is not listed, except for
+        values named with ``gf.tap``: their gradient is zero.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from gradfn.inspection import sites
+        >>> def f(params, x):
+        ...     return jnp.sum(jnp.tanh(x @ params["W"] + params["b"]))
+        >>> listed = sites(f)({"W": jnp.ones((3, 2)), "b": jnp.zeros(2)}, jnp.ones((5, 3)))
+        >>> listed.names
+        ['W', 'b', 'b:tanh']
+        >>> listed[0].shape, listed[0].source
+        ((5, 2), 'parameter')
+    """
+
+    def listed(*args: Any, **kwargs: Any) -> SiteList:
+        program = trace_as_written(f, *args, **kwargs)
+        found = SiteList(find_sites(program))
+        found.notes = tuple(_notes(found, program))
+        return found
+
+    return listed
+
+
+def _notes(found: list[Site], program: Program) -> list[str]:
+    places = {place.path: place for place in walk(program.jaxpr)}
+    opaque = [
+        site.name
+        for site in found
+        if site.source == "parameter"
+        and not site.kind
+        and bodies(places[site.path].eqn, enter_custom=True)[0] == "custom"
+    ]
+    notes = {
+        "a function with its own derivative rule; the values inside it are not sites": opaque,
+        "only aux is computed from it; its gradient is zero": [s.name for s in found if s.reaches == "aux"],
+        "nothing is computed from it; use what gf.tap returns": [
+            s.name for s in found if s.reaches == "nothing"
+        ],
+    }
+    return [f"{', '.join(names)}: {note}" for note, names in notes.items() if names]

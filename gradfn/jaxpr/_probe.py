@@ -1,0 +1,63 @@
+"""The probe: an identity whose token's gradient is a statistic of the cotangent.
+
+Kept in one place, and small, because newer versions of jax are getting a logging backward pass of their own
+(``vjp.with_logs``), which could stand behind the same function.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+
+from gradfn.jaxpr.varying import as_varying, varying_axes
+
+Summary = Callable[[Any, Any], Any]
+
+
+def probe(summary: Summary, x: Any, token: Any, residual: Any = None) -> Any:
+    """Return ``x``; differentiated, the gradient of ``token`` is ``summary(cotangent of x, residual)``.
+
+    Args:
+        summary: ``(cotangent, residual) -> tree`` with the shapes and dtypes of ``token``.
+        x: one floating array, or a tree of them.
+        token: a tree of zeros, floating, shaped like what the summary returns.
+        residual: arrays of the forward pass that the summary needs; no gradient flows into them.
+
+    Returns:
+        ``x`` as it is. Its own gradient is not touched.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> def f(x, token):
+        ...     y = probe(lambda g, _: jnp.sum(g * g), 3.0 * x, token)
+        ...     return jnp.sum(y**2)
+        >>> float(jax.grad(f, argnums=1)(jnp.array([1.0, 2.0]), 0.0))  # cotangent of y: [6, 12]
+        180.0
+    """
+    # Inside a shard_map each device has its own token, even where the value is the same on all of them.
+    varying = [varying_axes(leaf) for leaf in jax.tree.leaves(token)]
+
+    def typed(g: Any, residual: Any) -> Any:
+        leaves, tree = jax.tree.flatten(summary(g, residual))
+        return jax.tree.unflatten(
+            tree, [as_varying(s, axes) for s, axes in zip(leaves, varying, strict=True)]
+        )
+
+    return _probe(typed if any(varying) else summary, x, token, residual)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _probe(summary: Summary, x: Any, token: Any, residual: Any) -> Any:
+    return x
+
+
+def _forward(summary: Summary, x: Any, token: Any, residual: Any) -> tuple[Any, Any]:
+    return x, residual
+
+
+def _backward(summary: Summary, residual: Any, g: Any) -> tuple[Any, Any, None]:
+    return g, summary(g, residual), None
+
+
+_probe.defvjp(_forward, _backward)

@@ -1,0 +1,379 @@
+"""Walk the equations of a jaxpr, and run it with a visitor at chosen ones (see ``gradfn.jaxpr``)."""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import source_info_util
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, primitives
+from jax.sharding import PartitionSpec, Sharding
+
+from gradfn.jaxpr.varying import zeros
+
+Path = tuple[int, ...]
+Evaluate = Callable[[Sequence[Any]], list[Any]]
+Visitor = Callable[["Place", Evaluate, Sequence[Any], Any], tuple[Sequence[Any], Any]]
+
+# Primitives of jit and remat have been renamed over the versions, so they are asked for, not spelled out.
+_CALLS = {primitives.jit_p.name, primitives.call_p.name, primitives.closed_call_p.name}
+_CUSTOM = {primitives.custom_jvp_call_p.name, primitives.custom_vjp_call_p.name}
+_SCAN, _COND, _WHILE = primitives.scan_p.name, primitives.cond_p.name, primitives.while_p.name
+_REMAT, _SHARD_MAP = primitives.remat_p.name, "shard_map"
+# The same operations under jax's new `jax_remat3`, where one primitive carries an object for each operation.
+_CARRIED = {"CheckpointName": "name", "CheckpointNameFwd": "name", "RematTraced": _REMAT}
+
+
+class Frame(NamedTuple):
+    """One container around an equation: its kind, the path of its equation and, if it stacks, its length."""
+
+    kind: str
+    path: Path
+    length: int | None = None
+
+
+class Place:
+    """One equation of a program, and where it stands.
+
+    ``path`` names it: its number in the outermost jaxpr, then, for each container on the way in, the number
+    of the container's body (the branch of a cond, else 0) and the number of the equation in that body.
+    ``frames`` are those containers, outermost first; ``scope`` is its ``jax.named_scope`` stack; ``line`` the
+    user's source line.
+    """
+
+    def __init__(self, path: Path, eqn: JaxprEqn, frames: tuple[Frame, ...], scope: str) -> None:
+        self.path, self.eqn, self.frames, self.scope = path, eqn, frames, scope
+
+    @cached_property
+    def line(self) -> str:
+        """Where the equation was written, as ``file:line (function)``."""
+        return re.sub(r"(:\d+):\d+", r"\1", source_info_util.summarize(self.eqn.source_info))
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The leading axes of its tokens and captures: iterations of scans, devices of shard_maps."""
+        return tuple(f.length for f in self.frames if f.length is not None)
+
+    @property
+    def in_while(self) -> bool:
+        """Whether it runs in a while loop, through which no reverse-mode gradient (so no token) passes."""
+        return any(f.kind == "while" for f in self.frames)
+
+    def __repr__(self) -> str:
+        return f"Place({self.path}, {self.eqn.primitive.name}, scope={self.scope!r}, line={self.line!r})"
+
+
+def scope_of(eqn: JaxprEqn, outer: str = "") -> str:
+    """Return the named scopes around an equation, joined by ``/``, less the wrappers that transforms add."""
+    inner = _bare_scope(str(eqn.source_info.name_stack))
+    return f"{outer}/{inner}" if outer and inner else outer or inner
+
+
+@cache
+def _bare_scope(name_stack: str) -> str:
+    text = re.sub(r"\b(?:vmap|jvp|transpose|pmap|linearize)\(", "", name_stack).replace(")", "")
+    # einsum opens a scope of its own, named after its formula: nobody's module.
+    return "/".join(part for part in text.split("/") if part and "->" not in part)
+
+
+def operation(eqn: JaxprEqn) -> str:
+    """Return the name of what an equation does; a named value is ``name`` in every version of jax."""
+    carried = _CARRIED.get(type(eqn.params.get("_prim")).__name__)
+    return eqn.primitive.name if carried is None else carried
+
+
+def params_of(eqn: JaxprEqn) -> dict[str, Any]:
+    """Return the parameters of what an equation does."""
+    known = type(eqn.params.get("_prim")).__name__ in _CARRIED
+    return eqn.params["_prim"].params if known else eqn.params
+
+
+def bodies(eqn: JaxprEqn, enter_custom: bool = False) -> tuple[str, list[tuple[Jaxpr, Sequence[Any]]]]:
+    """Return the kind of a container and its (jaxpr, consts) bodies; an empty list for any other equation."""
+    name, params = operation(eqn), params_of(eqn)
+    if name in _CALLS:
+        return "jit", [_open(params.get("jaxpr", params.get("call_jaxpr")))]
+    if name == _SCAN:
+        return "scan", [_open(params["jaxpr"])]
+    if name == _REMAT:
+        return "remat", [_open(params["jaxpr"])]
+    if name == _COND:
+        return "cond", [_open(branch) for branch in params["branches"]]
+    if name == _WHILE:
+        return "while", [_open(params["body_jaxpr"])]
+    if name == _SHARD_MAP:
+        return "shard_map", [_open(params["jaxpr"])]
+    if enter_custom and name in _CUSTOM:
+        return "custom", [_open(params["call_jaxpr"])]
+    return "", []
+
+
+def _open(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
+    closed = isinstance(jaxpr, ClosedJaxpr) and hasattr(jaxpr, "consts")  # newer jax has one class for both
+    return (jaxpr.jaxpr, jaxpr.consts) if closed else (jaxpr, ())
+
+
+def scan_split(eqn: Any) -> tuple[int, int]:
+    """Return how many constants and carries a scan has, told by ranks (names differ by version)."""
+    jaxpr: Any = _open(eqn.params["jaxpr"])[0]
+    n_xs = sum(len(o.aval.shape) > len(i.aval.shape) for o, i in zip(eqn.invars, jaxpr.invars, strict=True))
+    n_ys = sum(len(o.aval.shape) > len(i.aval.shape) for o, i in zip(eqn.outvars, jaxpr.outvars, strict=True))
+    n_carry = len(eqn.outvars) - n_ys
+    return len(eqn.invars) - n_carry - n_xs, n_carry
+
+
+def _frame(kind: str, path: Path, eqn: JaxprEqn) -> Frame:
+    if kind == "scan":
+        return Frame(kind, path, eqn.params["length"])
+    if kind == "shard_map":
+        mesh = eqn.params["mesh"]
+        return Frame(kind, path, math.prod(mesh.shape[a] for a in _manual_axes(eqn)))
+    return Frame(kind, path)
+
+
+def walk(closed: ClosedJaxpr, enter_custom: bool = False) -> Iterator[Place]:
+    """Yield every equation of a program in the order of the program, a container before what it contains.
+
+    With ``enter_custom`` the insides of ``custom_jvp`` and ``custom_vjp`` functions are places too; visiting
+    one replaces the function's own derivative rule by that of its body, so ask for it only if nothing is
+    differentiated afterwards.
+    """
+
+    def inside(jaxpr: Jaxpr, prefix: Path, frames: tuple[Frame, ...], outer: str) -> Iterator[Place]:
+        for i, eqn in enumerate(jaxpr.eqns):
+            place = Place((*prefix, i), eqn, frames, scope_of(eqn, outer))
+            yield place
+            kind, inner = bodies(eqn, enter_custom)
+            for k, (body, _) in enumerate(inner):
+                frame = _frame(kind, place.path, eqn)
+                yield from inside(body, (*place.path, k), (*frames, frame), place.scope)
+
+    yield from inside(closed.jaxpr, (), (), "")
+
+
+def evaluate(eqn: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
+    """Do what one equation does, on ``inputs`` (one per operand; those of literal operands are ignored)."""
+    operands = [(v, x) for v, x in zip(eqn.invars, inputs, strict=True) if not isinstance(v, Literal)]
+    if len({v for v, _ in operands}) < len(operands):  # x * x: each use may have been given its own value
+        fresh = iter(jax.make_jaxpr(lambda *xs: xs)(*[v.aval for v, _ in operands]).jaxpr.invars)
+        eqn = eqn.replace(invars=[v if isinstance(v, Literal) else next(fresh) for v in eqn.invars])
+    variables = [v for v in eqn.invars if not isinstance(v, Literal)]
+    one = _empty().replace(invars=variables, outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
+    return list(jax.core.eval_jaxpr(one, (), *[x for _, x in operands]))
+
+
+@cache
+def _empty() -> Jaxpr:
+    return jax.make_jaxpr(lambda: ())().jaxpr
+
+
+class _Run(NamedTuple):
+    visit: Visitor
+    places: Mapping[Path, Place]
+    containers: frozenset[Path]
+    merge: Callable[[Any, Any], Any]
+
+
+def interpret(
+    closed: ClosedJaxpr,
+    visit: Visitor,
+    places: Mapping[Path, Place],
+    args: Sequence[Any],
+    tokens: Mapping[Path, Any] | None = None,
+    merge: Callable[[Any, Any], Any] = lambda old, new: new,
+) -> tuple[list[Any], dict[Path, Any]]:
+    """Run a program with ``visit`` in the place of the chosen equations.
+
+    Args:
+        closed: the program.
+        visit: ``(place, evaluate, inputs, token) -> (outputs, capture)``; the token is None where none was
+            given.
+        places: the chosen equations by path, out of ``walk``.
+        args: the program's inputs, flat.
+        tokens: a pytree per path, each array with the place's ``axes`` in front.
+        merge: how a while loop joins the captures of its iterations.
+
+    Returns:
+        The program's outputs, flat, and the captures by path (places whose capture is None are left out),
+        with the place's ``axes`` in front.
+    """
+    containers = frozenset(path[:n] for path in places for n in range(1, len(path), 2))
+    run = _Run(visit, places, containers, merge)
+    return _body(run, closed.jaxpr, closed.consts, (), args, dict(tokens or {}))
+
+
+def _body(
+    run: _Run, jaxpr: Jaxpr, consts: Sequence[Any], prefix: Path, args: Sequence[Any], tokens: dict[Path, Any]
+) -> tuple[list[Any], dict[Path, Any]]:
+    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    captures: dict[Path, Any] = {}
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else env[atom]
+
+    for i, eqn in enumerate(jaxpr.eqns):
+        path = (*prefix, i)
+
+        def compute(inputs: Sequence[Any], eqn: JaxprEqn = eqn, path: Path = path) -> list[Any]:
+            if path not in run.containers:
+                return evaluate(eqn, inputs)
+            outs, inner = _container(run, eqn, path, list(inputs), _below(tokens, path))
+            captures.update(inner)
+            return outs
+
+        inputs = [read(atom) for atom in eqn.invars]
+        if path in run.places:
+            outs, capture = run.visit(run.places[path], compute, inputs, tokens.get(path))
+            if capture is not None:
+                captures[path] = capture
+        else:
+            outs = compute(inputs)
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars], captures
+
+
+def _below(tokens: dict[Path, Any], path: Path) -> dict[Path, Any]:
+    return {p: t for p, t in tokens.items() if p[: len(path)] == path and len(p) > len(path)}
+
+
+def _container(
+    run: _Run, eqn: JaxprEqn, path: Path, inputs: list[Any], tokens: dict[Path, Any]
+) -> tuple[list[Any], dict[Path, Any]]:
+    """Rebuild a container through jax's public functions, so that tokens go in and captures come out."""
+    kind, inner = bodies(eqn, enter_custom=True)
+
+    def body(args: Sequence[Any], tokens: dict[Path, Any], k: int = 0) -> tuple[list[Any], dict[Path, Any]]:
+        jaxpr, consts = inner[k]
+        return _body(run, jaxpr, consts, (*path, k), args, tokens)
+
+    params = params_of(eqn)
+    if kind == "jit":
+        outs, captures = body(_constrained(inputs, params.get("in_shardings")), tokens)
+        return _constrained(outs, params.get("out_shardings")), captures
+    if kind == "custom":
+        return body(inputs, tokens)
+    if kind == "remat":
+        prevent_cse = params["prevent_cse"]  # one for all operands, or one for each
+        prevent_cse = prevent_cse if isinstance(prevent_cse, bool) else any(prevent_cse)
+        return jax.checkpoint(body, prevent_cse=prevent_cse, policy=params["policy"])(inputs, tokens)
+    if kind == "scan":
+        return _scan(eqn, body, inputs, tokens)
+    if kind == "cond":
+        return _cond(body, len(inner), inputs, tokens)
+    if kind == "while":
+        return _while(run, eqn, body, inputs, tokens)
+    return _shard_map(eqn, body, inputs, tokens)
+
+
+def _constrained(values: list[Any], shardings: Any) -> list[Any]:
+    """Keep what a jit said of the shardings of its arguments and results when it is inlined."""
+    return [
+        lax.with_sharding_constraint(x, s) if isinstance(s, Sharding) else x
+        for x, s in zip(values, shardings or [None] * len(values), strict=True)
+    ]
+
+
+def _scan(
+    eqn: JaxprEqn, body: Callable, inputs: list[Any], tokens: dict[Path, Any]
+) -> tuple[list[Any], dict]:
+    n_consts, n_carry = scan_split(eqn)
+    consts, carry, xs = inputs[:n_consts], inputs[n_consts : n_consts + n_carry], inputs[n_consts + n_carry :]
+
+    def step(carry: list[Any], sliced: Any) -> tuple[list[Any], Any]:
+        x, token = sliced
+        outs, captures = body([*consts, *carry, *x], token)
+        return outs[:n_carry], (outs[n_carry:], captures)
+
+    params = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
+    carry, (ys, captures) = lax.scan(step, carry, (xs, tokens), **params)
+    return [*carry, *ys], captures
+
+
+def _cond(
+    body: Callable, n: int, inputs: list[Any], tokens: dict[Path, Any]
+) -> tuple[list[Any], dict[Path, Any]]:
+    index, *operands = inputs
+    of_branch = [jax.eval_shape(lambda k=k: body(operands, tokens, k)[1]) for k in range(n)]
+    union = {path: shape for shapes in of_branch for path, shape in shapes.items()}
+
+    def branch(k: int) -> Callable:
+        def run_it(operands: list[Any], tokens: dict[Path, Any]) -> tuple[list[Any], dict[Path, Any]]:
+            outs, captures = body(operands, tokens, k)
+            return outs, zeros(union) | captures
+
+        return run_it
+
+    return lax.switch(index, [branch(k) for k in range(n)], operands, tokens)
+
+
+def _while(
+    run: _Run, eqn: JaxprEqn, body: Callable, inputs: list[Any], tokens: dict[Path, Any]
+) -> tuple[list[Any], dict[Path, Any]]:
+    """Rebuild a while loop; under `vmap` its condition may be one boolean per row.
+
+    A row that has finished runs once more what it ran last, as long as others are running: so all values of the
+    last iteration are each row's own last ones, and its result does not change.
+    """
+    n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    cond_consts, body_consts, init = inputs[:n], inputs[n : n + m], inputs[n + m :]
+    cond_jaxpr: Any
+    cond_jaxpr, consts = _open(eqn.params["cond_jaxpr"])
+    rows = cond_jaxpr.outvars[0].aval.shape  # [] for a single condition
+
+    def runs(carry: list[Any]) -> Any:
+        return jax.core.eval_jaxpr(cond_jaxpr, consts, *cond_consts, *carry)[0]
+
+    def step(state: Any) -> Any:
+        carry, last, before = state
+        now = runs(carry) if rows else None
+        start = carry if now is None else _of_rows(now, carry, last)
+        outs, captures = body([*body_consts, *start], tokens)
+        merged = jax.tree.map(run.merge, before, captures)
+        return (outs, [], merged) if now is None else (_of_rows(now, outs, carry), start, merged)
+
+    shapes = jax.eval_shape(lambda: body([*body_consts, *init], tokens)[1])
+    start = init, list(init) if rows else [], zeros(shapes)
+    outs, _, captures = lax.while_loop(lambda state: jnp.any(runs(state[0])), step, start)
+    return outs, captures
+
+
+def _of_rows(which: jax.Array, ours: list[Any], others: list[Any]) -> list[Any]:
+    """Take the rows (the leading axes of all) that `which` names from the first, the others from the second."""
+
+    def chosen(a: Any, b: Any) -> Any:
+        return jnp.where(
+            which.reshape(which.shape + (1,) * (jnp.ndim(a) - which.ndim)), a, b
+        )  # [rows, 1, ...]
+
+    return [chosen(a, b) for a, b in zip(ours, others, strict=True)]
+
+
+def _manual_axes(eqn: Any) -> tuple[str, ...]:
+    """Return the mesh axes that a shard_map works by hand, in the order of the mesh."""
+    names = eqn.params["newly_manual_axes"]
+    return tuple(axis for axis in eqn.params["mesh"].axis_names if axis in names)
+
+
+def _shard_map(
+    eqn: JaxprEqn, body: Callable, inputs: list[Any], tokens: dict[Path, Any]
+) -> tuple[list[Any], dict]:
+    params, axes = eqn.params, _manual_axes(eqn)
+
+    def local(inputs: list[Any], tokens: dict[Path, Any]) -> tuple[list[Any], dict[Path, Any]]:
+        # Each device has its own slice of the tokens, [1, ...], and hands back its own slice of the captures.
+        outs, captures = body(inputs, jax.tree.map(lambda t: t[0], tokens))
+        return outs, jax.tree.map(lambda c: c[None], captures)
+
+    each = PartitionSpec(axes)
+    return jax.shard_map(
+        local,
+        mesh=params["mesh"],
+        in_specs=(list(params["in_specs"]), each),
+        out_specs=(list(params["out_specs"]), each),
+        axis_names=set(axes),
+        check_vma=params["check_vma"],
+    )(inputs, tokens)

@@ -1,0 +1,664 @@
+"""Sites: the values inside a program that have a name, out of three sources.
+
+(a) ``name``: values that the user named with ``checkpoint_name`` (``gf.tap``).
+(b) ``scope``: what comes out of a ``jax.named_scope``: produced in it and used outside it. Flax Linen, Haiku
+    and gradfn open one per module.
+(c) ``parameter``: where a value derived only from parameters first meets data, named after the parameter's
+    path (the product ``W1 x`` is ``W1``, the sum with the bias is ``b1``), and the activation function that
+    directly follows a site, named ``b1:sigmoid``. With this one, every framework has sites.
+
+A value that several sources name is listed once, under the first of them (but a scope entered several times,
+and the class names that Equinox opens, give way to the parameter's name). One abstract run over the
+program finds them all: it carries, per value, which parameters it derives from and whether it has met data.
+
+Only what the result is computed from counts: of a loss that returns ``(scalar, aux)``, that is the scalar. What
+leaves a scope for aux alone, such as a new running mean, is not a site; values named by the user always are.
+
+A value made from several parameters is named after the one that most of its numbers are from: a scaled weight
+``g * W`` is ``W``, a weight with a low-rank update ``W + A B`` too. Where none is (a weight that a network
+generates, a custom function of a whole tree), it is named after the path that the parameters share, such as
+``hyper``; without one, after the custom function, or ``h+o`` for parameters out of ``h/...`` and ``o/...``.
+
+Weights picked by an index (a mixture of experts) and weights moved along their gradient (an inner loop of
+training) stay weights: the site is their product with data.
+"""
+
+import difflib
+import fnmatch
+import functools
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
+
+from gradfn.jaxpr.activations import (
+    NAMES,
+    WITH_A_SETTING,
+    Sample,
+    constant,
+    fresh,
+    is_constant,
+    is_zero,
+    recognize,
+    simulate,
+    simulate_body,
+)
+from gradfn.jaxpr.interpreter import Path, Place, bodies, operation, params_of, scan_split, scope_of, walk
+from gradfn.jaxpr.program import Program
+from gradfn.jaxpr.reach import Reach, reaching
+
+Selection = str | Callable[["Site"], bool] | Iterable[str] | None
+
+_IDENTITIES = {
+    "name",
+    "reshape",
+    "transpose",
+    "convert_element_type",
+    "copy",
+    "squeeze",
+    "sharding_constraint",
+}
+_ELEMENTWISE = {"add", "sub", "mul", "div", "add_any", "max", "min", "pow", "select_n", "clamp", "neg"}
+_PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general"}
+_SUMS = {"add", "sub", "add_any"}
+_RESHAPES = {*_IDENTITIES, "broadcast_in_dim", "expand_dims", "slice", "rev", "stop_gradient"}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One named value of a program.
+
+    ``name`` is how it is asked for; ``path`` and ``index`` say which output of which equation it is.
+    ``shape`` and ``dtype`` are those of one value; ``axes`` the leading axes that loops and devices add, and
+    ``loops`` how many numbers of the path lead to each of those loops. ``source`` is ``name``, ``scope`` or
+    ``parameter``; ``kind`` the activation function that made it, if one did. ``differentiable`` is false for
+    integers and for values inside a while loop, which have no gradient. ``reaches`` says what is computed from
+    it: ``result``, only ``aux`` (the gradient is then zero), or ``nothing``.
+    """
+
+    name: str
+    path: Path
+    index: int
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[int, ...]
+    loops: tuple[int, ...]
+    source: str
+    line: str
+    scope: str
+    kind: str
+    differentiable: bool
+    reaches: str
+
+
+class Use(NamedTuple):
+    """An operand, derived only from parameters, of an equation where it meets data.
+
+    ``leaves`` are the numbers of those parameters among the program's inputs; ``path`` the equation and
+    ``operand`` which of its operands. A path that ends at a scan or while means a carry, at a cond a branch's
+    result; the empty path an output of the program.
+    """
+
+    path: Path
+    operand: int
+    leaves: frozenset[int]
+
+
+Origin = tuple[Path, int]
+
+
+class _Value(NamedTuple):
+    """What is known of a value: its parameters, whether it met data, and which equation's output it is.
+
+    With both ``leaves`` and ``data`` it is a *choice*: parameters picked by an index or moved along a gradient,
+    at the equations ``chosen_at``. ``main`` is the parameter that most of its numbers are from, ``size`` how
+    many numbers determine it. ``cotangent`` marks data of a backward pass.
+    """
+
+    leaves: frozenset[int] = frozenset()
+    data: bool = False
+    main: int | None = None
+    size: int = 0
+    chosen_at: frozenset[Origin] = frozenset()
+    cotangent: bool = False
+    origin: Origin | None = None
+    kind: str = ""
+    sample: Sample | None = None
+
+    @property
+    def parametric(self) -> bool:
+        return bool(self.leaves) and not self.data
+
+    @property
+    def choice(self) -> bool:
+        return bool(self.leaves) and self.data
+
+    @property
+    def anchor(self) -> Origin | None:
+        """The site whose value this is, up to reshapes."""
+        return self.sample.anchor if self.sample is not None and self.sample.values is None else None
+
+    @property
+    def lasting(self) -> "_Value":
+        """What of it is known from one iteration of a loop to the next."""
+        return self._replace(origin=None, kind="", sample=None)
+
+
+def _either(values: Sequence[_Value]) -> _Value:
+    """Return what is known of a value that is one of several: of a carry, of branches."""
+    data = [v for v in values if v.data and not v.leaves]
+    if data:
+        return _Value(data=True, cotangent=all(v.cotangent for v in data))
+    made = [v for v in values if v.leaves]
+    if not made:
+        return _Value()
+    mains = {v.main for v in made}
+    return _Value(
+        leaves=frozenset().union(*[v.leaves for v in made]),
+        data=any(v.data for v in made),
+        main=mains.pop() if len(mains) == 1 else None,
+        size=max(v.size for v in made),
+        chosen_at=frozenset().union(*[v.chosen_at for v in made]),
+    )
+
+
+class _Found(NamedTuple):
+    """A site before it has its final name."""
+
+    path: Path
+    output: int
+    base: str
+    source: str
+    kind: str
+    origin: Origin
+    anchor: Origin | None = None
+
+
+class _Analysis:
+    """The abstract run; ``found`` and ``uses`` fill up as it goes."""
+
+    def __init__(self, names: Sequence[str], everything: bool, reach: Reach) -> None:
+        self.names = names
+        self.everything = everything  # no argument but the parameters: whatever a scope gives is a site
+        self.reach = reach
+        self.found: list[_Found] = []
+        self.uses: list[Use] = []
+        self.moved: set[Origin] = set()  # choices that have met data since: the site is there
+
+    def body(
+        self,
+        jaxpr: Jaxpr,
+        inputs: Sequence[_Value],
+        consts: Sequence[_Value],
+        prefix: Path,
+        backward: bool = False,
+    ) -> list[_Value]:
+        env: dict[Any, _Value] = {}
+        known = zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True)
+        for k, (var, value) in enumerate(known):
+            sample = value.sample or fresh((prefix, -1 - k), var.aval)
+            env[var] = value if value.sample is sample else value._replace(sample=sample)
+        scopes: dict[Any, tuple[Path, int, str, str]] = {}  # where each variable was produced
+
+        def read(atom: Any) -> _Value:
+            return _Value(sample=constant(atom.val)) if isinstance(atom, Literal) else env[atom]
+
+        for i, eqn in enumerate(jaxpr.eqns):
+            path, scope = (*prefix, i), scope_of(eqn)
+            for atom, needed in zip(eqn.invars, self.reach.operands.get(path, ()), strict=False):
+                if needed:
+                    self._leaving(scopes, env, atom, scope)
+            operands = [read(atom) for atom in eqn.invars]
+            kind, inner = bodies(eqn)
+            in_backward = backward or "transpose(" in str(eqn.source_info.name_stack)
+            outs = (
+                self.container(kind, eqn, inner, operands, path, in_backward)
+                if inner
+                else self.equation(eqn, operands, path, in_backward)
+            )
+            for k, (var, value) in enumerate(zip(eqn.outvars, outs, strict=True)):
+                if value.sample is None:
+                    value = value._replace(sample=fresh((path, k), var.aval))
+                env[var] = value
+                scopes[var] = (path, k, scope, value.kind)
+        for atom, needed in zip(jaxpr.outvars, self.reach.results.get(prefix, ()), strict=False):
+            if needed:
+                self._leaving(scopes, env, atom, "")
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _leaving(self, scopes: dict, env: dict, atom: Any, used_in: str) -> None:
+        """Note a scope's output: a value used outside the scope that it was produced in."""
+        if isinstance(atom, Literal) or atom not in scopes:
+            return
+        path, k, scope, kind = scopes[atom]
+        inside = f"{used_in}/".startswith(f"{scope}/")
+        value = env[atom]
+        if scope and not inside and _is_inexact(atom) and (value.data or self.everything):
+            origin = value.origin or (path, k)
+            kind = kind or recognize(value.sample, atom.aval)
+            self.found.append(_Found(path, k, scope, "scope", kind, origin))
+            env[atom] = value._replace(sample=fresh((path, k), atom.aval, origin))
+
+    def equation(self, eqn: JaxprEqn, operands: list[_Value], path: Path, backward: bool) -> list[_Value]:
+        name, aval = operation(eqn), eqn.outvars[0].aval if eqn.outvars else None
+        live = path in self.reach.outputs
+        value = _computed(eqn, operands, backward)
+        sample, kind = _sampled(eqn, operands, path)
+        origin: Origin = (path, 0)
+        if name == "name":
+            origin = operands[0].origin or origin
+            self.found.append(_Found(path, 0, params_of(eqn)["name"], "name", kind, origin))
+            sample = fresh(origin, aval, origin)
+        parameters = [(k, v) for k, v in enumerate(operands) if v.parametric] if value.data else []
+        self.uses += [Use(path, k, v.leaves) for k, v in parameters]
+        meeting = [v for _, v in parameters] or self._choices(eqn, operands, value, backward)
+        if meeting and live and _is_inexact(eqn.outvars[0]) and not _adds_a_penalty(eqn):
+            self.found.append(_Found(path, 0, self._label(eqn, meeting), "parameter", kind, origin))
+            sample = fresh(origin, aval, origin)
+            if value.choice:
+                value = value._replace(chosen_at=value.chosen_at | {origin})
+        elif live and kind and name not in _IDENTITIES and kind == recognize(sample, eqn.outvars[0].aval):
+            self._activation(operands, sample, path, kind, origin)
+        return [
+            value._replace(origin=(path, k) if k else origin, kind=kind, sample=None if k else sample)
+            for k in range(len(eqn.outvars))
+        ]
+
+    def _choices(self, eqn: Any, operands: list[_Value], value: _Value, backward: bool) -> list[_Value]:
+        """Return the operands that are choices, where they meet data; what they were chosen at is no site then."""
+        met = operation(eqn) in _ELEMENTWISE | _PRODUCTS and any(v.data and not v.leaves for v in operands)
+        choices = [v for v in operands if v.choice] if met and not value.leaves and not backward else []
+        self.moved.update(*[v.chosen_at for v in choices])
+        return choices
+
+    def _label(self, eqn: JaxprEqn, values: Sequence[_Value]) -> str:
+        """Name a value after the parameters that it is made from."""
+        main, _ = _main(eqn, values)
+        if main is not None:
+            return self.names[main]
+        leaves = frozenset().union(*[v.leaves for v in values])
+        paths = [self.names[i].split("/") for i in sorted(leaves)]
+        levels = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+        tops = list(dict.fromkeys(path[0] for path in paths))
+        return (
+            "/".join(parts[0] for parts in levels)
+            or _function_name(eqn)
+            or ("+".join(tops) if len(tops) <= 3 else "params")
+        )
+
+    def _activation(
+        self, operands: Sequence[_Value], sample: Sample | None, path: Path, kind: str, origin: Origin
+    ) -> None:
+        repeated = any(v.kind == kind for v in operands)
+        if kind and not repeated and sample is not None and sample.anchor:
+            self.found.append(_Found(path, 0, f":{kind}", "parameter", kind, origin, sample.anchor))
+
+    def container(
+        self,
+        kind: str,
+        eqn: JaxprEqn,
+        inner: list[tuple[Jaxpr, Sequence[Any]]],
+        operands: list[_Value],
+        path: Path,
+        backward: bool,
+    ) -> list[_Value]:
+        def run(k: int, operands: list[_Value]) -> list[_Value]:
+            jaxpr, consts = inner[k]
+            known = [_Value(sample=constant(c)) for c in consts]
+            return self.body(jaxpr, operands, known, (*path, k), backward)
+
+        if kind == "cond":
+            branches = [run(k, operands[1:]) for k in range(len(inner))]
+            outs = [_either(values) for values in zip(*branches, strict=True)]
+            for k, (values, out) in enumerate(zip(zip(*branches, strict=True), outs, strict=True)):
+                self.uses += [Use(path, k, v.leaves) for v in values if v.parametric and out.data]
+            return [v._replace(origin=(path, k)) for k, v in enumerate(outs)]
+        if kind in ("scan", "while"):
+            return self._loop(kind, eqn, run, operands, path)
+        name = params_of(eqn).get("name", "")
+        if name in NAMES and not any(v.leaves for v in operands):
+            activation = _kind_of_call(inner[0], name, eqn, operands)
+            if activation:  # jax.nn.silu and the like: one function, whatever it is made of
+                (sample,) = simulate_body(*inner[0], [v.sample for v in operands])[:1]
+                anchored = next((v.sample for v in operands if v.anchor), None)
+                if path in self.reach.outputs:
+                    self._activation(operands, anchored, path, activation, (path, 0))
+                value = _computed(eqn, operands, backward)
+                value = value._replace(kind=activation, origin=(path, 0), sample=sample)
+                return [value] * len(eqn.outvars)
+        return run(0, operands)
+
+    def _loop(
+        self, kind: str, eqn: JaxprEqn, run: Callable, operands: list[_Value], path: Path
+    ) -> list[_Value]:
+        if kind == "while":
+            operands = operands[eqn.params["cond_nconsts"] :]
+            n_consts, n_carry = eqn.params["body_nconsts"], len(eqn.outvars)
+        else:
+            n_consts, n_carry = scan_split(eqn)
+        first, after = n_consts, n_consts + n_carry
+        operands = [v.lasting for v in operands]
+        known, uses = list(self.found), list(self.uses)
+        while True:  # until what is known of the carry stays as it is: it only grows, so this ends
+            outs = run(0, operands)
+            carry = [
+                _either([old, new.lasting])
+                for old, new in zip(operands[first:after], outs[:n_carry], strict=True)
+            ]
+            if carry == operands[first:after]:
+                break
+            met = [
+                (k, v)
+                for k, (v, c) in enumerate(zip(operands[first:], carry, strict=False))
+                if v.parametric and c.data
+            ]
+            uses += [Use(path, first + k, v.leaves) for k, v in met]
+            operands[first:after] = carry
+            self.found, self.uses = list(known), list(uses)
+        return [v.lasting._replace(origin=(path, k)) for k, v in enumerate(outs)]
+
+
+def _computed(eqn: JaxprEqn, operands: Sequence[_Value], backward: bool) -> _Value:
+    """Return what is known of what an equation computes: data once any operand is, unless it chooses."""
+    made = [v for v in operands if v.leaves]
+    data = [v for v in operands if v.data]
+    met = [v for v in data if not v.leaves]
+    if not made:
+        return _Value(data=bool(data), cotangent=bool(data) and (backward or all(v.cotangent for v in data)))
+    if not data or _chooses(eqn, operands, met):
+        main, size = _main(eqn, made)
+        return _Value(
+            leaves=frozenset().union(*[v.leaves for v in made]),
+            data=bool(data),
+            main=main,
+            size=size,
+            chosen_at=frozenset().union(*[v.chosen_at for v in made]),
+        )
+    return _Value(data=True, cotangent=backward)
+
+
+def _chooses(eqn: Any, operands: Sequence[_Value], met: Sequence[_Value]) -> bool:
+    """Tell whether an equation on parameters and data gives parameters again: picked, moved or only reshaped."""
+    name = operation(eqn)
+    if name == "select_n":
+        return not any(v.data and not v.leaves for v in operands[1:])
+    if name in ("gather", "dynamic_slice"):
+        # One row of a table is an embedding: data. A matrix is a weight.
+        return bool(operands[0].leaves) and sum(n > 1 for n in eqn.params["slice_sizes"]) > 1
+    if name in _SUMS and met:
+        return all(v.cotangent for v in met)
+    one = len([v for v in operands if v.leaves or v.data]) == 1
+    return not met and (name in _SUMS or (one and name in _RESHAPES | _ELEMENTWISE))
+
+
+def _main(eqn: Any, values: Sequence[_Value]) -> tuple[int | None, int]:
+    """Return which parameter most of the numbers of a value are from, if one is, and how many there are."""
+    size = max(v.size for v in values)
+    out = min(size, math.prod(eqn.outvars[0].aval.shape))
+    leaves = frozenset().union(*[v.leaves for v in values])
+    if len(leaves) == 1:
+        return min(leaves), out
+    mixed = operation(eqn) not in _ELEMENTWISE | _RESHAPES
+    mains = {v.main for v in values if mixed or v.size == size}
+    return (mains.pop() if len(mains) == 1 else None), out
+
+
+def _adds_a_penalty(eqn: Any) -> bool:
+    """Tell a weight penalty, a number computed from parameters and added to the loss, from a layer."""
+    return operation(eqn) in _ELEMENTWISE and all(a.aval.shape == () for a in eqn.invars)
+
+
+def _function_name(eqn: Any) -> str:
+    """Return the name of a custom_jvp or custom_vjp function."""
+    if not bodies(eqn, enter_custom=True)[1]:
+        return ""
+    info = getattr(eqn.params["call_jaxpr"].jaxpr, "debug_info", None)
+    return params_of(eqn).get("name") or str(getattr(info, "func_src_info", "") or "").split(" at ")[0]
+
+
+def _is_inexact(atom: Any) -> bool:
+    return _is_inexact_dtype(atom.aval.dtype)
+
+
+@functools.cache
+def _is_inexact_dtype(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.inexact)
+
+
+def _sampled(eqn: JaxprEqn, operands: list[_Value], path: Path) -> tuple[Sample | None, str]:
+    """Return an output's sample, and which activation function the equation completes.
+
+    That of a value that is not computed from a site is told where it gets a name.
+    """
+    name, samples = operation(eqn), [v.sample for v in operands]
+    if not eqn.outvars:
+        return None, ""
+    aval = eqn.outvars[0].aval
+    if name in _IDENTITIES:
+        kind = operands[0].kind or recognize(samples[0], eqn.invars[0].aval)
+        root = samples[0] is not None and samples[0].values is None and samples[0].root is not None
+        return fresh((path, 0), aval, operands[0].anchor) if root else simulate(eqn, samples), kind
+    inner = bodies(eqn, enter_custom=True)[1]
+    if inner:
+        sample = next(iter(simulate_body(*inner[0], samples)), None)
+        return sample, _kind_of_call(inner[0], params_of(eqn).get("name", ""), eqn, operands)
+    sample = simulate(eqn, samples)
+    if sample is not None and sample.anchor:
+        recognized = recognize(sample, aval)
+        if recognized:
+            return sample, recognized
+    if name == "max" and any(map(is_zero, samples)):
+        return sample, "relu"
+    return sample, {"logistic": "sigmoid", "tanh": "tanh"}.get(name, "")
+
+
+def _kind_of_call(
+    body: tuple[Jaxpr, Sequence[Any]], name: str, eqn: JaxprEqn, operands: Sequence[_Value]
+) -> str:
+    """Return which activation function a jitted or custom function is of its own arguments."""
+    jaxpr, consts = body
+    arguments = [
+        v.sample if is_constant(v.sample) else fresh(k, atom.aval)
+        for k, (v, atom) in enumerate(zip(operands, eqn.invars, strict=True))
+    ]
+    outs = simulate_body(jaxpr, consts, arguments)
+    if not outs:
+        return ""
+    if name in NAMES and (outs[0] is None or name in WITH_A_SETTING):
+        return name
+    return recognize(outs[0], eqn.outvars[0].aval)
+
+
+def _analyze(program: Program, reach: Reach) -> _Analysis:
+    has_data = any(owner != 0 for owner in program.owners)
+    inputs = [
+        _Value(frozenset([i]), main=i, size=math.prod(aval.shape))
+        if owner == 0 and jnp.issubdtype(aval.dtype, jnp.inexact)
+        else _Value(data=owner != 0)
+        for i, (owner, aval) in enumerate(zip(program.owners, program.jaxpr.in_avals, strict=True))
+    ]
+    closed = program.jaxpr
+    # Data are constants in a loss that takes nothing but parameters, and in one that needs their values.
+    data = bool(closed.consts) and (program.fixed_data or not has_data)
+    analysis = _Analysis(program.names, everything=not has_data and not data, reach=reach)
+    consts = [_Value(data=data, sample=constant(c)) for c in closed.consts]
+    with np.errstate(all="ignore"):
+        outs = analysis.body(closed.jaxpr, inputs, consts, ())
+    analysis.uses += [Use((), k, v.leaves) for k, v in enumerate(outs) if v.parametric]
+    return analysis
+
+
+def parameter_uses(program: Program) -> list[Use]:
+    """Return every use of a parameter, or of a value derived only from parameters, in an equation with data.
+
+    The parameters are the program's first argument, the data all others. One leaf may have several uses (tied
+    weights) and one use several leaves.
+    """
+    return _analyze(program, Reach()).uses
+
+
+def _outputs(program: Program) -> tuple[list[bool], list[bool]]:
+    """Return which outputs are the function's result, and which its first, where it returns ``(first, aux)``.
+
+    The result is all of them, unless that is ``(scalar, aux)``, as of a loss: then it is the scalar.
+    """
+    everything = [True] * len(program.jaxpr.out_avals)
+    out = program.rebuild(program.jaxpr.out_avals)
+    if not (isinstance(out, tuple) and len(out) == 2):
+        return everything, everything
+    n = sum(leaf is None for leaf in program.objects[: len(jax.tree.leaves(out[0]))])
+    first = [k < n for k in range(len(everything))]
+    is_loss = getattr(out[0], "shape", None) == () and jnp.issubdtype(out[0].dtype, jnp.inexact)
+    return (first if is_loss else everything), first
+
+
+def parameter_order(program: Program) -> tuple[str, ...]:
+    """Return the names of the parameters that data meet, in the order in which the program first uses each."""
+    uses = parameter_uses(program)
+    return tuple(dict.fromkeys(program.names[leaf] for use in uses for leaf in sorted(use.leaves)))
+
+
+def find_sites(program: Program) -> list[Site]:
+    """Return all sites of a program in the order in which it computes them."""
+    places = {place.path: place for place in walk(program.jaxpr)}
+    outputs, first = _outputs(program)
+    reach = reaching(program.jaxpr, outputs)
+    # Of several outputs of a scope, those that reach the function's first output have the name's first numbers.
+    foremost = reach if outputs == first else reaching(program.jaxpr, first)
+    analysis = _analyze(program, reach)
+    everything = [f for f in analysis.found if f.source != "parameter" or f.origin not in analysis.moved]
+    by_origin: dict[Origin, _Found] = {}
+    scopes = Counter(
+        places[f.path].scope
+        for f in {f.origin: f for f in everything if f.source == "scope"}.values()
+        if foremost.holds(f.path, f.output)
+    )
+
+    def rank(found: _Found) -> int:
+        if found.source == "scope" and (
+            scopes[places[found.path].scope] > 1
+            # The name of a class, as Equinox's.
+            or found.base.split("/")[-1].startswith("eqx.")
+            or not foremost.holds(found.path, found.output)
+        ):
+            return 3  # the parameter's name, if it has one, says more
+        return {"name": 0, "scope": 1, "parameter": 2}[found.source]
+
+    for found in sorted(everything, key=rank):
+        if found.source == "name":  # a value may well have two names of its own
+            by_origin[(found.path, found.output)] = found
+        named = by_origin.setdefault(found.origin, found)
+        if named is not found and found.kind and not named.kind:
+            by_origin[found.origin] = named._replace(kind=found.kind)
+    kept = [f for f in by_origin.values() if f.anchor is None or f.anchor in by_origin]
+    unique = {(f.path, f.output): f for f in kept}.values()
+    ordered = sorted(unique, key=lambda f: (*f.path, float("inf")))
+    names = _final_names(ordered, places, foremost)
+    reached = _reached(ordered, program, reach)
+    return [
+        _site(f, name, places[f.path], reaches)
+        for f, name, reaches in zip(ordered, names, reached, strict=True)
+    ]
+
+
+def _reached(found: Sequence[_Found], program: Program, reach: Reach) -> list[str]:
+    """Return, for each, whether it reaches the ``result``, only ``aux``, or ``nothing``."""
+    held = [reach.holds(f.path, f.output) for f in found]
+    if all(held):
+        return ["result"] * len(found)
+    anything = reaching(program.jaxpr, [True] * len(program.jaxpr.out_avals))
+    return [
+        "result" if yes else "aux" if anything.holds(f.path, f.output) else "nothing"
+        for f, yes in zip(found, held, strict=True)
+    ]
+
+
+def _site(found: _Found, name: str, place: Place, reaches: str) -> Site:
+    aval: Any = place.eqn.outvars[found.output].aval
+    return Site(
+        name=name,
+        path=found.path,
+        index=found.output,
+        shape=tuple(aval.shape),
+        dtype=str(aval.dtype),
+        axes=place.axes,
+        loops=tuple(len(f.path) for f in place.frames if f.length is not None),
+        source=found.source,
+        line=place.line,
+        scope=place.scope,
+        kind=found.kind,
+        differentiable=jnp.issubdtype(aval.dtype, jnp.inexact) and not place.in_while,
+        reaches=reaches,
+    )
+
+
+def _final_names(found: list[_Found], places: dict[Path, Place], foremost: Reach) -> list[str]:
+    """Make names unique: a repeated one gets its scope in front where those differ, else a number."""
+    scopes = [places[f.path].scope for f in found]
+    bases = [scope if f.source == "scope" else f.base for f, scope in zip(found, scopes, strict=True)]
+    groups: dict[str, list[int]] = {}
+    for i, base in enumerate(bases):
+        if found[i].source == "name":
+            groups.setdefault(base, []).append(i)
+    for base, members in groups.items():
+        if len(members) > 1 and len({scopes[i] for i in members}) == len(members):
+            for i in members:
+                bases[i] = "/".join(filter(None, [scopes[i], base]))
+    taken: dict[str, int] = {}
+    names: dict[int, str] = {}
+    given: set[str] = set()
+    follows: dict[Any, int] = {f.origin: i for i, f in enumerate(found)}
+
+    def order(i: int) -> tuple[bool, bool]:
+        return found[i].anchor is not None, not foremost.holds(found[i].path, found[i].output)
+
+    for i in sorted(range(len(found)), key=order):
+        base = bases[i]
+        if found[i].anchor is not None:
+            base = names[follows[found[i].anchor]] + base
+        counter = itertools.count(taken.get(base, 0))
+        name = next(n for n in (f"{base}.{k}" if k else base for k in counter) if n not in given)
+        given.add(name)
+        taken[base] = taken.get(base, 0) + 1
+        names[i] = name
+    return [names[i] for i in range(len(found))]
+
+
+def select(sites: Sequence[Site], wanted: Selection, what: str = "sites") -> list[Site]:
+    """Choose sites by exact name, glob (``*attn*``), a list of those, or a function of the site; None is all.
+
+    Raises:
+        ValueError: a name or glob matches nothing; the message lists near names.
+    """
+    if wanted is None:
+        return list(sites)
+    if callable(wanted):
+        return [site for site in sites if wanted(site)]
+    patterns = [wanted] if isinstance(wanted, str) else list(wanted)
+    chosen: set[str] = set()
+    names = [site.name for site in sites]
+    for pattern in patterns:
+        hits = [pattern] if pattern in names else fnmatch.filter(names, pattern)
+        if not hits:
+            raise ValueError(_unknown(pattern, names, what))
+        chosen.update(hits)
+    return [site for site in sites if site.name in chosen]
+
+
+def _unknown(pattern: str, names: list[str], what: str) -> str:
+    if not names:
+        return f"{what}: there is no site {pattern!r}: it has none. Name one: gf.tap(x, {pattern!r})."
+    near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.4)
+    listed = (
+        f"Near: {', '.join(near)}."
+        if near
+        else f"There are: {', '.join(names[:8])}{', ...' * (len(names) > 8)}."
+    )
+    return f"{what}: there is no site {pattern!r}. {listed} gf.sites(f)(*args) lists all {len(names)}."

@@ -1,0 +1,239 @@
+"""Follow every parameter to where it first meets data: what each piece of its gradient is made from.
+
+On its way a parameter may be cast, turned, reshaped, sliced by a scan: a *view* of it, which holds each of its
+numbers at most once, so that a gradient of the view has the norm of the parameter's gradient. Anything else that is
+computed from parameters alone (a product of two, a weight norm) is told by the set of parameters in it.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
+
+from gradfn.core.precision import is_narrow
+from gradfn.jaxpr.interpreter import Path, bodies, operation, params_of, scan_split
+from gradfn.jaxpr.program import Program
+
+# These hand on what came in, number by number.
+_SAME = {"convert_element_type", "copy", "copy_p", "name", "reduce_precision", "sharding_constraint"}
+# These look up rows of their first operand; even where the rows do not depend on data, like positions, it is
+# simplest to let the parameter end here: the rows are few.
+_LOOK_UPS = {"gather", "dynamic_slice"}
+
+
+class View(NamedTuple):
+    """A value that holds numbers of one parameter, each at most once, and nothing else.
+
+    ``leaf`` is the parameter's number among the program's inputs; ``axes`` its axis behind each axis of the value
+    (None for one of size 1 that was added), or None as a whole where a reshape mixed them; ``loops`` the scans of
+    which every iteration sees its own part, each with the parameter's axis that it runs along; ``part`` what is left
+    of axes that were sliced, each as (axis, start, stop); ``narrow`` whether it is, or was on its way, of less than
+    32 bits.
+    """
+
+    leaf: int
+    axes: tuple[int | None, ...] | None
+    loops: tuple[tuple[Path, int | None], ...] = ()
+    part: tuple[tuple[int, int, int], ...] = ()
+    narrow: bool = False
+
+    def is_apart_from(self, other: "View") -> bool:
+        """Tell whether two views of one parameter share none of its numbers, as far as slices tell."""
+        ends = {axis: (start, stop) for axis, start, stop in other.part}
+        return any(
+            axis in ends and (stop <= ends[axis][0] or ends[axis][1] <= start)
+            for axis, start, stop in self.part
+        )
+
+    def cut(self, along: int, start: int, stop: int) -> "View":
+        """Return the view of a slice along one of the value's axes."""
+        axis = self.axes[along] if self.axes else None
+        if axis is None:
+            return self
+        first = next((start for a, start, _ in self.part if a == axis), 0)
+        others = tuple(each for each in self.part if each[0] != axis)
+        return self._replace(part=(*others, (axis, first + start, first + stop)))
+
+
+class Meeting(NamedTuple):
+    """An operand made from parameters alone, of an equation that mixes it with data.
+
+    ``leaves`` are the numbers of those parameters among the program's inputs, ``view`` says more where it is a view
+    of one. A path that ends at a scan, a cond or a while means that the parameters go into it or come out of it in
+    a way that is not followed; the empty path is the program's output.
+    """
+
+    path: Path
+    operand: int
+    leaves: frozenset[int]
+    view: View | None = None
+
+
+class _Value(NamedTuple):
+    """What is known of a value: its parameters unless it met data, whether it met data, and what it views."""
+
+    leaves: frozenset[int] = frozenset()
+    data: bool = False
+    view: View | None = None
+
+
+_CONSTANT, _DATA = _Value(), _Value(data=True)
+
+
+def parameter_meetings(program: Program) -> list[Meeting]:
+    """Return every place where a parameter meets data: all that its gradient comes from.
+
+    Parameters are the floating arrays of the program's first argument, data all of the others.
+    """
+    run = _Analysis()
+    inputs = [
+        _DATA if owner != 0 else _of_parameter(i, aval)
+        for i, (owner, aval) in enumerate(zip(program.owners, program.jaxpr.in_avals, strict=True))
+    ]
+    outs = run.body(program.jaxpr.jaxpr, inputs, ())
+    run.meet((), outs)
+    return run.meetings
+
+
+def _of_parameter(i: int, aval: Any) -> _Value:
+    if not jnp.issubdtype(aval.dtype, jnp.inexact):
+        return _CONSTANT
+    return _Value(frozenset([i]), view=View(i, tuple(range(len(aval.shape))), narrow=is_narrow(aval.dtype)))
+
+
+def _is_floating(atom: Any) -> bool:
+    return jnp.issubdtype(atom.aval.dtype, jnp.inexact)
+
+
+def _parameters(values: Sequence[_Value]) -> frozenset[int]:
+    return frozenset().union(*[v.leaves for v in values])
+
+
+class _Analysis:
+    """The abstract run; ``meetings`` fills up as it goes."""
+
+    def __init__(self) -> None:
+        self.meetings: list[Meeting] = []
+
+    def meet(self, path: Path, values: Sequence[_Value]) -> None:
+        """Note the parameters among values that meet data at a place."""
+        self.meetings += [Meeting(path, k, v.leaves, v.view) for k, v in enumerate(values) if v.leaves]
+
+    def body(self, jaxpr: Jaxpr, inputs: Sequence[_Value], prefix: Path) -> list[_Value]:
+        env = dict.fromkeys(jaxpr.constvars, _CONSTANT) | dict(zip(jaxpr.invars, inputs, strict=True))
+
+        def read(atom: Any) -> _Value:
+            return _CONSTANT if isinstance(atom, Literal) else env[atom]
+
+        for i, eqn in enumerate(jaxpr.eqns):
+            operands = [read(atom) for atom in eqn.invars]
+            outs = self.equation(eqn, operands, (*prefix, i))
+            for var, value in zip(eqn.outvars, outs, strict=True):
+                # No gradient flows through numbers that are not floating.
+                env[var] = value if _is_floating(var) else _Value(data=value.data)
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def equation(self, eqn: JaxprEqn, operands: list[_Value], path: Path) -> list[_Value]:
+        kind, inner = bodies(eqn)
+        if kind in ("jit", "remat"):
+            return self.body(inner[0][0], operands, (*path, 0))
+        if kind == "scan":
+            return self._scan(eqn, inner[0][0], operands, path)
+        if kind == "cond":
+            return self._cond([jaxpr for jaxpr, _ in inner], operands, path)
+        n, leaves = len(eqn.outvars), _parameters(operands)
+        data = any(v.data for v in operands)
+        if eqn.primitive.name == "stop_gradient" or not leaves:
+            return [_Value(data=data)] * n
+        looked_up = eqn.primitive.name in _LOOK_UPS and operands[0].view is not None
+        if data or looked_up or kind == "while":
+            if any(map(_is_floating, eqn.outvars)):
+                self.meet(path, operands)
+            return [_DATA] * n
+        return [_Value(leaves, view=view) for view in _viewed(eqn, operands)]
+
+    def _cond(self, branches: list[Jaxpr], operands: list[_Value], path: Path) -> list[_Value]:
+        outs = [self.body(jaxpr, operands[1:], (*path, k)) for k, jaxpr in enumerate(branches)]
+        joined = []
+        for values in zip(*outs, strict=True):
+            data = operands[0].data or any(v.data for v in values)
+            if data:
+                self.meet(path, values)
+            joined.append(_DATA if data else _Value(_parameters(values)))
+        return joined
+
+    def _scan(self, eqn: JaxprEqn, jaxpr: Jaxpr, operands: list[_Value], path: Path) -> list[_Value]:
+        n_consts, n_carry = scan_split(eqn)
+        first = n_consts + n_carry
+        consts, carry = operands[:n_consts], operands[n_consts:first]
+        xs = [_slice_of(v, path) for v in operands[first:]]
+        self.meet(path, carry)  # what becomes of them from iteration to iteration is not followed
+        carry = [_DATA if v.leaves else v for v in carry]
+        before = list(self.meetings)
+        while True:  # until what is known of the carry stays as it is: it only grows, so this ends
+            outs = self.body(jaxpr, [*consts, *carry, *xs], (*path, 0))
+            grown = [
+                _DATA if old.data or new.data or new.leaves else old
+                for old, new in zip(carry, outs[:n_carry], strict=True)
+            ]
+            if grown == carry:
+                break
+            carry, self.meetings = grown, list(before)
+        self.meet(path, outs[:n_carry])
+        return [*carry, *[v._replace(view=None) for v in outs[n_carry:]]]
+
+
+def _slice_of(value: _Value, path: Path) -> _Value:
+    """Return what one iteration of a scan sees of what it runs along."""
+    if value.view is None:
+        return value
+    view = value.view
+    along = view.axes[0] if view.axes else None
+    return value._replace(
+        view=view._replace(axes=view.axes and view.axes[1:], loops=(*view.loops, (path, along)))
+    )
+
+
+def _viewed(eqn: Any, operands: list[_Value]) -> list[View | None]:
+    """Return what the outputs of an equation on parameters alone are views of, if they are."""
+    name, view, params = operation(eqn), operands[0].view, params_of(eqn)
+    nothing: list[View | None] = [None] * len(eqn.outvars)
+    if view is None or any(v.leaves for v in operands[1:]):
+        return nothing
+    axes = view.axes
+    before, after = (tuple(atom.aval.shape) for atom in (eqn.invars[0], eqn.outvars[0]))
+    if name in _SAME:
+        return [view._replace(narrow=view.narrow or is_narrow(eqn.outvars[0].aval.dtype))]
+    if name == "reshape" and params["dimensions"] is not None:  # turned first, as by order="F"
+        turned = tuple(params["dimensions"])
+        before, axes = tuple(before[i] for i in turned), axes and tuple(axes[i] for i in turned)
+    if name == "transpose":
+        return [view._replace(axes=axes and tuple(axes[i] for i in params["permutation"]))]
+    if name == "broadcast_in_dim" and math.prod(before) != math.prod(after):
+        return nothing
+    if name in ("reshape", "squeeze", "expand_dims", "broadcast_in_dim"):
+        return [view._replace(axes=_without_ones(axes, before, after))]
+    if name == "rev":
+        return [view._replace(axes=None)]
+    if name == "slice":
+        for i, (start, stop) in enumerate(zip(params["start_indices"], params["limit_indices"], strict=True)):
+            view = view.cut(i, start, stop) if (start, stop) != (0, before[i]) else view
+        return [view._replace(axes=None) if params["strides"] else view]
+    if name == "split":
+        stops = list(itertools.accumulate(params["sizes"]))
+        starts = [0, *stops[:-1]]
+        return [view.cut(params["axis"], *ends) for ends in zip(starts, stops, strict=True)]
+    return nothing
+
+
+def _without_ones(
+    axes: tuple[int | None, ...] | None, before: tuple[int, ...], after: tuple[int, ...]
+) -> tuple[int | None, ...] | None:
+    """Return the axes after a reshape that only adds and removes axes of size 1, else None."""
+    if axes is None or [n for n in before if n != 1] != [n for n in after if n != 1]:
+        return None
+    kept = iter([axis for axis, n in zip(axes, before, strict=True) if n != 1])
+    return tuple(next(kept) if n != 1 else None for n in after)

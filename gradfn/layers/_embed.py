@@ -1,0 +1,114 @@
+"""Embeddings: vectors for tokens, and for their positions."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradfn.core.names import ParameterError
+from gradfn.core.net import Net
+from gradfn.core.params import Param, Params
+from gradfn.core.precision import wide
+
+
+def embed(n: int, width: int) -> Net:
+    """Return a layer that looks up a learned vector for each of `n` tokens (or positions).
+
+    Args:
+        n: how many tokens there are.
+        width: the size of their vectors.
+
+    Returns:
+        A net from integers `[...]` in [0, n) to `[..., width]`, with `W` `[n, width]`. A number outside of
+        that range, which compiled code cannot raise for, gives NaN: an answer that is wrong shows.
+
+    Raises:
+        ParameterError: an input that is not of integers.
+
+    >>> import jax, jax.numpy as jnp, gradfn as gf
+    >>> layer = gf.layers.embed(65, 128)
+    >>> layer.apply(layer.init(jax.random.key(0)), jnp.array([7, 7, 64])).shape
+    (3, 128)
+    """
+    spec = {"W": Param((n, width), jax.nn.initializers.normal(1.0))}
+
+    def apply(params: Params, tokens: jax.Array) -> jax.Array:
+        return look_up(params["W"], tokens)
+
+    return Net(spec, apply)
+
+
+def look_up(W: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Return the rows of `W` `[n, width]` for integers `[...]`; NaN for those that are not in [0, n)."""
+    tokens = jnp.asarray(tokens)
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        message = f"looks up integers, came {list(tokens.shape)} {tokens.dtype}. Cast it: x.astype(jnp.int32)"
+        raise ParameterError("W", message)
+    return jnp.asarray(W).at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def sinusoidal(n: int, width: int, base: float = 10_000.0) -> jax.Array:
+    """Return the fixed vectors of positions 0 to n-1: sines and cosines of ever longer wavelengths.
+
+    Vaswani et al., *Attention Is All You Need*, 2017, section 3.5: sine and cosine of frequency `i` stand at
+    features `2i` and `2i + 1`.
+
+    Args:
+        n: positions.
+        width: features, an even number.
+        base: the longest wavelength is nearly `2 pi base`.
+
+    Returns:
+        `[n, width]` float32.
+
+    Raises:
+        ValueError: an odd width.
+
+    >>> import gradfn as gf
+    >>> gf.layers.sinusoidal(2, 2)
+    Array([[0.        , 1.        ],
+           [0.84147096, 0.5403023 ]], dtype=float32)
+    """
+    if width % 2:
+        raise ValueError(f"sinusoidal: width is even, came {width}")
+    angles = np.arange(n)[:, None] * _frequencies(width, base)  # [n, width / 2]
+    return jnp.asarray(np.stack([np.sin(angles), np.cos(angles)], -1).reshape(n, width), jnp.float32)
+
+
+def rope(x: jax.Array, positions: jax.Array, base: float = 10_000.0) -> jax.Array:
+    """Turn pairs of features by an angle that grows with position, so that products see distances.
+
+    Su et al., *RoFormer*, 2021. Feature `i` is paired with feature `i + size / 2`, as in Llama's code (the
+    paper pairs neighbours; the two differ by an order of the rows of the query and key matrices).
+
+    Args:
+        x: `[T, heads, size]` queries or keys; `size` is even.
+        positions: `[T]` integers.
+        base: the longest wavelength is nearly `2 pi base`.
+
+    Returns:
+        `[T, heads, size]`, each pair as long as before.
+
+    Raises:
+        ValueError: an odd size.
+
+    >>> import jax.numpy as jnp, gradfn as gf
+    >>> gf.layers.rope(jnp.array([[[1.0, 0.0]]]), jnp.array([1]))  # one radian
+    Array([[[0.5403023 , 0.84147096]]], dtype=float32)
+    """
+    size = x.shape[-1]
+    if size % 2:
+        raise ValueError(f"rope: a head's size is even, came {size}")
+    dtype = wide(x.dtype)  # angles need more digits than bfloat16 has
+    frequencies = jnp.asarray(_frequencies(size, base), dtype)
+    angles = positions.astype(dtype)[:, None, None] * frequencies[None, None]  # [T, 1, size / 2]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(dtype), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+
+
+def _frequencies(width: int, base: float) -> np.ndarray:
+    return np.exp(np.arange(0, width, 2) * (-math.log(base) / width))  # [width / 2]

@@ -1,0 +1,72 @@
+"""What a transformer's block does with each position by itself."""
+
+from __future__ import annotations
+
+import jax
+
+from gradfn.core.names import scope, tap
+from gradfn.core.net import Net
+from gradfn.core.params import Params
+from gradfn.layers._dense import dense
+from gradfn.layers.activations import Activation, activation
+
+
+def feed_forward(width: int, hidden: int, squash: str | Activation = "gelu", bias: bool = True) -> Net:
+    """Return a layer up to `hidden` nodes and down again, each position by itself.
+
+    Vaswani et al., *Attention Is All You Need*, 2017, section 3.3. The hidden activations are tapped as `hidden`.
+
+    Args:
+        width: features of a position.
+        hidden: hidden nodes, often `4 * width`.
+        squash: the hidden activation, a name from `gf.layers.activations` or a function.
+        bias: whether both products have biases.
+
+    Returns:
+        A net `[..., width] -> [..., width]` with `up` `{"W" [hidden, width], "b"}` and `down`.
+
+    >>> import gradfn as gf
+    >>> gf.shapes(gf.layers.feed_forward(2, 8).spec)
+    {'down': {'W': [2, 8], 'b': [2]}, 'up': {'W': [8, 2], 'b': [8]}}
+    """
+    up, down, fire = dense(width, hidden, bias), dense(hidden, width, bias), activation(squash)
+
+    def apply(params: Params, x: jax.Array) -> jax.Array:
+        with scope("up"):
+            z = up.apply(params["up"], x)
+        a = tap(fire(z), "hidden")
+        with scope("down"):
+            return down.apply(params["down"], a)
+
+    return Net({"up": up.spec, "down": down.spec}, apply)
+
+
+def swiglu(width: int, hidden: int, bias: bool = False) -> Net:
+    """Return a feed-forward layer whose hidden nodes are gated: `down(silu(gate(x)) * up(x))`.
+
+    Shazeer, *GLU Variants Improve Transformer*, 2020. The gated nodes are tapped as `hidden`.
+
+    Args:
+        width: features of a position.
+        hidden: hidden nodes, often near `8 / 3 * width`.
+        bias: whether the three products have biases.
+
+    Returns:
+        A net `[..., width] -> [..., width]` with `gate`, `up` and `down`.
+
+    >>> import gradfn as gf
+    >>> gf.shapes(gf.layers.swiglu(2, 6).spec)
+    {'down': {'W': [2, 6]}, 'gate': {'W': [6, 2]}, 'up': {'W': [6, 2]}}
+    """
+    gate, up, down = dense(width, hidden, bias), dense(width, hidden, bias), dense(hidden, width, bias)
+
+    def apply(params: Params, x: jax.Array) -> jax.Array:
+        with scope("gate"):
+            opened = jax.nn.silu(gate.apply(params["gate"], x))
+        with scope("up"):
+            z = up.apply(params["up"], x)
+        a = tap(opened * z, "hidden")
+        with scope("down"):
+            return down.apply(params["down"], a)
+
+    return Net({"gate": gate.spec, "up": up.spec, "down": down.spec}, apply)

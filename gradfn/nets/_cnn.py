@@ -1,0 +1,91 @@
+"""The convolutional network: windows slid over an image, pooled, and dense layers at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from gradfn.core.names import ParameterError, scope, tap
+from gradfn.core.net import Net, fold, with_or_without_key
+from gradfn.core.params import Params, Spec
+from gradfn.layers._conv import conv, max_pool
+from gradfn.layers._dense import dense
+from gradfn.layers._dropout import dropout as dropout_layer
+from gradfn.layers.activations import Activation
+from gradfn.layers.activations import activation as activation_named
+
+
+def cnn(
+    image: Sequence[int] = (28, 28, 1),
+    channels: Sequence[int] = (32, 64),
+    hidden: Sequence[int] = (128,),
+    classes: int = 10,
+    window: int = 3,
+    activation: str | Activation = "relu",
+    dropout: float = 0.0,
+) -> Net:
+    """Return a convolutional network: convolution, activation and 2x2 max pooling again and again, then dense layers.
+
+    LeCun et al., *Gradient-based learning applied to document recognition*, 1998. Its values are named:
+    convolutions `z1`, what fires `a1`, after pooling `p1`, ...; of the dense layers that follow `z3`, `a3`, ...
+
+    Args:
+        image: `[height, width, channels]` of an image.
+        channels: output channels of each convolution; each halves height and width.
+        hidden: nodes of the hidden dense layers.
+        classes: one logit each.
+        window: height and width of the windows, which are padded with zeros.
+        activation: a name from `gf.layers.activations` or a function.
+        dropout: share that training drops of the inputs of each dense layer.
+
+    Returns:
+        A net with `conv1` `{"W" [channels, in, window, window], "b"}`, ..., and `dense1` `{"W", "b"}`, ... It
+        takes an image as it was declared, flat (`[784]`), or without its axis of one channel (`[28, 28]`), and
+        answers with logits `[classes]`. With dropout it takes `key=`.
+
+    Raises:
+        ValueError: an image that is halved away.
+        ParameterError: parameters or an image of other shapes.
+
+    >>> import jax, jax.numpy as jnp, gradfn as gf
+    >>> net = gf.cnn()
+    >>> gf.count(net.spec), net.apply(net.init(jax.random.key(0)), jnp.zeros(784)).shape
+    (421642, (10,))
+    """
+    height, width, n_in = image = tuple(image)
+    fire = activation_named(activation)
+    convs: dict[str, Net] = {}
+    for i, n_out in enumerate(channels, 1):
+        convs[f"conv{i}"] = conv(n_in, n_out, [window, window])
+        height, width, n_in = height // 2, width // 2, n_out
+    if height * width == 0:
+        raise ValueError(f"cnn: {len(channels)} poolings leave nothing of an image of {list(image)}")
+    sizes = [height * width * n_in, *hidden, classes]
+    denses = {f"dense{i}": dense(sizes[i - 1], sizes[i]) for i in range(1, len(sizes))}
+    pool, drop = max_pool([2, 2]), dropout_layer(dropout)
+
+    def run(params: Params, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        x = jnp.asarray(x)
+        if x.size != math.prod(image) or x.shape not in (image, image[:2], (x.size,)):
+            flat = math.prod(image)
+            raise ParameterError(
+                "conv1/W", f"expected an image of {list(image)} or [{flat}], came {list(x.shape)}"
+            )
+        x = x.reshape(image)  # [784] or [28, 28] -> [28, 28, 1]
+        for i, (name, layer) in enumerate(convs.items(), 1):
+            with scope(name):
+                z = tap(layer.apply(params[name], x), f"z{i}")
+            x = tap(pool.apply({}, tap(fire(z), f"a{i}")), f"p{i}")
+        x = x.reshape(-1)  # [height, width, channels] -> [height * width * channels]
+        for i, (name, layer) in enumerate(denses.items(), len(convs) + 1):
+            x = drop.apply({}, x, key=fold(key, i))
+            with scope(name):
+                z = tap(layer.apply(params[name], x), f"z{i}")
+            x = z if name == f"dense{len(denses)}" else tap(fire(z), f"a{i}")
+        return x
+
+    spec: Spec = {name: layer.spec for name, layer in (convs | denses).items()}
+    return Net(spec, with_or_without_key(run, bool(dropout)))

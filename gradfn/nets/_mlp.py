@@ -1,0 +1,96 @@
+"""The multilayer perceptron: layers of nodes, each connected to all nodes of the layer before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from gradfn.core.names import ParameterError, tap
+from gradfn.core.net import Net
+from gradfn.core.params import Param, Params
+from gradfn.layers._dense import affine
+from gradfn.layers.activations import Activation
+from gradfn.layers.activations import activation as activation_named
+
+
+def hidden_width(n_in: int, n_out: int) -> int:
+    """Return the base case for one hidden layer: the mean of the numbers of inputs and outputs.
+
+    >>> import gradfn as gf
+    >>> gf.hidden_width(784, 10)
+    397
+    """
+    return (n_in + n_out) // 2
+
+
+def mlp(
+    sizes: Sequence[int],
+    activation: str | Activation = "sigmoid",
+    output: str | Activation | None = None,
+) -> Net:
+    """Return a multilayer perceptron, `a = σ(W a + b)` layer by layer.
+
+    Its values are named: weighted sums `z1`, activations `a1`, `z2`, ... The last layer's weighted sums are
+    the answer (logits) unless an output activation is asked for.
+
+    Args:
+        sizes: nodes a layer from inputs to outputs, `[784, 16, 10]`.
+        activation: of the hidden layers, a name from `gf.layers.activations` or a function.
+        output: the same for the last layer; None for none.
+
+    Returns:
+        A net with `W1` `[16, 784]`, `b1` `[16]`, `W2` `[10, 16]`, `b2` `[10]`, ... It takes a vector `[784]`
+        and answers `[10]`, or a column `[784, 1]` and answers `[10, 1]`.
+
+    Raises:
+        ValueError: fewer than two sizes, or one below 1, or an unknown activation.
+        ParameterError: parameters or an input of other shapes.
+
+    >>> import jax, jax.numpy as jnp, gradfn as gf
+    >>> net = gf.mlp([784, 16, 10])
+    >>> params = net.init(jax.random.key(0))
+    >>> net.apply(params, jnp.zeros(784)).shape, net.apply(params, jnp.zeros([784, 1])).shape
+    ((10,), (10, 1))
+    """
+    sizes = [int(size) for size in sizes]
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise ValueError(f"mlp: sizes are two or more numbers from 1 up, inputs first, came {sizes}")
+    hidden = activation_named(activation)
+    last = None if output is None else activation_named(output)
+    n_layers = len(sizes) - 1
+    spec = {}
+    for i in range(1, n_layers + 1):
+        spec[f"W{i}"] = Param((sizes[i], sizes[i - 1]))
+        spec[f"b{i}"] = Param((sizes[i],))
+
+    def apply(params: Params, x: jax.Array) -> jax.Array:
+        x = jnp.asarray(x)
+        column = x.shape == (sizes[0], 1)
+        if not column and x.shape != (sizes[0],):
+            raise ParameterError("W1", _wrong_input(sizes, x.shape))
+        a = x.reshape(sizes[0])  # [n, 1] -> [n]
+        for i in range(1, n_layers + 1):
+            z = tap(affine(params[f"W{i}"], params[f"b{i}"], a, f"W{i}"), f"z{i}")
+            squash = last if i == n_layers else hidden
+            a = z if squash is None else tap(squash(z), f"a{i}")
+        return a.reshape(-1, 1) if column else a  # [n] -> [n, 1]
+
+    return Net(spec, apply)
+
+
+def _wrong_input(sizes: list[int], came: tuple[int, ...]) -> str:
+    n_in, n_out = sizes[:2]
+    message = (
+        f"expected [{n_out}, {n_in}] times an input of [{n_in}] or a column [{n_in}, 1], "
+        f"came an input of {list(came)}"
+    )
+    if len(came) > 1 and came[-1] == n_in:
+        return f"{message}. For a batch: jax.vmap(net.apply, (None, 0))(params, x)"
+    if math.prod(came) == n_in:
+        return f"{message}. Flatten it: x.reshape({n_in})"
+    if len(came) == 1:
+        return f"{message}, which wants W1 to be [{n_out}, {came[0]}]"
+    return message

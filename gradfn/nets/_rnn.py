@@ -1,0 +1,86 @@
+"""Language models that read one token at a time and keep a state."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from gradfn.core.names import scope, tap
+from gradfn.core.net import Net
+from gradfn.core.params import Params
+from gradfn.layers._dense import dense
+from gradfn.layers._embed import embed
+from gradfn.layers.recurrent import gru, lstm, recurrent_state, vanilla_rnn
+from gradfn.nets._generate import LanguageModel
+
+_CELLS: dict[str, Callable[[int, int], Net]] = {"vanilla": vanilla_rnn, "gru": gru, "lstm": lstm}
+
+
+def rnn(
+    vocab: int,
+    width: int,
+    cell: Literal["vanilla", "gru", "lstm"] = "lstm",
+    n_layers: int = 1,
+) -> LanguageModel:
+    """Return a recurrent language model: from tokens so far, the logits of each next token.
+
+    Mikolov et al., *Recurrent neural network based language model*, 2010. The states of each step are tapped as
+    `h` (of several layers `layers/0/h`, ...), an LSTM's cells as `c`; statistics of their gradients show how far
+    back in time they reach. For sequences that are no tokens see `gf.layers.lstm`.
+
+    Args:
+        vocab: number of tokens.
+        width: features of embeddings and states.
+        cell: `"vanilla"`, `"gru"` or `"lstm"`.
+        n_layers: recurrent layers, one on top of the other.
+
+    Returns:
+        A net of one sequence of any length, from integers `[T]` to logits `[T, vocab]`; `gf.generate` goes on from
+        where it ends.
+
+    Raises:
+        ValueError: an unknown cell.
+        ParameterError: parameters of other shapes.
+
+    >>> import jax, jax.numpy as jnp, gradfn as gf
+    >>> net = gf.rnn(27, 64, "gru")
+    >>> net.apply(net.init(jax.random.key(0)), jnp.array([0, 5, 13])).shape
+    (3, 27)
+    """
+    if cell not in _CELLS:
+        near = difflib.get_close_matches(str(cell), _CELLS, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"rnn: expected a cell of {', '.join(_CELLS)}; came {cell!r}.{hint}")
+    embedding, head = embed(vocab, width), dense(width, vocab)
+    layers = {str(i): _CELLS[cell](width, width) for i in range(n_layers)}
+    spec = {
+        "embed": embedding.spec,
+        "layers": {i: layer.spec for i, layer in layers.items()},
+        "head": head.spec,
+    }
+
+    def start(params: Params) -> Any:
+        return {i: recurrent_state(layer, params["head"]["W"].dtype) for i, layer in layers.items()}
+
+    def step(params: Params, tokens: jax.Array, states: Any) -> tuple[jax.Array, Any]:
+        tokens = jnp.asarray(tokens)
+        if tokens.ndim != 1:
+            raise ValueError(f"rnn: expected one sequence of tokens [T], came {list(tokens.shape)}")
+        with scope("embed"):
+            x = tap(embedding.apply(params["embed"], tokens), "embedded")  # [T, width]
+        ends = {}
+        with scope("layers"):
+            for i, layer in layers.items():
+                with scope(i):
+                    x, ends[i] = layer.apply(params["layers"][i], x, state=states[i])
+        with scope("head"):
+            return tap(head.apply(params["head"], x), "logits"), ends
+
+    def apply(params: Params, tokens: jax.Array) -> jax.Array:
+        return step(params, tokens, start(params))[0]
+
+    return LanguageModel(spec, apply, start, step)

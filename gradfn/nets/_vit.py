@@ -1,0 +1,143 @@
+"""The vision transformer: an image as a sequence of patches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from gradfn.core.names import ParameterError, scope, tap
+from gradfn.core.net import Net, fold, with_or_without_key
+from gradfn.core.params import Param, Params, Spec
+from gradfn.core.precision import widen
+from gradfn.layers._attention import attention
+from gradfn.layers._dense import dense
+from gradfn.layers._dropout import dropout
+from gradfn.layers._feed_forward import feed_forward
+from gradfn.layers.norms import layer_norm
+from gradfn.nets.transformer import block, cast, draw_like_gpt2, stack_of
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """What a vision transformer is made of. The defaults are a small one for MNIST.
+
+    Attributes:
+        image: `[height, width, channels]` of an image.
+        patch: height and width of a patch; it divides those of the image.
+        classes: one logit each.
+        n_layers: blocks.
+        n_heads: attention heads.
+        width: features of a patch.
+        hidden: nodes of the feed-forward layers; None for `4 * width`.
+        pool: how patches become one answer: their `"mean"`, or what a learned `"class"` token gathers.
+        feed: the feed-forward layers' activation.
+        dropout: share of the embedding's and the blocks' outputs that training drops.
+        scan: blocks stacked under `lax.scan`.
+        remat: compute the insides of blocks again in the backward pass.
+        compute: the dtype to compute in, such as `"bfloat16"`; None for that of the parameters.
+
+    >>> import gradfn as gf
+    >>> gf.count(gf.vit(gf.ViTConfig()).spec)
+    204938
+    """
+
+    image: tuple[int, int, int] = (28, 28, 1)
+    patch: int = 7
+    classes: int = 10
+    n_layers: int = 4
+    n_heads: int = 4
+    width: int = 64
+    hidden: int | None = None
+    pool: Literal["mean", "class"] = "mean"
+    feed: str = "gelu"
+    dropout: float = 0.0
+    scan: bool = False
+    remat: bool = False
+    compute: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image", tuple(self.image))
+        height, width, _ = self.image
+        if self.patch < 1 or height % self.patch or width % self.patch:
+            raise ValueError(f"ViTConfig: patch divides the image's {height} x {width}, came {self.patch}")
+        if self.pool not in ("mean", "class"):
+            raise ValueError(f"ViTConfig: pool is mean or class, came {self.pool!r}")
+
+
+def vit(config: ViTConfig) -> Net:
+    """Return a vision transformer: patches as tokens, each seeing all others, and one answer.
+
+    Dosovitskiy et al., *An Image is Worth 16x16 Words*, 2020. Values are named as in `gf.gpt`.
+
+    Args:
+        config: see `gf.ViTConfig`.
+
+    Returns:
+        A net from an image as it was declared, flat (`[784]`), or without its axis of one channel (`[28, 28]`),
+        to logits `[classes]` in the parameters' dtype. `patches/W` `[width, patch * patch * channels]` are its filters.
+
+    Raises:
+        ParameterError: parameters or an image of other shapes.
+
+    >>> import jax, jax.numpy as jnp, gradfn as gf
+    >>> net = gf.vit(gf.ViTConfig(n_layers=1))
+    >>> net.apply(net.init(jax.random.key(0)), jnp.zeros([28, 28])).shape
+    (10,)
+    """
+    height, width, channels = config.image
+    rows, columns, size = height // config.patch, width // config.patch, config.patch
+    dtype = None if config.compute is None else jnp.dtype(config.compute)
+    patches = dense(size * size * channels, config.width)
+    head, final_norm, drop = (
+        dense(config.width, config.classes),
+        layer_norm(config.width),
+        dropout(config.dropout),
+    )
+    feed = feed_forward(config.width, config.hidden or 4 * config.width, config.feed)
+    norms = (layer_norm(config.width), layer_norm(config.width))
+    block_spec, run_block = block(attention(config.width, config.n_heads), feed, norms, config.dropout)
+    block_spec = draw_like_gpt2(block_spec, config.n_layers)
+    blocks_spec, run_blocks = stack_of(block_spec, run_block, config.n_layers, config.scan, config.remat)
+    with_token = config.pool == "class"
+    positions = Param((rows * columns + with_token, config.width), jax.nn.initializers.normal(0.02))
+    spec: Spec = {
+        "patches": patches.spec,
+        "positions": {"W": positions},
+        "blocks": blocks_spec,
+        "final_norm": final_norm.spec,
+        "head": head.spec,
+    }
+    if with_token:
+        spec["token"] = Param((config.width,))
+
+    def run(params: Params, image: jax.Array, key: jax.Array | None) -> jax.Array:
+        image = jnp.asarray(image)
+        if image.size != math.prod(config.image) or image.shape not in (
+            config.image,
+            config.image[:2],
+            (image.size,),
+        ):
+            wanted = f"{list(config.image)} or [{math.prod(config.image)}]"
+            raise ParameterError("patches/W", f"expected an image of {wanted}, came {list(image.shape)}")
+        answer_dtype = params["head"]["W"].dtype
+        params, image = cast((params, image), dtype)
+        x = image.reshape(rows, size, columns, size, channels)
+        x = x.transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1)  # [patches, size * size * channels]
+        with scope("patches"):
+            x = patches.apply(params["patches"], x)  # [patches, width]
+        if with_token:
+            x = jnp.concatenate([params["token"][None], x])
+        x = tap(drop.apply({}, x + params["positions"]["W"], key=fold(key, 0)), "embedded")
+        with scope("blocks"):
+            x, _ = run_blocks(params["blocks"], x, fold(key, 1), None, 0)
+        with scope("final_norm"):
+            x = tap(final_norm.apply(params["final_norm"], x), "final_norm")
+        x = tap(x[0] if with_token else widen(x).mean(0).astype(x.dtype), "pooled")
+        with scope("head"):
+            return tap(head.apply(params["head"], x).astype(answer_dtype), "logits")
+
+    return Net(spec, with_or_without_key(run, bool(config.dropout)))

@@ -1,0 +1,343 @@
+"""Gradients of single examples: all of them, their norms, and their mean with each clipped."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gradfn.core.precision import norm, widen
+from gradfn.display import TextTable
+from gradfn.jaxpr.program import show_objects
+from gradfn.per_example.ghost import add_up, norms_of_each
+from gradfn.per_example.plan import FALLBACK, Call, Plan, fall_back, norm_of_norms, weighted
+
+CHUNK = 16  # examples that parameters without a rule are differentiated for at a time
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["values", "aux", "norms", "total", "grads"],
+    meta_fields=["methods"],
+)
+@dataclass(frozen=True)
+class ExampleNorms:
+    """Norms of the gradients of `B` single examples; a pytree of arrays. `print` shows it as a table.
+
+    Attributes:
+        values: `[B]`, the loss of each example.
+        aux: the second thing that the loss returned, each of its arrays `[B, ...]`, or None.
+        norms: in the tree of the parameters, the L2 norm of each example's gradient, `[B]` a leaf; None where a leaf
+            has no gradient (integers, functions).
+        total: `[B]`, the norm of each example's whole gradient.
+        grads: the gradient of the mean loss, in the tree of the parameters.
+        methods: `(path, method)` a leaf: how its norms were found (static).
+    """
+
+    values: Any
+    aux: Any
+    norms: Any
+    total: Any
+    grads: Any
+    methods: tuple[tuple[str, str], ...]
+
+    @property
+    def fallback(self) -> tuple[str, ...]:
+        """Paths of the leaves for which no rule was found: `vmap(grad)` was used, in a second backward pass."""
+        return tuple(path for path, method in self.methods if method == FALLBACK)
+
+    @property
+    def mean_square(self) -> Any:
+        """The mean of the examples' squared norms, a scalar: with `grads` all that a gradient's noise needs."""
+        return jnp.mean(jnp.square(self.total))
+
+    def table(self) -> TextTable:
+        """Return it as a rich table: a row per leaf, its norms over the examples and how they were found."""
+        out = TextTable(title=f"Gradient norms of {len(self.total)} examples")
+        out.add_column("leaf", overflow="fold")
+        for column in ("mean", "smallest", "largest", "of the mean"):
+            out.add_column(column, justify="right")
+        out.add_column("found by")
+        gradients, norms = jax.tree.leaves(self.grads), jax.tree.leaves(self.norms)
+        rows = [
+            (path, of_each, norm(g), method)
+            for (path, method), of_each, g in zip(self.methods, norms, gradients, strict=True)
+        ]
+        whole = norm_of_norms([of_mean[None] for _, _, of_mean, _ in rows])[0]
+        for path, of_each, of_mean, method in [*rows, ("all", self.total, whole, "")]:
+            numbers = (of_each.mean(), of_each.min(), of_each.max(), of_mean)
+            out.add_row(path, *[f"{float(x):.3g}" for x in numbers], method)
+        return out
+
+    def __str__(self) -> str:
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self)):
+            return f"ExampleNorms of {len(self.methods)} leaves, being traced: return it from jit to print it"
+        return str(self.table())
+
+    __repr__ = __str__
+
+
+class ClippedGrads(NamedTuple):
+    """The mean of gradients of which each was clipped first.
+
+    Attributes:
+        grads: in the tree of the parameters; None where a leaf has no gradient.
+        values: `[B]`, the loss of each example.
+        aux: the second thing that the loss returned, each of its arrays `[B, ...]`, or None.
+        total: `[B]`, the norm of each example's gradient before it was clipped.
+        clipped: the share of examples whose gradient was clipped, a scalar in [0, 1].
+    """
+
+    grads: Any
+    values: Any
+    aux: Any
+    total: Any
+    clipped: Any
+
+
+def grads(loss: Callable, chunk: int | None = None) -> Callable[..., Any]:
+    """Make a function that returns the gradient of every single example.
+
+    It is `jax.vmap(jax.grad(loss))`, so takes memory of the size of the parameters for each example; if only their
+    norms are wanted, `gf.per_example.norms` does it at the price of the batch's gradient.
+
+    Args:
+        loss: `(params, *example) -> scalar` or `(scalar, aux)`, of one example.
+        chunk: how many examples to differentiate at a time; all at once unless told.
+
+    Returns:
+        `(params, *batch) -> grads`: in the tree of the parameters, arrays `[B, *shape]` of their dtypes, None where a
+        leaf has no gradient. Each array of the batch has the examples along its first axis.
+
+    Raises:
+        ValueError: a batch whose arrays differ in their first axis, or without arrays; a chunk below 1.
+        TypeError: a loss that is not a floating scalar; no floating parameter.
+
+    >>> import jax.numpy as jnp, gradfn as gf
+    >>> loss = lambda w, x, y: (w @ x - y) ** 2
+    >>> gf.per_example.grads(loss)(jnp.ones(2), jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.zeros(2))  # 2 (w.x - y) x
+    Array([[ 6., 12.],
+           [42., 56.]], dtype=float32)
+    """
+    _check_chunk(chunk, "per_example.grads")
+
+    @functools.wraps(loss)
+    def grads_of(params: Any, *batch: Any) -> Any:
+        call = Call("per_example.grads", loss, params, batch)
+
+        def grads_of_one(leaves: list[Any]) -> list[Any]:
+            grads = jax.grad(lambda some: call.run(some, leaves)[0])(call.floating)
+            return [g for g in grads if g.size]  # lax.map cannot join arrays of size 0
+
+        found = iter(lax.map(grads_of_one, call.batch, batch_size=min(chunk or call.size, call.size)))
+        shapes = [(call.size, *leaf.shape) for leaf in call.floating]
+        pairs = zip(call.floating, shapes, strict=True)
+        return call.tree([next(found) if x.size else jnp.zeros(shape, x.dtype) for x, shape in pairs])
+
+    return grads_of
+
+
+def norms(loss: Callable, chunk: int = CHUNK) -> Callable[..., ExampleNorms]:
+    """Make a function that returns the norm of every single example's gradient, and the batch's gradient.
+
+    One forward and one backward pass over the batch, at little more than the price of its gradient: the norms come
+    from what went into each product and the gradient that came back to it, *ghost norms*, without any example's
+    gradient ever being made (Goodfellow, *Efficient per-example gradient computations*, 2015; Li et al., *Large
+    Language Models Can Be Strong Differentially Private Learners*, 2022, section 4, for sequences). The rules are
+    looked up in the traced program of a single example, so any JAX function will do: matrix products, convolutions,
+    embeddings, tied weights, recurrence, stacked layers, `jax.checkpoint`; biases, gains and other small parameters
+    are differentiated directly. A parameter used otherwise falls back to `vmap(grad)` of it alone, and the result
+    says so.
+
+    Args:
+        loss: `(params, *example) -> scalar` or `(scalar, aux)`, of one example. So examples cannot mix: there is no
+            gradient of one example in a loss that, through batch normalisation or contrast, is of several.
+        chunk: how many examples at a time parameters that fall back are differentiated for.
+
+    Returns:
+        `(params, *batch) -> ExampleNorms`, also inside `jit`, where it is fast. Each array of the batch has the
+        examples along its first axis. The results can be differentiated, at the price of `vmap(grad)`. Inside a
+        `jax.shard_map` they are of each device's own examples.
+
+    Raises:
+        ValueError: a batch whose arrays differ in their first axis, or without arrays; a chunk below 1.
+        TypeError: a loss that is not a floating scalar; no floating parameter.
+
+    >>> import jax, jax.numpy as jnp, gradfn as gf
+    >>> net = gf.mlp([3, 8, 2])
+    >>> params, x = net.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (5, 3))
+    >>> norms_of = jax.jit(gf.per_example.norms(gf.classification_loss(net)))
+    >>> seen = norms_of(params, (x, jnp.array([0, 1, 1, 0, 1])))
+    >>> gf.shapes(seen.norms), seen.total.shape
+    ({'W1': [5], 'W2': [5], 'b1': [5], 'b2': [5]}, (5,))
+    >>> gf.shapes(seen.grads), seen.fallback
+    ({'W1': [8, 3], 'W2': [2, 8], 'b1': [8], 'b2': [2]}, ())
+    """
+    _check_chunk(chunk, "per_example.norms")
+
+    @functools.wraps(loss)
+    def norms_of(params: Any, *batch: Any) -> ExampleNorms:
+        call = Call("per_example.norms", loss, params, batch)
+        plan = Plan(call)
+        methods = tuple(zip(call.names, plan.methods, strict=True))
+
+        def in_one_pass(arrays: Any) -> ExampleNorms:
+            return _norms(plan.of(arrays), chunk, methods)
+
+        def one_by_one(arrays: Any) -> ExampleNorms:
+            values, aux, grads, norms, total = _every_gradient(call.of(arrays))
+            means = [add_up(g) / call.size for g in grads]
+            return ExampleNorms(values, aux, call.tree(norms), total, call.like(means), methods)
+
+        seen = _differentiable(in_one_pass, one_by_one)(call.arrays)
+        return dataclasses.replace(seen, aux=show_objects(seen.aux))
+
+    return norms_of
+
+
+def _norms(plan: Plan, chunk: int, methods: tuple[tuple[str, str], ...]) -> ExampleNorms:
+    call = plan.call
+
+    def total_loss(own: list[Any], shared: list[Any], tokens: Any) -> tuple[Any, Any]:
+        values, rest = plan.losses(own, shared, tokens, plan.shared, stop=True)
+        return widen(values).sum(), (values, *rest)
+
+    inputs = plan.own(), [call.floating[i] for i in plan.shared], plan.tokens()
+    back = jax.grad(total_loss, argnums=(0, 1, 2), has_aux=True)
+    (own, shared, of_tokens), (values, aux, captures) = back(*inputs)
+    norms, made = plan.norms(own, of_tokens, captures)
+    sums = plan.sums(plan.shared, own, shared) | made
+    if plan.fallback:
+        more, more_sums = fall_back(call, plan.fallback, chunk)
+        norms, sums = norms | more, sums | more_sums
+    numbers = range(len(call.floating))
+    return ExampleNorms(
+        values=values,
+        aux=aux,
+        norms=call.tree([norms[i] for i in numbers]),
+        total=norm_of_norms(list(norms.values())),
+        grads=call.like([sums[i] / call.size for i in numbers]),
+        methods=methods,
+    )
+
+
+def _every_gradient(call: Call) -> tuple[Any, Any, list[Any], list[Any], Any]:
+    """Return values, aux, gradients, their norms and the norms in all, of every example, by `vmap(grad)`."""
+
+    def of_one(example: list[Any]) -> Any:
+        return jax.value_and_grad(lambda some: call.run(some, example), has_aux=True)(call.floating)
+
+    (values, aux), grads = jax.vmap(of_one)(call.batch)
+    norms = norms_of_each(grads)
+    return values, aux, grads, norms, norm_of_norms(norms)
+
+
+def _differentiable(fast: Callable, plain: Callable) -> Callable:
+    """Return `fast`, whose derivatives are those of `plain`, another way to the same results.
+
+    What `fast` computes in its backward pass has no derivatives of its own.
+    """
+    run = jax.custom_jvp(fast)
+
+    @run.defjvp
+    def derivative(primals: Any, tangents: Any) -> Any:
+        return run(*primals), jax.jvp(plain, primals, tangents)[1]
+
+    return run
+
+
+def clipped_grads(loss: Callable, max_norm: Any, chunk: int = CHUNK) -> Callable[..., ClippedGrads]:
+    """Make a function that returns the mean of the examples' gradients, each clipped to a norm first.
+
+    It is what differentially private training adds noise to (Abadi et al., *Deep Learning with Differential Privacy*,
+    2016), and what `optax.per_example_global_norm_clip` makes of all gradients, here without making them: the norms
+    come from one backward pass (`gf.per_example.norms`), the mean of the clipped gradients is that of losses weighted
+    by `min(1, max_norm / norm)`, a second one (Li et al., *Large Language Models Can Be Strong Differentially Private
+    Learners*, 2022, section 4). The noise is optax's: `optax.add_noise`.
+
+    Args:
+        loss: `(params, *example) -> scalar` or `(scalar, aux)`, of one example.
+        max_norm: the largest norm that a gradient keeps, a positive number.
+        chunk: as in `gf.per_example.norms`.
+
+    Returns:
+        `(params, *batch) -> ClippedGrads`, also inside `jit`, where it is fast.
+
+    Raises:
+        ValueError: `max_norm` not positive; and as `gf.per_example.norms`.
+        TypeError: as `gf.per_example.norms`.
+
+    >>> import jax.numpy as jnp, gradfn as gf
+    >>> loss = lambda w, x: w @ x
+    >>> clip = gf.per_example.clipped_grads(loss, max_norm=1.0)
+    >>> clip(jnp.ones(2), jnp.array([[3.0, 4.0], [0.5, 0.0]])).grads  # of [0.6, 0.8] and [0.5, 0]
+    Array([0.55, 0.4 ], dtype=float32)
+    """
+    _check_chunk(chunk, "clipped_grads")
+    if not isinstance(max_norm, jax.core.Tracer) and not float(max_norm) > 0:
+        raise ValueError(f"clipped_grads: max_norm is a positive number, came {max_norm}")
+
+    @functools.wraps(loss)
+    def clipped(params: Any, *batch: Any) -> ClippedGrads:
+        call = Call("clipped_grads", loss, params, batch)
+        plan = Plan(call)
+
+        def in_two_passes(arrays: Any, max_norm: Any) -> ClippedGrads:
+            return _clipped(plan.of(arrays), max_norm, chunk)
+
+        def one_by_one(arrays: Any, max_norm: Any) -> ClippedGrads:
+            values, aux, grads, _, total = _every_gradient(call.of(arrays))
+            weights, share = _clipping(total, max_norm)
+            means = [add_up(weighted(g, weights)) / call.size for g in grads]
+            return ClippedGrads(call.like(means), values, aux, total, share)
+
+        seen = _differentiable(in_two_passes, one_by_one)(call.arrays, jnp.asarray(max_norm, float))
+        return seen._replace(aux=show_objects(seen.aux))
+
+    return clipped
+
+
+def _clipped(plan: Plan, max_norm: Any, chunk: int) -> ClippedGrads:
+    call = plan.call
+    # What is computed in few digits is weighted and added up in float32.
+    apart = plan.fallback if plan.is_narrow else []
+    back_to = [*plan.shared, *(i for i in plan.fallback if i not in apart)]
+
+    def losses(own: list[Any], some: list[Any], tokens: Any) -> tuple[Any, Any]:
+        return plan.losses(own, some, tokens, back_to, stop=False)
+
+    inputs = plan.own(), [call.floating[i] for i in back_to], plan.tokens()
+    values, back, (aux, captures) = jax.vjp(losses, *inputs, has_aux=True)
+    own, _, of_tokens = back(jnp.ones_like(values))
+    norms, _ = plan.norms(own, of_tokens, captures)
+    if plan.fallback:
+        norms |= fall_back(call, plan.fallback, chunk)[0]
+    total = norm_of_norms(list(norms.values()))
+    weights, share = _clipping(total, max_norm)
+    own, some, _ = back(_rounded_down(weights, values.dtype))
+    sums = plan.sums(back_to, own, some)
+    if apart:
+        sums |= fall_back(call, apart, chunk, weights)[1]
+    means = [sums[i] / call.size for i in range(len(call.floating))]
+    return ClippedGrads(call.like(means), values, aux, total, share)
+
+
+def _clipping(total: jax.Array, max_norm: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the factors that clip gradients of these norms, and the share of those that are clipped."""
+    max_norm = max_norm.astype(total.dtype)
+    return 1 / jnp.maximum(total / max_norm, 1), jnp.mean(total > max_norm)
+
+
+def _rounded_down(x: jax.Array, dtype: Any) -> jax.Array:
+    """Cast numbers above zero to a dtype that may be narrower, so that none of them grows."""
+    cast = x.astype(dtype)
+    return jnp.where(cast.astype(x.dtype) > x, jnp.nextafter(cast, jnp.zeros_like(cast)), cast)
+
+
+def _check_chunk(chunk: int | None, what: str) -> None:
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"{what}: chunk is 1 or more examples, came {chunk}")

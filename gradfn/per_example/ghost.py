@@ -1,0 +1,608 @@
+"""Ghost norms: the norm of one example's gradient of a weight, from what the weight met and what came back.
+
+Where a weight is multiplied with data, its gradient is a sum of outer products over positions,
+``dV[s, k, n] = sum_f left[s, f, k] right[s, f, n]``: left comes from the forward pass, right is the cotangent.
+Its squared norm is ``sum_f,g (left_f . left_g) (right_f . right_g)``, which takes no memory of the size of the
+weight; for one position that is ``|left|^2 |right|^2`` (Goodfellow, *Efficient per-example gradient computations*,
+2015). Uses of one weight in several places, or many times in a loop, are so many more positions. A row looked up
+is a product with a one-hot vector, kept as its number.
+
+Where there are many positions and few weights, the product itself is less work; and the sum of these products over
+the examples is the gradient of the batch, so that it then costs nothing but memory.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.extend.core import JaxprEqn
+
+from gradfn.core.precision import (
+    divided,
+    least_safe,
+    magnitudes_squared,
+    norm,
+    scaled_norm,
+    unit_of,
+    wide,
+    widen,
+)
+from gradfn.jaxpr.varying import as_varying, varying_axes
+
+# Of a product in the place of two Gram matrices: a number read or written takes as long as so many multiplications,
+# and what is kept of it may be as large as so many times what the products around it keep anyway.
+TRAFFIC, ROOM = 40, 2
+# Numbers: if so many hold the products of all examples, they are made at once; else so many at a time.
+CACHED, AT_ONCE = 2**20, 2**17
+
+
+class Rule(NamedTuple):
+    """How an equation makes the gradient of its operand V from its other input and its cotangent.
+
+    ``own``, ``rows`` and ``columns`` are the axes of V behind s, k and n. ``left(inputs)`` is ``[s, f, k]``, or, for
+    rows looked up, integers ``[s, f]`` (-1 for what is out of range); ``right(cotangent, left)`` is ``[s, f, n]``.
+    ``assemble`` makes V's shape out of ``[s, k, n]``. ``sizes`` are those of s, f, k and n.
+    """
+
+    kind: str
+    own: tuple[int, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    sizes: tuple[int, int, int, int]
+    left: Callable[[Sequence[Any]], Any]
+    right: Callable[[Any, Any], Any]
+    assemble: Callable[[Any], Any]
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether ``left`` is the numbers of rows: not told by its dtype, as data may be integers too."""
+        return self.kind == "rows"
+
+
+class Factors(NamedTuple):
+    """Both sides of a sum of outer products, each ``[s, f, size]``, and their sizes.
+
+    A side whose ``rows`` is true is integers ``[s, f]`` instead, which stand for one-hot vectors.
+    """
+
+    sides: tuple[Any, Any]
+    sizes: tuple[int, int]
+    rows: tuple[bool, bool] = (False, False)
+
+
+def rule_for(eqn: JaxprEqn, operand: int) -> Rule | None:
+    """Return how an equation makes the gradient of an operand; None where that is no sum of outer products."""
+    rules = {
+        "dot_general": _dot,
+        "conv_general_dilated": _conv,
+        "gather": _gather,
+        "dynamic_slice": _dynamic_slice,
+    }
+    make = rules.get(eqn.primitive.name)
+    return make(eqn, operand) if make else None
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    return tuple(atom.aval.shape)
+
+
+def _dot(eqn: Any, operand: int) -> Rule:
+    (contracted, batched), other = eqn.params["dimension_numbers"], 1 - operand
+    V, X = _shape(eqn.invars[operand]), _shape(eqn.invars[other])
+    own, rows = tuple(batched[operand]), tuple(contracted[operand])
+    columns = tuple(i for i in range(len(V)) if i not in own + rows)
+    free = tuple(i for i in range(len(X)) if i not in (*batched[other], *contracted[other]))
+    order = (*batched[other], *free, *contracted[other])
+    s, k, n = (math.prod(V[i] for i in axes) for axes in (own, rows, columns))
+    f = math.prod(X[i] for i in free)
+
+    def left(inputs: Sequence[Any]) -> jax.Array:
+        return _as_floats(inputs[other], eqn.invars[operand]).transpose(order).reshape(s, f, k)
+
+    def right(g: jax.Array, left: jax.Array) -> jax.Array:  # the output is [own, lhs's free, rhs's free]
+        return g.reshape(s, n, f).swapaxes(1, 2) if operand == 0 else g.reshape(s, f, n)
+
+    assemble = _assembler(V, own, rows, columns)
+    return Rule("dense", own, rows, columns, (s, f, k, n), left, right, assemble)
+
+
+def _as_floats(x: jax.Array, V: Any) -> jax.Array:
+    """Return what a weight is multiplied with as floats: it may be integers or booleans."""
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(wide(jnp.finfo(V.aval.dtype).dtype))
+
+
+def _assembler(
+    shape: tuple[int, ...], own: tuple[int, ...], rows: tuple[int, ...], columns: tuple[int, ...]
+) -> Callable[[Any], Any]:
+    order = (*own, *rows, *columns)
+    back = tuple(order.index(i) for i in range(len(shape)))
+    return lambda d: d.reshape([shape[i] for i in order]).transpose(back)
+
+
+def _conv(eqn: Any, operand: int) -> Rule | None:
+    params = eqn.params
+    if operand != 1 or params["batch_group_count"] != 1:
+        return None
+    V, spec, groups = _shape(eqn.invars[1]), params["dimension_numbers"], params["feature_group_count"]
+    out, into, *spatial = spec.rhs_spec
+    window = [V[i] for i in spatial]
+    n_out, n_into = V[out], V[into]
+    sizes = _shape(eqn.outvars[0])
+    n_examples, n_positions = sizes[spec.out_spec[0]], math.prod(sizes[i] for i in spec.out_spec[2:])
+    s, f, k, n = groups, n_examples * n_positions, n_into * math.prod(window), n_out // groups
+    plain = ("NC" + "HWDTUV"[: len(window)], "OI" + "HWDTUV"[: len(window)], "NC" + "HWDTUV"[: len(window)])
+
+    def left(inputs: Sequence[Any]) -> jax.Array:
+        patches = lax.conv_general_dilated_patches(
+            _as_floats(inputs[0], eqn.invars[1]).transpose(spec.lhs_spec),  # [N, C, *space]
+            window,
+            params["window_strides"],
+            params["padding"],
+            params["lhs_dilation"],
+            params["rhs_dilation"],
+            plain,
+            # A copy of the inputs, which a lower precision would round on accelerators.
+            precision=lax.Precision.HIGHEST,
+        )  # [N, C * window, *space]
+        patches = patches.reshape(n_examples, s, k, n_positions)
+        return patches.transpose(1, 0, 3, 2).reshape(s, f, k)
+
+    def right(g: jax.Array, left: jax.Array) -> jax.Array:
+        g = g.transpose(spec.out_spec).reshape(n_examples, s, n, n_positions)
+        return g.transpose(1, 0, 3, 2).reshape(s, f, n)
+
+    def assemble(d: jax.Array) -> jax.Array:
+        ordered = d.swapaxes(1, 2).reshape(n_out, n_into, *window)  # [s, k, n] -> [out, in, *window]
+        back = sorted(range(len(V)), key=lambda i: spec.rhs_spec[i])
+        return ordered.transpose(back)
+
+    return Rule("convolution", (), (into, *spatial), (out,), (s, f, k, n), left, right, assemble)
+
+
+def _gather(eqn: Any, operand: int) -> Rule | None:
+    V, numbers, sizes = _shape(eqn.invars[0]), eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    if (
+        operand
+        or len(numbers.start_index_map) != 1
+        or numbers.collapsed_slice_dims != numbers.start_index_map
+    ):
+        return None
+    (axis,) = numbers.start_index_map
+    columns = tuple(i for i in range(len(V)) if i != axis)
+    if numbers.operand_batching_dims or any(sizes[i] != V[i] for i in columns) or sizes[axis] != 1:
+        return None
+    rank = len(_shape(eqn.outvars[0]))
+    positions = tuple(i for i in range(rank) if i not in numbers.offset_dims)
+    f, n = math.prod(_shape(eqn.invars[1])[:-1]), math.prod(V[i] for i in columns)
+    drop = "FILL" in str(eqn.params["mode"]).upper()  # else what is out of range is brought into it
+
+    def left(inputs: Sequence[Any]) -> jax.Array:
+        ids = inputs[1].reshape(1, f).astype(jnp.int32)  # [..., 1] -> [s, f]
+        inside = jnp.clip(ids, 0, V[axis] - 1)
+        return jnp.where(ids == inside, ids, -1) if drop else inside
+
+    def right(g: jax.Array, left: jax.Array) -> jax.Array:
+        g = g.transpose((*positions, *numbers.offset_dims)).reshape(1, f, n)
+        return jnp.where(left[..., None] >= 0, g, jnp.zeros_like(g))
+
+    assemble = _assembler(V, (), (axis,), columns)
+    return Rule("rows", (), (axis,), columns, (1, f, V[axis], n), left, right, assemble)
+
+
+def _dynamic_slice(eqn: Any, operand: int) -> Rule | None:
+    V, sizes = _shape(eqn.invars[0]), eqn.params["slice_sizes"]
+    partial = [i for i in range(len(V)) if sizes[i] != V[i]]
+    if operand or len(partial) != 1 or sizes[partial[0]] != 1:
+        return None
+    (axis,) = partial
+    columns = tuple(i for i in range(len(V)) if i != axis)
+    n = math.prod(V[i] for i in columns)
+
+    def left(inputs: Sequence[Any]) -> jax.Array:
+        return jnp.clip(inputs[1 + axis], 0, V[axis] - 1).reshape(1, 1).astype(jnp.int32)
+
+    def right(g: jax.Array, left: jax.Array) -> jax.Array:
+        return g.reshape(1, 1, n)
+
+    assemble = _assembler(V, (), (axis,), columns)
+    return Rule("rows", (), (axis,), columns, (1, 1, V[axis], n), left, right, assemble)
+
+
+def multiplies_out(rule: Rule) -> bool:
+    """Tell whether an example's gradient itself is less work than its norm by Gram matrices and the batch's.
+
+    It is, where positions are many and weights few. Its cost is that of writing and reading it.
+    """
+    _, f, k, n = rule.sizes
+    return rule.kind != "rows" and is_less(f, k, n)
+
+
+def is_less(f: int, k: int, n: int) -> bool:
+    """Tell whether a product over so many positions is less work than Gram matrices."""
+    return f > 1 and TRAFFIC * k * n <= f * f * (k + n) and k * n <= ROOM * f * (k + n)
+
+
+def how(rule: Rule) -> str:
+    """Say in words how the norm is found."""
+    if rule.kind == "rows":
+        return "rows"
+    if rule.sizes[1] == 1:
+        return f"{rule.kind}, |a||g|"
+    return f"{rule.kind}, product" if multiplies_out(rule) else f"{rule.kind}, Gram"
+
+
+def factors(rule: Rule, left: Any, g: Any, real: bool) -> Factors:
+    """Return the sum of outer products that an example's gradient is; `real` if that of a real parameter."""
+    return of_real(Factors((left, rule.right(g, left)), rule.sizes[2:], (rule.looks_up, False)), real)
+
+
+def of_real(of: Factors, real: bool) -> Factors:
+    """Return the gradient of a real parameter, the real part of a sum of complex outer products."""
+    a, b = of.sides
+    if not real:
+        return of
+    if jnp.iscomplexobj(a) and jnp.iscomplexobj(b):  # Re ab = Re a Re b - Im a Im b: twice as many positions
+        sides = jnp.concatenate([a.real, a.imag], 1), jnp.concatenate([b.real, -b.imag], 1)
+        return of._replace(sides=sides)
+    return of._replace(sides=(a.real, b.real))
+
+
+def norm_of(uses: Sequence[Factors]) -> jax.Array:
+    """Return the norm of a sum of sums of outer products, all in the same two sizes.
+
+    It is the root of the plain squared norm. Where that is not safe from over- and underflow for any of the examples
+    that this is mapped over, it is computed again from factors that were scaled.
+    """
+
+    def with_sides(sides: Any) -> list[Factors]:
+        return [use._replace(sides=pair) for use, pair in zip(uses, sides, strict=True)]
+
+    def plain(sides: Any) -> tuple[jax.Array, jax.Array]:
+        return _squared_norm(with_sides(sides))
+
+    def scaled(sides: Any) -> jax.Array:
+        return _scaled_norm(with_sides(sides))
+
+    @custom_vmap
+    def norm_of_one(sides: Any) -> jax.Array:
+        return safest([Measure(plain, scaled, sides)])[0]
+
+    @norm_of_one.def_vmap
+    def norms_of_all(n: int, batched: Any, sides: Any) -> tuple[jax.Array, bool]:
+        axes = (jax.tree.map(lambda known: 0 if known else None, batched[0]),)
+        return safest([Measure(jax.vmap(plain, axes), jax.vmap(scaled, axes), sides)])[0], True
+
+    return norm_of_one([use.sides for use in uses])
+
+
+class Measure(NamedTuple):
+    """Two ways to norms: ``plain(arrays) -> (squares, the least that is safe)`` and ``scaled(arrays) -> norms``."""
+
+    plain: Callable[[Any], tuple[jax.Array, Any]]
+    scaled: Callable[[Any], jax.Array]
+    arrays: Any
+
+
+def measure_each(factors_of: Callable[[Any], Sequence[Factors]], gathered: Any) -> Measure:
+    """Return how to find the norms of all examples' sums of outer products, made from what was gathered of each."""
+    return Measure(
+        jax.vmap(lambda one: _squared_norm(factors_of(one))),
+        jax.vmap(lambda one: _scaled_norm(factors_of(one))),
+        gathered,
+    )
+
+
+def measure_gradients(d: jax.Array) -> Measure:
+    """Return how to find the norms of all examples' gradients, ``[n, ...]``."""
+    flat = d.reshape(d.shape[0], math.prod(d.shape[1:]))
+    return Measure(
+        lambda flat: (jnp.sum(magnitudes_squared(flat), 1), least_safe(wide(flat.dtype), flat.shape[1])),
+        lambda flat: scaled_norm(flat, 1),
+        flat,
+    )
+
+
+def safest(measures: Sequence[Measure]) -> list[jax.Array]:
+    """Return norms of equal shapes the plain way, or, where one of them is not safe, all of them the scaled way."""
+    squares, safe = [], []
+    for plain, _, arrays in measures:
+        square, least = plain(arrays)
+        squares.append(square)
+        safe.append((square >= least) & (square < jnp.inf))
+    return lax.cond(
+        jnp.all(functools.reduce(jnp.logical_and, safe)) if safe else True,
+        lambda all_arrays: [jnp.sqrt(square) for square in squares],
+        lambda all_arrays: [of.scaled(arrays) for of, arrays in zip(measures, all_arrays, strict=True)],
+        [of.arrays for of in measures],
+    )
+
+
+def _squared_norm(uses: Sequence[Factors]) -> tuple[jax.Array, jax.Array]:
+    """Return the squared norm, and the least at which what its terms lost to underflow does not count."""
+    n_positions = sum(use.sides[0].shape[1] for use in uses)
+    k, n = uses[0].sizes
+    dtype = _dtype(uses)
+    real = jnp.finfo(dtype).dtype
+    lost = least_safe(dtype, 1)
+    if n_positions == 1 and len(uses) == 1:
+        a, b = (_squares(*side, real) for side in zip(uses[0].sides, uses[0].rows, strict=True))
+        largest = jnp.maximum(jnp.sum(a), jnp.sum(b))
+        return jnp.sum(a * b), lost * a.size * max(k, n) * jnp.maximum(largest, 1)
+    widths = [side.shape[-1] for use in uses for side in _floating(use)]
+    if n_positions * sum(widths) / len(uses) > k * n:
+        return _square_of(product(uses)), jnp.full((), lost * k * n, real)
+    total, largest = jnp.zeros((), real), jnp.ones((), real)
+    for i, one in enumerate(uses):
+        for j, other in enumerate(uses[: i + 1]):
+            left, right = (
+                _gram(one.sides[k], other.sides[k], one.rows[k], other.rows[k], dtype) for k in (0, 1)
+            )
+            total += (1 if i == j else 2) * jnp.sum((left * right).real)
+            if i == j:
+                traces = [jnp.einsum("sff->", gram.real) for gram in (left, right)]
+                largest = jnp.maximum(largest, jnp.maximum(*traces))
+    return total, lost * n_positions**2 * max(k, n) * largest
+
+
+def _scaled_norm(uses: Sequence[Factors]) -> jax.Array:
+    """Return the norm by way of factors whose magnitudes are 1 at most."""
+    dtype = _dtype(uses)
+    scaled: list[list[jax.Array]] = []
+    for use in uses:
+        a, b = (x if rows else x.astype(dtype) for x, rows in zip(use.sides, use.rows, strict=True))
+        if not any(use.rows):  # the magnitude of each position goes over to its other side
+            units = unit_of(jnp.max(jnp.abs(a), -1, initial=0, keepdims=True))  # [s, f, 1]
+            a, b = divided(a, units), b * units.astype(dtype)
+        scaled.append([a, b])
+    which = [use.rows.index(True) ^ 1 if any(use.rows) else 1 for use in uses]
+    unit = unit_of(
+        functools.reduce(
+            jnp.maximum,
+            [jnp.max(jnp.abs(sides[k]), initial=0) for sides, k in zip(scaled, which, strict=True)],
+        )
+    )
+    for sides, k in zip(scaled, which, strict=True):
+        sides[k] = divided(sides[k], unit)
+    again = [use._replace(sides=(sides[0], sides[1])) for use, sides in zip(uses, scaled, strict=True)]
+    return unit * jnp.sqrt(_squared_norm(again)[0])
+
+
+def product(uses: Sequence[Factors]) -> jax.Array:
+    """Return the sum itself, ``[s, k, n]``."""
+    dtype = _dtype(uses)
+    return functools.reduce(jnp.add, [_product(use, dtype) for use in uses])
+
+
+def _floating(use: Factors) -> list[jax.Array]:
+    return [side for side, rows in zip(use.sides, use.rows, strict=True) if not rows]
+
+
+def _dtype(uses: Sequence[Factors]) -> Any:
+    return np.result_type(*[wide(side.dtype) for use in uses for side in _floating(use)])
+
+
+def _squares(side: jax.Array, rows: bool, dtype: Any) -> jax.Array:
+    return jnp.ones(side.shape, dtype) if rows else jnp.sum(magnitudes_squared(side).astype(dtype), -1)
+
+
+def _square_of(d: jax.Array) -> jax.Array:
+    flat = d.reshape(-1)
+    return jnp.dot(flat, flat.conj(), precision=lax.Precision.HIGHEST).real
+
+
+def _gram(a: jax.Array, b: jax.Array, a_rows: bool, b_rows: bool, dtype: Any) -> jax.Array:
+    """Return all scalar products of positions, ``[s, f, g]``."""
+    if a_rows and b_rows:
+        return (a[:, :, None] == b[:, None, :]).astype(dtype)
+    if b_rows:
+        return _gram(b, a, True, False, dtype).swapaxes(1, 2).conj()
+    b = b.conj()
+    if a_rows:  # one-hot . b: a column of b
+        return jax.vmap(lambda ids, b: b.astype(dtype)[:, ids].T)(a, b)
+    return _einsum("sfk,sgk->sfg", a, b, dtype)
+
+
+def _product(use: Factors, dtype: Any) -> jax.Array:
+    a, b = use.sides
+    if any(use.rows):
+        ids, other = (a, b) if use.rows[0] else (b, a)
+        size = use.sizes[0 if use.rows[0] else 1]
+        total = jax.vmap(lambda ids, x: jnp.zeros((size, x.shape[-1]), dtype).at[ids].add(x))(
+            ids, other.astype(dtype)
+        )
+        return total if use.rows[0] else total.swapaxes(1, 2)
+    return _einsum("sfk,sfn->skn", a, b, dtype)
+
+
+def _einsum(formula: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+    if a.dtype != b.dtype:
+        a, b = a.astype(dtype), b.astype(dtype)
+    return jnp.einsum(formula, a, b, preferred_element_type=dtype)
+
+
+def fold(rule: Rule, y: Any, V: Any, token: Any, left: Any) -> Any:
+    """Return ``y``; its backward pass makes V's gradient, and gives its norm to the token, at once.
+
+    Args:
+        rule: of the equation that made ``y``, where V was put in behind ``stop_gradient``.
+        y: its output.
+        V: what it was made from.
+        token: a floating scalar, zero.
+        left: `rule.left` of its inputs.
+
+    Under ``vmap`` over examples, with tokens of their own, each one's product is made once.
+    """
+    return _fold(_Hashable(rule), y, V, token, left)
+
+
+class _Hashable:
+    """A rule by identity: tuples of functions compare slowly, and are never equal anyway."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fold(of: _Hashable, y: Any, V: Any, token: Any, left: Any) -> Any:
+    return y
+
+
+def _forward(of: _Hashable, y: Any, V: Any, token: Any, left: Any) -> tuple[Any, Any]:
+    return y, (left, token, jnp.zeros((0, *V.shape), V.dtype))
+
+
+def _backward(of: _Hashable, kept: Any, g: Any) -> tuple[Any, Any, Any, None]:
+    left, token, like = kept
+    rule = of.rule
+    sides = rule.right(g, left), left
+    columns_first = (*rule.own, *rule.columns, *rule.rows) == tuple(range(like.ndim - 1))  # [out, in]
+    total, size = _products(*(sides if columns_first else sides[::-1]), jnp.zeros((), token.dtype))
+    total = total.reshape(like.shape[1:]) if columns_first else rule.assemble(total)
+    return g, total.astype(like.dtype), size, None
+
+
+_fold.defvjp(_forward, _backward)
+
+
+@custom_vmap
+def _products(a: jax.Array, b: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return ``sum_f a[s, f, i] b[s, f, j]`` and its norm; under ``vmap`` the former summed over examples."""
+    d = _einsum("sfi,sfj->sij", a, b, like.dtype)
+    return d, norm(d)
+
+
+@_products.def_vmap
+def _products_of_all(
+    n: int, batched: Any, a: jax.Array, b: jax.Array, like: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], tuple[bool, bool]]:
+    """Take some examples at a time, so that their products stay in the processor's cache.
+
+    Both sides go into the loop as matrices, as the products around it have them: else XLA would compute them twice.
+    """
+    a, b = (
+        x if known else jnp.broadcast_to(x, (n, *x.shape)) for x, known in zip((a, b), batched, strict=False)
+    )
+    flat = [x.reshape(-1, x.shape[-1]) for x in (a, b)]  # [n * s * f, i]
+
+    def of_some(start: Any, count: int) -> list[jax.Array]:
+        left, right = (
+            at(rows, start * (len(rows) // n), count * (len(rows) // n)).reshape(count, *x.shape[1:])
+            for rows, x in zip(flat, (a, b), strict=True)
+        )
+        return [_einsum("csfi,csfj->csij", left, right, like.dtype)]
+
+    (total,), (norms,) = in_chunks(of_some, n, chunk_for(n, a.shape[1] * a.shape[3] * b.shape[3]))
+    return (total, norms), (False, True)
+
+
+def averaged(rule: Rule, y: Any, V: Any, n: int, left: Any) -> Any:
+    """Return ``y``; its backward pass makes V's gradient, under ``vmap`` that of the mean over `n` examples.
+
+    A sum over examples may be beyond a narrow dtype when their mean is not: it is taken in float32 at least.
+
+    Args:
+        rule: of the equation that made ``y``, where V was put in behind ``stop_gradient``.
+        y: its output.
+        V: what it was made from.
+        n: how many examples there are.
+        left: `rule.left` of its inputs.
+    """
+    return _averaged(_Hashable(rule), n, y, V, left)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _averaged(of: _Hashable, n: int, y: Any, V: Any, left: Any) -> Any:
+    return y
+
+
+def _averaged_forward(of: _Hashable, n: int, y: Any, V: Any, left: Any) -> tuple[Any, Any]:
+    return y, (left, jnp.zeros((0, *V.shape), V.dtype))
+
+
+def _averaged_backward(of: _Hashable, n: int, kept: Any, g: Any) -> tuple[Any, Any, None]:
+    left, like = kept
+    rule = of.rule
+
+    @custom_vmap
+    def total(left: Any, g: Any) -> jax.Array:
+        return product([factors(rule, left, g, False)])
+
+    @total.def_vmap
+    def total_of_all(size: int, batched: Any, left: Any, g: Any) -> tuple[jax.Array, bool]:
+        left, g = (
+            x if known else jnp.broadcast_to(x, (size, *x.shape))
+            for x, known in zip((left, g), batched, strict=True)
+        )
+        each = jax.vmap(lambda left, g: factors(rule, left, g, False).sides)(left, g)
+        # Examples become positions: [examples, s, f, ...] -> [s, examples * f, ...]
+        a, b = (x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:]) for x in each)
+        return product([Factors((a, b), rule.sizes[2:], (rule.looks_up, False))]), False
+
+    return g, (rule.assemble(total(left, g)) / n).astype(like.dtype), None
+
+
+_averaged.defvjp(_averaged_forward, _averaged_backward)
+
+
+def chunk_for(n: int, size: int) -> int:
+    """Return how many of `n` examples' products of a size to make at a time."""
+    if n * size <= CACHED or jax.default_backend() != "cpu":
+        return n
+    return max(1, AT_ONCE // size)
+
+
+def at(x: jax.Array, start: Any, count: int) -> jax.Array:
+    """Return some rows of an array."""
+    return x if count == len(x) else lax.dynamic_slice_in_dim(x, start, count)
+
+
+def in_chunks(
+    of_some: Callable[[Any, int], list[jax.Array]], n: int, chunk: int
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Return the sums over `n` examples, and the norm `[n]` of each, of what a function makes of them.
+
+    ``of_some(start, count)`` answers with arrays ``[count, ...]``; only those of a chunk are there at once.
+    """
+
+    def made(start: Any, count: int) -> tuple[list[jax.Array], list[jax.Array]]:
+        arrays = of_some(start, count)
+        return [add_up(d) for d in arrays], norms_of_each(arrays)
+
+    def step(start: Any, count: int, so_far: Any) -> Any:
+        sums, norms = made(start, count)
+        put = lax.dynamic_update_slice_in_dim
+        return (
+            [a + b for a, b in zip(so_far[0], sums, strict=True)],
+            [put(a, b, start, 0) for a, b in zip(so_far[1], norms, strict=True)],
+        )
+
+    if chunk >= n:
+        return made(0, n)
+    sums, norms = jax.eval_shape(lambda: made(0, chunk))
+    so_far = [_zeros(s, s.shape) for s in sums], [_zeros(s, (n,)) for s in norms]
+    so_far = lax.fori_loop(0, n // chunk, lambda i, so_far: step(i * chunk, chunk, so_far), so_far)
+    return step(n - n % chunk, n % chunk, so_far) if n % chunk else so_far
+
+
+def _zeros(like: Any, shape: tuple[int, ...]) -> jax.Array:
+    return as_varying(jnp.zeros(shape, like.dtype), varying_axes(like))
+
+
+def norms_of_each(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return the norm of each example in each array, ``[n, ...] -> [n]``."""
+    return safest([measure_gradients(d) for d in arrays])
+
+
+def add_up(d: jax.Array) -> jax.Array:
+    """Return the sum over the first axis, in float32 at least, as a product with ones."""
+    d = widen(d)
+    ones = jnp.ones((1, d.shape[0]), d.dtype)
+    flat = d.reshape(d.shape[0], math.prod(d.shape[1:]))
+    total = jnp.matmul(ones, flat, precision=lax.Precision.HIGHEST)
+    return total.reshape(d.shape[1:])
