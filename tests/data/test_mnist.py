@@ -245,7 +245,7 @@ def serving(folder):
     """Serve a folder as http://127.0.0.1:.../mnist."""
     handler = functools.partial(Handler, directory=str(folder.parent))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.asked, server.cut, server.folder, server.attack = [], set(), folder, None
+        server.asked, server.sent, server.cut, server.folder, server.attack = [], 0, set(), folder, None
         server.mirror = f"http://127.0.0.1:{server.server_port}/mnist"
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
