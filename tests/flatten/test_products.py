@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 import gradfn as gf
-from gradfn.flatten import flat_products, walk
+from gradfn.flatten import flat_products
+from gradfn.jaxpr import walk
 
 pytestmark = pytest.mark.optimised
 

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import gradfn as gf
-from gradfn.jaxpr import find_sites, flat_products, trace, walk
+from gradfn.flatten import flat_products
+from gradfn.jaxpr import find_sites, trace, walk
 from gradfn.jaxpr.interpreter import operation
 
 BATCH, TIME, WIDTH = 3, 5, 4

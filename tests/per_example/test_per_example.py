@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gradfn as gf
-from gradfn.jaxpr import ghost
+from gradfn.per_example import ghost
 
 KEY = jax.random.key(0)
 KEYS = jax.random.split(KEY, 8)
