@@ -1,5 +1,8 @@
 """Which inputs, regions and training examples an output rests on."""
 
+from typing import TYPE_CHECKING
+
+from gradfn._missing import namespace
 from gradfn.attribution._maximize import Maximized, maximize
 from gradfn.attribution._occlusion import occlusion
 from gradfn.attribution._regions import Regions, grid_regions, regions
@@ -30,3 +33,6 @@ __all__ = [
     "smooth_grad",
     "tracin",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = namespace(__name__, __all__)

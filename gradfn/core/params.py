@@ -254,7 +254,7 @@ def check(spec: Any, params: Any) -> None:
     >>> import jax, jax.numpy as jnp, gradfn as gf
     >>> net = gf.mlp([784, 16, 10])
     >>> params = net.init(jax.random.key(0))
-    >>> gf.check(net.spec, params | {"W1": jnp.ones([784, 16])})
+    >>> check(net.spec, params | {"W1": jnp.ones([784, 16])})
     Traceback (most recent call last):
     gradfn.names.ParameterError: W1: expected [16, 784] float32, came [784, 16] float32. Weights are [out, in]: pass its transpose
     """  # noqa: E501

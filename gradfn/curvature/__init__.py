@@ -1,5 +1,8 @@
 """Curvature of a loss: products with its Hessian, its eigenvalues, its spectrum, its landscape."""
 
+from typing import TYPE_CHECKING
+
+from gradfn._missing import namespace
 from gradfn.curvature.eigenvalues import Eigs, Sharpness, hessian_eigs, sharpness
 from gradfn.curvature.landscape import Landscape, loss_landscape
 from gradfn.curvature.products import fisher_vp, ggn_vp, hvp, product
@@ -22,3 +25,6 @@ __all__ = [
     "product",
     "sharpness",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = namespace(__name__, __all__)

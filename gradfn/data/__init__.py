@@ -1,5 +1,8 @@
 """Data as numpy arrays: handwritten digits, MNIST, a regression set, texts; splits, batches, windows."""
 
+from typing import TYPE_CHECKING
+
+from gradfn._missing import namespace
 from gradfn.data._batches import batches, epoch_order
 from gradfn.data._diabetes import diabetes
 from gradfn.data._digits import digits
@@ -40,3 +43,6 @@ __all__ = [
     "utf8_bytes",
     "windows",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = namespace(__name__, __all__)

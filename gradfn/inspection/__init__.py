@@ -1,22 +1,37 @@
-"""What a user asks about gradients and activations, of any JAX function."""
+"""Inspect the gradients and activations of any JAX function."""
 
-from gradfn.inspection._backprop import Backward, Step, backprop
+from typing import TYPE_CHECKING
+
+from gradfn._missing import namespace
+from gradfn.inspection._backprop import Backward, Cotangent, Step, StepList, backprop
 from gradfn.inspection._chain_rule import ChainRule, chain_rule
 from gradfn.inspection._inspect import Inspection, inspect
 from gradfn.inspection._patch import patch
-from gradfn.inspection._sites import sites
+from gradfn.inspection._sites import SiteList, sites
+from gradfn.inspection.causes import Operand
 from gradfn.inspection.check import GradCheck, LeafCheck, check_grads
-from gradfn.inspection.origin import NanRecord, NanReport, nan_guard, nan_origin
+from gradfn.inspection.origin import Event, NanRecord, NanReport, nan_guard, nan_origin
+from gradfn.inspection.summaries import Stats
+from gradfn.inspection.where import Loop
+from gradfn.jaxpr import Site
 
 __all__ = [
     "Backward",
     "ChainRule",
+    "Cotangent",
+    "Event",
     "GradCheck",
     "Inspection",
     "LeafCheck",
+    "Loop",
     "NanRecord",
     "NanReport",
+    "Operand",
+    "Site",
+    "SiteList",
+    "Stats",
     "Step",
+    "StepList",
     "backprop",
     "chain_rule",
     "check_grads",
@@ -26,3 +41,6 @@ __all__ = [
     "patch",
     "sites",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = namespace(__name__, __all__)

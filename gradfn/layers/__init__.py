@@ -4,13 +4,16 @@ Arrays carry features along their last axis; any axes before it (time, height an
 sequences are `[T, features]`, images `[H, W, channels]`.
 """
 
+from typing import TYPE_CHECKING
+
+from gradfn._missing import namespace
+from gradfn.layers._activations import activation, activations
 from gradfn.layers._attention import attend, attention, kv_cache
 from gradfn.layers._conv import avg_pool, conv, max_pool
 from gradfn.layers._dense import affine, dense
 from gradfn.layers._dropout import dropout
 from gradfn.layers._embed import embed, rope, sinusoidal
 from gradfn.layers._feed_forward import feed_forward, swiglu
-from gradfn.layers.activations import activation, activations
 from gradfn.layers.norms import group_norm, layer_norm, rms_norm
 from gradfn.layers.recurrent import gru, lstm, recurrent_state, vanilla_rnn
 
@@ -39,3 +42,6 @@ __all__ = [
     "swiglu",
     "vanilla_rnn",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = namespace(__name__, __all__)

@@ -7,8 +7,8 @@ import jax
 from gradfn.core.names import scope, tap
 from gradfn.core.net import Net
 from gradfn.core.params import Params
+from gradfn.layers._activations import Activation, activation
 from gradfn.layers._dense import dense
-from gradfn.layers.activations import Activation, activation
 
 
 def feed_forward(width: int, hidden: int, squash: str | Activation = "gelu", bias: bool = True) -> Net:

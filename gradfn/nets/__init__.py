@@ -6,7 +6,7 @@ from gradfn.nets._gpt import GPTConfig, gpt
 from gradfn.nets._mlp import hidden_width, mlp
 from gradfn.nets._rnn import rnn
 from gradfn.nets._vit import ViTConfig, vit
-from gradfn.nets.pretrained import load_gpt2, load_llama, save_pretrained
+from gradfn.nets.pretrained import load_pretrained, save_pretrained
 from gradfn.nets.transformer import stack_blocks, unstack_blocks
 
 __all__ = [
@@ -17,8 +17,7 @@ __all__ = [
     "generate",
     "gpt",
     "hidden_width",
-    "load_gpt2",
-    "load_llama",
+    "load_pretrained",
     "mlp",
     "rnn",
     "save_pretrained",

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from gradfn.core.names import ParameterError, scope, tap
 from gradfn.core.net import Net, fold, with_or_without_key
 from gradfn.core.params import Params, Spec
+from gradfn.layers._activations import Activation
+from gradfn.layers._activations import activation as activation_named
 from gradfn.layers._conv import conv, max_pool
 from gradfn.layers._dense import dense
 from gradfn.layers._dropout import dropout as dropout_layer
-from gradfn.layers.activations import Activation
-from gradfn.layers.activations import activation as activation_named
 
 
 def cnn(

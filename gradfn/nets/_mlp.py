@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from gradfn.core.names import ParameterError, tap
 from gradfn.core.net import Net
 from gradfn.core.params import Param, Params
+from gradfn.layers._activations import Activation
+from gradfn.layers._activations import activation as activation_named
 from gradfn.layers._dense import affine
-from gradfn.layers.activations import Activation
-from gradfn.layers.activations import activation as activation_named
 
 
 def hidden_width(n_in: int, n_out: int) -> int:

@@ -16,7 +16,7 @@ import os
 import re
 import reprlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -58,49 +58,61 @@ class Entry(NamedTuple):
     transposed: bool = False  # GPT-2 keeps its matrices as [in, out]
 
 
-def load_gpt2(folder: str | os.PathLike[str], dtype: str | None = "float32") -> tuple[GPTConfig, Params]:
-    """Load a GPT-2 model from a Hugging Face folder.
+def load_pretrained(
+    folder: str | os.PathLike[str], dtype: str | None = "float32"
+) -> tuple[GPTConfig, Params]:
+    """Load a GPT-2 or Llama model from a Hugging Face folder; `model_type` in its `config.json` says which.
 
     Args:
-        folder: with `config.json` and safetensors files, in one piece or in shards.
+        folder: contains `config.json` and safetensors files, in one piece or in shards.
         dtype: of the parameters; None for that of the files (float32, float16 or bfloat16).
 
     Returns:
         `(config, params)`. `gf.gpt(config)` is the net; `dataclasses.replace(config, scan=True)` and
-        `gf.stack_blocks(params)` make it one under `lax.scan`.
+        `gf.stack_blocks(params)` run its blocks under `lax.scan`.
 
     Raises:
-        FileNotFoundError: a file that is not there.
-        ValueError: a field of `config.json` that stands for something that `gf.gpt` does not do, a tensor that
-            is missing, left over, of another shape or not of floats, or a file that is damaged. The message names
-            it, and nothing has been loaded until headers and config agree. Fields of
-            training, generation and book-keeping change no number and are passed over; of unknown ones those
-            that are null, false or empty are, with a warning.
+        FileNotFoundError: a missing file.
+        ValueError: another `model_type`; a field of `config.json` that asks for something that `gf.gpt` does not
+            do; a tensor that is missing, unexpected, of another shape or not of floats; a damaged file. The
+            message names it, and nothing is loaded before headers and config agree. Fields of training,
+            generation and bookkeeping change no result and are ignored; unknown fields that are null, false or
+            empty are ignored with a warning.
 
     >>> import jax, tempfile, gradfn as gf
     >>> config = gf.GPTConfig(vocab=65, context=8, n_layers=1, n_heads=2, width=4)
     >>> folder = tempfile.mkdtemp()
     >>> gf.save_pretrained(folder, config, gf.gpt(config).init(jax.random.key(0)))
-    >>> loaded, params = gf.load_gpt2(folder)
+    >>> loaded, params = gf.load_pretrained(folder)
     >>> loaded == config, gf.count(params)
     (True, 544)
     """
-    return _load(Path(folder), "gpt2", dtype)
-
-
-def load_llama(folder: str | os.PathLike[str], dtype: str | None = "float32") -> tuple[GPTConfig, Params]:
-    """Load a Llama model (or one of its architecture) from a Hugging Face folder: as `gf.load_gpt2`.
-
-    >>> import jax, tempfile, gradfn as gf
-    >>> config = gf.GPTConfig(65, 8, 1, 2, 4, n_kv_heads=1, hidden=6, positions="rope", norm="rms",
-    ...                       feed="swiglu", bias=False, tied=False)
-    >>> folder = tempfile.mkdtemp()
-    >>> gf.save_pretrained(folder, config, gf.gpt(config).init(jax.random.key(0)))
-    >>> loaded, params = gf.load_llama(folder)
-    >>> loaded.n_kv_heads, gf.count(params)
-    (1, 652)
-    """
-    return _load(Path(folder), "llama", dtype)
+    folder = Path(folder)
+    file = folder / "config.json"
+    fields = _Fields(file)
+    family = _FAMILIES[fields.choice("model_type", _FAMILIES)]
+    config = family.read(fields)
+    try:
+        gpt(dataclasses.replace(config, n_layers=1))
+    except ValueError as error:  # sizes that do not fit together
+        raise FileError(f"{file}: {error}") from error
+    with _opened(folder) as tensors:
+        tensors = _without_buffers(tensors, family, config, file)
+        _check_depth(family, config, len(tensors), file)
+        entries = family.entries(config)
+        _check_names([entry.name for entry in entries], tensors, folder)
+        spec = gpt(config).spec
+        shapes = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(spec)}
+        for entry in entries:
+            _check_tensor(entry, tensors[entry.name], shapes)
+        leaves: dict[str, jax.Array] = {}
+        for entry in entries:
+            tensor = tensors[entry.name].load()
+            tensor = tensor.T if entry.transposed else tensor
+            cuts = np.cumsum([shapes[path][0] for path in entry.paths])[:-1]
+            for path, part in zip(entry.paths, np.split(tensor, cuts), strict=True):
+                leaves[path] = jnp.asarray(part, dtype and jnp.dtype(dtype))
+    return config, jax.tree_util.tree_map_with_path(lambda path, _: leaves[_name(path)], spec)
 
 
 def save_pretrained(folder: str | os.PathLike[str], config: GPTConfig, params: Params) -> None:
@@ -188,32 +200,6 @@ def _check_replaceable(folder: Path) -> None:
             )
     elif os.path.lexists(folder / SINGLE):
         raise ValueError(f"{folder / SINGLE}: already exists without a config.json. Name another folder")
-
-
-def _load(folder: Path, name: str, dtype: str | None) -> tuple[GPTConfig, Params]:
-    family, file = _FAMILIES[name], folder / "config.json"
-    config = family.read(_Fields(file, family))
-    try:
-        gpt(dataclasses.replace(config, n_layers=1))
-    except ValueError as error:  # sizes that do not fit together
-        raise FileError(f"{file}: {error}") from error
-    with _opened(folder) as tensors:
-        tensors = _without_buffers(tensors, family, config, file)
-        _check_depth(family, config, len(tensors), file)
-        entries = family.entries(config)
-        _check_names([entry.name for entry in entries], tensors, folder)
-        spec = gpt(config).spec
-        shapes = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(spec)}
-        for entry in entries:
-            _check_tensor(entry, tensors[entry.name], shapes)
-        leaves: dict[str, jax.Array] = {}
-        for entry in entries:
-            tensor = tensors[entry.name].load()
-            tensor = tensor.T if entry.transposed else tensor
-            cuts = np.cumsum([shapes[path][0] for path in entry.paths])[:-1]
-            for path, part in zip(entry.paths, np.split(tensor, cuts), strict=True):
-                leaves[path] = jnp.asarray(part, dtype and jnp.dtype(dtype))
-    return config, jax.tree_util.tree_map_with_path(lambda path, _: leaves[_name(path)], spec)
 
 
 def _name(path: Any) -> str:
@@ -345,12 +331,16 @@ def _check_tensor(entry: Entry, tensor: Stored, shapes: Mapping[str, tuple[int, 
 class _Fields:
     """The fields of a `config.json`, each taken once; what is left at the end must be known to do nothing."""
 
-    def __init__(self, file: Path, family: _Family) -> None:
+    def __init__(self, file: Path) -> None:
         self.file, self.left = file, _read_json(file)
-        kind = self.left.pop("model_type", None)
-        if kind != family.name:
-            other = f". Load it by gf.load_{kind}" if isinstance(kind, str) and kind in _FAMILIES else ""
-            raise FileError(f"{file}: model_type: expected {family.name!r}, got {reprlib.repr(kind)}{other}")
+
+    def choice(self, name: str, choices: Collection[str]) -> str:
+        """Take a string that is one of some."""
+        value = self.left.pop(name, None)
+        if not isinstance(value, str) or value not in choices:
+            expected = " or ".join(map(repr, choices))
+            raise FileError(f"{self.file}: {name}: expected {expected}, got {reprlib.repr(value)}")
+        return value
 
     def take(self, name: str, default: Any = None, kind: type | tuple[type, ...] = object) -> Any:
         value = self.left.pop(name, default)

@@ -1,16 +1,20 @@
 """Training: a step, a loop of compiled chunks of steps, and checkpoints."""
 
+from typing import TYPE_CHECKING
+
+from gradfn._missing import namespace
 from gradfn.train._fit import Fit, fit, stalled
 from gradfn.train.checkpoint import CheckpointError, kept
 from gradfn.train.decay import weight_decay_mask, weight_decay_table
 from gradfn.train.memory import keep_freed_memory
 from gradfn.train.optimizer import adamw_warmup_cosine
-from gradfn.train.source import from_host
+from gradfn.train.source import Source, from_host
 from gradfn.train.step import TrainState, train_state, train_step
 
 __all__ = [
     "CheckpointError",
     "Fit",
+    "Source",
     "TrainState",
     "adamw_warmup_cosine",
     "fit",
@@ -23,3 +27,6 @@ __all__ = [
     "weight_decay_mask",
     "weight_decay_table",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = namespace(__name__, __all__)

@@ -295,18 +295,11 @@ def kept(folder):
     return refused(lambda: gf.train.kept(folder, like), folder)
 
 
-def load_gpt2(folder):
+def load_pretrained(folder):
     """Load weights."""
     import gradfn as gf
 
-    return refused(lambda: gf.load_gpt2(folder), folder)
-
-
-def load_llama(folder):
-    """Load weights."""
-    import gradfn as gf
-
-    return refused(lambda: gf.load_llama(folder), folder)
+    return refused(lambda: gf.load_pretrained(folder), folder)
 
 
 def tokens(folder):

@@ -142,30 +142,38 @@ BOMBS = {
     "10^9 layers in GPT-2's config": (
         "gpt2",
         lambda f: as_json(f / "config.json", n_layer=10**9),
-        "load_gpt2",
+        "load_pretrained",
     ),
     "10^9 words in GPT-2's config": (
         "gpt2",
         lambda f: as_json(f / "config.json", vocab_size=10**9),
-        "load_gpt2",
+        "load_pretrained",
     ),
-    "10^9 nodes in GPT-2's config": ("gpt2", lambda f: as_json(f / "config.json", n_embd=10**9), "load_gpt2"),
+    "10^9 nodes in GPT-2's config": (
+        "gpt2",
+        lambda f: as_json(f / "config.json", n_embd=10**9),
+        "load_pretrained",
+    ),
     "10^9 positions in GPT-2's config": (
         "gpt2",
         lambda f: as_json(f / "config.json", n_positions=10**9),
-        "load_gpt2",
+        "load_pretrained",
     ),
     "10^9 layers in Llama's config": (
         "llama",
         lambda f: as_json(f / "config.json", num_hidden_layers=10**9),
-        "load_llama",
+        "load_pretrained",
     ),
     "10^12 hidden nodes in Llama's config": (
         "llama",
         lambda f: as_json(f / "config.json", intermediate_size=10**12),
-        "load_llama",
+        "load_pretrained",
     ),
-    "deep index": ("gpt2", lambda f: (f / "model.safetensors.index.json").write_text(DEEP), "load_gpt2"),
+    "deep index": (
+        "gpt2",
+        lambda f: (f / "model.safetensors.index.json").write_text(DEEP),
+        "load_pretrained",
+    ),
     "10^9 nodes in a writer": (
         "writer",
         lambda f: as_json(f / "model.json", settings={"vocab": 3, "width": 10**9, "cell": "gru"}),

@@ -40,13 +40,13 @@ FILES = {
         ("checkpoint.safetensors", "tensors", "sample"),
     ],
     "gpt2": [
-        ("config.json", "json", "load_gpt2"),
-        ("model.safetensors.index.json", "json", "load_gpt2"),
-        ("model-00001-of-00002.safetensors", "tensors", "load_gpt2"),
+        ("config.json", "json", "load_pretrained"),
+        ("model.safetensors.index.json", "json", "load_pretrained"),
+        ("model-00001-of-00002.safetensors", "tensors", "load_pretrained"),
     ],
     "llama": [
-        ("config.json", "json", "load_llama"),
-        ("model.safetensors", "tensors", "load_llama"),
+        ("config.json", "json", "load_pretrained"),
+        ("model.safetensors", "tensors", "load_pretrained"),
     ],
     "tokens": [
         ("tokens.npy", "bytes", "tokens"),

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gradfn as gf
+from gradfn.core.params import check
 
 names = st.text("abcWxyz_", min_size=1, max_size=3)
 leaves = st.lists(st.integers(0, 3), max_size=3).map(gf.Param)
@@ -22,7 +23,7 @@ def test_init_makes_what_is_declared(spec):
     params = jax.eval_shape(lambda key: gf.init(spec, key), jax.random.key(0))
     assert gf.shapes(params) == gf.shapes(spec)
     assert gf.count(params) == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    gf.check(spec, params)
+    check(spec, params)
 
 
 @settings(max_examples=5, deadline=None)
@@ -60,7 +61,7 @@ def test_init_works_in_jit_and_takes_own_initialisers_and_dtypes():
     params = jax.jit(lambda key: gf.init(spec, key))(jax.random.key(0))
     assert params["w"].dtype == jnp.bfloat16
     assert params["n"].dtype == jnp.int32
-    gf.check(spec, params)
+    check(spec, params)
 
 
 def test_an_initialiser_of_another_shape_is_refused():
@@ -146,9 +147,9 @@ def replaced(**changes):
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_with_what_was_expected_and_what_came(params, message):
-    gf.check(SPEC, GOOD)
+    check(SPEC, GOOD)
     with pytest.raises(gf.ParameterError) as error:
-        gf.check(SPEC, params)
+        check(SPEC, params)
     assert str(error.value) == message
 
 

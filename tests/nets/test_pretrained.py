@@ -71,10 +71,9 @@ def test_logits_loss_gradients_and_generation_are_theirs(name, transformers, tmp
     import torch
 
     kind, changes = CASES[name]
-    load = getattr(gf, f"load_{kind}")
     model = their_model(transformers, kind, **changes)
     model.save_pretrained(tmp_path / "model")
-    config, params = load(tmp_path / "model")
+    config, params = gf.load_pretrained(tmp_path / "model")
     net = gf.gpt(config)
 
     answer = model(torch.tensor(TOKENS), labels=torch.tensor(TOKENS))
@@ -90,7 +89,7 @@ def test_logits_loss_gradients_and_generation_are_theirs(name, transformers, tmp
     for parameter in model.parameters():
         parameter.data = parameter.grad
     model.save_pretrained(tmp_path / "gradients")
-    _, their_grads = load(tmp_path / "gradients")
+    _, their_grads = gf.load_pretrained(tmp_path / "gradients")
     assert gf.shapes(their_grads) == gf.shapes(grads)
     for (path, ours), theirs in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(their_grads)):
         assert np.abs(theirs).max() > 0, path
@@ -105,7 +104,7 @@ def test_greedy_generation_is_theirs_token_by_token(kind, transformers, tmp_path
 
     model = their_model(transformers, kind)
     model.save_pretrained(tmp_path)
-    config, params = getattr(gf, f"load_{kind}")(tmp_path)
+    config, params = gf.load_pretrained(tmp_path)
     scanned = dataclasses.replace(config, scan=True)
     prompt = TOKENS[:1, :4]
     theirs = model.generate(
@@ -141,14 +140,14 @@ def saved(folder, config=GPT2, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize(("config", "load"), [(GPT2, gf.load_gpt2), (LLAMA, gf.load_llama)])
-def test_what_is_saved_is_loaded(config, load, dtype, tmp_path):
+@pytest.mark.parametrize("config", [GPT2, LLAMA])
+def test_what_is_saved_is_loaded(config, dtype, tmp_path):
     params = saved(tmp_path, config, dtype)
-    config_again, again = load(tmp_path, dtype=None)
+    config_again, again = gf.load_pretrained(tmp_path, dtype=None)
     assert config_again == config
     jax.tree.map(np.testing.assert_array_equal, again, params)
     assert {leaf.dtype for leaf in jax.tree.leaves(again)} == {jnp.dtype(dtype)}
-    assert {leaf.dtype for leaf in jax.tree.leaves(load(tmp_path)[1])} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(gf.load_pretrained(tmp_path)[1])} == {jnp.dtype("float32")}
 
 
 def split(folder):
@@ -166,10 +165,10 @@ def split(folder):
 def test_shards_are_put_together(tmp_path):
     params = saved(tmp_path)
     split(tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, gf.load_gpt2(tmp_path)[1], params)
+    jax.tree.map(np.testing.assert_array_equal, gf.load_pretrained(tmp_path)[1], params)
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"b\.safetensors: not there, though the index names it"):
-        gf.load_gpt2(tmp_path)
+        gf.load_pretrained(tmp_path)
 
 
 def test_a_shard_elsewhere_or_without_its_tensor_is_refused(tmp_path):
@@ -182,12 +181,12 @@ def test_a_shard_elsewhere_or_without_its_tensor_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"more: missing, though model\.safetensors\.index\.json says it is here"
     ):
-        gf.load_gpt2(tmp_path)
+        gf.load_pretrained(tmp_path)
     index.write_text(json.dumps({"weight_map": {"x": "../secret.safetensors"}}))
     with pytest.raises(
         ValueError, match=r"expected the name of a file beside it, got '\.\./secret\.safetensors'"
     ):
-        gf.load_gpt2(tmp_path)
+        gf.load_pretrained(tmp_path)
 
 
 def test_older_files_with_masks_without_prefix_and_with_the_tied_head_load(tmp_path):
@@ -196,10 +195,10 @@ def test_older_files_with_masks_without_prefix_and_with_the_tied_head_load(tmp_p
     bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     bare |= {"h.0.attn.bias": np.ones([1, 1, 16, 16], np.uint8), "lm_head.weight": bare["wte.weight"]}
     save_file(bare, tmp_path / "model.safetensors")
-    jax.tree.map(np.testing.assert_array_equal, gf.load_gpt2(tmp_path)[1], params)
+    jax.tree.map(np.testing.assert_array_equal, gf.load_pretrained(tmp_path)[1], params)
     save_file(bare | {"lm_head.weight": 2 * bare["wte.weight"]}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"lm_head\.weight: differs from transformer\.wte\.weight, though"):
-        gf.load_gpt2(tmp_path)
+        gf.load_pretrained(tmp_path)
 
 
 def edit(folder, change):
@@ -215,23 +214,23 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path):
     with pytest.raises(
         ValueError, match=rf"{name}: expected \[8, 32\] of F16, BF16, F32, F64, got \[32, 8\] of F32"
     ):
-        gf.load_gpt2(tmp_path)
+        gf.load_pretrained(tmp_path)
     edit(tmp_path, lambda t: t.update({name: t[name].T.astype(np.int32)}))
     with pytest.raises(
         ValueError, match=rf"{name}: expected \[8, 32\] of F16, BF16, F32, F64, got \[8, 32\] of I32"
     ):
-        gf.load_gpt2(tmp_path)
+        gf.load_pretrained(tmp_path)
     edit(tmp_path, lambda t: t.update({"transformer.h.1.mlp.fc.weight": t.pop(name)}))
     with pytest.raises(
         ValueError, match=rf"{name}: missing \(1 of 28 are\)\. Left over is .*mlp\.fc\.weight"
     ):
-        gf.load_gpt2(tmp_path)
+        gf.load_pretrained(tmp_path)
     saved(tmp_path)
     edit(tmp_path, lambda t: t.update({"transformer.h.2.ln_1.weight": np.ones(8, np.float32)}))
     with pytest.raises(
         ValueError, match=r"transformer\.h\.2\.ln_1\.weight: no parameter of this model \(1 are"
     ):
-        gf.load_gpt2(tmp_path)
+        gf.load_pretrained(tmp_path)
 
 
 def test_a_file_cut_short_is_told_from_a_whole_one(tmp_path):
@@ -241,14 +240,14 @@ def test_a_file_cut_short_is_told_from_a_whole_one(tmp_path):
     for n in (0, 5, 100, len(whole) - 1):
         file.write_bytes(whole[:n])
         with pytest.raises(ValueError, match=r"model\.safetensors: not a readable safetensors file"):
-            gf.load_gpt2(tmp_path)
+            gf.load_pretrained(tmp_path)
 
 
 def test_pickled_weights_are_not_read(tmp_path):
     saved(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin is pickled and never read"):
-        gf.load_gpt2(tmp_path)
+        gf.load_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +258,7 @@ def test_pickled_weights_are_not_read(tmp_path):
         (GPT2, "sliding_window", 4, "not supported, got 4"),
         (GPT2, "n_embd", "8", "expected int, got '8'"),
         (GPT2, "n_layer", True, "expected int, got True"),
-        (GPT2, "model_type", "llama", r"expected 'gpt2', got 'llama'\. Load it by gf\.load_llama"),
+        (GPT2, "model_type", "bert", "expected 'gpt2' or 'llama', got 'bert'"),
         (LLAMA, "hidden_act", "gelu", "gf.gpt does 'silu' only, got 'gelu'"),
         (
             LLAMA,
@@ -278,12 +277,11 @@ def test_pickled_weights_are_not_read(tmp_path):
     ],
 )
 def test_a_field_that_is_not_supported_is_named(config, field, value, message, tmp_path):
-    load = gf.load_gpt2 if config is GPT2 else gf.load_llama
     saved(tmp_path, config)
     fields = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(fields | {field: value}))
     with pytest.raises(ValueError, match=f"{field}: {message}"):
-        load(tmp_path)
+        gf.load_pretrained(tmp_path)
 
 
 # What the configurations of well-known models on the hub hold beside the sizes.
@@ -379,7 +377,7 @@ def test_configurations_of_the_hub_load_and_give_their_logits(name, transformers
         pytest.warns(UserWarning, match="pruned_heads {}") if "old" in name else contextlib.nullcontext()
     )
     with context:
-        config, params = getattr(gf, f"load_{kind}")(tmp_path)
+        config, params = gf.load_pretrained(tmp_path)
     ours = jax.jit(gf.gpt(config).apply)(params, TOKENS[0])
     theirs = model(torch.tensor(TOKENS[:1])).logits[0].detach()
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -399,7 +397,7 @@ def test_harmless_fields_of_the_hub_are_passed_over(name, tmp_path):
         pytest.warns(UserWarning, match="pruned_heads {}") if "old" in name else contextlib.nullcontext()
     )
     with context:
-        loaded, _ = getattr(gf, f"load_{kind}")(tmp_path)
+        loaded, _ = gf.load_pretrained(tmp_path)
     expected = (config.width, config.n_layers, config.feed, config.tied)
     assert (loaded.width, loaded.n_layers, loaded.feed, loaded.tied) == expected
 
@@ -424,7 +422,7 @@ def test_fields_that_change_numbers_are_refused(config, field, value, tmp_path):
     fields = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(fields | {field: value}))
     with pytest.raises(ValueError, match=f"{field}: "):
-        (gf.load_gpt2 if config is GPT2 else gf.load_llama)(tmp_path)
+        gf.load_pretrained(tmp_path)
 
 
 def test_unknown_fields_that_ask_for_nothing_are_named_in_a_warning(tmp_path):
@@ -434,7 +432,7 @@ def test_unknown_fields_that_ask_for_nothing_are_named_in_a_warning(tmp_path):
     with pytest.warns(
         UserWarning, match="ignored what gradfn does not know: logit_softcap None, new_thing False"
     ):
-        gf.load_gpt2(tmp_path)
+        gf.load_pretrained(tmp_path)
 
 
 def test_saving_beside_old_shards_saves_the_new_weights(tmp_path):
@@ -453,11 +451,11 @@ def test_saving_beside_old_shards_saves_the_new_weights(tmp_path):
     index.write_text(renamed)
     (tmp_path / "adapter.safetensors").write_text("mine")
     (tmp_path / "model-notes.safetensors").write_text("mine")
-    jax.tree.map(np.testing.assert_array_equal, gf.load_gpt2(tmp_path)[1], old)
+    jax.tree.map(np.testing.assert_array_equal, gf.load_pretrained(tmp_path)[1], old)
 
     new = jax.tree.map(lambda leaf: leaf + 1, old)
     gf.save_pretrained(tmp_path, GPT2, new)
-    jax.tree.map(np.testing.assert_array_equal, gf.load_gpt2(tmp_path)[1], new)
+    jax.tree.map(np.testing.assert_array_equal, gf.load_pretrained(tmp_path)[1], new)
     left = ["adapter.safetensors", "config.json", "model-notes.safetensors", "model.safetensors"]
     assert sorted(file.name for file in tmp_path.iterdir()) == left
 
@@ -469,7 +467,7 @@ def test_the_single_file_comes_before_an_index_as_in_transformers(tmp_path):
     new = jax.tree.map(lambda leaf: 2 * leaf, new)
     gf.save_pretrained(tmp_path / "new", GPT2, new)
     (tmp_path / "new" / "model.safetensors").rename(tmp_path / "old" / "model.safetensors")
-    jax.tree.map(np.testing.assert_array_equal, gf.load_gpt2(tmp_path / "old")[1], new)
+    jax.tree.map(np.testing.assert_array_equal, gf.load_pretrained(tmp_path / "old")[1], new)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -483,14 +481,14 @@ def test_files_that_are_not_a_models_are_not_written_over(name, content, tmp_pat
 
 def test_a_missing_or_broken_config_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json: not there"):
-        gf.load_gpt2(tmp_path)
+        gf.load_pretrained(tmp_path)
     for text, message in (
         ("{", "config.json: Input data was truncated"),
         ("[]", "Expected `object`, got `array`"),
     ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
-            gf.load_gpt2(tmp_path)
+            gf.load_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -518,10 +516,10 @@ def change_config(folder, **fields):
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
-def expect_one_line(load, folder, message):
+def expect_one_line(folder, message):
     began = time.monotonic()
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
-        load(folder)
+        gf.load_pretrained(folder)
     assert time.monotonic() - began < 2
     text = str(caught.value)
     assert "\n" not in text
@@ -540,30 +538,29 @@ LLAMA_SIZES = (
     ("config", "field"), [(GPT2, f) for f in GPT2_SIZES] + [(LLAMA, f) for f in LLAMA_SIZES]
 )
 def test_sizes_that_the_files_do_not_have_are_refused_before_anything_is_built(config, field, tmp_path):
-    load = gf.load_gpt2 if config is GPT2 else gf.load_llama
     saved(tmp_path, config)
     for value in (0, -1, 2**31, 10**30, 2.5, 8.0, "8", True, [8], {"a": 8}):
         change_config(tmp_path, **{field: value})
-        expect_one_line(load, tmp_path, rf"config\.json: {field}: expected (int|1 to 2,147,483,647)")
+        expect_one_line(tmp_path, rf"config\.json: {field}: expected (int|1 to 2,147,483,647)")
     if field != "max_position_embeddings":  # no tensor of Llama's depends on it
         change_config(tmp_path, **{field: 10**9})
-        expect_one_line(load, tmp_path, r"000,?000|divide")
+        expect_one_line(tmp_path, r"000,?000|divide")
 
 
 def test_far_more_layers_than_tensors_are_refused(tmp_path):
     saved(tmp_path)
     change_config(tmp_path, n_layer=10**9)
     message = r"config\.json: describes 1,000,000,000 layers of 12 tensors each, .* contain 28 tensors"
-    expect_one_line(gf.load_gpt2, tmp_path, message)
+    expect_one_line(tmp_path, message)
     change_config(tmp_path, n_layer=3)
-    expect_one_line(gf.load_gpt2, tmp_path, r"transformer\.h\.2\.ln_1\.weight: missing \(12 of 40 are\)")
+    expect_one_line(tmp_path, r"transformer\.h\.2\.ln_1\.weight: missing \(12 of 40 are\)")
 
 
 @pytest.mark.parametrize("value", [None, True, 7, 0.5, ["gpt2"], {"gpt2": 1}, "", "a" * 5000, "\n\n"])
 def test_a_model_type_of_another_kind_is_refused(value, tmp_path):
     saved(tmp_path)
     change_config(tmp_path, model_type=value)
-    expect_one_line(gf.load_gpt2, tmp_path, r"config\.json: model_type: expected 'gpt2', got ")
+    expect_one_line(tmp_path, r"config\.json: model_type: expected 'gpt2' or 'llama', got ")
 
 
 @pytest.mark.parametrize(
@@ -580,7 +577,7 @@ def test_a_field_that_is_not_a_positive_number_is_refused(field, value, tmp_path
     if field == "rope_theta":
         change_config(tmp_path, rope_parameters=None)
     change_config(tmp_path, **{field: value})
-    expect_one_line(gf.load_llama, tmp_path, rf"config\.json: {name}: expected a number above 0, got ")
+    expect_one_line(tmp_path, rf"config\.json: {name}: expected a number above 0, got ")
 
 
 @pytest.mark.parametrize(
@@ -592,7 +589,7 @@ def test_names_of_shards_are_names_of_files_beside_the_index(name, tmp_path):
     split(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"x": name}}))
-    expect_one_line(gf.load_gpt2, tmp_path, r"index\.json: (expected the name of a file|Expected `str`)")
+    expect_one_line(tmp_path, r"index\.json: (expected the name of a file|Expected `str`)")
 
 
 @pytest.mark.parametrize(
@@ -604,7 +601,7 @@ def test_damaged_json_is_named(name, content, tmp_path):
     saved(tmp_path)
     split(tmp_path)
     (tmp_path / name).write_bytes(content)
-    expect_one_line(gf.load_gpt2, tmp_path, name.replace(".", r"\."))
+    expect_one_line(tmp_path, name.replace(".", r"\."))
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "a.safetensors"])
@@ -620,7 +617,7 @@ def test_what_is_not_a_regular_file_is_refused(name, kind, tmp_path):
         file.symlink_to("/dev/zero")
     else:
         file.mkdir()
-    expect_one_line(gf.load_gpt2, tmp_path, f"{name}: is not a regular file")
+    expect_one_line(tmp_path, f"{name}: is not a regular file")
     if name == "config.json":
         with pytest.raises(ValueError, match="already exists and is not the config"):
             saved(tmp_path)
@@ -642,17 +639,17 @@ def test_a_dtype_that_parameters_do_not_have_is_named_with_its_tensor_and_file(d
     text = json.dumps(header).encode()
     file.write_bytes(struct.pack("<Q", len(text)) + text + data)
     message = rf"model\.safetensors: {name}: expected \[8, 32\] of .*, got \[8, 32\] of {dtype}"
-    expect_one_line(gf.load_gpt2, tmp_path, message)
+    expect_one_line(tmp_path, message)
 
 
 def test_names_that_are_long_or_would_break_the_line_are_shown_as_they_are_written(tmp_path):
     saved(tmp_path)
     for name in ("a" * 5000, "line\nline", "\x1b[31mred"):
         edit(tmp_path, lambda t, name=name: t.update({"transformer." + name: np.ones(3)}))
-        expect_one_line(gf.load_gpt2, tmp_path, "no parameter of this model")
+        expect_one_line(tmp_path, "no parameter of this model")
         edit(tmp_path, lambda t, name=name: t.pop("transformer." + name))
     change_config(tmp_path, **{"new\nfield": 3})
-    expect_one_line(gf.load_gpt2, tmp_path, r"'new\\nfield': not supported, got 3")
+    expect_one_line(tmp_path, r"'new\\nfield': not supported, got 3")
 
 
 BIG = gf.GPTConfig(vocab=100, context=16, n_layers=6, n_heads=2, width=64)
@@ -674,13 +671,13 @@ def test_weights_are_saved_and_loaded_one_tensor_at_a_time(scan, tmp_path):
     assert total > 15 * largest
     saving = peak(lambda: gf.save_pretrained(tmp_path / "b", dataclasses.replace(BIG, scan=scan), params))
     assert saving < 5 * largest
-    loading = peak(lambda: gf.load_gpt2(tmp_path / "b"))
+    loading = peak(lambda: gf.load_pretrained(tmp_path / "b"))
     assert loading < total + 4 * largest
     assert (
         load_file(tmp_path / "a" / "model.safetensors").keys()
         == load_file(tmp_path / "b" / "model.safetensors").keys()
     )
-    loaded = gf.load_gpt2(tmp_path / "b")[1]
+    loaded = gf.load_pretrained(tmp_path / "b")[1]
     jax.tree.map(np.testing.assert_array_equal, gf.stack_blocks(loaded) if scan else loaded, params)
 
 
@@ -698,7 +695,7 @@ def test_a_model_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch
     monkeypatch.undo()
     assert (tmp_path / "config.json").read_bytes() == written
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-    jax.tree.map(np.testing.assert_array_equal, gf.load_gpt2(tmp_path)[1], old)
+    jax.tree.map(np.testing.assert_array_equal, gf.load_pretrained(tmp_path)[1], old)
 
 
 def test_parameters_of_a_dtype_that_the_format_lacks_are_refused(tmp_path):
