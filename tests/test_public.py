@@ -168,3 +168,10 @@ def run(code):
     return subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     ).stdout
+
+
+def test_every_field_is_documented():
+    for name, value in public().items():
+        fields = getattr(value, "_fields", None) or getattr(value, "__dataclass_fields__", ())
+        for field in fields:
+            assert field.startswith("_") or re.search(rf"\b{field}\b", value.__doc__), f"{name}.{field}"

@@ -10,10 +10,17 @@ from gradfn.jaxpr.interpreter import Path, operation, params_of
 
 
 class Loop(NamedTuple):
-    """A loop around an equation: `scan`, `while`, or `shard_map` (over devices), and its length if known."""
+    """A loop around an equation.
+
+    Attributes:
+        kind: `scan`, `while`, or `shard_map` (a loop over devices).
+        depth: the index of the loop among the frames around the equation, outermost first.
+        length: the number of iterations; None if unknown.
+        reverse: whether a scan runs from the last element to the first.
+    """
 
     kind: str
-    depth: int  # which of the equation's frames it is
+    depth: int
     length: int | None
     reverse: bool
 

@@ -75,12 +75,20 @@ _RESHAPES = {*_IDENTITIES, "broadcast_in_dim", "expand_dims", "slice", "rev", "s
 class Site:
     """One named value of a program.
 
-    ``name`` is how it is asked for; ``path`` and ``index`` say which output of which equation it is.
-    ``shape`` and ``dtype`` are those of one value; ``axes`` the leading axes that loops and devices add, and
-    ``loops`` how many numbers of the path lead to each of those loops. ``source`` is ``name``, ``scope`` or
-    ``parameter``; ``kind`` the activation function that made it, if one did. ``differentiable`` is false for
-    integers and for values inside a while loop, which have no gradient. ``reaches`` says what is computed from
-    it: ``result``, only ``aux`` (the gradient is then zero), or ``nothing``.
+    Attributes:
+        name: by which it is requested.
+        path: of the equation that computes it.
+        index: of the equation's output.
+        shape: of one value.
+        dtype: of the value.
+        axes: the leading axes that loops and devices add.
+        loops: how many entries of the path lead to each of those loops.
+        source: of the name: `name` (`gf.tap`), `scope` (`jax.named_scope`) or `parameter`.
+        line: the source line, `file:line (function)`.
+        scope: its `jax.named_scope` stack.
+        kind: the activation function that computes it, or empty.
+        differentiable: false for integers and for values inside a while loop, which have no gradient.
+        reaches: what is computed from it: `result`, only `aux` (the gradient is then zero), or `nothing`.
     """
 
     name: str

@@ -22,18 +22,25 @@ HOST_STEPS, HOST_BYTES = 64, 1 << 24  # how many steps' batches the host makes a
 class Source:
     """How to make the batch of a step.
 
-    `order(epoch)` is made on the host, once in `order_steps`; `batch(arrays, order, row, key)` is traced into
-    the step. Where an order is of the whole data, it lasts an epoch.
+    Attributes:
+        batch_size: examples per batch.
+        epoch_steps: steps per epoch; None if there are no epochs.
+        order_steps: steps that one order lasts: an epoch, if it covers all data; None if there is only one order.
+        arrays: the data, passed to `batch`.
+        order: `epoch -> order`, computed on the host.
+        batch: `(arrays, order, row, key) -> batch`, traced into the step.
+        tokens: per sequence, if the examples are sequences of tokens.
+        first: the batch of step 0, if the host makes the batches.
     """
 
     batch_size: int
-    epoch_steps: int | None  # None: there are no epochs
-    order_steps: int | None  # None: there is one order for ever
+    epoch_steps: int | None
+    order_steps: int | None
     arrays: Any
     order: Callable[[int], Any]
     batch: Callable[[Any, Any, jax.Array, jax.Array], Any]
-    tokens: int | None = None  # in a sequence, where the examples are sequences of tokens
-    first: Any = None  # the batch of step 0, where the host makes them
+    tokens: int | None = None
+    first: Any = None
 
     @property
     def content(self) -> Any:

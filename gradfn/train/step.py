@@ -17,17 +17,23 @@ from gradfn.train.model import Graph, Rest, batch_loss, carry, strong, take_apar
 
 
 class TrainState(NamedTuple):
-    """All that training carries from step to step, as one pytree of arrays.
+    """Everything that training carries from step to step, as one pytree of arrays.
 
-    `params` holds what is trained, None elsewhere; where all is, it is the model itself. `model` is always that.
+    Attributes:
+        params: the trained arrays in the model's tree, None elsewhere; the model itself if all of it is trained.
+        opt_state: the state of the optimizer.
+        step: int32 scalar, the number of steps taken.
+        key: a typed random key; each step folds its number into it.
+        model_state: what the loss returns as `aux["state"]`; of an NNX module, everything that is not a Param.
+        rest: the part of the model that is neither trained nor carried (static).
     """
 
     params: Any
     opt_state: Any
-    step: jax.Array  # int32 scalar: steps taken
-    key: jax.Array  # a typed key; each step folds its number in
-    model_state: Any = None  # what the loss returns as aux["state"]; of an NNX module what is not a Param
-    rest: Rest | Graph | None = None  # what of the model is neither trained nor carried
+    step: jax.Array
+    key: jax.Array
+    model_state: Any = None
+    rest: Rest | Graph | None = None
 
     @property
     def model(self) -> Any:
