@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradfn.jaxpr import Place, Program, Site, find_sites, interpret, select, trace_as_written, walk
+from gradfn.jaxpr import Equation, Program, Site, find_sites, interpret, select, trace_as_written
 from gradfn.jaxpr.interpreter import Evaluate
 
 # None: the function's one number. Else an index into its answer (an int, a tuple, slices and ... in it), or a
@@ -63,21 +63,23 @@ def entry(f: Callable, at: str | None, params: Any, x: Any, rest: Sequence[Any],
             lambda other: f(params, other, *rest),
         )
     program = trace_as_written(f, params, x, *rest)
-    site, place = _one_site(program, at, what)
+    site, equation = _one_site(program, at, what)
     if not site.differentiable:
         raise ValueError(f"{what}: site {at!r} ({site.dtype}{list(site.shape)}) has no gradient")
     if site.reaches != "result":
         raise ValueError(f"{what}: the score is not computed from site {at!r} ({site.line})")
 
     def run(token: Any, change: Callable) -> tuple[jax.Array, jax.Array]:
-        def visit(_: Place, evaluate: Evaluate, inputs: Sequence[Any], token: Any) -> tuple[list[Any], Any]:
+        def visit(
+            _: Equation, evaluate: Evaluate, inputs: Sequence[Any], token: Any
+        ) -> tuple[list[Any], Any]:
             outs = evaluate(inputs)
             old = outs[site.index]
             outs[site.index] = change(old, token)
             return outs, old
 
         outs, captures = interpret(
-            program.jaxpr, visit, {site.path: place}, program.inputs, {site.path: token}
+            program.jaxpr, visit, {site.path: equation}, program.inputs, {site.path: token}
         )
         return program.rebuild(outs), captures[site.path]
 
@@ -123,24 +125,24 @@ def _checked(index: Any, shape: tuple[int, ...], what: str) -> Any:
     return index
 
 
-def _one_site(program: Program, name: str, what: str) -> tuple[Site, Place]:
+def _one_site(program: Program, name: str, what: str) -> tuple[Site, Equation]:
     chosen = select(find_sites(program), name, what)
     if len(chosen) > 1:
         names = ", ".join(site.name for site in chosen)
         raise ValueError(f"{what}: {name!r} stands for {len(chosen)} sites, and one is wanted: {names}")
     (site,) = chosen
-    return site, next(place for place in walk(program.jaxpr) if place.path == site.path)
+    return site, program.equations()[site.path]
 
 
 def _site_value(f: Callable, name: str, args: Sequence[Any], what: str) -> jax.Array:
     program = trace_as_written(f, *args)
-    site, place = _one_site(program, name, what)
+    site, equation = _one_site(program, name, what)
 
-    def visit(_: Place, evaluate: Evaluate, inputs: Sequence[Any], token: Any) -> tuple[list[Any], Any]:
+    def visit(_: Equation, evaluate: Evaluate, inputs: Sequence[Any], token: Any) -> tuple[list[Any], Any]:
         outs = evaluate(inputs)
         return outs, outs[site.index]
 
-    _, captures = interpret(program.jaxpr, visit, {site.path: place}, program.inputs)
+    _, captures = interpret(program.jaxpr, visit, {site.path: equation}, program.inputs)
     return captures[site.path]
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from gradfn.core.precision import widen
 from gradfn.inspection.where import around, line_of, operation_of
-from gradfn.jaxpr import Program, trace, trace_as_written, walk
+from gradfn.jaxpr import Program, trace, trace_as_written
 from gradfn.per_example.plan import sum_of
 
 
@@ -106,7 +106,8 @@ def _forward(f: Callable, x: Any, v: Any) -> Any:
 
 def _runs(program: Program) -> bool:
     """Tell whether a derivative in forward mode runs; jax traces that of a `custom_vjp`, and fails at running it."""
-    return all(place.eqn.primitive.name != "custom_lin" for place in walk(program.jaxpr, enter_custom=True))
+    equations = program.equations(enter_custom=True).values()
+    return all(equation.eqn.primitive.name != "custom_lin" for equation in equations)
 
 
 def _twice(f: Callable, x: Any, v: Any, what: str, of: Callable | None = None) -> Any:
@@ -125,7 +126,9 @@ def _twice(f: Callable, x: Any, v: Any, what: str, of: Callable | None = None) -
 
 def _backward_only(f: Callable, x: Any) -> list[str]:
     """Return the functions with `jax.custom_vjp` that a function calls, each with its line."""
-    places = {place.path: place for place in walk(trace_as_written(f, x).jaxpr)}
-    found = [place for place in places.values() if place.eqn.primitive.name == "custom_vjp_call"]
-    lines = (f"{operation_of(place).split()[-1]} ({line_of(around(place, places))})" for place in found)
+    equations = trace_as_written(f, x).equations()
+    found = [equation for equation in equations.values() if equation.eqn.primitive.name == "custom_vjp_call"]
+    lines = (
+        f"{operation_of(equation).split()[-1]} ({line_of(around(equation, equations))})" for equation in found
+    )
     return list(dict.fromkeys(lines)) or ["a function with jax.custom_vjp"]

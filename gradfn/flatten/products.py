@@ -17,7 +17,7 @@ import jax
 from jax.extend import source_info_util
 
 from gradfn.flatten.rows import Value, in_rows, row_equations, spec_of, values_of
-from gradfn.jaxpr.interpreter import Evaluate, Path, Place, interpret, walk
+from gradfn.jaxpr.interpreter import Equation, Evaluate, Path, interpret
 from gradfn.jaxpr.program import as_written, trace
 
 
@@ -54,20 +54,22 @@ def flat_products(f: Callable) -> Callable:
         if concrete or as_written.value:
             return f(*args, **kwargs)
         program = trace(f, *args, **kwargs)
-        places = {place.path: place for place in walk(program.jaxpr)}
-        eqns = {path: place.eqn for path, place in places.items()}
+        equations = program.equations()
+        eqns = {path: equation.eqn for path, equation in equations.items()}
         products = {path for path, eqn in eqns.items() if _flattens(eqn)}
         rows = row_equations(eqns, (start for path in products for start in _starts(path, eqns[path])))
 
-        def visit(place: Place, evaluate: Evaluate, inputs: Sequence[Any], token: Any) -> tuple[Any, None]:
-            eqn: Any = place.eqn
+        def visit(
+            equation: Equation, evaluate: Evaluate, inputs: Sequence[Any], token: Any
+        ) -> tuple[Any, None]:
+            eqn: Any = equation.eqn
             source = eqn.source_info
             with source_info_util.user_context(source.traceback, name_stack=source.name_stack):
-                n = rows.get(place.path)
+                n = rows.get(equation.path)
                 y = _product(eqn, inputs) if n is None else in_rows(eqn, inputs, n)
                 return [y.reshape(eqn.outvars[0].aval.shape)], None
 
-        chosen = {path: places[path] for path in (*products, *rows)}
+        chosen = {path: equations[path] for path in (*products, *rows)}
         outs, _ = interpret(program.jaxpr, visit, chosen, program.inputs)
         return program.rebuild(outs)
 

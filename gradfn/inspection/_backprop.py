@@ -30,7 +30,7 @@ from gradfn.inspection.where import (
     operation_of,
     order_key,
 )
-from gradfn.jaxpr import Place, Program, interpret, probe, trace_as_written, walk
+from gradfn.jaxpr import Equation, Program, interpret, probe, trace_as_written
 from gradfn.jaxpr.interpreter import Evaluate, Path, bodies, scan_split
 from gradfn.jaxpr.program import by_position
 from gradfn.jaxpr.varying import zeros
@@ -257,20 +257,20 @@ def backprop(f: Callable, *, keep: bool = False) -> Callable[..., Backward]:
         of = scalar(f, args, kwargs, range(len(args)), "backprop")
         program = trace_as_written(checked, *args, **kwargs)
         names = [name for name, i in zip(of.names, of.numbers, strict=True) if program.is_array[i]]
-        if any(hasattr(v.aval, "inner_aval") for place in walk(program.jaxpr) for v in place.eqn.outvars):
+        equations = program.equations()
+        if any(hasattr(v.aval, "inner_aval") for e in equations.values() for v in e.eqn.outvars):
             raise TypeError(
                 "backprop: expected a function without mutable arrays, got one with jax.new_ref: what is written into "
                 "an array has no place in a list of equations. gf.inspect and gf.nan_origin can show it"
             )
         infos = active_equations(program, names)
-        places = {place.path: place for place in walk(program.jaxpr)}
-        chosen = {info.path: (places[info.path], info) for info in infos}
+        chosen = {info.path: (equations[info.path], info) for info in infos}
         summary = _with_value if keep else _norm
 
         def visit(
-            place: Place, evaluate: Evaluate, inputs: Sequence[Any], token: Any
+            equation: Equation, evaluate: Evaluate, inputs: Sequence[Any], token: Any
         ) -> tuple[list[Any], None]:
-            info, inputs = chosen[place.path][1], list(inputs)
+            info, inputs = chosen[equation.path][1], list(inputs)
             for (i, *_), t in zip(info.operands, token["operands"], strict=True):
                 inputs[i] = probe(summary, inputs[i], t)
             outs = evaluate(inputs)
@@ -279,11 +279,11 @@ def backprop(f: Callable, *, keep: bool = False) -> Callable[..., Backward]:
             return outs, None
 
         def value_of(tokens: Mapping[Path, Any]) -> tuple[Any, Any]:
-            only = {path: place for path, (place, _) in chosen.items()}
+            only = {path: equation for path, (equation, _) in chosen.items()}
             outs, _ = interpret(program.jaxpr, visit, only, program.inputs, tokens)
             return program.rebuild(outs)
 
-        tokens = {info.path: _tokens(info, places[info.path].eqn, summary) for info in infos}
+        tokens = {info.path: _tokens(info, equations[info.path].eqn, summary) for info in infos}
         (value, aux), seen = jax.value_and_grad(value_of, has_aux=True)(tokens)
         return Backward(value, aux, tuple(seen[info.path] for info in infos), infos)
 
@@ -326,29 +326,32 @@ def active_equations(program: Program, names: Sequence[str]) -> tuple[_Info, ...
     ]
     known: dict[Path, list[_Label]] = {}
     _follow(program.jaxpr.jaxpr, labels, (), known)
-    places = {place.path: place for place in walk(program.jaxpr)}
+    equations = program.equations()
     pairs = zip(program.owners, labels, strict=True)
     parameters = frozenset(label for owner, label in pairs if owner == 0 and label is not None)
-    return tuple(_info(places[path], places, known[path], parameters) for path in sorted(known))
+    return tuple(_info(equations[path], equations, known[path], parameters) for path in sorted(known))
 
 
 def _info(
-    place: Place, places: Mapping[Path, Place], labels: Sequence["_Label"], parameters: frozenset[str]
+    equation: Equation,
+    equations: Mapping[Path, Equation],
+    labels: Sequence["_Label"],
+    parameters: frozenset[str],
 ) -> _Info:
-    containers = around(place, places)
+    containers = around(equation, equations)
 
     def described(i: int, v: Any) -> tuple[int, tuple[int, ...], str]:
         return i, tuple(v.aval.shape), str(v.aval.dtype)
 
-    operands = zip(place.eqn.invars, labels, strict=True)
+    operands = zip(equation.eqn.invars, labels, strict=True)
     return _Info(
-        path=place.path,
-        operation=operation_of(place),
+        path=equation.path,
+        operation=operation_of(equation),
         line=line_of(containers),
-        scope=place.scope,
+        scope=equation.scope,
         within=function_around(containers[1:]),
-        loops=loops_around(place, places),
-        results=tuple(described(i, v) for i, v in enumerate(place.eqn.outvars) if _is_float(v)),
+        loops=loops_around(equation, equations),
+        results=tuple(described(i, v) for i, v in enumerate(equation.eqn.outvars) if _is_float(v)),
         operands=tuple((*described(i, v), name) for i, (v, name) in enumerate(operands) if name is not None),
         parameters=parameters,
     )

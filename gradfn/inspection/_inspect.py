@@ -16,7 +16,7 @@ from gradfn.flatten import flat_products
 from gradfn.inspection import flow
 from gradfn.inspection.summaries import DEFAULT_STATS, STATS, Stats, summarize
 from gradfn.jaxpr import (
-    Place,
+    Equation,
     Program,
     Site,
     find_sites,
@@ -25,7 +25,6 @@ from gradfn.jaxpr import (
     probe,
     select,
     trace_as_written,
-    walk,
 )
 from gradfn.jaxpr.interpreter import Evaluate, Path
 from gradfn.jaxpr.program import hide_objects, params_first, show_objects, takes_keyword
@@ -300,9 +299,11 @@ def _look(
     raw = {site.name for site in kept}
     backward = {site.name: _backward(site, stats, site.name in raw) for site in chosen if site.differentiable}
 
-    def visit(place: Place, evaluate: Evaluate, inputs: Sequence[Any], token: Any) -> tuple[list[Any], Any]:
+    def visit(
+        equation: Equation, evaluate: Evaluate, inputs: Sequence[Any], token: Any
+    ) -> tuple[list[Any], Any]:
         outs, capture = evaluate(inputs), {}
-        for site in by_path[place.path]:
+        for site in by_path[equation.path]:
             x = outs[site.index]
             seen = lax.stop_gradient(x) if still else x
             capture[site.name] = {"stats": summarize(seen, stats, site.kind)} | (
@@ -316,17 +317,17 @@ def _look(
         full = list(inputs)
         for i, leaf in zip(grown, leaves, strict=True):
             full[i] = leaf
-        outs, captures = interpret(program.jaxpr, visit, places if looking else {}, full, tokens)
+        outs, captures = interpret(program.jaxpr, visit, equations if looking else {}, full, tokens)
         out = program.rebuild(outs)
         value, aux = out if _has_aux(program) else (out, None)
         return value, (hide_objects(aux), captures)
 
     # A loss whose products were flattened is looked at as it was written, and runs as it would without us.
     run_it = flat_products(run) if flat else run
-    places = {place.path: place for place in walk(program.jaxpr) if place.path in by_path}
+    equations = program.equations(by_path)
     tokens = {
         path: {
-            site.name: _token(site, backward[site.name], places[path].eqn.outvars[site.index].aval)
+            site.name: _token(site, backward[site.name], equations[path].eqn.outvars[site.index].aval)
             for site in group
             if site.differentiable
         }

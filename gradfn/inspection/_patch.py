@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gradfn.jaxpr import Place, Site, find_sites, interpret, select, trace_as_written, walk
+from gradfn.jaxpr import Equation, Site, find_sites, interpret, select, trace_as_written
 from gradfn.jaxpr.interpreter import Evaluate
 from gradfn.jaxpr.varying import as_varying, varying_axes
 
@@ -62,16 +62,16 @@ def patch(f: Callable, edits: Mapping[str, Any]) -> Callable:
         }
 
         def visit(
-            place: Place, evaluate: Evaluate, inputs: Sequence[Any], token: list[Any]
+            equation: Equation, evaluate: Evaluate, inputs: Sequence[Any], token: list[Any]
         ) -> tuple[list[Any], None]:
             outs = evaluate(inputs)
-            for (site, edit), value in zip(at[place.path], token, strict=True):
+            for (site, edit), value in zip(at[equation.path], token, strict=True):
                 old = outs[site.index]
                 outs[site.index] = _fitted(site, edit(old) if callable(edit) else value, old)
             return outs, None
 
-        places = {place.path: place for place in walk(program.jaxpr) if place.path in at}
-        outs, _ = interpret(program.jaxpr, visit, places, program.inputs, tokens)
+        equations = program.equations(at)
+        outs, _ = interpret(program.jaxpr, visit, equations, program.inputs, tokens)
         return program.rebuild(outs)
 
     return patched

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gradfn.display import TextTable
-from gradfn.jaxpr import Program, Site, find_sites, trace_as_written, walk
+from gradfn.jaxpr import Program, Site, find_sites, trace_as_written
 from gradfn.jaxpr.interpreter import bodies
 
 
@@ -84,13 +84,13 @@ def sites(f: Callable) -> Callable[..., SiteList]:
 
 
 def _notes(found: list[Site], program: Program) -> list[str]:
-    places = {place.path: place for place in walk(program.jaxpr)}
+    equations = program.equations()
     opaque = [
         site.name
         for site in found
         if site.source == "parameter"
         and not site.kind
-        and bodies(places[site.path].eqn, enter_custom=True)[0] == "custom"
+        and bodies(equations[site.path].eqn, enter_custom=True)[0] == "custom"
     ]
     notes = {
         "a function with its own derivative rule; the values inside it are not sites": opaque,

@@ -35,7 +35,7 @@ from gradfn.inspection.where import (
     order_key,
     turn_text,
 )
-from gradfn.jaxpr import Place, Program, interpret, trace_as_written, walk
+from gradfn.jaxpr import Equation, Program, interpret, trace_as_written
 from gradfn.jaxpr.interpreter import Evaluate, Path, bodies, operation
 from gradfn.jaxpr.program import by_position, params_first
 from gradfn.jaxpr.varying import any_device, zeros
@@ -333,12 +333,12 @@ _PASSIVE = frozenset(
 
 def _spots(program: Program) -> dict[Path, Spot]:
     """Return every equation that may make a NaN or an infinity, down to the insides of all containers."""
-    places = {place.path: place for place in walk(program.jaxpr, enter_custom=True)}
-    made_by = {v: p.eqn.primitive.name for p in places.values() for v in p.eqn.outvars}
+    equations = program.equations(enter_custom=True)
+    made_by = {v: p.eqn.primitive.name for p in equations.values() for v in p.eqn.outvars}
     given: set[Any] = set()  # variables that hold nothing but what is written in the program, non-finite
     spots = {}
-    for place in places.values():
-        eqn = place.eqn
+    for equation in equations.values():
+        eqn = equation.eqn
         is_given = [v in given if not isinstance(v, Literal) else _is_nonfinite(v) for v in eqn.invars]
         _, inner = bodies(eqn, enter_custom=True)
         for (
@@ -356,7 +356,7 @@ def _spots(program: Program) -> dict[Path, Spot]:
             continue
         if operation(eqn) in _PASSIVE and not any(is_given):
             continue
-        spots[place.path] = _spot(place, places, made_by, tuple(is_given))
+        spots[equation.path] = _spot(equation, equations, made_by, tuple(is_given))
     return spots
 
 
@@ -365,25 +365,28 @@ def _is_nonfinite(literal: Any) -> bool:
 
 
 def _spot(
-    place: Place, places: Mapping[Path, Place], made_by: Mapping[Any, str], written: tuple[bool, ...]
+    equation: Equation,
+    equations: Mapping[Path, Equation],
+    made_by: Mapping[Any, str],
+    written: tuple[bool, ...],
 ) -> Spot:
-    containers = around(place, places)
+    containers = around(equation, equations)
     stacks = [str(p.eqn.source_info.name_stack) for p in containers]
     phase = "backward" if any("transpose(" in stack for stack in stacks) else "forward"
     if any("rematted_computation" in stack for stack in stacks):
         phase = "recomputed"
-    operands: list[Any] = place.eqn.invars
+    operands: list[Any] = equation.eqn.invars
     # jax has d sqrt(x) = 0.5 / sqrt(x).
-    halves = place.eqn.primitive.name == "div" and getattr(operands[0], "val", None) == 0.5
+    halves = equation.eqn.primitive.name == "div" and getattr(operands[0], "val", None) == 0.5
     return Spot(
-        path=place.path,
-        operation=operation_of(place),
+        path=equation.path,
+        operation=operation_of(equation),
         within=function_around(containers[1:]),
         phase=phase,
-        scope=re.sub(r"/?rematted_computation", "", place.scope).removeprefix("/"),
+        scope=re.sub(r"/?rematted_computation", "", equation.scope).removeprefix("/"),
         line=line_of(containers),
-        loops=loops_around(place, places),
-        dtype=next(str(dtype_of(v)) for v in place.eqn.outvars if _is_inexact(v)),
+        loops=loops_around(equation, equations),
+        dtype=next(str(dtype_of(v)) for v in equation.eqn.outvars if _is_inexact(v)),
         slope_of=made_by.get(operands[1], "") if halves else "",
         written=written,
     )
@@ -462,21 +465,21 @@ def _look(program: Program, spots: Mapping[Path, Spot], inputs: Sequence[Any]) -
         return found
 
     def visit(
-        place: Place, evaluate: Evaluate, inputs: Sequence[Any], token: None
+        equation: Equation, evaluate: Evaluate, inputs: Sequence[Any], token: None
     ) -> tuple[list[Any], jax.Array]:
         outs = evaluate(inputs)
         none = _worst_of([])  # sums again: NaN and infinity survive them
-        written = spots[place.path].written
+        written = spots[equation.path].written
         before: list[list[Any]] = [[], []]  # computed operands, those written in the program
-        for v, x, is_written in zip(place.eqn.invars, inputs, written, strict=True):
+        for v, x, is_written in zip(equation.eqn.invars, inputs, written, strict=True):
             if _is_inexact(v):
                 before[is_written].append(worst(x))
-        after = [worst(x, True) for v, x in zip(place.eqn.outvars, outs, strict=True) if _is_inexact(v)]
+        after = [worst(x, True) for v, x in zip(equation.eqn.outvars, outs, strict=True) if _is_inexact(v)]
         seen = jnp.stack([sum(after, none), sum(before[False], none), sum(before[True], none)])
-        return outs, _runs(seen) if place.in_while else seen
+        return outs, _runs(seen) if equation.in_while else seen
 
-    places = {place.path: place for place in walk(program.jaxpr, enter_custom=True) if place.path in spots}
-    outs, captures = interpret(program.jaxpr, visit, places, inputs, merge=_merge_runs)
+    equations = program.equations(spots, enter_custom=True)
+    outs, captures = interpret(program.jaxpr, visit, equations, inputs, merge=_merge_runs)
     return _first_of_all(captures, list(spots.values())), outs
 
 
@@ -622,23 +625,23 @@ def _event(
 
 def _details(program: Program, kind: str, spot: Spot, turns: tuple[int, ...]) -> _Details:
     """Run the program once more, to see the operands of one equation in one iteration."""
-    place = next(p for p in walk(program.jaxpr, enter_custom=True) if p.path == spot.path)
-    outs: list[Any] = [v for v in place.eqn.outvars if _is_inexact(v)]
-    operands: list[Any] = [v for v in place.eqn.invars if _is_inexact(v)]
+    equation = program.equations([spot.path], enter_custom=True)[spot.path]
+    outs: list[Any] = [v for v in equation.eqn.outvars if _is_inexact(v)]
+    operands: list[Any] = [v for v in equation.eqn.invars if _is_inexact(v)]
     shape: tuple[int, ...] = tuple(outs[0].aval.shape)
-    pointwise = len(place.eqn.outvars) == 1 and spot.operation in ELEMENTWISE
+    pointwise = len(equation.eqn.outvars) == 1 and spot.operation in ELEMENTWISE
     is_bad = jnp.isnan if kind == "nan" else jnp.isinf
 
     def visit(
-        place: Place, evaluate: Evaluate, inputs: Sequence[Any], token: None
+        equation: Equation, evaluate: Evaluate, inputs: Sequence[Any], token: None
     ) -> tuple[list[Any], jax.Array]:
         results = evaluate(inputs)
-        known = [x for v, x in zip(place.eqn.outvars, results, strict=True) if _is_inexact(v)]
+        known = [x for v, x in zip(equation.eqn.outvars, results, strict=True) if _is_inexact(v)]
         bad = is_bad(known[0]).reshape(-1)
         element = jnp.unravel_index(jnp.argmax(bad), shape) if bad.size else [jnp.zeros((), int)] * len(shape)
         found = jnp.any(jnp.stack([jnp.any(is_bad(x)) for x in known]))
         numbers = [found, *element]
-        for v, x in zip(place.eqn.invars, inputs, strict=True):
+        for v, x in zip(equation.eqn.invars, inputs, strict=True):
             if _is_inexact(v):
                 numbers += _numbers(jnp.asarray(x), element if pointwise else None)
         wide = jnp.float64 if any(x.dtype == jnp.float64 for x in known) else jnp.float32
@@ -649,7 +652,7 @@ def _details(program: Program, kind: str, spot: Spot, turns: tuple[int, ...]) ->
 
     @jax.jit
     def run(inputs: Sequence[Any]) -> jax.Array:
-        _, captures = interpret(program.jaxpr, visit, {spot.path: place}, inputs, merge=keep_first)
+        _, captures = interpret(program.jaxpr, visit, {spot.path: equation}, inputs, merge=keep_first)
         return captures[spot.path]
 
     index = tuple(turn for loop, turn in zip(spot.loops, turns, strict=True) if loop.length is not None)

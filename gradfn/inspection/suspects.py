@@ -11,7 +11,7 @@ import numpy as np
 from gradfn.inspection._backprop import active_equations
 from gradfn.inspection.scalar import Scalar
 from gradfn.inspection.where import around, line_of, operation_of
-from gradfn.jaxpr import Place, Program, interpret, trace_as_written, walk
+from gradfn.jaxpr import Equation, Program, interpret, trace_as_written
 from gradfn.jaxpr.interpreter import Evaluate, Path, bodies
 
 _LIFTED = ("stop_gradient", "custom_jvp_call", "custom_vjp_call")
@@ -33,28 +33,36 @@ def suspects(of: Scalar, i: int, is_right: Callable[[np.ndarray], bool]) -> str:
     program = trace_as_written(
         lambda leaf: of.call([*of.leaves[:i], leaf, *of.leaves[i + 1 :]])[0], of.leaves[i]
     )
-    places = {place.path: place for place in walk(program.jaxpr)}
-    lifted = {path: place for path, place in places.items() if place.eqn.primitive.name in _LIFTED}
+    equations = program.equations()
+    lifted = {
+        path: equation for path, equation in equations.items() if equation.eqn.primitive.name in _LIFTED
+    }
     plain = _gradient(program, {})
-    stops = {path: place for path, place in lifted.items() if place.eqn.primitive.name == "stop_gradient"}
+    stops = {
+        path: equation for path, equation in lifted.items() if equation.eqn.primitive.name == "stop_gradient"
+    }
     for some in (stops, lifted):
         if some and is_right(_gradient(program, some)):
             alone = list(some.items())[:MOST]
-            guilty = [place for path, place in alone if _differs(_gradient(program, {path: place}), plain)]
-            return "; ".join(dict.fromkeys(_named(place, places) for place in guilty or some.values()))
+            guilty = [
+                equation for path, equation in alone if _differs(_gradient(program, {path: equation}), plain)
+            ]
+            return "; ".join(
+                dict.fromkeys(_named(equation, equations) for equation in guilty or some.values())
+            )
     if not plain.any():
         flat = [e for e in active_equations(program, [of.names[i]]) if e.operation in _FLAT]
         return "; ".join(dict.fromkeys(f"the gradient of {e.operation} is zero, at {e.line}" for e in flat))
     return ""
 
 
-def _gradient(program: Program, lifted: Mapping[Path, Place]) -> np.ndarray:
+def _gradient(program: Program, lifted: Mapping[Path, Equation]) -> np.ndarray:
     """Return the gradient with some equations lifted; NaN where what a function is made of has none."""
 
     def visit(
-        place: Place, evaluate: Evaluate, inputs: Sequence[Any], token: Any
+        equation: Equation, evaluate: Evaluate, inputs: Sequence[Any], token: Any
     ) -> tuple[Sequence[Any], None]:
-        _, inner = bodies(place.eqn, enter_custom=True)
+        _, inner = bodies(equation.eqn, enter_custom=True)
         if not inner:
             return inputs, None
         body, consts = inner[0]
@@ -76,8 +84,8 @@ def _differs(a: np.ndarray, b: np.ndarray) -> bool:
     )
 
 
-def _named(place: Place, places: Mapping[Path, Place]) -> str:
-    line = line_of(around(place, places))
-    if place.eqn.primitive.name == "stop_gradient":
+def _named(equation: Equation, equations: Mapping[Path, Equation]) -> str:
+    line = line_of(around(equation, equations))
+    if equation.eqn.primitive.name == "stop_gradient":
         return f"stop_gradient, at {line}"
-    return f"the rule of {operation_of(place)} is not its derivative, at {line}"
+    return f"the rule of {operation_of(equation)} is not its derivative, at {line}"

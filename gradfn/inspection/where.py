@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gradfn.jaxpr import Place
+from gradfn.jaxpr import Equation
 from gradfn.jaxpr.interpreter import Path, operation, params_of
 
 
@@ -25,11 +25,11 @@ class Loop(NamedTuple):
     reverse: bool
 
 
-def loops_around(place: Place, places: Mapping[Path, Place]) -> tuple[Loop, ...]:
+def loops_around(equation: Equation, equations: Mapping[Path, Equation]) -> tuple[Loop, ...]:
     """Return the loops around an equation, outermost first."""
     return tuple(
-        Loop(frame.kind, depth, frame.length, bool(places[frame.path].eqn.params.get("reverse", False)))
-        for depth, frame in enumerate(place.frames)
+        Loop(frame.kind, depth, frame.length, bool(equations[frame.path].eqn.params.get("reverse", False)))
+        for depth, frame in enumerate(equation.frames)
         if frame.length is not None or frame.kind == "while"
     )
 
@@ -60,37 +60,37 @@ def in_order(loop: Loop, i: int) -> int:
     return loop.length - 1 - i if loop.reverse and loop.length is not None else i
 
 
-def around(place: Place, places: Mapping[Path, Place]) -> list[Place]:
+def around(equation: Equation, equations: Mapping[Path, Equation]) -> list[Equation]:
     """Return an equation and the containers around it, innermost first."""
-    return [place] + [places[frame.path] for frame in reversed(place.frames)]
+    return [equation] + [equations[frame.path] for frame in reversed(equation.frames)]
 
 
-def line_of(places: Sequence[Place]) -> str:
+def line_of(equations: Sequence[Equation]) -> str:
     """Return the innermost line that is the user's own: the insides of library functions have none."""
-    return next((p.line for p in places if p.eqn.source_info.traceback and ":" in p.line), "")
+    return next((p.line for p in equations if p.eqn.source_info.traceback and ":" in p.line), "")
 
 
-def operation_of(place: Place) -> str:
+def operation_of(equation: Equation) -> str:
     """Return an operation's name; with the name of the function of a custom derivative, or of a `gf.tap`."""
-    name = operation(place.eqn)
+    name = operation(equation.eqn)
     if name in ("custom_jvp_call", "custom_vjp_call"):
-        return f"{name.removesuffix('_call')} {_custom_name(place)}"
-    return f"name {params_of(place.eqn)['name']}" if name == "name" else name
+        return f"{name.removesuffix('_call')} {_custom_name(equation)}"
+    return f"name {params_of(equation.eqn)['name']}" if name == "name" else name
 
 
-def function_around(containers: Sequence[Place]) -> str:
+def function_around(containers: Sequence[Equation]) -> str:
     """Return the name of the nearest named function around: those of libraries hide their own lines."""
-    for place in containers:
-        if place.eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
-            return _custom_name(place)
-        name = str(place.eqn.params.get("name", ""))
+    for equation in containers:
+        if equation.eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
+            return _custom_name(equation)
+        name = str(equation.eqn.params.get("name", ""))
         if name and not name.startswith("<"):
             return name.removeprefix("_")
     return ""
 
 
-def _custom_name(place: Place) -> str:
-    return str(place.eqn.params["call_jaxpr"].debug_info.func_src_info).split(" ")[0]
+def _custom_name(equation: Equation) -> str:
+    return str(equation.eqn.params["call_jaxpr"].debug_info.func_src_info).split(" ")[0]
 
 
 def dtype_of(atom: Any) -> Any:

@@ -17,7 +17,7 @@ from gradfn.jaxpr.varying import zeros
 
 Path = tuple[int, ...]
 Evaluate = Callable[[Sequence[Any]], list[Any]]
-Visitor = Callable[["Place", Evaluate, Sequence[Any], Any], tuple[Sequence[Any], Any]]
+Visitor = Callable[["Equation", Evaluate, Sequence[Any], Any], tuple[Sequence[Any], Any]]
 
 # Primitives of jit and remat have been renamed over the versions, so they are asked for, not spelled out.
 _CALLS = {primitives.jit_p.name, primitives.call_p.name, primitives.closed_call_p.name}
@@ -36,7 +36,7 @@ class Frame(NamedTuple):
     length: int | None = None
 
 
-class Place:
+class Equation:
     """One equation of a program, and where it stands.
 
     ``path`` names it: its number in the outermost jaxpr, then, for each container on the way in, the number
@@ -64,7 +64,7 @@ class Place:
         return any(f.kind == "while" for f in self.frames)
 
     def __repr__(self) -> str:
-        return f"Place({self.path}, {self.eqn.primitive.name}, scope={self.scope!r}, line={self.line!r})"
+        return f"Equation({self.path}, {self.eqn.primitive.name}, scope={self.scope!r}, line={self.line!r})"
 
 
 def scope_of(eqn: JaxprEqn, outer: str = "") -> str:
@@ -135,22 +135,22 @@ def _frame(kind: str, path: Path, eqn: JaxprEqn) -> Frame:
     return Frame(kind, path)
 
 
-def walk(closed: ClosedJaxpr, enter_custom: bool = False) -> Iterator[Place]:
+def walk(closed: ClosedJaxpr, enter_custom: bool = False) -> Iterator[Equation]:
     """Yield every equation of a program in the order of the program, a container before what it contains.
 
-    With ``enter_custom`` the insides of ``custom_jvp`` and ``custom_vjp`` functions are places too; visiting
+    With ``enter_custom`` the insides of ``custom_jvp`` and ``custom_vjp`` functions are listed too; visiting
     one replaces the function's own derivative rule by that of its body, so ask for it only if nothing is
     differentiated afterwards.
     """
 
-    def inside(jaxpr: Jaxpr, prefix: Path, frames: tuple[Frame, ...], outer: str) -> Iterator[Place]:
+    def inside(jaxpr: Jaxpr, prefix: Path, frames: tuple[Frame, ...], outer: str) -> Iterator[Equation]:
         for i, eqn in enumerate(jaxpr.eqns):
-            place = Place((*prefix, i), eqn, frames, scope_of(eqn, outer))
-            yield place
+            equation = Equation((*prefix, i), eqn, frames, scope_of(eqn, outer))
+            yield equation
             kind, inner = bodies(eqn, enter_custom)
             for k, (body, _) in enumerate(inner):
-                frame = _frame(kind, place.path, eqn)
-                yield from inside(body, (*place.path, k), (*frames, frame), place.scope)
+                frame = _frame(kind, equation.path, eqn)
+                yield from inside(body, (*equation.path, k), (*frames, frame), equation.scope)
 
     yield from inside(closed.jaxpr, (), (), "")
 
@@ -173,7 +173,7 @@ def _empty() -> Jaxpr:
 
 class _Run(NamedTuple):
     visit: Visitor
-    places: Mapping[Path, Place]
+    equations: Mapping[Path, Equation]
     containers: frozenset[Path]
     merge: Callable[[Any, Any], Any]
 
@@ -181,28 +181,28 @@ class _Run(NamedTuple):
 def interpret(
     closed: ClosedJaxpr,
     visit: Visitor,
-    places: Mapping[Path, Place],
+    equations: Mapping[Path, Equation],
     args: Sequence[Any],
     tokens: Mapping[Path, Any] | None = None,
     merge: Callable[[Any, Any], Any] = lambda old, new: new,
 ) -> tuple[list[Any], dict[Path, Any]]:
-    """Run a program with ``visit`` in the place of the chosen equations.
+    """Run a program with ``visit`` instead of the chosen equations.
 
     Args:
         closed: the program.
-        visit: ``(place, evaluate, inputs, token) -> (outputs, capture)``; the token is None where none was
+        visit: ``(equation, evaluate, inputs, token) -> (outputs, capture)``; the token is None where none was
             given.
-        places: the chosen equations by path, out of ``walk``.
+        equations: the chosen equations by path, from ``Program.equations``.
         args: the program's inputs, flat.
-        tokens: a pytree per path, each array with the place's ``axes`` in front.
+        tokens: a pytree per path, each array with the equation's ``axes`` in front.
         merge: how a while loop joins the captures of its iterations.
 
     Returns:
-        The program's outputs, flat, and the captures by path (places whose capture is None are left out),
-        with the place's ``axes`` in front.
+        The program's outputs, flat, and the captures by path (equations whose capture is None are left out),
+        with the equation's ``axes`` in front.
     """
-    containers = frozenset(path[:n] for path in places for n in range(1, len(path), 2))
-    run = _Run(visit, places, containers, merge)
+    containers = frozenset(path[:n] for path in equations for n in range(1, len(path), 2))
+    run = _Run(visit, equations, containers, merge)
     return _body(run, closed.jaxpr, closed.consts, (), args, dict(tokens or {}))
 
 
@@ -226,8 +226,8 @@ def _body(
             return outs
 
         inputs = [read(atom) for atom in eqn.invars]
-        if path in run.places:
-            outs, capture = run.visit(run.places[path], compute, inputs, tokens.get(path))
+        if path in run.equations:
+            outs, capture = run.visit(run.equations[path], compute, inputs, tokens.get(path))
             if capture is not None:
                 captures[path] = capture
         else:

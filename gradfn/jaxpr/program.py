@@ -3,7 +3,7 @@
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 from jax.tree_util import SequenceKey
+
+from gradfn.jaxpr.interpreter import Equation, Path, walk
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,16 @@ class Program:
         """Put flat outputs back into the tree that the function returned."""
         rest = iter(outs)
         return jax.tree.unflatten(self.out_tree, [next(rest) if x is None else x for x in self.objects])
+
+    def equations(
+        self, paths: Container[Path] | None = None, *, enter_custom: bool = False
+    ) -> dict[Path, Equation]:
+        """Return the equations by path, nested ones included: all of them, or those at some paths."""
+        return {
+            equation.path: equation
+            for equation in walk(self.jaxpr, enter_custom)
+            if paths is None or equation.path in paths
+        }
 
     def like_arguments(self, values: Sequence[Any]) -> tuple[Any, ...]:
         """Shape one value per input like the positional arguments; None for leaves that are no arrays."""
@@ -67,8 +79,8 @@ def traced_leaves(tree: Any) -> list[bool]:
     Python's integers, booleans, strings and functions are configuration everywhere.
     """
     leaves, structure = jax.tree.flatten(tree)
-    places = zip(leaves, _in_objects(structure), strict=True)
-    return [is_array(leaf) and (hasattr(leaf, "dtype") or not in_object) for leaf, in_object in places]
+    pairs = zip(leaves, _in_objects(structure), strict=True)
+    return [is_array(leaf) and (hasattr(leaf, "dtype") or not in_object) for leaf, in_object in pairs]
 
 
 def _in_objects(structure: Any) -> list[bool]:

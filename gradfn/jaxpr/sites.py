@@ -50,7 +50,7 @@ from gradfn.jaxpr.activations import (
     simulate,
     simulate_body,
 )
-from gradfn.jaxpr.interpreter import Path, Place, bodies, operation, params_of, scan_split, scope_of, walk
+from gradfn.jaxpr.interpreter import Equation, Path, bodies, operation, params_of, scan_split, scope_of
 from gradfn.jaxpr.program import Program
 from gradfn.jaxpr.reach import Reach, reaching
 
@@ -535,7 +535,7 @@ def parameter_order(program: Program) -> tuple[str, ...]:
 
 def find_sites(program: Program) -> list[Site]:
     """Return all sites of a program in the order in which it computes them."""
-    places = {place.path: place for place in walk(program.jaxpr)}
+    equations = program.equations()
     outputs, first = _outputs(program)
     reach = reaching(program.jaxpr, outputs)
     # Of several outputs of a scope, those that reach the function's first output have the name's first numbers.
@@ -544,14 +544,14 @@ def find_sites(program: Program) -> list[Site]:
     everything = [f for f in analysis.found if f.source != "parameter" or f.origin not in analysis.moved]
     by_origin: dict[Origin, _Found] = {}
     scopes = Counter(
-        places[f.path].scope
+        equations[f.path].scope
         for f in {f.origin: f for f in everything if f.source == "scope"}.values()
         if foremost.holds(f.path, f.output)
     )
 
     def rank(found: _Found) -> int:
         if found.source == "scope" and (
-            scopes[places[found.path].scope] > 1
+            scopes[equations[found.path].scope] > 1
             # The name of a class, as Equinox's.
             or found.base.split("/")[-1].startswith("eqx.")
             or not foremost.holds(found.path, found.output)
@@ -568,10 +568,10 @@ def find_sites(program: Program) -> list[Site]:
     kept = [f for f in by_origin.values() if f.anchor is None or f.anchor in by_origin]
     unique = {(f.path, f.output): f for f in kept}.values()
     ordered = sorted(unique, key=lambda f: (*f.path, float("inf")))
-    names = _final_names(ordered, places, foremost)
+    names = _final_names(ordered, equations, foremost)
     reached = _reached(ordered, program, reach)
     return [
-        _site(f, name, places[f.path], reaches)
+        _site(f, name, equations[f.path], reaches)
         for f, name, reaches in zip(ordered, names, reached, strict=True)
     ]
 
@@ -588,28 +588,28 @@ def _reached(found: Sequence[_Found], program: Program, reach: Reach) -> list[st
     ]
 
 
-def _site(found: _Found, name: str, place: Place, reaches: str) -> Site:
-    aval: Any = place.eqn.outvars[found.output].aval
+def _site(found: _Found, name: str, equation: Equation, reaches: str) -> Site:
+    aval: Any = equation.eqn.outvars[found.output].aval
     return Site(
         name=name,
         path=found.path,
         index=found.output,
         shape=tuple(aval.shape),
         dtype=str(aval.dtype),
-        axes=place.axes,
-        loops=tuple(len(f.path) for f in place.frames if f.length is not None),
+        axes=equation.axes,
+        loops=tuple(len(f.path) for f in equation.frames if f.length is not None),
         source=found.source,
-        line=place.line,
-        scope=place.scope,
+        line=equation.line,
+        scope=equation.scope,
         kind=found.kind,
-        differentiable=jnp.issubdtype(aval.dtype, jnp.inexact) and not place.in_while,
+        differentiable=jnp.issubdtype(aval.dtype, jnp.inexact) and not equation.in_while,
         reaches=reaches,
     )
 
 
-def _final_names(found: list[_Found], places: dict[Path, Place], foremost: Reach) -> list[str]:
+def _final_names(found: list[_Found], equations: dict[Path, Equation], foremost: Reach) -> list[str]:
     """Make names unique: a repeated one gets its scope in front where those differ, else a number."""
-    scopes = [places[f.path].scope for f in found]
+    scopes = [equations[f.path].scope for f in found]
     bases = [scope if f.source == "scope" else f.base for f, scope in zip(found, scopes, strict=True)]
     groups: dict[str, list[int]] = {}
     for i, base in enumerate(bases):

@@ -15,7 +15,7 @@ from jax.extend.core import ClosedJaxpr
 
 from gradfn.core.precision import is_narrow, scaled_norm, wide, widen
 from gradfn.flatten import flat_products
-from gradfn.jaxpr import Place, Program, interpret, probe, trace, walk
+from gradfn.jaxpr import Equation, Program, interpret, probe, trace
 from gradfn.jaxpr.interpreter import Evaluate, Path
 from gradfn.jaxpr.program import hide_objects, is_array, leaf_name
 from gradfn.jaxpr.varying import as_varying, varying_axes
@@ -192,7 +192,7 @@ class Plan:
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        places = {place.path: place for place in walk(call.program.jaxpr)}
+        equations = call.program.equations()
         meetings: dict[int, list[Meeting]] = {i: [] for i in call.numbers}
         for meeting in parameter_meetings(call.program):
             for i in meeting.leaves:
@@ -205,7 +205,7 @@ class Plan:
         self.uses: dict[Path, _Use] = {}
         for i, number in enumerate(call.numbers):
             real = not jnp.iscomplexobj(call.floating[i])
-            uses = _ruled(i, real, meetings[number], places)
+            uses = _ruled(i, real, meetings[number], equations)
             if not meetings[number]:
                 self.shared.append(i)
                 self.methods.append(UNUSED)
@@ -213,15 +213,19 @@ class Plan:
                 self.shared.append(i)
                 self.uses |= uses
                 self.methods.append(_described(list(uses.values())))
-            elif _is_small(call.floating[i].size, meetings[number], places, call.program):
+            elif _is_small(call.floating[i].size, meetings[number], equations, call.program):
                 self.direct.append(i)
                 self.methods.append(DIRECT)
             else:
                 self.fallback.append(i)
                 self.methods.append(FALLBACK)
-        self.places = {path: places[path] for path in self.uses}
+        self.equations = {path: equations[path] for path in self.uses}
         self.multiplied = {i for i in self.shared if self._is_multiplied(i)}
-        avals = [var.aval for place in places.values() for var in (*place.eqn.invars, *place.eqn.outvars)]
+        avals = [
+            var.aval
+            for equation in equations.values()
+            for var in (*equation.eqn.invars, *equation.eqn.outvars)
+        ]
         self.is_narrow = any(is_narrow(getattr(aval, "dtype", bool)) for aval in avals)
         # Their gradients are averages over the batch already: a sum may be beyond the range of a narrow dtype.
         self.averaged = {use.leaf for use in self.uses.values() if use.view.narrow}
@@ -239,8 +243,8 @@ class Plan:
             return False
         positions = 0
         for path in paths:
-            use, place = self.uses[path], self.places[path]
-            positions += use.rule.sizes[1] * math.prod(place.axes[k] for k in _shared_axes(use, place))
+            use, equation = self.uses[path], self.equations[path]
+            positions += use.rule.sizes[1] * math.prod(equation.axes[k] for k in _shared_axes(use, equation))
         return is_less(positions, *self.uses[paths[0]].rule.sizes[2:])
 
     def own(self) -> list[Any]:
@@ -254,10 +258,12 @@ class Plan:
         """Return zeros whose gradients are the norms of lone uses, and the cotangents of others."""
         out = {}
         for path, use in self.uses.items():
-            place = self.places[path]
-            aval: Any = place.eqn.outvars[0].aval
+            equation = self.equations[path]
+            aval: Any = equation.eqn.outvars[0].aval
             shape, dtype = ((), _real(aval.dtype)) if use.spot else (aval.shape, aval.dtype)
-            out[path] = as_varying(jnp.zeros((self.call.size, *place.axes, *shape), dtype), self.call.varying)
+            out[path] = as_varying(
+                jnp.zeros((self.call.size, *equation.axes, *shape), dtype), self.call.varying
+            )
         return out
 
     def losses(
@@ -276,7 +282,7 @@ class Plan:
                 leaves[i] = leaf
             inputs = self.call.inputs(leaves, example)
             visit = functools.partial(self._visit, self.multiplied if stop else set(), zero)
-            outs, captures = interpret(self.call.program.jaxpr, visit, self.places, inputs, tokens)
+            outs, captures = interpret(self.call.program.jaxpr, visit, self.equations, inputs, tokens)
             value, aux = self.call.split(outs)
             return value, (aux, captures)
 
@@ -290,12 +296,12 @@ class Plan:
         self,
         stopped: set[int],
         zero: Any,
-        place: Place,
+        equation: Equation,
         evaluate: Evaluate,
         inputs: Sequence[Any],
         token: Any,
     ) -> tuple[list[Any], Any]:
-        use = self.uses[place.path]
+        use = self.uses[equation.path]
         rule, V = use.rule, inputs[use.operand]
         left = lax.stop_gradient(rule.left(inputs))
         averages = use.leaf in self.averaged - stopped
@@ -353,7 +359,7 @@ class Plan:
         leaf = self.uses[paths[0]].leaf
         aligned = len(paths) > 1 or leaf in self.multiplied
         return [
-            _positions(self.uses[path], self.places[path], g, left, aligned)
+            _positions(self.uses[path], self.equations[path], g, left, aligned)
             for path, (g, left) in zip(paths, gathered, strict=True)
         ]
 
@@ -391,23 +397,23 @@ def _described(uses: Sequence[_Use]) -> str:
 
 
 def _ruled(
-    leaf: int, real: bool, meetings: Sequence[Meeting], places: Mapping[Path, Place]
+    leaf: int, real: bool, meetings: Sequence[Meeting], equations: Mapping[Path, Equation]
 ) -> dict[Path, _Use]:
     """Return the uses of a parameter if rules cover all of them, else none."""
     uses: dict[Path, _Use] = {}
     for meeting in meetings:
-        if meeting.view is None or meeting.path not in places:
+        if meeting.view is None or meeting.path not in equations:
             return {}
-        rule = rule_for(places[meeting.path].eqn, meeting.operand)
+        rule = rule_for(equations[meeting.path].eqn, meeting.operand)
         if rule is None or meeting.path in uses:
             return {}
         uses[meeting.path] = _Use(leaf, meeting.operand, rule, meeting.view, False, real, False)
     pairs = itertools.combinations(uses.values(), 2)
     if all(one.view.is_apart_from(other.view) for one, other in pairs):
         for path, use in uses.items():
-            alone = not _shared_axes(use, places[path])
+            alone = not _shared_axes(use, equations[path])
             # Of one position, both sides are small: they wait, so that one test is made of all such norms.
-            waits = len(uses) == 1 and use.rule.sizes[1] == 1 and not places[path].axes
+            waits = len(uses) == 1 and use.rule.sizes[1] == 1 and not equations[path].axes
             uses[path] = use._replace(alone=alone, spot=alone and not waits)
         if len(uses) == 1 or all(use.alone for use in uses.values()):
             return uses
@@ -417,10 +423,10 @@ def _ruled(
     return uses
 
 
-def _shared_axes(use: _Use, place: Place) -> list[int]:
+def _shared_axes(use: _Use, equation: Equation) -> list[int]:
     """Return which of a place's leading axes are of loops that use the same numbers again and again."""
     own = {path for path, _ in use.view.loops}
-    stacked = [frame for frame in place.frames if frame.length is not None]
+    stacked = [frame for frame in equation.frames if frame.length is not None]
     return [k for k, frame in enumerate(stacked) if frame.path not in own]
 
 
@@ -437,16 +443,16 @@ def _leaf_axes(use: _Use) -> _Axes | None:
     return tuple(frozenset(side) - {None} for side in (apart, *sides))
 
 
-def _positions(use: _Use, place: Place, g: jax.Array, left: jax.Array, aligned: bool) -> Factors:
+def _positions(use: _Use, equation: Equation, g: jax.Array, left: jax.Array, aligned: bool) -> Factors:
     """Return what a use adds to a gradient, all its iterations as positions of one sum.
 
     Where other uses add to the same gradient, their numbers are brought into the parameter's order: `aligned`.
     """
-    rule, n = use.rule, len(place.axes)
+    rule, n = use.rule, len(equation.axes)
     right_of = rule.right
     for _ in range(n):
         right_of = jax.vmap(right_of)
-    again = _shared_axes(use, place)
+    again = _shared_axes(use, equation)
     own = [k for k in range(n) if k not in again]
 
     def arranged(x: jax.Array) -> jax.Array:  # [*axes, s, f, ...] -> [own * s, again * f, ...]
@@ -459,8 +465,8 @@ def _positions(use: _Use, place: Place, g: jax.Array, left: jax.Array, aligned: 
     if not aligned:
         return of_real(found, use.real)
     axes = use.view.axes or ()
-    shape = place.eqn.invars[use.operand].aval.shape  # type: ignore[attr-defined]
-    ours = [(along, place.axes[k]) for k, (_, along) in zip(own, use.view.loops, strict=True)]
+    shape = equation.eqn.invars[use.operand].aval.shape  # type: ignore[attr-defined]
+    ours = [(along, equation.axes[k]) for k, (_, along) in zip(own, use.view.loops, strict=True)]
     ours += [(axes[i], shape[i]) for i in rule.own]
     out = []
     for side, of_side in zip(sides, (rule.rows, rule.columns), strict=True):
@@ -489,7 +495,9 @@ def _in_order(x: jax.Array, axis: int, parts: Sequence[tuple[int | None, int]]) 
     return x.reshape(*before, -1, *after)
 
 
-def _is_small(size: int, meetings: Sequence[Meeting], places: Mapping[Path, Place], program: Program) -> bool:
+def _is_small(
+    size: int, meetings: Sequence[Meeting], equations: Mapping[Path, Equation], program: Program
+) -> bool:
     """Tell whether a copy of a parameter per example takes no more memory than the values it is used for."""
     if size <= SMALL:
         return True
@@ -497,13 +505,15 @@ def _is_small(size: int, meetings: Sequence[Meeting], places: Mapping[Path, Plac
     for meeting in meetings:
         if not meeting.path:
             return False
-        place = places[meeting.path]
-        outvars: Any = place.eqn.outvars
+        equation = equations[meeting.path]
+        outvars: Any = equation.eqn.outvars
         out = sum(math.prod(var.aval.shape) for var in outvars)
-        atom: Any = place.eqn.invars[meeting.operand] if meeting.operand < len(place.eqn.invars) else None
+        atom: Any = (
+            equation.eqn.invars[meeting.operand] if meeting.operand < len(equation.eqn.invars) else None
+        )
         if atom is not None and math.prod(atom.aval.shape) > out:
             return False
-        around += out * math.prod(place.axes)
+        around += out * math.prod(equation.axes)
     return size <= around
 
 

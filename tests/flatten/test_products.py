@@ -12,8 +12,8 @@ pytestmark = pytest.mark.optimised
 
 def ranks(f, *args):
     """Return the ranks of the operands of all products without batch axes."""
-    places = walk(jax.make_jaxpr(f)(*args))
-    eqns = [p.eqn for p in places if p.eqn.primitive.name == "dot_general"]
+    equations = walk(jax.make_jaxpr(f)(*args))
+    eqns = [p.eqn for p in equations if p.eqn.primitive.name == "dot_general"]
     return [tuple(a.aval.ndim for a in e.invars) for e in eqns if not any(e.params["dimension_numbers"][1])]
 
 

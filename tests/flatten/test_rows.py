@@ -38,7 +38,7 @@ def loss_of(name):
 
 def operations(f, *args, enter_custom=False):
     """Return (name, shape of the result) of every operation that computes something."""
-    eqns = [place.eqn for place in walk(jax.make_jaxpr(f)(*args), enter_custom)]
+    eqns = [equation.eqn for equation in walk(jax.make_jaxpr(f)(*args), enter_custom)]
     idle = ("name", "reshape", "broadcast_in_dim", "jit", "remat2", "checkpoint", "transpose")
     return [(e.primitive.name, e.outvars[0].aval.shape) for e in eqns if operation(e) not in idle]
 

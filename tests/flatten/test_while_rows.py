@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gradfn as gf
-from gradfn.jaxpr import interpret, trace, walk
+from gradfn.jaxpr import interpret, trace
 
 X = jnp.array([[0.5, -1.0, 2.0], [1.5, 0.2, 0.1], [0.3, -0.4, 0.9], [-2.0, 1.0, 0.6]])
 TRIPS = jnp.array([1, 4, 2, 3])
@@ -45,12 +45,12 @@ W = jnp.array(0.7)
 @pytest.mark.parametrize("f", [rows(one), rows(fori), nested], ids=["while", "fori", "nested"])
 def test_a_vmapped_while_gives_the_same_values_when_every_equation_is_visited(f):
     program = trace(f, W, X, TRIPS)
-    places = {place.path: place for place in walk(program.jaxpr)}
+    equations = program.equations()
 
-    def visit(place, evaluate, inputs, token):
+    def visit(equation, evaluate, inputs, token):
         return evaluate(inputs), None
 
-    outs, _ = jax.jit(lambda *args: interpret(program.jaxpr, visit, places, args))(*program.inputs)
+    outs, _ = jax.jit(lambda *args: interpret(program.jaxpr, visit, equations, args))(*program.inputs)
     np.testing.assert_allclose(outs[0], f(W, X, TRIPS), rtol=1e-6)
 
 

@@ -7,13 +7,13 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gradfn.jaxpr import interpret, probe, trace, walk
+from gradfn.jaxpr import interpret, probe, trace
 from gradfn.jaxpr.interpreter import operation, params_of
 
 
 def name_places(program):
     """Places of the `name` equations, by their name."""
-    return {params_of(p.eqn)["name"]: p for p in walk(program.jaxpr) if operation(p.eqn) == "name"}
+    return {params_of(p.eqn)["name"]: p for p in program.equations().values() if operation(p.eqn) == "name"}
 
 
 def look(f, *args):
@@ -21,16 +21,16 @@ def look(f, *args):
     program = trace(f, *args)
     named = name_places(program)
 
-    def visit(place, evaluate, inputs, token):
+    def visit(equation, evaluate, inputs, token):
         outs = evaluate(inputs)
         return [probe(lambda g, _: g, outs[0], token)], jax.lax.stop_gradient(outs[0])
 
     def run(first, tokens):
         rest = program.inputs[len(jax.tree.leaves(args[0])) :]
-        outs, captures = interpret(program.jaxpr, visit, places, [*jax.tree.leaves(first), *rest], tokens)
+        outs, captures = interpret(program.jaxpr, visit, equations, [*jax.tree.leaves(first), *rest], tokens)
         return outs[0], captures
 
-    places = {p.path: p for p in named.values()}
+    equations = {p.path: p for p in named.values()}
     tokens = {
         p.path: jnp.zeros(p.axes + p.eqn.outvars[0].aval.shape, p.eqn.outvars[0].aval.dtype)
         for p in named.values()
@@ -143,17 +143,17 @@ def test_a_while_loop_captures_its_last_iteration_or_what_merge_says():
         return jax.lax.while_loop(lambda s: s[0] < 3, step, (0, x))[1]
 
     program = trace(f, jnp.array(1.0))
-    places = {p.path: p for p in name_places(program).values()}
-    assert all(p.in_while for p in places.values())
+    equations = {p.path: p for p in name_places(program).values()}
+    assert all(p.in_while for p in equations.values())
 
-    def visit(place, evaluate, inputs, token):
+    def visit(equation, evaluate, inputs, token):
         outs = evaluate(inputs)
         return outs, outs[0]
 
-    outs, captures = interpret(program.jaxpr, visit, places, program.inputs)
+    outs, captures = interpret(program.jaxpr, visit, equations, program.inputs)
     assert float(outs[0]) == 8.0
     assert [float(c) for c in captures.values()] == [8.0]
-    _, captures = interpret(program.jaxpr, visit, places, program.inputs, merge=lambda old, new: old + new)
+    _, captures = interpret(program.jaxpr, visit, equations, program.inputs, merge=lambda old, new: old + new)
     assert [float(c) for c in captures.values()] == [2.0 + 4.0 + 8.0]
 
 
@@ -192,8 +192,8 @@ def test_inlined_jit_keeps_its_shardings():
         return inner(x)
 
     program = trace(f, jnp.arange(16.0))
-    places = {p.path: p for p in name_places(program).values()}
-    run = jax.jit(lambda x: interpret(program.jaxpr, lambda p, e, i, t: (e(i), None), places, [x])[0][0])
+    equations = {p.path: p for p in name_places(program).values()}
+    run = jax.jit(lambda x: interpret(program.jaxpr, lambda p, e, i, t: (e(i), None), equations, [x])[0][0])
     assert run(jnp.arange(16.0)).sharding.is_equivalent_to(split, 1)
 
 
@@ -202,9 +202,9 @@ def test_a_jit_with_nothing_chosen_inside_is_left_alone():
         return jax.jit(jnp.tanh)(checkpoint_name(x @ w, "h"))
 
     program = trace(f, W, X)
-    places = {p.path: p for p in name_places(program).values()}
+    equations = {p.path: p for p in name_places(program).values()}
     again = trace(
-        lambda w, x: interpret(program.jaxpr, lambda p, e, i, t: (e(i), None), places, [w, x])[0], W, X
+        lambda w, x: interpret(program.jaxpr, lambda p, e, i, t: (e(i), None), equations, [w, x])[0], W, X
     )
     assert [e.primitive.name for e in again.jaxpr.jaxpr.eqns] == [
         e.primitive.name for e in program.jaxpr.jaxpr.eqns
@@ -227,19 +227,19 @@ def test_remat_keeps_its_policy():
         jax.checkpoint_policies.nothing_saveable,
     ):
         program = trace(f(policy), W, X)
-        places = {p.path: p for p in name_places(program).values()}
+        equations = {p.path: p for p in name_places(program).values()}
 
-        def through(w, program=program, places=places):
-            return interpret(program.jaxpr, lambda p, e, i, t: (e(i), None), places, [w, X])[0][0]
+        def through(w, program=program, equations=equations):
+            return interpret(program.jaxpr, lambda p, e, i, t: (e(i), None), equations, [w, X])[0][0]
 
         assert saved(through) == saved(lambda w, policy=policy: f(policy)(w, X))
 
 
 def test_each_use_of_a_variable_can_be_given_its_own_value():
     program = trace(lambda x: x * x, jnp.array(3.0))
-    places = {p.path: p for p in walk(program.jaxpr)}
+    equations = program.equations()
     outs, _ = interpret(
-        program.jaxpr, lambda p, evaluate, i, t: (evaluate([i[0], i[1] + 1]), None), places, program.inputs
+        program.jaxpr, lambda p, evaluate, i, t: (evaluate([i[0], i[1] + 1]), None), equations, program.inputs
     )
     assert float(outs[0]) == 12.0
 
@@ -249,8 +249,8 @@ def test_outputs_that_are_inputs_or_constants_or_empty():
         return x, 3.0, checkpoint_name(y[:0], "none"), y
 
     program = trace(f, jnp.array(1.0), jnp.arange(4.0))
-    places = {p.path: p for p in walk(program.jaxpr)}
-    outs, _ = interpret(program.jaxpr, lambda p, e, i, t: (e(i), None), places, program.inputs)
+    equations = program.equations()
+    outs, _ = interpret(program.jaxpr, lambda p, e, i, t: (e(i), None), equations, program.inputs)
     jax.tree.map(np.testing.assert_array_equal, program.rebuild(outs), f(jnp.array(1.0), jnp.arange(4.0)))
 
 
@@ -265,8 +265,10 @@ def test_typed_keys_and_effects_pass_through(capfd):
 
     key = jax.random.key(0)
     program = trace(f, key, X)
-    places = {p.path: p for p in name_places(program).values()}
-    outs, captures = interpret(program.jaxpr, lambda p, e, i, t: ((o := e(i)), o[0]), places, program.inputs)
+    equations = {p.path: p for p in name_places(program).values()}
+    outs, captures = interpret(
+        program.jaxpr, lambda p, e, i, t: ((o := e(i)), o[0]), equations, program.inputs
+    )
     jax.effects_barrier()
     assert capfd.readouterr().out.count("sum") == 1
     np.testing.assert_allclose(outs[0], f(key, X), rtol=1e-6)
@@ -282,12 +284,14 @@ def test_custom_derivatives_are_one_equation_unless_entered():
     f.defvjp(lambda x: (f(x), None), lambda _, g: (7.0 * g,))
     program = trace(lambda x: f(x) * 2, jnp.array(1.0))
     assert "inside" not in name_places(program)
-    outside = {p.path: p for p in walk(program.jaxpr)}
+    outside = program.equations()
 
     def run(x):
         return interpret(program.jaxpr, lambda p, e, i, t: (e(i), None), outside, [x])[0][0]
 
     assert float(jax.grad(run)(1.0)) == 14.0
-    entered = {p.path: p for p in walk(program.jaxpr, enter_custom=True) if operation(p.eqn) == "name"}
+    entered = {
+        path: e for path, e in program.equations(enter_custom=True).items() if operation(e.eqn) == "name"
+    }
     _, captures = interpret(program.jaxpr, lambda p, e, i, t: ((o := e(i)), o[0]), entered, program.inputs)
     np.testing.assert_allclose(next(iter(captures.values())), jnp.sin(1.0), rtol=1e-6)
