@@ -18,7 +18,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 import gradfn as gf
-from gradfn import run as runs
+from gradfn import runs
 from gradfn.files import replace_file
 from gradfn.report.backprop import agreement, equations
 from gradfn.report.figures import save_all, weight_images

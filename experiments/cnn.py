@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import gradfn as gf
-from gradfn import run as runs
+from gradfn import runs
 from gradfn.report.classifier import (
     classifier_figures,
     classifier_measures,

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 import gradfn as gf
-from gradfn import run as runs
+from gradfn import runs
 from gradfn.files import inner_folder
 from gradfn.report.curvature import EDGE, edge_of_stability, landscape, late_sharpness, spectrum
 from gradfn.report.figures import save_all

@@ -19,9 +19,9 @@ import numpy as np
 import optax
 
 import gradfn as gf
-from gradfn import run as runs
+from gradfn import runs
 from gradfn.report.classifier import classifier_figures, classifier_measures
-from gradfn.report.digit_net import keep_digit_net
+from gradfn.runs.digit_net import keep_digit_net
 
 EXPECTED = "at least 93 % of the built-in test digits right with 16 hidden nodes, in some ten seconds"
 

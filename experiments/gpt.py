@@ -19,9 +19,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 import gradfn as gf
-from gradfn import run as runs
-from gradfn import sample
+from gradfn import runs
 from gradfn.report.language import language_figures, loss_per_token
+from gradfn.runs import sample
 from gradfn.train import adamw_warmup_cosine, from_host
 
 EXPECTED = (

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 import gradfn as gf
-from gradfn import run as runs
+from gradfn import runs
 from gradfn.files import inner_folder
 from gradfn.layers._embed import look_up
 from gradfn.report.figures import save_all

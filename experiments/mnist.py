@@ -19,10 +19,10 @@ import numpy as np
 import optax
 
 import gradfn as gf
-from gradfn import run as runs
+from gradfn import runs
 from gradfn.files import inner_folder
 from gradfn.report.classifier import classifier_figures, classifier_measures
-from gradfn.report.digit_net import keep_digit_net
+from gradfn.runs.digit_net import keep_digit_net
 
 EXPECTED = (
     "test accuracies of at least 94.9 % (note: 784-16-10, mean of 5 seeds), 95.4 % (nielsen: 784-30-10, best of 3) "

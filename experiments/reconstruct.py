@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 import gradfn as gf
-from gradfn import run as runs
+from gradfn import runs
 from gradfn.files import inner_folder
 from gradfn.report.attribution import image_rows
 from gradfn.report.classifier import in_parts

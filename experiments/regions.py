@@ -19,10 +19,10 @@ import numpy as np
 import optax
 
 import gradfn as gf
-from gradfn import run as runs
+from gradfn import runs
 from gradfn.report.attribution import heat_over_images, remains
-from gradfn.report.digit_net import keep_digit_net
 from gradfn.report.figures import save_all
+from gradfn.runs.digit_net import keep_digit_net
 
 EXPECTED = (
     "sums over regions that add up to the weighted sums, more than a third of the digits read from the better half of "

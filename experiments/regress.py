@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 import gradfn as gf
-from gradfn import run as runs
+from gradfn import runs
 from gradfn.report.figures import curves, save_all
 from gradfn.report.regress import predictions, slopes
 

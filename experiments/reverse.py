@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import gradfn as gf
-from gradfn import run as runs
+from gradfn import runs
 from gradfn.report.figures import curves, save_all
 from gradfn.report.language import attention_of
 from gradfn.report.sequences import attention_maps

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import gradfn as gf
-from gradfn import run as runs
-from gradfn import sample
+from gradfn import runs
 from gradfn.files import inner_folder
 from gradfn.report.figures import curves, save_all
 from gradfn.report.language import expectations, loss_per_token
 from gradfn.report.sequences import gradient_through_time, token_probabilities, visible
+from gradfn.runs import sample
 from gradfn.train import adamw_warmup_cosine
 
 EXPECTED = (

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 import gradfn as gf
-from gradfn import run as runs
+from gradfn import runs
 from gradfn.attribution import Randomized
 from gradfn.display import TextTable
 from gradfn.report.attribution import influences, randomised_maps, signed_maps

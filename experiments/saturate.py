@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 import gradfn as gf
-from gradfn import run as runs
+from gradfn import runs
 from gradfn.report.figures import save_all
 from gradfn.report.saturate import gradient_flow, learned, saturation
 

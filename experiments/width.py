@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 import gradfn as gf
-from gradfn import run as runs
+from gradfn import runs
 from gradfn.report.figures import save_all
 from gradfn.report.width import search_map, trade
 

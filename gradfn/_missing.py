@@ -20,7 +20,9 @@ def missing(name: str, names: Iterable[str]) -> AttributeError:
     AttributeError("module 'gradfn' has no attribute 'hessian_eig'. Did you mean gf.curvature.hessian_eigs?")
     """
     full = {each: f"gf.{each}" for each in names}
-    if not name.startswith("_"):
+    # `from gradfn import runs` looks for an attribute before it imports the module.
+    is_module = name.isidentifier() and find_spec(f"gradfn.{name}")
+    if not name.startswith("_") and not is_module:
         for space in [each for each in full if find_spec(f"gradfn.{each}")]:
             for each in import_module(f"gradfn.{space}").__all__:
                 # Both hvp and curvature_hvp are close to gf.curvature.hvp.

@@ -242,7 +242,7 @@ def _about(file: Path) -> Any:
 
 
 def _sample(words: list[str]) -> int:
-    from gradfn import sample
+    from gradfn.runs import sample
 
     helping = words[:1] in (["-h"], ["--help"])
     run, options = ("RUN", ["--help"]) if helping else (words[0] if words else "", words[1:])
@@ -269,7 +269,7 @@ def _sample(words: list[str]) -> int:
 
 def _run(file: Path, words: list[str], command: str) -> int:
     """Run an experiment's file with the options in `words`; `command` is what the user typed before them."""
-    from gradfn import run as runs
+    from gradfn import runs
     from gradfn.files import FileError
     from gradfn.train import keep_freed_memory
 
@@ -328,7 +328,7 @@ def _load(file: Path) -> ModuleType:
 
 def _config(module: ModuleType, words: list[str], command: str) -> Any:
     """Read an experiment's options; with --resume the stored ones are the defaults, and given ones must agree."""
-    from gradfn import run as runs
+    from gradfn import runs
 
     config = _parse(module, words, command, module.Config())
     was = runs.stored(Path(module.__file__ or "").stem, config) if config.resume else None

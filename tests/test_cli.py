@@ -21,7 +21,7 @@ More of it.
 from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
-from gradfn import run as runs
+from gradfn import runs
 
 EXPECTED = "nothing " "much"
 
@@ -120,8 +120,8 @@ def test_table_counts(capsys, sizes, caption):
         ("run echo --hidden", "Missing value for argument '--hidden'"),
         ("run echo --rate fast", "--rate: expected a number, came fast"),
         ("run echo --data cifar", "invalid choice 'cifar' for argument '--data'"),
-        ("run echo --hidden 0", "gradfn run echo: hidden: a whole number from 1 up, came 0"),
-        ("run echo --folder experiments/echo.py", "experiments/echo.py: cannot be made a run's folder"),
+        ("run echo --hidden 0", "gradfn run echo: hidden must be an integer >= 1, got 0"),
+        ("run echo --folder experiments/echo.py", "experiments/echo.py: cannot become a run's folder"),
         ("list all", "gradfn: list takes nothing more, came all"),
         (
             "table",
@@ -175,7 +175,7 @@ def test_resume_takes_the_stored_options_and_refuses_others(capsys):
     said(capsys, "run", "echo", "--hidden", "30")
     code, out, _ = said(capsys, "run", "echo", "--resume")
     assert (code, out.splitlines()[-1]) == (0, "hidden=30 rate=None data=digits")
-    assert "finished before" in out
+    assert "has finished: computing" in out
     assert said(capsys, "run", "echo", "--resume", "--hidden", "30")[0] == 0
     # 16 is the experiment's default, yet it was said, and it is not what the run has.
     code, out, err = said(capsys, "run", "echo", "--resume", "--hidden", "16")
@@ -191,7 +191,7 @@ def test_resume_takes_the_stored_options_and_refuses_others(capsys):
 def test_resume_with_nothing_there_starts_a_new_run_and_says_so(capsys):
     code, out, _ = said(capsys, "run", "echo", "--resume", "--hidden", "3")
     assert code == 0
-    assert "no run to go on with in runs/echo: starting a new one\nrunning in runs/echo/" in out
+    assert "no run to resume in runs/echo: starting a new one\nrunning in runs/echo/" in out
     assert out.splitlines()[-1] == "hidden=3 rate=None data=digits"
 
 

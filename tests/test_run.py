@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gradfn import run as runs
+from gradfn import runs
 from gradfn.files import FileError
 from gradfn.report.figures import curves, save
-from gradfn.report.kept import find_run, read_run
 from gradfn.report.page import page, write_report
+from gradfn.runs.kept import find_run, read_run
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 
@@ -77,10 +77,10 @@ def test_resume_goes_on_with_the_latest_that_has_begun(capsys):
     assert config == Config(2, (3,), 0.30000000000000004, resume=True, folder=str(latest))
     capsys.readouterr()
     runs.begin("toy", config)
-    assert capsys.readouterr().out == f"going on in {latest}\n"
+    assert capsys.readouterr().out == f"resuming in {latest}\n"
     runs.finish(latest, {"accuracy": 1.0})
     runs.begin("toy", config)
-    assert "finished before" in capsys.readouterr().out
+    assert "has finished: computing" in capsys.readouterr().out
 
 
 def test_resume_in_a_folder_that_was_killed_before_its_config_starts_anew(tmp_path):
@@ -101,9 +101,9 @@ def test_options_other_than_the_stored_ones_are_refused():
 
 def test_a_folder_that_holds_a_run_is_not_written_over():
     folder = start(Config(folder="here"))
-    with pytest.raises(runs.RunError, match=r"here holds a run: go on with it \(--resume\)"):
+    with pytest.raises(runs.RunError, match=r"here already contains a run: resume it \(--resume\)"):
         start(Config(folder="here"))
-    with pytest.raises(runs.RunError, match="holds a run of toy, not of other"):
+    with pytest.raises(runs.RunError, match="contains a run of toy, not of other"):
         runs.settle("other", Config(folder=str(folder), resume=True))
 
 
@@ -111,7 +111,7 @@ def test_a_folder_that_holds_a_run_is_not_written_over():
 def test_no_file_of_somebody_else_is_written_over(tmp_path, name):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / name).write_text("{}")
-    with pytest.raises(runs.RunError, match=f"here: contains {name}, which is not of a run"):
+    with pytest.raises(runs.RunError, match=f"here: contains {name}, which does not belong to a run"):
         start(Config(folder="here"))
     assert [(file.name, file.read_text()) for file in (tmp_path / "here").iterdir()] == [(name, "{}")]
 
@@ -131,7 +131,7 @@ def test_a_run_that_died_before_its_config_begins_again_in_its_folder(tmp_path):
         ("{", "Input data was truncated"),
         ("[]", "Expected `object`, got `array`"),
         ('{"experiment": "toy"}', "Object missing required field `options`"),
-        ('{"experiment": "toy", "options": {"depth": 3}}', "not what toy takes now"),
+        ('{"experiment": "toy", "options": {"depth": 3}}', "not the options that toy takes now"),
     ],
 )
 def test_a_config_that_cannot_be_used_is_named(content, message):
@@ -218,7 +218,7 @@ def test_a_run_that_another_process_began_meanwhile_is_not_written_over(tmp_path
     config = runs.settle("toy", Config(folder="here"))
     runs.finish(start(Config(hidden=3, folder="here")), {})
     before = snapshot(tmp_path / "here")
-    with pytest.raises(runs.RunError, match="here holds a run"):
+    with pytest.raises(runs.RunError, match="here already contains a run"):
         runs.begin("toy", config)
     assert snapshot(tmp_path / "here") == before
 

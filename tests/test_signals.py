@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from gradfn import cli, sample
+from gradfn import cli
 from gradfn.report import page
+from gradfn.runs import sample
 from tests.attack.children import wait_for_handlers
 from tests.test_cli import EXPERIMENT
 
@@ -86,7 +87,7 @@ def test_a_run_goes_on_as_the_line_says(tmp_path):
     words = re.fullmatch(r"terminated; to go on: (gradfn run digits --resume --folder \S+)\n", line)[1]
     assert words.split()[-1] == str(tmp_path / "run")
     process = started([sys.executable, "-m", *words.split()[:-2]], tmp_path / "run")
-    assert f"going on in {tmp_path / 'run'}\n" in iter(process.stdout.readline, "")
+    assert f"resuming in {tmp_path / 'run'}\n" in iter(process.stdout.readline, "")
     process.send_signal(signal.SIGINT)
     ended(process, signal.SIGINT)
 

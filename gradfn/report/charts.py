@@ -1,6 +1,6 @@
 """Charts of a page, as SVG and HTML: pure functions from numbers to markup, coloured by the page's style sheet.
 
-Their size does not grow with the numbers: what a screen cannot show is gathered in buckets (see `gradfn.report.curve`),
+Their size does not grow with the numbers: what a screen cannot show is gathered in buckets (see `gradfn.runs.curve`),
 and the chart says so. Whatever the numbers are, all coordinates are finite.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-from gradfn.report.curve import LARGEST, Bucket, Curve
+from gradfn.runs.curve import LARGEST, Bucket, Curve
 
 WIDTH, HEIGHT = 360, 216  # units; a chart is shown in about as many pixels, so that its letters are as large
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 34  # of which these are for the labels

@@ -20,11 +20,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from gradfn.files import open_regular, replace_file
 from gradfn.report.charts import MAX_COLUMNS, Line, heat_map, line_chart, log_bounds, short
-from gradfn.report.curve import Curve
-from gradfn.report.digit_net import DigitNet
-from gradfn.report.kept import Kept, Part, read_run
 from gradfn.report.pictures import Picture, PictureError, fitting, read_picture
-from gradfn.run import BEGUN, RunError, begun
+from gradfn.runs.curve import Curve
+from gradfn.runs.digit_net import DigitNet
+from gradfn.runs.folder import BEGUN, RunError, begun
+from gradfn.runs.kept import Kept, Part, read_run
+from gradfn.runs.outcome import Outcome, listed
 
 T = TypeVar("T")
 
@@ -66,12 +67,12 @@ class About(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What was reached, in the words of the run's result, against what was expected.
+    """What a run measured and what was expected, as text.
 
     Attributes:
-        reached: the figure.
-        expected: what was expected, "" where nothing was.
-        state: "reached", "missed", "open" (nothing was promised) or "unfinished".
+        reached: the measured numbers.
+        expected: the expectations; "" where there are none.
+        state: "reached", "missed", "open" (no expectations) or "unfinished".
     """
 
     reached: str
@@ -215,16 +216,25 @@ def script() -> str:
 
 
 def verdict(result: Mapping[str, Any] | None) -> Verdict:
-    """Take apart what an experiment's `judge` said.
+    """Return the texts for the result of a run.
 
-    >>> verdict({"verdict": "test accuracy 96.4 %; expected at least 93 %: reached"})
-    Verdict(reached='Test accuracy 96.4 %', expected='at least 93 %', state='reached')
+    >>> from gradfn.runs import Expectation, judge
+    >>> accuracy = Expectation("test accuracy", at_least=0.93, unit="%")
+    >>> verdict({"outcome": judge([accuracy], {"test accuracy": 0.964})})
+    Verdict(reached='Test accuracy 96.4%', expected='test accuracy at least 93%', state='reached')
     >>> verdict(None).state
     'unfinished'
     """
     if result is None:
         return Verdict("Not finished", "", "unfinished")
-    said = short(str(result.get("verdict", "Finished")), TEXT)
+    outcome = result.get("outcome")
+    if not isinstance(outcome, Outcome):
+        return _parsed(short(result.get("verdict", "Finished"), TEXT))
+    expected = listed(outcome.expected) if outcome.promised else "no expectation for these options"
+    return Verdict(_capital(short(outcome.reached, TEXT)), short(expected, TEXT), outcome.state)
+
+
+def _parsed(said: str) -> Verdict:
     found = re.fullmatch(r"(.*); expected (.*): (reached|NOT reached)", said, re.DOTALL)
     if found:
         return Verdict(_capital(found[1]), found[2], "reached" if found[3] == "reached" else "missed")

@@ -32,7 +32,7 @@ PRELOADED = [
 ]
 PRELOADED += [
     "gradfn.report.page",
-    "gradfn.sample",
+    "gradfn.runs.sample",
     "jinja2",
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",

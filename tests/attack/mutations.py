@@ -279,10 +279,12 @@ def resume(folder):
 def stored(folder):
     """Read the options that a run resumes with."""
     from experiments import digits
-    from gradfn import run
+    from gradfn import runs
 
     config = digits.Config(resume=True, folder=folder)
-    return refused(lambda: run.merge(config, run.stored("digits", config) or config, digits.Config()), folder)
+    return refused(
+        lambda: runs.merge(config, runs.stored("digits", config) or config, digits.Config()), folder
+    )
 
 
 def kept(folder):

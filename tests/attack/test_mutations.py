@@ -68,27 +68,28 @@ def make(kind, folder):
 
     import gradfn as gf
     from experiments import digits
-    from gradfn import run, sample
-    from gradfn.report.digit_net import keep_digit_net
+    from gradfn import runs
+    from gradfn.runs import sample
+    from gradfn.runs.digit_net import keep_digit_net
 
     folder.mkdir()
     config = gf.GPTConfig(vocab=65, context=8, n_layers=2, n_heads=2, width=4)
     if kind == "fit":
         train(str(folder), told=folder / "fingerprint")
     elif kind == "run":
-        run.begin("digits", run.settle("digits", digits.Config(folder=str(folder))))
+        runs.begin("digits", runs.settle("digits", digits.Config(folder=str(folder))))
         train(str(folder))
         net = gf.mlp([784, 4, 10])
         data = gf.data.digits()
         keep_digit_net(folder, net.init(jax.random.key(0)), data, np.full([len(data.test[1]), 10], 0.1))
         Image.new("RGB", (30, 20)).save(folder / "picture.png")
-        run.finish(folder, {"test_accuracy": 0.5, "verdict": "test accuracy 50 % (nothing was promised)"})
+        runs.finish(folder, {"test_accuracy": 0.5, "verdict": "test accuracy 50 % (nothing was promised)"})
     elif kind == "writer":
         net = gf.rnn(3, 4, "gru")
         sample.save_model(
             folder, "rnn", {"vocab": 3, "width": 4, "cell": "gru"}, gf.data.characters("ab\n"), False
         )
-        run.keep_training(folder, [{"step": 1, "loss": 1.0}], net.init(jax.random.key(0)))
+        runs.keep_training(folder, [{"step": 1, "loss": 1.0}], net.init(jax.random.key(0)))
     elif kind in ("gpt2", "llama"):
         options = {
             "positions": "rope",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from gradfn import run as runs
+from gradfn import runs
 
 # By experiment: a picture, a pattern in its title and one in the verdict; each group is a figure of both.
 SHARED = {

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import gpt, neuron, rnn, vit
-from gradfn import cli
-from gradfn import run as runs
+from gradfn import cli, runs
 
 NAMES = [name for name in cli.experiments() if not name.startswith("_")]
 VALUES = (1, 2, 3, 5, 7, 10, 25, 30, 60, 100, 1000)

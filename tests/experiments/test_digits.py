@@ -38,7 +38,7 @@ def test_a_run_as_a_function(tmp_path, capsys):
 def test_a_finished_run_gives_its_result_again(tmp_path, capsys):
     result = run(Config(hidden=4, epochs=2, batch=128, folder=str(tmp_path / "run")))
     again = run(Config(resume=True, folder=str(tmp_path / "run")))
-    assert "finished before" in capsys.readouterr().out
+    assert "has finished: computing" in capsys.readouterr().out
     assert again.test_accuracy == result.test_accuracy
     assert again.history == result.history
     np.testing.assert_array_equal(again.params["W1"], result.params["W1"])
@@ -47,11 +47,11 @@ def test_a_finished_run_gives_its_result_again(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hidden": 0}, "hidden: a whole number from 1 up, came 0"),
-        ({"batch": -1}, "batch: a whole number from 1 up, came -1"),
-        ({"rate": 0.0}, "rate: a number above 0, came 0.0"),
-        ({"rate": float("nan")}, "rate: a number above 0, came nan"),
-        ({"seed": 2**32}, "seed: a whole number from 0 to 4294967295"),
+        ({"hidden": 0}, "hidden must be an integer >= 1, got 0"),
+        ({"batch": -1}, "batch must be an integer >= 1, got -1"),
+        ({"rate": 0.0}, "rate must be a finite number > 0, got 0.0"),
+        ({"rate": float("nan")}, "rate must be a finite number > 0, got nan"),
+        ({"seed": 2**32}, "seed must be an integer from 0 to 4294967295"),
     ],
 )
 def test_options_out_of_range_are_named(options, message):
@@ -110,7 +110,7 @@ def test_kill_9_and_resume_ends_with_the_parameters_of_an_uninterrupted_run(tmp_
     resumed = start(folder, "--resume", *([] if known else ["--epochs", "60"]))
     out, _ = resumed.communicate()
     assert resumed.returncode == 0, out
-    assert ("going on in" if known else "starting a new one") in out
+    assert ("resuming in" if known else "starting a new one") in out
     assert {file.name for file in folder.iterdir()} >= PICTURES | {"result.json"}
     ended = load_file(folder / "checkpoint.safetensors")
     assert set(ended) == set(uninterrupted)

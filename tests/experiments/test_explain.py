@@ -44,9 +44,9 @@ def test_the_verdicts_of_reconstruct_and_regions():
 @pytest.mark.parametrize(
     ("experiment", "options", "message"),
     [
-        (saliency, {"path": 0}, "path: a whole number from 1 up, came 0"),
+        (saliency, {"path": 0}, "path must be an integer >= 1, got 0"),
         (reconstruct, {"noise": -1.0}, "noise: a number from 0 up, came -1.0"),
-        (regions, {"hidden": 0}, "hidden: a whole number from 1 up, came 0"),
+        (regions, {"hidden": 0}, "hidden must be an integer >= 1, got 0"),
     ],
 )
 def test_options_out_of_range_are_named(experiment, options, message):

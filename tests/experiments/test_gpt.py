@@ -8,9 +8,9 @@ import pytest
 
 import gradfn as gf
 from experiments import gpt
-from gradfn import run as runs
-from gradfn import sample
+from gradfn import runs
 from gradfn.cli import main
+from gradfn.runs import sample
 
 SMALL = {"steps": 8, "layers": 1, "heads": 2, "width": 8, "context": 8, "batch": 4, "warmup": 1}
 
@@ -102,7 +102,7 @@ def test_lines_begin_again_with_the_prompt(of_names):
         (["."], "no run of a language model"),
         (["RUN", "--prompt", "Ω"], "the character 'Ω' is not among the"),
         (["RUN", "--top-k", "1000"], "top_k is in"),
-        (["RUN", "--n", "0"], "n: a whole number from 1 up, came 0"),
+        (["RUN", "--n", "0"], "n must be an integer >= 1, got 0"),
         (["RUN", "--temperature", "-1"], "temperature: a number from 0 up, came -1.0"),
         (["RUN", "--tempature", "1"], "no option '--tempature' (did you mean --temperature?)"),
     ],
@@ -117,10 +117,10 @@ def test_a_mistake_gets_one_line_and_exit_code_2(of_text, words, message, capsys
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps: a whole number from 1 up"),
-        ({"steps": 50, "warmup": 100}, "warmup: a whole number from 0 to 49, came 100"),
+        ({"steps": 0}, "steps must be an integer >= 1"),
+        ({"steps": 50, "warmup": 100}, "warmup must be an integer from 0 to 49, got 100"),
         ({"heads": 3}, "heads: a number that divides the width of 128, came 3"),
-        ({"rate": 0.0}, "rate: a number above 0"),
+        ({"rate": 0.0}, "rate must be a finite number > 0"),
     ],
 )
 def test_options_out_of_range_are_named(options, message):

@@ -18,8 +18,8 @@ def test_the_verdict_holds_for_what_was_promised_alone(experiment):
 @pytest.mark.parametrize(
     ("experiment", "options", "message"),
     [
-        (cnn, {"channels": (8, 0)}, "channels: a whole number from 1 up, came 0"),
-        (cnn, {"rate": -1.0}, "rate: a number above 0"),
+        (cnn, {"channels": (8, 0)}, "channels must be an integer >= 1, got 0"),
+        (cnn, {"rate": -1.0}, "rate must be a finite number > 0"),
         (vit, {"patch": 5}, "patch: a number that divides 28, came 5"),
         (vit, {"heads": 3}, "heads: a number that divides the width of 64, came 3"),
     ],

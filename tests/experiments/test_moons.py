@@ -27,7 +27,7 @@ def test_the_verdict():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hidden": (4, 0)}, "hidden: a whole number from 1 up, came 0"),
+        ({"hidden": (4, 0)}, "hidden must be an integer >= 1, got 0"),
         ({"activation": "tahn"}, "Did you mean 'tanh'"),
         ({"noise": -1.0}, "rate, noise: numbers above 0"),
     ],

@@ -49,9 +49,9 @@ def test_the_verdict():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top": 28}, "top: a whole number from 0 to 27, came 28"),
-        ({"top": 20, "height": 9}, "height: a whole number from 1 to 8, came 9"),
-        ({"bias": 3}, "bias: a whole number from -20 to -1, came 3"),
+        ({"top": 28}, "top must be an integer from 0 to 27, got 28"),
+        ({"top": 20, "height": 9}, "height must be an integer from 1 to 8, got 9"),
+        ({"bias": 3}, "bias must be an integer from -20 to -1, got 3"),
     ],
 )
 def test_options_out_of_range_are_named(options, message):

@@ -35,7 +35,7 @@ def test_scale_is_a_ratio_of_sums():
 
 
 def test_options_out_of_range_are_named():
-    with pytest.raises(ValueError, match="batch: a whole number from 2 up, came 1"):
+    with pytest.raises(ValueError, match="batch must be an integer >= 2, got 1"):
         Config(batch=1)
-    with pytest.raises(ValueError, match="rate: a number above 0"):
+    with pytest.raises(ValueError, match="rate must be a finite number > 0"):
         Config(rate=0.0)

@@ -36,7 +36,7 @@ def test_the_verdict():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"rates": 1}, "rates: a whole number from 2 up"), ({"low": 1.0, "high": 0.5}, "the first the smaller")],
+    [({"rates": 1}, "rates must be an integer >= 2"), ({"low": 1.0, "high": 0.5}, "the first the smaller")],
 )
 def test_options_out_of_range_are_named(options, message):
     with pytest.raises(ValueError, match=message):

@@ -7,7 +7,7 @@ import pytest
 
 import gradfn as gf
 from experiments import rnn
-from gradfn import sample
+from gradfn.runs import sample
 
 
 @pytest.fixture(scope="module")

@@ -44,8 +44,8 @@ def test_the_verdict():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"widths": (4, 0)}, "widths: a whole number from 1 up"),
-        ({"depths": (0,)}, "depths: a whole number from 1 up"),
+        ({"widths": (4, 0)}, "widths must be an integer >= 1"),
+        ({"depths": (0,)}, "depths must be an integer >= 1"),
     ],
 )
 def test_options_out_of_range_are_named(options, message):

@@ -23,7 +23,7 @@ from gradfn.report.charts import (
     short,
     ticks,
 )
-from gradfn.report.curve import Curve
+from gradfn.runs.curve import Curve
 
 HOSTILE = [
     0.0,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradfn.report.curve import CAPACITY, LARGEST, Curve
+from gradfn.runs.curve import CAPACITY, LARGEST, Curve
 
 Y = st.one_of(st.none(), st.floats(), st.floats(-10, 10), st.integers())
 

@@ -12,10 +12,10 @@ import pytest
 from safetensors.numpy import save
 
 import gradfn as gf
-from gradfn import cli, sample
+from gradfn import cli
 from gradfn.files import FileError
-from gradfn.report.kept import read_run
-from gradfn.run import write_json
+from gradfn.runs import sample, write_json
+from gradfn.runs.kept import read_run
 from gradfn.train import checkpoint
 from tests.report.test_page import write_run
 from tests.test_cli import EXPERIMENT

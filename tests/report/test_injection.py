@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from gradfn.report.curve import Curve
-from gradfn.report.digit_net import DigitNet
-from gradfn.report.kept import Kept, Part
 from gradfn.report.page import page
-from gradfn.report.rows import inspections, metrics
+from gradfn.runs.curve import Curve
+from gradfn.runs.digit_net import DigitNet
+from gradfn.runs.kept import Kept, Part
+from gradfn.runs.rows import inspections, metrics
 
 PAYLOADS = (
     "<script>alert(1)</script>",

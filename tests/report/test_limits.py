@@ -13,13 +13,13 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from gradfn.report import kept as keeping
 from gradfn.report import page as report
-from gradfn.report.curve import Curve
-from gradfn.report.digit_net import DigitNet
-from gradfn.report.kept import Kept, Part, read_run
 from gradfn.report.page import LIMIT, flows, page
-from gradfn.report.rows import HEAT_ROWS, MAX_FLAGS, MAX_METRICS, inspections, metrics
+from gradfn.runs import kept as keeping
+from gradfn.runs.curve import Curve
+from gradfn.runs.digit_net import DigitNet
+from gradfn.runs.kept import Kept, Part, read_run
+from gradfn.runs.rows import HEAT_ROWS, MAX_FLAGS, MAX_METRICS, inspections, metrics
 from tests.report.test_page import picture, text_of, write_run
 
 LETTERS = "\"<&'x\x00\u20ac\U0001f600"  # of one byte to six in a page

@@ -15,12 +15,12 @@ import pytest
 
 import gradfn as gf
 from gradfn.data._digits import enlarge, spline
-from gradfn.report.curve import Curve
-from gradfn.report.digit_net import DigitNet
 from gradfn.report.figures import curves
-from gradfn.report.kept import Kept, Part
 from gradfn.report.page import _net, page
-from gradfn.report.rows import Inspections, inspections, metrics
+from gradfn.runs.curve import Curve
+from gradfn.runs.digit_net import DigitNet
+from gradfn.runs.kept import Kept, Part
+from gradfn.runs.rows import Inspections, inspections, metrics
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync")

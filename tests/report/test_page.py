@@ -16,11 +16,11 @@ import gradfn as gf
 from gradfn import cli
 from gradfn.data.dataset import Dataset
 from gradfn.report import page as report
-from gradfn.report.digit_net import keep_digit_net, load_digit_net
-from gradfn.report.kept import find_run, read_run
 from gradfn.report.page import About, command, page, write_report
 from gradfn.report.pictures import _scaled, _still, read_picture
-from gradfn.run import RunError, write_json
+from gradfn.runs import RunError, write_json
+from gradfn.runs.digit_net import keep_digit_net, load_digit_net
+from gradfn.runs.kept import find_run, read_run
 from gradfn.train import checkpoint
 
 ABOUT = {
@@ -332,7 +332,7 @@ def test_a_folder_of_fit_gets_a_page(tmp_path, monkeypatch, capsys):
     for said in (
         *(
             "training loss 0.",
-            "after 12 steps",
+            "steps 12",
             "Options digits Training loss",
             "Noise scale of the gradient (examples)",
         ),

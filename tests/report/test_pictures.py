@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from gradfn.report import kept as keeping
 from gradfn.report import pictures
-from gradfn.report.kept import read_run
 from gradfn.report.page import page
 from gradfn.report.pictures import MAX_PIXELS, PictureError, fitting, read_picture
+from gradfn.runs import kept as keeping
+from gradfn.runs.kept import read_run
 from tests.report.test_page import picture, text_of, write_run
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import gradfn as gf
 from gradfn.files import FileError, owned
-from gradfn.run import RunError
+from gradfn.runs import RunError
 from gradfn.train import checkpoint
 from gradfn.train.log import Log
 
@@ -500,7 +500,7 @@ def test_old_rows_are_read_from_the_file_and_stop_sees_all(tmp_path, monkeypatch
 
 
 def test_a_report_of_rows_with_infinities(tmp_path):
-    from gradfn.report.kept import read_run
+    from gradfn.runs.kept import read_run
 
     train(tmp_path, evaluate=lambda params: {"bound": np.inf, "odd": np.nan}, inspect_every=2)
     history = read_run(tmp_path).parts[""].history

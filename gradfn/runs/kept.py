@@ -12,9 +12,20 @@ from typing import Any, NamedTuple, TypedDict
 from gradfn.display import reading_order
 from gradfn.files import FileError, inside, parse_json, read_blocks_of_rows, read_bytes, read_rows
 from gradfn.layout import CHECKPOINT, INSPECTIONS, METRICS, NOISE
-from gradfn.report.curve import Curve
-from gradfn.report.digit_net import DIGIT_NET, DigitNet, load_digit_net
-from gradfn.report.rows import (
+from gradfn.runs.curve import Curve
+from gradfn.runs.digit_net import DIGIT_NET, DigitNet, load_digit_net
+from gradfn.runs.folder import (
+    CONFIG,
+    RUNS,
+    Option,
+    RunError,
+    VersionsFile,
+    latest,
+    read_config,
+    read_versions,
+)
+from gradfn.runs.outcome import judge, read_result
+from gradfn.runs.rows import (
     INSPECTIONS_ROW,
     METRICS_ROW,
     InspectionRow,
@@ -26,17 +37,6 @@ from gradfn.report.rows import (
     inspections,
     metrics,
     noise,
-)
-from gradfn.run import (
-    CONFIG,
-    RUNS,
-    Option,
-    RunError,
-    VersionsFile,
-    latest,
-    read_config,
-    read_result,
-    read_versions,
 )
 from gradfn.tensors import open_tensors
 
@@ -78,7 +78,7 @@ class Kept(NamedTuple):
         experiment: whose run it is; "" for one of `gf.fit(..., folder=...)` alone.
         options: what was asked.
         versions: what it ran on, and its seed.
-        result: what came of it, with its verdict; None where it has not finished.
+        result: what it measured, among it its `outcome`; None where it has not finished.
         parts: its trainings, by the folders that they are in; "" for the run's own.
         pictures: PNG and GIF files, by their names without the ending.
         net: the digit network that it trained; None where it is of another kind.
@@ -198,7 +198,7 @@ def _of_fit(folder: Path) -> Kept:
     result = None
     if notes.get("finished") and part.history.n:
         last = part.history.last
-        result = {"verdict": f"training loss {last.get('loss', math.nan):.4g} after {last['step']:,} steps"}
+        result = {"outcome": judge([], {"training loss": last.get("loss", math.nan)})}
     versions = notes.get("versions", {}) | ({"seed": settings["seed"]} if "seed" in settings else {})
     pictures, left_out = _pictures(folder)
     return Kept(folder, "", settings, versions, result, {"": part}, pictures, None, 0, left_out)

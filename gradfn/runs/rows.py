@@ -18,8 +18,8 @@ from msgspec import Meta
 
 from gradfn.files import FileError
 from gradfn.layout import NOT_FINITE, NOT_METRICS
-from gradfn.report.curve import Curve
-from gradfn.run import Number
+from gradfn.runs.curve import Curve
+from gradfn.runs.folder import Number
 
 Shapes = dict[str, tuple[int, ...]]
 
