@@ -3,6 +3,7 @@
 Importing this package does not import jax, so that a page of a run is written at once.
 """
 
+from gradfn.runs.config import RunConfig, not_negative, options, positive, within
 from gradfn.runs.folder import (
     CONFIG,
     RESULT,
@@ -15,7 +16,6 @@ from gradfn.runs.folder import (
     latest,
     write_json,
 )
-from gradfn.runs.options import RunConfig, not_negative, options, positive, within
 from gradfn.runs.outcome import Expectation, Outcome, finish, judge, listed
 from gradfn.runs.resume import batch_for, heads_for, merge, settle, some, stored
 

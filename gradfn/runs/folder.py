@@ -18,7 +18,7 @@ from msgspec import Meta
 from gradfn.display import to_json
 from gradfn.files import FileError, inside, owned, parse_json, read_json, replace_file
 from gradfn.layout import CHECKPOINT, METRICS
-from gradfn.runs.options import RunConfig, options
+from gradfn.runs.config import RunConfig, options
 from gradfn.versions import versions
 
 RUNS = Path("runs")

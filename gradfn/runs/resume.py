@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from gradfn.runs.config import RunConfig, options
 from gradfn.runs.folder import CONFIG, RUNS, RunError, latest, read_config, refuse_a_run
-from gradfn.runs.options import RunConfig, options
 
 C = TypeVar("C", bound=RunConfig)
 

@@ -22,8 +22,8 @@ from gradfn.data._tokenizer import TokenizerFile
 from gradfn.files import FileError, inside, read_json
 from gradfn.layout import CHECKPOINT
 from gradfn.nets import GPTConfig, LanguageModel, gpt, rnn, stream
+from gradfn.runs.config import within
 from gradfn.runs.folder import RUNS, RunError, latest, write_json
-from gradfn.runs.options import within
 from gradfn.tensors import open_tensors
 from gradfn.train import checkpoint
 
