@@ -187,7 +187,8 @@ def compare_resumed(emit: Emit) -> None:
     except ImportError:
         emit("resume", skipped="tensorboardX is not installed")
         return
-    _, loss, params, (x, y) = next(losses())
+    _, of_one, params, (x, y) = next(losses())
+    loss = gf.batch_mean(of_one)
     data = jnp.tile(x, (8, 1)), jnp.tile(y, 8)
     settings = {"steps": 24, "batch_size": 8, "eval_every": 4, "progress": False, "checkpoint_seconds": 0.0}
     whole = gf.fit(loss, params, data, optax.adam(1e-3), **settings)

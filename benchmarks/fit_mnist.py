@@ -71,7 +71,7 @@ def gradfn_fit(task: Task) -> Trainer:
     def train() -> None:
         turn.acquire()
         forever = 10**6 * task.examples // BATCH
-        loss = gf.classification_loss(net)
+        loss = gf.batch_mean(gf.classification_loss(net))
         try:
             gf.fit(
                 loss,

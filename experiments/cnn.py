@@ -97,7 +97,7 @@ def run(config: Config) -> Result:
     loss = gf.classification_loss(net)
     steps = (config.epochs or EPOCHS[config.data]) * (n_train // config.batch)
     fitted = gf.fit(
-        shifted(loss, data.shape),
+        shifted(gf.batch_mean(loss), data.shape),
         net.init(jax.random.key(config.seed)),
         data.train,
         adamw_warmup_cosine(steps, config.rate, final_rate=config.rate / 100, warmup=steps // 20, decay=0.03),

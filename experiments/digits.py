@@ -81,7 +81,7 @@ def run(config: Config) -> Result:
     steps = config.epochs * (n_train // config.batch)
     rate = optax.cosine_decay_schedule(config.rate, steps)
     fitted = gf.fit(
-        loss,
+        gf.batch_mean(loss),
         net.init(jax.random.key(config.seed)),
         data.train,
         # The decay keeps the weights of pixels that hardly ever have ink from growing without end.

@@ -164,7 +164,7 @@ def run(config: Config) -> Result:
 
     steps = config.steps * config.accumulate
     fitted = gf.fit(
-        loss,
+        gf.batch_mean(loss),
         net.init(jax.random.key(config.seed)),
         batches,
         optimizer,

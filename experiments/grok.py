@@ -90,7 +90,7 @@ def run(config: Config) -> Result:
     params, histories = {}, {}
     for name, decay in {"decay": config.decay, "no decay": 0.0}.items():
         fitted = gf.fit(
-            loss,
+            gf.batch_mean(loss),
             start,
             lambda key: train,  # all of it, each step
             optax.adamw(config.rate, b2=0.98, weight_decay=decay),

@@ -50,7 +50,8 @@ def note() -> Recipe:
     """The note's network, trained as `digits` does: cross-entropy, AdamW, a cosine."""
     net = gf.mlp([784, 16, 10], activation="sigmoid")
     loss = gf.classification_loss(net)
-    return Recipe(net, loss, loss, "nats", 40, 32, adamw_cosine, jax.nn.softmax, 0.949, "mean", {})
+    mean = gf.batch_mean(loss)
+    return Recipe(net, mean, loss, "nats", 40, 32, adamw_cosine, jax.nn.softmax, 0.949, "mean", {})
 
 
 def nielsen() -> Recipe:
@@ -67,8 +68,9 @@ def nielsen() -> Recipe:
     loss = gf.quadratic_loss(net)
     unit = "quadratic cost"
     shown = {"output": "sigmoid", "loss": "quadratic"}
+    mean = gf.batch_mean(loss)
     return Recipe(
-        net, loss, loss, unit, 30, 10, lambda steps: optax.sgd(3.0), lambda a: a, 0.954, "best", shown
+        net, mean, loss, unit, 30, 10, lambda steps: optax.sgd(3.0), lambda a: a, 0.954, "best", shown
     )
 
 

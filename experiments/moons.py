@@ -127,7 +127,7 @@ def moments(steps: int) -> np.ndarray:
 def trained(net: gf.Net, params: Any, points: Any, config: Config) -> tuple[Any, np.ndarray]:
     """Return the parameters at each moment, `[frames, ...]`, and the loss there, `[frames]`."""
     optimizer = optax.adam(config.rate)
-    step = gf.train_step(gf.classification_loss(net), optimizer)
+    step = gf.train_step(gf.batch_mean(gf.classification_loss(net)), optimizer)
     batch = jax.tree.map(jnp.asarray, points)
     look = jnp.zeros(config.steps + 1, bool).at[moments(config.steps)].set(True)
     n_frames = int(look.sum())

@@ -93,7 +93,7 @@ def run(config: Config) -> Result:
 
     steps = config.epochs * (n_train // config.batch)
     fitted = gf.fit(
-        loss,
+        gf.batch_mean(loss),
         start,
         data.train,
         optax.sgd(config.rate, momentum=0.9),

@@ -97,7 +97,7 @@ def run(config: Config) -> Result:
         "dense net": (dense, noisy(gf.classification_loss(dense), config.noise), steps, folder),
         "convolutional net": (
             conv,
-            shifted(gf.classification_loss(conv), data.shape),
+            shifted(gf.batch_mean(gf.classification_loss(conv)), data.shape),
             -(-steps // 3),
             inner_folder(folder, "conv"),
         ),

@@ -78,7 +78,7 @@ def run(config: Config) -> Result:
     net = gf.mlp([784, config.hidden, 10])
     steps = (config.epochs or EPOCHS[config.data]) * (len(data.train[1]) // 32)
     fitted = gf.fit(
-        gf.classification_loss(net),
+        gf.batch_mean(gf.classification_loss(net)),
         net.init(jax.random.key(config.seed)),
         data.train,
         optax.adamw(optax.cosine_decay_schedule(0.003, steps), weight_decay=0.03),

@@ -117,15 +117,15 @@ def trained(net: gf.Net, data: gf.data.Dataset, config: Config) -> tuple[Any, li
     train, validation = jax.tree.map(jnp.asarray, (data.train, data.validation))
     rates = optax.cosine_decay_schedule(config.rate, config.steps)
     optimizer = optax.adamw(rates, weight_decay=config.decay)
-    loss = gf.regression_loss(net)
-    step, measure = gf.train_step(loss, optimizer), gf.batch_mean(loss)
+    loss = gf.batch_mean(gf.regression_loss(net))
+    step = gf.train_step(loss, optimizer)
 
     @jax.jit
     @jax.vmap
     def train_one(key: jax.Array) -> Any:
         def one(state: Any, _: None) -> tuple[Any, tuple[jax.Array, jax.Array]]:
             after, metrics = step(state, train)
-            return after, (metrics["loss"], measure(state.params, validation))
+            return after, (metrics["loss"], loss(state.params, validation))
 
         state = gf.train_state(net.init(key), optimizer, key)
         state, losses = jax.lax.scan(one, state, length=config.steps)

@@ -84,7 +84,7 @@ def run(config: Config) -> Result:
     test = reversals(jax.random.key(2**32 - 1 - config.seed), N_TEST, n)
     answer = jax.jit(jax.vmap(net.apply, (None, 0)))
     fitted = gf.fit(
-        loss,
+        gf.batch_mean(loss),
         net.init(jax.random.key(config.seed)),
         lambda key: reversals(key, config.batch, n),
         adamw_warmup_cosine(

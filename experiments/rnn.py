@@ -98,7 +98,7 @@ def run(config: Config) -> Result:
         loss = gf.next_token_loss(net)
         start = net.init(jax.random.key(config.seed))
         fitted = gf.fit(
-            loss,
+            gf.batch_mean(loss),
             start,
             data.train,
             adamw_warmup_cosine(

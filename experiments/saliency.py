@@ -87,7 +87,7 @@ def run(config: Config) -> Result:
     net = gf.mlp([784, config.hidden, 10])
     steps = config.steps or STEPS[config.data]
     fitted = gf.fit(
-        gf.classification_loss(net),
+        gf.batch_mean(gf.classification_loss(net)),
         net.init(jax.random.key(config.seed)),
         data.train,
         optax.sgd(RATE),
@@ -183,7 +183,7 @@ def believable(
         labels = np.asarray(examples[1]).tobytes()
         if labels not in learned:
             fitted = gf.fit(
-                gf.classification_loss(wide),
+                gf.batch_mean(gf.classification_loss(wide)),
                 wide.init(key),
                 examples,
                 optax.adam(0.003),

@@ -153,7 +153,7 @@ def trained(config: Config, data: gf.data.Dataset, width: int, depth: int) -> Tr
         ]
     )
     optimizer = optax.adamw(optax.cosine_decay_schedule(config.rate, orders.shape[1]), weight_decay=0.03)
-    step = gf.train_step(gf.classification_loss(net), optimizer)
+    step = gf.train_step(gf.batch_mean(gf.classification_loss(net)), optimizer)
     right = gf.accuracy(net)
 
     def of_seed(key: jax.Array, order: jax.Array, parts: Any) -> tuple[jax.Array, jax.Array]:

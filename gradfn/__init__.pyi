@@ -19,6 +19,8 @@ from .core.params import init as init
 from .core.params import shapes as shapes
 from .core.params import table as table
 from .display import TextTable as TextTable
+from .flatten import BatchMean as BatchMean
+from .flatten import batch_mean as batch_mean
 from .inspection import Backward as Backward
 from .inspection import ChainRule as ChainRule
 from .inspection import GradCheck as GradCheck
@@ -35,7 +37,6 @@ from .inspection import nan_origin as nan_origin
 from .inspection import patch as patch
 from .inspection import sites as sites
 from .losses import accuracy as accuracy
-from .losses import batch_mean as batch_mean
 from .losses import classification_loss as classification_loss
 from .losses import next_token_loss as next_token_loss
 from .losses import quadratic_loss as quadratic_loss

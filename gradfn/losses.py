@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -15,13 +16,34 @@ from gradfn.core.labels import check_range, counting, label_of, labels_of
 from gradfn.core.net import Net, takes_key
 from gradfn.core.precision import wide, widen
 from gradfn.data._arrays import as_arrays
-from gradfn.flatten import flat_products
-from gradfn.jaxpr.program import hide_objects, show_objects
-
-Loss = Callable[..., Any]  # (params, example) or (params, example, key) -> scalar, or (scalar, aux)
+from gradfn.flatten import ExampleLoss, Loss, loss_of_example
 
 
-def classification_loss(net: Net) -> Loss:
+@dataclass(frozen=True, eq=False)
+class NetLoss:
+    """The loss of a net's output against a target, for one example.
+
+    Attributes:
+        name: of the function in gradfn that made it.
+        function: `(params, (x, y)) -> scalar`, with `key=` where the net has noise in it.
+        check: of a batch `(x, y)` whose targets are known; raises an error for targets that the loss is not made for.
+    """
+
+    name: str
+    function: ExampleLoss = field(repr=False)
+    check: Callable[[Any], None] = field(repr=False)
+
+    def __call__(self, *args: Any, **keywords: Any) -> jax.Array:
+        """Return the loss of one example."""
+        return self.function(*args, **keywords)
+
+    @property
+    def __wrapped__(self) -> ExampleLoss:
+        """What `inspect.signature` looks up: whether there is a parameter `key` depends on the net."""
+        return self.function
+
+
+def classification_loss(net: Net) -> ExampleLoss:
     """Return the cross-entropy of a net's logits with an integer label, for one example.
 
     Args:
@@ -48,10 +70,10 @@ def classification_loss(net: Net) -> Loss:
         label, zero = label_of(y, logits.size, what)
         return optax.softmax_cross_entropy_with_integer_labels(logits + zero.astype(logits.dtype), label)
 
-    return _on_net(net, compare, functools.partial(_check_labels, what=what))
+    return _on_net(what, net, compare, functools.partial(_check_labels, what=what))
 
 
-def regression_loss(net: Net) -> Loss:
+def regression_loss(net: Net) -> ExampleLoss:
     """Return the squared error of a net's answer, meant over its outputs, for one example.
 
     Args:
@@ -72,10 +94,10 @@ def regression_loss(net: Net) -> Loss:
     def compare(answer: jax.Array, y: Any) -> jax.Array:
         return optax.squared_error(*_alike(answer, y, "regression_loss")).mean()
 
-    return _on_net(net, compare, functools.partial(_check_values, what="regression_loss"))
+    return _on_net("regression_loss", net, compare, functools.partial(_check_values, what="regression_loss"))
 
 
-def quadratic_loss(net: Net) -> Loss:
+def quadratic_loss(net: Net) -> ExampleLoss:
     """Return the quadratic cost of a net's activations, half the squared distance, for one example.
 
     Nielsen, *Neural Networks and Deep Learning*, 2015, equation (6): what the sigmoid era trained with.
@@ -111,10 +133,10 @@ def quadratic_loss(net: Net) -> Loss:
         floats = jnp.issubdtype(y.dtype, jnp.floating)
         (_check_values if floats else _check_labels)(outputs, y, what=what)
 
-    return _on_net(net, compare, check)
+    return _on_net(what, net, compare, check)
 
 
-def next_token_loss(net: Net) -> Loss:
+def next_token_loss(net: Net) -> ExampleLoss:
     """Return the mean cross-entropy of a language model's next tokens, for one sequence.
 
     Args:
@@ -159,56 +181,7 @@ def next_token_loss(net: Net) -> Loss:
         check_form(logits, jax.ShapeDtypeStruct(targets.shape[1:], targets.dtype))
         check_range(targets, logits.shape[-1], "next_token_loss", padding=True)
 
-    return _on_net(net, compare, check)
-
-
-def batch_mean(loss: Loss) -> Loss:
-    """Turn the loss of one example into the mean over a batch.
-
-    Args:
-        loss: `(params, example) -> scalar` or `(scalar, aux)`, perhaps with `key=`.
-
-    Returns:
-        The same over a batch, whose arrays have a leading batch axis; aux is averaged too. A random key passed
-        as `key=` is split, one for each example; every other keyword goes to the loss as it is. Compiled, its
-        matrix products are taken on `[batch * time, features]`, which makes a small GPT's step 1.13 to 1.19
-        times as fast on processors (`gradfn.flatten.flat_products`).
-
-    >>> import jax.numpy as jnp, gradfn as gf
-    >>> gf.batch_mean(lambda params, x: params * x)(2.0, jnp.array([1.0, 2.0]))
-    Array(3., dtype=float32)
-    """
-
-    @functools.wraps(loss)
-    def mean_loss(params: Any, batch: Any, /, **kwargs: Any) -> Any:
-        # Only a random key is split; any other value under that name is the loss's own, None as well.
-        if _is_random_key(kwargs.get("key")):
-            keys = jax.random.split(kwargs.pop("key"), jax.tree.leaves(batch)[0].shape[0])
-            values = jax.vmap(lambda example, key: hide_objects(loss(params, example, key=key, **kwargs)))(
-                batch, keys
-            )
-        else:
-            values = jax.vmap(lambda example: hide_objects(loss(params, example, **kwargs)))(batch)
-        return show_objects(jax.tree.map(lambda value: value.mean(0), values))
-
-    mean_loss.per_example = False  # type: ignore[attr-defined]
-    return flat_products(mean_loss)
-
-
-def _is_random_key(x: Any) -> bool:
-    """Tell a key of `jax.random.key`, or of `jax.random.PRNGKey`, from any other value."""
-    dtype = getattr(x, "dtype", None)
-    if dtype is None:
-        return False
-    return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) or (dtype == jnp.uint32 and x.ndim == 1)
-
-
-def over_batch(loss: Loss) -> Loss:
-    """Return a loss over a batch: gradfn's own losses of one example are meant, any other is of a batch already.
-
-    Either way its matrix products are two-dimensional, so that models of other frameworks train faster too.
-    """
-    return batch_mean(loss) if getattr(loss, "per_example", False) else flat_products(loss)
+    return _on_net("next_token_loss", net, compare, check)
 
 
 def accuracy(net: Net) -> Callable[[Any, Any], jax.Array]:
@@ -248,7 +221,7 @@ def accuracy(net: Net) -> Callable[[Any, Any], jax.Array]:
 
 
 def check_targets(loss: Loss, batch: Any) -> None:
-    """Check the targets of a batch whose values are known, where the loss is one of gradfn's own.
+    """Check the targets of a batch whose values are known, where the loss is the mean of one of gradfn's own.
 
     Args:
         loss: any; only gradfn's own say what their targets are.
@@ -258,16 +231,18 @@ def check_targets(loss: Loss, batch: Any) -> None:
         ValueError: targets that the loss would not be right for, with their range and shape.
         TypeError: labels that are not integers.
     """
-    if hasattr(loss, "check_targets"):
-        loss.check_targets(batch)
+    one = loss_of_example(loss)
+    if isinstance(one, NetLoss):
+        one.check(batch)
 
 
 def _on_net(
+    name: str,
     net: Net,
     compare: Callable[[jax.Array, Any], jax.Array],
     check: Callable[[jax.ShapeDtypeStruct, Any], None],
-) -> Loss:
-    """Return a loss that compares a net's answer with a target; `check` is for known targets `[examples, ...]`."""
+) -> NetLoss:
+    """Return a loss that compares a net's output with a target; `check` is for known targets `[examples, ...]`."""
 
     def loss(params: Any, example: Any) -> jax.Array:
         x, y = example
@@ -284,10 +259,7 @@ def _on_net(
         one = jax.tree.map(lambda leaf: jax.eval_shape(lambda a: a[0], leaf), x)
         check(jax.eval_shape(net.apply, net.spec, one), y)
 
-    chosen = noisy_loss if takes_key(net.apply) else loss
-    chosen.per_example = True  # type: ignore[attr-defined]
-    chosen.check_targets = check_batch  # type: ignore[attr-defined]
-    return chosen
+    return NetLoss(name, noisy_loss if takes_key(net.apply) else loss, check_batch)
 
 
 def _pair(batch: Any, what: str) -> tuple[Any, Any]:

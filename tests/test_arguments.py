@@ -15,7 +15,13 @@ X, Y = np.ones([8, 3], np.float32), np.zeros(8, int)
 def fit(data=(X, Y), optimizer=None, **options):
     start = NET.init(jax.random.key(0))
     return gf.fit(
-        gf.classification_loss(NET), start, data, optimizer or optax.sgd(0.1), 2, batch_size=4, **options
+        gf.batch_mean(gf.classification_loss(NET)),
+        start,
+        data,
+        optimizer or optax.sgd(0.1),
+        2,
+        batch_size=4,
+        **options,
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from gradfn.core.precision import norm, widen
 from gradfn.curvature.directional import slope_of_scalar
+from gradfn.flatten import loss_of_example
 from gradfn.inspection.leaves import floating_leaves
 from gradfn.inspection.scalar import jit_arrays
 
@@ -30,7 +31,7 @@ def tracin(loss: Callable, *, normalise: bool = False, part: int = 64) -> Callab
 
     Args:
         loss: `(params, example) -> scalar` or `(scalar, aux)`, of one example, such as
-            `gf.classification_loss(net)`.
+            `gf.classification_loss(net)`; or its `gf.batch_mean`.
         normalise: divide by the norms of both gradients. Those of the training examples are formed, `part` at a time.
         part: most training examples, and test examples, at a time. Memory is taken for the gradients of `part`
             test examples, and for the activations of `part` times `part` pairs.
@@ -55,6 +56,7 @@ def tracin(loss: Callable, *, normalise: bool = False, part: int = 64) -> Callab
     """
     if part < 1:
         raise ValueError(f"tracin: part is 1 or more, came {part}")
+    loss = loss_of_example(loss)
 
     @jit_arrays
     def products(params: Any, train: Any, test: Any) -> jax.Array:

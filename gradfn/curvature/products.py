@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from gradfn.core.labels import check_range, counting
 from gradfn.core.precision import widen
 from gradfn.curvature.directional import linear_matrix, linearized, slope, slope_by_gradient
-from gradfn.flatten import flat_products
+from gradfn.flatten import flat_products, loss_of_example
 from gradfn.inspection.leaves import Leaves, floating_leaves, tangents
 from gradfn.inspection.scalar import scalar
 
@@ -163,7 +163,7 @@ def fisher_vp(loss: Callable) -> Product:
     mode, those that call a `jax.custom_vjp`).
 
     Args:
-        loss: of ONE example, `(params, example) -> scalar` or `(scalar, aux)`.
+        loss: of ONE example, `(params, example) -> scalar` or `(scalar, aux)`; or its `gf.batch_mean`.
 
     Returns:
         `(params, vector, batch) -> tree`; arrays in `batch` have a leading batch axis, vector and result have
@@ -177,11 +177,7 @@ def fisher_vp(loss: Callable) -> Product:
     >>> gf.curvature.fisher_vp(lambda w, x: w @ x)(jnp.zeros(2), jnp.ones(2), jnp.array([[1.0, 0.0], [0.0, 3.0]]))
     Array([0.5, 4.5], dtype=float32)
     """
-    if getattr(loss, "per_example", True) is False:
-        raise TypeError(
-            "fisher_vp: this loss is a mean over a batch, whose examples have no gradients of their own any "
-            "more; pass the loss of one example, what gf.batch_mean was given"
-        )
+    loss = loss_of_example(loss)
 
     def product(params: Any, vector: Any, batch: Any, /, **kwargs: Any) -> Any:
         def one(params: Any, example: Any) -> jax.Array:
@@ -201,7 +197,6 @@ def fisher_vp(loss: Callable) -> Product:
             losses, lambda z, u: u / len(z), params, vector, batch, "fisher_vp", by_gradients
         )
 
-    product.per_example = False  # type: ignore[attr-defined]
     product.is_curvature_product = True  # type: ignore[attr-defined]
     return product
 

@@ -14,7 +14,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr
 
 from gradfn.core.precision import is_narrow, scaled_norm, wide, widen
-from gradfn.flatten import flat_products
+from gradfn.flatten import flat_products, loss_of_example
 from gradfn.jaxpr import Equation, Program, interpret, probe, trace
 from gradfn.jaxpr.interpreter import Evaluate, Path
 from gradfn.jaxpr.program import hide_objects, is_array, leaf_name
@@ -59,7 +59,7 @@ class Call:
             params = jax.tree.map(
                 lambda x: as_varying(jnp.asarray(x), self.varying) if is_array(x) else x, params
             )
-        self.program = trace(loss, params, *jax.tree.map(_example, batch))
+        self.program = trace(loss_of_example(loss), params, *jax.tree.map(_example, batch))
         self._has_aux = _checked_output(what, self.program)
         program = self.program
         avals = program.jaxpr.in_avals

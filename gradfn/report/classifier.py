@@ -12,7 +12,8 @@ import numpy as np
 
 from gradfn.core.net import Net
 from gradfn.data import Dataset
-from gradfn.losses import Loss, accuracy, batch_mean
+from gradfn.flatten import Loss, batch_mean
+from gradfn.losses import accuracy
 from gradfn.report.figures import History, confusion, curves, mistakes, save_all, weight_images
 
 PART = (

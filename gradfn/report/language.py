@@ -12,8 +12,8 @@ import numpy as np
 
 from gradfn.core.net import Net
 from gradfn.data import Tokenizer
+from gradfn.flatten import Loss
 from gradfn.inspection import inspect, sites
-from gradfn.losses import Loss
 from gradfn.report.figures import History, curves, save_all
 from gradfn.report.sequences import MAX_TOKENS, attention_maps, token_probabilities
 

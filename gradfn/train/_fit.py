@@ -18,8 +18,9 @@ import jax
 import numpy as np
 import optax
 
+from gradfn.flatten import BatchMean, Loss
 from gradfn.layout import CHECKPOINT
-from gradfn.losses import Loss, check_targets
+from gradfn.losses import check_targets
 from gradfn.train import checkpoint
 from gradfn.train.chunk import CAPACITY, chunks
 from gradfn.train.fault import fault
@@ -88,9 +89,9 @@ def fit(
     """Train parameters.
 
     Args:
-        loss: `(params, batch) -> scalar` or `(scalar, aux)`, with `key=` where it has noise in it. gradfn's own
-            losses, which are of one example, are averaged over the batch. With `state`, `(params, batch, state) ->
-            (scalar, {"state": new_state, ...})`.
+        loss: of a batch, `(params, batch) -> scalar` or `(scalar, aux)`, with `key=` where it has noise in it; for a
+            loss of one example, such as `gf.classification_loss(net)`, pass `gf.batch_mean(loss)`. With `state`,
+            `(params, batch, state) -> (scalar, {"state": new_state, ...})`.
         params: any pytree, left as it is. Its floating arrays are trained; all else is configuration, so an Equinox
             model will do. Of a Flax NNX module the `nnx.Param`s are trained, and its other variables (running
             means, counters of random numbers) are carried from step to step.
@@ -107,7 +108,7 @@ def fit(
         eval_every: in steps; once an epoch by default (a tenth of all steps where `data` is a function).
         inspect_every: look at all gradients and activations each so many steps, with `gf.inspect`.
         noise_every: measure the gradient's noise scale each so many steps, with `gf.per_example.noise_scale`,
-            on the step's own batch; for losses of one example. The running scale is of the last fifty or so.
+            on the step's own batch; the loss must be a `gf.batch_mean`. The running scale is of the last fifty or so.
         stop: `(history) -> bool`, asked after each evaluation; True ends the run. See `gf.stalled`.
         folder: where to write `metrics.jsonl`, `inspections.jsonl`, `noise.jsonl`, TensorBoard events and the
             checkpoint; None for nowhere. A run owns its folder: unless it resumes, what an earlier run of `fit`
@@ -139,11 +140,11 @@ def fit(
     Raises:
         ValueError: data that are not numbers or arrays of unlike length, targets that gradfn's own loss is not
             right for (labels outside of the classes, NaN), a batch that is larger than the data, numbers below 1;
-            `noise_every` with a loss that is of a batch; a scalar of aux or of `evaluate` with a name that the row
-            has already.
-        TypeError: labels that are not integers; an optimizer that is not one; an iterable of batches; nothing in
-            `params` can be trained, or it holds state that must not be (it says what to write); a loss that does not
-            return the state that it takes.
+            `noise_every` with a loss that is not a `gf.batch_mean`, or with a state that is carried; a scalar of aux or
+            of `evaluate` with a name that the row has already.
+        TypeError: a loss of one example; labels that are not integers; an optimizer that is not one; an iterable of
+            batches; nothing in `params` can be trained, or it holds state that must not be (it says what to write); a
+            loss that does not return the state that it takes.
         FileError: another run trains in the folder; or something in it is a link, which is not followed.
         OSError: a file in the folder cannot be written (the disk is full, say); it names the file. The last good
             checkpoint is kept, and `resume` continues from it.
@@ -156,8 +157,8 @@ def fit(
     >>> net = gf.mlp([2, 1])
     >>> x = jax.random.normal(jax.random.key(0), [100, 2])
     >>> y = x @ jnp.array([1.0, -2.0])
-    >>> start = net.init(jax.random.key(1))
-    >>> fitted = gf.fit(gf.regression_loss(net), start, (x, y), optax.adam(0.1), 200, progress=False)
+    >>> loss, start = gf.batch_mean(gf.regression_loss(net)), net.init(jax.random.key(1))
+    >>> fitted = gf.fit(loss, start, (x, y), optax.adam(0.1), 200, progress=False)
     >>> print(fitted.params["W1"].round(3))
     [[ 1. -2.]]
     """
@@ -169,10 +170,8 @@ def fit(
         keep_every=keep_every,
     )
     _check_arguments(data, optimizer)
-    if noise_every and not getattr(loss, "per_example", False):
-        raise ValueError(
-            "fit: noise_every is for gradfn's losses of one example, such as classification_loss"
-        )
+    if noise_every and not isinstance(loss, BatchMean):
+        raise ValueError("fit: noise_every needs the loss of one example as well. Pass gf.batch_mean(loss)")
     if keep_every and folder is None:
         raise ValueError("fit: keep_every needs a folder to keep the parameters in")
     with deferred(folder is not None) as stopping, contextlib.ExitStack() as stack:
@@ -181,6 +180,8 @@ def fit(
             check_targets(loss, source.content)
         apart = state is not None  # the user's state, beside the model
         state = train_state(params, optimizer, jax.random.key(seed), state)
+        if noise_every and state.model_state is not None:
+            raise ValueError("fit: noise_every must be None where a state is carried from step to step")
         settings: Settings = {
             "steps": steps,
             "batch_size": batch_size,

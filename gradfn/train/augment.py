@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gradfn.core.net import takes_key
-from gradfn.losses import Loss, over_batch
+from gradfn.flatten import Loss
 
 
 def shift_images(images: jax.Array, key: jax.Array, shape: Sequence[int], pixels: int = 2) -> jax.Array:
@@ -39,7 +39,7 @@ def shifted(loss: Loss, shape: Sequence[int], pixels: int = 2) -> Loss:
     """Return a loss over a batch of images and labels whose images are moved first: see `shift_images`.
 
     Args:
-        loss: of one image and label, or of a batch of them.
+        loss: of a batch of images and labels.
         shape: the images' height and width.
         pixels: the most that an image moves each way.
 
@@ -48,16 +48,16 @@ def shifted(loss: Loss, shape: Sequence[int], pixels: int = 2) -> Loss:
 
     >>> import jax, jax.numpy as jnp, gradfn as gf
     >>> net = gf.mlp([4, 2])
-    >>> loss = shifted(gf.classification_loss(net), (2, 2), pixels=1)
+    >>> loss = shifted(gf.batch_mean(gf.classification_loss(net)), (2, 2), pixels=1)
     >>> batch = jnp.ones([3, 4]), jnp.zeros(3, int)
     >>> loss(net.init(jax.random.key(0)), batch, jax.random.key(1)).shape
     ()
     """
-    mean_loss, noisy = over_batch(loss), takes_key(loss)
+    noisy = takes_key(loss)
 
     def shifted_loss(params: Any, batch: Any, key: jax.Array) -> Any:
         images, labels = batch
         moved = shift_images(images, key, shape, pixels), labels
-        return mean_loss(params, moved, **({"key": jax.random.fold_in(key, 1)} if noisy else {}))
+        return loss(params, moved, **({"key": jax.random.fold_in(key, 1)} if noisy else {}))
 
     return shifted_loss

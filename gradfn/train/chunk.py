@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from gradfn.core.net import takes_key
-from gradfn.losses import Loss
+from gradfn.flatten import Loss, loss_of_example
 from gradfn.train.log import refuse_names
 from gradfn.train.model import batch_loss
 from gradfn.train.source import Source
@@ -31,7 +31,7 @@ class Chunks(NamedTuple):
     look: Callable[..., Inspection]
     """`(state, order, row) -> Inspection` of the step that comes next"""
     measure: Callable[..., NoiseScale]
-    """`(state, order, row) -> NoiseScale` of the step that comes next; the loss must be of one example"""
+    """`(state, order, row) -> NoiseScale` of the step that comes next; the loss must be a `BatchMean`"""
     arguments: Callable[..., tuple[Any, dict[str, Any]]]
     """`(state, order, row) -> (batch, keywords)`: what the loss gets in the step that comes next"""
 
@@ -83,7 +83,7 @@ def chunks(
     @jax.jit
     def measure(arrays: Any, state: TrainState, order: Any, row: jax.Array) -> NoiseScale:
         batch = batch_of(arrays, state, order, row)
-        of_one = loss if state.rest is None else state.rest.loss(loss)
+        of_one = loss_of_example(loss) if state.rest is None else state.rest.loss(loss_of_example(loss))
         if not takes_key(of_one):
             return noise_scale(of_one)(state.params, batch)
         keys = jax.random.split(step_key(state), source.batch_size)  # as batch_mean splits it

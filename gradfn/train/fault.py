@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gradfn.losses import Loss
+from gradfn.flatten import Loss
 from gradfn.train.chunk import Chunks, all_finite
 from gradfn.train.model import batch_loss
 from gradfn.train.step import TrainState

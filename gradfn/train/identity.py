@@ -23,8 +23,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from gradfn.core.params import named_leaves
+from gradfn.flatten import Loss
 from gradfn.jaxpr.program import as_written
-from gradfn.losses import Loss
 from gradfn.train.checkpoint import Number
 from gradfn.train.model import batch_loss
 from gradfn.train.source import Source

@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from gradfn.core.params import named_leaves
+from gradfn.flatten import BatchMean, Loss, batch_mean, flat_products
 from gradfn.jaxpr.program import traced_leaves
-from gradfn.losses import Loss, over_batch
+from gradfn.losses import NetLoss
 
+ADVICE = "Pass gf.batch_mean(loss)"
 SPLIT = (
     "Write graphdef, params, rest = nnx.split(model, nnx.Param, ...), train params, and give rest as state: "
     "fit(loss, params, ..., state=rest), where loss(params, batch, state) returns (value, {'state': new rest})"
@@ -145,8 +147,57 @@ def strong(leaf: Any) -> Any:
 
 
 def batch_loss(loss: Loss, rest: Rest | Graph | None) -> Loss:
-    """Return a loss over a batch of what is trained."""
-    return over_batch(loss if rest is None else rest.loss(loss))
+    """Return a loss of a batch, as a function of what is trained.
+
+    Its matrix products are two-dimensional, so that models of other frameworks train faster too.
+
+    Raises:
+        TypeError: the loss is of one example; the returned loss raises it too, where that shows only in a call.
+    """
+    if isinstance(loss, NetLoss):
+        raise TypeError(f"expected the loss of a batch, got gf.{loss.name}(net), of one example. {ADVICE}")
+    if isinstance(loss, BatchMean):
+        if rest is None:
+            return loss
+        if isinstance(rest, Rest):
+            return batch_mean(rest.loss(loss.example))
+    return flat_products(_of_batch(loss if rest is None else rest.loss(loss)))
+
+
+def _of_batch(loss: Loss) -> Loss:
+    """Return the loss, which raises an error that says what to do if it turns out to be of one example."""
+
+    def checked(params: Any, batch: Any, **keywords: Any) -> Any:
+        try:
+            out = loss(params, batch, **keywords)
+        except Exception as error:
+            if _is_of_example(loss, params, batch, keywords):
+                text = str(error).strip().splitlines() or [""]
+                raise TypeError(
+                    f"expected the loss of a batch, got one that fails on a batch ({type(error).__name__}: "
+                    f"{text[0]:.200}) but not on one example. {ADVICE}"
+                ) from error
+            raise
+        shape = jnp.shape(value_and_aux(out)[0])
+        if shape and _is_of_example(loss, params, batch, keywords):
+            raise TypeError(
+                f"expected the loss of a batch, got one that returns shape {list(shape)} for a batch and a scalar "
+                f"for one example. {ADVICE}"
+            )
+        return out
+
+    return functools.wraps(loss)(checked)
+
+
+def _is_of_example(loss: Loss, params: Any, batch: Any, keywords: dict[str, Any]) -> bool:
+    """Tell whether a loss returns a scalar for each example of a batch."""
+    try:
+        value = jax.eval_shape(
+            lambda *args: value_and_aux(batch_mean(loss)(*args, **keywords))[0], params, batch
+        )
+    except Exception:
+        return False
+    return value.shape == ()
 
 
 def value_and_aux(out: Any) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ import optax
 
 from gradfn.core.net import takes_key
 from gradfn.core.params import named_leaves
-from gradfn.losses import Loss
+from gradfn.flatten import Loss
 from gradfn.train.model import Graph, Rest, batch_loss, carry, strong, take_apart, value_and_aux
 
 
@@ -75,8 +75,8 @@ def train_step(
     """Return the compiled step `(state, batch) -> (state, metrics)`, for those who own their loop.
 
     Args:
-        loss: `(params, batch) -> scalar` or `(scalar, aux)`, with `key=` where it has noise in it and `state=` where
-            the state was made with one. gradfn's own losses, which are of one example, are averaged over the batch.
+        loss: of a batch, `(params, batch) -> scalar` or `(scalar, aux)`, with `key=` where it has noise in it and
+            `state=` where the state was made with one. For a loss of one example pass `gf.batch_mean(loss)`.
         optimizer: from optax. It gets `value`, `grad` and `value_fn` too, which `optax.lbfgs` and
             `optax.contrib.reduce_on_plateau` need.
 
@@ -85,7 +85,7 @@ def train_step(
 
     Raises:
         ValueError: a scalar of aux has the name `loss`, or two have the same.
-        TypeError: the loss does not return the state that it takes, or changes its structure.
+        TypeError: a loss of one example; the loss does not return the state that it takes, or changes its structure.
 
     >>> import jax, jax.numpy as jnp, optax, gradfn as gf
     >>> step = gf.train_step(lambda params, batch: jnp.square(params["w"] - batch).mean(), optax.sgd(0.5))

@@ -147,7 +147,7 @@ def train(folder, steps=240, event=None, evaluate=None, told=None, **options):
     x = jax.random.normal(jax.random.key(0), [50, 3])
     net = gf.mlp([3, 4, 2])
     start = net.init(jax.random.key(1))
-    measure = gf.classification_loss(net)
+    measure = gf.batch_mean(gf.classification_loss(net))
     data = (x, (x[:, 0] > 0).astype(jnp.int32))
     options = {
         "resume": True,

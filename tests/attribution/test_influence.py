@@ -58,7 +58,7 @@ def test_planted_copies_are_found_over_saved_checkpoints(tmp_path):
     net = gf.mlp([64, 16, 10])
     loss = gf.classification_loss(net)
     params, options = net.init(jax.random.key(0)), {"keep_every": 300, "folder": tmp_path, "progress": False}
-    gf.fit(loss, params, (x, y), optax.sgd(0.5), 900, **options)
+    gf.fit(gf.batch_mean(loss), params, (x, y), optax.sgd(0.5), 900, **options)
     checkpoints = list(gf.train.kept(tmp_path, like=params).values())
     plain, cosine = (
         np.asarray(gf.attribution.tracin(loss, normalise=n)(checkpoints, (x, y), test, 0.5))

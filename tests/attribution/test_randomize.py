@@ -25,7 +25,7 @@ NET = gf.mlp([64, 24, 10])
 def trained(labels, seed):
     data = gf.data.digits(size=8).train[0][:150], np.array(labels)  # as much as it can learn by heart
     fitted = gf.fit(
-        gf.classification_loss(NET),
+        gf.batch_mean(gf.classification_loss(NET)),
         NET.init(jax.random.key(seed)),
         data,
         optax.adam(0.01),

@@ -44,7 +44,7 @@ def test_fit_and_accuracy_of_a_frame_are_those_of_its_array():
     pandas = pytest.importorskip("pandas")
     x, y = shuffled_frame(pandas)
     net = gf.mlp([3, 4])
-    start, loss = net.init(jax.random.key(0)), gf.classification_loss(net)
+    start, loss = net.init(jax.random.key(0)), gf.batch_mean(gf.classification_loss(net))
     options = {"batch_size": 4, "progress": False}
     of_frame = gf.fit(loss, start, (x, y), optax.sgd(0.1), 6, **options)
     of_array = gf.fit(loss, start, (X, Y), optax.sgd(0.1), 6, **options)
@@ -140,7 +140,7 @@ def test_messages_about_many_arrays_are_short():
     for data in (images, tree):
         for call in (
             lambda data: gf.data.batches(data, 2),
-            lambda data: gf.fit(gf.classification_loss(net), {}, data, optax.sgd(0.1), 1),
+            lambda data: gf.fit(gf.batch_mean(gf.classification_loss(net)), {}, data, optax.sgd(0.1), 1),
         ):
             with pytest.raises(ValueError, match="must") as error:
                 call(data)

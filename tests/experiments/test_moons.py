@@ -45,7 +45,7 @@ def test_the_frames_are_those_of_a_plain_training(tmp_path):
     assert result.frames.shape == (5, moons.GRID, moons.GRID)
 
     net, optimizer = gf.mlp([2, 3, 2], activation="tanh"), optax.adam(config.rate)
-    step = gf.train_step(gf.classification_loss(net), optimizer)
+    step = gf.train_step(gf.batch_mean(gf.classification_loss(net)), optimizer)
     state = gf.train_state(net.init(jax.random.key(1)), optimizer, jax.random.key(0))
     batch = jax.tree.map(jnp.asarray, moons.moons(config)[0])
     for _ in range(4):

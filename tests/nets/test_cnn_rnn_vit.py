@@ -131,6 +131,10 @@ def test_they_learn():
     for name in ("cnn", "vit"):
         net, params = started(name)
         fitted = gf.fit(
-            gf.classification_loss(net), params, lambda step: (images, labels), optax.adam(1e-2), 60
+            gf.batch_mean(gf.classification_loss(net)),
+            params,
+            lambda step: (images, labels),
+            optax.adam(1e-2),
+            60,
         )
         assert gf.accuracy(net)(fitted.params, (images, labels)) > 0.9

@@ -30,6 +30,6 @@ def test_the_loss_is_that_of_the_moved_images():
     net = gf.mlp([9, 2])
     params, key = net.init(jax.random.key(0)), jax.random.key(1)
     images, labels = jax.random.uniform(key, [4, 9]), jnp.array([0, 1, 1, 0])
-    loss = gf.classification_loss(net)
-    expected = gf.batch_mean(loss)(params, (shift_images(images, key, (3, 3), 1), labels))
+    loss = gf.batch_mean(gf.classification_loss(net))
+    expected = loss(params, (shift_images(images, key, (3, 3), 1), labels))
     assert shifted(loss, (3, 3), 1)(params, (images, labels), key) == expected

@@ -25,7 +25,7 @@ net = gf.mlp([3, 4, 2])
 x = jax.random.normal(jax.random.key(0), [50, 3])
 data = (x, (x[:, 0] > 0).astype(jnp.int32))
 start = net.init(jax.random.key(1))
-loss = gf.classification_loss(net)
+loss = gf.batch_mean(gf.classification_loss(net))
 
 
 def train(steps=40, **options):
@@ -42,7 +42,7 @@ def by_hand(steps):
     """The same training as a plain loop of plain JAX."""
     optimizer = optax.adam(0.05)
     params, state, losses = start, optimizer.init(start), []
-    mean = lambda params, batch: jax.vmap(lambda one: loss(params, one))(batch).mean()  # noqa: E731
+    mean = lambda params, batch: jax.vmap(lambda one: loss.example(params, one))(batch).mean()  # noqa: E731
     value_and_grad = jax.jit(jax.value_and_grad(mean))
     for step in range(steps):
         index = gf.data.epoch_order(50, 8, 3, step // 6)[step % 6]
@@ -234,7 +234,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(tmp_path, noisy):
     options = {"batch_size": 8, "progress": False, "checkpoint_seconds": 0}
 
     def run(**more):
-        chosen, params = (gf.classification_loss(dropping), begin) if noisy else (loss, start)
+        chosen, params = (gf.batch_mean(gf.classification_loss(dropping)), begin) if noisy else (loss, start)
         return gf.fit(chosen, params, data, optax.adam(0.05), 40, **options, **more)
 
     def interrupt(params, calls=[]):  # noqa: B006
@@ -320,7 +320,8 @@ def slow(params):
     print("row", flush=True)
     time.sleep(0.02)
     return {}
-fitted = gf.fit(gf.classification_loss(net), net.init(jax.random.key(1)), (x, (x[:, 0] > 0).astype(jnp.int32)),
+loss = gf.batch_mean(gf.classification_loss(net))
+fitted = gf.fit(loss, net.init(jax.random.key(1)), (x, (x[:, 0] > 0).astype(jnp.int32)),
     optax.adam(0.05), 600, batch_size=8, folder=sys.argv[1], resume=True, checkpoint_seconds=0, progress=False,
     evaluate=slow)
 print(fitted.params["W1"].tobytes().hex())
@@ -424,7 +425,7 @@ def test_inspections_are_those_of_the_steps(tmp_path):
     fitted = train(20, inspect_every=8, folder=tmp_path)
     assert [row["step"] for row in fitted.inspections] == [0, 8, 16]
     index = gf.data.epoch_order(50, 8, 3, 0)[0]
-    seen = gf.inspect(gf.batch_mean(loss), input_grads=False)(start, (data[0][index], data[1][index]))
+    seen = gf.inspect(loss, input_grads=False)(start, (data[0][index], data[1][index]))
     first = fitted.inspections[0]
     np.testing.assert_allclose(first["value"], seen.value, rtol=1e-5)
     np.testing.assert_allclose(first["sites"]["a1"]["mean"], seen.stats["a1"].mean, rtol=1e-5)
@@ -443,7 +444,7 @@ def test_noise_is_that_of_the_steps(tmp_path):
     fitted = train(6, noise_every=2, folder=tmp_path)
     assert [row["step"] for row in fitted.noise] == [0, 2, 4]
     index = gf.data.epoch_order(50, 8, 3, 0)[0]
-    seen = gf.per_example.noise_scale(loss)(start, (data[0][index], data[1][index]))
+    seen = gf.per_example.noise_scale(loss.example)(start, (data[0][index], data[1][index]))
     np.testing.assert_allclose(fitted.noise[0]["variance"], seen.variance, rtol=1e-4)
     signals, noises = ([row[name] for row in fitted.noise] for name in ("gradient_square", "variance"))
     weights = 0.98 ** np.array([2, 1, 0])
@@ -456,8 +457,10 @@ def test_noise_is_that_of_the_steps(tmp_path):
 
 
 def test_noise_needs_single_examples():
-    with pytest.raises(ValueError, match="noise_every is for gradfn's losses of one example"):
-        train(1, loss=gf.batch_mean(loss), noise_every=1)
+    with pytest.raises(
+        ValueError, match=r"noise_every needs the loss of one example as well. Pass gf.batch_mean\(loss\)"
+    ):
+        train(1, loss=lambda params, batch: loss(params, batch), noise_every=1)
 
 
 @pytest.mark.slow

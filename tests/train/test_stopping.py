@@ -104,10 +104,10 @@ def test_a_signal_at_any_moment_of_the_loop_resumes_to_the_bit(tmp_path, monkeyp
     from gradfn.train.rows import Rows
 
     every = {"inspect_every": 2, "noise_every": 3, "eval_every": 2, "keep_every": 4}
+    options = {"batch_size": 4, "progress": False} | every
     example = lambda params, one: jnp.square(one[0] @ params["w"] - one[1])  # noqa: E731
-    example.per_example = True
     run = lambda folder, **more: gf.fit(  # noqa: E731
-        example, START, DATA, optax.adam(0.1), 6, folder=folder, batch_size=4, progress=False, **every, **more
+        gf.batch_mean(example), START, DATA, optax.adam(0.1), 6, folder=folder, **options, **more
     )
     whole = run(tmp_path / "whole")
     counter = {"calls": 0, "at": None}
