@@ -38,6 +38,7 @@ FLAT = [
         "quadratic_loss",
         "next_token_loss",
         "batch_mean",
+        "BatchMean",
         "accuracy",
     ),
     *("fit", "train_step", "train_state", "stalled", "Fit", "TrainState", "CheckpointError"),

@@ -324,15 +324,8 @@ def test_a_folder_of_fit_gets_a_page(tmp_path, monkeypatch, capsys):
     x, y = np.random.default_rng(0).normal(size=[64, 3]).astype(np.float32), np.arange(64) % 2
     start = net.init(jax.random.key(0))
     options = {"batch_size": 16, "seed": 5, "inspect_every": 4, "noise_every": 2, "progress": False}
-    gf.fit(
-        gf.batch_mean(gf.classification_loss(net)),
-        start,
-        (x, y),
-        optax.sgd(0.1),
-        12,
-        folder="digits",
-        **options,
-    )
+    loss = gf.batch_mean(gf.classification_loss(net))
+    gf.fit(loss, start, (x, y), optax.sgd(0.1), 12, folder="digits", **options)
     assert cli.main(["report", "digits"]) == 0  # a folder is meant before an experiment of that name
     assert capsys.readouterr().out.startswith("wrote digits/report.html")
     html = (tmp_path / "digits" / "report.html").read_text()
