@@ -20,6 +20,8 @@ from .core.params import shapes as shapes
 from .core.params import table as table
 from .display import TextTable as TextTable
 from .flatten import BatchMean as BatchMean
+from .flatten import ExampleLoss as ExampleLoss
+from .flatten import Loss as Loss
 from .flatten import batch_mean as batch_mean
 from .inspection import Backward as Backward
 from .inspection import ChainRule as ChainRule

@@ -39,6 +39,8 @@ FLAT = [
         "next_token_loss",
         "batch_mean",
         "BatchMean",
+        "Loss",
+        "ExampleLoss",
         "accuracy",
     ),
     *("fit", "train_step", "train_state", "stalled", "Fit", "TrainState", "CheckpointError"),
