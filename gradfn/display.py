@@ -1,56 +1,287 @@
-"""Text for people: tables that show themselves under `print`, in a terminal and in a notebook."""
+"""How results show themselves: one table, which fits where it is printed, and one mixin for every result type.
+
+A result type that derives from `ShowsTable` says what its table is; `print`, a terminal, a notebook and pandas
+then all show that table:
+
+    >>> class Ages(ShowsTable):
+    ...     def table(self, rows: int | None = ROWS) -> TextTable:
+    ...         out = TextTable("Ages")
+    ...         out.add_column("name")
+    ...         out.add_column("age")
+    ...         out.add_row("Ada", 36)
+    ...         return out
+    >>> Ages()
+    Ages
+      name   age
+     ────────────
+      Ada     36
+"""
 
 from __future__ import annotations
 
+import html
 import json
 import math
+import shutil
+import textwrap
+from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    import pandas
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+
+# A longer table is folded to this many rows.
+ROWS = 30
+# Names and source lines are shortened to READABLE characters before a column is dropped, to SHORTEST after that.
+READABLE, SHORTEST = 20, 8
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a `TextTable`.
+
+    Attributes:
+        header: its title, also in a data frame.
+        form: how numbers are written, as in `format(number, form)`.
+        drop: 0 for a column that is always shown; where a table is too wide, the highest go first.
+        shorten: whether its texts (names, source lines) may lose their middle: `blocks/0/…/gain`.
+        footer: what stands below its cells.
+    """
+
+    header: str
+    form: str = ""
+    drop: int = 0
+    shorten: bool = False
+    footer: str = ""
 
 
 class TextTable:
-    """A table that becomes a `rich` one when it is shown, so that `import gradfn` need not wait for rich.
+    """A table of values that is written out when it is shown, as wide as there is room for.
 
-    `settings` and what `add_column` and `add_row` take are those of `rich.table.Table`.
+    `print` uses the width of the terminal, or of the environment variable `COLUMNS`, or 80. Where a table is wider,
+    names are shortened, then whole columns are dropped and listed below; numbers are never cut. A notebook and
+    `to_dataframe` show every column.
+
+    Args:
+        title: a line above the table.
+        caption: lines below it.
     """
 
-    def __init__(self, **settings: Any) -> None:
-        self.settings = settings
-        self.columns: list[tuple[str, dict[str, Any]]] = []
-        self.rows: list[tuple[str, ...]] = []
+    def __init__(self, title: str = "", caption: str = "") -> None:
+        self.title, self.caption = title, caption
+        self.columns: list[Column] = []
+        self.rows: list[tuple[Any, ...]] = []
+        self.weights: list[float] = []
 
-    def add_column(self, header: str, **settings: Any) -> None:
-        """Add a column."""
-        self.columns.append((header, settings))
+    def add_column(
+        self, header: str, form: str = "", *, drop: int = 0, shorten: bool = False, footer: str = ""
+    ) -> None:
+        """Add a column: see `Column`."""
+        self.columns.append(Column(header, form, drop, shorten, footer))
 
-    def add_row(self, *cells: str) -> None:
-        """Add a row, one cell a column."""
+    def add_row(self, *cells: Any, weight: float = 0) -> None:
+        """Add a row, one value per column; None is an empty cell. Rows of the largest weight outlast folding."""
         self.rows.append(cells)
+        self.weights.append(weight)
 
-    def __rich__(self) -> Table:
+    def folded(self, rows: int | None, rest: str) -> TextTable:
+        """Return the same table with at most that many rows, and a last line that says how to see the others.
+
+        Args:
+            rows: how many rows stay, those of the largest weight, in their order; None for all.
+            rest: the call that shows all of them, for instance `"norms.table(rows=None)"`.
+        """
+        if rows is None or len(self.rows) <= rows:
+            return self
+        heaviest = sorted(range(len(self.rows)), key=lambda i: -self.weights[i])[:rows]
+        note = f"{len(self.rows) - rows:,} of {len(self.rows):,} rows are not shown: {rest} lists them"
+        out = TextTable(self.title, "\n".join(filter(None, [self.caption, note])))
+        out.columns = self.columns
+        for i in sorted(heaviest):
+            out.add_row(*self.rows[i], weight=self.weights[i])
+        return out
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Return the rows as a pandas data frame, numbers unrounded.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise ImportError("to_dataframe needs pandas: pip install pandas") from None
+        return pandas.DataFrame(self.rows, columns=[column.header for column in self.columns])
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich import box
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(box=box.SIMPLE, caption_justify="left", title_justify="left", **self.settings)
-        for header, settings in self.columns:
-            table.add_column(header, **settings)
+        width = options.max_width
+        widths = self._fitted(width)
+        table = Table(box=box.SIMPLE, show_footer=any(column.footer for column in self.columns))
+        for k, size in widths.items():
+            column = self.columns[k]
+            cells = [cell for cell in self._cells(k) if cell is not None]
+            table.add_column(
+                Text(column.header),
+                Text(column.footer),
+                justify="right" if cells and all(map(_is_number, cells)) else "left",
+                no_wrap=True,
+                min_width=size,
+            )
         for row in self.rows:
-            table.add_row(*row)
-        return table
+            texts = {k: _text(row[k], self.columns[k].form) for k in widths}
+            table.add_row(*[Text(_shortened(texts[k], size)) for k, size in widths.items()])
+        if self.title:
+            yield Text(self.title)
+        yield table
+        dropped = [column.header for k, column in enumerate(self.columns) if k not in widths]
+        note = f"not shown in {width} columns: {', '.join(dropped)}" if dropped else ""
+        for line in filter(None, [*self.caption.splitlines(), note]):
+            yield from map(Text, textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False))
+
+    def _cells(self, k: int) -> list[Any]:
+        return [row[k] for row in self.rows]
+
+    def _fitted(self, width: int) -> dict[int, int]:
+        """Return the columns that fit into a width, by number, and how wide each is."""
+        from rich.cells import cell_len
+
+        full = {
+            k: max(
+                map(
+                    cell_len, [column.header, column.footer, *[_text(c, column.form) for c in self._cells(k)]]
+                )
+            )
+            for k, column in enumerate(self.columns)
+        }
+        shown = list(full)
+
+        def sizes(limit: int) -> dict[int, int]:
+            least = {k: max(limit, cell_len(self.columns[k].header)) for k in shown}
+            return {k: min(full[k], least[k]) if self.columns[k].shorten else full[k] for k in shown}
+
+        def too_wide(limit: int) -> bool:
+            # Three more a column for the space between them, and one for the margin.
+            return sum(sizes(limit).values()) + 3 * len(shown) + 1 > width
+
+        while too_wide(READABLE) and any(self.columns[k].drop for k in shown):
+            shown.remove(max(shown, key=lambda k: (self.columns[k].drop, k)))
+        limit = max(full.values(), default=0)
+        while too_wide(limit) and limit > SHORTEST:
+            limit -= 1
+        return sizes(limit)
 
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=1000, color_system=None)  # wide: a table is as wide as it needs to be
+        width = shutil.get_terminal_size((80, 24)).columns
+        # With soft_wrap, a table that cannot be made to fit is not cut.
+        console = Console(width=width, color_system=None, soft_wrap=True)
         with console.capture() as capture:
             console.print(self)
         lines = [line.rstrip() for line in capture.get().splitlines()]
         return "\n".join(line for line in lines if line)
 
     def _repr_mimebundle_(self, *args: Any, **kwargs: Any) -> dict[str, str]:
-        return self.__rich__()._repr_mimebundle_(*args, **kwargs)
+        return {"text/plain": str(self), "text/html": self.to_html()}
+
+    def to_html(self) -> str:
+        """Return the table as HTML, all columns."""
+
+        def line(kind: str, texts: list[str]) -> str:
+            return "<tr>" + "".join(f"<{kind}>{html.escape(text)}</{kind}>" for text in texts) + "</tr>"
+
+        head = line("th", [column.header for column in self.columns])
+        body = [
+            line("td", [_text(c, column.form) for c, column in zip(row, self.columns, strict=True)])
+            for row in self.rows
+        ]
+        foot = (
+            line("th", [column.footer for column in self.columns])
+            if any(c.footer for c in self.columns)
+            else ""
+        )
+        title = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
+        below = "".join(f"<p>{html.escape(text)}</p>" for text in self.caption.splitlines())
+        return f"<table>{title}<thead>{head}</thead><tbody>{''.join(body)}{foot}</tbody></table>{below}"
+
+
+class ShowsTable:
+    """Mixin of result types that show themselves as tables: under `print`, in a terminal, in a notebook, to pandas.
+
+    A subclass says what its table is; a dataclass is declared with `repr=False`. Inside `jit`, `vmap` and
+    `jax.eval_shape`, where there are no values yet, the text says so.
+    """
+
+    def table(self, rows: int | None = ROWS) -> TextTable:
+        """Return the result as a table of at most that many rows; None for all."""
+        raise NotImplementedError
+
+    def tables(self) -> list[TextTable]:
+        """Return what `print` shows."""
+        return [self.table()]
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Return all rows of the table as a pandas data frame."""
+        return self.table(rows=None).to_dataframe()
+
+    def __str__(self) -> str:
+        return _abstract(self) or "\n".join(map(str, self.tables()))
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
+
+        return _abstract(self) or Group(*self.tables())
+
+    def _repr_mimebundle_(self, *args: Any, **kwargs: Any) -> dict[str, str]:
+        shown = {"text/plain": str(self)}
+        return (
+            shown if _abstract(self) else shown | {"text/html": "".join(t.to_html() for t in self.tables())}
+        )
+
+
+def _abstract(result: Any) -> str:
+    """Return what to print of a result that has no values yet, empty for any other."""
+    import jax
+
+    leaves = jax.tree.leaves(result)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return f"{type(result).__name__} (being traced: return it from jit to print it)"
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        return f"{type(result).__name__} (shapes and dtypes only)"
+    return ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _text(value: Any, form: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, (bool, str)):
+        return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+    if isinstance(value, Integral):
+        return format(int(value), form or ",")
+    if isinstance(value, Real):
+        return format(float(value), form or ".3g")
+    return str(list(value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _shortened(text: str, size: int) -> str:
+    """Return a text of at most that many characters; its middle goes, for both ends tell names apart."""
+    if len(text) <= size:
+        return text
+    head = (size - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (size - 1 - head) :]}"
 
 
 def to_json(content: Any, indent: int | None = None) -> str:

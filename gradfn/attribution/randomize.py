@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradfn.display import TextTable
+from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.inspection.leaves import floating_leaves
 from gradfn.inspection.scalar import jit_arrays
 from gradfn.jaxpr import Program, parameter_uses, trace
@@ -26,7 +26,7 @@ Method = Callable[[Any, Any], jax.Array]  # (params, x) -> map, of one example
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Randomized:
+class Randomized(ShowsTable):
     """How alike maps stay while what the network learned is taken away; `print` shows it as a table.
 
     Attributes:
@@ -52,22 +52,18 @@ class Randomized:
         """
         return bool(abs(self.rank[-1]) < ALIKE and abs(self.rank_abs[-1]) < ALIKE)
 
-    def table(self) -> TextTable:
-        """Return the correlations as a rich table."""
-        table = TextTable()
-        for header in ("random", "rank correlation", "of magnitudes"):
-            table.add_column(header, justify="left" if header == "random" else "right")
-        for name, signed, size in zip(self.names, self.rank, self.rank_abs, strict=True):
-            table.add_row(name, f"{signed:.3f}", f"{size:.3f}")
-        return table
-
-    def __str__(self) -> str:
+    def table(self, rows: int | None = ROWS) -> TextTable:
+        """Return the correlations as a table, the last of them first to be kept; None for all rows."""
         verdict = "passed: the maps rest on what was learned"
         if not self.passed:
             verdict = "FAILED: without what was learned the maps are much the same"
-        return f"{self.table()}\n{verdict}"
-
-    __repr__ = __str__
+        out = TextTable(caption=verdict)
+        out.add_column("random", shorten=True)
+        for header in ("rank correlation", "of magnitudes"):
+            out.add_column(header, ".3f")
+        for i, (name, signed, size) in enumerate(zip(self.names, self.rank, self.rank_abs, strict=True)):
+            out.add_row(name, signed, size, weight=i)
+        return out.folded(rows, "result.table(rows=None)")
 
 
 def randomize_weights(

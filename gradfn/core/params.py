@@ -220,16 +220,15 @@ def table(tree: Any) -> TextTable:
     size_bytes = [size * dtype.itemsize for size, (_, _, dtype) in zip(sizes, rows, strict=True)]
     weights = sum(size for size, (_, shape, _) in zip(sizes, rows, strict=True) if len(shape) > 1)
     out = TextTable(
-        caption=f"{weights:,} weights + {sum(sizes) - weights:,} biases = {sum(sizes):,} parameters",
-        show_footer=True,
+        caption=f"{weights:,} weights + {sum(sizes) - weights:,} biases = {sum(sizes):,} parameters"
     )
-    out.add_column("path", footer="total")
+    out.add_column("path", footer="total", shorten=True)
     out.add_column("shape")
-    out.add_column("dtype", footer=f"{len(rows)} arrays")
-    out.add_column("count", footer=f"{sum(sizes):,}", justify="right")
-    out.add_column("bytes", footer=f"{sum(size_bytes):,}", justify="right")
+    out.add_column("dtype", footer=f"{len(rows)} arrays", drop=1)
+    out.add_column("count", footer=f"{sum(sizes):,}")
+    out.add_column("bytes", footer=f"{sum(size_bytes):,}", drop=2)
     for (name, shape, dtype), size, n_bytes in zip(rows, sizes, size_bytes, strict=True):
-        out.add_row(name, str(list(shape)), str(dtype), f"{size:,}", f"{n_bytes:,}")
+        out.add_row(name, shape, str(dtype), size, n_bytes)
     return out
 
 

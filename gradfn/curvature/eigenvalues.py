@@ -11,12 +11,20 @@ import jax.numpy as jnp
 
 from gradfn.curvature.lanczos import Which, eigenpairs, small
 from gradfn.curvature.products import as_product, flat_matrix
-from gradfn.display import TextTable
+from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.inspection.leaves import floating_leaves
 from gradfn.inspection.scalar import jit_arrays
 
 
-class Eigs(NamedTuple):
+class _Eigs(NamedTuple):
+    values: jax.Array
+    vectors: Any
+    residuals: jax.Array
+    converged: jax.Array
+    products: jax.Array
+
+
+class Eigs(ShowsTable, _Eigs):
     """Eigenvalues and eigenvectors of a curvature matrix. `print` shows a table; a pytree inside `jit`.
 
     Attributes:
@@ -28,22 +36,15 @@ class Eigs(NamedTuple):
         products: how many products with H it took.
     """
 
-    values: jax.Array
-    vectors: Any
-    residuals: jax.Array
-    converged: jax.Array
-    products: jax.Array
-
-    def __str__(self) -> str:
-        if isinstance(self.values, jax.core.Tracer):
-            return "Eigs, being traced: return it from jit to print it"
-        title = f"{len(self.values)} eigenvalues in {int(self.products)} products"
-        table = TextTable(title=title)
-        for column in ("eigenvalue", "residual", "converged"):
-            table.add_column(column, justify="right")
+    def table(self, rows: int | None = ROWS) -> TextTable:
+        """Return a table with one row per eigenvalue."""
+        out = TextTable(f"{len(self.values)} eigenvalues in {int(self.products)} products")
+        out.add_column("eigenvalue", ".6g")
+        out.add_column("residual", ".2g")
+        out.add_column("converged")
         for value, residual, ok in zip(self.values, self.residuals, self.converged, strict=True):
-            table.add_row(f"{value:.6g}", f"{residual:.2g}", "yes" if ok else "NO")
-        return str(table)
+            out.add_row(float(value), float(residual), "yes" if ok else "NO", weight=0 if ok else 1)
+        return out.folded(rows, "eigs.table(rows=None)")
 
 
 def hessian_eigs(

@@ -18,7 +18,7 @@ import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from gradfn.core.precision import norm
-from gradfn.display import TextTable
+from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.inspection.scalar import jit_arrays, scalar
 from gradfn.inspection.where import (
     Loop,
@@ -85,7 +85,7 @@ class Step(NamedTuple):
     factor: float
 
 
-class StepList(list[Step]):
+class StepList(ShowsTable, list[Step]):
     """Steps of a backward pass; `print` shows them as a table."""
 
     def __getitem__(self, index: Any) -> Any:
@@ -96,32 +96,32 @@ class StepList(list[Step]):
         """Return them from the one that shrank the gradient most to the one that made it grow most."""
         return StepList(sorted(self, key=lambda s: (math.isnan(s.factor), s.factor)))
 
-    def table(self) -> TextTable:
-        """Return them as a rich table."""
-        out = TextTable(caption="×: norm of what went out over norm of what came in")
-        for column in ("operation", "line", "scope", "came in"):
-            out.add_column(column, overflow="fold")
-        out.add_column("×", justify="right")
-        out.add_column("went out", overflow="fold")
+    def table(self, rows: int | None = ROWS) -> TextTable:
+        """Return a table with one row per step, at most that many: those that change the gradient's norm most."""
+        out = TextTable(caption="×: the norm of the gradient after the step over that before it")
+        out.add_column("operation", shorten=True)
+        out.add_column("shape", drop=4)
+        out.add_column("norm in", drop=3)
+        out.add_column("×")
+        out.add_column("norm out", drop=1)
+        out.add_column("gradient of")
+        out.add_column("scope", drop=5, shorten=True)
+        out.add_column("line", drop=2, shorten=True)
         for s in self:
-            turns = "".join(f"[{i}]" for i in s.iteration)
+            iteration = "".join(f"[{i}]" for i in s.iteration)
+            changed = abs(math.log(s.factor)) if 0 < s.factor < math.inf else math.inf
             out.add_row(
-                s.operation + (f" (in {s.within})" if s.within else "") + turns,
-                s.line.rsplit("/", 1)[-1],
+                s.operation + (f" (in {s.within})" if s.within else "") + iteration,
+                ", ".join(str(list(c.shape)) for c in s.incoming),
+                math.hypot(*[c.norm for c in s.incoming]),
+                s.factor,
+                math.hypot(*[c.norm for c in s.outgoing]),
+                ", ".join(dict.fromkeys(c.name for c in s.outgoing if c.name)),
                 s.scope,
-                "; ".join(map(str, s.incoming)),
-                f"{s.factor:.3g}",
-                "; ".join(map(str, s.outgoing)),
+                s.line.rsplit("/", 1)[-1],
+                weight=0 if math.isnan(s.factor) else changed,
             )
-        return out
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    __repr__ = __str__
-
-    def __rich__(self) -> Any:
-        return self.table().__rich__()
+        return out.folded(rows, "steps.table(rows=None)")
 
 
 class _Info(NamedTuple):
@@ -141,8 +141,8 @@ class _Info(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["value", "aux", "cotangents"], meta_fields=["infos"]
 )
-@dataclass(frozen=True)
-class Backward:
+@dataclass(frozen=True, repr=False)
+class Backward(ShowsTable):
     """The backward pass of one call: a list of steps once it is outside `jit`, a pytree of arrays inside.
 
     Iterate over it, index it, `print` it.
@@ -185,16 +185,9 @@ class Backward:
         """Return the steps from the one that shrank the gradient most to the one that made it grow most."""
         return self.steps.sorted()
 
-    def table(self) -> TextTable:
-        """Return the steps as a rich table."""
-        return self.steps.table()
-
-    def __str__(self) -> str:
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self)):
-            return f"Backward of {len(self.infos)} equations, being traced: return it from jit to print it"
-        return str(self.steps)
-
-    __repr__ = __str__
+    def table(self, rows: int | None = ROWS) -> TextTable:
+        """Return a table with one row per step, at most that many: those that change the gradient's norm most."""
+        return self.steps.table(rows)
 
 
 def _step(info: _Info, seen: Any, turns: tuple[int, ...]) -> Step:

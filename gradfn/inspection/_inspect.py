@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gradfn.core.precision import norm
-from gradfn.display import TextTable
+from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.flatten import flat_products
 from gradfn.inspection import flow
 from gradfn.inspection.summaries import DEFAULT_STATS, STATS, Stats, summarize
@@ -40,8 +40,8 @@ from gradfn.jaxpr.varying import as_varying, varying_axes, zeros
     ],
     meta_fields=["sites", "param_order"],
 )
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(ShowsTable):
     """What one forward and backward pass showed; a pytree of arrays. `print` shows it as a table.
 
     Attributes:
@@ -110,16 +110,23 @@ class Inspection:
         """
         return flow.to_dict(self)
 
-    def table(self) -> TextTable:
-        """Return the report as a rich table: a row per site, from the inputs to the loss."""
-        return flow.table(self)
+    def table(self, rows: int | None = ROWS) -> TextTable:
+        """Return a table with one row per site, from the inputs to the loss.
 
-    def __str__(self) -> str:
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self)):
-            return f"Inspection of {len(self.sites)} sites, being traced: return it from jit to print it"
-        return flow.text(self)
+        Args:
+            rows: at most that many. In a longer table, all iterations of a loop share one row, and the rows that
+                stay are those with flags, then those where the gradient's norm changes most. None: every
+                iteration of every site.
+        """
+        return flow.table(self, rows)
 
-    __repr__ = __str__
+    def parameter_table(self, rows: int | None = ROWS) -> TextTable:
+        """Return a table with one row per parameter: its gradient, and its update if `with_updates` was given it."""
+        return flow.parameter_table(self, rows)
+
+    def tables(self) -> list[TextTable]:
+        """Return the table of the sites and that of the parameters."""
+        return [self.table(), self.parameter_table()]
 
 
 def _ratio(param: jax.Array, update: jax.Array) -> jax.Array:

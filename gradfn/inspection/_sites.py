@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-from gradfn.display import TextTable
+from gradfn.display import ShowsTable, TextTable
 from gradfn.jaxpr import Program, Site, find_sites, trace_as_written
 from gradfn.jaxpr.interpreter import bodies
 
 
-class SiteList(list[Site]):
+class SiteList(ShowsTable, list[Site]):
     """A list of sites that shows itself as a table; `notes` say what is not in it, and why."""
 
     notes: tuple[str, ...] = ()
@@ -18,23 +18,19 @@ class SiteList(list[Site]):
         """The names, in the order in which the function computes the values."""
         return [site.name for site in self]
 
-    def __str__(self) -> str:
-        return str(self.table())
-
-    __repr__ = __str__
-
-    def __rich__(self) -> TextTable:
-        return self.table()
-
-    def table(self) -> TextTable:
-        """Return the sites as a rich table."""
+    def table(self, rows: int | None = None) -> TextTable:
+        """Return a table with one row per site."""
         empty = () if self else ("No sites: name a value with gf.tap(x, 'name').",)
-        table = TextTable(caption="\n".join([*empty, *self.notes]) or None)
-        for column in ("site", "shape", "dtype", "activation", "source", "line"):
-            table.add_column(column, overflow="fold")
+        out = TextTable(caption="\n".join([*empty, *self.notes]))
+        out.add_column("site", shorten=True)
+        out.add_column("shape")
+        out.add_column("dtype", drop=3)
+        out.add_column("activation", drop=2)
+        out.add_column("source", drop=1)
+        out.add_column("line", shorten=True)
         for s in self:
-            table.add_row(s.name, shape_text(s), s.dtype, s.kind, s.source, short_line(s.line))
-        return table
+            out.add_row(s.name, shape_text(s), s.dtype, s.kind, s.source, short_line(s.line))
+        return out.folded(rows, "sites.table()")
 
 
 def shape_text(site: Site) -> str:

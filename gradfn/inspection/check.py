@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradfn.display import TextTable
+from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.inspection._backprop import active_equations
 from gradfn.inspection.scalar import Scalar, scalar
 from gradfn.inspection.suspects import suspects
@@ -47,8 +47,8 @@ class LeafCheck(NamedTuple):
     note: str = ""
 
 
-@dataclass(frozen=True)
-class GradCheck:
+@dataclass(frozen=True, repr=False)
+class GradCheck(ShowsTable):
     """A gradient compared with central differences. `print` shows it; it is true if all is well.
 
     Attributes:
@@ -74,30 +74,24 @@ class GradCheck:
     def __bool__(self) -> bool:
         return self.ok
 
-    def table(self) -> TextTable:
-        """Return it as a rich table, a row per leaf."""
+    def table(self, rows: int | None = ROWS) -> TextTable:
+        """Return a table with one row per leaf, those with the largest error at most."""
         verdict = "every gradient is right" if self.ok else f"off: {', '.join(self.off)}"
         out = TextTable(
             title=f"{verdict} (to {self.tolerance:.1g}, in {self.precision})",
             caption="slopes in the random direction in which they differ most",
         )
-        out.add_column("leaf", overflow="fold")
-        for column in ("shape", "by gradient", "by differences", "relative error"):
-            out.add_column(column, justify="right")
-        out.add_column("")
+        out.add_column("leaf", shorten=True)
+        out.add_column("shape", drop=2)
+        out.add_column("by gradient", ".8g", drop=1)
+        out.add_column("by differences", ".8g", drop=1)
+        out.add_column("relative error", ".2g")
+        out.add_column("result")
         for leaf in self.leaves:
-            numbers = [f"{leaf.gradient:.8g}", f"{leaf.difference:.8g}", f"{leaf.error:.2g}"]
             mark = ("ok" if leaf.ok else "OFF") + (f": {leaf.note}" if leaf.note else "")
-            out.add_row(leaf.name, str(list(leaf.shape)), *numbers, mark)
-        return out
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    __repr__ = __str__
-
-    def __rich__(self) -> Any:
-        return self.table().__rich__()
+            numbers = (leaf.gradient, leaf.difference, leaf.error)
+            out.add_row(leaf.name, leaf.shape, *numbers, mark, weight=leaf.error if leaf.ok else math.inf)
+        return out.folded(rows, "check.table(rows=None)")
 
 
 def check_grads(

@@ -16,12 +16,13 @@ Thresholds, each with its reason:
 
 import itertools
 import math
+from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
-from gradfn.display import TextTable
+from gradfn.display import ROWS, TextTable
 from gradfn.inspection.summaries import Stats
 from gradfn.jaxpr import Site
 from gradfn.jaxpr.program import leaf_name
@@ -31,24 +32,22 @@ if TYPE_CHECKING:
 
 VANISHING, EXPLODING = 1e-3, 1e3
 SATURATED_SHARE, DEAD_SHARE = 0.5, 0.5
-ROWS_PER_LOOP = 8  # of a longer loop, that many iterations are shown, evenly spaced
 
 
 class Row(NamedTuple):
     """One site, in one iteration of the loops around it."""
 
     site: Site
-    turn: tuple[int, ...]  # which iteration
+    label: str
+    """The site's name, with the iteration behind it: `h[3]`."""
+    iteration: tuple[int, ...]
     stats: dict[str, float]
     grads: dict[str, float]
-    norm: float  # of the gradient; nan where there is none
-    factor: float  # that norm over the norm at the next row towards the loss
+    norm: float | None
+    """The norm of the gradient, None where there is none."""
+    factor: float | None
+    """That norm over the norm at the next row towards the loss."""
     flags: list[str]
-
-    @property
-    def label(self) -> str:
-        """The site's name, with the iteration behind it: `h[3]`."""
-        return self.site.name + "".join(f"[{i}]" for i in self.turn)
 
 
 def _numbers(stats: Stats | None, index: tuple[int, ...], depth: int) -> dict[str, float]:
@@ -67,7 +66,7 @@ def _numbers(stats: Stats | None, index: tuple[int, ...], depth: int) -> dict[st
     return out
 
 
-def rows(seen: "Inspection") -> list[Row]:
+def rows_of(seen: "Inspection") -> list[Row]:
     """Return the rows of the table, from the inputs to the loss."""
     seen = jax.device_get(seen)
     entries = []
@@ -76,18 +75,21 @@ def rows(seen: "Inspection") -> list[Row]:
             stats = _numbers(seen.stats[site.name], index, len(site.axes))
             grads = _numbers(seen.grad_stats.get(site.name), index, len(site.axes))
             reached = grads.get("count", 0) > 0 and "rms" in grads
-            norm = grads["rms"] * math.sqrt(grads["count"]) if reached else math.nan
+            norm = grads["rms"] * math.sqrt(grads["count"]) if reached else None
             entries.append((_order(site, index), site, index, stats, grads, norm))
     entries.sort(key=lambda entry: entry[0])
     out: list[Row] = []
-    after, reference = math.nan, math.nan
+    after: float | None = None
+    reference: float | None = None
     for _, site, index, stats, grads, norm in reversed(entries):
-        comparable = math.isfinite(norm) and math.prod(site.shape) > 1
-        if comparable and norm > 0 and math.isnan(reference):
+        finite = norm is not None and math.isfinite(norm)
+        if finite and norm and reference is None and math.prod(site.shape) > 1:
             reference = norm
-        factor = norm / after if after > 0 else math.nan
-        out.append(Row(site, index, stats, grads, norm, factor, _flags(stats, grads, norm / reference)))
-        if math.isfinite(norm):
+        factor = norm / after if norm is not None and after else None
+        relative = norm / reference if norm is not None and reference else math.nan
+        label = site.name + "".join(f"[{i}]" for i in index)
+        out.append(Row(site, label, index, stats, grads, norm, factor, _flags(stats, grads, relative)))
+        if finite:
             after = norm
     return out[::-1]
 
@@ -121,7 +123,7 @@ def _flags(stats: dict[str, float], grads: dict[str, float], ratio: float) -> li
 def flags(seen: "Inspection") -> dict[str, list[str]]:
     """Return the flags by site name; those of a loop's iterations together."""
     out: dict[str, list[str]] = {}
-    for row in rows(seen):
+    for row in rows_of(seen):
         for flag in row.flags:
             if flag not in out.setdefault(row.site.name, []):
                 out[row.site.name].append(flag)
@@ -162,83 +164,117 @@ def _of_array(x: Any) -> dict[str, Any]:
     return {"rms": unit * float(np.sqrt(np.mean((sizes / unit) ** 2))), "max": largest, "nonfinite": bad}
 
 
-def text(seen: "Inspection") -> str:
-    """Return the table of sites and the table of parameters as text."""
-    return f"{table(seen)}\n{parameter_table(seen)}"
+def table(seen: "Inspection", rows: int | None = ROWS) -> TextTable:
+    """Return one row per site and iteration, from the inputs to the loss.
 
-
-def table(seen: "Inspection") -> TextTable:
-    """Return a row per site, from the inputs to the loss."""
+    Where that is more than `rows`, all iterations of a site share one row, and the rows that stay are those with
+    flags, then those where the gradient's norm changes most.
+    """
     stacked = np.ndim(seen.value)
     value = float(np.asarray(seen.value)[(-1,) * stacked])
     title = f"value {value:.6g}" + f" (the last of {np.shape(seen.value)} inspections)" * bool(stacked)
-    everything = rows(seen)
-    shown = _shown(everything)
-    left_out = f"; {len(everything) - len(shown)} more rows of longer loops" * (len(shown) < len(everything))
-    caption = f"grad ×: the norm of the gradient here over that at the next site towards the loss{left_out}"
-    out = TextTable(title=title, caption=caption)
-    out.add_column("site", overflow="fold")
-    out.add_column("shape")
-    right = ("mean", "rms", "max", "zero", "sat/dead", "non-finite", "grad rms", "grad norm", "grad ×")
-    for column in right:
-        out.add_column(column, justify="right")
+    caption = "grad ×: the norm of the gradient here over that at the next site towards the loss"
+    shown = rows_of(seen)
+    if rows is not None and len(shown) > rows and any(row.iteration for row in shown):
+        shown = _one_row_per_site(shown)
+        caption += (
+            "\n[0:N]: N iterations in one row; there, grad × is the first iteration's norm over the last's"
+        )
+    out = TextTable(title, caption)
+    out.add_column("site", shorten=True)
+    out.add_column("shape", drop=3)
+    out.add_column("mean", drop=7)
+    out.add_column("rms", drop=1)
+    out.add_column("max", drop=8)
+    out.add_column("zero", ".1%", drop=4)
+    out.add_column("sat/dead", ".1%", drop=2)
+    out.add_column("non-finite", ",.0f", drop=5)
+    out.add_column("grad rms", drop=6)
+    out.add_column("grad norm")
+    out.add_column("grad ×")
     out.add_column("flags")
     for row in shown:
         s, g = row.stats, row.grads
+        nonfinite = [count for count in (s.get("nonfinite"), g.get("nonfinite")) if count is not None]
+        change = abs(math.log(row.factor)) if row.factor and row.factor > 0 else 0
         out.add_row(
             row.label,
-            str(list(row.site.shape)),
-            *[_number(s.get(name)) for name in ("mean", "rms", "max")],
-            _share(s.get("zeros")),
-            _share(s.get("saturated", s.get("dead"))),
-            _count(s.get("nonfinite"), g.get("nonfinite")),
-            _number(g.get("rms") if g.get("count") else None),
-            _number(row.norm),
-            _number(row.factor),
+            row.site.shape,
+            *[s.get(name) for name in ("mean", "rms", "max", "zeros")],
+            s.get("saturated", s.get("dead")),
+            sum(nonfinite) if nonfinite else None,
+            g.get("rms") if g.get("count") else None,
+            row.norm,
+            row.factor,
             " ".join(row.flags),
+            weight=math.inf if row.flags else change,
         )
+    return out.folded(rows, "inspection.table(rows=None)")
+
+
+def _one_row_per_site(all_rows: list[Row]) -> list[Row]:
+    """Return the rows with all iterations of a site in one, where its first iteration was."""
+    groups: dict[str, list[Row]] = {}
+    for row in all_rows:
+        groups.setdefault(row.site.name, []).append(row)
+    return [_summary(group) if len(group) > 1 else group[0] for group in groups.values()]
+
+
+def _summary(group: list[Row]) -> Row:
+    """Return one row for all iterations of a site: sums of counts, largest maxima, means weighted by counts."""
+    norms = [row.norm for row in group if row.norm is not None]
+    flags = Counter(flag for row in group for flag in row.flags)
+    return Row(
+        site=group[0].site,
+        iteration=(),
+        stats=_over_iterations([row.stats for row in group]),
+        grads=_over_iterations([row.grads for row in group]),
+        norm=math.hypot(*norms) if norms else None,
+        factor=norms[0] / norms[-1] if norms and norms[-1] else None,
+        flags=[f"{flag} ({count}/{len(group)})" for flag, count in flags.items()],
+        label=group[0].site.name + "".join(f"[0:{n}]" for n in group[0].site.axes),
+    )
+
+
+def _over_iterations(of_each: list[dict[str, float]]) -> dict[str, float]:
+    computed = [stats for stats in of_each if stats.get("count")]
+    total = sum(stats["count"] for stats in computed)
+    out = {"count": total}
+    for name in dict.fromkeys(name for stats in computed for name in stats if name != "count"):
+        values = [stats[name] for stats in computed]
+        shares = [stats["count"] / total for stats in computed]
+        if name == "rms":
+            out[name] = math.hypot(*[v * math.sqrt(share) for v, share in zip(values, shares, strict=True)])
+        elif name == "max":
+            out[name] = max(values)
+        elif name == "nonfinite":
+            out[name] = sum(values)
+        else:
+            out[name] = sum(v * share for v, share in zip(values, shares, strict=True))
     return out
 
 
-def _shown(all_rows: list[Row]) -> list[Row]:
-    def near(index: int, length: int) -> bool:
-        if length <= ROWS_PER_LOOP:
-            return True
-        return index in {round(k * (length - 1) / (ROWS_PER_LOOP - 1)) for k in range(ROWS_PER_LOOP)}
+def parameter_table(seen: "Inspection", rows: int | None = ROWS) -> TextTable:
+    """Return one row per parameter: its gradient's size, and the update's size over the parameter's.
 
-    return [
-        r for r in all_rows if all(near(i, n) for i, n in zip(r.turn, r.site.axes, strict=True)) or r.flags
-    ]
-
-
-def parameter_table(seen: "Inspection") -> TextTable:
-    """Return a row per parameter: its gradient's size, and the update's size over the parameter's."""
-    out = TextTable(caption="update/weight: about 1e-3 is usual" if seen.update_ratios is not None else None)
-    out.add_column("parameter", overflow="fold")
-    for column in ("shape", "grad rms", "grad max", "non-finite"):
-        out.add_column(column, justify="right")
+    Of more than `rows`, those that are not finite stay, then those with the largest gradients.
+    """
     ratios = dict(_leaves(seen.update_ratios)) if seen.update_ratios is not None else {}
+    out = TextTable(caption="update/weight: about 1e-3 is usual" if ratios else "")
+    out.add_column("parameter", shorten=True)
+    out.add_column("shape", drop=2)
+    out.add_column("grad rms")
+    out.add_column("grad max", drop=1)
+    out.add_column("non-finite")
     if ratios:
-        out.add_column("update/weight", justify="right")
+        out.add_column("update/weight")
     stacked = np.ndim(seen.value)
     for name, leaf in _leaves(seen.grads):
         g = np.asarray(leaf)[(-1,) * stacked]
         found = _of_array(g)
-        cells = [_number(found["rms"]), _number(found["max"]), _count(found["nonfinite"])]
+        cells = [found["rms"], found["max"], found["nonfinite"]]
         if ratios:
-            cells.append(_number(float(np.asarray(ratios[name])[(-1,) * stacked])) if name in ratios else "")
-        out.add_row(name, str(list(g.shape)), *cells)
-    return out
-
-
-def _number(x: float | None) -> str:
-    return "" if x is None or math.isnan(x) else f"{x:.3g}"
-
-
-def _share(x: float | None) -> str:
-    return "" if x is None or math.isnan(x) else f"{100 * x:.1f}%"
-
-
-def _count(*counts: float | None) -> str:
-    known = [c for c in counts if c is not None]
-    return f"{sum(known):.0f}" if known else ""
+            cells.append(float(np.asarray(ratios[name])[(-1,) * stacked]) if name in ratios else None)
+        weight = math.inf if found["nonfinite"] else found["rms"] * math.sqrt(g.size)
+        out.add_row(name, g.shape, *cells, weight=weight)
+    return out.folded(rows, "inspection.parameter_table(rows=None)")

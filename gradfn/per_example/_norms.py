@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gradfn.core.precision import norm, widen
-from gradfn.display import TextTable
+from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.jaxpr.program import show_objects
 from gradfn.per_example.ghost import add_up, norms_of_each
 from gradfn.per_example.plan import FALLBACK, Call, Plan, fall_back, norm_of_norms, weighted
@@ -24,8 +24,8 @@ CHUNK = 16  # examples that parameters without a rule are differentiated for at 
     data_fields=["values", "aux", "norms", "total", "grads"],
     meta_fields=["methods"],
 )
-@dataclass(frozen=True)
-class ExampleNorms:
+@dataclass(frozen=True, repr=False)
+class ExampleNorms(ShowsTable):
     """Norms of the gradients of `B` single examples; a pytree of arrays. `print` shows it as a table.
 
     Attributes:
@@ -55,30 +55,23 @@ class ExampleNorms:
         """The mean of the examples' squared norms, a scalar: with `grads` all that a gradient's noise needs."""
         return jnp.mean(jnp.square(self.total))
 
-    def table(self) -> TextTable:
-        """Return it as a rich table: a row per leaf, its norms over the examples and how they were found."""
-        out = TextTable(title=f"Gradient norms of {len(self.total)} examples")
-        out.add_column("leaf", overflow="fold")
+    def table(self, rows: int | None = ROWS) -> TextTable:
+        """Return a table with one row per leaf: its norms over the examples, and how they were found."""
+        out = TextTable(f"Gradient norms of {len(self.total)} examples")
+        out.add_column("leaf", shorten=True)
         for column in ("mean", "smallest", "largest", "of the mean"):
-            out.add_column(column, justify="right")
-        out.add_column("found by")
+            out.add_column(column)
+        out.add_column("found by", drop=1)
         gradients, norms = jax.tree.leaves(self.grads), jax.tree.leaves(self.norms)
-        rows = [
+        found = [
             (path, of_each, norm(g), method)
             for (path, method), of_each, g in zip(self.methods, norms, gradients, strict=True)
         ]
-        whole = norm_of_norms([of_mean[None] for _, _, of_mean, _ in rows])[0]
-        for path, of_each, of_mean, method in [*rows, ("all", self.total, whole, "")]:
+        whole = norm_of_norms([of_mean[None] for _, _, of_mean, _ in found])[0]
+        for path, of_each, of_mean, method in [*found, ("all", self.total, whole, "")]:
             numbers = (of_each.mean(), of_each.min(), of_each.max(), of_mean)
-            out.add_row(path, *[f"{float(x):.3g}" for x in numbers], method)
-        return out
-
-    def __str__(self) -> str:
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self)):
-            return f"ExampleNorms of {len(self.methods)} leaves, being traced: return it from jit to print it"
-        return str(self.table())
-
-    __repr__ = __str__
+            out.add_row(path, *map(float, numbers), method, weight=float(of_each.mean()))
+        return out.folded(rows, "norms.table(rows=None)")
 
 
 class ClippedGrads(NamedTuple):

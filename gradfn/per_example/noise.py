@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from gradfn.core.params import path_name
 from gradfn.core.precision import divided, magnitudes_squared, unit_of, widen
-from gradfn.display import TextTable
+from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.per_example._norms import norms as example_norms
 from gradfn.per_example.plan import sum_of
 
@@ -33,8 +33,8 @@ from gradfn.per_example.plan import sum_of
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["signals", "noises", "weight"], meta_fields=[]
 )
-@dataclass(frozen=True)
-class NoiseScale:
+@dataclass(frozen=True, repr=False)
+class NoiseScale(ShowsTable):
     """What gradients are made of: the signal that examples share, and the noise in which they differ.
 
     It holds sums over the batches that were measured. `a + b` pools two; `a.decayed(0.9) + b` is a running
@@ -100,14 +100,16 @@ class NoiseScale:
             "snr": {name: number(leaf) for name, leaf in _named(self.snr)},
         }
 
-    def __str__(self) -> str:
-        out = TextTable()
-        for name in ("path", "|G|²", "tr Σ", "signal / noise"):
-            out.add_column(name, justify="left" if name == "path" else "right")
+    def table(self, rows: int | None = ROWS) -> TextTable:
+        """Return a table with one row per leaf: its signal, its noise and their ratio."""
+        out = TextTable(caption=self._said())
+        out.add_column("path", shorten=True)
+        for header in ("|G|²", "tr Σ", "signal / noise"):
+            out.add_column(header)
         for (name, signal), (_, noise) in zip(_named(self.signals), _named(self.noises), strict=True):
             cells = (signal / self.weight, noise / self.weight, signal / noise)
-            out.add_row(name, *(f"{float(cell):.3g}" for cell in cells))
-        return f"{out}\n{self._said()}"
+            out.add_row(name, *map(float, cells), weight=float(noise))
+        return out.folded(rows, "noise.table(rows=None)")
 
     def _said(self) -> str:
         signal, noise = float(self.gradient_square), float(self.variance)

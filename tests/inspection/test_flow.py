@@ -129,15 +129,23 @@ def test_update_ratios_and_dict():
     assert report["update_ratios"]["0/0"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_tables_show_loops_turn_by_turn_and_leave_out_the_middle_of_long_ones():
+def test_long_loops_share_one_row_per_site_unless_all_rows_are_requested():
     def f(w, x):
         return jnp.sum(jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, None, length=100)[0])
 
     seen = inspect(f)(jnp.eye(3), jnp.ones((2, 3)))
-    text = str(seen)
-    assert "params[0]" in text
-    assert "params:tanh[99]" in text
-    assert "184 more rows of longer loops" in text
+    assert "params:tanh[0:100]" in str(seen)
+    assert "params:tanh[99]" not in str(seen)
+    everything = seen.table(rows=None)
+    assert len(everything.rows) == 200
+    assert "params:tanh[99]" in str(everything)
+    summary = seen.table().to_dataframe().set_index("site").loc["params:tanh[0:100]"]
+    stats, grads = jax.device_get((seen.stats["params:tanh"], seen.grad_stats["params:tanh"]))
+    np.testing.assert_allclose(summary["rms"], np.sqrt(np.mean(stats.rms**2)), rtol=1e-5)
+    np.testing.assert_allclose(summary["mean"], np.mean(stats.mean), rtol=1e-5)
+    np.testing.assert_allclose(summary["max"], np.max(stats.max), rtol=1e-6)
+    np.testing.assert_allclose(summary["grad norm"], np.sqrt(np.sum(grads.rms**2 * 6)), rtol=1e-5)
+    np.testing.assert_allclose(summary["grad ×"], grads.rms[0] / grads.rms[-1], rtol=1e-5)
     assert "100 × [2, 3]" in str(sites(f)(jnp.eye(3), jnp.ones((2, 3))))
 
 
