@@ -8,6 +8,7 @@ all.
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -97,8 +98,17 @@ class StepList(ShowsTable, list[Step]):
         return StepList(sorted(self, key=lambda s: (math.isnan(s.factor), s.factor)))
 
     def table(self, rows: int | None = ROWS) -> TextTable:
-        """Return a table with one row per step, at most that many: those that change the gradient's norm most."""
-        out = TextTable(caption="×: the norm of the gradient after the step over that before it")
+        """Return a table with one row per step.
+
+        Args:
+            rows: at most that many. In a longer table, all iterations of an equation share one row, and the rows
+                that stay are those that change the norm of the gradient most. None: every step.
+        """
+        groups = [[step] for step in self] if rows is None or len(self) <= rows else _by_equation(self)
+        caption = "×: the norm of the gradient after the step over that before it"
+        if len(groups) < len(self):
+            caption += "\n[0:N]: N iterations in one row: norm in of the first, norm out of the last, × per iteration"
+        out = TextTable(caption=caption)
         out.add_column("operation", shorten=True)
         out.add_column("shape", drop=4)
         out.add_column("norm in", drop=3)
@@ -107,21 +117,47 @@ class StepList(ShowsTable, list[Step]):
         out.add_column("gradient of")
         out.add_column("scope", drop=5, shorten=True)
         out.add_column("line", drop=2, shorten=True)
-        for s in self:
-            iteration = "".join(f"[{i}]" for i in s.iteration)
-            changed = abs(math.log(s.factor)) if 0 < s.factor < math.inf else math.inf
+        for group in groups:
+            first, last = group[0], group[-1]
+            axes = [max(values) for values in zip(*[step.iteration for step in group], strict=True)]
+            iterations = [f"[0:{n + 1}]" for n in axes] if len(group) > 1 else [f"[{n}]" for n in axes]
+            factor = _geometric_mean([step.factor for step in group])
             out.add_row(
-                s.operation + (f" (in {s.within})" if s.within else "") + iteration,
-                ", ".join(str(list(c.shape)) for c in s.incoming),
-                math.hypot(*[c.norm for c in s.incoming]),
-                s.factor,
-                math.hypot(*[c.norm for c in s.outgoing]),
-                ", ".join(dict.fromkeys(c.name for c in s.outgoing if c.name)),
-                s.scope,
-                s.line.rsplit("/", 1)[-1],
-                weight=0 if math.isnan(s.factor) else changed,
+                first.operation + (f" (in {first.within})" if first.within else "") + "".join(iterations),
+                ", ".join(str(list(c.shape)) for c in first.incoming),
+                math.hypot(*[c.norm for c in first.incoming]),
+                factor,
+                math.hypot(*[c.norm for c in last.outgoing]),
+                ", ".join(dict.fromkeys(c.name for c in first.outgoing if c.name)),
+                first.scope,
+                first.line.rsplit("/", 1)[-1],
+                weight=abs(math.log(factor))
+                if 0 < factor < math.inf
+                else 0
+                if math.isnan(factor)
+                else math.inf,
             )
         return out.folded(rows, "steps.table(rows=None)")
+
+
+def _by_equation(steps: Sequence[Step]) -> list[list[Step]]:
+    """Return the steps in groups: of an equation in a loop, all iterations; of any other, its one step."""
+    groups: dict[Any, list[Step]] = {}
+    seen: Counter[Any] = Counter()
+    for step in steps:
+        shapes = tuple((c.name, c.shape) for c in (*step.incoming, *step.outgoing))
+        equation = (step.operation, step.line, step.scope, step.within, shapes, len(step.iteration))
+        # One line may hold several such equations: the first of each iteration go together, the second, ...
+        count = seen[(equation, step.iteration)]
+        seen[(equation, step.iteration)] += 1
+        groups.setdefault((equation, count), []).append(step)
+    return list(groups.values())
+
+
+def _geometric_mean(factors: Sequence[float]) -> float:
+    if all(0 < factor < math.inf for factor in factors):
+        return math.exp(sum(map(math.log, factors)) / len(factors))
+    return math.prod(factors)
 
 
 class _Info(NamedTuple):
@@ -186,7 +222,7 @@ class Backward(ShowsTable):
         return self.steps.sorted()
 
     def table(self, rows: int | None = ROWS) -> TextTable:
-        """Return a table with one row per step, at most that many: those that change the gradient's norm most."""
+        """Return a table with one row per step: see `StepList.table`."""
         return self.steps.table(rows)
 
 

@@ -56,8 +56,32 @@ def test_sorted_and_printed():
     text = str(backward)
     assert text == str(backward.steps)
     assert "test_backprop.py" in text
-    assert "W [2, 3]" in text
+    assert list(backward.to_dataframe()["gradient of"]) == ["", "scale", "", "", "W, x"]
     assert text.index("reduce_sum") < text.index("tanh")
+
+
+def test_long_tables_keep_what_changes_the_gradient_and_put_iterations_together(monkeypatch):
+    def f(w, x):
+        def layer(h, _):
+            return jnp.sin(jnp.sin(h * w)) + 0.1, None
+
+        return jnp.sum(jax.lax.scan(layer, x, None, length=40)[0])
+
+    backward = backprop(f)(jnp.float32(0.9), jnp.ones(3))
+    assert len(backward.table(rows=None).rows) == len(backward) == 161
+    folded = backward.table().to_dataframe().set_index("operation")
+    assert list(folded.index) == ["reduce_sum", "add[0:40]", "sin[0:40]", "sin[0:40]", "mul[0:40]"]
+    first_sin = [s for s in backward if s.operation == "sin"][::2]
+    shown = folded.loc["sin[0:40]"].iloc[0]
+    np.testing.assert_allclose(shown["×"], np.exp(np.mean(np.log([s.factor for s in first_sin]))), rtol=1e-6)
+    assert shown["norm in"] == first_sin[0].incoming[0].norm
+    assert shown["norm out"] == first_sin[-1].outgoing[0].norm
+    few = backward.table(rows=3)
+    assert "add[0:40]" not in str(few)  # it leaves the gradient as it is
+    assert "2 of 5 rows are not shown: steps.table(rows=None) lists them" in " ".join(str(few).split())
+    for width in (60, 80, 120, 200):
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert max(map(len, str(backward).splitlines())) <= width
 
 
 def test_steps_of_a_scan_carry_their_iteration():
