@@ -147,7 +147,7 @@ def _landscape(loss: Any, params: Any, batch: Any, eigs: gf.curvature.Eigs) -> A
     }
     along = {}
     for name, way in ways.items():
-        line = gf.curvature.loss_landscape(loss, dims=1, directions=way, points=41)(params, batch)
+        line = gf.curvature.loss_landscape(loss, dims=1, points=41)(params, batch, directions=way)
         along[name] = line.steps, line.losses
     return landscape(plane.steps, plane.losses, along, float(eigs.values[0]), LOSS_UNIT)
 

@@ -1,26 +1,29 @@
-"""Derivatives in a direction: by forward mode, or by reverse mode twice where a function has a backward rule only.
+"""Directional derivatives: by forward mode, or by reverse mode twice if a function has only a backward rule.
 
-Reverse mode alone gives `J v`, too: `u -> J^T u` is linear, and the transpose of its Jacobian is J. Christianson,
-*Automatic Hessians by reverse accumulation*, 1992, for Hessians. A function with `jax.custom_vjp`
-(`jax.experimental.ode.odeint` is one) has no forward mode.
+A function with `jax.custom_vjp` (such as `jax.experimental.ode.odeint`) has no forward mode. Reverse mode alone gives
+`J v` too: `u -> J^T u` is linear, and the transpose of its Jacobian is J. Christianson, *Automatic Hessians by reverse
+accumulation*, 1992, for Hessians.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from gradfn.core.precision import widen
 from gradfn.inspection.where import around, line_of, operation_of
 from gradfn.jaxpr import Program, trace, trace_as_written
 from gradfn.per_example.plan import sum_of
 
+Linear = Callable[[PyTree], PyTree]
+
 
 class Linearized(NamedTuple):
-    """A function at one point: its value, and the products with its Jacobian J.
+    """A function linearized at one point: its value, and products with its Jacobian J.
 
     Attributes:
         value: an array or a tree.
@@ -28,19 +31,19 @@ class Linearized(NamedTuple):
         pull: `u -> J^T u`, a tree like the argument.
     """
 
-    value: Any
-    push: Callable[[Any], Any]
-    pull: Callable[[Any], Any]
+    value: PyTree
+    push: Linear
+    pull: Linear
 
 
-def linearized(f: Callable, x: Any, what: str, push: Callable[[Any], Any] | None = None) -> Linearized:
-    """Return `f` at `x`; what does not depend on the vectors is computed once.
+def linearized(f: Callable, x: PyTree, what: str, push: Linear | None = None) -> Linearized:
+    """Return `f` linearized at `x`; everything that does not depend on the vectors is computed once.
 
     Args:
         f: any function of one tree of floating arrays.
         x: that tree.
         what: names the caller in errors.
-        push: `v -> J v`, for where there is no forward mode; by reverse mode twice if None.
+        push: `v -> J v`, used if there is no forward mode; reverse mode twice if None.
 
     Raises:
         TypeError: a function inside has only a backward rule, which itself cannot be differentiated.
@@ -53,15 +56,15 @@ def linearized(f: Callable, x: Any, what: str, push: Callable[[Any], Any] | None
     return Linearized(value, push or (lambda v: _twice(f, x, v, what)), lambda u: back(u)[0])
 
 
-def slope(f: Callable, x: Any, v: Any, what: str, of: Callable | None = None) -> Any:
-    """Return `J v`, the slope of `f` at `x` in the direction `v`: a tree like the value.
+def slope(f: Callable, x: PyTree, v: PyTree, what: str, of: Callable | None = None) -> PyTree:
+    """Return `J v`, the derivative of `f` at `x` in the direction `v`: a tree like the value.
 
     Args:
         f: any function of one tree of floating arrays.
         x: that tree.
         v: a tree like it.
         what: names the caller in errors.
-        of: the function that `f` is the gradient of, if it is one: errors name what is in it.
+        of: the function whose gradient `f` is, if any: errors name the functions in it.
 
     Raises:
         TypeError: a function inside has only a backward rule, which itself cannot be differentiated.
@@ -70,13 +73,13 @@ def slope(f: Callable, x: Any, v: Any, what: str, of: Callable | None = None) ->
     return _twice(f, x, v, what, of) if found is None else found
 
 
-def slope_of_scalar(f: Callable, x: list[Any], v: list[Any]) -> jax.Array:
-    """Return the slope of a function `list -> scalar`: from its gradient, where there is no forward mode."""
+def slope_of_scalar(f: Callable, x: list[PyTree], v: list[PyTree]) -> jax.Array:
+    """Return the slope of a function `list -> scalar`: from its gradient if there is no forward mode."""
     found = _forward(f, x, v)
     return slope_by_gradient(f, x, v) if found is None else found
 
 
-def slope_by_gradient(f: Callable, x: list[Any], v: list[Any]) -> jax.Array:
+def slope_by_gradient(f: Callable, x: list[PyTree], v: list[PyTree]) -> jax.Array:
     """Return the slope of a function `list -> scalar`, from its gradient."""
     value, gradient = jax.value_and_grad(f)(x)
     products = [jnp.sum(widen(g) * widen(part)) for g, part in zip(gradient, v, strict=True)]
@@ -86,17 +89,17 @@ def slope_by_gradient(f: Callable, x: list[Any], v: list[Any]) -> jax.Array:
 def linear_matrix(
     times: Callable[[jax.Array], jax.Array], zeros: jax.Array
 ) -> Callable[[jax.Array], jax.Array]:
-    """Return a linear function of vectors with all that does not depend on the vector computed once.
+    """Return a linear function of vectors with everything that does not depend on the vector computed once.
 
-    As it is where that takes a forward mode that is not there.
+    It is returned as it is if it has no forward mode.
     """
-    # A linear function is its own derivative: this splits it into what is known already and what is not.
+    # A linear function is its own derivative: linearizing splits off the part that does not depend on the vector.
     _, matrix = jax.linearize(times, zeros)
     return matrix if _runs(trace(matrix, zeros)) else times
 
 
-def _forward(f: Callable, x: Any, v: Any) -> Any:
-    """Return `J v` by forward mode; None where there is none."""
+def _forward(f: Callable, x: PyTree, v: PyTree) -> PyTree:
+    """Return `J v` by forward mode; None if there is none."""
     program = trace(lambda x, v: jax.jvp(f, (x,), (v,))[1], x, v)
     if not _runs(program):
         return None
@@ -105,12 +108,12 @@ def _forward(f: Callable, x: Any, v: Any) -> Any:
 
 
 def _runs(program: Program) -> bool:
-    """Tell whether a derivative in forward mode runs; jax traces that of a `custom_vjp`, and fails at running it."""
+    """Return whether a forward-mode derivative runs; jax traces that of a `custom_vjp`, and fails to run it."""
     equations = program.equations(enter_custom=True).values()
     return all(equation.eqn.primitive.name != "custom_lin" for equation in equations)
 
 
-def _twice(f: Callable, x: Any, v: Any, what: str, of: Callable | None = None) -> Any:
+def _twice(f: Callable, x: PyTree, v: PyTree, what: str, of: Callable | None = None) -> PyTree:
     try:
         value, pull = jax.vjp(f, x)
         zeros = jax.tree.map(jnp.zeros_like, value)
@@ -124,7 +127,7 @@ def _twice(f: Callable, x: Any, v: Any, what: str, of: Callable | None = None) -
         ) from error
 
 
-def _backward_only(f: Callable, x: Any) -> list[str]:
+def _backward_only(f: Callable, x: PyTree) -> list[str]:
     """Return the functions with `jax.custom_vjp` that a function calls, each with its line."""
     equations = trace_as_written(f, x).equations()
     found = [equation for equation in equations.values() if equation.eqn.primitive.name == "custom_vjp_call"]

@@ -1,49 +1,51 @@
-"""A curvature matrix in random directions: its trace, its diagonal, and how its eigenvalues are spread."""
+"""Estimates from products with random vectors: trace, diagonal and spectrum of a curvature matrix."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Key, PyTree
 
+from gradfn.core.signature import transform_of
 from gradfn.curvature.lanczos import begin, extend
-from gradfn.curvature.products import as_product, flat_matrix
+from gradfn.curvature.products import as_product, flat_matrix, keys_of
 from gradfn.inspection.leaves import Leaves, floating_leaves
 from gradfn.inspection.scalar import jit_arrays
 
 
 class Estimate(NamedTuple):
-    """A mean over random directions, and how far it may be off.
+    """A mean over random vectors and its standard error.
 
     Attributes:
-        value: the estimate, unbiased: a scalar, or a tree like the parameters.
-        standard_error: of the same shape: the deviation that the estimate has over other directions, itself
-            estimated from these.
+        value: the estimate, unbiased: a scalar, or a tree like the parameters; in units of the loss per squared
+            unit of the parameters.
+        standard_error: the standard deviation of the estimate over random vectors, itself estimated from these;
+            of the same shape.
     """
 
-    value: Any
-    standard_error: Any
+    value: PyTree
+    standard_error: PyTree
 
 
-def hessian_trace(
-    loss: Callable, samples: int = 64, *, key: jax.Array | None = None
-) -> Callable[..., Estimate]:
-    """Return a function that estimates the trace of a loss's Hessian: the sum of its eigenvalues.
+def hessian_trace(loss: Callable, samples: int = 64) -> Callable[..., Estimate]:
+    """Return a function that estimates the trace of the Hessian of a loss: the sum of its eigenvalues.
 
-    The mean of `v . H v` over vectors of random signs; one product each, in turns, so memory does not grow with
-    their number. Hutchinson, *A stochastic estimator of the trace*, 1990.
+    The mean of `v . H v` over vectors of random signs. It takes one product per vector, one after the other, so
+    memory does not grow with their number. Hutchinson, *A stochastic estimator of the trace*, 1990.
 
     Args:
         loss: any JAX function `(params, *args) -> scalar` or `(scalar, aux)`, or a product, as for
             `gf.curvature.hessian_eigs`.
-        samples: how many vectors, 2 at least. The standard error falls with their square root.
-        key: for the signs; `jax.random.key(0)` if None.
+        samples: the number of vectors, at least 2. The standard error falls with its square root.
 
     Returns:
-        `(params, *args) -> Estimate` of two scalars, compiled at its first call; it can be called inside `jit`.
+        `(params, *args, key=None) -> Estimate` of two scalars, compiled at its first call; it can be called
+        inside `jit`. `key` draws the signs, `jax.random.key(0)` by default; a loss with a parameter `key` gets a
+        part of it.
 
     Raises:
         ValueError: fewer than 2 samples.
@@ -55,27 +57,24 @@ def hessian_trace(
     >>> bool(abs(trace.value - 5) < 3 * trace.standard_error), round(float(trace.standard_error), 2)
     (True, 0.06)
     """
-    return _estimator(loss, samples, key, "hessian_trace", lambda v, Hv: v @ Hv, lambda leaves, value: value)
+    return _estimator(loss, samples, "hessian_trace", lambda v, Hv: v @ Hv, lambda leaves, value: value)
 
 
-def hessian_diagonal(
-    loss: Callable, samples: int = 64, *, key: jax.Array | None = None
-) -> Callable[..., Estimate]:
-    """Return a function that estimates the diagonal of a loss's Hessian: each parameter's own curvature.
+def hessian_diagonal(loss: Callable, samples: int = 64) -> Callable[..., Estimate]:
+    """Return a function that estimates the diagonal of the Hessian of a loss: the curvature along each parameter.
 
-    The mean of `v * H v` over vectors of random signs; one product each. An entry's error comes from the other
-    entries in its row, so single entries need many samples; sums over a layer need few. Bekas, Kokiopoulou and
-    Saad, *An estimator for the diagonal of a matrix*, 2007.
+    The mean of `v * H v` over vectors of random signs, one product per vector. The error of an entry comes from
+    the other entries in its row, so single entries need many samples; sums over a layer need few. Bekas,
+    Kokiopoulou and Saad, *An estimator for the diagonal of a matrix*, 2007.
 
     Args:
         loss: any JAX function `(params, *args) -> scalar` or `(scalar, aux)`, or a product, as for
             `gf.curvature.hessian_eigs`.
-        samples: how many vectors, 2 at least.
-        key: for the signs; `jax.random.key(0)` if None.
+        samples: the number of vectors, at least 2.
 
     Returns:
-        `(params, *args) -> Estimate` of two trees like the parameters, compiled at its first call; it can be
-        called inside `jit`.
+        `(params, *args, key=None) -> Estimate` of two trees like the parameters, compiled at its first call; it
+        can be called inside `jit`. `key` is that of `gf.curvature.hessian_trace`.
 
     Raises:
         ValueError: fewer than 2 samples.
@@ -86,35 +85,37 @@ def hessian_diagonal(
     Array([2., 6.], dtype=float32)
     """
 
-    def in_tree(leaves: Leaves, value: jax.Array) -> Any:
+    def in_tree(leaves: Leaves, value: jax.Array) -> PyTree:
         return leaves.tree(leaves.split(value))
 
-    return _estimator(loss, samples, key, "hessian_diagonal", lambda v, Hv: v * Hv, in_tree)
+    return _estimator(loss, samples, "hessian_diagonal", lambda v, Hv: v * Hv, in_tree)
 
 
 class Spectrum(NamedTuple):
-    """How a matrix's eigenvalues are spread: weighted points, one row a random direction.
+    """The spectral density of a matrix as weighted points, one row per random direction.
 
-    Each row is a Gauss quadrature of the spectrum: `(weights * f(nodes)).sum(1)`, meant over rows, is near the
-    mean of f over all eigenvalues, and exact (but for the random directions) for polynomials below degree
-    `2 * steps`.
+    Each row is a Gauss quadrature of the spectrum: `(weights * f(nodes)).sum(1)`, averaged over the rows,
+    estimates the mean of f over all eigenvalues. Apart from the random directions it is exact for polynomials of
+    degree below `2 * steps`.
 
     Attributes:
-        nodes: `[samples, steps]`, the points, in the loss's units per squared unit of the parameters.
-        weights: `[samples, steps]`, shares of all eigenvalues; each row sums to 1.
-        size: how many eigenvalues there are: the number of parameters.
+        nodes: `[samples, steps]`, the points, in units of the loss per squared unit of the parameters.
+        weights: `[samples, steps]`, fractions of all eigenvalues; each row sums to 1.
+        size: the number of eigenvalues, which is the number of parameters.
     """
 
-    nodes: jax.Array
-    weights: jax.Array
-    size: jax.Array
+    nodes: Float[Array, "samples steps"]
+    weights: Float[Array, "samples steps"]
+    size: Float[Array, ""]
 
-    def density(self, grid: Any = None, width: float | None = None) -> tuple[jax.Array, jax.Array]:
-        """Return a grid `[n]` and the share of eigenvalues per unit there `[n]`, blurred by a Gaussian.
+    def density(
+        self, grid: ArrayLike | None = None, width: float | None = None
+    ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+        """Return a grid `[n]` and the fraction of eigenvalues per unit there `[n]`, smoothed by a Gaussian.
 
         Args:
             grid: `[n]`; 512 points over the whole spectrum if None.
-            width: the Gaussian's standard deviation; a hundredth of the spectrum's width if None.
+            width: the standard deviation of the Gaussian; a hundredth of the width of the spectrum if None.
         """
         low, high = self.nodes.min(), self.nodes.max()
         blur = jnp.maximum((high - low) / 100, jnp.finfo(low.dtype).tiny) if width is None else width
@@ -130,33 +131,31 @@ class Spectrum(NamedTuple):
 
         return points, jax.lax.map(at, points)
 
-    def above(self, x: Any) -> jax.Array:
-        """Return about how many eigenvalues are above `x`."""
+    def above(self, x: ArrayLike) -> Float[Array, ""]:
+        """Return the estimated number of eigenvalues above `x`."""
         return self.size * jnp.where(self.nodes > x, self.weights, 0).sum(1).mean()
 
 
-def hessian_spectrum(
-    loss: Callable, samples: int = 8, steps: int = 48, *, key: jax.Array | None = None
-) -> Callable[..., Spectrum]:
-    """Return a function that estimates how the eigenvalues of a loss's Hessian are spread.
+def hessian_spectrum(loss: Callable, samples: int = 8, steps: int = 48) -> Callable[..., Spectrum]:
+    """Return a function that estimates the spectral density of the Hessian of a loss.
 
-    Stochastic Lanczos quadrature: from each of some random directions, a Lanczos process of some steps, whose
-    small matrix stands for the large one. `samples * steps` products; memory: `steps + 1` vectors of the
-    parameters' size. Golub and Welsch, 1969; Ghorbani et al., *An investigation into neural net optimization via
-    Hessian eigenvalue density*, 2019.
+    Stochastic Lanczos quadrature: a Lanczos process of a few steps from each of several random directions, whose
+    small tridiagonal matrix stands for the large one. It takes `samples * steps` products and memory for
+    `steps + 1` vectors of the size of the parameters. Golub and Welsch, 1969; Ghorbani et al., *An investigation
+    into neural net optimization via Hessian eigenvalue density*, 2019.
 
     Args:
         loss: any JAX function `(params, *args) -> scalar` or `(scalar, aux)`, or a product, as for
             `gf.curvature.hessian_eigs`.
-        samples: how many directions (of random signs).
-        steps: of each process, 2 at least: how fine the spectrum is resolved. Its ends are found first.
-        key: for the signs; `jax.random.key(0)` if None.
+        samples: the number of directions (vectors of random signs).
+        steps: of each process, at least 2. They set the resolution; the ends of the spectrum converge first.
 
     Returns:
-        `(params, *args) -> Spectrum`, compiled at its first call; it can be called inside `jit`.
+        `(params, *args, key=None) -> Spectrum`, compiled at its first call; it can be called inside `jit`. `key`
+        is that of `gf.curvature.hessian_trace`.
 
     Raises:
-        ValueError: no sample, or fewer than 2 steps.
+        ValueError: fewer than 1 sample or 2 steps.
         TypeError: a loss that is not a floating scalar, or no floating parameter.
 
     >>> import jax.numpy as jnp, gradfn as gf
@@ -166,13 +165,19 @@ def hessian_spectrum(
     1.0
     """
     if samples < 1 or steps < 2:
-        raise ValueError(f"hessian_spectrum: samples from 1 up, steps from 2 up, came {samples} and {steps}")
+        raise ValueError(
+            f"hessian_spectrum: expected samples >= 1 and steps >= 2, got samples={samples}, steps={steps}"
+        )
     product = as_product(loss)
 
-    def spectrum(params: Any, /, *args: Any, **kwargs: Any) -> Spectrum:
+    def spectrum(
+        params: PyTree, /, *args: PyTree, key: Key[Array, ""] | None = None, **kwargs: PyTree
+    ) -> Spectrum:
+        """Return the estimated spectral density of the Hessian at `params`; `key` draws the directions."""
         leaves = floating_leaves(params, "hessian_spectrum")
         if not leaves.size:
-            raise ValueError("hessian_spectrum: expected at least one parameter, got arrays of size 0 alone")
+            raise ValueError("hessian_spectrum: expected at least one parameter, got only arrays of size 0")
+        key, kwargs = keys_of(loss, params, args, key, kwargs)
         matrix = flat_matrix(product, leaves, args, kwargs)
         m = min(steps, leaves.size)
 
@@ -180,46 +185,49 @@ def hessian_spectrum(
             signs, fresh = jax.random.split(key)
             start = begin(jax.random.rademacher(signs, [leaves.size], leaves.dtype), m)
             nodes, S = jnp.linalg.eigh(extend(matrix, start, 0, m, fresh).projected)
-            return nodes, S[0] ** 2  # how much of the start lies along each
+            # The squared component of the start along each eigenvector.
+            return nodes, S[0] ** 2
 
-        nodes, weights = jax.lax.map(
-            process, jax.random.split(jax.random.key(0) if key is None else key, samples)
-        )
+        nodes, weights = jax.lax.map(process, jax.random.split(key, samples))
         return Spectrum(nodes, weights, jnp.asarray(leaves.size, leaves.dtype))
 
-    return functools.wraps(loss, updated=())(jit_arrays(spectrum))
+    return transform_of(loss, "hessian_spectrum")(jit_arrays(spectrum))
 
 
 def _estimator(
-    loss: Callable, samples: int, key: jax.Array | None, what: str, statistic: Callable, finish: Callable
+    loss: Callable, samples: int, what: str, statistic: Callable, finish: Callable
 ) -> Callable[..., Estimate]:
-    """Return a function for the mean of `statistic(v, H v)` over random signs v, and its standard error."""
+    """Return a function that computes the mean of `statistic(v, H v)` over random signs v, and its standard error."""
     if samples < 2:
-        raise ValueError(f"{what}: a standard error needs 2 samples at least, came {samples}")
+        raise ValueError(f"{what}: samples must be >= 2 for a standard error, got {samples}")
     product = as_product(loss)
 
-    def estimate(params: Any, /, *args: Any, **kwargs: Any) -> Estimate:
+    def estimate(
+        params: PyTree, /, *args: PyTree, key: Key[Array, ""] | None = None, **kwargs: PyTree
+    ) -> Estimate:
+        """Return the estimate at `params` and its standard error; `key` draws the random signs."""
         leaves = floating_leaves(params, what)
+        key, kwargs = keys_of(loss, params, args, key, kwargs)
         matrix = flat_matrix(product, leaves, args, kwargs)
-        keys = jax.random.split(jax.random.key(0) if key is None else key, samples)
+        keys = jax.random.split(key, samples)
 
         def step(i: jax.Array, so_far: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            mean, squares, unit = so_far  # Welford: running, and no difference of large sums
+            # Welford's running variance: no difference of large sums.
+            mean, squares, unit = so_far
             v = jax.random.rademacher(keys[i], [leaves.size], leaves.dtype)
-            seen = statistic(v, matrix(v))
-            change = seen - mean
+            sample = statistic(v, matrix(v))
+            change = sample - mean
             mean = mean + change / (i + 1).astype(leaves.dtype)
             # In units of the largest change so far: the squares themselves may over- or underflow.
             larger = jnp.maximum(unit, jax.lax.stop_gradient(jnp.abs(change)))
             safe = jnp.where(larger > 0, larger, 1)
-            squares = squares * jnp.square(unit / safe) + (change / safe) * ((seen - mean) / safe)
+            squares = squares * jnp.square(unit / safe) + (change / safe) * ((sample - mean) / safe)
             return mean, squares, larger
 
-        zero = jnp.zeros_like(
-            statistic(jnp.zeros([leaves.size], leaves.dtype), jnp.zeros([leaves.size], leaves.dtype))
-        )
+        nothing = jnp.zeros([leaves.size], leaves.dtype)
+        zero = jnp.zeros_like(statistic(nothing, nothing))
         mean, squares, unit = jax.lax.fori_loop(0, samples, step, (zero, zero, zero))
         error = unit * jnp.sqrt(squares / (samples * (samples - 1)))
         return Estimate(finish(leaves, mean), finish(leaves, error))
 
-    return functools.wraps(loss, updated=())(jit_arrays(estimate))
+    return transform_of(loss, what)(jit_arrays(estimate))
