@@ -1,4 +1,4 @@
-"""Labels: integers in [0, classes). Refused where their values are known and wrong, NaN where they are traced."""
+"""Class labels: integers in [0, classes). A label out of range raises where its value is known, else gives NaN."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def label_of(y: Any, classes: int, what: str) -> tuple[jax.Array, jax.Array]:
 
     Args:
         y: an integer (or bool) scalar, or such an array `[1]`.
-        classes: how many there are.
-        what: the caller, for errors.
+        classes: the number of classes.
+        what: the caller's name, for errors.
 
     Returns:
-        The label, and float32 0, or NaN where the label is not in [0, classes): compiled code cannot raise, and
-        no label stands for another class. Added to the outputs, the term is fused with what follows.
+        The label, and float32 0, or NaN where the label is not in [0, classes): compiled code cannot raise, and a
+        label out of range must not count as another class. XLA fuses the addition with what follows.
 
     Raises:
         ValueError: several labels, or fewer than two classes.
@@ -47,13 +47,13 @@ def labels_of(y: Any, n: int, classes: int, what: str) -> jax.Array:
 
 
 def counting(y: Any) -> jax.Array:
-    """Return integers (or bools) in a dtype that counts any number of classes: uint8 makes 300 of them 44."""
+    """Return integers (or bools) in a dtype that holds any class index: in uint8, 300 would wrap around to 44."""
     y = jnp.asarray(y)
     return y.astype(jnp.int32) if y.dtype.itemsize < 4 else y
 
 
 def check_range(y: Any, classes: int, what: str, padding: bool = False) -> None:
-    """Raise a ValueError where labels are known, and not all in [0, classes); with `padding` negative ones may be."""
+    """Raise a ValueError if labels are known and not all in [0, classes); `padding` allows negative ones."""
     if isinstance(y, jax.core.Tracer) or not getattr(y, "is_fully_addressable", True) or not np.size(y):
         return
     y = np.asarray(y)
@@ -71,7 +71,7 @@ def check_range(y: Any, classes: int, what: str, padding: bool = False) -> None:
 
 
 def _check_form(y: Any, classes: int, what: str, n: int) -> None:
-    """Refuse labels by what is known of traced ones too: their dtype and shape, and the number of classes."""
+    """Check what is known even of traced labels: their dtype and shape, and the number of classes."""
     if jnp.issubdtype(y.dtype, jnp.floating) and y.size == n:
         raise TypeError(f"{what}: labels must be integers, got {y.dtype}. Cast them: labels.astype(int)")
     if y.size != n or y.ndim > 2:

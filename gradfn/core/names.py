@@ -1,4 +1,4 @@
-"""Names for values and places: `tap` names a value, `scope` a part of a network."""
+"""Names: `tap` names a value, `scope` names a part of a network."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ source_info_util.register_exclusion(__file__)
 
 
 def tap(x: jax.Array, name: str) -> jax.Array:
-    """Name a value, so that inspection can show it.
+    """Name a value so that inspection can show it.
 
-    It is `jax.ad_checkpoint.checkpoint_name`: it computes nothing, and any function that uses that already
-    has named values.
+    An alias of `jax.ad_checkpoint.checkpoint_name`: it computes nothing, and functions that already use
+    `checkpoint_name` need no change.
 
     Args:
         x: an array of any shape and dtype.
-        name: what to call it, for instance `"a1"`.
+        name: the value's name, for instance `"a1"`.
 
     Returns:
         `x`, unchanged.
@@ -34,13 +34,14 @@ def tap(x: jax.Array, name: str) -> jax.Array:
 
 
 class ParameterError(ValueError):
-    """A parameter or an input that does not fit: says where, what was expected and what came.
+    """A parameter or an input that does not match what the network declares.
 
-    `path` is the parameter's path, for instance `blocks/attention/W`.
+    The message names the parameter, what was expected and the actual value. `path` is the parameter's path, for
+    instance `blocks/attention/W`.
 
     >>> import gradfn as gf
-    >>> gf.ParameterError("W1", "expected [16, 784], came [784, 16]")
-    ParameterError('W1: expected [16, 784], came [784, 16]')
+    >>> gf.ParameterError("W1", "expected shape [16, 784], got [784, 16]")
+    ParameterError('W1: expected shape [16, 784], got [784, 16]')
     """
 
     def __init__(self, path: str, message: str) -> None:
@@ -49,13 +50,13 @@ class ParameterError(ValueError):
         self.message = message
 
     def under(self, name: str) -> ParameterError:
-        """Return the same error as seen from the dict that holds `name`."""
+        """Return the same error with `name/` in front of its path."""
         return ParameterError(f"{name}/{self.path}", self.message)
 
 
 @contextlib.contextmanager
 def scope(name: str) -> Iterator[None]:
-    """Run a part of a network under its name: in the jaxpr's name stack and in the paths of errors."""
+    """Run the block under a name, which shows in the jaxpr's name stack and in the paths of errors."""
     with jax.named_scope(name):
         try:
             yield

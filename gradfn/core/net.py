@@ -1,7 +1,7 @@
 """Networks: `Net = (spec, apply)`, and how nets compose.
 
-`apply(params, x)` is a pure function of one example; `jax.vmap` makes it one of a batch. A net with noise in
-it (dropout) takes `key=` too; without a key there is no noise.
+`apply(params, x)` is a pure function of one example; `jax.vmap` turns it into a function of a batch. A stochastic
+net (one with dropout) also takes `key=`; without a key it is deterministic.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from gradfn.core.params import Param, Params, Spec
 
 @dataclass(frozen=True, eq=False)
 class Net:
-    """A network: what its parameters are, and a pure function of them.
+    """A network: a declaration of its parameters, and a pure function of them.
 
     Args:
         spec: a nested dict of `Param`.
-        apply: `(params, x) -> y` for one example, or `(params, x, key=None) -> y` where there is noise.
+        apply: `(params, x) -> y` for one example, or `(params, x, key=None) -> y` if the net is stochastic.
 
-    `net.apply` checks the parameters against the spec before it traces on, and raises `ParameterError`.
+    `net.apply` first checks the parameters against the spec, and raises `ParameterError` if they differ.
 
     >>> import jax, jax.numpy as jnp, gradfn as gf
     >>> net = gf.Net({"w": gf.Param([3])}, lambda params, x: params["w"] @ x)
@@ -39,11 +39,11 @@ class Net:
     apply: Callable[..., Any]
 
     def __post_init__(self) -> None:
-        _params.named_leaves(self.spec, _params.is_param)  # no two of them have the same path
+        _params.named_leaves(self.spec, _params.is_param)  # raises if two leaves have the same path
         object.__setattr__(self, "apply", _checked(self.spec, self.apply))
 
     def init(self, key: jax.Array) -> Params:
-        """Make the parameters: see `gf.init`."""
+        """Return initial parameters: see `gf.init`."""
         return _params.init(self.spec, key)
 
 
@@ -57,21 +57,21 @@ def _checked(spec: Spec, apply: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def takes_key(function: Callable[..., Any]) -> bool:
-    """Tell whether a function has noise in it: a parameter called `key`."""
+    """Return whether a function is stochastic: whether it has a parameter called `key`."""
     return "key" in inspect.signature(function).parameters
 
 
 def serial(**named: Net | Callable[[Any], Any]) -> Net:
-    """Put nets one after the other; each one's parameters lie under its name.
+    """Compose nets in sequence; each net's parameters are stored under its name.
 
     Args:
-        **named: nets, or functions of one array that have no parameters (`jax.nn.relu`), in order.
+        **named: nets, or functions of one array without parameters (`jax.nn.relu`), in order.
 
     Returns:
-        A net whose spec is `{name: net.spec}` for those that have parameters.
+        A net whose spec is `{name: net.spec}` for the nets that have parameters.
 
     Raises:
-        ParameterError: from a member, with the member's name before the path.
+        ParameterError: raised by one of the nets; its path starts with the net's name.
 
     >>> import jax, gradfn as gf
     >>> net = gf.serial(hidden=gf.layers.dense(784, 16), squash=jax.nn.sigmoid, out=gf.layers.dense(16, 10))
@@ -96,10 +96,10 @@ def serial(**named: Net | Callable[[Any], Any]) -> Net:
 
 
 def residual(net: Net) -> Net:
-    """Add a net's answer to its input, `x + net(x)` (He et al., *Deep Residual Learning*, 2015).
+    """Add a net's output to its input, `x + net(x)` (He et al., *Deep Residual Learning*, 2015).
 
     Args:
-        net: answers in the shape of its input.
+        net: a net whose output has the shape of its input.
 
     Returns:
         A net with the same spec.
@@ -117,16 +117,16 @@ def residual(net: Net) -> Net:
 
 
 def repeat(net: Net, n: int) -> Net:
-    """Put `n` nets of one kind one after the other, each with its own parameters, as one `lax.scan`.
+    """Compose `n` copies of a net in sequence, each with its own parameters, as one `lax.scan`.
 
-    The parameters are stacked along a new first axis, so that time to compile does not grow with depth.
+    The parameters are stacked along a new first axis, so compile time does not grow with depth.
 
     Args:
-        net: answers in the shape and dtype of its input.
-        n: how many.
+        net: a net whose output has the shape and dtype of its input.
+        n: the number of copies.
 
     Returns:
-        A net whose arrays are `[n, ...]`.
+        A net whose parameters are arrays `[n, ...]`.
 
     Raises:
         ValueError: `n` below 1.
@@ -136,7 +136,7 @@ def repeat(net: Net, n: int) -> Net:
     {'W': [24, 64, 64], 'b': [24, 64]}
     """
     if n < 1:
-        raise ValueError(f"repeat: n is 1 or more, came {n}")
+        raise ValueError(f"repeat: n must be an integer >= 1, got {n}")
 
     def stacked(param: Param) -> Param:
         def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -146,8 +146,8 @@ def repeat(net: Net, n: int) -> Net:
         return Param((n, *param.shape), init, param.dtype, axes)
 
     def run(params: Params, x: Any, key: jax.Array | None) -> Any:
-        def layer(x: Any, each: tuple[Params, jax.Array | None]) -> tuple[Any, None]:
-            layer_params, layer_key = each
+        def layer(x: Any, xs: tuple[Params, jax.Array | None]) -> tuple[Any, None]:
+            layer_params, layer_key = xs
             return call(net, layer_params, x, layer_key), None
 
         keys = None if key is None else jax.random.split(key, n)
@@ -157,17 +157,17 @@ def repeat(net: Net, n: int) -> Net:
 
 
 def call(net: Net, params: Params, x: Any, key: jax.Array | None) -> Any:
-    """Apply a net, passing the key on to one that takes it."""
+    """Apply a net, with the key if it takes one."""
     return net.apply(params, x, key=key) if takes_key(net.apply) else net.apply(params, x)
 
 
 def fold(key: jax.Array | None, number: int) -> jax.Array | None:
-    """Fold a number into a key, where there is one."""
+    """Return `jax.random.fold_in(key, number)`, or None if there is no key."""
     return None if key is None else jax.random.fold_in(key, number)
 
 
 def with_or_without_key(run: Callable[[Params, Any, Any], Any], noisy: bool) -> Callable[..., Any]:
-    """Turn `run(params, x, key)` into an `apply` that shows `key` in its signature only where it is used."""
+    """Turn `run(params, x, key)` into an `apply` that has `key` in its signature only if it is used."""
     if noisy:
 
         def apply_with_noise(params: Params, x: Any, key: jax.Array | None = None) -> Any:

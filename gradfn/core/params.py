@@ -1,6 +1,6 @@
-"""Parameters: what a spec declares, how its arrays are made, counted and checked.
+"""Parameters: how a spec declares them, and how they are initialized, counted and checked.
 
-A spec is a nested dict whose leaves are `Param`s. Parameters are the same dict with arrays in it.
+A spec is a nested dict whose leaves are `Param`s. Parameters are the same dict with arrays as leaves.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class Param:
     """Declare one array of a network.
 
     Args:
-        shape: its shape. Matrices are `[out, in]`; convolution kernels `[out, in, *window]`.
+        shape: the array's shape. Matrices are `[out, in]`, convolution kernels `[out, in, *window]`.
         init: `(key, shape, dtype) -> array`, as in `jax.nn.initializers`. By default vectors and scalars are
-            zeros, and arrays of two and more axes are normal with variance 1 / (fan in), LeCun's choice
-            (LeCun et al., *Efficient BackProp*, 1998), the fan in being all but the first axis.
-        dtype: float32 unless told.
+            zeros, and arrays with two or more axes are drawn from a truncated normal of variance 1 / fan_in
+            (LeCun et al., *Efficient BackProp*, 1998), where fan_in is the product of all axes but the first.
+        dtype: float32 by default.
         axes: a logical name for each axis, for sharding over devices.
 
     Raises:
-        ValueError: a negative size, or as many axis names as the array does not have.
+        ValueError: a negative size, or a number of axis names that differs from the number of axes.
 
     >>> import gradfn as gf
     >>> gf.Param([16, 784]).shape
@@ -54,10 +54,10 @@ class Param:
         object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         if any(size < 0 for size in self.shape):
-            raise ValueError(f"Param: sizes are zero or more, came {list(self.shape)}")
+            raise ValueError(f"Param: sizes must be >= 0, got shape {list(self.shape)}")
         if self.axes is not None and len(self.axes) != len(self.shape):
             raise ValueError(
-                f"Param: {list(self.shape)} needs {len(self.shape)} axis names, came {self.axes}"
+                f"Param: shape {list(self.shape)} needs {len(self.shape)} axis names, got {self.axes}"
             )
 
     @property
@@ -71,26 +71,26 @@ class Param:
         return math.prod(self.shape)
 
     def make(self, key: jax.Array) -> jax.Array:
-        """Make the array that this declares."""
+        """Return the initial array."""
         default = default_init if self.ndim > 1 and self.size else jax.nn.initializers.zeros
         init = self.init or default
-        # Random numbers of bfloat16 have 128 values and a mean of -0.01: they are drawn in float32.
+        # Samples in bfloat16 take 128 values only and have a mean of -0.01: draw in float32, then cast.
         dtype = wide(self.dtype) if jnp.issubdtype(self.dtype, jnp.floating) else self.dtype
         value = init(key, self.shape, dtype)
         return value if dtype == self.dtype else value.astype(self.dtype)
 
 
-# Fans of an [out, in] matrix; for kernels the window counts into both, as is usual.
+# fan_in and fan_out of an [out, in] matrix; for kernels both include the window, as is usual.
 default_init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=1, out_axis=0)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """Return a leaf's key path as text: `blocks/attention/W`, as named scopes are written."""
+    """Return a leaf's key path as text, in the notation of named scopes: `blocks/attention/W`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def is_param(leaf: Any) -> bool:
-    """Tell whether something is a declared array."""
+    """Return whether a leaf is a `Param`."""
     return isinstance(leaf, Param)
 
 
@@ -104,18 +104,19 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> lis
     [('a/b', 1), ('c/0', 2)]
     """
     named = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf)]
-    seen = set()
+    known = set()
     for name, _ in named:
-        if name in seen:
+        if name in known:
             raise ParameterError(name, "two entries have this path. Rename one: a key must not contain /")
-        seen.add(name)
+        known.add(name)
     return named
 
 
 def init(spec: Spec, key: jax.Array) -> Params:
-    """Make the parameters that a spec declares.
+    """Return initial parameters as a spec declares them.
 
-    Each leaf's key is folded from its path, so adding, removing or reordering parameters changes no other.
+    Each leaf gets a key derived from its path, so adding, removing or reordering parameters does not change the
+    others.
 
     Args:
         spec: a nested dict of `Param`.
@@ -125,7 +126,7 @@ def init(spec: Spec, key: jax.Array) -> Params:
         The same dict with arrays.
 
     Raises:
-        ParameterError: a leaf that is not a `Param`, or whose initialiser made another shape or dtype; two leaves with
+        ParameterError: a leaf that is not a `Param`, or whose initializer returned another shape; two leaves with
             the same path.
         TypeError: a seed instead of a key.
 
@@ -134,7 +135,6 @@ def init(spec: Spec, key: jax.Array) -> Params:
     >>> gf.shapes(params)
     {'W': [2, 3], 'b': [2]}
     """
-
     named_leaves(spec, is_param)
     if not hasattr(key, "dtype") or not (
         np.ndim(key) or jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -145,12 +145,12 @@ def init(spec: Spec, key: jax.Array) -> Params:
     def make(path: tuple[Any, ...], param: Param) -> jax.Array:
         name = path_name(path)
         if not isinstance(param, Param):
-            raise ParameterError(name, f"a spec's leaves are gf.Param, came {describe(param)}")
+            raise ParameterError(name, f"expected a gf.Param in the spec, got {describe(param)}")
         words = np.frombuffer(hashlib.sha256(name.encode()).digest()[:8], np.uint32)
         leaf_key = jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1])
         value = param.make(leaf_key)
         if value.shape != param.shape:
-            message = f"its init made {list(value.shape)}, declared is {list(param.shape)}"
+            message = f"expected shape {list(param.shape)} from its init, got {list(value.shape)}"
             raise ParameterError(name, message)
         return value
 
@@ -158,12 +158,12 @@ def init(spec: Spec, key: jax.Array) -> Params:
 
 
 def count(tree: Any) -> int:
-    """Count the values in parameters, a spec, a net, or a model of another framework.
+    """Return the number of values in parameters, a spec, a net, or a model of another framework.
 
-    Leaves that are not arrays (functions, Python's own numbers) are settings, and not counted.
+    Leaves that are not arrays (functions, Python numbers) are configuration and not counted.
 
     Raises:
-        TypeError: nothing that has parameters.
+        TypeError: an argument without any parameters.
 
     >>> import gradfn as gf
     >>> gf.count(gf.mlp([784, 16, 10]))
@@ -173,7 +173,7 @@ def count(tree: Any) -> int:
 
 
 def _arrays(tree: Any, function: str) -> list[tuple[str, Any]]:
-    """Return what in parameters, in a net or in a model has a shape and a dtype, by its path."""
+    """Return the leaves of parameters, a net or a model that have a shape and a dtype, with their paths."""
     leaves = named_leaves(_spec_of(tree))
     arrays = [(name, leaf) for name, leaf in leaves if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
     if leaves and not arrays:
@@ -186,7 +186,7 @@ def _spec_of(tree: Any) -> Any:
 
 
 def shapes(tree: Any) -> Any:
-    """Return the tree (of a net, its spec) with each leaf's shape, as a list, in its place.
+    """Return a tree (of a net, its spec) with each leaf replaced by its shape, as a list.
 
     >>> import gradfn as gf
     >>> gf.shapes(gf.mlp([784, 16, 10]).spec)
@@ -198,11 +198,11 @@ def shapes(tree: Any) -> Any:
 def table(tree: Any) -> TextTable:
     """Return a table of parameters, a spec, a net or a model: path, shape, dtype, count, bytes, and the total.
 
-    Weights are what has two axes or more, biases (and gains) what has one or none. Leaves that are not arrays are
-    left out.
+    Arrays with two or more axes count as weights, all others (biases and gains) as biases. Leaves that are not
+    arrays are left out.
 
     Returns:
-        A `rich` table that `print` shows too.
+        A `rich` table; `print` shows it as text.
 
     >>> import gradfn as gf
     >>> print(gf.table({"W": gf.Param([2, 3]), "b": gf.Param([2])}))
@@ -233,40 +233,40 @@ def table(tree: Any) -> TextTable:
 
 
 def describe(value: Any) -> str:
-    """Say what a value is, for an error: `[16, 784] float32`, or its type."""
+    """Return a short description of a value for an error: `[16, 784] float32`, or its type."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{list(value.shape)} {value.dtype}"
     if isinstance(value, Mapping):
-        return f"a dict with {', '.join(map(str, value)) or 'nothing in it':.200}"
+        return f"a dict with {', '.join(map(str, value)) or 'no keys':.200}"
     return f"{type(value).__name__} {' '.join(repr(value).split()):.40}"
 
 
 def check(spec: Any, params: Any) -> None:
-    """Check that parameters are what a spec declares, before anything is traced with them.
+    """Check that parameters match a spec.
 
-    Shapes must be the declared ones. A whole tree may be cast (to bfloat16, say), so of dtypes it asks that
-    arrays declared alike come alike, and that floats come as floats, integers as integers.
+    Shapes must be equal. A whole tree may be cast (to bfloat16, say), so dtypes only have to be of the declared
+    kind (floating, complex, integer), and arrays declared with one dtype must all have one dtype.
 
     Raises:
-        ParameterError: with the parameter's path, what was expected and what came.
+        ParameterError: names the parameter's path, what was expected and the actual value.
 
     >>> import jax, jax.numpy as jnp, gradfn as gf
     >>> net = gf.mlp([784, 16, 10])
     >>> params = net.init(jax.random.key(0))
     >>> check(net.spec, params | {"W1": jnp.ones([784, 16])})
     Traceback (most recent call last):
-    gradfn.names.ParameterError: W1: expected [16, 784] float32, came [784, 16] float32. Weights are [out, in]: pass its transpose
+    gradfn.names.ParameterError: W1: expected [16, 784] float32, got [784, 16] float32. Weights are [out, in]: pass its transpose
     """  # noqa: E501
     _check(spec, params, "", {})
 
 
-def _check(spec: Any, params: Any, path: str, seen: dict[Any, tuple[str, Any]]) -> None:
+def _check(spec: Any, params: Any, path: str, dtypes: dict[Any, tuple[str, Any]]) -> None:
     if isinstance(spec, Mapping):
         _check_names(spec, params, path)
         for name in spec:
-            _check(spec[name], params[name], f"{path}/{name}" if path else str(name), seen)
+            _check(spec[name], params[name], f"{path}/{name}" if path else str(name), dtypes)
         return
-    expected = f"expected {list(spec.shape)} {spec.dtype}, came {describe(params)}"
+    expected = f"expected {list(spec.shape)} {spec.dtype}, got {describe(params)}"
     if not (hasattr(params, "shape") and hasattr(params, "dtype")):
         raise ParameterError(path, f"{expected}. Make it an array: jnp.asarray(..., jnp.{spec.dtype})")
     if tuple(params.shape) != spec.shape:
@@ -279,9 +279,9 @@ def _check(spec: Any, params: Any, path: str, seen: dict[Any, tuple[str, Any]]) 
     dtype = jnp.dtype(params.dtype)
     if _kind(dtype) != _kind(spec.dtype):
         raise ParameterError(path, f"{expected}. Cast it: .astype(jnp.{spec.dtype})")
-    first_path, first = seen.setdefault(spec.dtype, (path, dtype))
+    first_path, first = dtypes.setdefault(spec.dtype, (path, dtype))
     if dtype != first:
-        message = f"{expected}, while {first_path} came as {first}. Cast the whole tree or none of it"
+        message = f"{expected}, but {first_path} is {first}. Cast the whole tree or none of it"
         raise ParameterError(path, message)
 
 
@@ -289,7 +289,7 @@ def _check_names(spec: Mapping[str, Any], params: Any, path: str) -> None:
     here = path or "parameters"
     declared = f"{', '.join(map(str, spec)):.300}"
     if not isinstance(params, Mapping):
-        raise ParameterError(here, f"expected a dict with {declared}, came {describe(params)}")
+        raise ParameterError(here, f"expected a dict with {declared}, got {describe(params)}")
     prefix = f"{path}/" if path else ""
     for name in spec:
         if name not in params:

@@ -1,4 +1,4 @@
-"""Where a few digits are not enough: sums, squares and exponentials in float32 at least, norms without overflow."""
+"""Numerical precision: sums, squares and exponentials in float32 or wider, norms without overflow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax import lax
 
 
 def is_narrow(dtype: Any) -> bool:
-    """Tell a float of less than 32 bits."""
+    """Return whether a dtype is a float of fewer than 32 bits."""
     return bool(jnp.issubdtype(dtype, jnp.inexact)) and jnp.finfo(dtype).bits < 32
 
 
@@ -36,27 +36,28 @@ def real_parts(x: jax.Array) -> list[jax.Array]:
 
 
 def is_safe(square: jax.Array, n: int) -> jax.Array:
-    """Tell whether a sum of `n` squares is finite and lost nothing that counts to underflow."""
+    """Return whether a sum of `n` squares is finite and accurate despite underflow."""
     return (square >= least_safe(square.dtype, n)) & (square < jnp.inf)
 
 
 def least_safe(dtype: Any, n: int) -> float:
-    """Return the least sum of `n` squares, of a dtype, that lost nothing that counts to underflow."""
+    """Return the smallest sum of `n` squares that is accurate in a dtype despite underflow."""
     limits = jnp.finfo(dtype)
-    # The squares below `tiny` are lost: together less than a rounding of a sum this large.
+    # Squares below `tiny` are lost: together they are less than a rounding error of a sum this large.
     return n * float(limits.tiny) / float(limits.eps)
 
 
 @functools.partial(jax.jit, static_argnames="axis")
 def norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
-    """Return the L2 norm over some axes (all by default), right as long as it is itself a number of its dtype.
+    """Return the L2 norm over some axes (all by default), accurate whenever its dtype can represent it.
 
-    It is the root of the plain sum of squares. Only where such a sum is not safe (gradients of 1e-25 or 1e20 have
-    squares of 0 and inf in float32) are all computed again, scaled: `scaled_norm`. Under `vmap` both are computed.
+    The result is the root of the plain sum of squares. If that sum overflows or underflows (values of 1e20 or
+    1e-25 have squares of inf and 0 in float32), all norms are recomputed by `scaled_norm`. Under `vmap` both are
+    computed.
 
     Args:
-        x: floating or complex; NaN and infinities show in the result.
-        axis: summed over.
+        x: floating or complex; NaN and infinities propagate.
+        axis: the axes to sum over.
 
     >>> import jax.numpy as jnp
     >>> from gradfn.core.precision import norm
@@ -69,7 +70,7 @@ def norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
 
 
 def scaled_norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
-    """Return the L2 norm as the largest magnitude times the norm of what is divided by it."""
+    """Return the L2 norm, computed as the largest magnitude times the norm of the array divided by it."""
     parts = real_parts(x)
     largest = [jnp.max(jnp.abs(part), axis, initial=0, keepdims=True) for part in parts]
     unit = unit_of(functools.reduce(jnp.maximum, largest))
@@ -79,25 +80,25 @@ def scaled_norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.
 
 
 def unit_of(largest: jax.Array) -> jax.Array:
-    """Return what to divide by so that the largest magnitude is near 1; 1 where it is 0 or not finite."""
-    largest = lax.stop_gradient(largest)  # a result does not depend on what it was scaled by
-    # Subnormal numbers may count as 0, so nothing is divided by one, or by what has one for a reciprocal.
+    """Return the divisor that brings the largest magnitude close to 1; 1 if that is 0 or not finite."""
+    largest = lax.stop_gradient(largest)  # the result does not depend on the scale
+    # Devices may flush subnormal numbers to 0: neither the divisor nor its reciprocal may be subnormal.
     limits = jnp.finfo(largest.dtype)
     unit = jnp.clip(largest, float(limits.tiny), float(limits.max) / 16)
     return jnp.where((largest > 0) & (largest < jnp.inf), unit, jnp.ones_like(largest))
 
 
 def in_units(x: jax.Array, unit: jax.Array) -> jax.Array:
-    """Return `x / unit`, to be squared: of constants, XLA would make `x^2 (1 / unit)^2`, which is 0 times infinity."""
+    """Return `x / unit`, to be squared: XLA would fold constants to `x^2 (1 / unit)^2`, which is 0 times infinity."""
     return lax.optimization_barrier(x / unit)
 
 
 def divided(x: jax.Array, unit: jax.Array) -> jax.Array:
-    """Return a real or complex array over a real one, part by part: in a complex quotient unit^2 may overflow."""
+    """Divide a real or complex array by a real one, part by part: unit^2 in a complex quotient may overflow."""
     return lax.complex(x.real / unit, x.imag / unit) if jnp.iscomplexobj(x) else x / unit
 
 
 def root(square: jax.Array) -> jax.Array:
-    """Return the root of a sum of squares, whose derivative at 0 is 0, the smallest subgradient of a norm."""
+    """Return the root of a sum of squares, with derivative 0 at 0: the smallest subgradient of a norm."""
     is_zero = square == 0
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))

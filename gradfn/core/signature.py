@@ -74,9 +74,8 @@ def _merged(own: Signature, theirs: Signature, n: int) -> Signature:
         ]
         others = [p for p in others if p.kind is not Parameter.VAR_POSITIONAL]
     fixed = [p for p in mine if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)]
-    keywords = {
-        p.name for p in fixed if p.kind is Parameter.KEYWORD_ONLY
-    }  # handled here, and passed on if need be
+    # The decorated function handles these, and passes them to `f` if necessary.
+    keywords = {p.name for p in fixed if p.kind is Parameter.KEYWORD_ONLY}
     merged = [*fixed, *(p for p in (*named, *others) if p.name not in keywords)]
     try:
         return own.replace(parameters=sorted(merged, key=lambda p: p.kind))

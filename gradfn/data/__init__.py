@@ -1,4 +1,4 @@
-"""Data as numpy arrays: handwritten digits, MNIST, a regression set, texts; splits, batches, windows."""
+"""Data sets as numpy arrays: digits, MNIST, a regression set and texts; with splits, batches and windows."""
 
 from typing import TYPE_CHECKING
 

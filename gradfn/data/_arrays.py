@@ -1,4 +1,4 @@
-"""The door that data enter by: data frames, lists and tensors become arrays, or an error says why not."""
+"""Conversion of data frames, lists and tensors to arrays, with an error for what cannot be converted."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-MOST_EXAMPLES = 2**31 - 1  # that int32 indexes
+MOST_EXAMPLES = 2**31 - 1  # the largest int32
 
 
 def as_arrays(data: Any, name: str = "data", scalars: bool = False) -> Any:
-    """Turn every part of a tree into an array with a leading axis of examples.
+    """Convert every leaf of a tree to an array with a leading axis of examples.
 
-    Tuples, dicts and other containers are the tree. Its parts may be arrays of numpy or jax (left as they are),
-    data frames and series of pandas (rows are taken by position, never by label), tensors of PyTorch, anything
-    with `__array__`, and lists: of numbers, of rows, or of arrays of one shape, which are stacked.
+    Tuples, dicts and other containers form the tree. Leaves may be numpy or jax arrays (returned as they are),
+    pandas data frames and series (rows are taken by position, never by label), PyTorch tensors, anything with
+    `__array__`, and lists of numbers, of rows, or of arrays of one shape, which are stacked.
 
     Args:
         data: the tree.
-        name: what to call it in errors.
-        scalars: whether a part may be a number that all examples share.
+        name: its name in errors.
+        scalars: whether a leaf may be a number shared by all examples.
 
     Returns:
-        The same tree of arrays.
+        The same tree with arrays as leaves.
 
     Raises:
-        ValueError: a part that has missing or masked values, columns that are not numeric, rows of different
-            lengths; the message names the part, and never contains the data.
+        ValueError: a leaf with missing or masked values, columns that are not numeric, or rows of different
+            lengths; the message names the leaf and never contains the data.
 
     >>> as_arrays(([[1, 2], [3, 4]], [0, 1]))
     (array([[1, 2],
@@ -46,7 +46,7 @@ def as_arrays(data: Any, name: str = "data", scalars: bool = False) -> Any:
 
 
 def as_array(part: Any, name: str, scalars: bool = False) -> Any:
-    """Return one part of the data as a numeric array `[examples, ...]`, or raise: see `as_arrays`."""
+    """Convert one leaf to a numeric array `[examples, ...]`: see `as_arrays`."""
     array = part if isinstance(part, jax.Array) else _to_numpy(part, name)
     if not array.ndim and not scalars:
         raise ValueError(f"{name} must be an array [examples, ...], got {part!r:.60}")
@@ -54,11 +54,11 @@ def as_array(part: Any, name: str, scalars: bool = False) -> Any:
 
 
 def on_device(data: Any, name: str = "data") -> Any:
-    """Turn data into arrays of jax: see `as_arrays`.
+    """Convert data to jax arrays: see `as_arrays`.
 
     Raises:
         ValueError: also for an array that is not numeric, for integers that would wrap around in jax's dtype, and for
-            more examples than int32 indexes.
+            more examples than int32 can index.
     """
 
     def place(path: tuple[Any, ...], array: Any) -> jax.Array:
@@ -83,14 +83,14 @@ def on_device(data: Any, name: str = "data") -> Any:
 
 
 def _is_tree(items: list[Any], name: str) -> bool:
-    """Tell whether the outermost list is a container of several arrays, as a tuple would be."""
+    """Return whether the outermost list is a container of several arrays, like a tuple."""
     shapes = [tuple(item.shape) for item in items if hasattr(item, "shape")]
     if len(shapes) < len(items) or not shapes:
         return any(isinstance(item, (tuple, dict)) for item in items)
     if len(items) > 1 and len(set(shapes)) == 1 and () not in shapes:
         raise ValueError(
-            f"{name} is a list of {len(items):,} arrays {list(shapes[0])}, which may be examples or the arrays of one "
-            "batch. Pass np.stack(...) for examples, a tuple for several arrays"
+            f"{name} is a list of {len(items):,} arrays {list(shapes[0])}, which is ambiguous. Pass np.stack(...) if "
+            "they are examples, a tuple if they are the arrays of one batch"
         )
     return () not in shapes
 
@@ -105,7 +105,7 @@ def _to_numpy(part: Any, name: str) -> np.ndarray:
         return _from_list(part, name)
     if isinstance(part, np.ma.MaskedArray) and np.ma.is_masked(part):
         raise ValueError(
-            f"{name}: {np.ma.count_masked(part):,} of {part.size:,} values are masked: fill them in"
+            f"{name}: {np.ma.count_masked(part):,} of {part.size:,} values are masked. Fill them in first"
         )
     if isinstance(part, np.ndarray):
         return part
@@ -115,7 +115,7 @@ def _to_numpy(part: Any, name: str) -> np.ndarray:
 
 
 def _numeric(array: np.ndarray, name: str) -> np.ndarray:
-    """Return an array of numbers as it is, and refuse others."""
+    """Return a numeric array as it is; raise for any other."""
     dtype = array.dtype
     if jnp.issubdtype(dtype, np.number) or dtype.kind == "b":
         return array
@@ -155,7 +155,7 @@ def _from_pandas(part: Any, name: str) -> np.ndarray:
 
 
 def _column(series: Any, name: str) -> np.ndarray:
-    dtype = getattr(series.dtype, "numpy_dtype", series.dtype)  # what a nullable dtype wraps
+    dtype = getattr(series.dtype, "numpy_dtype", series.dtype)  # nullable dtypes wrap one of numpy
     if getattr(dtype, "name", "") == "category":
         raise ValueError(f"{name} is categorical. Pass its codes: .cat.codes")
     if str(dtype).startswith("Sparse"):
@@ -178,10 +178,7 @@ def _from_torch(part: Any, name: str) -> np.ndarray:
     if str(part.layout) != "torch.strided" or part.is_quantized:
         raise ValueError(f"{name} is a sparse or quantized tensor. Pass .to_dense() or .dequantize()")
     part = part.detach().cpu().resolve_conj().resolve_neg()
-    if str(part.dtype) in (
-        "torch.bfloat16",
-        "torch.float8_e4m3fn",
-        "torch.float8_e5m2",
-    ):  # numpy has no such dtype
-        return part.float().numpy().astype(jnp.dtype(str(part.dtype).removeprefix("torch.")))
+    dtype = str(part.dtype).removeprefix("torch.")
+    if dtype in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):  # numpy lacks these dtypes
+        return part.float().numpy().astype(jnp.dtype(dtype))
     return _numeric(part.numpy(), name)

@@ -8,24 +8,24 @@ from gradfn.data.dataset import Dataset, Examples
 
 
 def diabetes(validation: int = 44, test: int = 89, seed: int = 0) -> Dataset:
-    """Load 442 patients: ten measurements, and how far diabetes had gone a year later.
+    """Load 442 patients: ten measurements, and a measure of disease progression one year later.
 
-    Inputs and targets are standardised with the mean and the standard deviation of the **training** part,
-    so nothing of the test leaks into training. On the original scale (25 to 346) a predicted `y` is
-    `y * data.target_std + data.target_mean`, and an RMSE is multiplied by `target_std`. Always answering the
-    mean of the training part scores a mean squared error of 1.0 there.
+    Inputs and targets are standardized with the mean and the standard deviation of the **training** part, so
+    nothing of the test part leaks into training. On the original scale (25 to 346) a predicted `y` is
+    `y * data.target_std + data.target_mean`, and an RMSE is multiplied by `target_std`. A constant prediction of
+    the training mean has a mean squared error of 1.0 on the training part.
 
     Args:
-        validation: how many patients to keep for validation (0 for none).
-        test: how many to keep for the test.
-        seed: which split.
+        validation: the number of patients for validation (0 for none).
+        test: the number of patients for the test part.
+        seed: of the split.
 
     Returns:
         A `Dataset`: inputs [N, 10] float32 in the order age, sex, body mass index, blood pressure, s1 ... s6
         (blood serum); targets [N, 1] float32, for a network with one output node.
 
     Raises:
-        ValueError: parts that do not fit in 442; ImportError: scikit-learn is not there.
+        ValueError: parts larger than the 442 patients; ImportError: scikit-learn is not installed.
 
     The data: B. Efron, T. Hastie, I. Johnstone, R. Tibshirani, Least Angle Regression, Annals of Statistics
     32, 2004.
@@ -40,9 +40,11 @@ def diabetes(validation: int = 44, test: int = 89, seed: int = 0) -> Dataset:
     x, y = raw.data, raw.target[:, None]  # [442, 10], [442, 1]
     train, held, tested = split(x, y, validation=validation, test=test, seed=seed)
     if len(train[0]) < 2:
-        raise ValueError("standardising needs at least 2 training examples: make validation or test smaller")
+        raise ValueError(
+            "standardization needs at least 2 training examples. Make validation or test smaller"
+        )
     x_mean, x_std = train[0].mean(axis=0), train[0].std(axis=0)  # [10], [10]
-    x_std = np.where(x_std > 0, x_std, 1.0)  # a tiny training part may hold one sex only
+    x_std = np.where(x_std > 0, x_std, 1.0)  # a tiny training part may contain one sex only
     y_mean, y_std = float(train[1].mean()), float(train[1].std()) or 1.0
 
     def scaled(part: Examples) -> Examples:

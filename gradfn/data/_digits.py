@@ -1,4 +1,4 @@
-"""Scikit-learn's handwritten digits: real, small, and there without a download."""
+"""Scikit-learn's handwritten digits: real, small, and available without a download."""
 
 from typing import Literal
 
@@ -12,22 +12,22 @@ from gradfn.data.dataset import Dataset
 def digits(size: Literal[28, 8] = 28, validation: int = 180, test: int = 360, seed: int = 0) -> Dataset:
     """Load 1,797 real handwritten digits, flattened, with their labels.
 
-    **This is not MNIST.** The pictures have 8x8 pixels of 17 grey levels; with `size=28` they are enlarged to
-    28x28 with a cubic spline, so that networks for MNIST's 784 inputs run on them: smooth blobs with no more
-    detail than the 64 pixels they came from. For MNIST itself see `mnist`.
+    **This is not MNIST.** The images have 8x8 pixels and 17 gray levels. With `size=28` they are enlarged to 28x28
+    with a cubic spline, so that networks for MNIST's 784 inputs accept them; they have no more detail than the
+    original 64 pixels. For MNIST itself see `mnist`.
 
     Args:
-        size: 28 (resized) or 8 (as they are): pixels per side.
-        validation: how many digits to keep for validation (0 for none).
-        test: how many digits to keep for the test.
-        seed: which split; every part holds each digit in equal measure (stratified).
+        size: pixels per side: 28 (resized) or 8 (original).
+        validation: the number of digits for validation (0 for none).
+        test: the number of digits for the test part.
+        seed: of the split, which is stratified by label.
 
     Returns:
-        A `Dataset`: images [N, size*size] float32 from 0 (paper) to 1 (ink), row after row; labels [N] int32.
-        All parts share writers, so that the test is easier than on writers never seen.
+        A `Dataset`: images [N, size*size] float32 from 0 (background) to 1 (stroke), in row-major order; labels [N]
+        int32. All parts share writers, so the test part is easier than digits of unknown writers.
 
     Raises:
-        ValueError: another size, or parts that do not fit in 1,797; ImportError: scikit-learn is not there.
+        ValueError: another size, or parts larger than the 1,797 digits; ImportError: scikit-learn is not installed.
 
     The data: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
     Repository, 1998 (its test part, as `sklearn.datasets.load_digits` has it).
@@ -39,9 +39,9 @@ def digits(size: Literal[28, 8] = 28, validation: int = 180, test: int = 360, se
     ((1257, 64), dtype('float32'), dtype('int32'), (8, 8))
     """
     if size not in (8, 28):
-        raise ValueError(f"size must be 28 (resized) or 8 (the pictures as they are), got {size!r}")
+        raise ValueError(f"size must be 28 (resized) or 8 (original), got {size!r}")
     raw = sklearn("datasets").load_digits()
-    images = raw.images / 16.0  # [1797, 8, 8], grey levels 0..16
+    images = raw.images / 16.0  # [1797, 8, 8], gray levels 0..16
     labels = raw.target.astype(np.int32)
     if size == 28:
         images = enlarge(images, 28)
@@ -66,8 +66,8 @@ def spline(old: int, size: int) -> np.ndarray:
     """Return the matrix `[size, old]` that resizes the rows or the columns of an image by a cubic spline."""
     from scipy import ndimage  # slow to import
 
-    # Resizing is linear and the same for rows and columns, so one matrix, whose columns are the resized unit
-    # vectors, does all images at once; and it is done off the device, alike on every machine.
+    # Resizing is linear and the same for rows and columns: one matrix, whose columns are the resized unit vectors,
+    # resizes all images. It is computed on the host, so that the images are equal on all machines.
     columns = [
         ndimage.zoom(unit, size / old, order=3, mode="nearest", grid_mode=True) for unit in np.eye(old)
     ]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from gradfn.data._arrays import as_array
-from gradfn.data._checks import sklearn, whole
+from gradfn.data._checks import integer, sklearn
 from gradfn.data.dataset import Examples
 
 
@@ -18,23 +18,23 @@ def split(
 ) -> tuple[Examples, Examples, Examples]:
     """Split examples at random, the same way each time, into train, validation and test.
 
-    The test part depends on `test` and `seed` alone, so changing `validation` never moves a training
-    example into the test.
+    The test part depends on `test` and `seed` alone, so changing `validation` never moves a training example into
+    the test part.
 
     Args:
         x: inputs [N, ...]: an array, a data frame (by position, not by label), a list or a PyTorch tensor.
         y: targets [N, ...], likewise; with `stratify`, labels [N].
-        validation: how many examples go to validation; 0 for none.
-        test: how many go to the test; 0 for none. The rest, at least one, is for training.
+        validation: the number of validation examples; 0 for none.
+        test: the number of test examples; 0 for none. All others, at least one, are for training.
         seed: from 0 to 2**32 - 1.
-        stratify: keep each label's share in every part (each part then needs an example per label).
+        stratify: keep the proportions of the labels in every part (each part needs one example per label or more).
 
     Returns:
         `(x, y)` of train, validation and test, in random order.
 
     Raises:
-        ValueError: x and y differ in length, are not arrays or have columns that are not numeric, or the sizes do
-            not fit; TypeError: a size is not an integer.
+        ValueError: x and y differ in length, are not arrays or have columns that are not numeric, or the parts are
+            too large or too small; TypeError: a size is not an integer.
 
     >>> import gradfn as gf
     >>> import numpy as np
@@ -47,31 +47,29 @@ def split(
     n = len(x)
     if len(y) != n:
         raise ValueError(f"x and y must have one row per example, got {n:,} rows of x and {len(y):,} of y")
-    whole("seed", seed, 0, 2**32 - 1)
-    whole("test", test, 0)
-    whole("validation", validation, 0)
+    integer("seed", seed, 0, 2**32 - 1)
+    integer("test", test, 0)
+    integer("validation", validation, 0)
     train = n - test - validation
     if train < 1:
         raise ValueError(
-            f"test={test:,} and validation={validation:,} leave no training example of the {n:,} there are: "
-            "make them smaller"
+            f"expected at least one training example, got test={test:,} and validation={validation:,} of {n:,} "
+            "examples. Make them smaller"
         )
     if stratify:
         labels = len(np.unique(y))
         for part, size in (("test", test), ("validation", validation), ("train", train)):
             if 0 < size < labels:
-                raise ValueError(
-                    f"{part} would hold {size} examples, fewer than the {labels} labels there are"
-                )
+                raise ValueError(f"{part} needs one example per label, at least {labels}, got {size}")
 
     def take(rows: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Draw `size` of the rows; return the others and these."""
+        """Sample `size` of the rows; return the others, and the sample."""
         if size == 0:
             return rows, rows[:0]
-        others, drawn = sklearn("model_selection").train_test_split(
+        others, sample = sklearn("model_selection").train_test_split(
             rows, test_size=size, random_state=seed, stratify=y[rows] if stratify else None
         )
-        return others, drawn
+        return others, sample
 
     rest, in_test = take(np.arange(n), test)
     in_train, in_validation = take(rest, validation)

@@ -1,4 +1,4 @@
-"""Texts for language models: tokens in two parts that never mix, from any file or from Python's own documentation."""
+"""Texts for language models: training and validation tokens, from any file or from Python's documentation."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from gradfn.data.dataset import DataError, data_errors
 from gradfn.data.file_tokens import READ, FileTokens, decoded, file_tokens
 from gradfn.files import IDLE, FileError, open_regular, read_json, remove_parts, replacing
 
-PIECE = 1 << 24  # characters that tiktoken gets at a time
-IN_MEMORY = 1 << 28  # bytes of tokens; those of larger texts stay in the file
-FORMAT = "tokenizer of gf.data.tokenize"  # marks its files: nothing else is overwritten
+PIECE = 1 << 24  # characters per call of tiktoken
+IN_MEMORY = 1 << 28  # bytes of tokens; larger texts stay in their file
+FORMAT = "tokenizer of gf.data.tokenize"  # marks files that may be overwritten
 
 
 class TokensFile(TokenizerFile):
-    """What the file beside a file of tokens contains."""
+    """The content of the JSON file beside a file of tokens."""
 
     format: str
-    tokens: NotRequired[int]  # how many
+    tokens: NotRequired[int]  # the number of tokens
     sha256: NotRequired[str]  # of the file of tokens
 
 
 class Text(NamedTuple):
-    """Tokens for training and for validation: the beginning of a text and its end.
+    """Tokens for training and for validation: the first part of a text and the rest.
 
     Attributes:
-        train: `[N]`, of the tokenizer's dtype; on no device, for large files in no memory either (`np.memmap`, or for
-            characters an array of which slices are read, and all by `np.asarray`).
-        validation: `[M]`, what comes after; no window can reach from one into the other.
-        tokenizer: text to tokens and back.
-        name: what to write on a figure.
-        sha256: of the text's UTF-8, or of the file it was read from.
+        train: `[N]`, of the tokenizer's dtype, on the host. Large files are not loaded: they are an `np.memmap`, or for
+            characters a `FileTokens`, which reads slices on demand.
+        validation: `[M]`, the tokens that follow; no window spans both parts.
+        tokenizer: the tokenizer of the text.
+        name: a name for figures.
+        sha256: of the text in UTF-8, or of the file it was read from.
     """
 
     train: np.ndarray | FileTokens
@@ -56,17 +56,17 @@ class Text(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """Lines that are sequences of their own, as padded arrays: input t is answered with target t.
+    """Lines as independent sequences, in padded arrays: target t is the token after input t.
 
-    Every sequence begins with the token of the line's end and is to be answered with it at its own end. Padding
-    has the target -1, which `gf.next_token_loss` leaves out.
+    The newline token is the first input and the last target of every sequence. Padding has the target -1, which
+    `gf.next_token_loss` ignores.
 
     Attributes:
         train: inputs and targets, `[N, longest + 1]` int32 each.
-        validation: the same; no line is in both.
-        tokenizer: text to tokens and back; `"\\n"` ends a line.
-        name: what to write on a figure.
-        sha256: of the text's UTF-8, or of the file it was read from.
+        validation: the same; no line is in both parts.
+        tokenizer: the tokenizer of the lines; `"\\n"` ends a line.
+        name: a name for figures.
+        sha256: of the text in UTF-8, or of the file it was read from.
     """
 
     train: tuple[np.ndarray, np.ndarray]
@@ -89,17 +89,17 @@ def text(
     """Load a text for a language model.
 
     Args:
-        path: any file in UTF-8 (of any bytes, with `tokens="bytes"`), or the `.npy` of tokens that `tokenize`
-            wrote. Of any size: bytes and `.npy` are mapped into memory, and so are characters of more than 256 MB of
-            tokens, which are decoded as they are used; tiktoken's tokens are in memory, for large texts there is
-            `tokenize`. The file must stay as it is. None for `python_topics`. Text is read as Python reads it: every
-            end of a line is `\\n`, and a byte order mark is left out; bytes are the file's.
-        tokens: `"characters"`, `"bytes"` or `"tiktoken:<encoding>"`; an `.npy` file knows by itself.
-        validation: the share of the tokens, the last ones, to keep for validation.
+        path: any file in UTF-8 (any file at all with `tokens="bytes"`), or an `.npy` file of tokens written by
+            `tokenize`; None for `python_topics`. Files may have any size: bytes and `.npy` files are memory-mapped, and
+            so are characters of more than 256 MB of tokens, which are decoded on demand; tiktoken's tokens are in
+            memory, so use `tokenize` for large texts. A mapped file must not change. Text is read in Python's text
+            mode: line ends become `\\n`, and a byte order mark is dropped.
+        tokens: `"characters"`, `"bytes"` or `"tiktoken:<encoding>"`; an `.npy` file has its own tokenizer.
+        validation: the fraction of the tokens for validation, taken from the end.
 
     Raises:
         DataError: a file that is missing, empty, not in UTF-8, or without its tokenizer; an unknown tokenizer.
-        ImportError: tiktoken is asked for and not there.
+        ImportError: tiktoken is requested and not installed.
 
     >>> import gradfn as gf
     >>> data = gf.data.text(tokens="bytes")
@@ -137,13 +137,13 @@ def text(
 
 
 def tokenize(path: str | os.PathLike[str], to: str | os.PathLike[str], tokens: str = "characters") -> Path:
-    """Write a text's tokens to a file that `text` maps into memory, reading a part of the text at a time.
+    """Write the tokens of a text to a file that `text` can memory-map, reading the text in pieces.
 
     Args:
         path: a file in UTF-8, of any size.
-        to: the `.npy` file to write; the tokenizer goes beside it, into `<name>.npy.tokenizer.json`. Both replace
-            only what an earlier call wrote.
-        tokens: as in `text`. Pieces of tiktoken do not reach over the parts' ends, which are ends of lines.
+        to: the `.npy` file to write; the tokenizer is written to `<name>.npy.tokenizer.json` beside it. Only files from
+            an earlier call are overwritten.
+        tokens: as in `text`. The text is split at line ends, and tiktoken's tokens do not span two pieces.
 
     Returns:
         The `.npy` file.
@@ -160,7 +160,7 @@ def tokenize(path: str | os.PathLike[str], to: str | os.PathLike[str], tokens: s
     """
     source, target = Path(path).expanduser(), Path(to).expanduser()
     if target.suffix != ".npy":
-        raise DataError(f"{target}: tokens go into a file whose name ends in .npy")
+        raise DataError(f"{target}: expected a file name that ends in .npy")
     with data_errors():
         open_regular(source).close()
     _check_writable(source, target)
@@ -179,8 +179,8 @@ def tokenize(path: str | os.PathLike[str], to: str | os.PathLike[str], tokens: s
     dtype = np.lib.format.dtype_to_descr(coder.encode("").dtype)
     np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": (length,)})
     digest, written = hashlib.sha256(header.getvalue()), 0
-    # Under their own names the files appear whole: a map of the old tokens in memory stays as it was. The tokenizer
-    # gets its name first: a process that is killed in between leaves what the next call knows as its own.
+    # Both files are replaced atomically: existing memory maps of the old tokens stay valid. The tokenizer gets its name
+    # first, so that after a kill in between the next call recognizes the files as its own.
     with replacing(target) as out, replacing(_beside(target)) as about:
         out.write(header.getvalue())
         for piece in encoded:
@@ -188,7 +188,7 @@ def tokenize(path: str | os.PathLike[str], to: str | os.PathLike[str], tokens: s
             digest.update(piece.data)
             written += len(piece)
         if written != length:
-            raise DataError(f"{source}: has changed while it was tokenized")
+            raise DataError(f"{source}: the file changed while it was tokenized")
         content = {"format": FORMAT, "tokens": length, "sha256": digest.hexdigest()} | coder.to_dict()
         about.write(json.dumps(content).encode())
     return target
@@ -197,16 +197,15 @@ def tokenize(path: str | os.PathLike[str], to: str | os.PathLike[str], tokens: s
 def lines(
     path: str | os.PathLike[str] | None = None, validation: float = 0.1, seed: int = 0, longest: int = 255
 ) -> Lines:
-    """Load the lines of a file (names, words) as sequences of characters, each line once.
+    """Load the lines of a file (names, words) as sequences of characters, without duplicates.
 
-    What stands twice is kept once, for a line that is in both parts would be a leak; so a random split is one
-    that never leaks. Blank lines are left out.
+    Duplicates and blank lines are dropped, so that no line is in both parts of the random split.
 
     Args:
         path: a file in UTF-8; None for the words of `python_topics`.
-        validation: the share of the lines to keep for validation.
-        seed: which split.
-        longest: of a line, in characters.
+        validation: the fraction of the lines for validation.
+        seed: of the split.
+        longest: the maximum length of a line, in characters.
 
     Raises:
         DataError: a file that is missing, empty, or not in UTF-8, or a line that is too long.
@@ -228,7 +227,7 @@ def lines(
         name, digest = file.name, _file_sha256(file)
         found = _distinct_lines(_pieces(file, max(READ, longest)), name, longest)
     if len(found) < 2:
-        raise DataError(f"{name}: two different lines or more are needed, there are {len(found)}")
+        raise DataError(f"{name}: expected at least two different lines, got {len(found)}")
     coder = tokenizer("characters", ["\n", *found])
     width = max(map(len, found)) + 1
     inputs = np.zeros([len(found), width], np.int32)
@@ -243,10 +242,10 @@ def lines(
 
 
 def python_topics() -> str:
-    """Return the text that every Python brings along: what `help()` says on the language's topics.
+    """Return a text that is part of every Python: the topics of the interactive `help()`.
 
-    It differs between Python versions (so print its hash). Each paragraph is there once: many topics repeat
-    others, and what the training part repeats would be a leak in the validation part.
+    It differs between Python versions (so print its hash). Many topics repeat paragraphs of others; each paragraph
+    is kept once, so that the validation part does not repeat the training part.
 
     >>> import gradfn as gf
     >>> gf.data.python_topics().splitlines()[0]
@@ -263,19 +262,19 @@ def python_topics() -> str:
 
 
 def _distinct_lines(pieces: Iterable[str], name: str, longest: int) -> list[str]:
-    """Return the lines of a text, each once, without white space around them."""
+    """Return the distinct lines of a text, stripped of white space."""
     found: dict[str, None] = {}
     rest = ""
     for piece in itertools.chain(pieces, ["\n"]):
         *complete, rest = (rest + piece).split("\n")
-        if len(rest) > max(READ, longest):  # it may never end
+        if len(rest) > max(READ, longest):  # a line without an end must not fill the memory
             complete.append(rest)
         stripped = [line.strip() for line in complete]
         too_long = next((line for line in stripped if len(line) > longest), None)
         if too_long is not None:
             raise DataError(
-                f"{name}: a line of {len(too_long):,} characters, {too_long[:40]!r}...; {longest} is the longest that "
-                "lines may be. Is it a running text, for which there is `gf.data.text`?"
+                f"{name}: expected lines of at most {longest} characters, got one of {len(too_long):,}: "
+                f"{too_long[:40]!r}... For running text use gf.data.text"
             )
         found.update(dict.fromkeys(line for line in stripped if line))
     return list(found)
@@ -292,9 +291,9 @@ def _parts(
 
 
 def _pieces(file: Path, size: int) -> Iterator[str]:
-    """Yield a text as Python's text mode reads it, in pieces of `size` characters or a little more.
+    """Yield a text as Python's text mode reads it, in pieces of `size` characters or slightly more.
 
-    They end where lines end, where there is such a place.
+    Pieces end at the end of a line if they contain one.
     """
     newlines, rest = io.IncrementalNewlineDecoder(None, translate=True), ""
     for data, text in decoded(file):
@@ -309,7 +308,7 @@ def _pieces(file: Path, size: int) -> Iterator[str]:
 
 
 def _encoded(file: Path, coder: Tokenizer) -> Iterator[np.ndarray]:
-    """Yield the tokens of a file, some at a time: its bytes, or the pieces of its text."""
+    """Yield the tokens of a file in pieces."""
     if coder.name == "bytes":
         return (np.frombuffer(data, np.uint8) for data, _ in decoded(file))
     return map(coder.encode, _pieces(file, PIECE))
@@ -322,8 +321,7 @@ def _mapped(file: Path) -> tuple[Tokenizer, np.ndarray, str]:
         open_regular(file).close()
         if not os.path.lexists(beside):
             raise DataError(
-                f"{file}: tokens are stored in a .npy file with their tokenizer in {beside.name} beside it, as "
-                "gf.data.tokenize writes them"
+                f"{file}: expected the tokenizer in {beside.name} beside it. gf.data.tokenize writes both files"
             )
         about = read_json(beside, TokensFile)
     if about["format"] != FORMAT:
@@ -334,7 +332,7 @@ def _mapped(file: Path) -> tuple[Tokenizer, np.ndarray, str]:
         raise DataError(f"{beside}: {error}") from error
     try:
         tokens = np.lib.format.open_memmap(file, mode="r")
-    except Exception as error:  # a header may be anything, and what numpy's reader then raises is
+    except Exception as error:  # numpy's reader raises anything for a damaged header
         raise DataError(f"{file}: not a readable .npy file ({' '.join(str(error).split()):.200})") from error
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise DataError(
@@ -343,20 +341,20 @@ def _mapped(file: Path) -> tuple[Tokenizer, np.ndarray, str]:
     expected = about.get("tokens", len(tokens))
     if expected != len(tokens):
         raise DataError(
-            f"{file}: expected {expected:,} tokens according to {beside.name}, got {len(tokens):,}: the two "
-            "files do not belong together. Tokenize the text again"
+            f"{file}: expected {expected:,} tokens according to {beside.name}, got {len(tokens):,}. Tokenize the "
+            "text again"
         )
     digest = _checked_sha256(file, tokens, coder.size)
     if about.get("sha256", digest) != digest:
         raise DataError(
-            f"{file}: damaged, or not what {beside.name} describes: its sha256 is {digest}, expected "
-            f"{about['sha256']:.100}. Tokenize the text again"
+            f"{file}: expected sha256 {about['sha256']:.100} according to {beside.name}, got {digest}. Tokenize "
+            "the text again"
         )
     return coder, tokens, digest
 
 
 def _checked_sha256(file: Path, tokens: np.memmap, size: int) -> str:
-    """Return the sha256 of a file of tokens, all of which must be below `size`."""
+    """Return the sha256 of a file of tokens, which must all be in [0, size)."""
     with open_regular(file) as content:
         digest = hashlib.sha256(content.read(tokens.offset))
         length = os.fstat(content.fileno()).st_size
@@ -376,12 +374,12 @@ def _checked_sha256(file: Path, tokens: np.memmap, size: int) -> str:
 
 
 def _beside(file: Path) -> Path:
-    """Return the file of a token file's tokenizer."""
+    """Return the tokenizer file that belongs to a file of tokens."""
     return file.with_name(f"{file.name}.tokenizer.json")
 
 
 def _is_ours(target: Path) -> bool:
-    """Tell whether `tokenize` wrote the tokenizer file beside a file of tokens."""
+    """Return whether the tokenizer file beside a file of tokens was written by `tokenize`."""
     try:
         return read_json(_beside(target), TokensFile)["format"] == FORMAT
     except FileError:
@@ -389,15 +387,13 @@ def _is_ours(target: Path) -> bool:
 
 
 def _check_writable(source: Path, target: Path) -> None:
-    """Refuse to write tokens over the text, or over a file that `tokenize` did not write."""
+    """Raise if writing would overwrite the text, or a file that `tokenize` did not write."""
     for file in (target, _beside(target)):
         if file.exists() and file.samefile(source):
-            raise DataError(
-                f"{file}: is the text itself, which its tokens would overwrite. Name another file"
-            )
+            raise DataError(f"{file}: this is the text itself. Choose another file for its tokens")
         if os.path.lexists(file) and not _is_ours(target):
             raise DataError(
-                f"{file}: already exists and was not written by gf.data.tokenize. Name another file, or delete it"
+                f"{file}: already exists and was not written by gf.data.tokenize. Choose another name, or delete it"
             )
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers: text to whole numbers and back, by characters, by bytes, or by tiktoken's pieces."""
+"""Tokenizers: text to integers and back, by characters, by bytes, or by tiktoken's byte pairs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 
 from gradfn.data.dataset import DataError
 
-PART = 1 << 20  # characters that are looked up at a time
+PART = 1 << 20  # characters per look-up, to bound memory
 
 
 class TokenizerFile(TypedDict):
-    """What files hold of a tokenizer: `Tokenizer.to_dict`."""
+    """A tokenizer as JSON: see `Tokenizer.to_dict`."""
 
     name: str
     symbols: NotRequired[str]
@@ -27,10 +27,10 @@ class Tokenizer:
 
     Attributes:
         name: `"characters"`, `"bytes"` or `"tiktoken:<encoding>"`.
-        size: how many tokens there are, the `vocab` of a language model.
-        encode: text -> tokens `[N]`, in the smallest unsigned dtype that holds them all.
-        piece: one token -> its bytes in UTF-8; a token of bytes or of tiktoken may be a part of a character.
-        symbols: the characters that tokens stand for, in order; empty for the other kinds.
+        size: the vocabulary size, `vocab` of a language model.
+        encode: text -> tokens `[N]`, in the smallest unsigned dtype for the vocabulary.
+        piece: one token -> its bytes in UTF-8; in `bytes` and `tiktoken` a token may be a part of a character.
+        symbols: for `characters`, the characters in the order of their tokens; empty otherwise.
     """
 
     name: str
@@ -40,31 +40,31 @@ class Tokenizer:
     symbols: str = ""
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Return the text of tokens; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of tokens; invalid UTF-8 becomes U+FFFD."""
         return b"".join(self.piece(int(token)) for token in tokens).decode("utf-8", "replace")
 
     def stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Yield the text of tokens as they come; characters that are not complete yet wait for their rest."""
+        """Yield the text of tokens as they arrive; incomplete characters are held back until they are complete."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for token in tokens:
             yield decoder.decode(self.piece(int(token)))
         yield decoder.decode(b"", final=True)
 
     def to_dict(self) -> TokenizerFile:
-        """Return what `tokenizer_from` makes it from again, ready for JSON."""
+        """Return a JSON form, from which `tokenizer_from` restores the tokenizer."""
         return {"name": self.name, "symbols": self.symbols} if self.symbols else {"name": self.name}
 
 
 def tokenizer_from(content: Mapping[str, Any]) -> Tokenizer:
-    """Return the tokenizer that `Tokenizer.to_dict` described.
+    """Restore a tokenizer from the result of `Tokenizer.to_dict`.
 
     Raises:
-        DataError: content that no tokenizer returned.
-        ImportError: it is one of tiktoken, which is not installed.
+        DataError: content that does not describe a tokenizer.
+        ImportError: a tokenizer of tiktoken, which is not installed.
 
     >>> import gradfn as gf
-    >>> told = gf.data.characters("hello").to_dict()
-    >>> gf.data.tokenizer_from(told).decode([1, 0, 2, 2, 3])
+    >>> content = gf.data.characters("hello").to_dict()
+    >>> gf.data.tokenizer_from(content).decode([1, 0, 2, 2, 3])
     'hello'
     """
     import msgspec
@@ -77,8 +77,8 @@ def tokenizer_from(content: Mapping[str, Any]) -> Tokenizer:
         return tokenizer(checked["name"])
     symbols = checked.get("symbols", "")
     found = characters(symbols)
-    if found.symbols != symbols:  # another order would give other tokens
-        raise DataError("tokenizer: expected each of its symbols once, in the order of their code points")
+    if found.symbols != symbols:  # in another order they would mean other tokens
+        raise DataError("tokenizer: symbols must be unique and in the order of their code points")
     return found
 
 
@@ -87,11 +87,11 @@ def tokenizer(name: str, texts: Iterable[str] = ()) -> Tokenizer:
 
     Args:
         name: `"characters"`, `"bytes"`, or `"tiktoken:<encoding>"` such as `"tiktoken:gpt2"`.
-        texts: what the characters are collected from.
+        texts: for `characters`, the texts to collect them from.
 
     Raises:
         DataError: an unknown name.
-        ImportError: tiktoken is asked for and not there.
+        ImportError: tiktoken is requested and not installed.
 
     >>> import gradfn as gf
     >>> gf.data.tokenizer("bytes").encode("é").tolist()
@@ -105,31 +105,31 @@ def tokenizer(name: str, texts: Iterable[str] = ()) -> Tokenizer:
     if kind == "tiktoken":
         return tiktoken(encoding or "gpt2")
     raise DataError(
-        f"tokens: there are characters, bytes and tiktoken:<encoding> (tiktoken:gpt2), got {name!r:.100}"
+        f"tokens must be characters, bytes or tiktoken:<encoding> (tiktoken:gpt2), got {name!r:.100}"
     )
 
 
 def characters(*texts: str) -> Tokenizer:
-    """Return the tokenizer of the characters that occur in some texts, in the order of their code points.
+    """Return a tokenizer for the characters that occur in the texts, in the order of their code points.
 
     Raises:
-        DataError: no character at all; and `encode` raises it for a character that is not among them.
+        DataError: texts without characters; `encode` raises it for a character that does not occur in the texts.
 
     >>> import gradfn as gf
     >>> letters = gf.data.characters("hello")
     >>> letters.symbols, letters.encode("hole").tolist(), letters.decode([1, 3, 2, 0])
     ('ehlo', [1, 3, 2, 0], 'hole')
     """
-    seen = np.zeros(0x110000, bool)  # by code point
+    occurs = np.zeros(0x110000, bool)  # by code point
     for text in texts:
         for at in range(0, len(text), PART):
-            seen[_points(text[at : at + PART])] = True
-    points = np.flatnonzero(seen)
+            occurs[_points(text[at : at + PART])] = True
+    points = np.flatnonzero(occurs)
     if not len(points):
-        raise DataError("there are no characters in an empty text")
+        raise DataError("characters: expected a text with at least one character, got an empty text")
     symbols = "".join(map(chr, points))
     pieces = [symbol.encode() for symbol in symbols]
-    # By code point; the last one stands for all beyond.
+    # Indexed by code point; the last entry is for all larger ones.
     table = np.full(int(points[-1]) + 2, -1, np.int32)
     table[points] = np.arange(len(points))
 
@@ -145,8 +145,8 @@ def characters(*texts: str) -> Tokenizer:
         unknown = np.flatnonzero(tokens < 0)
         if len(unknown):
             raise DataError(
-                f"the character {text[unknown[0]]!r} is not among the {len(points)} that the text is made of: "
-                f"{symbols!r:.200}. Leave it out, or train with tokens=bytes, which knows every text"
+                f"expected one of the {len(points)} characters {symbols!r:.200}, got {text[unknown[0]]!r}. Leave "
+                "it out, or train with tokens=bytes, which encodes every text"
             )
         return tokens
 
@@ -154,7 +154,7 @@ def characters(*texts: str) -> Tokenizer:
 
 
 def utf8_bytes() -> Tokenizer:
-    """Return the tokenizer whose 256 tokens are the bytes of UTF-8; it knows every text.
+    """Return the tokenizer whose 256 tokens are the bytes of UTF-8; it can encode every text.
 
     >>> import gradfn as gf
     >>> gf.data.utf8_bytes().encode("hi")
@@ -166,16 +166,16 @@ def utf8_bytes() -> Tokenizer:
 
 
 def tiktoken(encoding: str = "gpt2") -> Tokenizer:
-    """Return one of tiktoken's tokenizers, of pieces of words (byte pairs; Sennrich et al., 2016).
+    """Return one of tiktoken's byte-pair tokenizers (Sennrich et al., 2016).
 
-    tiktoken downloads an encoding once and keeps it.
+    tiktoken downloads an encoding once and caches it.
 
     Args:
         encoding: `"gpt2"`, `"cl100k_base"`, ...
 
     Raises:
-        ImportError: tiktoken is not there.
-        DataError: it does not know the encoding, or cannot get it.
+        ImportError: tiktoken is not installed.
+        DataError: an unknown encoding, or a failed download.
     """
     try:
         import tiktoken as library
@@ -183,7 +183,7 @@ def tiktoken(encoding: str = "gpt2") -> Tokenizer:
         raise ImportError("this needs tiktoken: pip install 'gradfn[tiktoken]' (or tiktoken)") from error
     try:
         coder = library.get_encoding(encoding)
-    except Exception as error:  # a name it does not know, or whatever its download raises
+    except Exception as error:  # an unknown name, or any error of its download
         raise DataError(f"tiktoken:{encoding}: {error}") from error
 
     def encode(text: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Windows of a text: the sequences that a language model trains on and is measured on."""
+"""Windows of a text: the sequences that a language model is trained and evaluated on."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradfn.data._arrays import as_array
-from gradfn.data._checks import whole
+from gradfn.data._checks import integer
 from gradfn.data.dataset import DataError
 from gradfn.data.file_tokens import FileTokens
 
 Batch = tuple[np.ndarray, np.ndarray]  # tokens and targets, [batch, length] int32 each
 Tokens = np.ndarray | FileTokens
-MOST = 2**31 - 1  # what an index on the device reaches, and the largest int32
+MOST = 2**31 - 1  # the largest int32, and the largest index on the device
 
 
 def windows(tokens: Tokens, length: int, batch: int) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
-    """Return a function that draws windows of a text at random, on the device: `data` for `gf.fit`.
+    """Return a function that samples windows of a text on the device: `data` for `gf.fit`.
 
-    The tokens lie on the device; for a text that is too large for that there is `host_windows`.
+    The tokens are stored on the device; for a text that is too large use `host_windows`.
 
     Args:
         tokens: `[N]` integers, N < 2**31.
-        length: tokens a window.
-        batch: windows a call.
+        length: tokens per window (`block_size`).
+        batch: windows per call.
 
     Returns:
-        `key -> (tokens, targets)`, each `[batch, length]` int32; targets are the tokens one further on.
+        `key -> (tokens, targets)`, each `[batch, length]` int32; targets are the tokens shifted by one.
 
     Raises:
-        DataError: a text that is shorter than a window and the token after it, or too long for indices on the
-            device; tokens that are not integers `[N]`, or beyond int32.
+        DataError: a text with fewer than `length + 1` tokens, or too many to index on the device; tokens that are
+            not integers `[N]`, or do not fit int32.
 
     >>> import jax, gradfn as gf
     >>> draw = gf.data.windows(np.arange(100), 3, batch=2)
@@ -45,42 +45,41 @@ def windows(tokens: Tokens, length: int, batch: int) -> Callable[[jax.Array], tu
     tokens, n_starts = _checked(tokens), _starts(tokens, length, batch)
     if len(tokens) > MOST:
         raise DataError(
-            f"windows: expected at most {MOST:,} tokens, which is as far as indices on the device reach, got "
+            f"windows: expected at most {MOST:,} tokens, the limit of int32 indices on the device, got "
             f"{len(tokens):,}. Use gf.train.from_host(gf.data.host_windows(...))"
         )
-    _check_int32(tokens)  # what does not fit would wrap around in silence
+    _check_int32(tokens)  # larger ones would wrap around silently
     if isinstance(tokens, jax.Array):
-        placed = tokens
+        on_device = tokens
     else:
         array = np.asarray(tokens)
-        placed = jnp.asarray(
-            array.astype(array.dtype.newbyteorder("="), copy=False)
-        )  # jax has this order alone
+        # jax supports the native byte order only.
+        on_device = jnp.asarray(array.astype(array.dtype.newbyteorder("="), copy=False))
 
     def draw(tokens: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         starts = jax.random.randint(key, (batch,), 0, n_starts)
         rows = tokens[starts[:, None] + jnp.arange(length + 1)[None]].astype(jnp.int32)  # [batch, length + 1]
         return rows[:, :-1], rows[:, 1:]
 
-    # A partial application is a pytree, whose arrays `fit` hands to the compiled program as arguments.
-    return jax.tree_util.Partial(draw, placed)
+    # A Partial is a pytree, so that `fit` can pass its arrays to the compiled program as arguments.
+    return jax.tree_util.Partial(draw, on_device)
 
 
 def host_windows(tokens: Tokens, length: int, batch: int, seed: int = 0) -> Callable[[int], Batch]:
-    """Return a function that draws windows of a text at random, on the host: for memory-mapped files.
+    """Return a function that samples windows of a text on the host, for memory-mapped files.
 
     Args:
-        tokens: `[N]` integers of any N, such as an `np.memmap`; only what a window needs is read.
-        length: tokens a window.
-        batch: windows a call.
-        seed: of the draws.
+        tokens: `[N]` integers of any N, such as an `np.memmap`; only the windows are read.
+        length: tokens per window (`block_size`).
+        batch: windows per call.
+        seed: of the samples.
 
     Returns:
-        `step -> (tokens, targets)`, each `[batch, length]` int32, a pure function of the step's number:
+        `step -> (tokens, targets)`, each `[batch, length]` int32, a pure function of the step:
         `gf.fit(loss, params, gf.train.from_host(gf.data.host_windows(...)), ...)`.
 
     Raises:
-        DataError: a text that is shorter than a window and the token after it, tokens that are not integers `[N]`.
+        DataError: a text with fewer than `length + 1` tokens, or tokens that are not integers `[N]`.
 
     >>> import gradfn as gf
     >>> tokens, targets = gf.data.host_windows(np.arange(100), 3, batch=2)(0)
@@ -88,7 +87,7 @@ def host_windows(tokens: Tokens, length: int, batch: int, seed: int = 0) -> Call
     [[1, 1, 1], [1, 1, 1]]
     """
     tokens, n_starts = _checked(tokens), _starts(tokens, length, batch)
-    whole("seed", seed, 0, 2**32 - 1)
+    integer("seed", seed, 0, 2**32 - 1)
 
     def draw(step: int) -> Batch:
         starts = np.random.default_rng([seed, step]).integers(0, n_starts, batch)
@@ -99,19 +98,19 @@ def host_windows(tokens: Tokens, length: int, batch: int, seed: int = 0) -> Call
 
 
 def fixed_windows(tokens: Tokens, length: int, most: int | None = None) -> Batch:
-    """Return windows that stand side by side, to measure on: the same ones each time.
+    """Return adjacent windows of a text for evaluation, the same ones each time.
 
     Args:
-        tokens: `[N]` integers of any N; only what the windows need is read.
-        length: tokens a window.
-        most: take no more than so many, spread evenly over the text; None for all that there are. What does
-            not fill the last window is left out.
+        tokens: `[N]` integers of any N; only the windows are read.
+        length: tokens per window (`block_size`).
+        most: the maximum number of windows, spread evenly over the text; None for all. The last partial window is
+            dropped.
 
     Returns:
         `(tokens, targets)`, each `[windows, length]` int32.
 
     Raises:
-        DataError: a text that is shorter than a window and the token after it, tokens that are not integers `[N]`.
+        DataError: a text with fewer than `length + 1` tokens, or tokens that are not integers `[N]`.
 
     >>> import gradfn as gf
     >>> gf.data.fixed_windows(np.arange(8), 3)[0].tolist()
@@ -128,7 +127,7 @@ def fixed_windows(tokens: Tokens, length: int, most: int | None = None) -> Batch
 
 
 def _checked(tokens: Any) -> Any:
-    """Return tokens as an array of integers `[N]`, those in a file as they are."""
+    """Return tokens as an array of integers `[N]`; `FileTokens` are returned as they are."""
     if isinstance(tokens, FileTokens):
         return tokens
     tokens = as_array(tokens, "tokens")
@@ -148,11 +147,11 @@ def _check_int32(tokens: Any) -> None:
 
 
 def _starts(tokens: Tokens, length: int, batch: int) -> int:
-    """Return how many windows there are to draw from."""
-    length, _ = whole("length", length, 1), whole("batch", batch, 1)
+    """Return the number of possible windows."""
+    length, _ = integer("length", length, 1), integer("batch", batch, 1)
     if len(tokens) < length + 1:
         raise DataError(
-            f"a window of {length:,} tokens and the one that comes after them do not fit in a text of "
-            f"{len(tokens):,}: take a longer text, or a shorter window"
+            f"expected at least {length + 1:,} tokens for windows of {length:,} and their targets, got "
+            f"{len(tokens):,}. Use a longer text or shorter windows"
         )
     return len(tokens) - length

@@ -1,4 +1,4 @@
-"""What every data set is: three parts, each a pair of arrays, and what one needs to know to show them."""
+"""The type of all data sets: three parts, each a pair of arrays, with a name and a shape."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,16 +9,16 @@ import numpy as np
 from gradfn.files import FileError
 
 Examples = tuple[np.ndarray, np.ndarray]
-"""Inputs [N, ...] and targets [N, ...]: row i of the one belongs to row i of the other."""
+"""Inputs [N, ...] and targets [N, ...]; row i of both is example i."""
 
 
 class DataError(FileError):
-    """A data file is missing, damaged or not what its name says; the message names it and says what to do."""
+    """A data file is missing, damaged or of another kind; the message names the file and a remedy."""
 
 
 @contextlib.contextmanager
 def data_errors() -> Iterator[None]:
-    """Raise a DataError for a file of data that cannot be used, where the block raises a FileError."""
+    """Convert a FileError of the block to a DataError."""
     try:
         yield
     except DataError:
@@ -28,17 +28,17 @@ def data_errors() -> Iterator[None]:
 
 
 class Dataset(NamedTuple):
-    """Train, validation and test examples with their name and shape; all arrays are numpy's, on no device.
+    """Training, validation and test examples with a name and a shape; all arrays are numpy arrays.
 
     Attributes:
         train: inputs [N, features] float32 and targets: labels [N] int32, or values [N, 1] float32.
-        validation: the same, for choosing settings and early stopping; N is 0 where none was asked for.
-        test: the same, for the one number reported at the end.
-        name: what to write on a figure.
+        validation: the same, for tuning and early stopping; N is 0 if none was requested.
+        test: the same, for the final evaluation.
+        name: a name for figures.
         shape: the shape of one input before it was flattened, (28, 28) for an image of 784 pixels.
-        classes: the name of each label, empty for regression.
-        target_mean: what was taken off a regression target, in its own unit.
-        target_std: what it was divided by then, so `y * target_std + target_mean` is the original value.
+        classes: the name of each label; empty for regression.
+        target_mean: the mean that was subtracted from regression targets, in their original unit.
+        target_std: the divisor after that: `y * target_std + target_mean` is the original value.
 
     >>> import gradfn as gf
     >>> gf.data.digits()

@@ -1,4 +1,4 @@
-"""Download checked files, whole or not at all, within limits of size and time."""
+"""Atomic, verified downloads with limits on size and time."""
 
 import contextlib
 import http.client
@@ -21,27 +21,27 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 16
 TIMEOUT = 30.0  # seconds without a byte
-SLOWEST = 10_000  # bytes a second, on average after the first TIMEOUT seconds
+SLOWEST = 10_000  # bytes per second, on average after the first TIMEOUT seconds
 
 
 class Wanted(NamedTuple):
-    """A file to download: where it goes, and how many bytes it may have."""
+    """A file to download: its path, and its maximum size in bytes."""
 
     file: Path
     limit: int
 
 
 def download(sources: Mapping[str, Wanted], check: Callable[[str, Path], None], otherwise: str) -> None:
-    """Fetch each address into its file, with a progress bar on standard error.
+    """Download each address to its file, with a progress bar on standard error.
 
     Args:
-        sources: address -> what to write. The folder is made if need be.
-        check: called with the address and the file as it was received, before it gets its name; raises DataError.
-        otherwise: what the user can do when the network cannot help, for the message.
+        sources: address -> file and limit. Missing folders are created.
+        check: called with the address and the temporary file; raises DataError to reject it.
+        otherwise: an alternative for the user, added to error messages.
 
     Raises:
-        DataError: no connection, an error as response, a body that is cut off, too long or too slow, or `check`
-            refused it. Files that were received before are whole and stay; of the one that failed nothing is left.
+        DataError: no connection, an HTTP error, a body that is truncated, too long or too slow, or rejected by
+            `check`. Files downloaded earlier remain; of the one that failed nothing remains.
     """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -62,10 +62,10 @@ def download(sources: Mapping[str, Wanted], check: Callable[[str, Path], None], 
                 raise DataError(f"{error}. {otherwise}") from error
             except urllib.error.HTTPError as error:
                 error.close()
-                what = f"the server answered {error.code} {error.reason!s:.200}"
+                what = f"the server returned {error.code} {error.reason!s:.200}"
                 raise DataError(f"{address}: {what}. {otherwise}") from error
             except (OSError, http.client.HTTPException, ValueError) as error:
-                what = f"could not be brought to {file} ({error!s:.200})"
+                what = f"could not be downloaded to {file} ({error!s:.200})"
                 raise DataError(f"{address}: {what}. {otherwise}") from error
 
 
@@ -75,19 +75,19 @@ def show(progress: "Progress", task: "TaskID", done: int, total: int | None) -> 
 
 
 def fetch(address: str, limit: int, progress: Callable[[int, int | None], None]) -> Iterator[bytes]:
-    """Yield the body at an address, a piece at a time.
+    """Yield the body at an address, in pieces.
 
     Args:
-        address: http or https, and so is every address that it redirects to.
-        limit: bytes that the body may have.
-        progress: called with bytes so far and bytes in all, None while they are unknown.
+        address: http or https; the same holds for redirects.
+        limit: the maximum size of the body in bytes.
+        progress: called with the bytes so far and the total, which is None while unknown.
 
     Raises:
-        DataError: the body is cut off, has more bytes than the limit, or is too slow.
-        OSError, http.client.HTTPException: what else goes wrong between here and there.
+        DataError: the body is truncated, larger than the limit, or too slow.
+        OSError, http.client.HTTPException: other network errors.
     """
-    # In a thread of its own, since nothing else ends a wait that one byte now and then prolongs (in the names'
-    # look-up, the handshake, the headers or the body). No piece that waits here is beyond the limit.
+    # The connection has its own thread: a socket timeout does not end a wait (in the name lookup, the handshake, the
+    # headers or the body) that single bytes prolong. The queue never contains more than the limit.
     pieces: queue.Queue[bytes | int | Exception | None] = queue.Queue()
     connections = Connections()
     threading.Thread(
@@ -102,8 +102,8 @@ def fetch(address: str, limit: int, progress: Callable[[int, int | None], None])
                 piece = pieces.get(seconds_left > 0, max(seconds_left, 0))
             except queue.Empty:
                 raise DataError(
-                    f"{address}: too slow: {done:,} bytes in {time.monotonic() - start:.0f} s, expected "
-                    f"{SLOWEST:,} bytes a second after the first {TIMEOUT:g} s"
+                    f"{address}: too slow: expected {SLOWEST:,} bytes per second after the first {TIMEOUT:g} s, got "
+                    f"{done:,} bytes in {time.monotonic() - start:.0f} s"
                 ) from None
             if isinstance(piece, Exception):
                 raise piece
@@ -121,20 +121,20 @@ def fetch(address: str, limit: int, progress: Callable[[int, int | None], None])
             progress(done, total)
     finally:
         connections.close()
-    # http.client raises for a short body only when it is read in one go.
+    # http.client raises for a short body only if it is read with one call.
     if total is not None and done != total:
-        raise DataError(f"{address}: the download was cut off: {done:,} of {total:,} bytes")
+        raise DataError(f"{address}: truncated download: expected {total:,} bytes, got {done:,}")
 
 
 class Connections:
-    """The connections of a download, to close them from another thread: what waits for them then ends."""
+    """The connections of a download; closing them from another thread ends all waits on them."""
 
     def __init__(self) -> None:
         self.sockets: list[socket.socket] = []
         self.closed = False
 
     def of(self, kind: Any) -> Any:
-        """Return a class of http.client's connections that are noted here."""
+        """Return a subclass of an http.client connection whose instances register here."""
 
         def connect(connection: Any) -> None:
             kind.connect(connection)
@@ -145,7 +145,7 @@ class Connections:
         return type("Connection", (kind,), {"connect": connect})
 
     def close(self) -> None:
-        """Close those that there are, and those that come."""
+        """Close all connections, including later ones."""
         self.closed = True
         for connection in self.sockets:
             with contextlib.suppress(OSError):
@@ -153,9 +153,9 @@ class Connections:
 
 
 def receive(address: str, limit: int, pieces: "queue.Queue", connections: Connections) -> None:
-    """Put the pieces of a body into a queue: its length where the server says it, bytes, None at its end.
+    """Put the pieces of a body into a queue: its length if the server sends it, bytes, and None at the end.
 
-    What is raised goes into the queue too. No more is received than shows that the body exceeds the limit.
+    Exceptions are put into the queue too. Receiving stops when the body exceeds the limit.
     """
 
     class Http(urllib.request.HTTPHandler):
@@ -187,7 +187,7 @@ def receive(address: str, limit: int, pieces: "queue.Queue", connections: Connec
             ):
                 pieces.put(int(length))
             done = 0
-            # One read of the connection at a time: `read` would wait until the piece is full.
+            # `read` would wait until the piece is full; `read1` returns what has arrived.
             while done <= limit and not connections.closed and (piece := response.read1(CHUNK)):
                 done += len(piece)
                 pieces.put(piece)

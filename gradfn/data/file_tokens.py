@@ -1,8 +1,8 @@
-"""Characters of a text of any size as tokens, which are made from its file when they are asked for.
+"""Characters of a text of any size as tokens, decoded from its file on demand.
 
-The file is read once, at the beginning: to hash it, to see that it is UTF-8, to collect its characters, and to count
-how many of them begin in each block of bytes. With these counts (8 bytes for 4,096 of the file) any slice of the
-tokens is found: its blocks are read from the mapped file, decoded and looked up.
+The file is first read once: to hash it, to check that it is UTF-8, to collect its characters, and to count how many
+characters start in each block of bytes. These counts (8 bytes per 4,096 bytes of the file) locate any slice of the
+tokens: its blocks are read from the memory-mapped file, decoded and looked up.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from gradfn.data.dataset import DataError, data_errors
 from gradfn.files import open_regular
 
 BLOCK = 1 << 12  # bytes
-READ = 1 << 20  # bytes read at a time, in blocks
-TOKENS = 1 << 18  # made at a time
+READ = 1 << 20  # bytes per read, a multiple of BLOCK
+TOKENS = 1 << 18  # tokens decoded at a time
 BOM = codecs.BOM_UTF8
 
 
 @dataclass(frozen=True, eq=False)
 class FileTokens:
-    """A read-only array of tokens `[N]` that is in a file: slices are read, `np.asarray` reads all of it.
+    """A read-only array of tokens `[N]` in a file: slices are read on demand, `np.asarray` reads all of it.
 
     Attributes:
         name: of the file, for errors.
-        content: its bytes, mapped into memory, without a byte order mark.
-        before: `[blocks + 1]`, how many of the file's characters begin before each block.
-        coder: from characters to tokens.
-        start: the first of these tokens, counted in the file.
-        stop: what comes after the last of them.
+        content: its bytes, memory-mapped, without a byte order mark.
+        before: `[blocks + 1]`, the number of characters that start before each block.
+        coder: the tokenizer.
+        start: the index of the first token in the file.
+        stop: the index after the last token in the file.
     """
 
     name: str
@@ -55,7 +55,7 @@ class FileTokens:
 
     @property
     def shape(self) -> tuple[int]:
-        """How many tokens there are."""
+        """The number of tokens, `(N,)`."""
         return (len(self),)
 
     @property
@@ -65,7 +65,7 @@ class FileTokens:
 
     @property
     def nbytes(self) -> int:
-        """How many bytes the tokens take in memory, where `np.asarray` puts them."""
+        """The size in bytes of the tokens as a numpy array."""
         return len(self) * self.dtype.itemsize
 
     def __len__(self) -> int:
@@ -85,10 +85,11 @@ class FileTokens:
             i = operator.index(key)
         except TypeError:
             raise TypeError(
-                "tokens in a file are taken by integers and slices; np.asarray(tokens) reads all of them"
+                f"expected an integer or a slice as index of tokens in a file, got {key!r:.60}. "
+                "np.asarray(tokens) reads all of them"
             ) from None
         if not -len(self) <= i < len(self):
-            raise IndexError(f"there are {len(self):,} tokens, got index {i:,}")
+            raise IndexError(f"index must be in [{-len(self):,}, {len(self):,}), got {i:,}")
         return self._read(i % len(self), i % len(self) + 1)[0]
 
     def __iter__(self) -> Iterator[Any]:
@@ -98,7 +99,7 @@ class FileTokens:
         return self._read(0, len(self)).astype(dtype or self.dtype, copy=False)
 
     def pieces(self) -> Iterator[np.ndarray]:
-        """Yield all tokens, a piece at a time."""
+        """Yield all tokens in pieces."""
         return (self[at : at + TOKENS] for at in range(0, len(self), TOKENS))
 
     def part(self, start: int, stop: int) -> FileTokens:
@@ -120,11 +121,11 @@ class FileTokens:
         if start == stop:
             return np.empty(0, self.dtype)
         start, stop = self.start + start, self.start + stop
-        # The last block of which as many tokens come before is the one that the token begins in.
+        # A token starts in the last block that has at most that many tokens before it.
         first, last = np.searchsorted(self.before, [start, stop], "right") - 1
-        begin, end = int(first) * BLOCK, (int(last) + 1) * BLOCK
-        data = self.content[begin:end].tobytes()
-        previous = int(self.content[begin - 1]) if begin else 0
+        low, high = int(first) * BLOCK, (int(last) + 1) * BLOCK
+        data = self.content[low:high].tobytes()
+        previous = int(self.content[low - 1]) if low else 0
         starts: Any = range(len(data))
         if not _bytes_are_tokens(data, previous):
             starts = np.flatnonzero(_starts(data, previous))
@@ -133,24 +134,24 @@ class FileTokens:
         try:
             tokens = self.coder.encode(one_line_end(data[cut].decode()))
         except ValueError as error:
-            raise DataError(f"{self.name}: has changed since it was opened ({error})") from error
+            raise DataError(f"{self.name}: the file has changed since it was opened ({error})") from error
         if len(tokens) != stop - start:
-            raise DataError(f"{self.name}: has changed since it was opened")
+            raise DataError(f"{self.name}: the file has changed since it was opened")
         return tokens
 
 
 def file_tokens(file: Path) -> tuple[FileTokens, str]:
     """Return the tokens of a file's characters, and the file's sha256.
 
-    Text is read as Python reads it: every end of a line is a newline, and a byte order mark is left out.
+    Text is read as in Python's text mode: line ends become newlines, and a byte order mark is dropped.
 
     Raises:
         DataError: the file is missing, not a regular file, empty or not UTF-8.
     """
     digest, counts, last = hashlib.sha256(), [np.zeros(1, np.int64)], 0
-    seen = np.zeros(0x110000, bool)  # by code point
+    occurs = np.zeros(0x110000, bool)  # by code point
     start = 0
-    with ThreadPoolExecutor(1) as hashing:  # which takes as long as all of the rest
+    with ThreadPoolExecutor(1) as hashing:  # which takes as long as everything else
         hashed = hashing.submit(digest.update, b"")
         for data, text in decoded(file):
             hashed.result()
@@ -160,24 +161,24 @@ def file_tokens(file: Path) -> tuple[FileTokens, str]:
             elif data:
                 counts.append(_counts(data, last))
                 last = data[-1]
-                _collect(text, seen)
+                _collect(text, occurs)
     before = np.cumsum(np.concatenate(counts))
-    if seen[ord("\r")]:
-        seen[ord("\r")], seen[ord("\n")] = False, True
+    if occurs[ord("\r")]:
+        occurs[ord("\r")], occurs[ord("\n")] = False, True
     if not before[-1]:
         raise DataError(f"{file}: the file is empty")
-    coder = characters("".join(map(chr, np.flatnonzero(seen))))
+    coder = characters("".join(map(chr, np.flatnonzero(occurs))))
     content = np.memmap(file, np.uint8, "r", offset=start)
     return FileTokens(str(file), content, before, coder, 0, int(before[-1])), digest.hexdigest()
 
 
 def decoded(file: Path) -> Iterator[tuple[bytes, str]]:
-    """Yield a file's bytes, some at a time, each with the text that is complete with them.
+    """Yield a file's bytes in pieces, each with the text that it completes.
 
-    A byte order mark comes first, with no text.
+    A byte order mark is yielded first, with an empty text.
 
     Raises:
-        DataError: the file is missing, not a regular file or not UTF-8; the message counts bytes from the file's start.
+        DataError: the file is missing, not a regular file or not UTF-8; the message gives the byte's offset.
     """
     decoder, at = codecs.getincrementaldecoder("utf-8")(), 0
     with data_errors(), open_regular(file) as content:
@@ -193,7 +194,7 @@ def decoded(file: Path) -> Iterator[tuple[bytes, str]]:
             except UnicodeDecodeError as error:
                 raise DataError(
                     f"{file}: not in UTF-8 ({error.reason} at byte {at - pending + error.start:,}); try tokens=bytes "
-                    "in gf.data.text, which takes every file"
+                    "in gf.data.text, which accepts every file"
                 ) from error
             if not data:
                 return
@@ -202,7 +203,7 @@ def decoded(file: Path) -> Iterator[tuple[bytes, str]]:
 
 
 def one_line_end(text: str) -> str:
-    """Return a text whose lines all end with a newline, as Python's text mode reads them."""
+    """Return a text with all line ends as newlines, as Python's text mode reads it."""
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
@@ -211,9 +212,9 @@ def _bytes_are_tokens(data: bytes, previous: int) -> bool:
 
 
 def _starts(data: bytes, previous: int) -> np.ndarray:
-    """Tell for each byte whether a token begins with it; `previous` is the byte before.
+    r"""Return for each byte whether it starts a token; `previous` is the byte before the first.
 
-    Characters begin with all bytes but those that continue one. The second byte of a line's end begins nothing.
+    All bytes start a character except UTF-8 continuation bytes and the second byte of `\r\n`.
     """
     array = np.frombuffer(data, np.uint8)
     starts = (array & 0xC0) != 0x80
@@ -224,7 +225,7 @@ def _starts(data: bytes, previous: int) -> np.ndarray:
 
 
 def _counts(data: bytes, previous: int) -> np.ndarray:
-    """Return how many tokens begin in each block of bytes."""
+    """Return the number of tokens that start in each block of bytes."""
     full = len(data) // BLOCK * BLOCK
     if _bytes_are_tokens(data, previous):
         counts = np.full(full // BLOCK, BLOCK)
@@ -236,9 +237,9 @@ def _counts(data: bytes, previous: int) -> np.ndarray:
     return np.append(counts, rest) if len(data) > full else counts
 
 
-def _collect(text: str, seen: np.ndarray) -> None:
-    """Mark the characters of a text as seen."""
-    # What is known of ASCII goes first, at the speed of bytes: mostly nothing is left.
-    known = np.flatnonzero(seen[:128]).astype(np.uint8).tobytes()
+def _collect(text: str, occurs: np.ndarray) -> None:
+    """Mark the characters of a text in `occurs`."""
+    # Drop known ASCII characters first, which is fast: usually nothing is left.
+    known = np.flatnonzero(occurs[:128]).astype(np.uint8).tobytes()
     rest = text.encode().translate(None, known).decode()
-    seen[np.frombuffer(rest.encode("utf-32-le"), np.uint32)] = True
+    occurs[np.frombuffer(rest.encode("utf-32-le"), np.uint32)] = True

@@ -1,6 +1,6 @@
 """Single layers. Each is a `Net`: a spec and a pure function of one example.
 
-Arrays carry features along their last axis; any axes before it (time, height and width) are carried along:
+Features are the last axis of an array; a layer applies along any axes before it (time, height and width):
 sequences are `[T, features]`, images `[H, W, channels]`.
 """
 

@@ -1,4 +1,4 @@
-"""Activations by name: what a node makes of its weighted sum."""
+"""Activation functions by name."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ Activation = Callable[[jax.Array], jax.Array]
 
 
 def gelu_exact(x: jax.Array) -> jax.Array:
-    """Return `x` times the normal distribution's share below `x` (`gelu` approximates it by tanh)."""
-    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))  # XLA's processor backend takes longer over erfc
+    """Return `x` times the standard normal distribution function at `x` (`gelu` approximates it by tanh)."""
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))  # faster on CPUs than erfc
 
 
 activations: dict[str, Activation] = {
@@ -33,13 +33,13 @@ activations: dict[str, Activation] = {
 
 
 def activation(name: str | Activation) -> Activation:
-    """Return an activation by its name; a function passes through.
+    """Return an activation by its name; a function is returned as it is.
 
     Args:
         name: one of `gf.layers.activations`, or a function of one array.
 
     Raises:
-        ValueError: an unknown name, with the nearest ones.
+        ValueError: an unknown name; the message suggests the closest one.
 
     >>> import jax.numpy as jnp, gradfn as gf
     >>> gf.layers.activation("sigmoid")(jnp.zeros(2))
@@ -50,5 +50,5 @@ def activation(name: str | Activation) -> Activation:
     if name not in activations:
         near = difflib.get_close_matches(str(name), activations, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"activation: expected one of {', '.join(activations)}; came {name!r}.{hint}")
+        raise ValueError(f"activation: expected one of {', '.join(activations)}; got {name!r}.{hint}")
     return activations[name]

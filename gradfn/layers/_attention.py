@@ -1,4 +1,4 @@
-"""Attention: each position asks, all positions answer in proportion to how well they match."""
+"""Attention: each position's query is compared with all keys, and the matching values are averaged."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ Cache = dict[str, jax.Array]  # "key" and "value", each [context, kv_heads, size
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Return for each query the mean of the values, weighted by softmax(query . key / sqrt(size)).
 
-    Vaswani et al., *Attention Is All You Need*, 2017, section 3.2.1. Fewer key and value heads than query
-    heads make groups of query heads share them (Ainslie et al., *GQA*, 2023). The weights are tapped as
-    `probabilities` `[heads, T, S]` (`[kv_heads, group, T, S]` where groups share).
+    Vaswani et al., *Attention Is All You Need*, 2017, section 3.2.1. With fewer key and value heads than query
+    heads, each is shared by a group of query heads (Ainslie et al., *GQA*, 2023). The weights are tapped as
+    `probabilities` `[heads, T, S]`, or `[kv_heads, group, T, S]` with shared heads.
 
     Args:
         query: `[T, heads, size]`.
         key: `[S, kv_heads, size]`, where `kv_heads` divides `heads`.
         value: `[S, kv_heads, size]`.
-        mask: `[T, S]` booleans, true where a query may look; None for everywhere.
+        mask: `[T, S]` booleans, true where a query may attend; None for everywhere.
 
     Returns:
         `[T, heads, size]`.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not match.
 
     >>> import jax.numpy as jnp, gradfn as gf
     >>> query, key, value = jnp.zeros([1, 1, 2]), jnp.ones([2, 1, 2]), jnp.array([[[1.0, 0.0]], [[0.0, 1.0]]])
@@ -43,12 +43,13 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
     """
     (n_queries, heads, size), kv_heads = query.shape, key.shape[1]
     if key.shape != value.shape or key.shape[-1] != size or heads % kv_heads:
-        came = ", ".join(str(list(a.shape)) for a in (query, key, value))
+        actual = ", ".join(str(list(a.shape)) for a in (query, key, value))
         raise ValueError(
-            f"attend: expected query [T, heads, size], key and value [S, kv_heads, size], came {came}"
+            f"attend: expected query [T, heads, size], key and value [S, kv_heads, size], got {actual}"
         )
     group = heads // kv_heads
     if group > 1:
+        # [T, heads, size] -> [T, kv_heads, group, size]
         query = query.reshape(n_queries, kv_heads, group, size)
     letters = ("tkgd", "kgts") if group > 1 else ("tkd", "kts")
     scores = jnp.einsum(
@@ -59,7 +60,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     probabilities = tap(jax.nn.softmax(scores, -1).astype(value.dtype), "probabilities")
     mixed = jnp.einsum(f"{letters[1]},skd->{letters[0]}", probabilities, value)
-    return mixed.reshape(n_queries, heads, size)
+    return mixed.reshape(n_queries, heads, size)  # [T, kv_heads, group, size] -> [T, heads, size]
 
 
 def attention(
@@ -71,30 +72,30 @@ def attention(
     bias: bool = True,
     rope_base: float | None = None,
 ) -> Net:
-    """Return multi-head attention: of a sequence over itself, or over another (cross attention).
+    """Return multi-head attention: self-attention, or cross-attention over a second sequence.
 
-    Vaswani et al., *Attention Is All You Need*, 2017. Queries, keys, values and what they give before the
-    last product are tapped as `queries`, `keys`, `values` and `mixed`, the weights as `probabilities`.
+    Vaswani et al., *Attention Is All You Need*, 2017. Tapped are `queries`, `keys`, `values`, the attention
+    weights `probabilities`, and the weighted values before the output projection, `mixed`.
 
     Args:
         width: features of a position.
-        n_heads: heads, each with its own queries.
-        n_kv_heads: heads of keys and values; as many as `n_heads` unless told. Fewer are shared by groups.
-        head_size: features of a head; `width / n_heads` unless told.
-        causal: whether a position sees only itself and those before it.
-        bias: whether the four products have biases.
-        rope_base: turn queries and keys by their positions (`gf.layers.rope`) with this base.
+        n_heads: attention heads.
+        n_kv_heads: heads of keys and values; `n_heads` by default. Fewer are shared by groups of query heads.
+        head_size: features per head; `width / n_heads` by default.
+        causal: whether a position attends only to itself and earlier positions.
+        bias: whether the four projections have biases.
+        rope_base: rotate queries and keys by their positions (`gf.layers.rope`) with this base; None for no rotation.
 
     Returns:
         A net `[T, width] -> [T, width]` with `query`, `key`, `value` and `out`, each `{"W", "b"}`. Called
 
-        - `apply(params, x)`: x attends over itself;
-        - `apply(params, x, memory)`: x attends over `memory` `[S, width]` (never with `causal`);
-        - `apply(params, x, cache=cache, start=n)`: x goes on from `n` positions whose keys and values are in
-          the cache (`kv_cache`); it answers `(y, cache)`, the cache with the new positions in it.
+        - `apply(params, x)`: `x` attends to itself;
+        - `apply(params, x, memory)`: `x` attends to `memory` `[S, width]` (never with `causal`);
+        - `apply(params, x, cache=cache, start=n)`: `x` continues `n` positions whose keys and values are in the
+          cache (`kv_cache`); returns `(y, cache)`, where the cache includes the new positions.
 
     Raises:
-        ValueError: heads that do not divide the width, or each other.
+        ValueError: `n_heads` does not divide `width`, or `n_kv_heads` does not divide `n_heads`.
         ParameterError: an input of another size.
 
     >>> import jax, jax.numpy as jnp, gradfn as gf
@@ -104,9 +105,11 @@ def attention(
     """
     n_kv_heads = n_kv_heads or n_heads
     if head_size is None and width % n_heads:
-        raise ValueError(f"attention: n_heads divides width, came width {width}, n_heads {n_heads}")
+        raise ValueError(f"attention: n_heads must divide width, got n_heads {n_heads}, width {width}")
     if n_heads % n_kv_heads:
-        raise ValueError(f"attention: n_kv_heads divides n_heads, came {n_heads} and {n_kv_heads}")
+        raise ValueError(
+            f"attention: n_kv_heads must divide n_heads, got n_kv_heads {n_kv_heads}, n_heads {n_heads}"
+        )
     size = head_size or width // n_heads
     to_heads = {"query": n_heads, "key": n_kv_heads, "value": n_kv_heads}
     layers = {name: dense(width, n * size, bias) for name, n in to_heads.items()}
@@ -126,9 +129,9 @@ def attention(
         start: Any = 0,
     ) -> Any:
         if memory is not None and (causal or cache is not None or rope_base is not None):
-            raise ValueError("attention: memory is for attention that is not causal, without cache and rope")
+            raise ValueError("attention: memory cannot be combined with causal=True, a cache or rope_base")
         if cache is not None and not causal:
-            raise ValueError("attention: a cache is for causal attention")
+            raise ValueError("attention: a cache needs causal=True")
         source = x if memory is None else memory
         query, key, value = (
             heads(params, name, x if name == "query" else source) for name in ("query", "key", "value")
@@ -143,8 +146,9 @@ def attention(
                 "value": jax.lax.dynamic_update_slice_in_dim(cache["value"], value, start, 0),
             }
             key, value = cache["key"], cache["value"]
-        seen = positions[:, None] >= jnp.arange(len(key))[None] if causal else None  # [T, S]
-        mixed = tap(attend(query, key, value, seen), "mixed").reshape(len(x), n_heads * size)
+        mask = positions[:, None] >= jnp.arange(len(key))[None] if causal else None  # [T, S]
+        mixed = tap(attend(query, key, value, mask), "mixed")
+        mixed = mixed.reshape(len(x), n_heads * size)  # [T, heads, size] -> [T, heads * size]
         with scope("out"):
             y = out.apply(params["out"], mixed)
         return y if cache is None else (y, cache)

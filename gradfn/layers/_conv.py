@@ -1,4 +1,4 @@
-"""Convolution and pooling: one small window of weights, slid over time or over an image."""
+"""Convolution and pooling: a small window of weights slid over time or over an image."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def conv(
     groups: int = 1,
     bias: bool = True,
 ) -> Net:
-    """Return a convolution over time (a window of one size) or over an image (of two).
+    """Return a convolution over time (a window with one axis) or over an image (with two axes).
 
-    LeCun et al., *Gradient-based learning applied to document recognition*, 1998. As everywhere in learning, the
-    window is not turned over: this is cross-correlation.
+    LeCun et al., *Gradient-based learning applied to document recognition*, 1998. As usual in deep learning, the
+    kernel is not flipped: this is cross-correlation.
 
     Args:
         n_in: input channels.
         n_out: output channels.
         window: `[time]` or `[height, width]`.
-        stride: steps of the window.
-        padding: `"SAME"` (zeros around, as many outputs as inputs at stride 1) or `"VALID"` (none).
+        stride: step of the window.
+        padding: `"SAME"` (zeros around, as many outputs as inputs at stride 1) or `"VALID"` (no padding).
         dilation: distance between the window's inputs.
-        groups: parts of the channels that do not see each other; `n_in` of them make a depthwise convolution.
+        groups: groups of channels that are convolved separately; `n_in` groups give a depthwise convolution.
         bias: whether each output channel has a bias.
 
     Returns:
@@ -46,8 +46,8 @@ def conv(
         `[n_out, n_in / groups, *window]` and `b` `[n_out]`.
 
     Raises:
-        ValueError: a window of other than one or two sizes, or groups that do not divide the channels.
-        ParameterError: an input of another rank or with other channels.
+        ValueError: a window without one or two axes, or groups that do not divide the channels.
+        ParameterError: an input of another rank or with another number of channels.
 
     >>> import jax, jax.numpy as jnp, gradfn as gf
     >>> layer = gf.layers.conv(1, 8, [5, 5])
@@ -57,9 +57,9 @@ def conv(
     window = tuple(window)
     n = len(window)
     if n not in _SPATIAL:
-        raise ValueError(f"conv: a window is [time] or [height, width], came {list(window)}")
+        raise ValueError(f"conv: window must be [time] or [height, width], got {list(window)}")
     if n_in % groups or n_out % groups:
-        raise ValueError(f"conv: groups divide the channels, came {groups} for {n_in} and {n_out}")
+        raise ValueError(f"conv: groups must divide n_in and n_out, got {groups} for {n_in} and {n_out}")
     axes = _SPATIAL[n]
     layout = (f"N{axes}C", f"OI{axes}", f"N{axes}C")
     spec = {"W": Param((n_out, n_in // groups, *window))} | ({"b": Param((n_out,))} if bias else {})
@@ -68,16 +68,15 @@ def conv(
         W, b = jnp.asarray(params["W"]), params.get("b")
         x = jnp.asarray(x)
         if x.ndim != n + 1 or x.shape[-1] != n_in or x.dtype != W.dtype:
-            expected = ["T" if n == 1 else "H, W", str(n_in)]
-            message = (
-                f"expected an input of [{', '.join(expected)}] {W.dtype}, came {list(x.shape)} {x.dtype}"
-            )
-            raise ParameterError("W", f"W is {list(W.shape)}, {message}{_hint(x, n, n_in)}")
+            expected = f"[{'T' if n == 1 else 'H, W'}, {n_in}] {W.dtype}"
+            message = f"W is {list(W.shape)}, expected an input of {expected}, got {list(x.shape)} {x.dtype}"
+            raise ParameterError("W", message + _hint(x, n, n_in))
         if groups == 1 and jax.default_backend() == "cpu":
             z = conv_as_product(x, W, stride, padding, dilation)
         else:
+            # [H, W, n_in] -> [1, H, W, n_in]; under vmap the batch is merged into the new axis.
             z = jax.lax.conv_general_dilated(
-                x[None],  # [1, H, W, n_in]; under vmap the batch takes the place of the 1
+                x[None],
                 W,
                 (stride,) * n,
                 padding,
@@ -91,11 +90,11 @@ def conv(
 
 
 def max_pool(window: Sequence[int], stride: int | None = None) -> Net:
-    """Return a layer that keeps the largest value of each window, channel by channel.
+    """Return a layer that takes the maximum of each window, channel by channel.
 
     Args:
         window: `[time]` or `[height, width]`.
-        stride: steps of the window; unless told, windows lie side by side (what is left at the end is dropped).
+        stride: step of the window; by default the windows do not overlap, and a remainder at the end is dropped.
 
     Returns:
         A net without parameters, `[T, C] -> [T', C]` or `[H, W, C] -> [H', W', C]`.
@@ -126,9 +125,9 @@ def _pool(name: str, window: Sequence[int], stride: int | None) -> Net:
     def apply(params: Params, x: jax.Array) -> jax.Array:
         x = jnp.asarray(x)
         if x.ndim != len(window) + 1:
-            raise ValueError(f"{name}: expected {len(window)} axes and channels, came {list(x.shape)}")
+            raise ValueError(f"{name}: expected {len(window)} axes and channels, got shape {list(x.shape)}")
         if steps == window:
-            # Side by side windows are a reshape away; XLA's windows cost twice the time on processors.
+            # A reshape yields windows that do not overlap; XLA's reduce_window takes twice the time on CPUs.
             n = [length // size for length, size in zip(x.shape, window, strict=False)]
             x = x[tuple(slice(count * size) for count, size in zip(n, window, strict=True))]
             x = x.reshape(*(each for pair in zip(n, window, strict=True) for each in pair), -1)
@@ -144,7 +143,7 @@ def _pool(name: str, window: Sequence[int], stride: int | None) -> Net:
 
 def _hint(x: jax.Array, n: int, n_in: int) -> str:
     if x.ndim == n and n_in == 1:
-        return ". Give it a channel: x[..., None]"
+        return ". Add a channel axis: x[..., None]"
     if x.ndim == n + 1 and x.shape[0] == n_in:
         return ". Channels come last: jnp.moveaxis(x, 0, -1)"
     if x.ndim == n + 2:

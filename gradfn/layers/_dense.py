@@ -14,16 +14,16 @@ def affine(W: jax.Array, b: jax.Array | None, x: jax.Array, name: str = "W") -> 
     """Return the weighted sums `W x + b` of each node.
 
     Args:
-        W: `[out, in]`; row `i` holds all connections into node `i`.
+        W: `[out, in]`; row `i` contains the weights into node `i`.
         b: `[out]`, or None.
         x: `[..., in]`.
-        name: what `W` is called in an error.
+        name: the name of `W` in errors.
 
     Returns:
         `[..., out]`.
 
     Raises:
-        ParameterError: `x` does not end in `in` values, or is not of the dtype of `W`.
+        ParameterError: the last axis of `x` is not `in`, or its dtype is not that of `W`.
 
     >>> import jax.numpy as jnp, gradfn as gf
     >>> gf.layers.affine(jnp.array([[1.0, 2.0, 3.0]]), jnp.array([-10.0]), jnp.ones(3))
@@ -32,14 +32,14 @@ def affine(W: jax.Array, b: jax.Array | None, x: jax.Array, name: str = "W") -> 
     x = jnp.asarray(x)
     n_out, n_in = W.shape
     if x.ndim == 0 or x.shape[-1] != n_in:
-        message = f"{name} is [{n_out}, {n_in}], expected an input of [..., {n_in}], came {list(x.shape)}"
+        message = f"{name} is [{n_out}, {n_in}], expected an input of [..., {n_in}], got {list(x.shape)}"
         raise ParameterError(name, message)
     if x.dtype != W.dtype:
         cast = f"x.astype(jnp.{W.dtype})" + (" / 255" if x.dtype == jnp.uint8 else "")
-        message = f"{name} is {W.dtype}, expected an input of {W.dtype}, came {x.dtype}. Cast it: {cast}"
+        message = f"{name} is {W.dtype}, expected an input of {W.dtype}, got {x.dtype}. Cast it: {cast}"
         raise ParameterError(name, message)
-    # Contract the last axis of x with the last of W: [..., in] x [out, in] -> [..., out]. Under vmap the batch
-    # axis stays in front, so that XLA gets one plain matrix product and no transposes.
+    # Contract the last axes: [..., in] x [out, in] -> [..., out]. Under vmap the batch axis stays in front, so XLA
+    # gets one plain matrix product without transposes.
     z = jax.lax.dot_general(x, W, (((x.ndim - 1,), (1,)), ((), ())))
     return z if b is None else z + b.reshape((1,) * (z.ndim - 1) + b.shape)  # [out] -> [1, ..., out]
 
@@ -48,7 +48,7 @@ def dense(n_in: int, n_out: int, bias: bool = True) -> Net:
     """Return a layer of `n_out` nodes, each connected to all `n_in` inputs.
 
     Args:
-        n_in: inputs a node.
+        n_in: inputs of each node.
         n_out: nodes.
         bias: whether each node has a bias.
 

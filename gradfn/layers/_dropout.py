@@ -1,4 +1,4 @@
-"""Dropout, with its key in the open."""
+"""Dropout, with an explicit key."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from gradfn.core.params import Params
 
 
 def dropout(rate: float) -> Net:
-    """Return a layer that sets a share of its inputs to zero and scales up the others to keep the mean.
+    """Return a layer that sets a random fraction of its inputs to zero and scales the others to keep the mean.
 
     Srivastava et al., *Dropout: A Simple Way to Prevent Neural Networks from Overfitting*, 2014.
 
     Args:
-        rate: the share that is dropped, in [0, 1).
+        rate: the fraction to drop, in [0, 1).
 
     Returns:
-        A net without parameters, `apply({}, x, key=key)`; without a key it passes its input on, which is what
-        evaluation wants.
+        A net without parameters, `apply({}, x, key=key)`; without a key it returns its input unchanged, as
+        evaluation needs it.
 
     Raises:
         ValueError: a rate outside [0, 1).
@@ -32,7 +32,7 @@ def dropout(rate: float) -> Net:
     [0.0, 2.0]
     """
     if not 0 <= rate < 1:
-        raise ValueError(f"dropout: rate is in [0, 1), came {rate}")
+        raise ValueError(f"dropout: rate must be in [0, 1), got {rate}")
 
     def apply(params: Params, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         if key is None or rate == 0:

@@ -18,15 +18,15 @@ def embed(n: int, width: int) -> Net:
     """Return a layer that looks up a learned vector for each of `n` tokens (or positions).
 
     Args:
-        n: how many tokens there are.
-        width: the size of their vectors.
+        n: the vocabulary size (or the number of positions).
+        width: the size of each vector.
 
     Returns:
-        A net from integers `[...]` in [0, n) to `[..., width]`, with `W` `[n, width]`. A number outside of
-        that range, which compiled code cannot raise for, gives NaN: an answer that is wrong shows.
+        A net from integers `[...]` in [0, n) to `[..., width]`, with `W` `[n, width]`. An integer out of range
+        gives NaN, because compiled code cannot raise.
 
     Raises:
-        ParameterError: an input that is not of integers.
+        ParameterError: an input whose dtype is not an integer type.
 
     >>> import jax, jax.numpy as jnp, gradfn as gf
     >>> layer = gf.layers.embed(65, 128)
@@ -45,21 +45,21 @@ def look_up(W: jax.Array, tokens: jax.Array) -> jax.Array:
     """Return the rows of `W` `[n, width]` for integers `[...]`; NaN for those that are not in [0, n)."""
     tokens = jnp.asarray(tokens)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        message = f"looks up integers, came {list(tokens.shape)} {tokens.dtype}. Cast it: x.astype(jnp.int32)"
-        raise ParameterError("W", message)
+        message = f"expected integer indices, got {list(tokens.shape)} {tokens.dtype}"
+        raise ParameterError("W", f"{message}. Cast them: x.astype(jnp.int32)")
     return jnp.asarray(W).at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def sinusoidal(n: int, width: int, base: float = 10_000.0) -> jax.Array:
-    """Return the fixed vectors of positions 0 to n-1: sines and cosines of ever longer wavelengths.
+    """Return fixed position vectors for positions 0 to n-1: sines and cosines of increasing wavelengths.
 
-    Vaswani et al., *Attention Is All You Need*, 2017, section 3.5: sine and cosine of frequency `i` stand at
+    Vaswani et al., *Attention Is All You Need*, 2017, section 3.5: the sine and cosine of frequency `i` are
     features `2i` and `2i + 1`.
 
     Args:
         n: positions.
-        width: features, an even number.
-        base: the longest wavelength is nearly `2 pi base`.
+        width: features; an even number.
+        base: the longest wavelength is close to `2 pi base`.
 
     Returns:
         `[n, width]` float32.
@@ -73,24 +73,24 @@ def sinusoidal(n: int, width: int, base: float = 10_000.0) -> jax.Array:
            [0.84147096, 0.5403023 ]], dtype=float32)
     """
     if width % 2:
-        raise ValueError(f"sinusoidal: width is even, came {width}")
+        raise ValueError(f"sinusoidal: width must be even, got {width}")
     angles = np.arange(n)[:, None] * _frequencies(width, base)  # [n, width / 2]
     return jnp.asarray(np.stack([np.sin(angles), np.cos(angles)], -1).reshape(n, width), jnp.float32)
 
 
 def rope(x: jax.Array, positions: jax.Array, base: float = 10_000.0) -> jax.Array:
-    """Turn pairs of features by an angle that grows with position, so that products see distances.
+    """Rotate pairs of features by an angle proportional to position (RoPE), so that products depend on distances.
 
-    Su et al., *RoFormer*, 2021. Feature `i` is paired with feature `i + size / 2`, as in Llama's code (the
-    paper pairs neighbours; the two differ by an order of the rows of the query and key matrices).
+    Su et al., *RoFormer*, 2021. Feature `i` is paired with feature `i + size / 2`, as in Llama's code. The paper
+    pairs adjacent features; the two differ by a permutation of the rows of the query and key matrices.
 
     Args:
         x: `[T, heads, size]` queries or keys; `size` is even.
         positions: `[T]` integers.
-        base: the longest wavelength is nearly `2 pi base`.
+        base: the longest wavelength is close to `2 pi base`.
 
     Returns:
-        `[T, heads, size]`, each pair as long as before.
+        `[T, heads, size]`; the norm of each pair is unchanged.
 
     Raises:
         ValueError: an odd size.
@@ -101,8 +101,8 @@ def rope(x: jax.Array, positions: jax.Array, base: float = 10_000.0) -> jax.Arra
     """
     size = x.shape[-1]
     if size % 2:
-        raise ValueError(f"rope: a head's size is even, came {size}")
-    dtype = wide(x.dtype)  # angles need more digits than bfloat16 has
+        raise ValueError(f"rope: the head size must be even, got {size}")
+    dtype = wide(x.dtype)  # bfloat16 is too coarse for angles
     frequencies = jnp.asarray(_frequencies(size, base), dtype)
     angles = positions.astype(dtype)[:, None, None] * frequencies[None, None]  # [T, 1, size / 2]
     cos, sin = jnp.cos(angles), jnp.sin(angles)

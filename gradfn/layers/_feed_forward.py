@@ -1,4 +1,4 @@
-"""What a transformer's block does with each position by itself."""
+"""The feed-forward layers of a transformer block, which apply to each position independently."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gradfn.layers._dense import dense
 
 
 def feed_forward(width: int, hidden: int, squash: str | Activation = "gelu", bias: bool = True) -> Net:
-    """Return a layer up to `hidden` nodes and down again, each position by itself.
+    """Return two dense layers, up to `hidden` nodes and back down, applied to each position independently.
 
     Vaswani et al., *Attention Is All You Need*, 2017, section 3.3. The hidden activations are tapped as `hidden`.
 
@@ -20,7 +20,7 @@ def feed_forward(width: int, hidden: int, squash: str | Activation = "gelu", bia
         width: features of a position.
         hidden: hidden nodes, often `4 * width`.
         squash: the hidden activation, a name from `gf.layers.activations` or a function.
-        bias: whether both products have biases.
+        bias: whether both dense layers have biases.
 
     Returns:
         A net `[..., width] -> [..., width]` with `up` `{"W" [hidden, width], "b"}` and `down`.
@@ -49,7 +49,7 @@ def swiglu(width: int, hidden: int, bias: bool = False) -> Net:
     Args:
         width: features of a position.
         hidden: hidden nodes, often near `8 / 3 * width`.
-        bias: whether the three products have biases.
+        bias: whether the three dense layers have biases.
 
     Returns:
         A net `[..., width] -> [..., width]` with `gate`, `up` and `down`.
@@ -62,10 +62,10 @@ def swiglu(width: int, hidden: int, bias: bool = False) -> Net:
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
         with scope("gate"):
-            opened = jax.nn.silu(gate.apply(params["gate"], x))
+            gated = jax.nn.silu(gate.apply(params["gate"], x))
         with scope("up"):
             z = up.apply(params["up"], x)
-        a = tap(opened * z, "hidden")
+        a = tap(gated * z, "hidden")
         with scope("down"):
             return down.apply(params["down"], a)
 

@@ -1,4 +1,4 @@
-"""Norms: layers that bring each example's features to one scale."""
+"""Normalization layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gradfn.core.precision import widen
 
 
 def layer_norm(n: int, bias: bool = True, epsilon: float = 1e-5) -> Net:
-    """Return a layer that takes each vector to mean 0 and variance 1, times a gain, plus a bias.
+    """Return a layer that normalizes each vector to mean 0 and variance 1, times a gain, plus a bias.
 
     Ba et al., *Layer Normalization*, 2016.
 
@@ -37,16 +37,16 @@ def layer_norm(n: int, bias: bool = True, epsilon: float = 1e-5) -> Net:
     def apply(params: Params, x: jax.Array) -> jax.Array:
         gain, b = _aligned(params["gain"], x), params.get("b")
         wide = widen(x)
-        centred = wide - wide.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        y = (centred * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype) * gain
+        centered = wide - wide.mean(-1, keepdims=True)
+        variance = jnp.square(centered).mean(-1, keepdims=True)
+        y = (centered * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype) * gain
         return y if b is None else y + _aligned(b, x)
 
     return Net(spec, apply)
 
 
 def rms_norm(n: int, epsilon: float = 1e-6) -> Net:
-    """Return a layer that takes each vector to root mean square 1, times a gain.
+    """Return a layer that normalizes each vector to root mean square 1, times a gain.
 
     Zhang and Sennrich, *Root Mean Square Layer Normalization*, 2019.
 
@@ -76,14 +76,14 @@ def rms_norm(n: int, epsilon: float = 1e-6) -> Net:
 
 
 def group_norm(n: int, groups: int, bias: bool = True, epsilon: float = 1e-5) -> Net:
-    """Return a layer that takes each group of channels, over all positions, to mean 0 and variance 1.
+    """Return a layer that normalizes each group of channels, over all positions, to mean 0 and variance 1.
 
-    Wu and He, *Group Normalization*, 2018. One group is a layer norm over the whole example, `n` groups an
-    instance norm.
+    Wu and He, *Group Normalization*, 2018. With one group it is a layer norm over the whole example, with `n`
+    groups an instance norm.
 
     Args:
         n: channels.
-        groups: parts of the channels that are brought to scale apart from each other.
+        groups: groups of channels that are normalized separately.
         bias: whether to add a bias.
         epsilon: added to the variance.
 
@@ -92,7 +92,7 @@ def group_norm(n: int, groups: int, bias: bool = True, epsilon: float = 1e-5) ->
 
     Raises:
         ValueError: groups that do not divide the channels.
-        ParameterError: an input with other channels.
+        ParameterError: an input with another number of channels.
 
     >>> import jax, jax.numpy as jnp, gradfn as gf
     >>> norm = gf.layers.group_norm(2, 2)
@@ -101,15 +101,15 @@ def group_norm(n: int, groups: int, bias: bool = True, epsilon: float = 1e-5) ->
            [ 1.,  1.]], dtype=float32)
     """
     if n % groups:
-        raise ValueError(f"group_norm: groups divide the channels, came {groups} for {n}")
+        raise ValueError(f"group_norm: groups must divide the number of channels, got {groups} for {n}")
     spec = {"gain": Param((n,), jax.nn.initializers.ones)} | ({"b": Param((n,))} if bias else {})
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
         gain, b = _aligned(params["gain"], x), params.get("b")
         grouped = widen(x).reshape(-1, groups, n // groups)  # [..., n] -> [positions, groups, n / groups]
-        centred = grouped - grouped.mean((0, 2), keepdims=True)
-        variance = jnp.square(centred).mean((0, 2), keepdims=True)
-        y = (centred * jax.lax.rsqrt(variance + epsilon)).reshape(x.shape).astype(x.dtype) * gain
+        centered = grouped - grouped.mean((0, 2), keepdims=True)
+        variance = jnp.square(centered).mean((0, 2), keepdims=True)
+        y = (centered * jax.lax.rsqrt(variance + epsilon)).reshape(x.shape).astype(x.dtype) * gain
         return y if b is None else y + _aligned(b, x)
 
     return Net(spec, apply)
@@ -117,8 +117,6 @@ def group_norm(n: int, groups: int, bias: bool = True, epsilon: float = 1e-5) ->
 
 def _aligned(gain: jax.Array, x: jax.Array) -> jax.Array:
     if x.ndim == 0 or x.shape[-1] != gain.shape[0]:
-        raise ParameterError(
-            "gain",
-            f"gain is {list(gain.shape)}, expected an input of [..., {gain.shape[0]}], came {list(x.shape)}",
-        )
+        expected = f"gain is {list(gain.shape)}, expected an input of [..., {gain.shape[0]}]"
+        raise ParameterError("gain", f"{expected}, got {list(x.shape)}")
     return gain.reshape((1,) * (x.ndim - 1) + gain.shape)  # [n] -> [1, ..., n]

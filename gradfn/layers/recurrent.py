@@ -1,4 +1,4 @@
-"""Recurrence: a state that goes along a sequence and takes each input in."""
+"""Recurrent layers: a state that is updated by each input of a sequence."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from gradfn.core.net import Net
 from gradfn.core.params import Param, Params, Spec
 from gradfn.layers._dense import affine
 
-# (what the input gives, what the state gives, state) -> (state, output); all [hidden] but the first two. What is
-# tapped is what goes on, so that its gradient is all that comes back from later steps.
+# (Wx x + b, Wh h, state, params) -> (state, output); the first two are [gates * hidden], the rest [hidden]. The tapped
+# value is the one that is carried to the next step, so its gradient is the sum over all later steps.
 Cell = Callable[[jax.Array, jax.Array, Any, Params], tuple[Any, jax.Array]]
 
 
 def vanilla_rnn(n_in: int, hidden: int) -> Net:
     """Return the plain recurrent layer, `h = tanh(Wx x + Wh h + b)`.
 
-    Elman, *Finding structure in time*, 1990. Called as all recurrent layers here:
+    Elman, *Finding structure in time*, 1990. All recurrent layers are called in one of two ways:
 
-    - `apply(params, x)` takes `[T, n_in]` and answers with the states `[T, hidden]`;
-    - `apply(params, x, state=state)` goes on from a state and answers `(states, last state)`; begin with
-      `recurrent_state`.
+    - `apply(params, x)` takes `[T, n_in]` and returns the states `[T, hidden]`;
+    - `apply(params, x, state=state)` continues from a state and returns `(states, last state)`; the first state is
+      `recurrent_state(layer)`.
 
     Args:
-        n_in: features of an input.
+        n_in: features of the input.
         hidden: features of the state.
 
     Returns:
@@ -48,18 +48,18 @@ def vanilla_rnn(n_in: int, hidden: int) -> Net:
 
 
 def gru(n_in: int, hidden: int) -> Net:
-    """Return a gated recurrent unit, whose gates say what of the state is kept and what is seen of it.
+    """Return a gated recurrent unit, whose gates control what of the state is kept and what is read.
 
     Cho et al., *Learning Phrase Representations using RNN Encoder-Decoder*, 2014, in the form of cuDNN and
-    PyTorch: the reset gate `r` multiplies what the state gives, with a bias of its own,
+    PyTorch: the reset gate `r` multiplies the state's contribution, which has its own bias,
     `n = tanh(Wx x + b + r (Wh h + bn))`, and `h = (1 - z) n + z h`.
 
     Args:
-        n_in: features of an input.
+        n_in: features of the input.
         hidden: features of the state.
 
     Returns:
-        A net as `vanilla_rnn`'s, with `Wx` `[3 hidden, n_in]`, `Wh` `[3 hidden, hidden]`, `b` `[3 hidden]` (reset,
+        A net like `vanilla_rnn`'s, with `Wx` `[3 hidden, n_in]`, `Wh` `[3 hidden, hidden]`, `b` `[3 hidden]` (reset,
         update, new) and `bn` `[hidden]`.
 
     >>> import gradfn as gf
@@ -78,17 +78,17 @@ def gru(n_in: int, hidden: int) -> Net:
 
 
 def lstm(n_in: int, hidden: int) -> Net:
-    """Return a long short-term memory: a cell that gates write to, forget from and read.
+    """Return a long short-term memory: a cell with input, forget and output gates.
 
     Hochreiter and Schmidhuber, *Long Short-Term Memory*, 1997; with the forget gate of Gers et al., 2000, whose
-    bias starts at 1 so that the cell remembers (Jozefowicz et al., 2015).
+    bias is initialized to 1 (Jozefowicz et al., 2015).
 
     Args:
-        n_in: features of an input.
+        n_in: features of the input.
         hidden: features of the state and of the cell.
 
     Returns:
-        A net as `vanilla_rnn`'s, with `Wx` `[4 hidden, n_in]`, `Wh` `[4 hidden, hidden]`, `b` `[4 hidden]` (input,
+        A net like `vanilla_rnn`'s, with `Wx` `[4 hidden, n_in]`, `Wh` `[4 hidden, hidden]`, `b` `[4 hidden]` (input,
         forget, cell, output). Cells are tapped as `c`.
 
     >>> import gradfn as gf
@@ -96,7 +96,7 @@ def lstm(n_in: int, hidden: int) -> Net:
     {'Wh': [32, 8], 'Wx': [32, 3], 'b': [32]}
     """
 
-    def remembering(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def forget_bias_of_one(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return jnp.zeros(shape, dtype).at[hidden : 2 * hidden].set(1)
 
     def cell(zx: jax.Array, zh: jax.Array, state: Any, params: Params) -> tuple[Any, jax.Array]:
@@ -105,7 +105,7 @@ def lstm(n_in: int, hidden: int) -> Net:
         h = tap(jax.nn.sigmoid(o) * jnp.tanh(c), "h")
         return {"h": h, "c": c}, h
 
-    return _recurrent(n_in, hidden, 4, {"b": Param((4 * hidden,), remembering)}, cell)
+    return _recurrent(n_in, hidden, 4, {"b": Param((4 * hidden,), forget_bias_of_one)}, cell)
 
 
 def recurrent_state(layer: Net, dtype: Any = jnp.float32) -> Any:
@@ -117,7 +117,7 @@ def recurrent_state(layer: Net, dtype: Any = jnp.float32) -> Any:
     """
     gates, hidden = layer.spec["Wh"].shape
     zeros = jnp.zeros((hidden,), dtype)
-    # A buffer each: generation gives them away.
+    # Separate buffers, because generation donates them.
     return {"h": zeros, "c": jnp.zeros((hidden,), dtype)} if gates == 4 * hidden else zeros
 
 
@@ -125,7 +125,7 @@ def _recurrent(n_in: int, hidden: int, gates: int, more: Spec, cell: Cell) -> Ne
     scale = jax.nn.initializers.orthogonal(column_axis=0)
 
     def orthogonal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        # One rotation a gate: gradients through time neither grow nor shrink by it (Saxe et al., 2014).
+        # One orthogonal matrix per gate: it preserves the norm of gradients through time (Saxe et al., 2014).
         each = [scale(k, (hidden, hidden), dtype) for k in jax.random.split(key, gates)]
         return jnp.concatenate(each)
 
@@ -137,13 +137,13 @@ def _recurrent(n_in: int, hidden: int, gates: int, more: Spec, cell: Cell) -> Ne
 
     def apply(params: Params, x: jax.Array, state: Any = None) -> Any:
         zx = affine(params["Wx"], params["b"], x, "Wx")  # [T, gates * hidden], all inputs in one product
-        begin = recurrent_state(net, zx.dtype) if state is None else state
+        first = recurrent_state(net, zx.dtype) if state is None else state
 
         def step(state: Any, zx: jax.Array) -> tuple[Any, jax.Array]:
             h = state["h"] if isinstance(state, dict) else state
             return cell(zx, affine(params["Wh"], None, h, "Wh"), state, params)
 
-        last, hs = jax.lax.scan(step, begin, zx)
+        last, hs = jax.lax.scan(step, first, zx)
         return hs if state is None else (hs, last)
 
     net = Net(spec, apply)

@@ -1,4 +1,4 @@
-"""Whole networks."""
+"""Complete networks: MLP, CNN, RNN, GPT and vision transformer, with generation and pretrained weights."""
 
 from gradfn.nets._cnn import cnn
 from gradfn.nets._generate import LanguageModel, generate, stream

@@ -1,4 +1,4 @@
-"""The convolutional network: windows slid over an image, pooled, and dense layers at the end."""
+"""The convolutional network: convolution and pooling layers, followed by dense layers."""
 
 from __future__ import annotations
 
@@ -27,27 +27,28 @@ def cnn(
     activation: str | Activation = "relu",
     dropout: float = 0.0,
 ) -> Net:
-    """Return a convolutional network: convolution, activation and 2x2 max pooling again and again, then dense layers.
+    """Return a convolutional network: repeated convolution, activation and 2x2 max pooling, then dense layers.
 
-    LeCun et al., *Gradient-based learning applied to document recognition*, 1998. Its values are named:
-    convolutions `z1`, what fires `a1`, after pooling `p1`, ...; of the dense layers that follow `z3`, `a3`, ...
+    LeCun et al., *Gradient-based learning applied to document recognition*, 1998. Its values are named: `z1` is the
+    first convolution's output, `a1` its activation, `p1` the pooled value, and so on; the dense layers continue
+    the numbering.
 
     Args:
         image: `[height, width, channels]` of an image.
-        channels: output channels of each convolution; each halves height and width.
-        hidden: nodes of the hidden dense layers.
-        classes: one logit each.
-        window: height and width of the windows, which are padded with zeros.
+        channels: output channels of each convolution; each pooling halves height and width.
+        hidden: nodes of each hidden dense layer.
+        classes: the number of classes.
+        window: height and width of the convolution windows; images are padded with zeros.
         activation: a name from `gf.layers.activations` or a function.
-        dropout: share that training drops of the inputs of each dense layer.
+        dropout: the fraction of each dense layer's inputs that training drops.
 
     Returns:
         A net with `conv1` `{"W" [channels, in, window, window], "b"}`, ..., and `dense1` `{"W", "b"}`, ... It
-        takes an image as it was declared, flat (`[784]`), or without its axis of one channel (`[28, 28]`), and
-        answers with logits `[classes]`. With dropout it takes `key=`.
+        takes an image of the declared shape, flat (`[784]`), or without its single channel (`[28, 28]`), and
+        returns logits `[classes]`. With dropout it takes `key=`.
 
     Raises:
-        ValueError: an image that is halved away.
+        ValueError: an image that is too small for the number of poolings.
         ParameterError: parameters or an image of other shapes.
 
     >>> import jax, jax.numpy as jnp, gradfn as gf
@@ -56,13 +57,13 @@ def cnn(
     (421642, (10,))
     """
     height, width, n_in = image = tuple(image)
-    fire = activation_named(activation)
+    squash = activation_named(activation)
     convs: dict[str, Net] = {}
     for i, n_out in enumerate(channels, 1):
         convs[f"conv{i}"] = conv(n_in, n_out, [window, window])
         height, width, n_in = height // 2, width // 2, n_out
     if height * width == 0:
-        raise ValueError(f"cnn: {len(channels)} poolings leave nothing of an image of {list(image)}")
+        raise ValueError(f"cnn: image {list(image)} is too small for {len(channels)} poolings")
     sizes = [height * width * n_in, *hidden, classes]
     denses = {f"dense{i}": dense(sizes[i - 1], sizes[i]) for i in range(1, len(sizes))}
     pool, drop = max_pool([2, 2]), dropout_layer(dropout)
@@ -72,19 +73,19 @@ def cnn(
         if x.size != math.prod(image) or x.shape not in (image, image[:2], (x.size,)):
             flat = math.prod(image)
             raise ParameterError(
-                "conv1/W", f"expected an image of {list(image)} or [{flat}], came {list(x.shape)}"
+                "conv1/W", f"expected an image of {list(image)} or [{flat}], got {list(x.shape)}"
             )
         x = x.reshape(image)  # [784] or [28, 28] -> [28, 28, 1]
         for i, (name, layer) in enumerate(convs.items(), 1):
             with scope(name):
                 z = tap(layer.apply(params[name], x), f"z{i}")
-            x = tap(pool.apply({}, tap(fire(z), f"a{i}")), f"p{i}")
+            x = tap(pool.apply({}, tap(squash(z), f"a{i}")), f"p{i}")
         x = x.reshape(-1)  # [height, width, channels] -> [height * width * channels]
         for i, (name, layer) in enumerate(denses.items(), len(convs) + 1):
             x = drop.apply({}, x, key=fold(key, i))
             with scope(name):
                 z = tap(layer.apply(params[name], x), f"z{i}")
-            x = z if name == f"dense{len(denses)}" else tap(fire(z), f"a{i}")
+            x = z if name == f"dense{len(denses)}" else tap(squash(z), f"a{i}")
         return x
 
     spec: Spec = {name: layer.spec for name, layer in (convs | denses).items()}

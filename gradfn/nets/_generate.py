@@ -1,4 +1,4 @@
-"""Text out of a language model: token by token, each step remembering what came before."""
+"""Generation with a language model: token by token, with a cache of earlier tokens."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _EACH = "Continue each one on its own: [gf.generate(net, params, prompt, n) for 
 
 @dataclass(frozen=True, eq=False)
 class LanguageModel(Net):
-    """A net of a sequence of tokens that can also go on from where it was.
+    """A net of a sequence of tokens that can also continue a sequence from a cached state.
 
     Args:
         spec: as in `gf.Net`.
-        apply: tokens `[T]` -> logits `[T, vocab]`.
-        start: `params -> memory`, of nothing yet.
-        step: `(params, tokens [T], memory) -> (logits [T, vocab], memory)`: as `apply` to all tokens so far,
-            of which it answers for the new ones.
-        context: how many tokens a memory holds; None for any number.
+        apply: tokens `[T]` -> logits `[T, vocab_size]`.
+        start: `params -> state`, the state before the first token.
+        step: `(params, tokens [T], state) -> (logits [T, vocab_size], state)`: equals `apply` to all tokens so far,
+            but returns the logits of the new ones only.
+        context: the number of tokens that a state can hold; None for no limit.
     """
 
     start: Callable[[Params], Any]
@@ -47,7 +47,7 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
 ) -> np.ndarray:
-    """Return `n` tokens that go on from a prompt, all at once: see `gf.stream`.
+    """Return `n` tokens that continue a prompt: see `gf.stream`.
 
     >>> import jax, gradfn as gf
     >>> net = gf.gpt(gf.GPTConfig(vocab=65, context=8, n_layers=1, n_heads=2, width=4))
@@ -68,24 +68,24 @@ def stream(
     top_k: int | None = None,
     seed: int = 0,
 ) -> Iterator[int]:
-    """Yield `n` tokens that go on from a prompt, one by one.
+    """Yield `n` tokens that continue a prompt, one at a time.
 
-    Each step costs one token, as what came before is remembered. Where that would not fit the net's context
-    any more, the later half of it is read again and the rest forgotten.
+    Earlier tokens are cached, so each step computes one token only. When the context is full, generation continues
+    from the later half of it.
 
     Args:
         net: from `gf.gpt` or `gf.rnn`.
         params: its parameters.
-        prompt: one token or more, integers `[T]`: one prompt, of several each is continued in a call of its own.
-        n: how many tokens to make.
-        temperature: logits are divided by it, in float32 at least; 0 always takes the likeliest token.
-        top_k: draw from the `top_k` likeliest tokens only, of equally likely ones from those that come first.
-        seed: the same seed draws the same tokens.
+        prompt: integers `[T]`, T >= 1. Several prompts need one call each.
+        n: the number of tokens to generate.
+        temperature: divides the logits, in float32 or wider; 0 always takes the most likely token.
+        top_k: sample from the `top_k` most likely tokens only; ties go to the smaller index.
+        seed: the same seed gives the same tokens.
 
     Raises:
         ParameterError: parameters of other shapes.
-        ValueError: an empty prompt, several prompts, a token that the net does not have, a temperature that is
-            negative or not finite, a `top_k` that is not in [1, vocab].
+        ValueError: an empty prompt, several prompts, a token outside the vocabulary, a temperature that is
+            negative or not finite, a `top_k` outside [1, vocab_size].
         TypeError: a prompt that is text or not integers.
         FloatingPointError: a logit is NaN.
 
@@ -96,21 +96,21 @@ def stream(
     True
     """
     check(net.spec, params)
-    seen = _tokens_of(prompt)
-    vocab = jax.eval_shape(net.apply, net.spec, jax.ShapeDtypeStruct((1,), jnp.int32)).shape[-1]
-    if not seen or min(seen) < 0 or max(seen) >= vocab:
-        raise ValueError(f"generate: a prompt is one token or more in [0, {vocab}), came {seen[:20]}")
+    tokens = _tokens_of(prompt)
+    vocab_size = jax.eval_shape(net.apply, net.spec, jax.ShapeDtypeStruct((1,), jnp.int32)).shape[-1]
+    if not tokens or min(tokens) < 0 or max(tokens) >= vocab_size:
+        raise ValueError(f"generate: expected one or more tokens in [0, {vocab_size}), got {tokens[:20]}")
     if not 0 <= temperature < float("inf"):
-        raise ValueError(f"generate: temperature is 0 or more, came {temperature}")
-    if top_k is not None and not 1 <= top_k <= vocab:
-        raise ValueError(f"generate: top_k is in [1, {vocab}], came {top_k}")
+        raise ValueError(f"generate: temperature must be finite and >= 0, got {temperature}")
+    if top_k is not None and not 1 <= top_k <= vocab_size:
+        raise ValueError(f"generate: top_k must be in [1, {vocab_size}], got {top_k}")
     if (n := operator.index(n)) < 0:
         raise ValueError(f"generate: n must be an integer >= 0, got {n}")
-    return _stream(net, params, seen, n, float(temperature), top_k, jax.random.key(seed))
+    return _stream(net, params, tokens, n, float(temperature), top_k, jax.random.key(seed))
 
 
 def _tokens_of(prompt: Any) -> list[int]:
-    """Return a prompt's tokens, or raise an error that says what a prompt is."""
+    """Return the tokens of a prompt, or raise an error if it is not a sequence of integers."""
     lengths = [np.size(part) for part in prompt if np.ndim(part)] if isinstance(prompt, (list, tuple)) else []
     if len(set(lengths)) > 1:
         raise ValueError(
@@ -118,7 +118,7 @@ def _tokens_of(prompt: Any) -> list[int]:
         )
     tokens = np.asarray(prompt)
     if tokens.dtype.kind in "US":
-        raise TypeError("generate: a prompt is tokens, got text. Pass tokenizer.encode(text)")
+        raise TypeError("generate: expected tokens, got text. Pass tokenizer.encode(text)")
     if tokens.size and not np.issubdtype(tokens.dtype, np.integer):
         raise TypeError(
             f"generate: tokens must be integers, got {tokens.dtype}. Cast them: tokens.astype(int)"
@@ -131,26 +131,26 @@ def _tokens_of(prompt: Any) -> list[int]:
 def _stream(
     net: LanguageModel,
     params: Params,
-    seen: list[int],
+    tokens: list[int],
     n: int,
     temperature: float,
     top_k: int | None,
     key: jax.Array,
 ) -> Iterator[int]:
-    context = net.context or len(seen) + n
-    new, memory, held = seen[-context:], net.start(params), 0  # tokens to read, and how many the memory holds
+    context = net.context or len(tokens) + n
+    new, state, cached = tokens[-context:], net.start(params), 0
     for i in range(n):
-        if held + len(new) > context:
-            new, memory, held = seen[-max(context // 2, 1) :], net.start(params), 0
+        if cached + len(new) > context:
+            new, state, cached = tokens[-max(context // 2, 1) :], net.start(params), 0
         key_i = jax.random.fold_in(key, i)
-        token, memory = _next(net.step, top_k, params, np.asarray(new, np.int32), memory, temperature, key_i)
-        held += len(new)
+        token, state = _next(net.step, top_k, params, np.asarray(new, np.int32), state, temperature, key_i)
+        cached += len(new)
         new = [int(token)]
         if new[0] < 0:
             raise FloatingPointError(
-                f"generate: the logits after {len(seen):,} tokens contain NaN. gf.nan_origin finds where it began"
+                f"generate: the logits after {len(tokens):,} tokens contain NaN. gf.nan_origin finds its origin"
             )
-        seen.append(new[0])
+        tokens.append(new[0])
         yield new[0]
 
 
@@ -160,19 +160,19 @@ def _next(
     top_k: int | None,
     params: Params,
     tokens: jax.Array,
-    memory: Any,
+    state: Any,
     temperature: jax.Array,
     key: jax.Array,
 ) -> tuple[jax.Array, Any]:
-    """Read tokens, and draw the next one."""
-    logits, memory = step(params, tokens, memory)
-    # Noise and temperature need more digits than narrow logits have: of 2,000 equal ones the first would win.
-    last = widen(logits[-1])  # [vocab]
+    """Read tokens and sample the next one; -1 if a logit is NaN."""
+    logits, state = step(params, tokens, state)
+    # Gumbel noise in bfloat16 is too coarse: of 2,000 equal logits the first would win.
+    last = widen(logits[-1])  # [vocab_size]
     if top_k is not None:
-        # By number and not by value, of which several tokens may have the same.
+        # By index, because several tokens may have equal logits.
         kept = jnp.zeros(last.shape, bool).at[jax.lax.top_k(last, top_k)[1]].set(True)
         last = jnp.where(kept, last, -jnp.inf)
-    # Below the largest, so that a small temperature overflows to -inf alone.
+    # Subtract the maximum, so that a small temperature can overflow to -inf only.
     scaled = (last - last.max()) / jnp.where(temperature > 0, temperature, 1).astype(last.dtype)
-    drawn = jnp.where(temperature > 0, jax.random.categorical(key, scaled), last.argmax())
-    return jnp.where(jnp.isnan(logits[-1]).any(), -1, drawn), memory
+    token = jnp.where(temperature > 0, jax.random.categorical(key, scaled), last.argmax())
+    return jnp.where(jnp.isnan(logits[-1]).any(), -1, token), state

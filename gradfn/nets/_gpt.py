@@ -1,4 +1,4 @@
-"""Language models of the GPT kind: GPT-2, and Llama with RoPE, RMS norm, SwiGLU and grouped queries."""
+"""Decoder-only language models: GPT-2, and Llama with RoPE, RMS norm, SwiGLU and grouped-query attention."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from gradfn.layers._embed import embed, sinusoidal
 from gradfn.layers._feed_forward import feed_forward, swiglu
 from gradfn.layers.norms import layer_norm, rms_norm
 from gradfn.nets._generate import LanguageModel
-from gradfn.nets.transformer import block, cast, draw_like_gpt2, stack_blocks, stack_of
+from gradfn.nets.transformer import block, cast, gpt2_init, stack_blocks, stack_of
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """What a GPT is made of. The defaults are GPT-2's smallest model.
+    """The architecture of a GPT. The defaults are GPT-2's smallest model.
 
-    Llama's choices are `positions="rope", norm="rms", feed="swiglu", bias=False`, a `hidden` and `n_kv_heads`.
+    For Llama set `positions="rope", norm="rms", feed="swiglu", bias=False`, `hidden` and `n_kv_heads`.
 
     Attributes:
-        vocab: number of tokens.
-        context: the longest sequence, in tokens.
-        n_layers: blocks.
-        n_heads: attention heads.
-        width: features of a position.
-        n_kv_heads: heads of keys and values; None for as many as `n_heads`.
-        head_size: features of a head; None for `width / n_heads`.
-        hidden: nodes of the feed-forward layers; None for `4 * width`.
-        positions: `"learned"` vectors, fixed `"sinusoidal"` ones, or `"rope"` in each attention.
+        vocab: the vocabulary size (`vocab_size`).
+        context: the longest sequence, in tokens (`block_size`).
+        n_layers: the number of blocks (`n_layer`).
+        n_heads: attention heads (`n_head`).
+        width: features per position (`d_model`, `n_embd`).
+        n_kv_heads: heads of keys and values; None for `n_heads`.
+        head_size: features per head; None for `width / n_heads`.
+        hidden: hidden nodes of the feed-forward layers (`d_ff`); None for `4 * width`.
+        positions: `"learned"` vectors, fixed `"sinusoidal"` vectors, or `"rope"` in each attention layer.
         norm: `"layer"` or `"rms"`.
-        feed: `"swiglu"`, or a feed-forward layer's activation: `"gelu"` (the tanh form, GPT-2's), `"gelu_exact"`.
-        bias: whether products and layer norms have biases.
-        tied: whether the head's matrix is the embedding's.
-        dropout: share of the embedding's and the blocks' outputs that training drops.
+        feed: `"swiglu"`, or the activation of plain feed-forward layers: `"gelu"` (GPT-2's tanh form), `"gelu_exact"`.
+        bias: whether dense layers and layer norms have biases.
+        tied: whether the head shares the embedding's matrix.
+        dropout: the fraction of the embedding's and the blocks' outputs that training drops.
         norm_epsilon: added to variances.
-        rope_base: of the angles of RoPE.
-        scan: blocks stacked under `lax.scan`: time to compile does not grow with depth, steps are a little slower.
-        remat: compute the insides of blocks again in the backward pass: less memory, more time.
+        rope_base: the base of RoPE's frequencies.
+        scan: stack the blocks under `lax.scan`: compile time does not grow with depth, steps are slightly slower.
+        remat: recompute the insides of blocks in the backward pass: less memory, more time.
         compute: the dtype to compute in, such as `"bfloat16"`; None for that of the parameters.
 
     >>> import gradfn as gf
@@ -76,32 +76,32 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in ("vocab", "context", "n_layers", "n_heads", "width"):
             if getattr(self, name) < 1:
-                raise ValueError(f"GPTConfig: {name} is 1 or more, came {getattr(self, name)}")
+                raise ValueError(f"GPTConfig: {name} must be an integer >= 1, got {getattr(self, name)}")
         for name, known in (("positions", ("learned", "sinusoidal", "rope")), ("norm", ("layer", "rms"))):
             if getattr(self, name) not in known:
                 raise ValueError(
-                    f"GPTConfig: {name} is one of {', '.join(known)}; came {getattr(self, name)!r}"
+                    f"GPTConfig: {name} must be one of {', '.join(known)}; got {getattr(self, name)!r}"
                 )
 
 
 def gpt(config: GPTConfig) -> LanguageModel:
-    """Return a language model: from tokens so far, the logits of each next token.
+    """Return a language model: from a sequence of tokens, the logits of each next token.
 
     Radford et al., *Language Models are Unsupervised Multitask Learners*, 2019; Touvron et al., *LLaMA*, 2023.
     Its values are named: `embedded`; in each block `attention_norm`, `queries`, `keys`, `values`, `probabilities`,
     `mixed`, `attention_out`, `residual_mid`, `feed_norm`, `hidden`, `feed_out`, `residual`; at the end
-    `final_norm` and `logits`. With more than one unrolled block the scope stands in front:
+    `final_norm` and `logits`. With several unrolled blocks the names start with the scope:
     `blocks/0/residual`.
 
     Args:
         config: see `gf.GPTConfig`.
 
     Returns:
-        A net of one sequence, from integers `[T]` to logits `[T, vocab]` in the parameters' dtype; `gf.generate`
-        goes on from where it ends. With dropout it takes `key=`.
+        A net of one sequence, from integers `[T]` to logits `[T, vocab_size]` in the parameters' dtype, for
+        `gf.generate` too. With dropout it takes `key=`.
 
     Raises:
-        ValueError: a config that makes no net, or a sequence longer than the context.
+        ValueError: sizes in the config that do not fit together, or a sequence longer than the context.
         ParameterError: parameters of other shapes.
 
     >>> import jax, jax.numpy as jnp, gradfn as gf
@@ -115,7 +115,7 @@ def gpt(config: GPTConfig) -> LanguageModel:
     final_norm, drop = _norm(config), dropout(config.dropout)
     norms = (_norm(config), _norm(config))
     block_spec, run_block = block(_attention(config), _feed(config), norms, config.dropout)
-    block_spec = draw_like_gpt2(block_spec, config.n_layers)
+    block_spec = gpt2_init(block_spec, config.n_layers)
     blocks_spec, run_blocks = stack_of(block_spec, run_block, config.n_layers, config.scan, config.remat)
 
     spec: Spec = {"embed": _bare(embedding), "blocks": blocks_spec, "final_norm": final_norm.spec}
@@ -123,13 +123,13 @@ def gpt(config: GPTConfig) -> LanguageModel:
         spec["positions"] = _bare(learned)
     if not config.tied:
         spec["head"] = head.spec
-    spec = draw_like_gpt2(spec, config.n_layers)
+    spec = gpt2_init(spec, config.n_layers)
 
     def run(params: Params, tokens: jax.Array, key: Any, cache: Any, start: Any) -> tuple[jax.Array, Any]:
         tokens = jnp.asarray(tokens)
         if tokens.ndim != 1 or len(tokens) > config.context:
             raise ValueError(_wrong_tokens(config, tokens.shape))
-        answer_dtype = params["embed"]["W"].dtype
+        output_dtype = params["embed"]["W"].dtype
         params = cast(params, dtype)
         with scope("embed"):
             x = embedding.apply(params["embed"], tokens)  # [T, width]
@@ -146,12 +146,12 @@ def gpt(config: GPTConfig) -> LanguageModel:
             x = tap(final_norm.apply(params["final_norm"], x), "final_norm")
         with scope("head"):
             z = head.apply(params["embed" if config.tied else "head"], x)
-        return tap(z.astype(answer_dtype), "logits"), cache
+        return tap(z.astype(output_dtype), "logits"), cache
 
     def apply(params: Params, tokens: jax.Array) -> jax.Array:
         return run(params, tokens, None, None, 0)[0]
 
-    def noisy_apply(params: Params, tokens: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    def apply_with_dropout(params: Params, tokens: jax.Array, key: jax.Array | None = None) -> jax.Array:
         return run(params, tokens, key, None, 0)[0]
 
     def start(params: Params) -> Any:
@@ -159,14 +159,14 @@ def gpt(config: GPTConfig) -> LanguageModel:
         size = config.head_size or config.width // config.n_heads
         empty = kv_cache(config.context, kv_heads, size, dtype or params["embed"]["W"].dtype)
         caches = {str(i): jax.tree.map(jnp.copy, empty) for i in range(config.n_layers)}
-        memory = {"blocks": caches, "length": jnp.zeros([], jnp.int32)}
-        return stack_blocks(memory) if config.scan else memory
+        state = {"blocks": caches, "length": jnp.zeros([], jnp.int32)}
+        return stack_blocks(state) if config.scan else state
 
-    def step(params: Params, tokens: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
-        logits, caches = run(params, tokens, None, memory["blocks"], memory["length"])
-        return logits, {"blocks": caches, "length": memory["length"] + len(tokens)}
+    def step(params: Params, tokens: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        logits, caches = run(params, tokens, None, state["blocks"], state["length"])
+        return logits, {"blocks": caches, "length": state["length"] + len(tokens)}
 
-    return LanguageModel(spec, noisy_apply if config.dropout else apply, start, step, config.context)
+    return LanguageModel(spec, apply_with_dropout if config.dropout else apply, start, step, config.context)
 
 
 def _attention(config: GPTConfig) -> Net:
@@ -195,14 +195,11 @@ def _norm(config: GPTConfig) -> Net:
 
 
 def _bare(layer: Net) -> Spec:
-    """Return a layer's spec without the initialisers that it has by itself."""
+    """Return a layer's spec without its own initializers."""
     return jax.tree.map(lambda param: Param(param.shape), layer.spec)
 
 
-def _wrong_tokens(config: GPTConfig, came: tuple[int, ...]) -> str:
-    message = f"gpt: expected one sequence of tokens [T], T at most {config.context}, came {list(came)}"
-    return (
-        f"{message}. For a batch: jax.vmap(net.apply, (None, 0))(params, tokens)"
-        if len(came) > 1
-        else message
-    )
+def _wrong_tokens(config: GPTConfig, actual: tuple[int, ...]) -> str:
+    message = f"gpt: expected one sequence of tokens [T], T <= {config.context}, got shape {list(actual)}"
+    hint = ". For a batch: jax.vmap(net.apply, (None, 0))(params, tokens)"
+    return message + hint if len(actual) > 1 else message

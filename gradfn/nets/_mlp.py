@@ -1,4 +1,4 @@
-"""The multilayer perceptron: layers of nodes, each connected to all nodes of the layer before."""
+"""The multilayer perceptron: dense layers in sequence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gradfn.layers._dense import affine
 
 
 def hidden_width(n_in: int, n_out: int) -> int:
-    """Return the base case for one hidden layer: the mean of the numbers of inputs and outputs.
+    """Return the mean of the numbers of inputs and outputs: a first guess for the width of one hidden layer.
 
     >>> import gradfn as gf
     >>> gf.hidden_width(784, 10)
@@ -33,17 +33,17 @@ def mlp(
 ) -> Net:
     """Return a multilayer perceptron, `a = σ(W a + b)` layer by layer.
 
-    Its values are named: weighted sums `z1`, activations `a1`, `z2`, ... The last layer's weighted sums are
-    the answer (logits) unless an output activation is asked for.
+    Its values are named: weighted sums `z1`, activations `a1`, `z2`, ... By default the output is the last layer's
+    weighted sums (logits).
 
     Args:
-        sizes: nodes a layer from inputs to outputs, `[784, 16, 10]`.
-        activation: of the hidden layers, a name from `gf.layers.activations` or a function.
-        output: the same for the last layer; None for none.
+        sizes: nodes per layer from inputs to outputs, `[784, 16, 10]`.
+        activation: of the hidden layers: a name from `gf.layers.activations` or a function.
+        output: activation of the last layer; None for no activation.
 
     Returns:
-        A net with `W1` `[16, 784]`, `b1` `[16]`, `W2` `[10, 16]`, `b2` `[10]`, ... It takes a vector `[784]`
-        and answers `[10]`, or a column `[784, 1]` and answers `[10, 1]`.
+        A net with `W1` `[16, 784]`, `b1` `[16]`, `W2` `[10, 16]`, `b2` `[10]`, ... It maps a vector `[784]` to
+        `[10]`, or a column `[784, 1]` to `[10, 1]`.
 
     Raises:
         ValueError: fewer than two sizes, or one below 1, or an unknown activation.
@@ -57,7 +57,7 @@ def mlp(
     """
     sizes = [int(size) for size in sizes]
     if len(sizes) < 2 or min(sizes) < 1:
-        raise ValueError(f"mlp: sizes are two or more numbers from 1 up, inputs first, came {sizes}")
+        raise ValueError(f"mlp: sizes must be two or more integers >= 1, inputs first, got {sizes}")
     hidden = activation_named(activation)
     last = None if output is None else activation_named(output)
     n_layers = len(sizes) - 1
@@ -81,16 +81,15 @@ def mlp(
     return Net(spec, apply)
 
 
-def _wrong_input(sizes: list[int], came: tuple[int, ...]) -> str:
+def _wrong_input(sizes: list[int], actual: tuple[int, ...]) -> str:
     n_in, n_out = sizes[:2]
     message = (
-        f"expected [{n_out}, {n_in}] times an input of [{n_in}] or a column [{n_in}, 1], "
-        f"came an input of {list(came)}"
+        f"W1 is [{n_out}, {n_in}], expected an input of [{n_in}] or a column [{n_in}, 1], got {list(actual)}"
     )
-    if len(came) > 1 and came[-1] == n_in:
+    if len(actual) > 1 and actual[-1] == n_in:
         return f"{message}. For a batch: jax.vmap(net.apply, (None, 0))(params, x)"
-    if math.prod(came) == n_in:
+    if math.prod(actual) == n_in:
         return f"{message}. Flatten it: x.reshape({n_in})"
-    if len(came) == 1:
-        return f"{message}, which wants W1 to be [{n_out}, {came[0]}]"
+    if len(actual) == 1:
+        return f"{message}. For inputs of that size: gf.mlp([{actual[0]}, {n_out}, ...])"
     return message

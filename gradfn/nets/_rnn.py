@@ -1,4 +1,4 @@
-"""Language models that read one token at a time and keep a state."""
+"""Recurrent language models."""
 
 from __future__ import annotations
 
@@ -26,21 +26,20 @@ def rnn(
     cell: Literal["vanilla", "gru", "lstm"] = "lstm",
     n_layers: int = 1,
 ) -> LanguageModel:
-    """Return a recurrent language model: from tokens so far, the logits of each next token.
+    """Return a recurrent language model: from a sequence of tokens, the logits of each next token.
 
     Mikolov et al., *Recurrent neural network based language model*, 2010. The states of each step are tapped as
-    `h` (of several layers `layers/0/h`, ...), an LSTM's cells as `c`; statistics of their gradients show how far
-    back in time they reach. For sequences that are no tokens see `gf.layers.lstm`.
+    `h` (`layers/0/h`, ... with several layers), an LSTM's cells as `c`; statistics of their gradients show how far
+    back in time gradients reach. For sequences of vectors instead of tokens see `gf.layers.lstm`.
 
     Args:
-        vocab: number of tokens.
+        vocab: the vocabulary size.
         width: features of embeddings and states.
         cell: `"vanilla"`, `"gru"` or `"lstm"`.
-        n_layers: recurrent layers, one on top of the other.
+        n_layers: the number of recurrent layers.
 
     Returns:
-        A net of one sequence of any length, from integers `[T]` to logits `[T, vocab]`; `gf.generate` goes on from
-        where it ends.
+        A net of one sequence of any length, from integers `[T]` to logits `[T, vocab_size]`, for `gf.generate` too.
 
     Raises:
         ValueError: an unknown cell.
@@ -54,7 +53,7 @@ def rnn(
     if cell not in _CELLS:
         near = difflib.get_close_matches(str(cell), _CELLS, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"rnn: expected a cell of {', '.join(_CELLS)}; came {cell!r}.{hint}")
+        raise ValueError(f"rnn: cell must be one of {', '.join(_CELLS)}; got {cell!r}.{hint}")
     embedding, head = embed(vocab, width), dense(width, vocab)
     layers = {str(i): _CELLS[cell](width, width) for i in range(n_layers)}
     spec = {
@@ -69,7 +68,7 @@ def rnn(
     def step(params: Params, tokens: jax.Array, states: Any) -> tuple[jax.Array, Any]:
         tokens = jnp.asarray(tokens)
         if tokens.ndim != 1:
-            raise ValueError(f"rnn: expected one sequence of tokens [T], came {list(tokens.shape)}")
+            raise ValueError(f"rnn: expected one sequence of tokens [T], got shape {list(tokens.shape)}")
         with scope("embed"):
             x = tap(embedding.apply(params["embed"], tokens), "embedded")  # [T, width]
         ends = {}

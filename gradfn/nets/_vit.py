@@ -1,4 +1,4 @@
-"""The vision transformer: an image as a sequence of patches."""
+"""The vision transformer: a transformer over the patches of an image."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from gradfn.layers._dense import dense
 from gradfn.layers._dropout import dropout
 from gradfn.layers._feed_forward import feed_forward
 from gradfn.layers.norms import layer_norm
-from gradfn.nets.transformer import block, cast, draw_like_gpt2, stack_of
+from gradfn.nets.transformer import block, cast, gpt2_init, stack_of
 
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """What a vision transformer is made of. The defaults are a small one for MNIST.
+    """The architecture of a vision transformer. The defaults are a small one for MNIST.
 
     Attributes:
         image: `[height, width, channels]` of an image.
-        patch: height and width of a patch; it divides those of the image.
-        classes: one logit each.
-        n_layers: blocks.
+        patch: height and width of a patch; it must divide the image's.
+        classes: the number of classes.
+        n_layers: the number of blocks.
         n_heads: attention heads.
-        width: features of a patch.
-        hidden: nodes of the feed-forward layers; None for `4 * width`.
-        pool: how patches become one answer: their `"mean"`, or what a learned `"class"` token gathers.
+        width: features per patch (`d_model`).
+        hidden: hidden nodes of the feed-forward layers (`d_ff`); None for `4 * width`.
+        pool: what the head reads: the `"mean"` over patches, or the final value of a learned `"class"` token.
         feed: the feed-forward layers' activation.
-        dropout: share of the embedding's and the blocks' outputs that training drops.
-        scan: blocks stacked under `lax.scan`.
-        remat: compute the insides of blocks again in the backward pass.
+        dropout: the fraction of the embedding's and the blocks' outputs that training drops.
+        scan: stack the blocks under `lax.scan`.
+        remat: recompute the insides of blocks in the backward pass.
         compute: the dtype to compute in, such as `"bfloat16"`; None for that of the parameters.
 
     >>> import gradfn as gf
@@ -63,13 +63,13 @@ class ViTConfig:
         object.__setattr__(self, "image", tuple(self.image))
         height, width, _ = self.image
         if self.patch < 1 or height % self.patch or width % self.patch:
-            raise ValueError(f"ViTConfig: patch divides the image's {height} x {width}, came {self.patch}")
+            raise ValueError(f"ViTConfig: patch must divide the image's {height} x {width}, got {self.patch}")
         if self.pool not in ("mean", "class"):
-            raise ValueError(f"ViTConfig: pool is mean or class, came {self.pool!r}")
+            raise ValueError(f"ViTConfig: pool must be 'mean' or 'class', got {self.pool!r}")
 
 
 def vit(config: ViTConfig) -> Net:
-    """Return a vision transformer: patches as tokens, each seeing all others, and one answer.
+    """Return a vision transformer, which classifies an image as a sequence of patches.
 
     Dosovitskiy et al., *An Image is Worth 16x16 Words*, 2020. Values are named as in `gf.gpt`.
 
@@ -77,8 +77,8 @@ def vit(config: ViTConfig) -> Net:
         config: see `gf.ViTConfig`.
 
     Returns:
-        A net from an image as it was declared, flat (`[784]`), or without its axis of one channel (`[28, 28]`),
-        to logits `[classes]` in the parameters' dtype. `patches/W` `[width, patch * patch * channels]` are its filters.
+        A net from an image of the declared shape, flat (`[784]`), or without its single channel (`[28, 28]`), to
+        logits `[classes]` in the parameters' dtype. `patches/W` `[width, patch * patch * channels]` are its filters.
 
     Raises:
         ParameterError: parameters or an image of other shapes.
@@ -92,15 +92,12 @@ def vit(config: ViTConfig) -> Net:
     rows, columns, size = height // config.patch, width // config.patch, config.patch
     dtype = None if config.compute is None else jnp.dtype(config.compute)
     patches = dense(size * size * channels, config.width)
-    head, final_norm, drop = (
-        dense(config.width, config.classes),
-        layer_norm(config.width),
-        dropout(config.dropout),
-    )
+    head, final_norm = dense(config.width, config.classes), layer_norm(config.width)
+    drop = dropout(config.dropout)
     feed = feed_forward(config.width, config.hidden or 4 * config.width, config.feed)
     norms = (layer_norm(config.width), layer_norm(config.width))
     block_spec, run_block = block(attention(config.width, config.n_heads), feed, norms, config.dropout)
-    block_spec = draw_like_gpt2(block_spec, config.n_layers)
+    block_spec = gpt2_init(block_spec, config.n_layers)
     blocks_spec, run_blocks = stack_of(block_spec, run_block, config.n_layers, config.scan, config.remat)
     with_token = config.pool == "class"
     positions = Param((rows * columns + with_token, config.width), jax.nn.initializers.normal(0.02))
@@ -116,17 +113,15 @@ def vit(config: ViTConfig) -> Net:
 
     def run(params: Params, image: jax.Array, key: jax.Array | None) -> jax.Array:
         image = jnp.asarray(image)
-        if image.size != math.prod(config.image) or image.shape not in (
-            config.image,
-            config.image[:2],
-            (image.size,),
-        ):
-            wanted = f"{list(config.image)} or [{math.prod(config.image)}]"
-            raise ParameterError("patches/W", f"expected an image of {wanted}, came {list(image.shape)}")
-        answer_dtype = params["head"]["W"].dtype
+        shape, flat = config.image, math.prod(config.image)
+        if image.size != flat or image.shape not in (shape, shape[:2], (flat,)):
+            message = f"expected an image of {list(shape)} or [{flat}], got {list(image.shape)}"
+            raise ParameterError("patches/W", message)
+        output_dtype = params["head"]["W"].dtype
         params, image = cast((params, image), dtype)
         x = image.reshape(rows, size, columns, size, channels)
-        x = x.transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1)  # [patches, size * size * channels]
+        # [rows, size, columns, size, channels] -> [patches, size * size * channels]
+        x = x.transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1)
         with scope("patches"):
             x = patches.apply(params["patches"], x)  # [patches, width]
         if with_token:
@@ -138,6 +133,6 @@ def vit(config: ViTConfig) -> Net:
             x = tap(final_norm.apply(params["final_norm"], x), "final_norm")
         x = tap(x[0] if with_token else widen(x).mean(0).astype(x.dtype), "pooled")
         with scope("head"):
-            return tap(head.apply(params["head"], x).astype(answer_dtype), "logits")
+            return tap(head.apply(params["head"], x).astype(output_dtype), "logits")
 
     return Net(spec, with_or_without_key(run, bool(config.dropout)))

@@ -1,7 +1,7 @@
 """Real weights: GPT-2 and Llama models in the folders that Hugging Face's `transformers` writes and reads.
 
 A folder holds `config.json` and `model.safetensors`, or several such files and `model.safetensors.index.json`.
-Pickled weights are never read: to unpickle is to run whatever somebody put into the file. What the config describes
+Pickled weights are never read, because unpickling a file can run arbitrary code. What the config describes
 is compared with the files' headers before anything is built or loaded, and tensors are loaded one at a time.
 """
 
@@ -177,7 +177,7 @@ def save_pretrained(folder: str | os.PathLike[str], config: GPTConfig, params: P
     for name in ("config.json", SINGLE):
         remove_parts(folder, name, IDLE)
     fields |= {"architectures": [family.architecture], "dtype": str(dtype), "model_type": family.name}
-    # The config gets its name first: weights without one would count as somebody else's.
+    # The config gets its name first: weights without one would not be recognized as ours.
     with replacing(folder / SINGLE) as weights, replacing(folder / "config.json") as described:
         described.write((json.dumps(fields, indent=2) + "\n").encode())
         write_tensors(weights, tensors, {"format": "pt"})

@@ -1,4 +1,4 @@
-"""The transformer's block, and stacks of blocks: one after the other, or as one `lax.scan`."""
+"""The transformer block, and stacks of blocks: unrolled, or as one `lax.scan`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ Run = Callable[..., Any]  # (params, x, key, cache, start) -> (y, cache)
 
 
 def block(attention: Net, feed: Net, norms: tuple[Net, Net], rate: float) -> tuple[Spec, Run]:
-    """Return a pre-norm block: what attention adds to the residual stream, then what feed-forward adds.
+    """Return a pre-norm block: attention, then a feed-forward layer, each added to the residual stream.
 
-    The stream is tapped on its way as `residual_mid` and `residual`, what is added to it as `attention_out` and
-    `feed_out`.
+    The stream is tapped as `residual_mid` and `residual`, the two summands as `attention_out` and `feed_out`.
 
     Returns:
         The spec, and `(params, x, key, cache, start) -> (y, cache)`; key and cache may be None.
@@ -49,24 +48,23 @@ def block(attention: Net, feed: Net, norms: tuple[Net, Net], rate: float) -> tup
 
 
 def stack_of(spec: Spec, run: Run, n: int, scan: bool, remat: bool) -> tuple[Spec, Run]:
-    """Return `n` blocks one after the other.
+    """Return `n` blocks in sequence.
 
     Args:
         spec: of one block.
         run: of one block.
-        n: how many.
-        scan: arrays `[n, ...]` under one `lax.scan`, whose time to compile does not grow with depth, in the
-            place of blocks `"0"`, `"1"`, ... each with its own arrays, which run a little faster.
-        remat: compute the insides of a block again in the backward pass in the place of keeping them.
+        n: the number of blocks.
+        scan: stack the parameters to arrays `[n, ...]` under one `lax.scan`, whose compile time does not grow with
+            depth. Otherwise blocks `"0"`, `"1"`, ... have their own arrays, and run slightly faster.
+        remat: recompute the insides of a block in the backward pass instead of storing them.
 
     Returns:
-        The spec, and `(params, x, key, cache, start) -> (y, cache)`; caches are a tree like the
-        parameters' blocks.
+        The spec, and `(params, x, key, cache, start) -> (y, cache)`; the caches form a tree with the parameters'
+        structure.
     """
     each = jax.checkpoint(run) if remat else run
-    if (
-        scan
-    ):  # Keeping products alone takes a third less time on processors than stacking every value of a block.
+    if scan:
+        # Saving only matrix products takes a third less time on CPUs than stacking every value of a block.
         policy = None if remat else jax.checkpoint_policies.dots_saveable
         each = jax.checkpoint(run, prevent_cse=False, policy=policy)
 
@@ -74,8 +72,8 @@ def stack_of(spec: Spec, run: Run, n: int, scan: bool, remat: bool) -> tuple[Spe
         return None if key is None else jax.random.split(key, n)
 
     def scanned(params: Params, x: jax.Array, key: Any, cache: Any, start: Any) -> tuple[jax.Array, Any]:
-        def step(x: jax.Array, its: Any) -> tuple[jax.Array, Any]:
-            block_params, block_key, block_cache = its
+        def step(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
+            block_params, block_key, block_cache = xs
             return each(block_params, x, block_key, block_cache, start)
 
         return jax.lax.scan(step, x, (params, keys_of(key), cache), length=n)
@@ -95,10 +93,10 @@ def stack_of(spec: Spec, run: Run, n: int, scan: bool, remat: bool) -> tuple[Spe
 
 
 def stack_blocks(params: Params) -> Params:
-    """Return parameters of unrolled blocks as those of blocks under `lax.scan`.
+    """Convert parameters of unrolled blocks to parameters of blocks under `lax.scan`.
 
     Args:
-        params: of a net whose config says `scan=False` (or any tree made like it: gradients, moments).
+        params: of a net with `scan=False`, or a tree of the same structure (gradients, optimizer moments).
 
     Returns:
         The same tree with `blocks` stacked: arrays `[n, ...]`.
@@ -115,7 +113,7 @@ def stack_blocks(params: Params) -> Params:
 
 
 def unstack_blocks(params: Params) -> Params:
-    """Return parameters of blocks under `lax.scan` as those of unrolled blocks: undoes `gf.stack_blocks`.
+    """Convert parameters of blocks under `lax.scan` to those of unrolled blocks: the inverse of `gf.stack_blocks`.
 
     >>> import jax, gradfn as gf
     >>> config = gf.GPTConfig(vocab=65, context=8, n_layers=3, n_heads=2, width=4, scan=True)
@@ -130,23 +128,23 @@ def unstack_blocks(params: Params) -> Params:
 
 
 def cast(params: Params, dtype: Any) -> Params:
-    """Return parameters in the dtype that a net computes in; None leaves them as they are."""
+    """Return parameters cast to the dtype that a net computes in; None leaves them as they are."""
     return params if dtype is None else jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), params)
 
 
-def draw_like_gpt2(spec: Spec, n_layers: int) -> Spec:
-    """Return a spec whose matrices start as GPT-2's: normal, 0.02 wide.
+def gpt2_init(spec: Spec, n_layers: int) -> Spec:
+    """Return a spec whose matrices are initialized as in GPT-2: normal with standard deviation 0.02.
 
-    Those that write into the residual stream (`out`, `down`) are narrower by sqrt(2 n_layers), so that the
+    For those that write into the residual stream (`out`, `down`) it is divided by sqrt(2 n_layers), so that the
     stream does not grow with depth (Radford et al., *Language Models are Unsupervised Multitask Learners*,
     2019, section 2.3).
     """
-    into_stream = 0.02 / (2 * n_layers) ** 0.5
+    std_into_stream = 0.02 / (2 * n_layers) ** 0.5
 
     def draw(path: Any, param: Param) -> Param:
         if param.init is not None or param.ndim < 2:
             return param
-        width = into_stream if path[-2].key in ("out", "down") else 0.02
-        return Param(param.shape, jax.nn.initializers.normal(width), param.dtype, param.axes)
+        std = std_into_stream if path[-2].key in ("out", "down") else 0.02
+        return Param(param.shape, jax.nn.initializers.normal(std), param.dtype, param.axes)
 
     return jax.tree_util.tree_map_with_path(draw, spec)

@@ -1,4 +1,4 @@
-"""Labels that are not classes: refused where their values are known, NaN where they are traced, never another class."""
+"""Labels out of range raise where their values are known, give NaN where they are traced, and never alias a class."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ FLOATS = {
 
 
 @pytest.mark.parametrize("kind", [*BAD, *FLOATS])
-def test_known_labels_that_are_no_classes_are_refused(kind):
+def test_known_labels_out_of_range_raise(kind):
     y, error, message = (BAD | FLOATS)[kind]
     with pytest.raises(error, match=message):
         gf.accuracy(net)(params, (x, y))
@@ -60,7 +60,7 @@ def test_known_labels_that_are_no_classes_are_refused(kind):
             fit(gf.quadratic_loss(net), y)
 
 
-def test_narrow_targets_count_larger_vocabularies():
+def test_narrow_target_dtypes_work_with_larger_vocabularies():
     wide = gf.Net({}, lambda params, x: x)
     logits = np.eye(300, dtype=np.float32)[[0, 299, 44]] * 9
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -70,7 +70,7 @@ def test_narrow_targets_count_larger_vocabularies():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_traced_labels_that_are_no_classes_give_nan(name):
+def test_traced_labels_out_of_range_give_nan(name):
     loss = LOSSES[name](net)
     value_and_grad = jax.jit(jax.vmap(jax.value_and_grad(loss), (None, 0)))
     for y in (np.array([-1, 4, 5, 0, 1, 2, 3, -100]), np.uint8([255, 4, 5, 0, 1, 2, 3, 200])):
@@ -84,7 +84,7 @@ def test_traced_labels_that_are_no_classes_give_nan(name):
     np.testing.assert_array_equal(np.isnan(scanned), right == 0)
 
 
-def test_a_column_of_labels_is_as_good_as_a_row():
+def test_a_column_of_labels_equals_a_vector():
     z = x @ np.asarray(params["W1"]).T + np.asarray(params["b1"])[None]
     share = (z.argmax(-1) == right).mean()
     for y in (right, right[:, None], jnp.asarray(right, jnp.uint8), right.tolist()):
@@ -104,7 +104,7 @@ def test_a_column_of_labels_is_as_good_as_a_row():
     assert loss(start, (x, right % 2 == 1)) == loss(start, (x, right % 2))
 
 
-def test_narrow_labels_count_more_classes_than_their_dtype():
+def test_narrow_label_dtypes_work_with_more_classes_than_they_hold():
     wide = gf.Net({}, lambda params, x: x)
     logits = np.eye(300, dtype=np.float32)[[0, 256, 44]] * 9
     y = np.uint8([0, 0, 44])
@@ -117,7 +117,7 @@ def test_narrow_labels_count_more_classes_than_their_dtype():
         np.testing.assert_allclose(jax.vmap(make(wide), (None, 0))({}, (logits, y)), expected, rtol=1e-5)
 
 
-def test_one_output_node_takes_no_integer_labels():
+def test_integer_labels_need_more_than_one_output():
     one = gf.mlp([3, 1], output="sigmoid")
     start, y = one.init(jax.random.key(0)), right % 2
     for loss in (gf.classification_loss(one), gf.quadratic_loss(one)):
@@ -146,7 +146,7 @@ def test_accuracy_does_not_broadcast():
         gf.accuracy(pixels)({}, (x, right))
 
 
-def test_several_labels_for_one_example_are_refused_while_tracing():
+def test_several_labels_for_one_example_raise_while_tracing():
     for make in LOSSES.values():
         with pytest.raises(ValueError, match=r"expected one label, got shape \[8\].*gf.batch_mean"):
             make(net)(params, (x[0], right))
@@ -169,7 +169,7 @@ def test_targets_beyond_the_vocabulary(target):
     np.testing.assert_allclose(values[1], nats[:2].mean(), rtol=1e-5)  # a negative target is padding
 
 
-def test_targets_of_another_form_are_refused():
+def test_targets_of_another_shape_or_dtype_raise():
     loss = gf.next_token_loss(lm)
     with pytest.raises(ValueError, match=r"expected targets \[3\] for logits \[3, 5\], got \[3, 1\]"):
         loss(lm_params, (jnp.arange(3), jnp.ones([3, 1], int)))

@@ -1,4 +1,4 @@
-"""Norms of numbers whose squares leave the range of their dtype, against numpy in float64."""
+"""Norms of values whose squares overflow or underflow, compared with numpy in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ scales = st.integers(-36, 37)
 @settings(deadline=None, max_examples=10)
 @given(st.lists(scales, min_size=6, max_size=6), st.booleans(), st.integers(0, 2**20))
 def test_norms_of_any_magnitude(exponents, is_complex, seed):
-    """Rows of different magnitudes, each with elements of several."""
+    """Rows of different magnitudes, each with elements of several magnitudes."""
     random = np.random.default_rng(seed)
     x = random.uniform(1, 2, (3, 6)) * 10.0 ** np.array(exponents)
     x = (x + 1j * x[:, ::-1]).astype(np.complex64) if is_complex else x.astype(np.float32)
@@ -28,7 +28,7 @@ def test_norms_of_any_magnitude(exponents, is_complex, seed):
 @pytest.mark.parametrize(
     ("x", "expected"), [([], 0), ([0, 0], 0), ([np.inf, 1], np.inf), ([np.nan, np.inf], np.nan)]
 )
-def test_norms_of_nothing_and_of_what_is_not_finite(x, expected):
+def test_norms_of_empty_and_non_finite_arrays(x, expected):
     np.testing.assert_equal(float(norm(jnp.array(x, jnp.float32))), expected)
 
 

@@ -1,4 +1,4 @@
-"""The door of data: frames, lists and tensors become the arrays that numpy makes of them, or an error says why not."""
+"""Data frames, lists and tensors are converted to the arrays that numpy makes of them, or raise."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ Y = np.arange(12) % 4
 
 
 def shuffled_frame(pandas):
-    """Return a frame and a series whose labels are not their positions, as a train_test_split leaves them."""
+    """Return a frame and a series whose labels differ from their positions, as after a train_test_split."""
     index = np.random.default_rng(1).permutation(12) + 5
     return pandas.DataFrame(X, columns=["a", "b", "c"], index=index), pandas.Series(Y, index=index[::-1])
 
@@ -35,12 +35,12 @@ def test_rows_of_a_frame_are_taken_by_position():
     np.testing.assert_array_equal(host.order(0)[0][0], X)
 
 
-def test_batches_of_the_host_may_hold_numbers_that_examples_share():
+def test_host_batches_may_contain_shared_scalars():
     host = gf.train.from_host(lambda step: {"x": X, "temperature": np.float32(step)})
     np.testing.assert_array_equal(host.order(0)["temperature"][:3], [0, 1, 2])
 
 
-def test_fit_and_accuracy_of_a_frame_are_those_of_its_array():
+def test_fit_and_accuracy_of_a_frame_equal_those_of_its_array():
     pandas = pytest.importorskip("pandas")
     x, y = shuffled_frame(pandas)
     net = gf.mlp([3, 4])
@@ -52,7 +52,7 @@ def test_fit_and_accuracy_of_a_frame_are_those_of_its_array():
     assert gf.accuracy(net)(start, (x, y)) == gf.accuracy(net)(start, (jnp.asarray(X), jnp.asarray(Y)))
 
 
-def test_columns_of_a_frame_become_numbers():
+def test_columns_of_a_frame_are_converted():
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame(
         {"flag": [True, False], "n": pandas.array([1, 2], "Int64"), "x": [0.5, 1.5], "u": np.uint8([7, 8])}
@@ -79,7 +79,7 @@ def test_columns_of_a_frame_become_numbers():
         (lambda pd: pd.Series(pd.to_datetime(["2020-01-01"])), "data must be numeric, got dtype datetime"),
     ],
 )
-def test_columns_that_are_not_numbers_are_named(make, message):
+def test_columns_that_are_not_numeric_raise(make, message):
     with pytest.raises(ValueError, match=message):
         as_arrays(make(pytest.importorskip("pandas")))
 
@@ -107,7 +107,7 @@ def test_lists_become_arrays():
     np.testing.assert_array_equal(images, X)
     np.testing.assert_array_equal(labels, Y)
     np.testing.assert_array_equal(as_arrays((list(jnp.asarray(X)), Y))[0], X)
-    batch = as_arrays([X, Y])  # the outermost list is a container, as everywhere in jax
+    batch = as_arrays([X, Y])  # the outermost list is a container, as usual in jax
     assert [part.shape for part in batch] == [(12, 3), (12,)]
 
 
@@ -126,7 +126,7 @@ def test_lists_become_arrays():
         (np.ma.masked_equal(Y, 0), "data: 3 of 12 values are masked"),
     ],
 )
-def test_what_is_no_array_is_named_and_not_printed(data, message):
+def test_errors_name_the_leaf_and_do_not_print_the_data(data, message):
     for make in (as_arrays, lambda data: gf.data.batches(data, 2)):
         with pytest.raises(ValueError, match=message) as error:
             make(data)
@@ -148,18 +148,18 @@ def test_messages_about_many_arrays_are_short():
 
 
 @pytest.mark.parametrize("text", [np.array(["a", "b"]), ["a", "b"], np.array([b"a", b"b"])])
-def test_text_can_be_split_and_not_trained_on(text):
+def test_text_can_be_split_but_not_trained_on(text):
     (train, _), _, (test, _) = gf.data.split(text, np.arange(2), validation=0, test=1)
     assert sorted([*train, *test]) == sorted(np.asarray(text))
     with pytest.raises(ValueError, match="data must be numeric, got text"):
         on_device(np.asarray(text))
 
 
-def test_integers_that_would_wrap_around_are_refused():
+def test_integers_that_would_wrap_around_raise():
     assert on_device(np.array([2**31 - 1])).dtype == jnp.int32
     for wide in (np.array([0, 2**32 + 1]), np.array([2**31], np.uint64), [-(2**31) - 1]):
         if isinstance(wide, np.ndarray) and wide.dtype == np.uint64:
-            np.testing.assert_array_equal(on_device(wide), 2**31)  # uint32 has it
+            np.testing.assert_array_equal(on_device(wide), 2**31)  # uint32 can represent it
             continue
         with pytest.raises(ValueError, match="integers must fit int32"):
             on_device(wide)

@@ -1,4 +1,4 @@
-"""Shuffled batches: each example at most once an epoch, and the same whenever asked."""
+"""Shuffled batches: each example at most once per epoch, in a reproducible order."""
 
 import itertools
 
@@ -20,9 +20,9 @@ def test_order_visits_each_example_at_most_once(n, data, seed, epoch):
     order = epoch_order(n, size, seed, epoch)
     assert order.shape == (n // size, size)
     assert order.dtype == np.int32
-    seen = order.ravel()
-    assert len(set(seen.tolist())) == seen.size > n - size
-    assert 0 <= seen.min() <= seen.max() < n
+    visited = order.ravel()
+    assert len(set(visited.tolist())) == visited.size > n - size
+    assert 0 <= visited.min() <= visited.max() < n
     np.testing.assert_array_equal(order, epoch_order(n, size, seed, epoch))
 
 
@@ -32,11 +32,11 @@ def test_seeds_and_epochs_do_not_share_orders(one, other):
     assert same == (one == other)
 
 
-def test_order_depends_on_nothing_else():
+def test_order_is_reproducible():
     before = epoch_order(50, 5, seed=1, epoch=2)
     np.random.default_rng(0).random(10)
     np.testing.assert_array_equal(before, epoch_order(np.int64(50), np.int32(5), seed=1, epoch=2))
-    # Written down once: a run resumed on another day or machine must meet the same batches.
+    # Recorded values: a run resumed on another day or machine must see the same batches.
     assert epoch_order(7, 3, seed=1, epoch=2).tolist() == GOLDEN
 
 
@@ -65,7 +65,7 @@ def test_epochs():
     assert len({tuple(batch.tolist()) for (batch,) in endless}) > 50  # another order each epoch
 
 
-def test_arrays_of_jax():
+def test_jax_arrays():
     x, key = jnp.arange(4.0), jax.random.split(jax.random.key(0), 4)
     for (batch, keys), rows in zip(batches((x, key), 2, seed=1), epoch_order(4, 2, 1, 0), strict=True):
         assert isinstance(batch, jax.Array)
@@ -73,25 +73,25 @@ def test_arrays_of_jax():
         assert (keys == key[rows]).all()
 
 
-def test_errors_come_at_the_call():
+def test_errors_are_raised_at_the_call():
     x = np.zeros([5, 2])
-    with pytest.raises(ValueError, match="batch_size=6 is larger than the data, 5 examples"):
+    with pytest.raises(ValueError, match="batch_size must be at most the number of examples, 5, got 6"):
         batches(x, 6)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be an integer >= 1, got 0"):
         batches(x, 0)
-    with pytest.raises(TypeError, match=r"batch_size must be a whole number, got 2\.5"):
+    with pytest.raises(TypeError, match=r"batch_size must be an integer, got 2\.5"):
         batches(x, 2.5)
-    with pytest.raises(ValueError, match="there are no examples"):
+    with pytest.raises(ValueError, match="expected at least one example, got n = 0"):
         batches(x[:0], 1)
-    with pytest.raises(ValueError, match="there are no arrays"):
+    with pytest.raises(ValueError, match="expected data with at least one array"):
         batches({}, 1)
     with pytest.raises(ValueError, match=r"lengths differ: data\['x'\]: 5, data\['y'\]: 4"):
         batches({"x": x, "y": x[:4]}, 2)
     with pytest.raises(ValueError, match=r"data\[1\] must be an array \[examples, ...\], got 3"):
         batches((x, 3), 2)
-    with pytest.raises(ValueError, match="epochs must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="epochs must be an integer >= 0, got -1"):
         batches(x, 2, epochs=-1)
-    with pytest.raises(ValueError, match=r"seed must be from 0 to 4,294,967,295, got -1"):
+    with pytest.raises(ValueError, match=r"seed must be an integer from 0 to 4,294,967,295, got -1"):
         batches(x, 2, seed=-1)
-    with pytest.raises(ValueError, match="epoch must be from 0"):
+    with pytest.raises(ValueError, match="epoch must be an integer from 0"):
         epoch_order(5, 2, 0, -1)

@@ -19,7 +19,7 @@ def rows(*parts):
     return sorted(map(bytes, np.concatenate([x for x, _ in parts])))
 
 
-def test_small_digits_are_scikit_learns():
+def test_small_digits_equal_scikit_learns():
     data = digits(size=8)
     raw = load_digits()
     assert rows(*data[:3]) == rows(((raw.data / 16).astype(np.float32), None))
@@ -34,7 +34,7 @@ def test_small_digits_are_scikit_learns():
     assert "8x8" in data.name
 
 
-def test_large_digits_are_the_small_ones_enlarged():
+def test_large_digits_are_resized_small_ones():
     large, small = digits(), digits(size=8)
     assert large.train[0].shape == (1257, 784)
     assert large.shape == (28, 28)
@@ -44,13 +44,13 @@ def test_large_digits_are_the_small_ones_enlarged():
     assert images.min() >= 0.0
     assert images.max() <= 1.0
     assert images.dtype == np.float32
-    # Upright, in place, as bright: the centre of mass stays, and so does the mean, but for the clipping.
+    # The center of mass stays, and so does the mean, apart from clipping.
     little = small.test[0].reshape(-1, 8, 8)
     centres_28 = (images.sum(2) @ np.arange(28) / images.sum((1, 2)) + 0.5) / 28
     centres_8 = (little.sum(2) @ np.arange(8) / little.sum((1, 2)) + 0.5) / 8
     assert np.abs(centres_28 - centres_8).max() < 0.01
     assert abs(images.mean() - little.mean()) < 0.01
-    # Each picture has its own label still: the nearest training picture says which.
+    # Images still match their labels, according to the nearest training image.
     assert KNeighborsClassifier(1).fit(*large.train).score(*large.test) > 0.97
 
 
@@ -72,15 +72,15 @@ def test_digits_same_seed_same_split():
 def test_digits_bad_sizes():
     with pytest.raises(ValueError, match=r"size must be 28 \(resized\) or 8 .*, got 14"):
         digits(size=14)
-    with pytest.raises(ValueError, match="leave no training example of the 1,797"):
+    with pytest.raises(ValueError, match=r"expected at least one training example, .* of 1,797"):
         digits(test=1797)
-    with pytest.raises(ValueError, match="test would hold 7 examples, fewer than the 10 labels"):
+    with pytest.raises(ValueError, match="test needs one example per label, at least 10, got 7"):
         digits(test=7)
-    with pytest.raises(ValueError, match="validation must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="validation must be an integer >= 0, got -1"):
         digits(validation=-1)
-    with pytest.raises(TypeError, match=r"test must be a whole number, got 0\.2 \(float\)"):
+    with pytest.raises(TypeError, match=r"test must be an integer, got 0\.2 \(float\)"):
         digits(test=0.2)
-    with pytest.raises(ValueError, match="seed must be from 0"):
+    with pytest.raises(ValueError, match="seed must be an integer from 0"):
         digits(seed=-1)
 
 
@@ -93,16 +93,16 @@ def test_diabetes():
     undone = [part[1] * data.target_std + data.target_mean for part in data[:3]]
     raw = load_diabetes(scaled=False)
     np.testing.assert_allclose(np.sort(np.concatenate(undone)[:, 0]), np.sort(raw.target), rtol=1e-6)
-    # Rows still belong to their targets: a linear fit to all patients explains what it is known to, 51.8 %.
+    # Rows still match their targets: a linear fit to all patients explains 51.8 %, the published value.
     x, y = (np.concatenate(arrays) for arrays in zip(*data[:3], strict=True))
     assert abs(LinearRegression().fit(x, y).score(x, y) - 0.51775) < 1e-4
     assert repr(data) == "Dataset('diabetes': 309 train, 44 validation, 89 test; inputs 10; regression)"
 
 
-def test_diabetes_statistics_are_the_training_parts():
+def test_diabetes_is_standardized_by_the_training_part():
     data = diabetes(validation=0, test=440)
     assert np.isfinite(data.test[0]).all()
-    np.testing.assert_allclose(np.abs(data.train[1]), 1, atol=1e-6)  # two patients, standardised
+    np.testing.assert_allclose(np.abs(data.train[1]), 1, atol=1e-6)  # two patients, standardized
     assert data.validation[0].shape == (0, 10)
     with pytest.raises(ValueError, match="at least 2 training examples"):
         diabetes(validation=0, test=441)

@@ -7,7 +7,7 @@ import gradfn as gf
 
 
 def reference(query, key, value, mask):
-    """Attention in numpy, one head and one query at a time."""
+    """Compute attention in numpy, one head and one query at a time."""
     group = query.shape[1] // key.shape[1]
     out = np.zeros(query.shape)
     for t in range(query.shape[0]):
@@ -28,7 +28,7 @@ def test_attend_is_a_weighted_mean_of_values(kv_heads):
     np.testing.assert_allclose(found, reference(query, key, value, mask), rtol=1e-5, atol=1e-6)
 
 
-def test_causal_attention_sees_nothing_that_comes_later():
+def test_causal_attention_ignores_later_positions():
     layer = gf.layers.attention(8, 2, causal=True, rope_base=100.0)
     params = layer.init(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), [6, 8])
@@ -38,18 +38,18 @@ def test_causal_attention_sees_nothing_that_comes_later():
     assert (apply(params, x)[4:] != apply(params, later)[4:]).any()
 
 
-def test_cross_attention_takes_keys_and_values_from_the_memory():
+def test_cross_attention_reads_keys_and_values_from_memory():
     layer = gf.layers.attention(8, 2)
     params = layer.init(jax.random.key(0))
     x, memory = jnp.ones([3, 8]), jax.random.normal(jax.random.key(1), [5, 8])
     np.testing.assert_allclose(layer.apply(params, x, x), layer.apply(params, x), rtol=1e-6)
-    # Alike queries see the same, and the order of what is seen does not matter.
+    # Equal queries give equal outputs, and the order of the memory does not matter.
     y = layer.apply(params, x, memory)
     np.testing.assert_allclose(y[0], y[2], rtol=1e-6)
     np.testing.assert_allclose(layer.apply(params, x, memory[::-1]), y, rtol=1e-5, atol=1e-6)
 
 
-def test_a_cache_remembers_what_was_seen():
+def test_a_cache_continues_a_sequence():
     layer = gf.layers.attention(8, 4, n_kv_heads=2, causal=True, rope_base=50.0)
     params = layer.init(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), [7, 8])
@@ -64,36 +64,36 @@ def test_a_cache_remembers_what_was_seen():
 
 
 @pytest.mark.slow
-def test_probabilities_are_tapped_and_cost_nothing_when_nobody_looks():
+def test_tapped_probabilities_cost_nothing_without_inspection():
     layer = gf.layers.attention(8, 2, causal=True)
     params, x = layer.init(jax.random.key(0)), jnp.ones([3, 8])
-    seen = gf.inspect(lambda p, x: layer.apply(p, x).sum(), keep="probabilities")(params, x)
-    weights = seen.activations["probabilities"]
+    inspection = gf.inspect(lambda p, x: layer.apply(p, x).sum(), keep="probabilities")(params, x)
+    weights = inspection.activations["probabilities"]
     np.testing.assert_allclose(
         weights, np.tile(np.tril(np.ones([3, 3])) / [[1], [2], [3]], [2, 1, 1]), rtol=1e-6
     )
     compiled = jax.jit(layer.apply).lower(params, x).as_text()
-    assert "probabilities" not in compiled  # a name is no operation
+    assert "probabilities" not in compiled  # names compile to nothing
 
 
-def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="n_heads divides width, came width 8, n_heads 3"):
+def test_shapes_that_do_not_match_raise():
+    with pytest.raises(ValueError, match="n_heads must divide width, got n_heads 3, width 8"):
         gf.layers.attention(8, 3)
-    with pytest.raises(ValueError, match="n_kv_heads divides n_heads, came 4 and 3"):
+    with pytest.raises(ValueError, match="n_kv_heads must divide n_heads, got n_kv_heads 3, n_heads 4"):
         gf.layers.attention(8, 4, 3)
     layer = gf.layers.attention(8, 2, causal=True)
-    with pytest.raises(ValueError, match="memory is for attention that is not causal"):
+    with pytest.raises(ValueError, match="memory cannot be combined with causal=True"):
         layer.apply(layer.init(jax.random.key(0)), jnp.ones([2, 8]), jnp.ones([2, 8]))
     with pytest.raises(
         gf.ParameterError, match=r"query/W: W is \[8, 8\], expected an input of \[\.\.\., 8\]"
     ):
         layer.apply(layer.init(jax.random.key(0)), jnp.ones([2, 4]))
     one = jnp.ones([2, 1, 4])
-    with pytest.raises(ValueError, match=r"came \[2, 1, 4\], \[2, 1, 3\], \[2, 1, 4\]"):
+    with pytest.raises(ValueError, match=r"got \[2, 1, 4\], \[2, 1, 3\], \[2, 1, 4\]"):
         gf.layers.attend(one, one[..., :3], one)
 
 
-def test_rope_turns_by_distance_only():
+def test_rope_depends_on_distances_only():
     x = jax.random.normal(jax.random.key(0), [2, 1, 8])
 
     def product(i, j):
@@ -102,24 +102,24 @@ def test_rope_turns_by_distance_only():
 
     np.testing.assert_allclose(product(3, 7), product(13, 17), rtol=1e-4)
     assert abs(product(3, 7) - product(3, 8)) > 1e-3
-    with pytest.raises(ValueError, match="a head's size is even, came 3"):
+    with pytest.raises(ValueError, match="the head size must be even, got 3"):
         gf.layers.rope(jnp.ones([1, 1, 3]), jnp.array([0]))
 
 
-def test_sinusoidal_is_the_formula():
+def test_sinusoidal_equals_the_formula():
     table = np.asarray(gf.layers.sinusoidal(50, 6))
     for t, i in ((0, 0), (7, 1), (49, 2)):
         angle = t / 10_000 ** (2 * i / 6)
         np.testing.assert_allclose(table[t, 2 * i : 2 * i + 2], [np.sin(angle), np.cos(angle)], atol=1e-6)
-    with pytest.raises(ValueError, match="width is even, came 5"):
+    with pytest.raises(ValueError, match="width must be even, got 5"):
         gf.layers.sinusoidal(3, 5)
 
 
-def test_embed_answers_nan_for_what_it_does_not_have():
+def test_embed_gives_nan_for_indices_out_of_range():
     layer = gf.layers.embed(3, 2)
     params = layer.init(jax.random.key(0))
     answer = layer.apply(params, np.array([0, 2, 3, -1]))
     np.testing.assert_array_equal(answer[:2], params["W"][jnp.array([0, 2])])
     assert np.isnan(answer[2:]).all()
-    with pytest.raises(gf.ParameterError, match=r"W: looks up integers, came \[2\] float32"):
+    with pytest.raises(gf.ParameterError, match=r"W: expected integer indices, got \[2\] float32"):
         layer.apply(params, jnp.ones(2))

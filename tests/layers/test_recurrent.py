@@ -10,7 +10,7 @@ LAYERS = {"RNN": gf.layers.vanilla_rnn, "GRU": gf.layers.gru, "LSTM": gf.layers.
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
-def test_states_and_gradients_are_those_of_pytorch(name):
+def test_states_and_gradients_equal_pytorch(name):
     torch = pytest.importorskip("torch", reason="needs PyTorch: pip install torch")
     layer = LAYERS[name](3, 5)
     rng = np.random.default_rng(0)
@@ -36,7 +36,7 @@ def test_states_and_gradients_are_those_of_pytorch(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_sequence_in_two_parts_is_the_sequence(name):
+def test_a_state_continues_a_sequence(name):
     layer = LAYERS[name](3, 4)
     params = layer.init(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), [6, 3])
@@ -46,7 +46,7 @@ def test_a_sequence_in_two_parts_is_the_sequence(name):
     np.testing.assert_allclose(np.concatenate([first, second]), apply(params, x), rtol=1e-5, atol=1e-6)
 
 
-def test_they_start_as_rotations_and_the_lstm_remembers():
+def test_initial_weights_are_orthogonal_and_the_forget_bias_is_one():
     params = gf.layers.lstm(3, 4).init(jax.random.key(0))
     for Wh in np.split(np.asarray(params["Wh"]), 4):
         np.testing.assert_allclose(Wh @ Wh.T, np.eye(4), atol=1e-5)

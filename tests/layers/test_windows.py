@@ -18,7 +18,7 @@ from gradfn.layers.windows import conv_as_product
         ((7, 7), (5, 5), 2, 1, "SAME"),
     ],
 )
-def test_a_product_is_the_convolution_and_so_are_its_gradients(shape, window, stride, dilation, padding):
+def test_the_product_form_equals_convolution_with_its_gradients(shape, window, stride, dilation, padding):
     x = jax.random.normal(jax.random.key(0), [*shape, 3])
     W = jax.random.normal(jax.random.key(1), [4, 3, *window])
     axes = "HW"[: len(shape)]

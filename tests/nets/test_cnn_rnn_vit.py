@@ -31,7 +31,7 @@ def test_images_come_in_three_shapes(name):
         np.testing.assert_allclose(apply(params, x.reshape(shape)), apply(params, x), rtol=1e-5, atol=1e-6)
     for shape in ([7, 7], [1, 8, 8], [2, 32]):
         with pytest.raises(
-            gf.ParameterError, match=r"expected an image of \[8, 8, 1\] or \[64\], came \[[127], "
+            gf.ParameterError, match=r"expected an image of \[8, 8, 1\] or \[64\], got \[[127], "
         ):
             net.apply(params, jnp.zeros(shape))
 
@@ -42,12 +42,12 @@ def test_cnn_names_its_values_and_counts_its_parameters():
     assert [n for n in names if "/" not in n] == [*("z1", "a1", "p1", "z2", "a2", "p2", "z3", "a3", "z4")]
     # 2 windows of 3x3 on 1 channel, 3 on 2; then 2*2*3 -> 5 -> 4.
     assert gf.count(params) == (18 + 2) + (54 + 3) + (60 + 5) + (20 + 4)
-    with pytest.raises(ValueError, match=r"3 poolings leave nothing of an image of \[4, 4, 1\]"):
+    with pytest.raises(ValueError, match=r"image \[4, 4, 1\] is too small for 3 poolings"):
         gf.cnn([4, 4, 1], [1, 1, 1])
 
 
 @pytest.mark.slow
-def test_dropout_wants_a_key():
+def test_dropout_needs_a_key():
     x = jnp.ones(64)
     for net in (gf.cnn([8, 8, 1], [2], [5], 4, dropout=0.5), gf.vit(dataclasses.replace(VIT, dropout=0.5))):
         params = jax.jit(net.init)(jax.random.key(0))
@@ -58,7 +58,7 @@ def test_dropout_wants_a_key():
 
 
 @pytest.mark.slow
-def test_rnn_goes_on_from_its_states():
+def test_rnn_continues_from_its_states():
     net, params = started("rnn")
     tokens = jnp.array([3, 1, 4, 1, 5, 9])
     step = jax.jit(net.step)
@@ -77,17 +77,17 @@ def test_rnn_generates_past_any_context():
     np.testing.assert_array_equal(found, likeliest)
 
 
-def test_rnn_states_and_their_gradients_are_seen():
+def test_rnn_states_and_their_gradients_are_inspected():
     net, params = started("rnn")
     names = gf.sites(net.apply)(params, jnp.arange(6)).names
     assert {"layers/0/h", "layers/1/h", "embedded", "logits"} <= set(names)
-    with pytest.raises(ValueError, match=r"came 'lstn'\. Did you mean 'lstm'\?"):
+    with pytest.raises(ValueError, match=r"got 'lstn'\. Did you mean 'lstm'\?"):
         gf.rnn(3, 4, "lstn")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pool", ["mean", "class"])
-def test_vit_scanned_is_vit_unrolled(pool):
+def test_scanned_vit_equals_unrolled_vit(pool):
     config = dataclasses.replace(VIT, pool=pool)
     net, scanned = gf.vit(config), gf.vit(dataclasses.replace(config, scan=True))
     params = jax.jit(net.init)(jax.random.key(0))
@@ -101,7 +101,7 @@ def test_vit_scanned_is_vit_unrolled(pool):
 
 
 @pytest.mark.slow
-def test_vit_by_means_without_positions_sees_patches_in_any_order():
+def test_mean_pooled_vit_without_positions_ignores_the_order_of_patches():
     net, params = started("vit")
     params = params | {"positions": {"W": jnp.zeros([4, 8])}}
     x = jax.random.normal(jax.random.key(1), [8, 8])
@@ -111,14 +111,14 @@ def test_vit_by_means_without_positions_sees_patches_in_any_order():
 
 
 @pytest.mark.slow
-def test_vit_filters_are_its_patches():
+def test_vit_filters_match_patches():
     net, params = started("vit")
     x = jnp.zeros([8, 8]).at[:4, 4:].set(jnp.arange(16.0).reshape(4, 4))  # the second patch
-    seen = gf.inspect(lambda p, x: net.apply(p, x).sum(), keep="patches*")(params, x)
-    [name] = [name for name in seen.activations if name == "patches"]
+    inspection = gf.inspect(lambda p, x: net.apply(p, x).sum(), keep="patches*")(params, x)
+    [name] = [name for name in inspection.activations if name == "patches"]
     expected = params["patches"]["W"] @ jnp.arange(16.0) + params["patches"]["b"]
-    np.testing.assert_allclose(seen.activations[name][1], expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="patch divides the image's 28 x 28, came 5"):
+    np.testing.assert_allclose(inspection.activations[name][1], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="patch must divide the image's 28 x 28, got 5"):
         gf.ViTConfig(patch=5)
 
 

@@ -1,4 +1,4 @@
-"""Sampling: the distribution that the logits say, in every dtype; prompts that are none are refused."""
+"""Sampling follows the softmax of the logits in every dtype, and invalid prompts and options raise."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ N = 2000
 
 
 def constant(n=N):
-    """Return a language model whose logits are its parameters, whatever came before."""
+    """Return a language model whose logits are its parameters, whatever the tokens."""
     spec = {"logits": gf.Param([n])}
 
     def apply(params, tokens):
@@ -25,47 +25,47 @@ def constant(n=N):
 net = constant()
 
 
-def drawn(logits, n, **options):
+def sample(logits, n, **options):
     return gf.generate(net, {"logits": logits}, [0], n, **options)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_equal_tokens_are_equally_likely_in_every_dtype(dtype):
-    tokens = drawn(jnp.zeros(N, dtype), 1000)
-    error = 577.35 / 1000**0.5  # of the mean of numbers spread evenly over 2,000
+    tokens = sample(jnp.zeros(N, dtype), 1000)
+    error = 577.35 / 1000**0.5  # standard error of the mean of 1,000 uniform samples from 2,000
     assert abs(tokens.mean() - 999.5) < 4 * error
     assert abs(tokens.std() - 577.35) < 40
-    assert len(set(tokens.tolist())) > 700  # 787 are expected
+    assert len(set(tokens.tolist())) > 700  # the expectation is 787
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("temperature", [0.7, np.float64(1.5), jnp.bfloat16(3)])
-def test_draws_have_the_probabilities_of_the_softmax(dtype, temperature):
+def test_samples_follow_the_softmax(dtype, temperature):
     few = jnp.asarray([0.0, 1.0, 2.0, -1.0], dtype)
     logits = jnp.full(N, -np.inf, dtype).at[jnp.array([5, 900, 1500, 1999])].set(few)
     p = np.exp(np.asarray(few, np.float64) / float(temperature))
     p /= p.sum()
-    tokens = drawn(logits, 600, temperature=temperature)
+    tokens = sample(logits, 600, temperature=temperature)
     found = [(tokens == i).mean() for i in (5, 900, 1500, 1999)]
     np.testing.assert_allclose(found, p, atol=4 * 0.5 / 600**0.5)
 
 
-def test_top_k_keeps_k_tokens_of_equal_ones():
+def test_top_k_keeps_k_tokens_of_equal_logits():
     logits = jnp.zeros(N, jnp.bfloat16).at[1000].set(1.0)
-    assert set(drawn(logits, 100, top_k=3).tolist()) == {0, 1, 1000}
-    assert set(drawn(logits, 20, top_k=1).tolist()) == {1000}
-    assert set(drawn(jnp.zeros(N), 20, top_k=1).tolist()) == {0}
+    assert set(sample(logits, 100, top_k=3).tolist()) == {0, 1, 1000}
+    assert set(sample(logits, 20, top_k=1).tolist()) == {1000}
+    assert set(sample(jnp.zeros(N), 20, top_k=1).tolist()) == {0}
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-30, 0])
-def test_a_small_temperature_takes_the_likeliest(temperature):
+def test_a_small_temperature_takes_the_most_likely_token(temperature):
     logits = jnp.linspace(-3.0, 3.0, N).at[7].set(3.5)
-    assert set(drawn(logits, 20, temperature=temperature).tolist()) == {7}
+    assert set(sample(logits, 20, temperature=temperature).tolist()) == {7}
 
 
-def test_logits_that_are_nan_are_no_token():
+def test_nan_logits_raise():
     with pytest.raises(FloatingPointError, match=r"logits after 1 tokens contain NaN\. gf\.nan_origin"):
-        drawn(jnp.zeros(N).at[3].set(jnp.nan), 5)
+        sample(jnp.zeros(N).at[3].set(jnp.nan), 5)
 
 
 @pytest.mark.parametrize(
@@ -81,14 +81,14 @@ def test_logits_that_are_nan_are_no_token():
         ([1.7, 2.2], TypeError, r"tokens must be integers, got float64\. Cast"),
         (jnp.ones(3), TypeError, "tokens must be integers, got float32"),
         ([True, False], TypeError, "tokens must be integers, got bool"),
-        ("to be", TypeError, r"a prompt is tokens, got text\. Pass tokenizer\.encode"),
+        ("to be", TypeError, r"expected tokens, got text\. Pass tokenizer\.encode"),
         (["to", "be"], TypeError, "got text"),
         (b"to be", TypeError, "got text"),
         ([], ValueError, "one token or more"),
         ([1, None], TypeError, "must be integers, got object"),
     ],
 )
-def test_a_prompt_that_is_none_is_refused(prompt, error, message):
+def test_invalid_prompts_raise(prompt, error, message):
     with pytest.raises(error, match=message):
         gf.generate(net, {"logits": jnp.zeros(N)}, prompt, 1)
 
@@ -102,12 +102,12 @@ def test_a_prompt_may_be_any_sequence_of_integers():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": float("nan")}, "temperature is 0 or more, came nan"),
-        ({"temperature": float("inf")}, "temperature is 0 or more, came inf"),
+        ({"temperature": float("nan")}, "temperature must be finite and >= 0, got nan"),
+        ({"temperature": float("inf")}, "temperature must be finite and >= 0, got inf"),
         ({"n": -1}, "n must be an integer >= 0, got -1"),
     ],
 )
-def test_options_that_draw_nothing_sensible_are_refused(options, message):
+def test_invalid_options_raise(options, message):
     with pytest.raises(ValueError, match=message):
         gf.generate(net, {"logits": jnp.zeros(N)}, **{"prompt": [1], "n": 1} | options)
 

@@ -19,13 +19,13 @@ TOKENS = jnp.array([3, 1, 4, 1, 5, 9, 2])
 def made(config):
     net = gf.gpt(config)
     params = jax.jit(net.init)(jax.random.key(0))
-    # Wider than it starts, so that blocks matter.
+    # Larger weights than the initial ones, so that blocks matter.
     return net, jax.tree.map(lambda leaf: leaf * 5 if leaf.ndim > 1 else leaf, params)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [SMALL, LLAMA], ids=["gpt2", "llama"])
-def test_scanned_and_computed_again_give_the_same_numbers(config):
+def test_scan_and_remat_give_the_same_values(config):
     net, params = made(config)
     example = (TOKENS[:-1], TOKENS[1:])
     loss, grads = jax.jit(jax.value_and_grad(gf.next_token_loss(net)))(params, example)
@@ -42,7 +42,7 @@ def test_scanned_and_computed_again_give_the_same_numbers(config):
 
 
 @pytest.mark.slow
-def test_stacking_is_undone():
+def test_unstacking_inverts_stacking():
     _, params = made(SMALL)
     stacked = gf.stack_blocks(params)
     assert gf.shapes(stacked) == gf.shapes(gf.gpt(dataclasses.replace(SMALL, scan=True)).spec)
@@ -58,7 +58,7 @@ def test_stacking_is_undone():
         pytest.param(LLAMA, True, marks=pytest.mark.slow),
     ],
 )
-def test_memory_gives_the_logits_of_reading_all(config, scan):
+def test_cached_steps_give_the_logits_of_the_whole_sequence(config, scan):
     net, params = made(dataclasses.replace(config, scan=scan))
     memory, parts, step = net.start(params), [], jax.jit(net.step)
     for tokens in (TOKENS[:3], TOKENS[3:6], TOKENS[6:]):  # two compiles: 3, 3 and 1
@@ -68,64 +68,64 @@ def test_memory_gives_the_logits_of_reading_all(config, scan):
 
 
 @pytest.mark.slow
-def test_generation_takes_the_likeliest_token_of_the_whole_sequence():
+def test_greedy_generation_equals_argmax_over_the_whole_sequence():
     net, params = made(LLAMA)
     tokens, apply = [3, 1], jax.jit(net.apply)
     for i in range(1, 7):
-        padded = jnp.array(tokens + [0] * (8 - len(tokens)))  # what comes later is not seen
+        padded = jnp.array(tokens + [0] * (8 - len(tokens)))  # causal: the padding has no effect
         tokens.append(int(apply(params, padded)[i].argmax()))
     np.testing.assert_array_equal(gf.generate(net, params, [3, 1], 6, temperature=0), tokens[2:])
     np.testing.assert_array_equal(gf.generate(net, params, [3, 1], 6, top_k=1, seed=5), tokens[2:])
 
 
 @pytest.mark.slow
-def test_generation_draws_from_the_softmax_and_by_its_seed():
+def test_generation_samples_the_softmax_reproducibly():
     net, params = made(SMALL)
     logits = net.apply(params, jnp.array([3]))[-1]
-    drawn = np.concatenate([gf.generate(net, params, [3], 1, seed=seed, top_k=4) for seed in range(200)])
+    samples = np.concatenate([gf.generate(net, params, [3], 1, seed=seed, top_k=4) for seed in range(200)])
     top = set(np.argsort(logits)[-4:].tolist())
-    assert set(drawn.tolist()) == top
+    assert set(samples.tolist()) == top
     weights = np.exp(logits - logits.max()) * np.isin(np.arange(11), list(top))
-    np.testing.assert_allclose(np.bincount(drawn, minlength=11) / 200, weights / weights.sum(), atol=0.12)
+    np.testing.assert_allclose(np.bincount(samples, minlength=11) / 200, weights / weights.sum(), atol=0.12)
     again = [gf.generate(net, params, [3], 5, seed=seed) for seed in (1, 1, 2)]
     np.testing.assert_array_equal(again[0], again[1])
     assert (again[0] != again[2]).any()
 
 
 @pytest.mark.slow
-def test_generation_goes_on_past_the_context_from_its_later_half():
+def test_generation_past_the_context_restarts_from_its_later_half():
     net, params = made(SMALL)
     tokens = [3, 1, 4, 1, 5, 9]
     found = gf.generate(net, params, tokens, 9, temperature=0)
     assert len(found) == 9
-    # The memory holds 8: six of the prompt and two made. Then the last four are read again.
-    seen = [*tokens, *found[:3].tolist()]
-    assert found[3] == net.apply(params, jnp.array(seen[-4:]))[-1].argmax()
+    # The cache holds 8 tokens: six of the prompt and two generated ones. Then the last four are read again.
+    read = [*tokens, *found[:3].tolist()]
+    assert found[3] == net.apply(params, jnp.array(read[-4:]))[-1].argmax()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt": []}, r"one token or more in \[0, 11\), came \[\]"),
-        ({"prompt": [11]}, r"in \[0, 11\), came \[11\]"),
-        ({"temperature": -1}, "temperature is 0 or more, came -1"),
-        ({"top_k": 12}, r"top_k is in \[1, 11\], came 12"),
+        ({"prompt": []}, r"expected one or more tokens in \[0, 11\), got \[\]"),
+        ({"prompt": [11]}, r"in \[0, 11\), got \[11\]"),
+        ({"temperature": -1}, "temperature must be finite and >= 0, got -1"),
+        ({"top_k": 12}, r"top_k must be in \[1, 11\], got 12"),
     ],
 )
-def test_generation_refuses_what_makes_no_sense(changes, message):
+def test_generation_checks_its_arguments(changes, message):
     net, params = made(SMALL)
     with pytest.raises(ValueError, match=message):
         gf.generate(net, params, **{"prompt": [1], "n": 1} | changes)
 
 
-def test_the_count_of_gpt2_is_what_is_known():
+def test_the_parameter_count_equals_gpt2():
     assert gf.count(gf.gpt(gf.GPTConfig()).spec) == 124_439_808
     tiny_llama = gf.GPTConfig(32000, 2048, 22, 32, 2048, 4, None, 5632, "rope", "rms", "swiglu", False, False)
     assert gf.count(gf.gpt(tiny_llama).spec) == 1_100_048_384
 
 
 @pytest.mark.slow
-def test_it_starts_as_gpt2_does():
+def test_initial_weights_follow_gpt2():
     for scan in (False, True):
         config = gf.GPTConfig(vocab=50, context=64, n_layers=2, n_heads=2, width=64, scan=scan)
         params = jax.jit(gf.gpt(config).init)(jax.random.key(0))
@@ -142,7 +142,7 @@ def test_it_starts_as_gpt2_does():
 
 
 @pytest.mark.slow
-def test_dropout_needs_a_key_and_takes_the_same_share_either_way():
+def test_dropout_needs_a_key_and_is_the_same_scanned_or_unrolled():
     net, params = made(dataclasses.replace(SMALL, dropout=0.5))
     scanned = gf.gpt(dataclasses.replace(SMALL, dropout=0.5, scan=True))
     still = jax.jit(gf.gpt(SMALL).apply)(params, TOKENS)
@@ -177,7 +177,7 @@ def test_the_scanned_program_does_not_grow_with_depth():
     assert size(24) < 1.02 * size(4)
 
 
-def test_inspection_names_every_value_of_every_block():
+def test_inspection_names_all_values_of_all_blocks():
     parts = ["attention_norm", "attention/queries", "attention/probabilities", "attention/mixed"]
     parts += ["attention_out", "residual_mid", "feed_norm", "feed/hidden", "feed_out", "residual"]
     net, params = made(SMALL)
@@ -191,15 +191,15 @@ def test_inspection_names_every_value_of_every_block():
         assert listed[name].axes == (2,)
 
 
-def test_a_wrong_sequence_says_what_is_expected():
+def test_wrong_tokens_and_configs_raise():
     net, params = made(SMALL)
-    with pytest.raises(ValueError, match=r"T at most 8, came \[9\]"):
+    with pytest.raises(ValueError, match=r"T <= 8, got shape \[9\]"):
         net.apply(params, jnp.zeros(9, jnp.int32))
-    with pytest.raises(ValueError, match=r"came \[2, 3\]\. For a batch: jax.vmap"):
+    with pytest.raises(ValueError, match=r"got shape \[2, 3\]\. For a batch: jax.vmap"):
         net.apply(params, jnp.zeros([2, 3], jnp.int32))
-    with pytest.raises(ValueError, match="positions is one of learned, sinusoidal, rope; came 'rotary'"):
+    with pytest.raises(ValueError, match="positions must be one of learned, sinusoidal, rope; got 'rotary'"):
         gf.GPTConfig(positions="rotary")
-    with pytest.raises(ValueError, match="n_layers is 1 or more, came 0"):
+    with pytest.raises(ValueError, match="n_layers must be an integer >= 1, got 0"):
         gf.GPTConfig(n_layers=0)
 
 
