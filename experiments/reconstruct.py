@@ -152,7 +152,7 @@ def draw(net: gf.Net, params: Any, data: gf.data.Dataset, config: Config) -> Dra
     @jax.jit
     def climb(label: jax.Array) -> tuple[jax.Array, jax.Array]:
         wanted = gf.attribution.maximize(net.apply, label, shape=data.shape, steps=config.climb)
-        x = wanted(params, grey, key).x
+        x = wanted(params, grey, key=key).x
         return x, jax.nn.softmax(net.apply(params, x))[label]
 
     images, sure = jax.lax.map(climb, jnp.arange(N_CLASSES))

@@ -93,10 +93,10 @@ def run(config: Config) -> Result:
     of_cells = look(net, fitted.params, images, cells)
     of_parts = look(net, fitted.params, images, np.stack(list(parts.values())))
 
-    everything = jax.nn.softmax(of_cells.answer)  # [n, classes]
+    everything = jax.nn.softmax(of_cells.output)  # [n, classes]
     accuracy = float((everything.argmax(1) == labels).mean())
     right = lambda answers: (answers.argmax(-1) == labels[:, None]).mean(0)  # noqa: E731
-    from_cells, from_parts = (np.asarray(right(seen.answers)) for seen in (of_cells, of_parts))
+    from_cells, from_parts = (np.asarray(right(seen.outputs)) for seen in (of_cells, of_parts))
     right_from = dict(zip(parts, map(float, from_parts), strict=True)) | {
         f"region {i}": float(share) for i, share in enumerate(from_cells)
     }
@@ -173,7 +173,7 @@ def remains_figure(seen: Any, everything: Any, parts: dict[str, Any], data: Any,
     said = np.asarray(everything.argmax(1))
     right = [np.flatnonzero((said == k) & (labels == k)) for k in (2, 3, 4, 5, 7)]
     chosen = [int(found[0]) for found in right if len(found)]
-    probabilities = np.asarray(jax.nn.softmax(seen.answers[np.array(chosen)]))  # [5, parts, classes]
+    probabilities = np.asarray(jax.nn.softmax(seen.outputs[np.array(chosen)]))  # [5, parts, classes]
     best = max(list(parts)[1:5], key=lambda name: shares[list(parts).index(name)])
     title = (
         f"With the weights outside a region set to zero, the {best} reads {100 * max(shares[1:5]):.0f} % of the test "

@@ -139,7 +139,7 @@ def explanations(net: gf.Net, path: int = 64) -> dict[str, Method]:
     return {
         "saliency": lambda params, example: gf.attribution.saliency(f, example[1])(params, example[0]),
         "smooth gradient": lambda params, example: gf.attribution.smooth_grad(f, example[1])(
-            params, example[0], key
+            params, example[0], key=key
         ),
         "gradient x input": lambda params, example: gf.attribution.grad_times_input(f, example[1])(
             params, example[0]
@@ -198,8 +198,8 @@ def believable(
     of_net, of_wide = explanations(net, config.path), explanations(wide, config.path)
     return {
         name: (
-            gf.attribution.randomize_weights(of_net[name], net.init)(params, examples, key_weights),
-            gf.attribution.randomize_labels(of_wide[name], train)(part, examples, key_labels),
+            gf.attribution.randomize_weights(of_net[name], net.init)(params, examples, key=key_weights),
+            gf.attribution.randomize_labels(of_wide[name], train)(part, examples, key=key_labels),
         )
         for name in of_net
     }

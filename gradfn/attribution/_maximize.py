@@ -1,28 +1,32 @@
-"""`gf.attribution.maximize`: the input that a class, or any unit inside, wants to see."""
+"""`gf.attribution.maximize`: an input that maximizes the score of a class, or of any unit."""
 
-import functools
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Key, PyTree
 
 from gradfn.attribution._score import Target, as_image, floating, score
+from gradfn.core.signature import transform_of
 
 
 class Maximized(NamedTuple):
     """What `gf.attribution.maximize` returns.
 
     Attributes:
-        x: the input that was found, in the shape of the first.
-        score: its score, without the penalties.
-        scores: `[steps]`, the score before each step, of the input as it was shifted then.
+        x: the final input, of the shape of the initial one.
+        score: scalar, its score, without the penalties.
+        scores: `[steps]`, the score before each step, of the shifted input.
     """
 
-    x: jax.Array
-    score: jax.Array
-    scores: jax.Array
+    x: Float[Array, ...]
+    score: Float[Array, ""]
+    scores: Float[Array, " steps"]
 
 
 def maximize(
@@ -31,52 +35,52 @@ def maximize(
     *,
     shape: Sequence[int] | None = None,
     steps: int = 256,
-    rate: float = 0.05,
+    learning_rate: float = 0.05,
     l2: float = 0.05,
     variation: float = 0.02,
     jitter: int = 2,
     box: tuple[float, float] | None = (0.0, 1.0),
 ) -> Callable[..., Maximized]:
-    """Make an input by climbing a score: what a class or a unit wants to see.
+    """Return a function that maximizes a score over the input by gradient ascent (activation maximization).
 
-    Erhan et al., *Visualizing Higher-Layer Features of a Deep Network*, 2009. Without regularisation the
-    outcome is a pattern of dots that no eye could read. Penalties on ink (l2; Simonyan et al., 2014) and on
-    total variation (Mahendran and Vedaldi, *Understanding Deep Image Representations by Inverting Them*,
-    2015), small random shifts (Mordvintsev et al., *Inceptionism*, 2015) and the box make it legible. Adam
-    climbs, in one compiled scan.
+    Erhan et al., *Visualizing Higher-Layer Features of a Deep Network*, 2009. Without regularization the result is
+    a pattern of dots that nobody can read. A penalty on the norm (`l2`; Simonyan et al., 2014), one on the total
+    variation (Mahendran and Vedaldi, *Understanding Deep Image Representations by Inverting Them*, 2015), small
+    random shifts (Mordvintsev et al., *Inceptionism*, 2015) and bounds make it legible. Adam runs in one compiled
+    scan.
 
     Args:
-        f: as `gf.attribution.saliency` has it. Climb logits, not probabilities: these are flat where the class is sure.
-        target: as `gf.attribution.saliency` has it: a class, `3`, or a unit of a site, `("a1", 3)`.
-        shape: height and width (and channels) of the image, where x is flat: `(28, 28)`. Of an input that is
-            no image (flat, and no shape), `variation` and `jitter` have no meaning and are left out.
-        steps: how many.
-        rate: Adam's learning rate, in units of the input.
-        l2: score that a sum of squares of 1 costs.
-        variation: score that a total variation of 1 costs: a step from 0 to 1 along one pixel's side.
-        jitter: the most pixels by which the image is shifted each way, anew at each step; it is rolled round.
-        box: the least and largest value of an input; None for no bounds.
+        f: as for `gf.attribution.saliency`. Maximize logits, not probabilities, whose gradient vanishes near 1.
+        target: as for `gf.attribution.saliency`: a class, `3`, or a unit of a site, `("a1", 3)`.
+        shape: height and width (and channels) of the image if x is flat: `(28, 28)`. `variation` and `jitter` do
+            not apply to an input that is not an image (flat, and no shape).
+        steps: the number of steps.
+        learning_rate: of Adam, in units of the input.
+        l2: the penalty per unit of the squared norm of x, in units of the score.
+        variation: the penalty per unit of total variation; an edge from 0 to 1 along one pixel has 1.
+        jitter: the largest random shift in pixels per axis, drawn at each step; the image wraps around.
+        box: lower and upper bound of the elements of x; None for no bounds.
 
     Returns:
-        `(params, x, key, *rest) -> Maximized`. `x` is where to begin: grey, or an image to change. (At zeros,
-        all units of a relu network may be off, and no slope shows the way.)
+        `(params, x, *rest, key) -> Maximized`. `x` is the initial input: gray, or an image to change. (At zeros,
+        all units of a ReLU network may be inactive, and the gradient is zero.) `key` draws the shifts.
 
     Raises:
-        ValueError, TypeError: as `gf.attribution.saliency` does; a shape that does not fit x, `steps` below 1.
+        ValueError, TypeError: as for `gf.attribution.saliency`; a shape that does not fit x, `steps` below 1.
 
-    Example:
-        >>> import jax, jax.numpy as jnp, gradfn as gf
-        >>> climb = gf.attribution.maximize(lambda w, x: w @ x)
-        >>> found = climb(jnp.array([2.0, -3.0, 1.0]), jnp.full(3, 0.5), jax.random.key(0))
-        >>> found.x.round(3)
-        Array([1., 0., 1.], dtype=float32)
+    >>> import jax, jax.numpy as jnp, gradfn as gf
+    >>> ascend = gf.attribution.maximize(lambda w, x: w @ x)
+    >>> result = ascend(jnp.array([2.0, -3.0, 1.0]), jnp.full(3, 0.5), key=jax.random.key(0))
+    >>> result.x.round(3)
+    Array([1., 0., 1.], dtype=float32)
     """
     if steps < 1:
-        raise ValueError(f"maximize: steps is 1 or more, came {steps}")
+        raise ValueError(f"maximize: steps must be an integer >= 1, got {steps}")
     scored = score(f, target, "maximize")
 
-    @functools.wraps(f)
-    def climb(params: Any, x: Any, key: jax.Array, *rest: Any) -> Maximized:
+    @transform_of(f, "maximize", own=2)
+    def ascend(params: PyTree, x: ArrayLike, /, *rest: PyTree, key: Key[Array, ""]) -> Maximized:
+        """Return the input that gradient ascent on the score reaches from `x`; `key` draws the shifts."""
         start = floating(x, "maximize")
         image = None if start.ndim < 2 and shape is None else as_image(start, shape, "maximize")
 
@@ -88,12 +92,13 @@ def maximize(
             value = scored(params, x, *rest)
             return cost - value, value
 
-        optimizer = optax.adam(rate)
+        optimizer = optax.adam(learning_rate)
 
-        def step(state: Any, key: jax.Array) -> tuple[Any, jax.Array]:
+        def step(state: tuple[jax.Array, optax.OptState], key: jax.Array) -> tuple[PyTree, jax.Array]:
             x, memory = state
             slope, value = jax.grad(objective, has_aux=True)(x, key)
-            with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+            # optax relies on it.
+            with jax.numpy_dtype_promotion("standard"):
                 update, memory = optimizer.update(slope, memory)
             x = optax.apply_updates(x, update)
             return (x if box is None else jnp.clip(x, *box), memory), value
@@ -101,11 +106,11 @@ def maximize(
         (found, _), scores = jax.lax.scan(step, (start, optimizer.init(start)), jax.random.split(key, steps))
         return Maximized(found, scored(params, found, *rest), scores)
 
-    return climb
+    return ascend
 
 
 def total_variation(image: jax.Array) -> jax.Array:
-    """Return the sum over pixels of the length of the gradient (Rudin, Osher and Fatemi, 1992).
+    """Return the sum over pixels of the norm of the gradient (Rudin, Osher and Fatemi, 1992).
 
     Args:
         image: `[height, width, ...]`.
@@ -116,7 +121,8 @@ def total_variation(image: jax.Array) -> jax.Array:
     """
     down = jnp.diff(image, axis=0, append=image[-1:])
     right = jnp.diff(image, axis=1, append=image[:, -1:])
-    tiny = 1e-8  # the root has no slope at 0
+    # The square root has no derivative at 0.
+    tiny = 1e-8
     return jnp.sqrt(down**2 + right**2 + tiny).sum()
 
 

@@ -1,14 +1,17 @@
-"""`gf.attribution.occlusion`: cover the input piece by piece, and see what becomes of the score."""
+"""`gf.attribution.occlusion`: the drop of a score when parts of the input are covered."""
 
-import functools
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PyTree
 
 from gradfn.attribution._score import PART, Target, as_image, floating, score
+from gradfn.core.signature import transform_of
 
 
 def occlusion(
@@ -19,58 +22,58 @@ def occlusion(
     target: Target = None,
     *,
     shape: Sequence[int] | None = None,
-) -> Callable[..., jax.Array]:
-    """Make the fall of a score when a square of the image is covered, square by square.
+) -> Callable[..., Float[Array, "rows columns"]]:
+    """Return a function that computes how far a score drops when a square of the image is covered.
 
-    Zeiler and Fergus, *Visualizing and Understanding Convolutional Networks*, 2014. No gradient is taken, so
-    it also sees what a saturated function hides from its gradient; but covering makes images that the network
-    has never met.
+    Zeiler and Fergus, *Visualizing and Understanding Convolutional Networks*, 2014. It uses no gradient, so
+    saturation does not hide anything from it; but covered images are unlike those that the network was trained on.
 
     Args:
-        f: as `gf.attribution.saliency` has it.
+        f: as for `gf.attribution.saliency`.
         size: height and width of the square, in pixels.
-        stride: from one square to the next, in pixels; `size` where None, so that they do not overlap.
-        value: what to put there: 0 is paper.
-        target: as `gf.attribution.saliency` has it.
-        shape: height and width (and channels) of the image, where x is flat: `(28, 28)`.
+        stride: between neighboring squares, in pixels; `size` if None, so that they do not overlap.
+        value: the background value that covers the square.
+        target: as for `gf.attribution.saliency`.
+        shape: height and width (and channels) of the image if x is flat: `(28, 28)`.
 
     Returns:
-        `(params, x, *rest) -> [rows, columns]`, f(x) less f(x covered there), in units of the score: positive
-        where the square speaks for it. The last squares reach over the edge where the stride does not fit.
+        `(params, x, *rest) -> [rows, columns]`, f(x) minus f of the covered x, in units of the score: positive
+        where the square supports the score. The last squares extend beyond the edge if the stride does not divide
+        the image.
 
     Raises:
-        ValueError, TypeError: as `gf.attribution.saliency` does; a size, stride or shape that does not fit the image.
+        ValueError, TypeError: as for `gf.attribution.saliency`; a size, stride or shape that does not fit the image.
 
-    Example:
-        >>> import jax.numpy as jnp, gradfn as gf
-        >>> covered = gf.attribution.occlusion(lambda w, x: jnp.sum(w * x), size=2)
-        >>> covered(jnp.arange(16.0).reshape(4, 4), jnp.ones([4, 4]))
-        Array([[10., 18.],
-               [42., 50.]], dtype=float32)
+    >>> import jax.numpy as jnp, gradfn as gf
+    >>> occlusion = gf.attribution.occlusion(lambda w, x: jnp.sum(w * x), size=2)
+    >>> occlusion(jnp.arange(16.0).reshape(4, 4), jnp.ones([4, 4]))
+    Array([[10., 18.],
+           [42., 50.]], dtype=float32)
     """
     scored = score(f, target, "occlusion")
     stride = size if stride is None else stride
 
-    @functools.wraps(f)
-    def fall(params: Any, x: Any, *rest: Any) -> jax.Array:
+    @transform_of(f, "occlusion", own=2)
+    def drop(params: PyTree, x: ArrayLike, /, *rest: PyTree) -> jax.Array:
+        """Return the drop of the score for each covered square of `x`."""
         x = floating(x, "occlusion")
         height, width, *others = as_image(x, shape, "occlusion")
         if not (1 <= size <= min(height, width) and stride >= 1):
             raise ValueError(
-                f"occlusion: size is from 1 to {min(height, width)} and stride 1 or more, came {size} and {stride}"
+                f"occlusion: expected size in 1..{min(height, width)} and stride >= 1, got {size} and {stride}"
             )
         n_rows, n_columns = (math.ceil((n - size) / stride) + 1 for n in (height, width))
 
-        def covered(number: jax.Array) -> jax.Array:
-            top, left = stride * (number // n_columns), stride * (number % n_columns)
+        def covered(index: jax.Array) -> jax.Array:
+            top, left = stride * (index // n_columns), stride * (index % n_columns)
             rows, columns = jnp.arange(height) - top, jnp.arange(width) - left
             inside = ((rows >= 0) & (rows < size))[:, None] & ((columns >= 0) & (columns < size))[None]
             inside = inside.reshape(height, width, *[1] * len(others))  # [height, width, 1...]
             inside = jnp.broadcast_to(inside, (height, width, *others)).reshape(x.shape)
             return scored(params, jnp.where(inside, jnp.asarray(value, x.dtype), x), *rest)
 
-        numbers = jnp.arange(n_rows * n_columns)
-        scores = jax.lax.map(covered, numbers, batch_size=min(len(numbers), PART))
+        indices = jnp.arange(n_rows * n_columns)
+        scores = jax.lax.map(covered, indices, batch_size=min(len(indices), PART))
         return (scored(params, x, *rest) - scores).reshape(n_rows, n_columns)
 
-    return fall
+    return drop

@@ -1,108 +1,115 @@
-"""Gradient maps: how much each part of an input, or of a value inside, counts for an answer.
+"""Gradient maps: how much each part of an input, or of an intermediate value, contributes to an output.
 
-All of them explain one number, the score: the function's own where it returns one, else what `target` picks.
-A map is of the input, or of any site by name (`at`). Each is written for one example: `jax.vmap` makes it one
-of a batch. They say what the function does, not what is true of the world, and some of them are known to
-mislead: run `gf.attribution.randomize_weights` on a method before believing it.
+All of them explain a scalar, the score: the output of the function if it is a scalar, else the element that `target`
+selects. A map is of the input, or of a site by name (`at`). Each is written for one example; use `jax.vmap` for a
+batch. They describe the function, not the world, and some are known to mislead: apply
+`gf.attribution.randomize_weights` to a method before trusting it.
 """
 
-import functools
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Key, PyTree
 
 from gradfn.attribution._score import PART, Target, entry, floating, score
 from gradfn.core.precision import wide, widen
+from gradfn.core.signature import transform_of
 
 
 class IntegratedGradients(NamedTuple):
     """What `gf.attribution.integrated_gradients` returns.
 
     Attributes:
-        attributions: in the shape of the input, or of the site, in units of the score.
-        score: f(x), a scalar.
-        baseline_score: the score with the baseline's value in the place of x (or of the site's value).
-        gap: the sum of the attributions less (score - baseline_score), which is 0 for an exact integral.
-        relative_gap: |gap| as a share of |score - baseline_score|.
+        attributions: of the shape of the input or site, in units of the score.
+        score: scalar, f(x).
+        baseline_score: scalar, the score with the baseline instead of x (or of the value at the site).
+        gap: scalar, the sum of the attributions minus (score - baseline_score); 0 for an exact integral.
+        relative_gap: scalar, |gap| / |score - baseline_score|.
     """
 
-    attributions: jax.Array
-    score: jax.Array
-    baseline_score: jax.Array
-    gap: jax.Array
-    relative_gap: jax.Array
+    attributions: Float[Array, ...]
+    score: Float[Array, ""]
+    baseline_score: Float[Array, ""]
+    gap: Float[Array, ""]
+    relative_gap: Float[Array, ""]
 
 
-def saliency(f: Callable, target: Target = None, at: str | None = None) -> Callable[..., jax.Array]:
-    """Make the gradient of a score with respect to the input, or to a value inside.
+def saliency(f: Callable, target: Target = None, at: str | None = None) -> Callable[..., Float[Array, ...]]:
+    """Return a function that computes the gradient of a score with respect to the input, or to a site.
 
-    Simonyan, Vedaldi and Zisserman, *Deep Inside Convolutional Networks*, 2014. It is signed: where it is
-    positive, more of the input makes the score larger; they show its absolute value.
+    Simonyan, Vedaldi and Zisserman, *Deep Inside Convolutional Networks*, 2014; they show the absolute value. Here
+    it is signed: where it is positive, a larger input gives a larger score.
 
     Args:
         f: `(params, x, *rest) -> scalar`, or `-> array`, of one example.
-        target: which number of the array to explain: an index, from 0; a tuple, for several axes; or a site
-            and an index, `("a1", 3)`. The mean, where it picks several: `("a1", (..., 3))` is a channel. It
-            may be a traced integer, so that `vmap` can go over classes.
-        at: the site (a name out of `gf.sites(f)`) that the map is of; None is the input.
+        target: the element of the output to explain: an index; a tuple of indices for several axes; or a site and
+            an index, `("a1", 3)`. If it selects several elements, their mean: `("a1", (..., 3))` is a channel.
+            An index may be a traced integer, so that `vmap` can run over classes.
+        at: the site (a name from `gf.sites(f)`) that the map is of; the input if None.
 
     Returns:
-        `(params, x, *rest) -> map` in the shape and dtype of the input or site (a site in a loop has the
-        iterations in front), in units of the score for one unit of the input.
+        `(params, x, *rest) -> map` of the shape and dtype of the input or site (a site in a loop has the
+        iterations as leading axes), in units of the score per unit of the input.
 
     Raises:
-        ValueError: an unknown site (near names are listed), a target outside, none where there are several
-            numbers; TypeError: an input or answer that is not floating.
+        ValueError: an unknown site (similar names are listed), a target out of range, no target for an output of
+            several elements.
+        TypeError: an input or output that is not floating.
 
-    Example:
-        >>> import jax.numpy as jnp, gradfn as gf
-        >>> net = gf.mlp([2, 3])
-        >>> params = {"W1": jnp.arange(6.0).reshape(3, 2), "b1": jnp.zeros(3)}
-        >>> gf.attribution.saliency(net.apply, target=1)(params, jnp.ones(2))  # of a linear function: its weights
-        Array([2., 3.], dtype=float32)
-        >>> gf.attribution.saliency(net.apply, target=1, at="z1")(params, jnp.ones(2))
-        Array([0., 1., 0.], dtype=float32)
+    >>> import jax.numpy as jnp, gradfn as gf
+    >>> net = gf.mlp([2, 3])
+    >>> params = {"W1": jnp.arange(6.0).reshape(3, 2), "b1": jnp.zeros(3)}
+    >>> gf.attribution.saliency(net.apply, target=1)(params, jnp.ones(2))  # of a linear function: its weights
+    Array([2., 3.], dtype=float32)
+    >>> gf.attribution.saliency(net.apply, target=1, at="z1")(params, jnp.ones(2))
+    Array([0., 1., 0.], dtype=float32)
     """
     scored = score(f, target, "saliency")
 
-    @functools.wraps(f)
-    def gradient(params: Any, x: Any, *rest: Any) -> jax.Array:
+    @transform_of(f, "saliency", own=2)
+    def gradient(params: PyTree, x: ArrayLike, /, *rest: PyTree) -> jax.Array:
+        """Return the gradient of the score with respect to `x`, or to the site."""
         zero, shifted, _ = entry(scored, at, params, x, rest, "saliency")
         return jax.grad(shifted, has_aux=True)(zero)[0]
 
     return gradient
 
 
-def grad_times_input(f: Callable, target: Target = None, at: str | None = None) -> Callable[..., jax.Array]:
-    """Make the gradient of a score times the input, or times the value at a site.
+def grad_times_input(
+    f: Callable, target: Target = None, at: str | None = None
+) -> Callable[..., Float[Array, ...]]:
+    """Return a function that computes the gradient of a score times the input, or times the value at a site.
 
-    To first order, how much of the score is there because of each part (Shrikumar et al., *Not Just a Black
-    Box*, 2016); exact for linear functions without bias. The input shows through it whatever the network
-    does, so that it looks right even where it is not (Adebayo et al., 2018).
+    To first order, the contribution of each element to the score (Shrikumar et al., *Not Just a Black Box*, 2016);
+    exact for linear functions without bias. The input is visible in the map whatever the network computes, so
+    the map looks plausible even if it is wrong (Adebayo et al., 2018).
 
     Args:
-        f: as `gf.attribution.saliency` has it.
-        target: as `gf.attribution.saliency` has it.
-        at: as `gf.attribution.saliency` has it.
+        f: as for `gf.attribution.saliency`.
+        target: as for `gf.attribution.saliency`.
+        at: as for `gf.attribution.saliency`.
 
     Returns:
-        `(params, x, *rest) -> map` in the shape and dtype of the input or site, in units of the score.
+        `(params, x, *rest) -> map` of the shape and dtype of the input or site, in units of the score.
 
     Raises:
-        ValueError, TypeError: as `gf.attribution.saliency` does.
+        ValueError, TypeError: as for `gf.attribution.saliency`.
 
-    Example:
-        >>> import jax.numpy as jnp, gradfn as gf
-        >>> gf.attribution.grad_times_input(lambda w, x: w @ x)(jnp.array([2.0, -3.0]), jnp.array([1.0, 2.0]))
-        Array([ 2., -6.], dtype=float32)
+    >>> import jax.numpy as jnp, gradfn as gf
+    >>> gf.attribution.grad_times_input(lambda w, x: w @ x)(jnp.array([2.0, -3.0]), jnp.array([1.0, 2.0]))
+    Array([ 2., -6.], dtype=float32)
     """
     scored = score(f, target, "grad_times_input")
 
-    @functools.wraps(f)
-    def product(params: Any, x: Any, *rest: Any) -> jax.Array:
+    @transform_of(f, "grad_times_input", own=2)
+    def product(params: PyTree, x: ArrayLike, /, *rest: PyTree) -> jax.Array:
+        """Return the gradient of the score times `x`, or times the value at the site."""
         zero, shifted, _ = entry(scored, at, params, x, rest, "grad_times_input")
         gradient, value = jax.grad(shifted, has_aux=True)(zero)
         return gradient * value
@@ -116,59 +123,59 @@ def integrated_gradients(
     at: str | None = None,
     *,
     steps: int = 64,
-    baseline: Any = None,
+    baseline: ArrayLike | None = None,
 ) -> Callable[..., IntegratedGradients]:
-    """Make the gradients along the straight way from a baseline to the input, times that way.
+    """Return a function that integrates the gradients of a score along the straight path from a baseline to the input.
 
-    Sundararajan, Taly and Yan, *Axiomatic Attribution for Deep Networks*, 2017. The attributions add up to
-    the score less that of the baseline; how far they are from it is returned. The integral is taken by
-    Gauss-Legendre quadrature, which is exact where the score is a polynomial of degree below 2 `steps` on
-    the way.
+    Sundararajan, Taly and Yan, *Axiomatic Attribution for Deep Networks*, 2017. The attributions sum to the score
+    minus that of the baseline; the difference that remains is returned. The integral is computed by
+    Gauss-Legendre quadrature, which is exact if the score is a polynomial of degree below `2 * steps` along the
+    path.
 
-    At a site, the way goes from the site's value for the baseline to that for `x`, with all else as it is for
-    `x` (other ways past the site stay open, so the baseline's score may be another than f(baseline)).
+    At a site, the path goes from the value of the site for the baseline to that for `x`, and everything else stays
+    as it is for `x`. What bypasses the site is unchanged, so the score of the baseline may differ from f(baseline).
 
     Args:
-        f: as `gf.attribution.saliency` has it.
-        target: as `gf.attribution.saliency` has it.
-        at: as `gf.attribution.saliency` has it.
-        steps: how many gradients to take on the way.
-        baseline: an input that says nothing, of the shape of x or one that broadcasts to it; zeros where None.
+        f: as for `gf.attribution.saliency`.
+        target: as for `gf.attribution.saliency`.
+        at: as for `gf.attribution.saliency`.
+        steps: the number of gradients along the path.
+        baseline: an uninformative input, of the shape of x or broadcast to it; zeros if None.
 
     Returns:
         `(params, x, *rest) -> IntegratedGradients`.
 
     Raises:
-        ValueError, TypeError: as `gf.attribution.saliency` does; `steps` below 1; a baseline that does not fit.
+        ValueError, TypeError: as for `gf.attribution.saliency`; `steps` below 1; a baseline of another shape.
 
-    Example:
-        >>> import jax.numpy as jnp, gradfn as gf
-        >>> w, x = jnp.array([2.0, -3.0]), jnp.array([1.0, 2.0])
-        >>> seen = gf.attribution.integrated_gradients(lambda w, x: w @ x**2)(w, x)
-        >>> seen.attributions.round(4), bool(seen.relative_gap < 1e-5)
-        (Array([  2., -12.], dtype=float32), True)
+    >>> import jax.numpy as jnp, gradfn as gf
+    >>> w, x = jnp.array([2.0, -3.0]), jnp.array([1.0, 2.0])
+    >>> result = gf.attribution.integrated_gradients(lambda w, x: w @ x**2)(w, x)
+    >>> result.attributions.round(4), bool(result.relative_gap < 1e-5)
+    (Array([  2., -12.], dtype=float32), True)
     """
     what = "integrated_gradients"
     if steps < 1:
-        raise ValueError(f"{what}: steps is 1 or more, came {steps}")
+        raise ValueError(f"{what}: steps must be an integer >= 1, got {steps}")
     scored = score(f, target, what)
     nodes, weights = (np.asarray(part) / 2 for part in np.polynomial.legendre.leggauss(steps))
 
-    @functools.wraps(f)
-    def integrated(params: Any, x: Any, *rest: Any) -> IntegratedGradients:
+    @transform_of(f, what, own=2)
+    def integrated(params: PyTree, x: ArrayLike, /, *rest: PyTree) -> IntegratedGradients:
+        """Return the integrated gradients of the score with respect to `x`, or to the site."""
         zero, shifted, replaced = entry(scored, at, params, x, rest, what)
         end_score, end = shifted(zero)
         start = _baseline(baseline, x, what)
         if at is not None:
             _, start = entry(scored, at, params, start, rest, what)[1](zero)
-        way = end - start
+        path = end - start
 
-        def gradient(share: jax.Array) -> jax.Array:
-            return jax.grad(replaced)(start + share * way)
+        def gradient(fraction: jax.Array) -> jax.Array:
+            return jax.grad(replaced)(start + fraction * path)
 
-        shares = jnp.asarray(nodes + 0.5, way.dtype)
-        gradients = jax.lax.map(gradient, shares, batch_size=min(steps, PART))  # [steps, ...]
-        attributions = way * jnp.tensordot(jnp.asarray(weights, way.dtype), gradients, 1)
+        fractions = jnp.asarray(nodes + 0.5, path.dtype)
+        gradients = jax.lax.map(gradient, fractions, batch_size=min(steps, PART))  # [steps, ...]
+        attributions = path * jnp.tensordot(jnp.asarray(weights, path.dtype), gradients, 1)
         start_score = replaced(start)
         change = widen(end_score) - widen(start_score)
         gap = widen(attributions).sum() - change
@@ -186,42 +193,44 @@ def smooth_grad(
     *,
     samples: int = 64,
     noise: float = 0.15,
-) -> Callable[..., jax.Array]:
-    """Make the mean of the gradients at noisy copies of the input, or of the value at a site.
+) -> Callable[..., Float[Array, ...]]:
+    """Return a function that averages the gradients of a score at noisy copies of the input, or of a site.
 
-    Smilkov et al., *SmoothGrad: removing noise by adding noise*, 2017, who use 10 to 20 % of noise.
+    Smilkov et al., *SmoothGrad: removing noise by adding noise*, 2017; they use 10 to 20 % of noise.
 
     Args:
-        f: as `gf.attribution.saliency` has it.
-        target: as `gf.attribution.saliency` has it.
-        at: as `gf.attribution.saliency` has it; the noise is added there, too.
-        samples: how many copies.
-        noise: standard deviation of the Gaussian noise, as a share of the value's range (max - min).
+        f: as for `gf.attribution.saliency`.
+        target: as for `gf.attribution.saliency`.
+        at: as for `gf.attribution.saliency`; the noise is added there too.
+        samples: the number of noisy copies.
+        noise: the standard deviation of the Gaussian noise, as a fraction of the range (max - min) of the value.
 
     Returns:
-        `(params, x, key, *rest) -> map` in the shape and dtype of the input or site.
+        `(params, x, *rest, key) -> map` of the shape and dtype of the input or site; `key` draws the noise.
 
     Raises:
-        ValueError, TypeError: as `gf.attribution.saliency` does; `samples` below 1, or negative noise.
+        ValueError, TypeError: as for `gf.attribution.saliency`; `samples` below 1, or negative noise.
 
-    Example:
-        >>> import jax, jax.numpy as jnp, gradfn as gf
-        >>> smooth = gf.attribution.smooth_grad(lambda w, x: w @ x, samples=4)
-        >>> smooth(jnp.array([2.0, -3.0]), jnp.array([1.0, 2.0]), jax.random.key(0))
-        Array([ 2., -3.], dtype=float32)
+    >>> import jax, jax.numpy as jnp, gradfn as gf
+    >>> smooth = gf.attribution.smooth_grad(lambda w, x: w @ x, samples=4)
+    >>> smooth(jnp.array([2.0, -3.0]), jnp.array([1.0, 2.0]), key=jax.random.key(0))
+    Array([ 2., -3.], dtype=float32)
     """
     if samples < 1 or not noise >= 0:
-        raise ValueError(f"smooth_grad: samples is 1 or more and noise 0 or more, came {samples} and {noise}")
+        raise ValueError(
+            f"smooth_grad: expected samples >= 1 and noise >= 0, got samples={samples}, noise={noise}"
+        )
     scored = score(f, target, "smooth_grad")
 
-    @functools.wraps(f)
-    def smoothed(params: Any, x: Any, key: jax.Array, *rest: Any) -> jax.Array:
+    @transform_of(f, "smooth_grad", own=2)
+    def smoothed(params: PyTree, x: ArrayLike, /, *rest: PyTree, key: Key[Array, ""]) -> jax.Array:
+        """Return the mean gradient of the score at noisy copies of `x`; `key` draws the noise."""
         zero, shifted, _ = entry(scored, at, params, x, rest, "smooth_grad")
         _, value = shifted(zero)
         spread = jnp.asarray(noise, value.dtype) * (value.max() - value.min())
 
         def gradient(key: jax.Array) -> jax.Array:
-            # Normal numbers of narrow dtypes have few values and are off centre.
+            # Normal samples of narrow dtypes take few values and are biased.
             moved = spread * jax.random.normal(key, value.shape, wide(value.dtype)).astype(value.dtype)
             return jax.grad(shifted, has_aux=True)(moved)[0]
 
@@ -231,8 +240,8 @@ def smooth_grad(
     return smoothed
 
 
-def _baseline(baseline: Any, x: Any, what: str) -> jax.Array:
-    """Return the baseline in the shape of the input."""
+def _baseline(baseline: ArrayLike | None, x: ArrayLike, what: str) -> jax.Array:
+    """Return the baseline broadcast to the shape of the input."""
     x = floating(x, what) if baseline is None else jnp.asarray(x)
     if baseline is None:
         return jnp.zeros_like(x)
@@ -240,5 +249,6 @@ def _baseline(baseline: Any, x: Any, what: str) -> jax.Array:
     try:
         return jnp.broadcast_to(baseline.astype(x.dtype), x.shape)
     except ValueError:
-        came = f"{list(baseline.shape)} for an input of {list(x.shape)}"
-        raise ValueError(f"{what}: the baseline must have the input's shape, came {came}") from None
+        raise ValueError(
+            f"{what}: expected a baseline of the input's shape {list(x.shape)}, got {list(baseline.shape)}"
+        ) from None

@@ -1,62 +1,67 @@
-"""Does a map show what the network learned? The two randomisation tests of Adebayo et al., 2018.
+"""Does a map depend on what the network learned? The two randomization tests of Adebayo et al., 2018.
 
-A method that explains a trained network must give another map once its weights, or the labels that it learned
-from, are random. An edge detector does not: its map looks like the digit, which looks convincing, and says
-nothing of the network.
+A method that explains a trained network must give a different map once the weights, or the labels that the network
+was trained on, are random. An edge detector does not: its map looks like the digit, which is convincing, but
+independent of the network.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from string import ascii_letters
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Key, PyTree
 
+from gradfn.core.signature import transform_of
 from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.inspection.leaves import floating_leaves
 from gradfn.inspection.scalar import jit_arrays
 from gradfn.jaxpr import Program, parameter_uses, trace
 
-ALIKE = 0.5  # maps whose ranks correlate more than this show much the same
+ALIKE = 0.5  # maps with a rank correlation above this show much the same
 
-Method = Callable[[Any, Any], jax.Array]  # (params, x) -> map, of one example
+Data = jax.Array | np.ndarray
+Method = Callable[[PyTree, PyTree], jax.Array]  # (params, x) -> map, of one example
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Randomized(ShowsTable):
-    """How alike maps stay while what the network learned is taken away; `print` shows it as a table.
+    """How similar maps remain while what the network learned is randomized; `print` shows a table.
 
     Attributes:
-        names: what is random, a row each; the rows before are random with it.
-        rank: `[rows]`, Spearman's rank correlation of the maps with those of the trained network, the mean
-            over the examples: 1 is the same order of pixels, 0 another altogether.
-        rank_abs: `[rows]`, the same of the maps' magnitudes.
-        maps: `[rows + 1, examples, ...]`, the maps; those of the trained network are first.
+        names: what is randomized, one row per step; what earlier rows name is random too.
+        rank: `[rows]`, Spearman's rank correlation of the maps with those of the trained network, averaged over
+            the examples: 1 is the same order of pixels, 0 an unrelated one.
+        rank_abs: `[rows]`, the rank correlation of the magnitudes of the maps.
+        maps: `[rows + 1, examples, ...]`, the maps; those of the trained network come first.
     """
 
     names: tuple[str, ...]
-    rank: np.ndarray
-    rank_abs: np.ndarray
-    maps: np.ndarray
+    rank: Float[np.ndarray, " rows"]
+    rank_abs: Float[np.ndarray, " rows"]
+    maps: Float[np.ndarray, ...]
 
     @property
     def passed(self) -> bool:
-        """Whether the maps rest on what was learned: at the end, neither correlation is 0.5 or more in magnitude.
+        """Whether the maps depend on what was learned: both correlations of the last row are below 0.5 in magnitude.
 
-        0.5 is a line drawn between maps that show the same and maps that do not: saliency of two networks that
-        learned digits from other first weights correlates by 0.8, after shuffled labels by 0.0. Where it is close,
-        look at the maps.
+        The threshold 0.5 separates maps that show the same from maps that do not: the saliency maps of two networks
+        that learned digits from different initial weights have a correlation of 0.8, after shuffling the labels of
+        0.0. If a correlation is close to 0.5, compare the maps.
         """
         return bool(abs(self.rank[-1]) < ALIKE and abs(self.rank_abs[-1]) < ALIKE)
 
     def table(self, rows: int | None = ROWS) -> TextTable:
         """Return the correlations as a table, the last of them first to be kept; None for all rows."""
-        verdict = "passed: the maps rest on what was learned"
+        verdict = "passed: the maps depend on what was learned"
         if not self.passed:
-            verdict = "FAILED: without what was learned the maps are much the same"
+            verdict = "FAILED: the maps are much the same without what was learned"
         out = TextTable(caption=verdict)
         out.add_column("random", shorten=True)
         for header in ("rank correlation", "of magnitudes"):
@@ -67,43 +72,45 @@ class Randomized(ShowsTable):
 
 
 def randomize_weights(
-    method: Method, init: Callable[[jax.Array], Any], layers: Sequence[str | Sequence[str]] | None = None
+    method: Method, init: Callable[[jax.Array], PyTree], layers: Sequence[str | Sequence[str]] | None = None
 ) -> Callable[..., Randomized]:
-    """Run a method on a network whose layers become random one after the other, from the top down.
+    """Return a function that applies a method to a network whose layers are randomized one by one, last layer first.
 
-    The cascading randomisation of Adebayo et al., *Sanity Checks for Saliency Maps*, 2018.
+    The cascading randomization of Adebayo et al., *Sanity Checks for Saliency Maps*, 2018.
 
     Args:
         method: `(params, x) -> map` of one example, such as `gf.attribution.saliency(net.apply, target=3)`.
-        init: `key -> params`, random ones, such as `net.init`.
-        layers: names or globs of parameters (`"W2"`, `"conv1/*"`), or lists of those for what goes together, in
-            the order in which they become random. Where None, one layer after the other from the last that
-            the network uses to the first: a layer is a dict's parameters (`conv1/W`, `conv1/b`), or those of
-            one number (`W1`, `b1`).
+        init: `key -> params`, random parameters, such as `net.init`.
+        layers: names or globs of parameters (`"W2"`, `"conv1/*"`), or lists of them that are randomized together,
+            in that order. By default the layers in reverse order of their use: a layer is the parameters of one
+            dict (`conv1/W`, `conv1/b`), or those with the same number (`W1`, `b1`).
 
     Returns:
-        `(params, x, key) -> Randomized`; x has a leading axis of examples.
+        `(params, x, *, key) -> Randomized`; x has a leading axis of examples, `key` draws the random weights.
 
     Raises:
-        ValueError: a layer that is no parameter, `layers` that leave some out, `init` of another tree.
+        ValueError: a layer that is not a parameter, `layers` that omit some, `init` of another tree.
 
-    Example:
-        >>> import jax, gradfn as gf
-        >>> net = gf.mlp([8, 6, 3])
-        >>> params, x = net.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), [4, 8])
-        >>> seen = gf.attribution.randomize_weights(lambda params, x: x**2, net.init)(params, x, jax.random.key(2))
-        >>> print(seen)
-          random     rank correlation   of magnitudes
-         ─────────────────────────────────────────────
-          W2, b2                1.000           1.000
-          + W1, b1              1.000           1.000
-        FAILED: without what was learned the maps are much the same
+    >>> import jax, gradfn as gf
+    >>> net = gf.mlp([8, 6, 3])
+    >>> params, x = net.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), [4, 8])
+    >>> test = gf.attribution.randomize_weights(lambda params, x: x**2, net.init)
+    >>> print(test(params, x, key=jax.random.key(2)))
+      random     rank correlation   of magnitudes
+     ─────────────────────────────────────────────
+      W2, b2                1.000           1.000
+      + W1, b1              1.000           1.000
+    FAILED: the maps are much the same without what was learned
     """
 
-    def cascade(params: Any, x: Any, key: jax.Array) -> Randomized:
+    @transform_of(method, "randomize_weights", own=2)
+    def cascade(params: PyTree, x: PyTree, *, key: Key[Array, ""]) -> Randomized:
+        """Return how similar the maps of the examples `x` remain while layer after layer is randomized."""
         leaves, fresh = (floating_leaves(tree, "randomize_weights") for tree in (params, init(key)))
         if list(map(jnp.shape, fresh.values)) != list(map(jnp.shape, leaves.values)):
-            raise ValueError("randomize_weights: init gives parameters of another shape than those to test")
+            raise ValueError(
+                "randomize_weights: expected parameters like params from init, got others in number or shape"
+            )
         if layers is None:
             groups = _by_use(leaves.names, trace(method, params, jax.tree.map(lambda leaf: leaf[0], x)))
         else:
@@ -120,38 +127,41 @@ def randomize_weights(
     return cascade
 
 
-def randomize_labels(method: Method, train: Callable[[Any, jax.Array], Any]) -> Callable[..., Randomized]:
-    """Run a method on a network that learned from shuffled labels, and on one that learned from the true ones.
+def randomize_labels(
+    method: Method, train: Callable[[tuple[Data, Data], jax.Array], PyTree]
+) -> Callable[..., Randomized]:
+    """Return a function that applies a method to two networks, one trained on the true labels, one on shuffled ones.
 
-    The data randomisation test of Adebayo et al., 2018. What there is to see in the images is the same for
-    both networks, but one can only know it by heart.
+    The data randomization test of Adebayo et al., 2018. The images are the same for both networks, but shuffled
+    labels can only be memorized.
 
-    Inputs that are the same in all examples (the rim of MNIST's images) teach nothing under any labels; where a
-    map has the shape of the input they are left out of the comparison. They would make any two networks' maps of
-    such data alike, by their magnitudes.
+    Nothing can be learned from inputs that are equal in all examples (the border of the MNIST images); if a map has
+    the shape of the input, they are excluded from the comparison. With them, the magnitudes of the maps of any two
+    networks would be similar on such data.
 
     Args:
         method: `(params, x) -> map` of one example.
-        train: `((inputs, labels), key) -> params`; long enough to fit the shuffled labels, too, and from the
-            same first weights for the same key.
+        train: `((inputs, labels), key) -> params`; long enough to fit the shuffled labels too, and from the same
+            initial weights for the same key.
 
     Returns:
-        `((inputs, labels), x, key) -> Randomized` with one row; x has a leading axis of examples.
+        `((inputs, labels), x, *, key) -> Randomized` with one row; x has a leading axis of examples. `key` is used
+        for training and for shuffling.
 
-    Example:
-        >>> import jax, jax.numpy as jnp, gradfn as gf
-        >>> def train(data, key):
-        ...     inputs, labels = data
-        ...     return jnp.linalg.lstsq(inputs, labels)[0]
-        >>> inputs = jax.random.normal(jax.random.key(0), [50, 20])
-        >>> data = inputs, inputs @ jnp.arange(20.0)
-        >>> saliency = gf.attribution.saliency(lambda w, x: w @ x)
-        >>> seen = gf.attribution.randomize_labels(saliency, train)(data, inputs[:3], jax.random.key(1))
-        >>> seen.passed
-        True
+    >>> import jax, jax.numpy as jnp, gradfn as gf
+    >>> def train(data, key):
+    ...     inputs, labels = data
+    ...     return jnp.linalg.lstsq(inputs, labels)[0]
+    >>> inputs = jax.random.normal(jax.random.key(0), [50, 20])
+    >>> data = inputs, inputs @ jnp.arange(20.0)
+    >>> saliency = gf.attribution.saliency(lambda w, x: w @ x)
+    >>> gf.attribution.randomize_labels(saliency, train)(data, inputs[:3], key=jax.random.key(1)).passed
+    True
     """
 
-    def both(data: Any, x: Any, key: jax.Array) -> Randomized:
+    @transform_of(method, "randomize_labels", own=2)
+    def both(data: tuple[Data, Data], x: PyTree, *, key: Key[Array, ""]) -> Randomized:
+        """Return how similar the maps of the examples `x` are for true and for shuffled labels."""
         inputs, labels = data
         key_train, key_order = jax.random.split(key)
         order = np.asarray(jax.random.permutation(key_order, len(labels)))
@@ -163,38 +173,38 @@ def randomize_labels(method: Method, train: Callable[[Any, jax.Array], Any]) -> 
     return both
 
 
-def rank_correlation(a: Any, b: Any) -> float:
+def rank_correlation(a: ArrayLike, b: ArrayLike) -> float:
     """Return Spearman's rank correlation of two arrays of one size: 1 is the same order, -1 the reverse.
 
-    Nan where one of them is constant.
+    NaN if one of them is constant.
 
     >>> round(rank_correlation([1.0, 2.0, 3.0], [10.0, 20.0, 400.0]), 6)
     1.0
     """
-    from scipy.stats import rankdata  # slow to import
+    # Slow to import.
+    from scipy.stats import rankdata
 
-    ranks = [
-        rankdata(np.asarray(values).reshape(-1)) for values in (a, b)
-    ]  # equal values share their mean rank
+    # Equal values share their mean rank.
+    ranks = [rankdata(np.asarray(values).reshape(-1)) for values in (a, b)]
     ranks = [r - r.mean() for r in ranks]
     norms = [float(np.linalg.norm(r)) for r in ranks]
     return float(ranks[0] @ ranks[1]) / (norms[0] * norms[1]) if min(norms) > 0 else float("nan")
 
 
-def _compare(names: Sequence[str], maps: Sequence[Any], where: np.ndarray | None = None) -> Randomized:
+def _compare(names: Sequence[str], maps: Sequence[ArrayLike], where: np.ndarray | None = None) -> Randomized:
     """Compare the maps of each example with the first ones, everywhere or only where `where` is True."""
-    maps = [np.asarray(m) for m in maps]
-    first, *others = maps if where is None else [m[:, where] for m in maps]
+    arrays = [np.asarray(m) for m in maps]
+    first, *others = arrays if where is None else [m[:, where] for m in arrays]
 
-    def alike(change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    def similarity(change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         pairs = [zip(change(first), change(other), strict=True) for other in others]
         return np.array([np.mean([rank_correlation(a, b) for a, b in zipped]) for zipped in pairs])
 
-    return Randomized(tuple(names), alike(np.asarray), alike(np.abs), np.stack(maps))
+    return Randomized(tuple(names), similarity(np.asarray), similarity(np.abs), np.stack(arrays))
 
 
 def _by_use(names: Sequence[str], program: Program) -> list[list[str]]:
-    """Return the parameters layer by layer, the layer that the program uses last first."""
+    """Return the parameters layer by layer, in reverse order of their first use in the program."""
     first: dict[str, tuple[int, ...]] = {}
     for use in parameter_uses(program):
         for name in (program.names[leaf] for leaf in use.leaves):
@@ -213,11 +223,11 @@ def _named(names: Sequence[str], layers: Sequence[str | Sequence[str]]) -> list[
         for pattern in patterns:
             if not any(fnmatch(name, pattern) for name in names):
                 raise ValueError(
-                    f"randomize_weights: no parameter {pattern!r}; there are {', '.join(names):.500}"
+                    f"randomize_weights: expected names of parameters ({', '.join(names):.500}), got {pattern!r}"
                 )
         group = [name for name in left if any(fnmatch(name, pattern) for pattern in patterns)]
         left = [name for name in left if name not in group]
         groups.append(group)
     if left:
-        raise ValueError(f"randomize_weights: layers leave out {', '.join(left)}: name them, too")
+        raise ValueError(f"randomize_weights: layers must name every parameter; missing: {', '.join(left)}")
     return groups

@@ -142,6 +142,7 @@ def ggn_vp(outputs: Callable, loss: str | Callable = "softmax") -> Product:
         )
     of_outputs = _HESSIANS[loss] if isinstance(loss, str) else functools.partial(_hessian_of, loss)
 
+    @transform_of(outputs, "ggn_vp", own=2)
     def product(params: PyTree, vector: PyTree, batch: tuple[PyTree, ArrayLike]) -> PyTree:
         """Return the Gauss-Newton matrix at `params` times `vector`: a tree like `params`. `batch` is `(x, y)`."""
         x, y = batch
@@ -157,7 +158,6 @@ def ggn_vp(outputs: Callable, loss: str | Callable = "softmax") -> Product:
 
         return _gauss_newton(predictions, times_hessian, params, vector, x, "ggn_vp")
 
-    product.__name__ = product.__qualname__ = "ggn_vp"
     product.is_curvature_product = True  # type: ignore[attr-defined]
     return product
 

@@ -1,4 +1,4 @@
-"""TracIn: products of gradients written out, and planted copies found."""
+"""TracIn: against dot products of gradients, and on planted copies."""
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,11 @@ def test_scores_are_products_of_per_example_gradients():
     for params, rate in zip(checkpoints, (0.5, 0.1)):
         of_train, of_test = (flat(jax.vmap(jax.grad(LOSS), (None, 0))(params, b)) for b in (train, test))
         expected += rate * of_test @ of_train.T
-    found = gf.attribution.tracin(LOSS, part=3)(
+    result = gf.attribution.tracin(LOSS, batch_size=3)(
         checkpoints, train, test, [0.5, 0.1]
-    )  # 3 and 3 and 1, 3 and 2
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
-    # With aux, and in a model that holds a function and a whole number.
+    )  # batches of 3, 3, 1 and of 3, 2
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-7)
+    # With aux, and for a model that contains a function and an integer.
     with_aux = gf.attribution.tracin(lambda model, example: (model["loss"](model["params"], example), 1))
     models = [{"params": params, "loss": LOSS, "step": jnp.array(7)} for params in checkpoints]
     np.testing.assert_allclose(
@@ -37,14 +37,14 @@ def test_scores_are_products_of_per_example_gradients():
     )
 
 
-def test_it_wants_a_rate_for_each_checkpoint():
+def test_each_checkpoint_needs_a_learning_rate():
     data = batch(jax.random.key(0), 2)
-    with pytest.raises(ValueError, match=r"one learning rate for each .* came 1 for 2"):
+    with pytest.raises(ValueError, match="got 2 checkpoints and 1 learning rates"):
         gf.attribution.tracin(LOSS)([{}, {}], data, data, [0.1])
-    with pytest.raises(ValueError, match="came 0 for 0"):
+    with pytest.raises(ValueError, match="got 0 checkpoints and 0 learning rates"):
         gf.attribution.tracin(LOSS)([], data, data, 0.1)
-    with pytest.raises(ValueError, match="part is 1 or more, came 0"):
-        gf.attribution.tracin(LOSS, part=0)
+    with pytest.raises(ValueError, match="batch_size must be an integer >= 1, got 0"):
+        gf.attribution.tracin(LOSS, batch_size=0)
 
 
 @pytest.mark.slow
@@ -52,7 +52,7 @@ def test_planted_copies_are_found_over_saved_checkpoints(tmp_path):
     data = gf.data.digits(size=8)
     x, y = (part[:300].copy() for part in data.train)
     test = tuple(part[:6] for part in data.test)
-    for i in range(6):  # digit i of the test lies twice in the training data, once under a false label
+    for i in range(6):  # each test digit is copied into the training data twice, once with a wrong label
         x[i], y[i] = test[0][i], test[1][i]
         x[100 + i], y[100 + i] = test[0][i], (test[1][i] + 1) % 10
     net = gf.mlp([64, 16, 10])
@@ -61,15 +61,16 @@ def test_planted_copies_are_found_over_saved_checkpoints(tmp_path):
     gf.fit(gf.batch_mean(loss), params, (x, y), optax.sgd(0.5), 900, **options)
     checkpoints = list(gf.train.kept(tmp_path, like=params).values())
     plain, cosine = (
-        np.asarray(gf.attribution.tracin(loss, normalise=n)(checkpoints, (x, y), test, 0.5))
+        np.asarray(gf.attribution.tracin(loss, normalize=n)(checkpoints, (x, y), test, 0.5))
         for n in (False, True)
     )
     assert plain.shape == (6, 300)
     own = np.arange(6)
     np.testing.assert_array_equal(cosine.argmax(1), own)
     np.testing.assert_allclose(cosine[own, own], 3 * 0.5, rtol=1e-5)
-    ranks = (plain[own, 100 + own][:, None] > plain).sum(1)  # how many harmed more than the mislabelled copy
-    assert ranks.max() <= 2
-    assert (plain[own, own][:, None] < plain).sum(
+    ranks = (plain[own, 100 + own][:, None] > plain).sum(
         1
-    ).max() < 45  # larger gradients may help more than the copy
+    )  # the number of examples that harmed more than the mislabeled copy
+    assert ranks.max() <= 2
+    # Examples with larger gradients may help more than the copy.
+    assert (plain[own, own][:, None] < plain).sum(1).max() < 45

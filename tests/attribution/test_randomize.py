@@ -1,4 +1,4 @@
-"""The randomisation tests must tell a map of what was learned from a map of the input."""
+"""The randomization tests must distinguish a map of what was learned from a map of the input."""
 
 import functools
 
@@ -13,7 +13,7 @@ from gradfn.attribution.randomize import rank_correlation
 
 
 def edges(params, x):
-    """An edge detector: it looks at the image and at nothing else."""
+    """An edge detector: its map depends on the image alone."""
     image = x.reshape(8, 8)
     return jnp.hypot(*jnp.gradient(image)).reshape(-1)
 
@@ -23,7 +23,7 @@ NET = gf.mlp([64, 24, 10])
 
 @functools.cache
 def trained(labels, seed):
-    data = gf.data.digits(size=8).train[0][:150], np.array(labels)  # as much as it can learn by heart
+    data = gf.data.digits(size=8).train[0][:150], np.array(labels)  # as much as it can memorize
     fitted = gf.fit(
         gf.batch_mean(gf.classification_loss(NET)),
         NET.init(jax.random.key(seed)),
@@ -45,63 +45,63 @@ def test_both_tests_separate_saliency_from_an_edge_detector():
     data = gf.data.digits(size=8)
     part, x = tuple(half[:150] for half in data.train), jnp.asarray(data.test[0][:10])
     saliency, key = gf.attribution.saliency(NET.apply, target=3), jax.random.key(1)
-    of_labels = gf.attribution.randomize_labels(saliency, train)(part, x, key)
+    of_labels = gf.attribution.randomize_labels(saliency, train)(part, x, key=key)
     assert of_labels.passed
-    assert not gf.attribution.randomize_labels(edges, train)(part, x, key).passed
+    assert not gf.attribution.randomize_labels(edges, train)(part, x, key=key).passed
 
     params = train(part, jax.random.split(key)[0])
-    of_weights = gf.attribution.randomize_weights(saliency, NET.init)(params, x, key)
+    of_weights = gf.attribution.randomize_weights(saliency, NET.init)(params, x, key=key)
     assert of_weights.passed
     assert of_weights.names == ("W2, b2", "+ W1, b1")
     assert of_weights.maps.shape == (3, 10, 64)
     np.testing.assert_allclose(of_weights.maps[0], of_labels.maps[0], rtol=1e-5)
-    detector = gf.attribution.randomize_weights(edges, NET.init)(params, x, key)
+    detector = gf.attribution.randomize_weights(edges, NET.init)(params, x, key=key)
     assert not detector.passed
     np.testing.assert_allclose(detector.rank, 1.0)
     assert "FAILED" in str(detector)
 
 
-def test_layers_become_random_from_the_one_used_last():
+def test_layers_are_randomized_in_reverse_order_of_use():
     net = gf.serial(
         z=gf.layers.dense(4, 3), squash=jnp.tanh, m=gf.layers.dense(3, 3), a=gf.layers.dense(3, 2)
     )
-    look = jax.jit(gf.attribution.saliency(net.apply, 0))
+    saliency = jax.jit(gf.attribution.saliency(net.apply, 0))
     params, x, key = net.init(jax.random.key(0)), jnp.ones((1, 4)), jax.random.key(1)
-    seen = gf.attribution.randomize_weights(look, net.init)(params, x, key)
-    assert seen.names == ("a/W, a/b", "+ m/W, m/b", "+ z/W, z/b")
-    np.testing.assert_allclose(seen.maps[-1, 0], look(net.init(key), x[0]), rtol=1e-5)
+    result = gf.attribution.randomize_weights(saliency, net.init)(params, x, key=key)
+    assert result.names == ("a/W, a/b", "+ m/W, m/b", "+ z/W, z/b")
+    np.testing.assert_allclose(result.maps[-1, 0], saliency(net.init(key), x[0]), rtol=1e-5)
     mixed = net.init(key) | {"z": params["z"]}
-    np.testing.assert_allclose(seen.maps[-2, 0], look(mixed, x[0]), rtol=1e-5)
+    np.testing.assert_allclose(result.maps[-2, 0], saliency(mixed, x[0]), rtol=1e-5)
 
 
 def test_layers_by_name():
     f = lambda params, x: params["a"] * x + params["b"]  # noqa: E731
     init = lambda key: {"a": jnp.array(2.0), "b": jnp.array(3.0)}  # noqa: E731
     params, x = {"a": jnp.array(1.0), "b": jnp.array(0.0)}, jnp.ones((1, 2))
-    seen = gf.attribution.randomize_weights(f, init, layers=["b", ["a"]])(params, x, jax.random.key(0))
-    np.testing.assert_array_equal(seen.maps[:, 0, 0], [1.0, 4.0, 5.0])
-    assert not seen.passed  # constant maps have no ranks
-    with pytest.raises(ValueError, match="no parameter 'c'; there are a, b"):
-        gf.attribution.randomize_weights(f, init, layers=["c"])(params, x, jax.random.key(0))
-    with pytest.raises(ValueError, match="layers leave out b"):
-        gf.attribution.randomize_weights(f, init, layers=["a"])(params, x, jax.random.key(0))
-    with pytest.raises(ValueError, match="of another shape"):
+    result = gf.attribution.randomize_weights(f, init, layers=["b", ["a"]])(params, x, key=jax.random.key(0))
+    np.testing.assert_array_equal(result.maps[:, 0, 0], [1.0, 4.0, 5.0])
+    assert not result.passed  # constant maps have no rank correlation
+    with pytest.raises(ValueError, match=r"expected names of parameters \(a, b\), got 'c'"):
+        gf.attribution.randomize_weights(f, init, layers=["c"])(params, x, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="layers must name every parameter; missing: b"):
+        gf.attribution.randomize_weights(f, init, layers=["a"])(params, x, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="got others in number or shape"):
         gf.attribution.randomize_weights(f, lambda key: {"a": jnp.ones(2), "b": jnp.ones(2)})(
-            params, x, jax.random.key(0)
+            params, x, key=jax.random.key(0)
         )
 
 
-def test_inputs_that_never_vary_do_not_make_maps_alike():
+def test_constant_inputs_do_not_make_maps_alike():
     inputs = np.random.default_rng(0).normal(size=[40, 6])
-    inputs[:, 3:] = 0.0  # nothing is learned of these, so all networks are alike there
+    inputs[:, 3:] = 0.0  # nothing can be learned from these, so all networks are alike there
     train = lambda data, key: jnp.linalg.lstsq(*map(jnp.asarray, data))[0]  # noqa: E731
     slopes = np.array([1.0, -2.0, 3.0, 0.0, 0.0, 0.0])
-    look = lambda w, x: w  # noqa: E731
-    seen = gf.attribution.randomize_labels(look, train)(
-        (inputs, inputs @ slopes), inputs[:1], jax.random.key(3)
+    method = lambda w, x: w  # noqa: E731
+    result = gf.attribution.randomize_labels(method, train)(
+        (inputs, inputs @ slopes), inputs[:1], key=jax.random.key(3)
     )
-    true, shuffled = seen.maps[:, 0]
-    np.testing.assert_allclose(seen.rank[0], rank_correlation(true[:3], shuffled[:3]))
+    true, shuffled = result.maps[:, 0]
+    np.testing.assert_allclose(result.rank[0], rank_correlation(true[:3], shuffled[:3]))
     assert abs(rank_correlation(abs(true), abs(shuffled))) > 0.5
 
 

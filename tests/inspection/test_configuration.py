@@ -169,17 +169,17 @@ TOOLS = {
     "patch": lambda net, batch: gf.patch(mean_of, {"w": 0.0})(net, batch),
     "sites": lambda net, batch: gf.sites(mean_of)(net, batch),
     "saliency": lambda net, batch: gf.attribution.saliency(apply, 0, at="w")(net, X[0]),
-    "smooth_grad": lambda net, batch: gf.attribution.smooth_grad(apply, 0, samples=2)(net, X[0], KEY),
+    "smooth_grad": lambda net, batch: gf.attribution.smooth_grad(apply, 0, samples=2)(net, X[0], key=KEY),
     "integrated_gradients": lambda net, batch: gf.attribution.integrated_gradients(apply, 0, steps=2)(
         net, X[0]
     ),
     "occlusion": lambda net, batch: gf.attribution.occlusion(lambda net, x: net(x[0]), 1, target=0)(
         net, X[:2]
     ),
-    "maximize": lambda net, batch: gf.attribution.maximize(apply, 0, steps=2)(net, X[0], KEY),
+    "maximize": lambda net, batch: gf.attribution.maximize(apply, 0, steps=2)(net, X[0], key=KEY),
     "randomize_weights": lambda net, batch: gf.attribution.randomize_weights(
         gf.attribution.saliency(apply, 0), lambda key: with_array(net, jax.random.normal(key, [4]))
-    )(net, X, KEY),
+    )(net, X, key=KEY),
 }
 
 

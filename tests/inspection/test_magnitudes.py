@@ -54,7 +54,7 @@ def test_estimates_whose_squares_are_no_numbers(unit):
 @pytest.mark.parametrize("unit", UNITS)
 def test_cosines_of_gradients_whose_squares_are_no_numbers(unit):
     x = np.array([[1.0, 0.0], [3.0, 3.0]], np.float32)
-    found = gf.attribution.tracin(lambda w, x: w @ x, normalise=True)(
+    found = gf.attribution.tracin(lambda w, x: w @ x, normalize=True)(
         [jnp.ones(2)], np.float32(unit) * x, x, 1.0
     )
     np.testing.assert_allclose(found, [[1.0, 0.5**0.5], [0.5**0.5, 1.0]], rtol=1e-5)
