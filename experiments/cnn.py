@@ -128,7 +128,7 @@ def maps(net: gf.Net, loss: Any, params: Any, data: Any) -> Any:
     images, labels = six_digits(data)
     batch = jnp.asarray(images), jnp.asarray(labels)
     seen = gf.inspect(gf.batch_mean(loss), sites="a1", keep="a1", input_grads=False)(params, batch)
-    fired = np.asarray(seen.activations["a1"])  # [digits, 28, 28, filters]
+    fired = np.asarray(seen["a1"].value)  # [digits, 28, 28, filters]
     columns = {f"filter {i}": fired[..., i] for i in range(min(fired.shape[-1], 10))}
     pictures = images.reshape(fired.shape[:3])  # [digits, 28, 28]
     on_ink, on_paper = fired[pictures > 0.5].mean(0), fired[pictures < 0.1].mean(0)  # [filters] each

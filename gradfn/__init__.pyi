@@ -24,13 +24,16 @@ from .flatten import ExampleLoss as ExampleLoss
 from .flatten import Loss as Loss
 from .flatten import batch_mean as batch_mean
 from .inspection import Backward as Backward
+from .inspection import Capture as Capture
 from .inspection import ChainRule as ChainRule
 from .inspection import GradCheck as GradCheck
 from .inspection import Inspection as Inspection
 from .inspection import NanRecord as NanRecord
 from .inspection import NanReport as NanReport
+from .inspection import Observation as Observation
 from .inspection import SiteList as SiteList
 from .inspection import backprop as backprop
+from .inspection import capture as capture
 from .inspection import chain_rule as chain_rule
 from .inspection import check_grads as check_grads
 from .inspection import inspect as inspect

@@ -139,27 +139,27 @@ class TextTable:
         if self.title:
             yield Text(self.title)
         yield table
-        dropped = [column.header for k, column in enumerate(self.columns) if k not in widths]
-        note = f"not shown in {width} columns: {', '.join(dropped)}" if dropped else ""
+        hidden = [k for k in range(len(self.columns)) if k not in widths and any(self._texts(k))]
+        dropped = ", ".join(self.columns[k].header for k in hidden)
+        note = f"not shown in {width} columns: {dropped}" if dropped else ""
         for line in filter(None, [*self.caption.splitlines(), note]):
             yield from map(Text, textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False))
 
     def _cells(self, k: int) -> list[Any]:
         return [row[k] for row in self.rows]
 
+    def _texts(self, k: int) -> list[str]:
+        column = self.columns[k]
+        return [column.footer, *[_text(cell, column.form) for cell in self._cells(k)]]
+
     def _fitted(self, width: int) -> dict[int, int]:
         """Return the columns that fit into a width, by number, and how wide each is."""
         from rich.cells import cell_len
 
-        full = {
-            k: max(
-                map(
-                    cell_len, [column.header, column.footer, *[_text(c, column.form) for c in self._cells(k)]]
-                )
-            )
-            for k, column in enumerate(self.columns)
-        }
-        shown = list(full)
+        texts = {k: self._texts(k) for k in range(len(self.columns))}
+        full = {k: max(map(cell_len, [self.columns[k].header, *texts[k]])) for k in texts}
+        # A column without a single text is left out, unless the table has no rows at all.
+        shown = [k for k in texts if any(texts[k]) or not self.rows]
 
         def sizes(limit: int) -> dict[int, int]:
             least = {k: max(limit, cell_len(self.columns[k].header)) for k in shown}

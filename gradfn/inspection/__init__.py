@@ -4,12 +4,14 @@ from typing import TYPE_CHECKING
 
 from gradfn._missing import namespace
 from gradfn.inspection._backprop import Backward, Cotangent, Step, StepList, backprop
+from gradfn.inspection._capture import Capture, capture
 from gradfn.inspection._chain_rule import ChainRule, chain_rule
 from gradfn.inspection._inspect import Inspection, inspect
 from gradfn.inspection._patch import patch
 from gradfn.inspection._sites import SiteList, sites
 from gradfn.inspection.causes import Operand
 from gradfn.inspection.check import GradCheck, LeafCheck, check_grads
+from gradfn.inspection.observe import Observation
 from gradfn.inspection.origin import Event, NanRecord, NanReport, nan_guard, nan_origin
 from gradfn.inspection.summaries import Stats
 from gradfn.inspection.where import Loop
@@ -17,6 +19,7 @@ from gradfn.jaxpr import Site
 
 __all__ = [
     "Backward",
+    "Capture",
     "ChainRule",
     "Cotangent",
     "Event",
@@ -26,6 +29,7 @@ __all__ = [
     "Loop",
     "NanRecord",
     "NanReport",
+    "Observation",
     "Operand",
     "Site",
     "SiteList",
@@ -33,6 +37,7 @@ __all__ = [
     "Step",
     "StepList",
     "backprop",
+    "capture",
     "chain_rule",
     "check_grads",
     "inspect",

@@ -29,6 +29,7 @@ from gradfn.jaxpr.program import leaf_name
 
 if TYPE_CHECKING:
     from gradfn.inspection._inspect import Inspection
+    from gradfn.inspection.observe import ByName
 
 VANISHING, EXPLODING = 1e-3, 1e3
 SATURATED_SHARE, DEAD_SHARE = 0.5, 0.5
@@ -66,7 +67,7 @@ def _numbers(stats: Stats | None, index: tuple[int, ...], depth: int) -> dict[st
     return out
 
 
-def rows_of(seen: "Inspection") -> list[Row]:
+def rows_of(seen: "ByName") -> list[Row]:
     """Return the rows of the table, from the inputs to the loss."""
     seen = jax.device_get(seen)
     entries = []
@@ -137,7 +138,6 @@ def to_dict(seen: "Inspection") -> dict[str, Any]:
     in_order = [site.name for site in seen.sites]
     out: dict[str, Any] = {
         "value": np.asarray(seen.value).tolist(),
-        "inspected": np.asarray(seen.inspected).tolist(),
         "sites": {name: seen.stats[name].to_dict() for name in in_order if name in seen.stats},
         "site_grads": {name: seen.grad_stats[name].to_dict() for name in in_order if name in seen.grad_stats},
         "grads": {name: _of_array(g) for name, g in _leaves(seen.grads)},
@@ -164,16 +164,20 @@ def _of_array(x: Any) -> dict[str, Any]:
     return {"rms": unit * float(np.sqrt(np.mean((sizes / unit) ** 2))), "max": largest, "nonfinite": bad}
 
 
-def table(seen: "Inspection", rows: int | None = ROWS) -> TextTable:
+def table(seen: "ByName", rows: int | None, rest: str) -> TextTable:
     """Return one row per site and iteration, from the inputs to the loss.
 
     Where that is more than `rows`, all iterations of a site share one row, and the rows that stay are those with
-    flags, then those where the gradient's norm changes most.
+    flags, then those where the gradient's norm changes most. `rest` is the call that returns all rows.
     """
-    stacked = np.ndim(seen.value)
-    value = float(np.asarray(seen.value)[(-1,) * stacked])
-    title = f"value {value:.6g}" + f" (the last of {np.shape(seen.value)} inspections)" * bool(stacked)
-    caption = "grad ×: the norm of the gradient here over that at the next site towards the loss"
+    title = ""
+    if hasattr(seen, "value"):
+        stacked = np.shape(seen.value)
+        title = f"value {float(np.asarray(seen.value)[(-1,) * len(stacked)]):.6g}"
+        title += f" (the last of {stacked} inspections)" if stacked else ""
+    caption = ""
+    if seen.grad_stats:
+        caption = "grad ×: the norm of the gradient here over that at the next site towards the loss"
     shown = rows_of(seen)
     if rows is not None and len(shown) > rows and any(row.iteration for row in shown):
         shown = _one_row_per_site(shown)
@@ -209,7 +213,7 @@ def table(seen: "Inspection", rows: int | None = ROWS) -> TextTable:
             " ".join(row.flags),
             weight=math.inf if row.flags else change,
         )
-    return out.folded(rows, "inspection.table(rows=None)")
+    return out.folded(rows, rest)
 
 
 def _one_row_per_site(all_rows: list[Row]) -> list[Row]:

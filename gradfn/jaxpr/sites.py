@@ -655,12 +655,13 @@ def select(sites: Sequence[Site], wanted: Selection, what: str = "sites") -> lis
     for pattern in patterns:
         hits = [pattern] if pattern in names else fnmatch.filter(names, pattern)
         if not hits:
-            raise ValueError(_unknown(pattern, names, what))
+            raise ValueError(unknown_site(pattern, names, what))
         chosen.update(hits)
     return [site for site in sites if site.name in chosen]
 
 
-def _unknown(pattern: str, names: list[str], what: str) -> str:
+def unknown_site(pattern: str, names: list[str], what: str) -> str:
+    """Return the error for a name or glob that matches no site; `what` is the caller."""
     if not names:
         return f"{what}: there is no site {pattern!r}: it has none. Name one: gf.tap(x, {pattern!r})."
     near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.4)

@@ -132,4 +132,4 @@ def attention_of(loss: Loss, params: Any, example: Any) -> dict[str, np.ndarray]
     if not names:
         return {}
     seen = inspect(loss, sites=names, keep=names, stats=["mean"], input_grads=False)(params, example)
-    return {f"block {i}": np.asarray(seen.kept[name]) for i, name in enumerate(names)}
+    return {f"block {i}": np.asarray(seen[name].value) for i, name in enumerate(names)}

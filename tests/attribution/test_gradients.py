@@ -53,10 +53,10 @@ def looped(w, x):
 def test_a_site_in_a_loop_has_one_map_per_iteration():
     w, x = jnp.array(0.7), jnp.array([0.5, -1.0])
     inspection = gf.inspect(looped, keep="c")(w, x)
-    close(gf.attribution.saliency(looped, at="c")(w, x), inspection.activation_grads["c"])
+    close(gf.attribution.saliency(looped, at="c")(w, x), inspection["c"].grad)
     ig = gf.attribution.integrated_gradients(looped, at="c")(w, x)
     # With its value replaced, an iteration no longer depends on the one before.
-    close(ig.attributions, jnp.zeros((3, 2)).at[2].set(inspection.activations["c"][2]))
+    close(ig.attributions, jnp.zeros((3, 2)).at[2].set(inspection["c"].value[2]))
 
 
 def quadratic(params, x):

@@ -151,8 +151,8 @@ def test_activations_of_an_rnn_are_those_of_the_loop_unrolled_by_hand():
         return jnp.mean(jnp.stack(out) ** 2), jnp.stack(out)
 
     (_, states), grads = jax.jit(jax.value_and_grad(unrolled, has_aux=True))(offsets)
-    np.testing.assert_allclose(seen.activations["h"], states, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(seen.activation_grads["h"], grads, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(seen["h"].value, states, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(seen["h"].grad, grads, rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(seen.grad_stats["h"].rms, np.sqrt(np.mean(grads**2, 1)), rtol=1e-4)
 
 
@@ -171,7 +171,7 @@ def test_integer_and_empty_sites_and_sites_no_gradient_reaches():
         return jnp.sum(checkpoint_name(x @ w, "cut")[:0]) + jnp.sum(checkpoint_name(w[:0], "none")), best
 
     seen = inspect(f)(W, X)
-    assert "best" not in seen.activation_grads
+    assert "best" not in seen.grad_stats
     np.testing.assert_allclose(seen.stats["best"].mean, np.mean(np.argmax(X @ W, -1)), rtol=1e-6)
     assert float(seen.stats["none"].count) == 0
     assert "nan" not in str(seen)
@@ -224,7 +224,7 @@ def test_shardings_are_those_of_the_plain_function(mesh):
     for ours, theirs in ((seen.grads, grads[0]), (seen.input_grads[0], grads[1])):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-8)
         assert ours.sharding.is_equivalent_to(theirs.sharding, 2)
-    for raw in (seen.activations["params"], seen.activation_grads["params"]):
+    for raw in (seen["params"].value, seen["params"].grad):
         assert raw.sharding.is_equivalent_to(x.sharding, 2)
 
 
@@ -241,7 +241,7 @@ def test_shardings_in_types():
         x = jax.device_put(X, PartitionSpec("d"))
         seen = jax.jit(inspect(f, keep=None))(w, x)
         np.testing.assert_allclose(seen.grads, jax.jit(jax.grad(f))(w, x), rtol=1e-5, atol=1e-7)
-        assert jax.typeof(seen.activation_grads["params"]).sharding.spec == PartitionSpec(None, "d", None)
+        assert jax.typeof(seen["params"].grad).sharding.spec == PartitionSpec(None, "d", None)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -258,8 +258,6 @@ def test_shard_map(mesh, check_vma):
 
     seen = jax.jit(inspect(f, keep=None))(W, X)
     np.testing.assert_allclose(seen.grads, jax.jit(jax.grad(f))(W, X), rtol=1e-6)
-    assert seen.activations["h"].shape == (8, 2, 8)
-    np.testing.assert_allclose(seen.activations["h"].reshape(16, 8), jax.nn.relu(X @ W), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(
-        seen.activation_grads["h"].reshape(16, 8), 2 * jax.nn.relu(X @ W), rtol=1e-5, atol=1e-6
-    )
+    assert seen["h"].value.shape == (8, 2, 8)
+    np.testing.assert_allclose(seen["h"].value.reshape(16, 8), jax.nn.relu(X @ W), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(seen["h"].grad.reshape(16, 8), 2 * jax.nn.relu(X @ W), rtol=1e-5, atol=1e-6)

@@ -95,7 +95,7 @@ def test_inspection_shows_a_loss_as_it_was_written_and_runs_it_in_rows():
     plain, grads = jax.value_and_grad(loss)(params, x)
     for f, factor in ((loss, 1.0), (twice, 2.0), (jax.jit(loss), 1.0)):
         seen = gf.inspect(f, keep=None)(params, x)
-        assert {name: value.shape[:2] for name, value in seen.activations.items()} == dict.fromkeys(
+        assert {name: value.shape[:2] for name, value in seen.values.items()} == dict.fromkeys(
             ("a/W", "a", "squash", "b/W", "b"), (BATCH, TIME)
         )
         np.testing.assert_allclose(seen.value, factor * plain, rtol=1e-6)

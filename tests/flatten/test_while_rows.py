@@ -61,7 +61,7 @@ def test_a_vmapped_while_is_inspected_with_each_rows_own_last_iteration(f):
 
     seen = jax.jit(gf.inspect(loss, keep="h"))(W, X, TRIPS)
     last = np.stack([one(W, x, n) for x, n in zip(X, TRIPS, strict=True)])
-    np.testing.assert_allclose(seen.kept["h"], last, rtol=1e-6)
+    np.testing.assert_allclose(seen["h"].value, last, rtol=1e-6)
     np.testing.assert_allclose(seen.stats["h"].rms, np.sqrt(np.mean(last**2)), rtol=1e-6)
     np.testing.assert_allclose(seen.value, np.sum(last * W), rtol=1e-6)
     nothing = jax.jit(gf.inspect(loss, keep="h"))(W, X, 0 * TRIPS)

@@ -32,7 +32,6 @@ GRADS = jax.grad(masked, argnums=(0, 1))(*ARGS)
 CONCRETE = {
     "inspect": lambda: gf.inspect(masked)(*ARGS).grads,
     "inspect by keyword": lambda: gf.inspect(masked)(W, X, scale=2.0, mask=MASK).grads,
-    "inspect every": lambda: gf.inspect(masked, every=2)(*ARGS, step=0).grads,
     "nan_guard": lambda: gf.nan_guard(masked)(*ARGS)[1],
     "saliency": lambda: gf.attribution.saliency(lambda x, w: masked(w, x, *ARGS[2:]))(X, W),
     "fisher_vp": lambda: (
@@ -92,7 +91,7 @@ def text_of(aux):
 
 AUX = {
     "inspect": lambda: gf.inspect(with_objects)(W, X).aux,
-    "inspect every": lambda: gf.inspect(with_objects, every=2)(W, X, step=1).aux,
+    "capture": lambda: gf.capture(with_objects)(W, X).output[1],
     "backprop": lambda: gf.backprop(with_objects)(W, X).aux,
     "nan_guard": lambda: gf.nan_guard(with_objects)(W, X)[0][1],
     "patch": lambda: gf.patch(with_objects, {"params": 0.0})(W, X)[1],

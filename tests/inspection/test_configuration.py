@@ -160,7 +160,7 @@ def apply(net, x):
 
 TOOLS = {
     "inspect": lambda net, batch: gf.inspect(mean_of)(net, batch).grads,
-    "inspect every": lambda net, batch: gf.inspect(mean_of, every=2)(net, batch, step=0).grads,
+    "capture": lambda net, batch: gf.capture(mean_of)(net, batch).output,
     "backprop": lambda net, batch: gf.backprop(mean_of)(net, batch).steps,
     "nan_guard": lambda net, batch: gf.nan_guard(mean_of)(net, batch)[1],
     "nan_origin": lambda net, batch: gf.nan_origin(gf.batch_mean(loss))(net, batch),

@@ -177,7 +177,7 @@ def test_the_site_of_linens_batch_norm_in_training_is_its_output():
     truth = captured["intermediates"]
     for layer in ("Dense_0", "BatchNorm_0", "Dense_1"):
         np.testing.assert_allclose(
-            seen.kept[f"Net/{layer}"], truth[layer]["__call__"][0], rtol=1e-4, atol=1e-6
+            seen[f"Net/{layer}"].value, truth[layer]["__call__"][0], rtol=1e-4, atol=1e-6
         )
     normed = truth["BatchNorm_0"]["__call__"][0]
 
@@ -185,9 +185,7 @@ def test_the_site_of_linens_batch_norm_in_training_is_its_output():
         head = params["Dense_1"]
         return jnp.mean((jax.nn.gelu(normed) @ head["kernel"] + head["bias"]) ** 2)
 
-    np.testing.assert_allclose(
-        seen.kept_grads["Net/BatchNorm_0"], jax.grad(rest)(normed), rtol=1e-4, atol=1e-6
-    )
+    np.testing.assert_allclose(seen["Net/BatchNorm_0"].grad, jax.grad(rest)(normed), rtol=1e-4, atol=1e-6)
     patched, new = patch(loss, {"Net/BatchNorm_0": 0.5})(params, x)
     np.testing.assert_allclose(patched, rest(jnp.full_like(normed, 0.5)), rtol=1e-5)
     jax.tree.map(np.testing.assert_allclose, new["batch_stats"], captured["batch_stats"])  # not patched
@@ -212,9 +210,9 @@ def test_equinox_is_named_by_the_parameters_whether_a_class_is_entered_once_or_t
         *("first/weight", "first/bias", "first/bias:gelu", "second/weight", "second/bias")
     ]
     h = jax.vmap(first)(x)
-    np.testing.assert_allclose(seen.kept["first/bias"], h, rtol=1e-5)
+    np.testing.assert_allclose(seen["first/bias"].value, h, rtol=1e-5)
     np.testing.assert_allclose(
-        seen.kept["second/bias"], jax.vmap(second)(jax.nn.gelu(h)), rtol=1e-5, atol=1e-6
+        seen["second/bias"].value, jax.vmap(second)(jax.nn.gelu(h)), rtol=1e-5, atol=1e-6
     )
 
 
@@ -230,8 +228,8 @@ def test_equinox_batch_norm_in_training_is_its_output():
     seen = eqx.filter_jit(inspect(loss, keep=None, stats="rms"))(norm, X[0])
     out, _ = jax.vmap(norm, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(X[0], state)
     assert [site.name for site in seen.sites] == ["weight", "bias"]
-    np.testing.assert_allclose(seen.kept["bias"], out, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(seen.kept_grads["bias"], jnp.cos(out) / out.size, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(seen["bias"].value, out, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(seen["bias"].grad, jnp.cos(out) / out.size, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -275,6 +273,6 @@ def test_diffrax_shows_the_vector_field_or_says_what_hides_it():
     )(params, X[0, 0])
     y = X[0, 0]
     for k in range(2):  # Euler's method by hand
-        visited = direct.kept["W"].reshape(-1, 4)[k]
+        visited = direct["W"].value.reshape(-1, 4)[k]
         np.testing.assert_allclose(visited, params["W"] @ y, rtol=1e-4, atol=1e-6)
         y = y + 0.1 * jnp.tanh(params["W"] @ y + params["b"])

@@ -54,31 +54,18 @@ def test_activation_gradients_are_those_of_the_function_split_by_hand(mlp_args):
         return jnp.mean((a1 @ params["W2"] + params["b2"] - y) ** 2)
 
     z1 = x @ params["W1"] + params["b1"]
-    np.testing.assert_allclose(seen.activations["b1"], z1, rtol=1e-6)
-    np.testing.assert_allclose(seen.activations["a1"], jax.nn.sigmoid(z1), rtol=1e-6)
-    np.testing.assert_allclose(seen.activation_grads["a1"], jax.grad(tail)(jax.nn.sigmoid(z1)), rtol=1e-6)
+    np.testing.assert_allclose(seen["b1"].value, z1, rtol=1e-6)
+    np.testing.assert_allclose(seen["a1"].value, jax.nn.sigmoid(z1), rtol=1e-6)
+    np.testing.assert_allclose(seen["a1"].grad, jax.grad(tail)(jax.nn.sigmoid(z1)), rtol=1e-6)
     np.testing.assert_allclose(
-        seen.activation_grads["b1"], jax.grad(lambda z: tail(jax.nn.sigmoid(z)))(z1), rtol=1e-5, atol=1e-8
+        seen["b1"].grad, jax.grad(lambda z: tail(jax.nn.sigmoid(z)))(z1), rtol=1e-5, atol=1e-8
     )
-    g = np.asarray(seen.activation_grads["a1"])
+    g = np.asarray(seen["a1"].grad)
     stats = seen.grad_stats["a1"]
     np.testing.assert_allclose(stats.rms, np.sqrt(np.mean(g**2)), rtol=1e-6)
     np.testing.assert_allclose(stats.mean, np.mean(g), rtol=1e-5)
     np.testing.assert_allclose(stats.max, np.max(np.abs(g)), rtol=1e-6)
     assert float(stats.count) == g.size
-
-
-def test_every_looks_on_some_steps_and_always_gives_gradients(mlp_args):
-    step = jax.jit(inspect(mlp, every=3))
-    plain = jax.jit(jax.grad(mlp))(*mlp_args)
-    for i in range(4):
-        seen = step(*mlp_args, step=i)
-        assert bool(seen.inspected) == (i % 3 == 0)
-        assert_same(seen.grads, plain)
-        assert (float(seen.stats["a1"].rms) > 0) == (i % 3 == 0)
-    with pytest.raises(ValueError, match="step="):
-        inspect(mlp, every=3)(*mlp_args)
-    assert "cond" in str(jax.make_jaxpr(inspect(mlp, every=3))(*mlp_args, step=1))
 
 
 def test_unknown_names_raise_and_list_near_ones(mlp_args):
@@ -88,3 +75,27 @@ def test_unknown_names_raise_and_list_near_ones(mlp_args):
         inspect(mlp, stats=["median"])
     with pytest.raises(TypeError, match="floating scalar"):
         inspect(lambda p, x: x)(*mlp_args[:2])
+
+
+def test_results_are_accessed_by_name(mlp_args):
+    inspection = inspect(mlp, keep="a1")(*mlp_args)
+    assert list(inspection) == [site.name for site in inspection.sites]
+    assert "a1" in inspection
+    assert "a2" not in inspection
+    a1 = inspection["a1"]
+    assert a1.site.name == "a1"
+    assert a1.value.shape == a1.grad.shape == a1.site.shape
+    assert (a1.stats, a1.grad_stats) == (inspection.stats["a1"], inspection.grad_stats["a1"])
+    with pytest.raises(KeyError, match=r"inspection: there is no site 'a2'. Near: .*a1"):
+        inspection["a2"]
+    with pytest.raises(AttributeError, match="the value of site 'W1' was not kept: pass keep='W1'"):
+        inspection["W1"].value  # noqa: B018
+    with pytest.raises(AttributeError, match="the gradient of site 'W1' was not kept: pass keep='W1'"):
+        inspection["W1"].grad  # noqa: B018
+
+
+def test_an_observation_is_returned_from_jit(mlp_args):
+    kept = jax.jit(lambda *args: inspect(mlp, keep="a1")(*args)["a1"])(*mlp_args)
+    np.testing.assert_allclose(
+        kept.value, jax.nn.sigmoid(mlp_args[1] @ mlp_args[0]["W1"] + mlp_args[0]["b1"]), rtol=1e-6
+    )

@@ -18,17 +18,6 @@ def test_a_losss_own_keyword_is_not_swallowed_by_inspect():
     assert float(gf.inspect(lambda w, x, step=5: w * x + step)(1.0, 2.0).value) == 7
 
 
-def test_every_refuses_a_loss_that_has_a_parameter_step():
-    with pytest.raises(ValueError, match=r"every=2.*step.*rename"):
-        gf.inspect(f, every=2)
-    with pytest.raises(ValueError, match="every=2"):
-        gf.inspect(gf.batch_mean(lambda w, x, *, step: w * x + step), every=2)
-    look = gf.inspect(lambda w, x, lr=0.0: w * x + lr, every=2)
-    seen = look(jnp.array(1.0), jnp.array(2.0), step=3, lr=jnp.array(4.0))
-    assert float(seen.value) == 6
-    assert not bool(seen.inspected)
-
-
 def test_parameters_by_keyword_are_differentiated():
     by_keyword = gf.inspect(lambda params, x: params * x)(x=2.0, params=3.0)
     assert float(by_keyword.grads) == 2
@@ -48,6 +37,7 @@ def test_parameters_by_keyword_are_differentiated():
         gf.nan_guard,
         gf.batch_mean,
         gf.sites,
+        gf.capture,
         lambda f: gf.patch(f, {}),
     ],
 )

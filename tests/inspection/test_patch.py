@@ -27,7 +27,7 @@ def test_a_value_or_a_function_takes_the_place_of_a_site():
 
 def test_the_activation_of_another_input_gives_its_result():
     seen = inspect(f, keep="a")(PARAMS, 3 * X)
-    moved, _ = patch(f, {"a": seen.activations["a"]})(PARAMS, X)
+    moved, _ = patch(f, {"a": seen["a"].value})(PARAMS, X)
     np.testing.assert_allclose(moved, f(PARAMS, 3 * X)[0], rtol=1e-6)
 
 

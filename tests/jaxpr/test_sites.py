@@ -188,8 +188,8 @@ def test_what_reaches_only_aux_is_not_a_site_of_the_loss(wrap):
     seen = jax.jit(inspect(loss, keep=None, stats="rms"))(NORM, Z)
     assert [s.name for s in seen.sites] == ["scale", "norm"] or [s.name for s in seen.sites] == ["norm"]
     out, _ = batch_norm(NORM, Z)
-    np.testing.assert_allclose(seen.kept["norm"], out, rtol=1e-5)
-    np.testing.assert_allclose(seen.kept_grads["norm"], jnp.cos(out), rtol=1e-4)
+    np.testing.assert_allclose(seen["norm"].value, out, rtol=1e-5)
+    np.testing.assert_allclose(seen["norm"].grad, jnp.cos(out), rtol=1e-4)
     assert float(patch(loss, {"norm": 0.5})(NORM, Z)[0]) == pytest.approx(15 * np.sin(0.5), rel=1e-5)
 
 
@@ -287,8 +287,8 @@ def test_a_tap_that_reaches_only_aux_is_seen_and_has_no_gradient():
         return jnp.sum(h), probe
 
     seen = jax.jit(inspect(loss, keep=None, stats="rms"))(W, Z)
-    np.testing.assert_allclose(seen.kept["probe"], 3 * jnp.tanh(Z @ W), rtol=1e-6)
-    assert not np.any(seen.kept_grads["probe"])
+    np.testing.assert_allclose(seen["probe"].value, 3 * jnp.tanh(Z @ W), rtol=1e-6)
+    assert not np.any(seen["probe"].grad)
     assert float(seen.grad_stats["probe"].count) == 0
     listed = sites(loss)(W, Z)
     assert [s.reaches for s in listed] == ["result", "result", "aux", "nothing"]
@@ -353,8 +353,8 @@ def test_the_site_of_an_activation_function_is_its_output():
         for case in cases:
             name = f"{case}:{next(k for k in KINDS if case.startswith(k))}"
             out = CASES[case](Z @ W)
-            np.testing.assert_allclose(seen.kept[name], out, rtol=1e-5, atol=1e-7)
-            np.testing.assert_allclose(seen.kept_grads[name], jnp.cos(out), rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(seen[name].value, out, rtol=1e-5, atol=1e-7)
+            np.testing.assert_allclose(seen[name].grad, jnp.cos(out), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -411,7 +411,7 @@ def test_a_masked_softmax_is_a_softmax():
     truth = jax.nn.softmax(jnp.where(mask, Z @ W, -jnp.inf))
     for where in (False, True):
         seen = jax.jit(inspect(lambda w, x: scores(w, x, mask, where), keep="scores:softmax"))(W, Z)  # noqa: B023
-        np.testing.assert_allclose(seen.kept["scores:softmax"], truth, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(seen["scores:softmax"].value, truth, rtol=1e-5, atol=1e-7)
 
 
 def test_activation_functions_under_vmap_scan_and_remat():
@@ -474,11 +474,9 @@ def test_a_mixture_of_experts_under_vmap_shows_the_outputs_of_its_experts():
     ]
     chosen = index[:, None] == 1
     truth = Z @ experts["e1"]["W"].T
-    np.testing.assert_allclose(jnp.where(chosen, seen.kept["e1/W"] - truth, 0), 0, atol=1e-6)
+    np.testing.assert_allclose(jnp.where(chosen, seen["e1/W"].value - truth, 0), 0, atol=1e-6)
     out = jnp.tanh(truth + 1)
-    np.testing.assert_allclose(
-        seen.kept_grads["e1/b:tanh"], jnp.where(chosen, 2 * out, 0), rtol=1e-4, atol=1e-6
-    )
+    np.testing.assert_allclose(seen["e1/b:tanh"].grad, jnp.where(chosen, 2 * out, 0), rtol=1e-4, atol=1e-6)
 
     def looked_up(w, x):
         return jnp.sum(jax.vmap(lambda i, x: jnp.tanh(w[i] @ x))(index, x) ** 2)
@@ -487,7 +485,7 @@ def test_a_mixture_of_experts_under_vmap_shows_the_outputs_of_its_experts():
     seen = jax.jit(inspect(looked_up, keep=None, stats="rms"))(stacked, Z)
     assert [s.name for s in seen.sites] == ["params", "params:tanh"]
     np.testing.assert_allclose(
-        seen.kept["params"].reshape(5, 3), jnp.einsum("bij,bj->bi", stacked[index], Z), rtol=1e-5, atol=1e-6
+        seen["params"].value.reshape(5, 3), jnp.einsum("bij,bj->bi", stacked[index], Z), rtol=1e-5, atol=1e-6
     )
 
 
@@ -528,11 +526,11 @@ def test_weights_that_an_inner_loop_trains_are_weights():
     }
     for k in range(3):
         _, q = adapted(p, Z, k, scan=False)
-        np.testing.assert_allclose(seen.kept["W1"][k], Z @ q["W1"], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(seen["W1"].value[k], Z @ q["W1"], rtol=1e-4, atol=1e-6)
     _, q = adapted(p, Z, 3, scan=False)
     out = jnp.tanh(Z @ q["W1"] + q["b1"][None]) @ q["W2"]
-    np.testing.assert_allclose(seen.kept["W2.1"], out, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(seen.kept_grads["W2.1"], 2 * (out - 1) / out.size, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(seen["W2.1"].value, out, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(seen["W2.1"].grad, 2 * (out - 1) / out.size, rtol=1e-4, atol=1e-6)
     unrolled = find_sites(trace(lambda p, x: adapted(p, x, 1, scan=False)[0], p, Z))
     assert all(s.shape == (5, 3) for s in unrolled)  # no updated weight among them
 
@@ -543,5 +541,5 @@ def test_complex_values_are_sites_with_a_gradient():
 
     seen = jax.jit(inspect(f, keep=None, stats="rms"))({"W": W}, Z)
     out = jnp.fft.fft(Z) @ W.astype(jnp.complex64)
-    np.testing.assert_allclose(seen.kept["W"], out, rtol=1e-4)
-    np.testing.assert_allclose(seen.kept_grads["W"], 2 * out.conj(), rtol=1e-4)  # jax's convention
+    np.testing.assert_allclose(seen["W"].value, out, rtol=1e-4)
+    np.testing.assert_allclose(seen["W"].grad, 2 * out.conj(), rtol=1e-4)  # jax's convention

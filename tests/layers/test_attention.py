@@ -68,7 +68,7 @@ def test_tapped_probabilities_cost_nothing_without_inspection():
     layer = gf.layers.attention(8, 2, causal=True)
     params, x = layer.init(jax.random.key(0)), jnp.ones([3, 8])
     inspection = gf.inspect(lambda p, x: layer.apply(p, x).sum(), keep="probabilities")(params, x)
-    weights = inspection.activations["probabilities"]
+    weights = inspection["probabilities"].value
     np.testing.assert_allclose(
         weights, np.tile(np.tril(np.ones([3, 3])) / [[1], [2], [3]], [2, 1, 1]), rtol=1e-6
     )

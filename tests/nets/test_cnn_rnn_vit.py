@@ -115,9 +115,8 @@ def test_vit_filters_match_patches():
     net, params = started("vit")
     x = jnp.zeros([8, 8]).at[:4, 4:].set(jnp.arange(16.0).reshape(4, 4))  # the second patch
     inspection = gf.inspect(lambda p, x: net.apply(p, x).sum(), keep="patches*")(params, x)
-    [name] = [name for name in inspection.activations if name == "patches"]
     expected = params["patches"]["W"] @ jnp.arange(16.0) + params["patches"]["b"]
-    np.testing.assert_allclose(inspection.activations[name][1], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(inspection["patches"].value[1], expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="patch must divide the image's 28 x 28, got 5"):
         gf.ViTConfig(patch=5)
 

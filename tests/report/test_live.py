@@ -128,8 +128,8 @@ def compiled(loss):
 def jax_says(params, loss, x, label):
     """Return the values and gradients by name, and the loss."""
     seen, (grads, grad_x) = compiled(loss)(params, x, label)
-    values = {name: value for name, value in seen.activations.items() if name[0] in "az"}
-    return values, {name: seen.activation_grads[name] for name in values} | grads | {"x": grad_x}, seen.value
+    values = {name: value for name, value in seen.values.items() if name[0] in "az"}
+    return values, {name: seen[name].grad for name in values} | grads | {"x": grad_x}, seen.value
 
 
 def agree(came, params, loss, x, label):

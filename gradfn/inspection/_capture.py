@@ -1,0 +1,96 @@
+"""`gf.capture`: the values inside any JAX function by name, without a backward pass."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import jax
+
+from gradfn.display import ROWS, ShowsTable, TextTable
+from gradfn.inspection import flow
+from gradfn.inspection.observe import ByName, checked_stats, wanted
+from gradfn.inspection.summaries import DEFAULT_STATS, Stats
+from gradfn.jaxpr import Equation, Site, interpret, trace_as_written
+from gradfn.jaxpr.interpreter import Evaluate
+from gradfn.jaxpr.sites import Selection
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["output", "stats", "values"], meta_fields=["sites"]
+)
+@dataclass(frozen=True, repr=False)
+class Capture(ByName, ShowsTable):
+    """The output of a function and the values on the way to it; a pytree of arrays. `print` shows a table.
+
+    `captured["a1"].value` and `captured["a1"].stats` are what was recorded at the site `a1`: see `Observation`.
+
+    Attributes:
+        output: what the function returned.
+        stats: statistics (`Stats`) by site name.
+        values: the values of the sites that `keep` selected, by name.
+        sites: the sites, in the order of computation (static).
+    """
+
+    output: Any
+    stats: dict[str, Stats]
+    values: dict[str, jax.Array]
+    sites: tuple[Site, ...]
+
+    # There is no backward pass, so no site has a gradient.
+    grad_stats = MappingProxyType[str, Stats]({})
+    value_grads = MappingProxyType[str, jax.Array]({})
+
+    def table(self, rows: int | None = ROWS) -> TextTable:
+        """Return a table with one row per site, of at most that many rows: see `Inspection.table`."""
+        return flow.table(self, rows, "captured.table(rows=None)")
+
+
+def capture(
+    f: Callable, *, sites: Selection = None, keep: Selection = (), stats: Sequence[str] = DEFAULT_STATS
+) -> Callable[..., Capture]:
+    """Return a function that computes `f` and records the values inside it.
+
+    The forward pass alone, so `f` may return anything; for gradients use `gf.inspect`. It works inside `jit`,
+    `vmap`, `scan` and `grad` (gradients pass through what was recorded), and in a `scan` the recorded values have
+    the iterations in front.
+
+    Args:
+        f: any JAX function; its first argument counts as the parameters.
+        sites: which values to record: names or globs of `gf.sites(f)(*args)`, or a function of a site; None is
+            all.
+        keep: which of those to return themselves, not only their statistics, selected in the same way.
+        stats: which statistics to take, as for `gf.inspect`.
+
+    Returns:
+        A function of the same arguments that returns a `Capture`.
+
+    Raises:
+        ValueError: an unknown site (similar names are listed) or statistic.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, gradfn as gf
+        >>> net = gf.mlp([4, 3, 2])
+        >>> captured = gf.capture(net.apply, keep="a1")(net.init(jax.random.key(0)), jnp.ones(4))
+        >>> captured.output.shape, captured["a1"].value.shape, list(captured)
+        ((2,), (3,), ['W1', 'z1', 'a1', 'W2', 'z2'])
+    """
+    stats = checked_stats(stats, "capture")
+
+    @functools.wraps(f)
+    def captured(*args: Any, **kwargs: Any) -> Capture:
+        program = trace_as_written(f, *args, **kwargs)
+        want = wanted(program, sites, keep, stats)
+        at = want.by_path()
+
+        def visit(
+            equation: Equation, evaluate: Evaluate, inputs: Sequence[Any], token: None
+        ) -> tuple[list[Any], Mapping[str, Any]]:
+            outs = evaluate(inputs)
+            return outs, {site.name: want.of(site, outs[site.index], site.kind) for site in at[equation.path]}
+
+        outs, recorded = interpret(program.jaxpr, visit, program.equations(at), program.inputs)
+        return Capture(program.rebuild(outs), *want.by_name(recorded), sites=tuple(want.sites))
+
+    return captured

@@ -1,0 +1,145 @@
+"""What `gf.inspect` and `gf.capture` share: what to record at which site, and access to it by name."""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from gradfn.inspection.summaries import STATS, Stats, summarize
+from gradfn.jaxpr import Program, Site, find_sites, select
+from gradfn.jaxpr.interpreter import Path
+from gradfn.jaxpr.sites import Selection, unknown_site
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["stats", "grad_stats", "kept_value", "kept_grad"],
+    meta_fields=["site"],
+)
+@dataclass(frozen=True)
+class Observation:
+    """What was recorded at one site; a pytree of arrays.
+
+    Attributes:
+        site: which site it is (static).
+        stats: statistics of the value.
+        grad_stats: statistics of the gradient of the loss with respect to the value; None where there is none.
+        kept_value: the value if it was kept, else None; `value` raises instead.
+        kept_grad: the gradient if it was kept, else None; `grad` raises instead.
+    """
+
+    site: Site
+    stats: Stats
+    grad_stats: Stats | None
+    kept_value: jax.Array | None
+    kept_grad: jax.Array | None
+
+    @property
+    def value(self) -> jax.Array:
+        """The value itself.
+
+        Raises:
+            AttributeError: it was not kept.
+        """
+        if self.kept_value is None:
+            raise AttributeError(
+                f"the value of site {self.site.name!r} was not kept: pass keep={self.site.name!r}"
+            )
+        return self.kept_value
+
+    @property
+    def grad(self) -> jax.Array:
+        """The gradient of the loss with respect to the value.
+
+        Raises:
+            AttributeError: it was not kept, or there is none.
+        """
+        if self.grad_stats is None:
+            raise AttributeError(f"site {self.site.name!r} has no gradient here")
+        if self.kept_grad is None:
+            raise AttributeError(
+                f"the gradient of site {self.site.name!r} was not kept: pass keep={self.site.name!r}"
+            )
+        return self.kept_grad
+
+
+class ByName:
+    """Access to what was recorded by the name of its site: `inspection["a1"]`."""
+
+    sites: tuple[Site, ...]
+    stats: Mapping[str, Stats]
+    grad_stats: Mapping[str, Stats]
+    values: Mapping[str, jax.Array]
+    value_grads: Mapping[str, jax.Array]
+
+    def __getitem__(self, name: str) -> Observation:
+        """Return what was recorded at a site.
+
+        Raises:
+            KeyError: there is no such site; the message lists similar names.
+        """
+        for site in self.sites:
+            if site.name == name:
+                kept = self.values.get(name), self.value_grads.get(name)
+                return Observation(site, self.stats[name], self.grad_stats.get(name), *kept)
+        raise KeyError(unknown_site(name, [site.name for site in self.sites], type(self).__name__.lower()))
+
+    def __contains__(self, name: object) -> bool:
+        return any(site.name == name for site in self.sites)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names, in the order of computation."""
+        return iter([site.name for site in self.sites])
+
+
+class Wanted(NamedTuple):
+    """The sites to record, which of them raw as well, and the names of the statistics."""
+
+    sites: list[Site]
+    raw: frozenset[str]
+    stats: tuple[str, ...]
+
+    def by_path(self) -> dict[Path, list[Site]]:
+        """Return the sites by the equation that they are results of."""
+        out: dict[Path, list[Site]] = {}
+        for site in self.sites:
+            out.setdefault(site.path, []).append(site)
+        return out
+
+    def of(self, site: Site, x: jax.Array, kind: str = "") -> dict[str, Any]:
+        """Return what is recorded of a site's value or gradient; `kind` is as in `summarize`."""
+        return {"stats": summarize(x, self.stats, kind)} | ({"raw": x} if site.name in self.raw else {})
+
+    def by_name(
+        self, recorded: Mapping[Path, Mapping[str, Any]]
+    ) -> tuple[dict[str, Stats], dict[str, jax.Array]]:
+        """Return what was recorded at each equation as statistics and raw values by the site's name."""
+        every = {name: record for group in recorded.values() for name, record in group.items()}
+        of_sites = {site.name: every[site.name] for site in self.sites if site.name in every}
+        stats = {name: record["stats"] for name, record in of_sites.items()}
+        return stats, {name: record["raw"] for name, record in of_sites.items() if "raw" in record}
+
+
+def wanted(program: Program, sites: Selection, keep: Selection, stats: tuple[str, ...]) -> Wanted:
+    """Choose among the sites of a program.
+
+    Raises:
+        ValueError: a site that the program does not have; the message lists similar names.
+    """
+    chosen = select(find_sites(program), sites)
+    return Wanted(chosen, frozenset(site.name for site in select(chosen, keep, "keep")), stats)
+
+
+def checked_stats(stats: Sequence[str], what: str) -> tuple[str, ...]:
+    """Return the names of statistics in their usual order; `what` is the caller, for errors.
+
+    Raises:
+        ValueError: an unknown statistic.
+    """
+    stats = (stats,) if isinstance(stats, str) else tuple(stats)
+    for name in stats:
+        if name not in STATS:
+            raise ValueError(f"{what}: there is no statistic {name!r}; there are {', '.join(STATS)}")
+    return tuple(name for name in STATS if name in stats)
