@@ -161,20 +161,23 @@ class TextTable:
         # A column without a single text is left out, unless the table has no rows at all.
         shown = [k for k in texts if any(texts[k]) or not self.rows]
 
-        def sizes(limit: int) -> dict[int, int]:
-            least = {k: max(limit, cell_len(self.columns[k].header)) for k in shown}
-            return {k: min(full[k], least[k]) if self.columns[k].shorten else full[k] for k in shown}
+        def widths(least: int) -> dict[int, int]:
+            """Shorten as much as is needed and allowed, the last columns first: the first one has the names."""
+            out = {k: full[k] for k in shown}
+            for k in reversed(shown):
+                # Three more for each column, for the space between them, and one for the margin.
+                excess = sum(out.values()) + 3 * len(out) + 1 - width
+                shortest = max(least, cell_len(self.columns[k].header))
+                if self.columns[k].shorten and excess > 0:
+                    out[k] = max(out[k] - excess, min(shortest, out[k]))
+            return out
 
-        def too_wide(limit: int) -> bool:
-            # Three more a column for the space between them, and one for the margin.
-            return sum(sizes(limit).values()) + 3 * len(shown) + 1 > width
+        def fits(least: int) -> bool:
+            return sum(widths(least).values()) + 3 * len(shown) + 1 <= width
 
-        while too_wide(READABLE) and any(self.columns[k].drop for k in shown):
+        while not fits(READABLE) and any(self.columns[k].drop for k in shown):
             shown.remove(max(shown, key=lambda k: (self.columns[k].drop, k)))
-        limit = max(full.values(), default=0)
-        while too_wide(limit) and limit > SHORTEST:
-            limit -= 1
-        return sizes(limit)
+        return widths(READABLE if fits(READABLE) else SHORTEST)
 
     def __str__(self) -> str:
         from rich.console import Console

@@ -40,7 +40,7 @@ def shape_text(site: Site) -> str:
 
 def short_line(line: str) -> str:
     """Return a source line with no more of its file than the last folder: ``linen/linear.py:294 (f)``."""
-    file, _, rest = line.partition(":")
+    file, _, rest = line.replace(".<locals>", "").partition(":")
     return ":".join(["/".join(file.split("/")[-2:]), rest])
 
 
