@@ -30,7 +30,6 @@ from .inspection import GradCheck as GradCheck
 from .inspection import Inspection as Inspection
 from .inspection import NanRecord as NanRecord
 from .inspection import NanReport as NanReport
-from .inspection import Observation as Observation
 from .inspection import SiteList as SiteList
 from .inspection import backprop as backprop
 from .inspection import capture as capture
