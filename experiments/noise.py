@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import gradfn as gf
@@ -110,7 +109,7 @@ def run(config: Config) -> Result:
     print(measure(fitted.params, (images, labels)))
     norms = jax.jit(gf.per_example.norms(loss))(fitted.params, (images, labels)).total
     answers = jax.vmap(net.apply, (None, 0))(fitted.params, images).argmax(1)
-    classes = jax.jit(gf.per_example.grad_cosines(loss, by=np.asarray(labels)))(start, (images, labels))
+    classes = jax.jit(gf.per_example.grad_cosines(loss, groups=10))(start, (images, labels), by=labels)
     digits = [str(digit) for digit in range(10)]
     before = exact(start)
     first = scale([before])

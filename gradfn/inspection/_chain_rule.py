@@ -11,11 +11,15 @@ z^l = W^l a^(l-1) + b^l for l = 1, ..., L:
 
 # ruff: noqa: E741 (l counts the layers, as in the book)
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from gradfn.core.names import ParameterError
 
@@ -31,53 +35,57 @@ class ChainRule(NamedTuple):
         grads: gradients in the tree of the parameters: `W1`, `b1`, ...
     """
 
-    value: jax.Array
+    value: Float[Array, ""]
     z: dict[int, jax.Array]
     a: dict[int, jax.Array]
     deltas: dict[int, jax.Array]
     grads: dict[str, jax.Array]
 
 
-def chain_rule(
-    params: Mapping[str, jax.Array], x: jax.Array, y: Any, cost: str = "cross_entropy"
-) -> ChainRule:
-    """Return the gradients of a sigmoid network by the chain rule written out by hand.
+def chain_rule(cost: Literal["cross_entropy", "quadratic"] = "cross_entropy") -> Callable[..., ChainRule]:
+    """Return a function that computes the gradients of a sigmoid network by the chain rule, written out by hand.
 
-    No automatic differentiation takes part: it is what `jax.grad` and `gf.backprop` are checked against, and
-    what to read to see what they do. Use `jax.vmap` for a batch.
+    It does not use automatic differentiation: `jax.grad` and `gf.backprop` are checked against it, and it is the
+    code to read to see what they do. Use `jax.vmap` for a batch.
 
     Args:
-        params: `W1` `[n1, n0]`, `b1` `[n1]`, `W2` `[n2, n1]`, ..., as `gf.mlp(sizes)` has them.
-        x: the input, `[n0]` or a column `[n0, 1]`.
-        y: an integer label, or a vector of targets `[n_L]`.
-        cost: `cross_entropy`: the last layer is a softmax and C = -Σ y log a, as
+        cost: `cross_entropy`: the last layer is a softmax and C = -Σ y log a, as in
             `gf.classification_loss(gf.mlp(sizes))`; or `quadratic`: the last layer is a sigmoid and
-            C = ½ Σ (a - y)², as `gf.quadratic_loss(gf.mlp(sizes, output="sigmoid"))`.
+            C = ½ Σ (a - y)², as in `gf.quadratic_loss(gf.mlp(sizes, output="sigmoid"))`.
 
     Returns:
-        A `ChainRule`.
+        `(params, x, y) -> ChainRule`, for one example. `params` are `W1` `[n1, n0]`, `b1` `[n1]`, `W2` `[n2, n1]`,
+        ..., as in `gf.mlp(sizes)`; `x` is the input, `[n0]` or a column `[n0, 1]`; `y` is an integer label, or a
+        vector of targets `[n_L]`.
 
     Raises:
         ValueError: an unknown cost.
-        ParameterError: parameters that are not `W1, b1, ..., WL, bL`.
+        ParameterError: parameters other than `W1, b1, ..., WL, bL`.
         TypeError: complex parameters or inputs; the equations are those of real numbers.
 
-    Example:
-        >>> import jax, jax.numpy as jnp, gradfn as gf
-        >>> from gradfn.inspection import chain_rule
-        >>> net = gf.mlp([784, 16, 10])
-        >>> params, image = net.init(jax.random.key(0)), jax.random.uniform(jax.random.key(1), [784])
-        >>> by_hand = chain_rule(params, image, 3).grads
-        >>> by_jax = jax.grad(gf.classification_loss(net))(params, (image, 3))
-        >>> jax.tree.all(jax.tree.map(lambda a, b: jnp.allclose(a, b, rtol=1e-4, atol=1e-6), by_hand, by_jax))
-        True
+    >>> import jax, jax.numpy as jnp, gradfn as gf
+    >>> net = gf.mlp([784, 16, 10])
+    >>> params, image = net.init(jax.random.key(0)), jax.random.uniform(jax.random.key(1), [784])
+    >>> by_hand = gf.chain_rule()(params, image, 3).grads
+    >>> by_jax = jax.grad(gf.classification_loss(net))(params, (image, 3))
+    >>> jax.tree.all(jax.tree.map(lambda a, b: jnp.allclose(a, b, rtol=1e-4, atol=1e-6), by_hand, by_jax))
+    True
     """
     if cost not in ("cross_entropy", "quadratic"):
-        raise ValueError(f"chain_rule: cost is 'cross_entropy' or 'quadratic', came {cost!r}")
-    L = _layers(params)
-    for name, array in (*params.items(), ("x", x)):
-        if jnp.iscomplexobj(array):
-            raise TypeError(f"chain_rule: expected real numbers, got {jnp.result_type(array)} for {name}")
+        raise ValueError(f"chain_rule: cost must be 'cross_entropy' or 'quadratic', got {cost!r}")
+
+    def chain_rule(params: Mapping[str, jax.Array], x: jax.Array, y: ArrayLike) -> ChainRule:
+        """Return the gradients of the network for the input `x` and the label or targets `y`."""
+        L = _layers(params)
+        for name, array in (*params.items(), ("x", x)):
+            if jnp.iscomplexobj(array):
+                raise TypeError(f"chain_rule: expected real numbers, got {jnp.result_type(array)} for {name}")
+        return _gradients(params, x, jnp.asarray(y), L, cost)
+
+    return chain_rule
+
+
+def _gradients(params: Mapping[str, jax.Array], x: jax.Array, y: jax.Array, L: int, cost: str) -> ChainRule:
     W = {l: params[f"W{l}"] for l in range(1, L + 1)}
     b = {l: params[f"b{l}"] for l in range(1, L + 1)}
 
@@ -87,7 +95,6 @@ def chain_rule(
     for l in range(1, L + 1):
         z[l] = W[l] @ a[l - 1] + b[l]
         a[l] = _sigmoid(z[l])
-    y = jnp.asarray(y)
     target = y.reshape(-1).astype(z[L].dtype)
     if jnp.issubdtype(y.dtype, jnp.integer) and y.ndim == 0:
         target = (jnp.arange(z[L].size) == y).astype(z[L].dtype)  # the vector with a 1 at the label
@@ -120,7 +127,7 @@ def _slope(a: jax.Array) -> jax.Array:
     return a * (1 - a)
 
 
-def _layers(params: Mapping[str, Any]) -> int:
+def _layers(params: Mapping[str, jax.Array]) -> int:
     L = len(params) // 2
     expected = {f"{kind}{l}" for kind in "Wb" for l in range(1, L + 1)}
     if L == 0 or set(params) != expected:

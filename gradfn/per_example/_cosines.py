@@ -1,4 +1,4 @@
-"""Which gradients agree: cosines between those of examples, classes, tasks, steps, for each parameter and in all."""
+"""Cosines between the gradients of examples, classes, tasks or steps, of each parameter and in total."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, PyTree
 
 from gradfn.core.params import describe
 from gradfn.core.precision import divided, unit_of, widen
+from gradfn.core.signature import transform_of
 from gradfn.per_example.plan import Call, sum_of
 
 
@@ -27,11 +29,11 @@ class Cosines:
         leaves: like the parameters, `[n, n]` for each: layer by layer.
     """
 
-    total: jax.Array
-    leaves: Any
+    total: Float[Array, "n n"]
+    leaves: PyTree
 
 
-def cosines(grads: Any) -> Cosines:
+def cosines(grads: PyTree) -> Cosines:
     """Return the cosines between gradients: of several tasks, or of one loss at several steps.
 
     Args:
@@ -50,12 +52,12 @@ def cosines(grads: Any) -> Cosines:
     return _between(grads)
 
 
-def _between(grads: Any) -> Cosines:
+def _between(grads: PyTree) -> Cosines:
     """Return the cosines between the gradients `[n, ...]` in a tree, which may be a list or tuple of parameters."""
     lengths = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(grads)}
     if len(lengths) != 1 or None in lengths:
-        came = ", ".join(map(describe, jax.tree.leaves(grads))) or "nothing"
-        raise ValueError(f"cosines: expected gradients with one leading axis, got {came:.200}")
+        actual = ", ".join(map(describe, jax.tree.leaves(grads))) or "nothing"
+        raise ValueError(f"cosines: expected gradients with one leading axis, got {actual:.200}")
 
     def measured(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the largest magnitude of each gradient, `[n]`, and their products in these units, `[n, n]`."""
@@ -80,63 +82,75 @@ def _normed(gram: jax.Array) -> jax.Array:
     return gram / (norms[:, None] * norms[None])
 
 
-def grad_cosines(loss: Callable, by: Any = None) -> Callable[..., Cosines]:
-    """Return the function that compares the gradients of a batch's examples, or of groups of them.
+def grad_cosines(loss: Callable, groups: int | None = None) -> Callable[..., Cosines]:
+    """Return a function that compares the gradients of the examples of a batch, or of groups of them.
 
     Negative cosines are conflicts: a step for one is a step against the other (Yu et al., *Gradient Surgery for
     Multi-Task Learning*, 2020).
 
     Args:
-        loss: `(params, *example) -> scalar` or `(scalar, aux)`, of one example. Its floating parameters are
-            compared; other leaves (integers, keys, functions) have None.
-        by: integers `[B]`, a group for each example (its class, its task); the mean gradients of groups
-            0, 1, ... to the largest are compared, a backward pass each. None compares examples, whose gradients
-            are all held at once.
+        loss: `(params, *example) -> scalar` or `(scalar, aux)`, of one example; or its `gf.batch_mean`. Its floating
+            parameters are compared; other leaves (integers, keys, functions) have None.
+        groups: the number of groups that `by` distinguishes; needed inside `jit`, else the largest of `by` plus one.
 
     Returns:
-        `(params, *batch) -> Cosines`. Groups without examples have NaN.
+        `(params, *batch, by=None) -> Cosines`. `by` is integers `[B]`, the group of each example (its class, its
+        task): the mean gradients of the groups are compared, which takes one backward pass per group. Groups
+        without examples have NaN. Without `by`, single examples are compared, whose gradients are all in memory at
+        once.
 
     Raises:
-        ValueError: `by` is not one integer an example.
+        ValueError: `by` is not one integer per example in [0, groups), or is traced and `groups` is not given.
 
     >>> import jax.numpy as jnp, gradfn as gf
     >>> def loss(params, x):
     ...     return params["w"] @ x
     >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
-    >>> gf.per_example.grad_cosines(loss)({"w": jnp.ones(2)}, x).total
+    >>> cosines = gf.per_example.grad_cosines(loss)
+    >>> cosines({"w": jnp.ones(2)}, x).total
     Array([[ 1.,  0., -1.],
            [ 0.,  1.,  0.],
            [-1.,  0.,  1.]], dtype=float32)
-    >>> gf.per_example.grad_cosines(loss, by=[0, 0, 1])({"w": jnp.ones(2)}, x).total.round(3)
+    >>> cosines({"w": jnp.ones(2)}, x, by=jnp.array([0, 0, 1])).total.round(3)
     Array([[ 1.   , -0.707],
            [-0.707,  1.   ]], dtype=float32)
     """
-    groups = None if by is None else np.asarray(by)
-    if groups is not None and (groups.ndim != 1 or groups.dtype.kind not in "iu" or (groups < 0).any()):
-        raise ValueError(f"grad_cosines: by is integers [B] from 0 up, came {describe(groups)}")
 
-    def compare(params: Any, *batch: Any) -> Cosines:
+    @transform_of(loss, "grad_cosines")
+    def compare(params: PyTree, /, *batch: PyTree, by: Int[Array, " B"] | ArrayLike | None = None) -> Cosines:
+        """Return the cosines between the gradients of the examples, or of the groups that `by` gives."""
         call = Call("grad_cosines", loss, params, batch)
 
-        def of_one(example: list[Any]) -> list[Any]:
+        def of_one(example: list[PyTree]) -> list[PyTree]:
             return jax.grad(lambda floating: call.run(floating, example)[0])(call.floating)
 
-        if groups is None:
+        if by is None:
             return _between(call.tree(jax.vmap(of_one)(call.batch)))
-        if len(groups) != call.size:
-            raise ValueError(f"grad_cosines: by has {len(groups)} groups for a batch of {call.size} examples")
-        members = _members(groups)
+        member = _members(by, groups, call.size)
 
-        def means(floating: list[Any]) -> jax.Array:
+        def means(floating: list[PyTree]) -> jax.Array:
             values = widen(jax.vmap(lambda example: call.run(floating, example)[0])(call.batch))  # [B]
-            return jnp.asarray(members, values.dtype) @ values  # [groups]
+            weights = member.astype(values.dtype) / jnp.maximum(member.sum(1, keepdims=True), 1)
+            return weights @ values  # [groups]
 
         return _between(call.tree(jax.jacrev(means)(call.floating)))
 
     return compare
 
 
-def _members(groups: np.ndarray) -> np.ndarray:
-    """Return `[groups, B]`: one over a group's size at its members, zero elsewhere."""
-    member = groups == np.arange(groups.max() + 1)[:, None]
-    return member / np.maximum(member.sum(1, keepdims=True), 1)
+def _members(by: ArrayLike, groups: int | None, size: int) -> jax.Array:
+    """Return `[groups, B]`, whether an example belongs to a group."""
+    traced = isinstance(by, jax.core.Tracer)
+    labels: jax.Array | np.ndarray = jnp.asarray(by) if traced else np.asarray(by)
+    fits = labels.shape == (size,) and labels.dtype.kind in "iu"
+    if fits and not traced:
+        fits = bool(labels.min(initial=0) >= 0) and (groups is None or bool(labels.max(initial=0) < groups))
+    if not fits:
+        limit = groups or "the number of groups"
+        raise ValueError(f"grad_cosines: expected by as {size} integers in [0, {limit}), got {describe(by)}")
+    if traced and groups is None:
+        raise ValueError(
+            "grad_cosines: by is traced; give the number of groups: grad_cosines(loss, groups=...)"
+        )
+    indices = jnp.arange(int(labels.max()) + 1 if groups is None else groups)
+    return jnp.asarray(labels)[None] == indices[:, None]  # [1, B] == [groups, 1]

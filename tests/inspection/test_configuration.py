@@ -231,7 +231,7 @@ def test_static_python_floats_are_told_from_those_that_jax_grad_would_differenti
 
 @pytest.mark.parametrize("by", [None, [0, 1, 2, 3, 4]])
 def test_parameters_in_a_list_have_one_gradient_for_each_example(by):
-    cosines = gf.per_example.grad_cosines(lambda ws, x: ws[0] @ x + ws[1] @ x, by=by)([W[0], W[1]], X)
+    cosines = gf.per_example.grad_cosines(lambda ws, x: ws[0] @ x + ws[1] @ x)([W[0], W[1]], X, by=by)
     unit = X / jnp.linalg.norm(X, axis=1, keepdims=True)
     np.testing.assert_allclose(cosines.total, unit @ unit.T, rtol=1e-5, atol=1e-6)
     assert [leaf.shape for leaf in cosines.leaves] == [(5, 5), (5, 5)]

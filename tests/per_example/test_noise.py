@@ -98,17 +98,22 @@ def test_cosines_of_examples_and_classes():
     np.testing.assert_allclose(seen.total, numpy_cosines(flat), atol=1e-5)
     np.testing.assert_allclose(seen.leaves["W1"], numpy_cosines(each["W1"].reshape(5, -1)), atol=1e-5)
 
-    by_class = jax.jit(gf.per_example.grad_cosines(loss, by=labels))(params, batch).total
+    by_class = jax.jit(gf.per_example.grad_cosines(loss, groups=3))(params, batch, by=labels).total
+    np.testing.assert_allclose(
+        gf.per_example.grad_cosines(loss)(params, batch, by=labels).total, by_class, atol=1e-6
+    )
     means = np.stack([flat[labels == c].mean(0) for c in (0, 2)])
     np.testing.assert_allclose(by_class[0::2, 0::2], numpy_cosines(means), atol=1e-5)
     assert np.isnan(by_class[1]).all()  # no example of class 1
 
 
 def test_cosines_refuse():
-    with pytest.raises(ValueError, match=r"integers \[B\]"):
-        gf.per_example.grad_cosines(distance, by=[0.5, 1.0])
-    with pytest.raises(ValueError, match="3 groups for a batch of 2"):
-        gf.per_example.grad_cosines(distance, by=[0, 1, 0])({"w": jnp.zeros(1)}, jnp.ones([2, 1]))
+    call = {"w": jnp.zeros(1)}, jnp.ones([2, 1])
+    for by in ([0.5, 1.0], [0, 1, 0], [-1, 0], [0, 3]):
+        with pytest.raises(ValueError, match=r"expected by as 2 integers in \[0, 3\), got "):
+            gf.per_example.grad_cosines(distance, groups=3)(*call, by=by)
+    with pytest.raises(ValueError, match=r"by is traced; give the number of groups"):
+        jax.jit(gf.per_example.grad_cosines(distance))(*call, by=jnp.array([0, 1]))
     with pytest.raises(ValueError, match="one leading axis"):
         gf.per_example.cosines({"w": jnp.ones([2, 3]), "b": jnp.ones([3, 3])})
     with pytest.raises(ValueError, match="nothing"):
@@ -133,7 +138,7 @@ def test_cosines_beside_leaves_that_are_not_floating():
     expected = [unit @ unit.T for unit in units]
     for seen in (
         gf.per_example.grad_cosines(loss)(params, x),
-        gf.per_example.grad_cosines(loss, by=[0, 1, 2, 3])(params, x),
+        gf.per_example.grad_cosines(loss)(params, x, by=[0, 1, 2, 3]),
     ):
         for actual, its in zip((seen.leaves["w"], seen.leaves["z"], seen.total), expected, strict=True):
             np.testing.assert_allclose(actual, its, atol=1e-6)
