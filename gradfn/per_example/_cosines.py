@@ -130,7 +130,8 @@ def grad_cosines(loss: Callable, groups: int | None = None) -> Callable[..., Cos
 
         def means(floating: list[PyTree]) -> jax.Array:
             values = widen(jax.vmap(lambda example: call.run(floating, example)[0])(call.batch))  # [B]
-            weights = member.astype(values.dtype) / jnp.maximum(member.sum(1, keepdims=True), 1)
+            weights = member.astype(values.dtype)  # [groups, B]
+            weights /= jnp.maximum(weights.sum(1, keepdims=True), 1)
             return weights @ values  # [groups]
 
         return _between(call.tree(jax.jacrev(means)(call.floating)))
