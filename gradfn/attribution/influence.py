@@ -12,8 +12,7 @@ from gradfn.core.precision import norm, widen
 from gradfn.core.signature import transform_of
 from gradfn.curvature.directional import slope_of_scalar
 from gradfn.flatten import loss_of_example
-from gradfn.inspection.leaves import floating_leaves
-from gradfn.inspection.scalar import jit_arrays
+from gradfn.jaxpr.call import floating_leaves, jit_arrays, value_and_aux
 
 
 def tracin(
@@ -69,8 +68,7 @@ def tracin(
         leaves = floating_leaves(params, "tracin")
 
         def value(values: list[PyTree], example: PyTree) -> jax.Array:
-            out = loss(leaves.fill(values), example)
-            return out[0] if isinstance(out, tuple) else out
+            return value_and_aux(loss(leaves.fill(values), example))[0]
 
         def of_test(example: PyTree) -> jax.Array:
             direction = jax.grad(value)(leaves.values, example)

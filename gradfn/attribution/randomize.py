@@ -20,9 +20,8 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from gradfn.core.signature import transform_of
 from gradfn.display import ROWS, ShowsTable, TextTable
-from gradfn.inspection.leaves import floating_leaves
-from gradfn.inspection.scalar import jit_arrays
 from gradfn.jaxpr import Program, parameter_uses, trace
+from gradfn.jaxpr.call import floating_leaves, jit_arrays
 
 ALIKE = 0.5  # maps with a rank correlation above this show much the same
 

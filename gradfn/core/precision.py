@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -102,3 +104,18 @@ def root(square: jax.Array) -> jax.Array:
     """Return the root of a sum of squares, with derivative 0 at 0: the smallest subgradient of a norm."""
     is_zero = square == 0
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
+
+
+def norm_of_norms(norms: Sequence[jax.Array]) -> jax.Array:
+    """Return the norm of vectors, given the norms of their parts, `[B]` or `[B, parts]` each, in the widest dtype."""
+    dtype = max((x.dtype for x in norms), key=lambda dtype: dtype.itemsize)
+    parts = [x.astype(dtype).reshape(x.shape[0], math.prod(x.shape[1:])) for x in norms]
+    together = jnp.concatenate(parts, 1)  # [B, parts]
+    return together[:, 0] if together.shape[1] == 1 else scaled_norm(together, 1)
+
+
+def sum_of(values: Iterable[jax.Array]) -> jax.Array:
+    """Return the sum of arrays, in the widest of their dtypes."""
+    values = list(values)
+    widest = max((x.dtype for x in values), key=lambda dtype: dtype.itemsize)
+    return functools.reduce(jnp.add, [x.astype(widest) for x in values])

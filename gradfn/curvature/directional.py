@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from gradfn.core.precision import widen
+from gradfn.core.precision import sum_of, widen
 from gradfn.inspection.where import around, line_of, operation_of
 from gradfn.jaxpr import Program, trace, trace_as_written
-from gradfn.per_example.plan import sum_of
 
 Linear = Callable[[PyTree], PyTree]
 

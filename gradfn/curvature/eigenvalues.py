@@ -13,8 +13,7 @@ from gradfn.core.signature import transform_of
 from gradfn.curvature.lanczos import Which, eigenpairs, small
 from gradfn.curvature.products import as_product, flat_matrix, keys_of
 from gradfn.display import ROWS, ShowsTable, TextTable
-from gradfn.inspection.leaves import floating_leaves
-from gradfn.inspection.scalar import jit_arrays
+from gradfn.jaxpr.call import floating_leaves, jit_arrays
 
 
 class _Eigs(NamedTuple):

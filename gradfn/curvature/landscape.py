@@ -11,8 +11,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from gradfn.core.precision import norm, wide
 from gradfn.core.signature import keys_for, transform_of
-from gradfn.inspection.leaves import Leaves, floating_leaves, tangents
-from gradfn.inspection.scalar import jit_arrays, scalar
+from gradfn.jaxpr.call import Leaves, floating_leaves, jit_arrays, scalar, tangents
 
 
 class Landscape(NamedTuple):

@@ -15,8 +15,7 @@ from gradfn.core.precision import widen
 from gradfn.core.signature import keys_for, transform_of
 from gradfn.curvature.directional import linear_matrix, linearized, slope, slope_by_gradient
 from gradfn.flatten import flat_products, loss_of_example
-from gradfn.inspection.leaves import Leaves, floating_leaves, tangents
-from gradfn.inspection.scalar import scalar
+from gradfn.jaxpr.call import Leaves, floating_leaves, scalar, tangents
 
 CHUNK = 16  # examples whose gradients are computed at a time, if there is no forward mode
 Product = Callable[..., PyTree]  # (params, vector, *args) -> matrix times vector, a tree like the parameters

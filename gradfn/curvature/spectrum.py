@@ -13,8 +13,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from gradfn.core.signature import transform_of
 from gradfn.curvature.lanczos import begin, extend
 from gradfn.curvature.products import as_product, flat_matrix, keys_of
-from gradfn.inspection.leaves import Leaves, floating_leaves
-from gradfn.inspection.scalar import jit_arrays
+from gradfn.jaxpr.call import Leaves, floating_leaves, jit_arrays
 
 
 class Estimate(NamedTuple):

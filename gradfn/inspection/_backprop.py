@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.extend.core import JaxprEqn
 
 from gradfn.core.precision import norm
 from gradfn.display import ROWS, ShowsTable, TextTable
-from gradfn.inspection.scalar import jit_arrays, scalar
 from gradfn.inspection.where import (
     Loop,
     around,
@@ -32,7 +31,9 @@ from gradfn.inspection.where import (
     order_key,
 )
 from gradfn.jaxpr import Equation, Program, interpret, probe, trace_as_written
-from gradfn.jaxpr.interpreter import Evaluate, Path, bodies, scan_split
+from gradfn.jaxpr.call import jit_arrays, scalar
+from gradfn.jaxpr.dataflow import Dataflow
+from gradfn.jaxpr.interpreter import Evaluate, Path, bodies
 from gradfn.jaxpr.program import by_position
 from gradfn.jaxpr.varying import zeros
 
@@ -281,11 +282,11 @@ def backprop(f: Callable, *, keep: bool = False) -> Callable[..., Backward]:
 
         def checked(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
             of = scalar(f, args, kwargs, range(len(args)), "backprop")
-            return of.call(of.leaves)
+            return of.call(of.leaves.values)
 
         of = scalar(f, args, kwargs, range(len(args)), "backprop")
         program = trace_as_written(checked, *args, **kwargs)
-        names = [name for name, i in zip(of.names, of.numbers, strict=True) if program.is_array[i]]
+        names = [name for name, i in zip(of.names, of.leaves.numbers, strict=True) if program.is_array[i]]
         equations = program.equations()
         if any(hasattr(v.aval, "inner_aval") for e in equations.values() for v in e.eqn.outvars):
             raise TypeError(
@@ -353,8 +354,9 @@ def active_equations(program: Program, names: Sequence[str]) -> tuple[_Info, ...
         next(left) if owner >= 0 and jnp.issubdtype(aval.dtype, jnp.inexact) else None
         for owner, aval in zip(program.owners, program.jaxpr.in_avals, strict=True)
     ]
-    known: dict[Path, list[_Label]] = {}
-    _follow(program.jaxpr.jaxpr, labels, (), known)
+    influence = _Influence()
+    influence.run(program.jaxpr, labels)
+    known: dict[Path, list[_Label]] = dict(influence.records)
     equations = program.equations()
     pairs = zip(program.owners, labels, strict=True)
     parameters = frozenset(label for owner, label in pairs if owner == 0 and label is not None)
@@ -391,63 +393,28 @@ def _info(
 _Label = str | None
 
 
-def _follow(
-    jaxpr: Jaxpr, labels: Sequence[_Label], prefix: Path, known: dict[Path, list[_Label]]
-) -> list[_Label]:
-    """Note the labels of the operands of every equation that leaves have an influence on; return the results'."""
-    of: dict[Any, _Label] = dict(zip(jaxpr.invars, labels, strict=True))
+class _Influence(Dataflow[_Label]):
+    """Follows the leaves; the records are the equations that they have an influence on, with the operands' labels."""
 
-    def read(atom: Any) -> _Label:
-        return None if isinstance(atom, Literal) else of.get(atom)
+    def constant(self, value: Any) -> _Label:
+        return None
 
-    for i, eqn in enumerate(jaxpr.eqns):
-        path, operands = (*prefix, i), [read(v) for v in eqn.invars]
-        kind, inner = bodies(eqn)
-        if kind:
-            outs = _follow_inside(kind, eqn, [body for body, _ in inner], operands, path, known)
-        else:
-            outs = _labels_of_results(eqn, operands)
-            if any(label is not None for label in outs):
-                known[path] = operands
-        of.update(zip(eqn.outvars, outs, strict=True))
-    return [read(v) for v in jaxpr.outvars]
+    def join(self, values: Sequence[_Label]) -> _Label:
+        return values[0] if len(set(values)) == 1 else ""
 
+    def enters(self, path: Path, kind: str, eqn: JaxprEqn, operands: list[_Label]) -> bool:
+        return kind != "while"
 
-def _labels_of_results(eqn: JaxprEqn, operands: Sequence[_Label]) -> list[_Label]:
-    active = [label for label in operands if label is not None]
-    if not active or eqn.primitive.name == "stop_gradient":
-        return [None] * len(eqn.outvars)
-    label = active[0] if eqn.primitive.name in _LAYOUT else ""
-    return [label if _is_float(v) else None for v in eqn.outvars]
-
-
-def _follow_inside(
-    kind: str,
-    eqn: JaxprEqn,
-    inner: Sequence[Jaxpr],
-    operands: list[_Label],
-    path: Path,
-    known: dict[Path, list[_Label]],
-) -> list[_Label]:
-    if kind == "while":  # no gradient goes through: jax says so itself if one should
-        return [None] * len(eqn.outvars)
-    if kind == "cond":
-        branches = [_follow(body, operands[1:], (*path, k), known) for k, body in enumerate(inner)]
-        return [functools.reduce(_join, labels) for labels in zip(*branches, strict=True)]
-    if kind != "scan":
-        return _follow(inner[0], operands, (*path, 0), known)
-    n_consts, n_carry = scan_split(eqn)
-    while True:  # until the carry is as it was: it only ever gains influence, so this ends
-        outs = _follow(inner[0], operands, (*path, 0), known)
-        carry = operands[n_consts : n_consts + n_carry]
-        joined = [_join(*pair) for pair in zip(carry, outs[:n_carry], strict=True)]
-        if joined == carry:
-            return outs
-        operands = [*operands[:n_consts], *joined, *operands[n_consts + n_carry :]]
-
-
-def _join(a: _Label, b: _Label) -> _Label:
-    return a if a == b else ""
+    def equation(self, path: Path, eqn: JaxprEqn, operands: list[_Label]) -> list[_Label]:
+        active = [label for label in operands if label is not None]
+        # No gradient goes through a while loop: jax says so itself if one should.
+        if not active or eqn.primitive.name == "stop_gradient" or bodies(eqn)[0] == "while":
+            return [None] * len(eqn.outvars)
+        label = active[0] if eqn.primitive.name in _LAYOUT else ""
+        outs = [label if _is_float(v) else None for v in eqn.outvars]
+        if any(out is not None for out in outs):
+            self.records.append((path, operands))
+        return outs
 
 
 def _is_float(atom: Any) -> bool:

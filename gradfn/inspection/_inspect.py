@@ -25,6 +25,7 @@ from gradfn.jaxpr import (
     probe,
     trace_as_written,
 )
+from gradfn.jaxpr.call import scalar_and_aux, value_and_aux, with_hint
 from gradfn.jaxpr.interpreter import Evaluate, Path
 from gradfn.jaxpr.program import hide_objects, params_first, show_objects
 from gradfn.jaxpr.sites import Selection
@@ -177,8 +178,8 @@ def inspect(
     @functools.wraps(loss)
     def inspected(*args: Any, **kwargs: Any) -> Inspection:
         args, kwargs = params_first(loss, args, kwargs, "inspect")
-        program = trace_as_written(loss, *args, **kwargs)
-        _check_scalar(program)
+        program = trace_as_written(with_hint(loss), *args, **kwargs)
+        scalar_and_aux(program.rebuild(program.jaxpr.out_avals), "inspect")
         want = wanted(program, sites, keep, stats)
         variables = _differentiable(program, input_grads)
         flat = _is_flattened(loss)
@@ -209,18 +210,6 @@ def _differentiably(run: Callable, program: Program) -> Callable[..., Inspection
     return inspection
 
 
-def _check_scalar(program: Program) -> None:
-    """Raise unless the function returned a floating scalar, or that and something else."""
-    tree = program.rebuild(program.jaxpr.out_avals)
-    aval = tree[0] if _has_aux(program) else tree
-    if not hasattr(aval, "shape") or aval.shape != () or not jnp.issubdtype(aval.dtype, jnp.floating):
-        actual = jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}", aval)
-        raise TypeError(
-            f"inspect: the function must return a floating scalar, or (scalar, aux); got {actual!s:.200}. "
-            "For the loss of one example, pass gf.batch_mean(loss)."
-        )
-
-
 def _is_flattened(f: Callable) -> bool:
     """Tell whether a function, or one that it wraps (as `jax.jit` does), computes its products in two dimensions."""
     while not isinstance(f, BatchMean) and hasattr(f, "__wrapped__"):
@@ -228,9 +217,6 @@ def _is_flattened(f: Callable) -> bool:
     return isinstance(f, BatchMean) or hasattr(f, "flat")
 
 
-def _has_aux(program: Program) -> bool:
-    shapes = program.rebuild(program.jaxpr.out_avals)
-    return isinstance(shapes, tuple) and len(shapes) == 2
 
 
 def _differentiable(program: Program, input_grads: bool) -> list[int]:
@@ -274,8 +260,7 @@ def _run(
         for i, leaf in zip(variables, leaves, strict=True):
             full[i] = leaf
         outs, recorded = interpret(program.jaxpr, visit, equations, full, tokens)
-        out = program.rebuild(outs)
-        value, aux = out if _has_aux(program) else (out, None)
+        value, aux = value_and_aux(program.rebuild(outs))
         return value, (hide_objects(aux), recorded)
 
     tokens = {

@@ -13,9 +13,9 @@ import numpy as np
 
 from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.inspection._backprop import active_equations
-from gradfn.inspection.scalar import Scalar, scalar
 from gradfn.inspection.suspects import suspects
 from gradfn.jaxpr import trace
+from gradfn.jaxpr.call import Scalar, scalar
 from gradfn.jaxpr.program import by_position, traced_leaves
 
 PER_LEAF = 64  # of a tree with more leaves, single leaves are only looked at if all of them together are off
@@ -146,7 +146,7 @@ def check_grads(
             return of, _lowest_precision(of)
         except (TypeError, ValueError, IndexError):
             fewer = scalar(f, args, kwargs, numbers, "check_grads", singles=False)
-            if fewer.numbers == of.numbers:
+            if fewer.leaves.numbers == of.leaves.numbers:
                 raise
             return fewer, _lowest_precision(fewer)
 
@@ -193,7 +193,7 @@ def _widened(tree: Any) -> Any:
 
 def _lowest_precision(of: Scalar) -> tuple[str, str]:
     """Return the coarsest dtype that a value which depends on the leaves is computed in, and the line."""
-    program = trace(lambda leaves: of.call(leaves)[0], of.leaves)
+    program = trace(of.value, of.leaves.values)
     found = [(str(aval.dtype), "an argument") for aval in program.jaxpr.in_avals]
     for equation in active_equations(program, of.names):
         found += [(dtype, equation.line) for _, _, dtype in equation.results]
@@ -211,12 +211,12 @@ def _check(
     eps = float(jnp.finfo(precision[0]).eps)
     if tolerance is None:
         tolerance = max(TOLERANCE, 10 * eps ** (2 / 3))
-    value_of = jax.jit(lambda leaves: of.call(leaves)[0])
-    gradients = jax.jit(jax.grad(lambda leaves: of.call(leaves)[0]))(of.leaves)
+    value_of = jax.jit(of.value)
+    gradients = jax.jit(jax.grad(of.value))(of.leaves.values)
     gradients = [np.asarray(g, _wide(g)) for g in gradients]
-    leaves = [np.asarray(leaf, _wide(leaf)) for leaf in of.leaves]
-    dtypes = [jnp.result_type(leaf) for leaf in of.leaves]
-    here = float(value_of(of.leaves))
+    leaves = [np.asarray(leaf, _wide(leaf)) for leaf in of.leaves.values]
+    dtypes = [jnp.result_type(leaf) for leaf in of.leaves.values]
+    here = float(value_of(of.leaves.values))
     rng = np.random.default_rng(seed)
 
     def slopes(along: dict[int, np.ndarray], step: float) -> _Slopes:

@@ -19,10 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import Literal
+from jax.extend.core import JaxprEqn
 
 from gradfn.inspection.causes import ELEMENTWISE, Operand, explain
-from gradfn.inspection.scalar import Scalar, jit_arrays, scalar
 from gradfn.inspection.where import (
     Loop,
     around,
@@ -36,7 +35,9 @@ from gradfn.inspection.where import (
     turn_text,
 )
 from gradfn.jaxpr import Equation, Program, interpret, trace_as_written
-from gradfn.jaxpr.interpreter import Evaluate, Path, bodies, operation
+from gradfn.jaxpr.call import Scalar, jit_arrays, scalar
+from gradfn.jaxpr.dataflow import Dataflow
+from gradfn.jaxpr.interpreter import Evaluate, Path, operation
 from gradfn.jaxpr.program import by_position, params_first
 from gradfn.jaxpr.varying import any_device, zeros
 
@@ -291,7 +292,7 @@ def nan_guard(f: Callable) -> Callable[..., tuple[Any, Any, NanRecord]]:
         args, kwargs = params_first(f, args, kwargs, "nan_guard")
         program, of = _trace(f, 0, args, kwargs, "nan_guard")
         spots = _spots(program)
-        (value, aux), grads = jax.value_and_grad(of.call, has_aux=True)(of.leaves)
+        (value, aux), grads = jax.value_and_grad(of.call, has_aux=True)(of.leaves.values)
 
         def look(inputs: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
             keys, _ = _look(program, spots, inputs)
@@ -302,7 +303,7 @@ def nan_guard(f: Callable) -> Callable[..., tuple[Any, Any, NanRecord]]:
         bad = any_device(~jnp.isfinite(value) | jnp.any(_nonfinite(grads)))
         keys, inputs = lax.cond(bad, look, lambda _: (keys - 1, inputs), program.inputs)
         record = _record(program, of, spots, value, grads, keys, inputs)
-        return (value if aux is None else (value, aux)), of.tree(grads)[0], record
+        return (value if aux is None else (value, aux)), of.leaves.tree(grads)[0], record
 
     return guarded
 
@@ -315,7 +316,7 @@ def _trace(
 
     def value_and_grads(*args: Any, **kwargs: Any) -> tuple[Any, Any, list[Any]]:
         of = scalar(f, args, kwargs, numbers, what)
-        (value, aux), grads = jax.value_and_grad(of.call, has_aux=True)(of.leaves)
+        (value, aux), grads = jax.value_and_grad(of.call, has_aux=True)(of.leaves.values)
         return value, aux, grads
 
     program = trace_as_written(value_and_grads, *args, **kwargs)
@@ -331,37 +332,49 @@ _PASSIVE = frozenset(
 )
 
 
+class _Written(Dataflow[str]):
+    """Tells what is written in the program from what it computes.
+
+    A value is a `number` that is written as it is, `nonfinite` where it is made of such numbers alone with a NaN or
+    an infinity among them, or `computed`. The records are the equations that may make a NaN or an infinity, with
+    what is known of their operands.
+    """
+
+    enter_custom = True
+
+    def constant(self, value: Any) -> str:
+        if isinstance(value, jax.core.Tracer) or np.ndim(value) or not _is_number(value):
+            return "computed"
+        return "number" if bool(np.isfinite(np.asarray(value, np.complex128))) else "nonfinite"
+
+    def join(self, values: Sequence[str]) -> str:
+        return values[0] if len(set(values)) == 1 else "computed"
+
+    def equation(self, path: Path, eqn: JaxprEqn, operands: list[str]) -> list[str]:
+        computed = ["computed"] * len(eqn.outvars)
+        if not any(_is_inexact(v) for v in eqn.outvars):
+            return computed
+        if "nonfinite" in operands and "computed" not in operands:
+            return ["nonfinite"] * len(eqn.outvars)
+        if operation(eqn) not in _PASSIVE or "nonfinite" in operands:
+            self.records.append((path, operands))
+        return computed
+
+
 def _spots(program: Program) -> dict[Path, Spot]:
     """Return every equation that may make a NaN or an infinity, down to the insides of all containers."""
     equations = program.equations(enter_custom=True)
-    made_by = {v: p.eqn.primitive.name for p in equations.values() for v in p.eqn.outvars}
-    given: set[Any] = set()  # variables that hold nothing but what is written in the program, non-finite
-    spots = {}
-    for equation in equations.values():
-        eqn = equation.eqn
-        is_given = [v in given if not isinstance(v, Literal) else _is_nonfinite(v) for v in eqn.invars]
-        _, inner = bodies(eqn, enter_custom=True)
-        for (
-            body,
-            _,
-        ) in inner:  # from the end: a cond has its index in front, a while loop the test's constants
-            pairs = zip(reversed(body.invars), reversed(is_given), strict=False)
-            given.update(v for v, is_it in pairs if is_it)
-        if inner or not any(_is_inexact(v) for v in eqn.outvars):
-            continue
-        if any(is_given) and all(
-            g or isinstance(v, Literal) for g, v in zip(is_given, eqn.invars, strict=True)
-        ):
-            given.update(eqn.outvars)
-            continue
-        if operation(eqn) in _PASSIVE and not any(is_given):
-            continue
-        spots[equation.path] = _spot(equation, equations, made_by, tuple(is_given))
-    return spots
+    made_by = {v: e.eqn.primitive.name for e in equations.values() for v in e.eqn.outvars}
+    written, closed = _Written(), program.jaxpr
+    written.run(closed, ["computed"] * len(closed.in_avals), ["computed"] * len(closed.consts))
+    return {
+        path: _spot(equations[path], equations, made_by, tuple(known == "nonfinite" for known in operands))
+        for path, operands in written.records
+    }
 
 
-def _is_nonfinite(literal: Any) -> bool:
-    return _is_inexact(literal) and not bool(np.all(np.isfinite(np.asarray(literal.val, np.complex128))))
+def _is_number(value: Any) -> bool:
+    return not jnp.issubdtype(jnp.result_type(value), jax.dtypes.extended)
 
 
 def _spot(

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from gradfn.inspection._backprop import active_equations
-from gradfn.inspection.scalar import Scalar
 from gradfn.inspection.where import around, line_of, operation_of
 from gradfn.jaxpr import Equation, Program, interpret, trace_as_written
+from gradfn.jaxpr.call import Scalar
 from gradfn.jaxpr.interpreter import Evaluate, Path, bodies
 
 _LIFTED = ("stop_gradient", "custom_jvp_call", "custom_vjp_call")
@@ -30,9 +30,8 @@ def suspects(of: Scalar, i: int, is_right: Callable[[np.ndarray], bool]) -> str:
         i: the number of the leaf.
         is_right: tells whether a gradient of that leaf is right.
     """
-    program = trace_as_written(
-        lambda leaf: of.call([*of.leaves[:i], leaf, *of.leaves[i + 1 :]])[0], of.leaves[i]
-    )
+    values = of.leaves.values
+    program = trace_as_written(lambda leaf: of.value([*values[:i], leaf, *values[i + 1 :]]), values[i])
     equations = program.equations()
     lifted = {
         path: equation for path, equation in equations.items() if equation.eqn.primitive.name in _LIFTED

@@ -104,7 +104,8 @@ def leaf_name(path: Any, default: str = "params") -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/") or default
 
 
-def _parameters(f: Callable) -> list[inspect.Parameter]:
+def parameters_of(f: Callable) -> list[inspect.Parameter]:
+    """Return the parameters of a function's signature; none where it has no signature."""
     try:
         return list(inspect.signature(f).parameters.values())
     except (TypeError, ValueError):  # some built-in callables have none
@@ -114,7 +115,7 @@ def _parameters(f: Callable) -> list[inspect.Parameter]:
 def takes_keyword(f: Callable, name: str) -> bool:
     """Tell whether a function has a parameter of that name that can be passed by keyword."""
     by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return any(p.name == name and p.kind in by_keyword for p in _parameters(f))
+    return any(p.name == name and p.kind in by_keyword for p in parameters_of(f))
 
 
 def params_first(
@@ -128,7 +129,7 @@ def params_first(
     kwargs = dict(kwargs)
     if args:
         return args, kwargs
-    first = next(iter(_parameters(f)), None)
+    first = next(iter(parameters_of(f)), None)
     if first is None or first.name not in kwargs:
         raise TypeError(f"{what}: expected the parameters as the first argument, got {sorted(kwargs)}")
     return (kwargs.pop(first.name),), kwargs
@@ -139,7 +140,7 @@ def by_position(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a call, those passed by keyword by position as far as that goes."""
     kwargs = dict(kwargs)
-    for parameter in _parameters(f)[len(args) :]:
+    for parameter in parameters_of(f)[len(args) :]:
         if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD or parameter.name not in kwargs:
             break
         args = (*args, kwargs.pop(parameter.name))

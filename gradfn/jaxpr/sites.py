@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.extend.core import Jaxpr, JaxprEqn
 
 from gradfn.jaxpr.activations import (
     NAMES,
@@ -50,7 +50,9 @@ from gradfn.jaxpr.activations import (
     simulate,
     simulate_body,
 )
-from gradfn.jaxpr.interpreter import Equation, Path, bodies, operation, params_of, scan_split, scope_of
+from gradfn.jaxpr.call import value_and_aux
+from gradfn.jaxpr.dataflow import Dataflow, Role
+from gradfn.jaxpr.interpreter import Equation, Path, bodies, operation, params_of, scope_of
 from gradfn.jaxpr.program import Program
 from gradfn.jaxpr.reach import Reach, reaching
 
@@ -189,95 +191,112 @@ class _Found(NamedTuple):
     anchor: Origin | None = None
 
 
-class _Analysis:
-    """The abstract run; ``found`` and ``uses`` fill up as it goes."""
+class _Analysis(Dataflow[_Value]):
+    """Follows parameters and data; the records are sites (`_Found`) and uses of parameters (`Use`)."""
 
     def __init__(self, names: Sequence[str], everything: bool, reach: Reach) -> None:
+        super().__init__()
         self.names = names
-        self.everything = everything  # no argument but the parameters: whatever a scope gives is a site
+        # No argument but the parameters: whatever a scope returns is a site.
+        self.everything = everything
         self.reach = reach
-        self.found: list[_Found] = []
-        self.uses: list[Use] = []
-        self.moved: set[Origin] = set()  # choices that have met data since: the site is there
+        # Choices that have met data since: the site is there.
+        self.moved: set[Origin] = set()
+        # Where each variable was produced, by which equation, and as which activation function.
+        self.produced: dict[Any, tuple[Path, int, JaxprEqn, str]] = {}
+        # Containers of the backward pass, and calls of activation functions.
+        self.backward: set[Path] = set()
+        self.calls: dict[Path, str] = {}
 
-    def body(
-        self,
-        jaxpr: Jaxpr,
-        inputs: Sequence[_Value],
-        consts: Sequence[_Value],
-        prefix: Path,
-        backward: bool = False,
-    ) -> list[_Value]:
-        env: dict[Any, _Value] = {}
-        known = zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True)
-        for k, (var, value) in enumerate(known):
-            sample = value.sample or fresh((prefix, -1 - k), var.aval)
-            env[var] = value if value.sample is sample else value._replace(sample=sample)
-        scopes: dict[Any, tuple[Path, int, str, str]] = {}  # where each variable was produced
+    def constant(self, value: Any) -> _Value:
+        return _Value(sample=constant(value))
 
-        def read(atom: Any) -> _Value:
-            return _Value(sample=constant(atom.val)) if isinstance(atom, Literal) else env[atom]
+    def join(self, values: Sequence[_Value]) -> _Value:
+        return _either(values)
 
-        for i, eqn in enumerate(jaxpr.eqns):
-            path, scope = (*prefix, i), scope_of(eqn)
-            for atom, needed in zip(eqn.invars, self.reach.operands.get(path, ()), strict=False):
-                if needed:
-                    self._leaving(scopes, env, atom, scope)
-            operands = [read(atom) for atom in eqn.invars]
-            kind, inner = bodies(eqn)
-            in_backward = backward or "transpose(" in str(eqn.source_info.name_stack)
-            outs = (
-                self.container(kind, eqn, inner, operands, path, in_backward)
-                if inner
-                else self.equation(eqn, operands, path, in_backward)
-            )
-            for k, (var, value) in enumerate(zip(eqn.outvars, outs, strict=True)):
-                if value.sample is None:
-                    value = value._replace(sample=fresh((path, k), var.aval))
-                env[var] = value
-                scopes[var] = (path, k, scope, value.kind)
-        for atom, needed in zip(jaxpr.outvars, self.reach.results.get(prefix, ()), strict=False):
-            if needed:
-                self._leaving(scopes, env, atom, "")
-        return [read(atom) for atom in jaxpr.outvars]
+    def bind(self, path: Path, k: int, var: Any, value: _Value, eqn: JaxprEqn | None) -> _Value:
+        if eqn is not None:
+            self.produced[var] = (path, k, eqn, value.kind)
+            value = value if value.origin else value._replace(origin=(path, k))
+        return value if value.sample else value._replace(sample=fresh((path, k), var.aval))
 
-    def _leaving(self, scopes: dict, env: dict, atom: Any, used_in: str) -> None:
-        """Note a scope's output: a value used outside the scope that it was produced in."""
-        if isinstance(atom, Literal) or atom not in scopes:
-            return
-        path, k, scope, kind = scopes[atom]
-        inside = f"{used_in}/".startswith(f"{scope}/")
-        value = env[atom]
-        if scope and not inside and _is_inexact(atom) and (value.data or self.everything):
-            origin = value.origin or (path, k)
-            kind = kind or recognize(value.sample, atom.aval)
-            self.found.append(_Found(path, k, scope, "scope", kind, origin))
-            env[atom] = value._replace(sample=fresh((path, k), atom.aval, origin))
+    def use(self, path: Path, k: int, var: Any, value: _Value, eqn: JaxprEqn | None) -> _Value:
+        """Record a scope's output: a value used outside the scope that it was produced in."""
+        needed = self.reach.operands.get(path, ()) if eqn else self.reach.results.get(path, ())
+        if not needed or not needed[k] or var not in self.produced:
+            return value
+        at, output, producer, kind = self.produced[var]
+        scope = scope_of(producer)
+        if not scope or not _is_inexact(var) or not (value.data or self.everything):
+            return value
+        if eqn is not None and f"{scope_of(eqn)}/".startswith(f"{scope}/"):
+            return value
+        origin = value.origin or (at, output)
+        kind = kind or recognize(value.sample, var.aval)
+        self.records.append(_Found(at, output, scope, "scope", kind, origin))
+        return value._replace(sample=fresh((at, output), var.aval, origin))
 
-    def equation(self, eqn: JaxprEqn, operands: list[_Value], path: Path, backward: bool) -> list[_Value]:
+    def enters(self, path: Path, kind: str, eqn: JaxprEqn, operands: list[_Value]) -> bool:
+        if self._is_backward(path, eqn):
+            self.backward.add(path)
+        name = params_of(eqn).get("name", "")
+        if kind in ("cond", "scan", "while") or name not in NAMES or any(v.leaves for v in operands):
+            return True
+        # jax.nn.silu and the like are one function, whatever they are made of.
+        self.calls[path] = _kind_of_call(bodies(eqn)[1][0], name, eqn, operands)
+        return not self.calls[path]
+
+    def choose(self, path: Path, index: _Value, values: Sequence[_Value]) -> _Value:
+        out = _either(values)
+        self.records += [Use(path, k, v.leaves) for k, v in enumerate(values) if v.parametric and out.data]
+        return out
+
+    def into_loop(self, path: Path, operand: int, role: Role, value: _Value) -> _Value:
+        return value.lasting
+
+    def out_of_iteration(self, path: Path, operand: int, role: Role, value: _Value) -> _Value:
+        return value.lasting
+
+    def grew(self, path: Path, operand: int, old: _Value, new: _Value) -> None:
+        if old.parametric and new.data:
+            self.records.append(Use(path, operand, old.leaves))
+
+    def _is_backward(self, path: Path, eqn: JaxprEqn) -> bool:
+        return path[:-2] in self.backward or "transpose(" in str(eqn.source_info.name_stack)
+
+    def equation(self, path: Path, eqn: JaxprEqn, operands: list[_Value]) -> list[_Value]:
         name, aval = operation(eqn), eqn.outvars[0].aval if eqn.outvars else None
-        live = path in self.reach.outputs
+        live, backward, origin = path in self.reach.outputs, self._is_backward(path, eqn), (path, 0)
         value = _computed(eqn, operands, backward)
+        if self.calls.get(path):
+            return [self._called(path, eqn, operands, value, live)] * len(eqn.outvars)
         sample, kind = _sampled(eqn, operands, path)
-        origin: Origin = (path, 0)
         if name == "name":
             origin = operands[0].origin or origin
-            self.found.append(_Found(path, 0, params_of(eqn)["name"], "name", kind, origin))
+            self.records.append(_Found(path, 0, params_of(eqn)["name"], "name", kind, origin))
             sample = fresh(origin, aval, origin)
         parameters = [(k, v) for k, v in enumerate(operands) if v.parametric] if value.data else []
-        self.uses += [Use(path, k, v.leaves) for k, v in parameters]
+        self.records += [Use(path, k, v.leaves) for k, v in parameters]
         meeting = [v for _, v in parameters] or self._choices(eqn, operands, value, backward)
         if meeting and live and _is_inexact(eqn.outvars[0]) and not _adds_a_penalty(eqn):
-            self.found.append(_Found(path, 0, self._label(eqn, meeting), "parameter", kind, origin))
+            self.records.append(_Found(path, 0, self._label(eqn, meeting), "parameter", kind, origin))
             sample = fresh(origin, aval, origin)
             if value.choice:
                 value = value._replace(chosen_at=value.chosen_at | {origin})
         elif live and kind and name not in _IDENTITIES and kind == recognize(sample, eqn.outvars[0].aval):
-            self._activation(operands, sample, path, kind, origin)
+            self._activation(operands, sample, path, kind)
         return [
             value._replace(origin=(path, k) if k else origin, kind=kind, sample=None if k else sample)
             for k in range(len(eqn.outvars))
         ]
+
+    def _called(self, path: Path, eqn: JaxprEqn, operands: list[_Value], value: _Value, live: bool) -> _Value:
+        """Return what is known of the output of a call of an activation function."""
+        kind = self.calls[path]
+        (sample,) = simulate_body(*bodies(eqn)[1][0], [v.sample for v in operands])[:1]
+        if live:
+            self._activation(operands, next((v.sample for v in operands if v.anchor), None), path, kind)
+        return value._replace(kind=kind, origin=(path, 0), sample=sample)
 
     def _choices(self, eqn: Any, operands: list[_Value], value: _Value, backward: bool) -> list[_Value]:
         """Return the operands that are choices, where they meet data; what they were chosen at is no site then."""
@@ -301,76 +320,10 @@ class _Analysis:
             or ("+".join(tops) if len(tops) <= 3 else "params")
         )
 
-    def _activation(
-        self, operands: Sequence[_Value], sample: Sample | None, path: Path, kind: str, origin: Origin
-    ) -> None:
+    def _activation(self, operands: Sequence[_Value], sample: Sample | None, path: Path, kind: str) -> None:
         repeated = any(v.kind == kind for v in operands)
         if kind and not repeated and sample is not None and sample.anchor:
-            self.found.append(_Found(path, 0, f":{kind}", "parameter", kind, origin, sample.anchor))
-
-    def container(
-        self,
-        kind: str,
-        eqn: JaxprEqn,
-        inner: list[tuple[Jaxpr, Sequence[Any]]],
-        operands: list[_Value],
-        path: Path,
-        backward: bool,
-    ) -> list[_Value]:
-        def run(k: int, operands: list[_Value]) -> list[_Value]:
-            jaxpr, consts = inner[k]
-            known = [_Value(sample=constant(c)) for c in consts]
-            return self.body(jaxpr, operands, known, (*path, k), backward)
-
-        if kind == "cond":
-            branches = [run(k, operands[1:]) for k in range(len(inner))]
-            outs = [_either(values) for values in zip(*branches, strict=True)]
-            for k, (values, out) in enumerate(zip(zip(*branches, strict=True), outs, strict=True)):
-                self.uses += [Use(path, k, v.leaves) for v in values if v.parametric and out.data]
-            return [v._replace(origin=(path, k)) for k, v in enumerate(outs)]
-        if kind in ("scan", "while"):
-            return self._loop(kind, eqn, run, operands, path)
-        name = params_of(eqn).get("name", "")
-        if name in NAMES and not any(v.leaves for v in operands):
-            activation = _kind_of_call(inner[0], name, eqn, operands)
-            if activation:  # jax.nn.silu and the like: one function, whatever it is made of
-                (sample,) = simulate_body(*inner[0], [v.sample for v in operands])[:1]
-                anchored = next((v.sample for v in operands if v.anchor), None)
-                if path in self.reach.outputs:
-                    self._activation(operands, anchored, path, activation, (path, 0))
-                value = _computed(eqn, operands, backward)
-                value = value._replace(kind=activation, origin=(path, 0), sample=sample)
-                return [value] * len(eqn.outvars)
-        return run(0, operands)
-
-    def _loop(
-        self, kind: str, eqn: JaxprEqn, run: Callable, operands: list[_Value], path: Path
-    ) -> list[_Value]:
-        if kind == "while":
-            operands = operands[eqn.params["cond_nconsts"] :]
-            n_consts, n_carry = eqn.params["body_nconsts"], len(eqn.outvars)
-        else:
-            n_consts, n_carry = scan_split(eqn)
-        first, after = n_consts, n_consts + n_carry
-        operands = [v.lasting for v in operands]
-        known, uses = list(self.found), list(self.uses)
-        while True:  # until what is known of the carry stays as it is: it only grows, so this ends
-            outs = run(0, operands)
-            carry = [
-                _either([old, new.lasting])
-                for old, new in zip(operands[first:after], outs[:n_carry], strict=True)
-            ]
-            if carry == operands[first:after]:
-                break
-            met = [
-                (k, v)
-                for k, (v, c) in enumerate(zip(operands[first:], carry, strict=False))
-                if v.parametric and c.data
-            ]
-            uses += [Use(path, first + k, v.leaves) for k, v in met]
-            operands[first:after] = carry
-            self.found, self.uses = list(known), list(uses)
-        return [v.lasting._replace(origin=(path, k)) for k, v in enumerate(outs)]
+            self.records.append(_Found(path, 0, f":{kind}", "parameter", kind, (path, 0), sample.anchor))
 
 
 def _computed(eqn: JaxprEqn, operands: Sequence[_Value], backward: bool) -> _Value:
@@ -498,8 +451,8 @@ def _analyze(program: Program, reach: Reach) -> _Analysis:
     analysis = _Analysis(program.names, everything=not has_data and not data, reach=reach)
     consts = [_Value(data=data, sample=constant(c)) for c in closed.consts]
     with np.errstate(all="ignore"):
-        outs = analysis.body(closed.jaxpr, inputs, consts, ())
-    analysis.uses += [Use((), k, v.leaves) for k, v in enumerate(outs) if v.parametric]
+        outs = analysis.run(closed, inputs, consts)
+    analysis.records += [Use((), k, v.leaves) for k, v in enumerate(outs) if v.parametric]
     return analysis
 
 
@@ -509,7 +462,7 @@ def parameter_uses(program: Program) -> list[Use]:
     The parameters are the program's first argument, the data all others. One leaf may have several uses (tied
     weights) and one use several leaves.
     """
-    return _analyze(program, Reach()).uses
+    return [use for use in _analyze(program, Reach()).records if isinstance(use, Use)]
 
 
 def _outputs(program: Program) -> tuple[list[bool], list[bool]]:
@@ -519,11 +472,12 @@ def _outputs(program: Program) -> tuple[list[bool], list[bool]]:
     """
     everything = [True] * len(program.jaxpr.out_avals)
     out = program.rebuild(program.jaxpr.out_avals)
-    if not (isinstance(out, tuple) and len(out) == 2):
+    value, _ = value_and_aux(out)
+    if value is out:
         return everything, everything
-    n = sum(leaf is None for leaf in program.objects[: len(jax.tree.leaves(out[0]))])
+    n = sum(leaf is None for leaf in program.objects[: len(jax.tree.leaves(value))])
     first = [k < n for k in range(len(everything))]
-    is_loss = getattr(out[0], "shape", None) == () and jnp.issubdtype(out[0].dtype, jnp.inexact)
+    is_loss = getattr(value, "shape", None) == () and jnp.issubdtype(value.dtype, jnp.inexact)
     return (first if is_loss else everything), first
 
 
@@ -541,7 +495,11 @@ def find_sites(program: Program) -> list[Site]:
     # Of several outputs of a scope, those that reach the function's first output have the name's first numbers.
     foremost = reach if outputs == first else reaching(program.jaxpr, first)
     analysis = _analyze(program, reach)
-    everything = [f for f in analysis.found if f.source != "parameter" or f.origin not in analysis.moved]
+    everything = [
+        f
+        for f in analysis.records
+        if isinstance(f, _Found) and (f.source != "parameter" or f.origin not in analysis.moved)
+    ]
     by_origin: dict[Origin, _Found] = {}
     scopes = Counter(
         equations[f.path].scope

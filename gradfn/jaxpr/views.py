@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.extend.core import JaxprEqn
 
 from gradfn.core.precision import is_narrow
-from gradfn.jaxpr.interpreter import Path, bodies, operation, params_of, scan_split
+from gradfn.jaxpr.dataflow import Dataflow, Role
+from gradfn.jaxpr.interpreter import Path, bodies, operation, params_of
 from gradfn.jaxpr.program import Program
 
 # These hand on what came in, number by number.
@@ -84,18 +85,18 @@ _CONSTANT, _DATA = _Value(), _Value(data=True)
 
 
 def parameter_meetings(program: Program) -> list[Meeting]:
-    """Return every place where a parameter meets data: all that its gradient comes from.
+    """Return every equation where a parameter meets data: all that its gradient comes from.
 
     Parameters are the floating arrays of the program's first argument, data all of the others.
     """
-    run = _Analysis()
+    analysis = _Meetings()
     inputs = [
         _DATA if owner != 0 else _of_parameter(i, aval)
         for i, (owner, aval) in enumerate(zip(program.owners, program.jaxpr.in_avals, strict=True))
     ]
-    outs = run.body(program.jaxpr.jaxpr, inputs, ())
-    run.meet((), outs)
-    return run.meetings
+    consts = [_CONSTANT] * len(program.jaxpr.consts)
+    analysis.meet((), analysis.run(program.jaxpr, inputs, consts))
+    return analysis.records
 
 
 def _of_parameter(i: int, aval: Any) -> _Value:
@@ -112,78 +113,55 @@ def _parameters(values: Sequence[_Value]) -> frozenset[int]:
     return frozenset().union(*[v.leaves for v in values])
 
 
-class _Analysis:
-    """The abstract run; ``meetings`` fills up as it goes."""
+class _Meetings(Dataflow[_Value]):
+    """Follows parameters until they meet data; the records are the meetings."""
 
-    def __init__(self) -> None:
-        self.meetings: list[Meeting] = []
+    def meet(self, path: Path, values: Sequence[_Value], first: int = 0) -> None:
+        """Record the parameters among values that meet data."""
+        self.records += [Meeting(path, first + k, v.leaves, v.view) for k, v in enumerate(values) if v.leaves]
 
-    def meet(self, path: Path, values: Sequence[_Value]) -> None:
-        """Note the parameters among values that meet data at a place."""
-        self.meetings += [Meeting(path, k, v.leaves, v.view) for k, v in enumerate(values) if v.leaves]
+    def constant(self, value: Any) -> _Value:
+        return _CONSTANT
 
-    def body(self, jaxpr: Jaxpr, inputs: Sequence[_Value], prefix: Path) -> list[_Value]:
-        env = dict.fromkeys(jaxpr.constvars, _CONSTANT) | dict(zip(jaxpr.invars, inputs, strict=True))
+    def join(self, values: Sequence[_Value]) -> _Value:
+        return _DATA if any(v.data for v in values) else _Value(_parameters(values))
 
-        def read(atom: Any) -> _Value:
-            return _CONSTANT if isinstance(atom, Literal) else env[atom]
+    def bind(self, path: Path, k: int, var: Any, value: _Value, eqn: JaxprEqn | None) -> _Value:
+        # No gradient flows through values that are not floating.
+        return value if _is_floating(var) else _Value(data=value.data)
 
-        for i, eqn in enumerate(jaxpr.eqns):
-            operands = [read(atom) for atom in eqn.invars]
-            outs = self.equation(eqn, operands, (*prefix, i))
-            for var, value in zip(eqn.outvars, outs, strict=True):
-                # No gradient flows through numbers that are not floating.
-                env[var] = value if _is_floating(var) else _Value(data=value.data)
-        return [read(atom) for atom in jaxpr.outvars]
+    def enters(self, path: Path, kind: str, eqn: JaxprEqn, operands: list[_Value]) -> bool:
+        return kind in ("jit", "remat", "scan", "cond")
 
-    def equation(self, eqn: JaxprEqn, operands: list[_Value], path: Path) -> list[_Value]:
-        kind, inner = bodies(eqn)
-        if kind in ("jit", "remat"):
-            return self.body(inner[0][0], operands, (*path, 0))
-        if kind == "scan":
-            return self._scan(eqn, inner[0][0], operands, path)
-        if kind == "cond":
-            return self._cond([jaxpr for jaxpr, _ in inner], operands, path)
-        n, leaves = len(eqn.outvars), _parameters(operands)
+    def choose(self, path: Path, index: _Value, values: Sequence[_Value]) -> _Value:
+        out = self.join([index, *values])
+        if out.data:
+            self.meet(path, values)
+        return out
+
+    def into_loop(self, path: Path, operand: int, role: Role, value: _Value) -> _Value:
+        return _slice_of(value, path) if role == "slice" else self._carried(path, operand, role, value)
+
+    def out_of_iteration(self, path: Path, operand: int, role: Role, value: _Value) -> _Value:
+        return value._replace(view=None) if role == "stack" else self._carried(path, operand, role, value)
+
+    def _carried(self, path: Path, operand: int, role: Role, value: _Value) -> _Value:
+        """End at a carry: what becomes of a parameter from iteration to iteration is not followed."""
+        if role != "carry" or not value.leaves:
+            return value
+        self.meet(path, [value], operand)
+        return _DATA
+
+    def equation(self, path: Path, eqn: JaxprEqn, operands: list[_Value]) -> list[_Value]:
+        n, leaves, name = len(eqn.outvars), _parameters(operands), eqn.primitive.name
         data = any(v.data for v in operands)
-        if eqn.primitive.name == "stop_gradient" or not leaves:
+        if name == "stop_gradient" or not leaves:
             return [_Value(data=data)] * n
-        looked_up = eqn.primitive.name in _LOOK_UPS and operands[0].view is not None
-        if data or looked_up or kind == "while":
+        if data or (name in _LOOK_UPS and operands[0].view is not None) or bodies(eqn)[0] == "while":
             if any(map(_is_floating, eqn.outvars)):
                 self.meet(path, operands)
             return [_DATA] * n
         return [_Value(leaves, view=view) for view in _viewed(eqn, operands)]
-
-    def _cond(self, branches: list[Jaxpr], operands: list[_Value], path: Path) -> list[_Value]:
-        outs = [self.body(jaxpr, operands[1:], (*path, k)) for k, jaxpr in enumerate(branches)]
-        joined = []
-        for values in zip(*outs, strict=True):
-            data = operands[0].data or any(v.data for v in values)
-            if data:
-                self.meet(path, values)
-            joined.append(_DATA if data else _Value(_parameters(values)))
-        return joined
-
-    def _scan(self, eqn: JaxprEqn, jaxpr: Jaxpr, operands: list[_Value], path: Path) -> list[_Value]:
-        n_consts, n_carry = scan_split(eqn)
-        first = n_consts + n_carry
-        consts, carry = operands[:n_consts], operands[n_consts:first]
-        xs = [_slice_of(v, path) for v in operands[first:]]
-        self.meet(path, carry)  # what becomes of them from iteration to iteration is not followed
-        carry = [_DATA if v.leaves else v for v in carry]
-        before = list(self.meetings)
-        while True:  # until what is known of the carry stays as it is: it only grows, so this ends
-            outs = self.body(jaxpr, [*consts, *carry, *xs], (*path, 0))
-            grown = [
-                _DATA if old.data or new.data or new.leaves else old
-                for old, new in zip(carry, outs[:n_carry], strict=True)
-            ]
-            if grown == carry:
-                break
-            carry, self.meetings = grown, list(before)
-        self.meet(path, outs[:n_carry])
-        return [*carry, *[v._replace(view=None) for v in outs[n_carry:]]]
 
 
 def _slice_of(value: _Value, path: Path) -> _Value:

@@ -14,9 +14,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from gradfn.core.params import describe
-from gradfn.core.precision import divided, unit_of, widen
+from gradfn.core.precision import divided, sum_of, unit_of, widen
 from gradfn.core.signature import transform_of
-from gradfn.per_example.plan import Call, sum_of
+from gradfn.per_example.traced_loss import TracedLoss
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["total", "leaves"], meta_fields=[])
@@ -119,7 +119,7 @@ def grad_cosines(loss: Callable, groups: int | None = None) -> Callable[..., Cos
     @transform_of(loss, "grad_cosines")
     def compare(params: PyTree, /, *batch: PyTree, by: Int[Array, " B"] | ArrayLike | None = None) -> Cosines:
         """Return the cosines between the gradients of the examples, or of the groups that `by` gives."""
-        call = Call("grad_cosines", loss, params, batch)
+        call = TracedLoss("grad_cosines", loss, params, batch)
 
         def of_one(example: list[PyTree]) -> list[PyTree]:
             return jax.grad(lambda floating: call.run(floating, example)[0])(call.floating)

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gradfn.core.precision import norm, widen
+from gradfn.core.precision import norm, norm_of_norms, widen
 from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.jaxpr.program import show_objects
 from gradfn.per_example.ghost import add_up, norms_of_each
-from gradfn.per_example.plan import FALLBACK, Call, Plan, fall_back, norm_of_norms, weighted
+from gradfn.per_example.plan import Plan, fall_back, weighted
+from gradfn.per_example.strategies import FALLBACK
+from gradfn.per_example.traced_loss import TracedLoss
 
 CHUNK = 16  # examples that parameters without a rule are differentiated for at a time
 
@@ -120,7 +122,7 @@ def grads(loss: Callable, chunk: int | None = None) -> Callable[..., Any]:
 
     @functools.wraps(loss)
     def grads_of(params: Any, *batch: Any) -> Any:
-        call = Call("per_example.grads", loss, params, batch)
+        call = TracedLoss("per_example.grads", loss, params, batch)
 
         def grads_of_one(leaves: list[Any]) -> list[Any]:
             grads = jax.grad(lambda some: call.run(some, leaves)[0])(call.floating)
@@ -174,9 +176,9 @@ def norms(loss: Callable, chunk: int = CHUNK) -> Callable[..., ExampleNorms]:
 
     @functools.wraps(loss)
     def norms_of(params: Any, *batch: Any) -> ExampleNorms:
-        call = Call("per_example.norms", loss, params, batch)
+        call = TracedLoss("per_example.norms", loss, params, batch)
         plan = Plan(call)
-        methods = tuple(zip(call.names, plan.methods, strict=True))
+        methods = tuple(zip(call.names, [s.method for s in plan.strategies], strict=True))
 
         def in_one_pass(arrays: Any) -> ExampleNorms:
             return _norms(plan.of(arrays), chunk, methods)
@@ -193,32 +195,31 @@ def norms(loss: Callable, chunk: int = CHUNK) -> Callable[..., ExampleNorms]:
 
 
 def _norms(plan: Plan, chunk: int, methods: tuple[tuple[str, str], ...]) -> ExampleNorms:
-    call = plan.call
+    loss = plan.loss
 
-    def total_loss(own: list[Any], shared: list[Any], tokens: Any) -> tuple[Any, Any]:
-        values, rest = plan.losses(own, shared, tokens, plan.shared, stop=True)
+    def total_loss(arguments: Any, tokens: Any) -> tuple[Any, Any]:
+        values, rest = plan.losses(arguments, tokens, stop=True)
         return widen(values).sum(), (values, *rest)
 
-    inputs = plan.own(), [call.floating[i] for i in plan.shared], plan.tokens()
-    back = jax.grad(total_loss, argnums=(0, 1, 2), has_aux=True)
-    (own, shared, of_tokens), (values, aux, captures) = back(*inputs)
-    norms, made = plan.norms(own, of_tokens, captures)
-    sums = plan.sums(plan.shared, own, shared) | made
+    back = jax.grad(total_loss, argnums=(0, 1), has_aux=True)
+    (grads, of_tokens), (values, aux, captures) = back(plan.arguments(plan.covered), plan.tokens())
+    norms, made = plan.found(grads, of_tokens, captures)
+    totals = plan.totals(grads) | made
     if plan.fallback:
-        more, more_sums = fall_back(call, plan.fallback, chunk)
-        norms, sums = norms | more, sums | more_sums
-    numbers = range(len(call.floating))
+        more, more_totals = fall_back(loss, plan.fallback, chunk)
+        norms, totals = norms | more, totals | more_totals
+    numbers = range(len(loss.floating))
     return ExampleNorms(
         values=values,
         aux=aux,
-        norms=call.tree([norms[i] for i in numbers]),
+        norms=loss.tree([norms[i] for i in numbers]),
         total=norm_of_norms(list(norms.values())),
-        grads=call.like([sums[i] / call.size for i in numbers]),
+        grads=loss.like([totals[i] / loss.size for i in numbers]),
         methods=methods,
     )
 
 
-def _every_gradient(call: Call) -> tuple[Any, Any, list[Any], list[Any], Any]:
+def _every_gradient(call: TracedLoss) -> tuple[Any, Any, list[Any], list[Any], Any]:
     """Return values, aux, gradients, their norms and the norms in all, of every example, by `vmap(grad)`."""
 
     def of_one(example: list[Any]) -> Any:
@@ -276,7 +277,7 @@ def clipped_grads(loss: Callable, max_norm: Any, chunk: int = CHUNK) -> Callable
 
     @functools.wraps(loss)
     def clipped(params: Any, *batch: Any) -> ClippedGrads:
-        call = Call("clipped_grads", loss, params, batch)
+        call = TracedLoss("clipped_grads", loss, params, batch)
         plan = Plan(call)
 
         def in_two_passes(arrays: Any, max_norm: Any) -> ClippedGrads:
@@ -295,28 +296,26 @@ def clipped_grads(loss: Callable, max_norm: Any, chunk: int = CHUNK) -> Callable
 
 
 def _clipped(plan: Plan, max_norm: Any, chunk: int) -> ClippedGrads:
-    call = plan.call
-    # What is computed in few digits is weighted and added up in float32.
+    loss = plan.loss
+    # Gradients of narrow dtypes are weighted and added up in float32, apart from the pass.
     apart = plan.fallback if plan.is_narrow else []
-    back_to = [*plan.shared, *(i for i in plan.fallback if i not in apart)]
+    arguments = plan.arguments(i for i in range(len(loss.floating)) if i not in apart)
 
-    def losses(own: list[Any], some: list[Any], tokens: Any) -> tuple[Any, Any]:
-        return plan.losses(own, some, tokens, back_to, stop=False)
+    def losses(arguments: Any, tokens: Any) -> tuple[Any, Any]:
+        return plan.losses(arguments, tokens, stop=False)
 
-    inputs = plan.own(), [call.floating[i] for i in back_to], plan.tokens()
-    values, back, (aux, captures) = jax.vjp(losses, *inputs, has_aux=True)
-    own, _, of_tokens = back(jnp.ones_like(values))
-    norms, _ = plan.norms(own, of_tokens, captures)
+    values, back, (aux, captures) = jax.vjp(losses, arguments, plan.tokens(), has_aux=True)
+    grads, of_tokens = back(jnp.ones_like(values))
+    norms, _ = plan.found(grads, of_tokens, captures)
     if plan.fallback:
-        norms |= fall_back(call, plan.fallback, chunk)[0]
+        norms |= fall_back(loss, plan.fallback, chunk)[0]
     total = norm_of_norms(list(norms.values()))
     weights, share = _clipping(total, max_norm)
-    own, some, _ = back(_rounded_down(weights, values.dtype))
-    sums = plan.sums(back_to, own, some)
+    totals = plan.totals(back(_rounded_down(weights, values.dtype))[0])
     if apart:
-        sums |= fall_back(call, apart, chunk, weights)[1]
-    means = [sums[i] / call.size for i in range(len(call.floating))]
-    return ClippedGrads(call.like(means), values, aux, total, share)
+        totals |= fall_back(loss, apart, chunk, weights)[1]
+    means = [totals[i] / loss.size for i in range(len(loss.floating))]
+    return ClippedGrads(loss.like(means), values, aux, total, share)
 
 
 def _clipping(total: jax.Array, max_norm: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -24,10 +24,9 @@ import jax
 import jax.numpy as jnp
 
 from gradfn.core.params import path_name
-from gradfn.core.precision import divided, magnitudes_squared, unit_of, widen
+from gradfn.core.precision import divided, magnitudes_squared, sum_of, unit_of, widen
 from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.per_example._norms import norms as example_norms
-from gradfn.per_example.plan import sum_of
 
 
 @functools.partial(

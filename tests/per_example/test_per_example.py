@@ -307,7 +307,11 @@ def scalar(w, x):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda f: f(vector)(W, X), TypeError, r"came float32\[2\]. Give it the loss of a single example"),
+        (
+            lambda f: f(vector)(W, X),
+            TypeError,
+            r"one example must return .*got float32\[2\]. Per-example",
+        ),
         (lambda f: f(lambda w, x, y: scalar(w, x))(W, X, X[:3]), ValueError, r"argument 2: expected 4 exam"),
         (
             lambda f: f(lambda w, b: scalar(w, b["x"]))(W, {"x": X, "y": 1.0}),
