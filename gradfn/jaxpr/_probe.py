@@ -1,7 +1,7 @@
 """The probe: an identity whose token's gradient is a statistic of the cotangent.
 
-Kept in one place, and small, because newer versions of jax are getting a logging backward pass of their own
-(``vjp.with_logs``), which could stand behind the same function.
+It is small and stands alone because newer versions of jax have a logging backward pass (`vjp.with_logs`), which could
+implement the same function.
 """
 
 from collections.abc import Callable
@@ -16,16 +16,16 @@ Summary = Callable[[Any, Any], Any]
 
 
 def probe(summary: Summary, x: Any, token: Any, residual: Any = None) -> Any:
-    """Return ``x``; differentiated, the gradient of ``token`` is ``summary(cotangent of x, residual)``.
+    """Return `x`; differentiated, the gradient of `token` is `summary(cotangent of x, residual)`.
 
     Args:
-        summary: ``(cotangent, residual) -> tree`` with the shapes and dtypes of ``token``.
-        x: one floating array, or a tree of them.
-        token: a tree of zeros, floating, shaped like what the summary returns.
-        residual: arrays of the forward pass that the summary needs; no gradient flows into them.
+        summary: `(cotangent, residual) -> tree`, with the shapes and dtypes of `token`.
+        x: a floating array, or a tree of them.
+        token: a tree of floating zeros, with the shapes that the summary returns.
+        residual: arrays of the forward pass that the summary needs. No gradient flows into them.
 
     Returns:
-        ``x`` as it is. Its own gradient is not touched.
+        `x`, unchanged, as is its gradient.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -35,7 +35,7 @@ def probe(summary: Summary, x: Any, token: Any, residual: Any = None) -> Any:
         >>> float(jax.grad(f, argnums=1)(jnp.array([1.0, 2.0]), 0.0))  # cotangent of y: [6, 12]
         180.0
     """
-    # Inside a shard_map each device has its own token, even where the value is the same on all of them.
+    # Inside a shard_map each device has its own token, even if the value is the same on all devices.
     varying = [varying_axes(leaf) for leaf in jax.tree.leaves(token)]
 
     def typed(g: Any, residual: Any) -> Any:

@@ -1,12 +1,12 @@
 """Recognize activation functions by what they compute.
 
-jax and the frameworks write an activation function out as a dozen equations and give most of them no name. So
-each value carries a `Sample`: what it is at a handful of points, as a function of the value that it was computed
-from (its root). An equation on sampled values is computed in NumPy, on those points; the result is compared with
-every activation function there. However a `gelu` is written, its values are those of a `gelu`.
+jax and the frameworks write an activation function as a dozen equations and name few of them. So each value has a
+`Sample`: its values at a few points, as a function of the value that it was computed from (its root). An equation on
+sampled values is evaluated in NumPy at those points, and the result is compared with every known activation
+function. However a `gelu` is written, its values are those of a `gelu`.
 
-The points are a small array of the root's rank, so that reductions along an axis, as in a softmax, can be
-computed too. A softmax with a mask has the mask as a second root.
+The points are a small array of the root's rank, so that reductions along an axis can be evaluated too, as in a
+softmax. A masked softmax has the mask as a second root.
 """
 
 import functools
@@ -17,22 +17,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.extend.core import Jaxpr, JaxprEqn
 
-from gradfn.jaxpr.interpreter import bodies, operation
+from gradfn.jaxpr.dataflow import Dataflow
+from gradfn.jaxpr.interpreter import Path, bodies, operation
 
-# At how many points a root of rank 0 is sampled; each further axis longer than 1 has two for each of those.
+# The number of points at which a root of rank 0 is sampled; each further axis longer than 1 doubles it.
 POINTS = 16
 LARGEST = 9.0
 MAX_RANK = 6
 
 
 class Sample(NamedTuple):
-    """What a value is at some points, as a function of its ``root``; ``values`` is None for the root itself.
+    """A value at some points, as a function of its `root`; `values` is None for the root itself.
 
-    ``values`` is ``[points, ...]`` with an axis of 1 or 2 for each of the value's axes: 1 where it is the same
-    all along the axis. ``mask`` is the boolean value, if any, that chose between numbers on the way. A
-    constant has neither root nor mask. ``anchor`` is the root's site, if it has one.
+    `values` is `[points, ...]`, with an axis of size 1 or 2 for each of the value's axes: 1 where it is constant along
+    the axis. `mask` is the boolean value, if any, that selected between operands. A constant has neither root nor
+    mask. `anchor` is the root's site, if it has one.
     """
 
     root: Hashable = None
@@ -42,7 +43,7 @@ class Sample(NamedTuple):
 
 
 def fresh(key: Hashable, aval: Any, anchor: Any = None) -> Sample | None:
-    """Return the sample of a value of which nothing is known: it is a root, or, if it is boolean, a mask."""
+    """Return the sample of an unknown value: it is a root or, if it is boolean, a mask."""
     shape = getattr(aval, "shape", None)
     if shape is None or len(shape) > MAX_RANK or 0 in shape:
         return None
@@ -53,7 +54,7 @@ def fresh(key: Hashable, aval: Any, anchor: Any = None) -> Sample | None:
 
 
 def constant(value: Any) -> Sample | None:
-    """Return the sample of a known number; None for an array, and for a number that is being traced."""
+    """Return the sample of a known number; None for an array or a traced number."""
     if isinstance(value, jax.core.Tracer) or np.ndim(value) != 0:
         return None
     sort = _sort(value.dtype if hasattr(value, "dtype") else np.result_type(value))
@@ -97,25 +98,26 @@ def simulate(eqn: JaxprEqn, operands: Sequence[Sample | None]) -> Sample | None:
     return Sample(next(iter(roots), None), next(iter(masks), None), values, anchor)
 
 
+class _Simulation(Dataflow[Sample | None]):
+    """Computes the samples of the values inside a function."""
+
+    enter_custom = True
+
+    def constant(self, value: Any) -> Sample | None:
+        return constant(value)
+
+    def enters(self, path: Path, kind: str, eqn: JaxprEqn, operands: list[Sample | None]) -> bool:
+        return kind in ("jit", "custom")
+
+    def equation(self, path: Path, eqn: JaxprEqn, operands: list[Sample | None]) -> list[Sample | None]:
+        return [simulate(eqn, operands)] * len(eqn.outvars)
+
+
 def simulate_body(
     jaxpr: Jaxpr, consts: Sequence[Any], operands: Sequence[Sample | None]
 ) -> list[Sample | None]:
     """Return the samples of the outputs of a function, given those of its inputs."""
-    env: dict[Any, Sample | None] = dict(zip(jaxpr.constvars, map(constant, consts), strict=True))
-    env.update(zip(jaxpr.invars, operands, strict=True))
-
-    def read(atom: Any) -> Sample | None:
-        return constant(atom.val) if isinstance(atom, Literal) else env[atom]
-
-    for eqn in jaxpr.eqns:
-        inputs = [read(atom) for atom in eqn.invars]
-        kind, inner = bodies(eqn, enter_custom=True)
-        if kind in ("jit", "custom"):
-            outs = simulate_body(*inner[0], inputs)
-        else:
-            outs = [simulate(eqn, inputs)] * len(eqn.outvars)
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+    return _Simulation().body(jaxpr, list(map(constant, consts)), operands)
 
 
 def recognize(sample: Sample | None, aval: Any) -> str:
@@ -151,9 +153,10 @@ def _sampled_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 @functools.cache
 def _points(shape: tuple[int, ...]) -> np.ndarray:
-    """Return where a root is sampled: from -9 to 9, negative and positive ones along every axis."""
+    """Return the points where a root is sampled: from -9 to 9, with both signs along every axis."""
     n = math.prod(shape)
-    x = np.linspace(-LARGEST, LARGEST, n) + 0.01 * np.sin(np.arange(n))  # 0 is not among them
+    # Without 0.
+    x = np.linspace(-LARGEST, LARGEST, n) + 0.01 * np.sin(np.arange(n))
     return np.random.default_rng(0).permutation(x).reshape(shape)
 
 
@@ -254,7 +257,7 @@ def _softmaxes(x: np.ndarray) -> list[tuple[str, np.ndarray]]:
 
 
 def _family(values: np.ndarray, shape: tuple[int, ...], relative: float) -> str:
-    """Recognize the functions with a slope or scale on the negative side, whatever it is."""
+    """Recognize the functions with a slope or scale on the negative side, of any size."""
     x, negative, k = _sides(shape)
     if not abs(values[k] - x[k]) <= relative * x[k]:
         return ""
@@ -269,7 +272,7 @@ def _family(values: np.ndarray, shape: tuple[int, ...], relative: float) -> str:
 
 @functools.cache
 def _sides(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return the points, which are negative, and the number of one that is positive."""
+    """Return the points, which of them are negative, and the index of a positive one."""
     x = _points(shape).reshape(-1)
     return x, x < 0, int(np.argmax(x))
 
@@ -280,7 +283,7 @@ Rule = Callable[[Any, list[np.ndarray]], np.ndarray | None]
 def _pointwise(function: Callable[..., np.ndarray]) -> Rule:
     def rule(eqn: Any, arrays: list[np.ndarray]) -> np.ndarray | None:
         rank = len(eqn.outvars[0].aval.shape)
-        # A number stands beside arrays of any rank.
+        # A number combines with arrays of any rank.
         return function(*[a.reshape(-1, *[1] * rank) if a.ndim == 1 else a for a in arrays])
 
     return rule

@@ -2,11 +2,11 @@
 
 An analysis is a lattice and a rule. The lattice is what can be known of a value: `constant` says what is known of a
 constant, `join` what is known of a value that is one of several. The rule, `equation`, says what is known of an
-equation's outputs, given what is known of its operands. `Dataflow` carries them through a program: into jit, remat,
-shard_map and (if asked) functions with a custom derivative, into all branches of a cond, and around scan and while
-until what is known of their carries no longer changes.
+equation's outputs, given what is known of its operands. `Dataflow` applies them to a program: inside jit, remat,
+shard_map and, with `enter_custom`, functions with a custom derivative, in all branches of a cond, and in scan and
+while until what is known of their carries reaches a fixpoint.
 
-What an analysis finds on the way goes into `records`. Iterations of a loop that did not settle leave none.
+What an analysis finds goes into `records`. Iterations of a loop before its fixpoint leave no records.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ Role = str  # `const`, `carry`, `slice` (of what a scan runs along), `stack` (of
 
 
 class Dataflow(Generic[V]):
-    """An analysis of a program; subclasses give the lattice and the rule, and refine what else they need.
+    """An analysis of a program. Subclasses define the lattice and the rule, and override the hooks they need.
 
     Attributes:
         enter_custom: whether the insides of `custom_jvp` and `custom_vjp` functions are analyzed.
@@ -46,7 +46,7 @@ class Dataflow(Generic[V]):
         raise NotImplementedError
 
     def enters(self, path: Path, kind: str, eqn: JaxprEqn, operands: list[V]) -> bool:
-        """Tell whether a container is entered; otherwise it is an equation like any other."""
+        """Tell whether a container is entered; otherwise it is treated like any other equation."""
         return True
 
     def bind(self, path: Path, k: int, var: Any, value: V, eqn: JaxprEqn | None) -> V:
@@ -57,7 +57,7 @@ class Dataflow(Generic[V]):
         return value
 
     def use(self, path: Path, k: int, var: Any, value: V, eqn: JaxprEqn | None) -> V:
-        """Return what is known of a variable from where it is operand `k` of the equation at `path`.
+        """Return what is known of a variable once it is operand `k` of the equation at `path`.
 
         Without an equation it is result `k` of the body at `path`.
         """
@@ -72,18 +72,19 @@ class Dataflow(Generic[V]):
         return value
 
     def out_of_iteration(self, path: Path, operand: int, role: Role, value: V) -> V:
-        """Return what is known of a result of an iteration after it: the next carry, or one of a stack."""
+        """Return what is known of a result after an iteration: the next carry, or one element of a stack."""
         return value
 
     def grew(self, path: Path, operand: int, old: V, new: V) -> None:
-        """Record what a carry of a scan or while becomes after some iterations."""
+        """Record that more is possible for a carry after some iterations than before: `old` became `new`."""
 
     def run(self, closed: ClosedJaxpr, inputs: Sequence[V], consts: Sequence[V] | None = None) -> list[V]:
         """Analyze a program, given what is known of its inputs; return what is known of its outputs."""
         consts = [self.constant(c) for c in closed.consts] if consts is None else consts
-        return self._body(closed.jaxpr, consts, inputs, ())
+        return self.body(closed.jaxpr, consts, inputs)
 
-    def _body(self, jaxpr: Jaxpr, consts: Sequence[V], inputs: Sequence[V], prefix: Path) -> list[V]:
+    def body(self, jaxpr: Jaxpr, consts: Sequence[V], inputs: Sequence[V], prefix: Path = ()) -> list[V]:
+        """Analyze a body of a program; return what is known of its results."""
         known = enumerate(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
         env = {var: self.bind(prefix, -1 - k, var, value, None) for k, (var, value) in known}
 
@@ -115,7 +116,7 @@ class Dataflow(Generic[V]):
     ) -> Sequence[V]:
         def run(k: int, operands: Sequence[V]) -> list[V]:
             jaxpr, consts = inner[k]
-            return self._body(jaxpr, [self.constant(c) for c in consts], operands, (*path, k))
+            return self.body(jaxpr, [self.constant(c) for c in consts], operands, (*path, k))
 
         if kind == "cond":
             index, *rest = operands

@@ -1,4 +1,4 @@
-"""Walk the equations of a jaxpr, and run it with a visitor at chosen ones (see ``gradfn.jaxpr``)."""
+"""List the equations of a jaxpr, and run it with a visitor at chosen ones (see `gradfn.jaxpr`)."""
 
 import math
 import re
@@ -19,17 +19,17 @@ Path = tuple[int, ...]
 Evaluate = Callable[[Sequence[Any]], list[Any]]
 Visitor = Callable[["Equation", Evaluate, Sequence[Any], Any], tuple[Sequence[Any], Any]]
 
-# Primitives of jit and remat have been renamed over the versions, so they are asked for, not spelled out.
+# jax has renamed the primitives of jit and remat between versions, so their names are looked up, not spelled out.
 _CALLS = {primitives.jit_p.name, primitives.call_p.name, primitives.closed_call_p.name}
 _CUSTOM = {primitives.custom_jvp_call_p.name, primitives.custom_vjp_call_p.name}
 _SCAN, _COND, _WHILE = primitives.scan_p.name, primitives.cond_p.name, primitives.while_p.name
 _REMAT, _SHARD_MAP = primitives.remat_p.name, "shard_map"
-# The same operations under jax's new `jax_remat3`, where one primitive carries an object for each operation.
+# The same operations with `jax_remat3`, where one primitive carries an object for each operation.
 _CARRIED = {"CheckpointName": "name", "CheckpointNameFwd": "name", "RematTraced": _REMAT}
 
 
 class Frame(NamedTuple):
-    """One container around an equation: its kind, the path of its equation and, if it stacks, its length."""
+    """One container around an equation: its kind, its path and, if it adds a leading axis, the length of that."""
 
     kind: str
     path: Path
@@ -37,12 +37,11 @@ class Frame(NamedTuple):
 
 
 class Equation:
-    """One equation of a program, and where it stands.
+    """One equation of a program and its context.
 
-    ``path`` names it: its number in the outermost jaxpr, then, for each container on the way in, the number
-    of the container's body (the branch of a cond, else 0) and the number of the equation in that body.
-    ``frames`` are those containers, outermost first; ``scope`` is its ``jax.named_scope`` stack; ``line`` the
-    user's source line.
+    `path` identifies it: its index in the outermost jaxpr, then, for each container around it, the index of the
+    container's body (the branch of a cond, otherwise 0) and the index of the equation in that body. `frames`
+    are those containers, outermost first; `scope` is its `jax.named_scope` stack, `line` the user's source line.
     """
 
     def __init__(self, path: Path, eqn: JaxprEqn, frames: tuple[Frame, ...], scope: str) -> None:
@@ -50,7 +49,7 @@ class Equation:
 
     @cached_property
     def line(self) -> str:
-        """Where the equation was written, as ``file:line (function)``."""
+        """Where the equation was written, as `file:line (function)`."""
         return re.sub(r"(:\d+):\d+", r"\1", source_info_util.summarize(self.eqn.source_info))
 
     @property
@@ -68,7 +67,7 @@ class Equation:
 
 
 def scope_of(eqn: JaxprEqn, outer: str = "") -> str:
-    """Return the named scopes around an equation, joined by ``/``, less the wrappers that transforms add."""
+    """Return the named scopes around an equation, joined by `/`, without the wrappers that transforms add."""
     inner = _bare_scope(str(eqn.source_info.name_stack))
     return f"{outer}/{inner}" if outer and inner else outer or inner
 
@@ -76,18 +75,18 @@ def scope_of(eqn: JaxprEqn, outer: str = "") -> str:
 @cache
 def _bare_scope(name_stack: str) -> str:
     text = re.sub(r"\b(?:vmap|jvp|transpose|pmap|linearize)\(", "", name_stack).replace(")", "")
-    # einsum opens a scope of its own, named after its formula: nobody's module.
+    # einsum opens a scope named after its formula, which is not a module.
     return "/".join(part for part in text.split("/") if part and "->" not in part)
 
 
 def operation(eqn: JaxprEqn) -> str:
-    """Return the name of what an equation does; a named value is ``name`` in every version of jax."""
+    """Return the name of an equation's operation; that of a named value is `name` in every version of jax."""
     carried = _CARRIED.get(type(eqn.params.get("_prim")).__name__)
     return eqn.primitive.name if carried is None else carried
 
 
 def params_of(eqn: JaxprEqn) -> dict[str, Any]:
-    """Return the parameters of what an equation does."""
+    """Return the parameters of an equation's operation."""
     known = type(eqn.params.get("_prim")).__name__ in _CARRIED
     return eqn.params["_prim"].params if known else eqn.params
 
@@ -113,12 +112,13 @@ def bodies(eqn: JaxprEqn, enter_custom: bool = False) -> tuple[str, list[tuple[J
 
 
 def _open(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
-    closed = isinstance(jaxpr, ClosedJaxpr) and hasattr(jaxpr, "consts")  # newer jax has one class for both
+    # Newer versions of jax have one class for both.
+    closed = isinstance(jaxpr, ClosedJaxpr) and hasattr(jaxpr, "consts")
     return (jaxpr.jaxpr, jaxpr.consts) if closed else (jaxpr, ())
 
 
 def scan_split(eqn: Any) -> tuple[int, int]:
-    """Return how many constants and carries a scan has, told by ranks (names differ by version)."""
+    """Return the number of constants and carries of a scan, inferred from ranks (names differ between versions)."""
     jaxpr: Any = _open(eqn.params["jaxpr"])[0]
     n_xs = sum(len(o.aval.shape) > len(i.aval.shape) for o, i in zip(eqn.invars, jaxpr.invars, strict=True))
     n_ys = sum(len(o.aval.shape) > len(i.aval.shape) for o, i in zip(eqn.outvars, jaxpr.outvars, strict=True))
@@ -138,9 +138,9 @@ def _frame(kind: str, path: Path, eqn: JaxprEqn) -> Frame:
 def walk(closed: ClosedJaxpr, enter_custom: bool = False) -> Iterator[Equation]:
     """Yield every equation of a program in the order of the program, a container before what it contains.
 
-    With ``enter_custom`` the insides of ``custom_jvp`` and ``custom_vjp`` functions are listed too; visiting
-    one replaces the function's own derivative rule by that of its body, so ask for it only if nothing is
-    differentiated afterwards.
+    With `enter_custom` the equations inside `custom_jvp` and `custom_vjp` functions are listed too. Visiting one
+    replaces the function's derivative rule by the derivative of its body, so use it only if nothing is
+    differentiated later.
     """
 
     def inside(jaxpr: Jaxpr, prefix: Path, frames: tuple[Frame, ...], outer: str) -> Iterator[Equation]:
@@ -156,9 +156,10 @@ def walk(closed: ClosedJaxpr, enter_custom: bool = False) -> Iterator[Equation]:
 
 
 def evaluate(eqn: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
-    """Do what one equation does, on ``inputs`` (one per operand; those of literal operands are ignored)."""
+    """Evaluate one equation on `inputs` (one per operand; those of literal operands are ignored)."""
     operands = [(v, x) for v, x in zip(eqn.invars, inputs, strict=True) if not isinstance(v, Literal)]
-    if len({v for v, _ in operands}) < len(operands):  # x * x: each use may have been given its own value
+    # x * x: each use may have its own value.
+    if len({v for v, _ in operands}) < len(operands):
         fresh = iter(jax.make_jaxpr(lambda *xs: xs)(*[v.aval for v, _ in operands]).jaxpr.invars)
         eqn = eqn.replace(invars=[v if isinstance(v, Literal) else next(fresh) for v in eqn.invars])
     variables = [v for v in eqn.invars if not isinstance(v, Literal)]
@@ -186,20 +187,20 @@ def interpret(
     tokens: Mapping[Path, Any] | None = None,
     merge: Callable[[Any, Any], Any] = lambda old, new: new,
 ) -> tuple[list[Any], dict[Path, Any]]:
-    """Run a program with ``visit`` instead of the chosen equations.
+    """Run a program with `visit` instead of the chosen equations.
 
     Args:
         closed: the program.
-        visit: ``(equation, evaluate, inputs, token) -> (outputs, capture)``; the token is None where none was
-            given.
-        equations: the chosen equations by path, from ``Program.equations``.
+        visit: `(equation, evaluate, inputs, token) -> (outputs, capture)`; the token is None if `tokens`
+            has no entry for the equation.
+        equations: the chosen equations by path, from `Program.equations`.
         args: the program's inputs, flat.
-        tokens: a pytree per path, each array with the equation's ``axes`` in front.
+        tokens: a pytree per path, each array with the equation's `axes` in front.
         merge: how a while loop joins the captures of its iterations.
 
     Returns:
         The program's outputs, flat, and the captures by path (equations whose capture is None are left out),
-        with the equation's ``axes`` in front.
+        with the equation's `axes` in front.
     """
     containers = frozenset(path[:n] for path in equations for n in range(1, len(path), 2))
     run = _Run(visit, equations, containers, merge)
@@ -243,7 +244,7 @@ def _below(tokens: dict[Path, Any], path: Path) -> dict[Path, Any]:
 def _container(
     run: _Run, eqn: JaxprEqn, path: Path, inputs: list[Any], tokens: dict[Path, Any]
 ) -> tuple[list[Any], dict[Path, Any]]:
-    """Rebuild a container through jax's public functions, so that tokens go in and captures come out."""
+    """Rebuild a container with jax's public functions, so that tokens go in and captures come out."""
     kind, inner = bodies(eqn, enter_custom=True)
 
     def body(args: Sequence[Any], tokens: dict[Path, Any], k: int = 0) -> tuple[list[Any], dict[Path, Any]]:
@@ -257,7 +258,8 @@ def _container(
     if kind == "custom":
         return body(inputs, tokens)
     if kind == "remat":
-        prevent_cse = params["prevent_cse"]  # one for all operands, or one for each
+        # One for all operands, or one per operand.
+        prevent_cse = params["prevent_cse"]
         prevent_cse = prevent_cse if isinstance(prevent_cse, bool) else any(prevent_cse)
         return jax.checkpoint(body, prevent_cse=prevent_cse, policy=params["policy"])(inputs, tokens)
     if kind == "scan":
@@ -270,7 +272,7 @@ def _container(
 
 
 def _constrained(values: list[Any], shardings: Any) -> list[Any]:
-    """Keep what a jit said of the shardings of its arguments and results when it is inlined."""
+    """Keep the shardings that a jit declares for its arguments and results when it is inlined."""
     return [
         lax.with_sharding_constraint(x, s) if isinstance(s, Sharding) else x
         for x, s in zip(values, shardings or [None] * len(values), strict=True)
@@ -315,14 +317,15 @@ def _while(
 ) -> tuple[list[Any], dict[Path, Any]]:
     """Rebuild a while loop; under `vmap` its condition may be one boolean per row.
 
-    A row that has finished runs once more what it ran last, as long as others are running: so all values of the
-    last iteration are each row's own last ones, and its result does not change.
+    A row that has finished repeats its last iteration while others run: the captures of the last iteration are then
+    those of each row's own last iteration, and its result does not change.
     """
     n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     cond_consts, body_consts, init = inputs[:n], inputs[n : n + m], inputs[n + m :]
     cond_jaxpr: Any
     cond_jaxpr, consts = _open(eqn.params["cond_jaxpr"])
-    rows = cond_jaxpr.outvars[0].aval.shape  # [] for a single condition
+    # [] for a single condition.
+    rows = cond_jaxpr.outvars[0].aval.shape
 
     def runs(carry: list[Any]) -> Any:
         return jax.core.eval_jaxpr(cond_jaxpr, consts, *cond_consts, *carry)[0]
@@ -342,18 +345,18 @@ def _while(
 
 
 def _of_rows(which: jax.Array, ours: list[Any], others: list[Any]) -> list[Any]:
-    """Take the rows (the leading axes of all) that `which` names from the first, the others from the second."""
+    """Return the rows (leading axes) where `which` is true from the first list, the others from the second."""
 
     def chosen(a: Any, b: Any) -> Any:
-        return jnp.where(
-            which.reshape(which.shape + (1,) * (jnp.ndim(a) - which.ndim)), a, b
-        )  # [rows, 1, ...]
+        # [rows] -> [rows, 1, ...]
+        mask = which.reshape(which.shape + (1,) * (jnp.ndim(a) - which.ndim))
+        return jnp.where(mask, a, b)
 
     return [chosen(a, b) for a, b in zip(ours, others, strict=True)]
 
 
 def _manual_axes(eqn: Any) -> tuple[str, ...]:
-    """Return the mesh axes that a shard_map works by hand, in the order of the mesh."""
+    """Return the manual mesh axes of a shard_map, in the order of the mesh."""
     names = eqn.params["newly_manual_axes"]
     return tuple(axis for axis in eqn.params["mesh"].axis_names if axis in names)
 
@@ -364,7 +367,7 @@ def _shard_map(
     params, axes = eqn.params, _manual_axes(eqn)
 
     def local(inputs: list[Any], tokens: dict[Path, Any]) -> tuple[list[Any], dict[Path, Any]]:
-        # Each device has its own slice of the tokens, [1, ...], and hands back its own slice of the captures.
+        # Each device has its own slice of the tokens, [1, ...], and returns its own slice of the captures.
         outs, captures = body(inputs, jax.tree.map(lambda t: t[0], tokens))
         return outs, jax.tree.map(lambda c: c[None], captures)
 

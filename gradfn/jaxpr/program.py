@@ -1,4 +1,4 @@
-"""Trace any function into a jaxpr, and put its results back into the shape that the function gave them."""
+"""Trace any function into a jaxpr, and restore its arguments and results to their trees."""
 
 import functools
 import inspect
@@ -12,18 +12,19 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr
 from jax.tree_util import SequenceKey
 
+from gradfn.core.params import path_name
 from gradfn.jaxpr.interpreter import Equation, Path, walk
 
 
 @dataclass(frozen=True)
 class Program:
-    """A traced call of a function: ``jaxpr`` takes ``inputs``, the array leaves of all arguments in order.
+    """A traced call of a function: `jaxpr` takes `inputs`, the array leaves of all arguments in order.
 
-    ``owners[i]`` is the number of the positional argument that input i belongs to (-1: a keyword argument)
-    and ``names[i]`` its path in that argument, such as ``layers/0/W``. Leaves that are no arrays (functions,
-    strings: some frameworks keep them in their models) are fixed at tracing. ``objects`` has what the function
-    returned that is not an array, and None for each output of ``jaxpr``. ``fixed_data`` tells that data are among the
-    constants of ``jaxpr``, because the function needs their values.
+    `owners[i]` is the index of the positional argument that input i belongs to (-1 for a keyword argument),
+    `names[i]` its path in that argument, such as `layers/0/W`. Leaves that are not arrays (functions, strings: some
+    frameworks keep them in their models) are fixed at tracing. `objects` contains what the function returned that
+    is not an array, and None for each output of `jaxpr`. With `fixed_data`, data are among the constants of `jaxpr`,
+    because the function needs their values.
     """
 
     jaxpr: ClosedJaxpr
@@ -37,7 +38,7 @@ class Program:
     fixed_data: bool = False
 
     def rebuild(self, outs: Sequence[Any]) -> Any:
-        """Put flat outputs back into the tree that the function returned."""
+        """Return flat outputs in the tree that the function returned."""
         rest = iter(outs)
         return jax.tree.unflatten(self.out_tree, [next(rest) if x is None else x for x in self.objects])
 
@@ -52,31 +53,32 @@ class Program:
         }
 
     def like_arguments(self, values: Sequence[Any]) -> tuple[Any, ...]:
-        """Shape one value per input like the positional arguments; None for leaves that are no arrays."""
+        """Return one value per input in the trees of the positional arguments, None for leaves that are not arrays."""
         rest = iter(values)
         args, _ = jax.tree.unflatten(self.in_tree, [next(rest) if known else None for known in self.is_array])
         return args
 
 
-# True while a function is traced as it was written: then what rewrites functions leaves them alone. jit's cache
-# knows of it.
+# True while a function is traced as it was written: rewrites such as `flat_products` then do nothing. It is part of
+# the key of jit's cache.
 as_written = jax.make_user_context(False)
 
 
 def is_array(leaf: Any) -> bool:
-    """Tell whether a leaf on its own is what jax traces and differentiates: an array of numbers, or a Python float."""
+    """Tell whether jax traces and differentiates a leaf: an array of numbers, or a Python float."""
     if isinstance(leaf, (np.ndarray, np.generic)):
-        return leaf.dtype.kind not in "OSUMm"  # objects, texts and times are not numbers
+        # Objects, texts and times are not numbers.
+        return leaf.dtype.kind not in "OSUMm"
     return isinstance(leaf, (jax.Array, float))
 
 
 def traced_leaves(tree: Any) -> list[bool]:
     """Tell which leaves of a tree are traced, and differentiated if they are floating; the rest is configuration.
 
-    Arrays are, of jax and of numpy, wherever they are. A Python float is where `jax.grad` would differentiate it: on
-    its own and in dicts, lists and tuples (and in the boxes of Flax NNX that declare it a parameter). In any other
-    object, such as an Equinox module, it is configuration, which code branches on and checks: `eqx.nn.Dropout.p`.
-    Python's integers, booleans, strings and functions are configuration everywhere.
+    Arrays of jax and numpy are traced everywhere. A Python float is traced where `jax.grad` would differentiate it:
+    as an argument, in dicts, lists and tuples, and in the boxes of Flax NNX that declare it a parameter. In any other
+    object, such as an Equinox module, it is configuration that code branches on and checks: `eqx.nn.Dropout.p`.
+    Python integers, booleans, strings and functions are configuration everywhere.
     """
     leaves, structure = jax.tree.flatten(tree)
     pairs = zip(leaves, _in_objects(structure), strict=True)
@@ -98,17 +100,19 @@ def _is_nnx_variable(kind: type) -> bool:
 
 
 def leaf_name(path: Any, default: str = "params") -> str:
-    """Return a leaf's path as users write it: ``layers/0/W``; ``default`` for an argument that is a leaf."""
-    if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # the box that nnx keeps each array in
+    """Return a leaf's path as users write it: `layers/0/W`; `default` for an argument that is a leaf."""
+    # nnx keeps each array in a box.
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/") or default
+    return path_name(path) or default
 
 
 def parameters_of(f: Callable) -> list[inspect.Parameter]:
     """Return the parameters of a function's signature; none where it has no signature."""
     try:
         return list(inspect.signature(f).parameters.values())
-    except (TypeError, ValueError):  # some built-in callables have none
+    # Some built-in callables have no signature.
+    except (TypeError, ValueError):
         return []
 
 
@@ -121,10 +125,10 @@ def takes_keyword(f: Callable, name: str) -> bool:
 def params_first(
     f: Callable, args: tuple[Any, ...], kwargs: Mapping[str, Any], what: str
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a call with the first one, the parameters, passed by position.
+    """Return the arguments of a call, with the first one (the parameters) passed by position.
 
     Raises:
-        TypeError: the call has no first argument; ``what`` names the caller.
+        TypeError: the call has no first argument; `what` names the caller.
     """
     kwargs = dict(kwargs)
     if args:
@@ -138,7 +142,7 @@ def params_first(
 def by_position(
     f: Callable, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a call, those passed by keyword by position as far as that goes."""
+    """Return the arguments of a call, with keyword arguments passed by position as far as possible."""
     kwargs = dict(kwargs)
     for parameter in parameters_of(f)[len(args) :]:
         if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD or parameter.name not in kwargs:
@@ -148,7 +152,7 @@ def by_position(
 
 
 def pure(f: Callable) -> Callable:
-    """Return ``f``, which raises where it changes a Flax NNX module that it gets: tracing would lose the change."""
+    """Return `f`, which raises where it changes a Flax NNX module it is given: tracing would lose the change."""
     nnx: Any = sys.modules.get("flax.nnx")
     if nnx is None:
         return f
@@ -178,13 +182,13 @@ def pure(f: Callable) -> Callable:
 
 
 def trace(f: Callable, /, *args: Any, **kwargs: Any) -> Program:
-    """Trace ``f(*args, **kwargs)``.
+    """Trace `f(*args, **kwargs)`.
 
-    A fresh closure each time: ``make_jaxpr`` caches on the identity of the function, and gave a stale jaxpr
-    once something that the function closes over had changed.
+    A fresh closure each time: `make_jaxpr` caches on the identity of the function, and would return a stale jaxpr
+    once something that the function closes over has changed.
 
-    Numbers that the function needs while it is traced (it indexes with a numpy mask, or branches on a Python float) are
-    left as they are, as under `jax.grad`: where tracing everything fails, it is tried again without those.
+    Values that the function needs while it is traced (it indexes with a numpy mask, or branches on a Python float) are
+    not traced, as under `jax.grad`: if tracing everything fails, they are left out in a second attempt.
     """
     traced = traced_leaves((args, kwargs))
     fewer = without_fixed(traced, args, kwargs)
@@ -198,9 +202,9 @@ def trace(f: Callable, /, *args: Any, **kwargs: Any) -> Program:
 
 
 def without_fixed(traced: Sequence[bool], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[bool]:
-    """Return `traced` less what a function may need the values of, and no gradient is lost by.
+    """Return `traced` without the leaves whose values a function may need and whose gradients nobody asks for.
 
-    These are numpy's integers and booleans, and, outside of the first argument, single floats of Python and numpy.
+    These are integers and booleans of numpy and, outside the first argument, single floats of Python and numpy.
     """
 
     def stays(path: Any, leaf: Any) -> bool:
@@ -255,7 +259,7 @@ def _is_output(leaf: Any) -> bool:
 
 
 class _Object:
-    """A thing that is not an array, without leaves: jax's transforms let it through."""
+    """An object that is not an array, as a pytree without leaves, which passes through jax's transforms."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -271,7 +275,7 @@ jax.tree_util.register_static(_Object)
 
 
 def hide_objects(tree: Any) -> Any:
-    """Return a tree whose leaves are arrays alone: strings and other objects pass `jit`, `vmap` and `cond` unseen."""
+    """Return a tree whose leaves are all arrays: strings and other objects pass through `jit`, `vmap` and `cond`."""
     return jax.tree.map(lambda leaf: leaf if _is_output(leaf) else _Object(leaf), tree)
 
 
@@ -282,6 +286,6 @@ def show_objects(tree: Any) -> Any:
 
 
 def trace_as_written(f: Callable, /, *args: Any, **kwargs: Any) -> Program:
-    """Trace `f(*args, **kwargs)` without what `flat_products` makes of it, so that values have their own shapes."""
+    """Trace `f(*args, **kwargs)` without the rewrite of `flat_products`, so that values keep their own shapes."""
     with as_written(True):
         return trace(f, *args, **kwargs)

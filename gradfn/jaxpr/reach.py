@@ -19,9 +19,9 @@ Needed = Sequence[bool]
 class Reach:
     """What some outputs of a program are computed from.
 
-    By the path of an equation: which of its ``outputs`` are needed (equations that are not needed are absent)
-    and which of its ``operands``. By the path of a container's body (that of the container and the body's
-    number; empty for the program): which of the body's ``results``.
+    By the path of an equation: which of its `outputs` are needed (equations that are not needed are absent)
+    and which of its `operands`. By the path of a container's body (that of the container and the body's
+    number; empty for the program): which of the body's `results`.
     """
 
     outputs: dict[Path, Needed] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Reach:
 
 
 def reaching(closed: ClosedJaxpr, wanted: Needed) -> Reach:
-    """Return what those outputs of a program that are ``wanted`` are computed from."""
+    """Return what those outputs of a program that are `wanted` are computed from."""
     reach = Reach()
     _body(reach, closed.jaxpr, (), wanted)
     return reach

@@ -1,26 +1,26 @@
-"""Sites: the values inside a program that have a name, out of three sources.
+"""Sites: the values inside a program that have a name, from three sources.
 
-(a) ``name``: values that the user named with ``checkpoint_name`` (``gf.tap``).
-(b) ``scope``: what comes out of a ``jax.named_scope``: produced in it and used outside it. Flax Linen, Haiku
-    and gradfn open one per module.
-(c) ``parameter``: where a value derived only from parameters first meets data, named after the parameter's
-    path (the product ``W1 x`` is ``W1``, the sum with the bias is ``b1``), and the activation function that
-    directly follows a site, named ``b1:sigmoid``. With this one, every framework has sites.
+(a) `name`: values that the user named with `checkpoint_name` (`gf.tap`).
+(b) `scope`: the outputs of a `jax.named_scope`: values produced in it and used outside it. Flax Linen, Haiku and
+    gradfn open one per module.
+(c) `parameter`: where a value derived only from parameters first meets data, named after the parameter's path (the
+    product `W1 x` is `W1`, the sum with the bias is `b1`), and the activation function that directly follows a site,
+    named `b1:sigmoid`. With this source, every framework has sites.
 
-A value that several sources name is listed once, under the first of them (but a scope entered several times,
-and the class names that Equinox opens, give way to the parameter's name). One abstract run over the
-program finds them all: it carries, per value, which parameters it derives from and whether it has met data.
+A value named by several sources is listed once, under the first of them; but a scope entered several times, or named
+after a class as Equinox does, yields to the parameter's name. One analysis of the program finds them all: it knows
+for each value which parameters it derives from and whether it has met data.
 
-Only what the result is computed from counts: of a loss that returns ``(scalar, aux)``, that is the scalar. What
-leaves a scope for aux alone, such as a new running mean, is not a site; values named by the user always are.
+Only what the result depends on counts: for a loss that returns `(scalar, aux)`, that is the scalar. What leaves a
+scope for aux alone, such as a new running mean, is not a site; values named by the user always are.
 
-A value made from several parameters is named after the one that most of its numbers are from: a scaled weight
-``g * W`` is ``W``, a weight with a low-rank update ``W + A B`` too. Where none is (a weight that a network
-generates, a custom function of a whole tree), it is named after the path that the parameters share, such as
-``hyper``; without one, after the custom function, or ``h+o`` for parameters out of ``h/...`` and ``o/...``.
+A value made from several parameters is named after the one that most of its elements are from: a scaled weight
+`g * W` is `W`, and so is a weight with a low-rank update, `W + A B`. If there is none (a weight that a network
+generates, a custom function of a whole tree), it is named after the path that the parameters share, such as `hyper`;
+without one, after the custom function, or `h+o` for parameters from `h/...` and `o/...`.
 
-Weights picked by an index (a mixture of experts) and weights moved along their gradient (an inner loop of
-training) stay weights: the site is their product with data.
+Weights selected by an index (a mixture of experts) and weights updated along their gradient (an inner loop of
+training) remain weights: the site is their product with data.
 """
 
 import difflib
@@ -111,9 +111,9 @@ class Site:
 class Use(NamedTuple):
     """An operand, derived only from parameters, of an equation where it meets data.
 
-    ``leaves`` are the numbers of those parameters among the program's inputs; ``path`` the equation and
-    ``operand`` which of its operands. A path that ends at a scan or while means a carry, at a cond a branch's
-    result; the empty path an output of the program.
+    `leaves` are the indices of those parameters among the program's inputs, `path` is the equation's, `operand` the
+    operand's index. At a scan or while, the operand is a carry; at a cond, it is a branch's result; with the empty
+    path, an output of the program.
     """
 
     path: Path
@@ -125,11 +125,11 @@ Origin = tuple[Path, int]
 
 
 class _Value(NamedTuple):
-    """What is known of a value: its parameters, whether it met data, and which equation's output it is.
+    """What is known of a value: its parameters, whether it has met data, and the equation that computes it.
 
-    With both ``leaves`` and ``data`` it is a *choice*: parameters picked by an index or moved along a gradient,
-    at the equations ``chosen_at``. ``main`` is the parameter that most of its numbers are from, ``size`` how
-    many numbers determine it. ``cotangent`` marks data of a backward pass.
+    With both `leaves` and `data` it is a *choice*: parameters selected by an index or updated along a gradient, by the
+    equations `chosen_at`. `main` is the parameter that most of its elements are from, `size` the number of elements
+    that determine it. `cotangent` marks data of a backward pass.
     """
 
     leaves: frozenset[int] = frozenset()
@@ -152,17 +152,17 @@ class _Value(NamedTuple):
 
     @property
     def anchor(self) -> Origin | None:
-        """The site whose value this is, up to reshapes."""
+        """The site that this value is, up to reshapes."""
         return self.sample.anchor if self.sample is not None and self.sample.values is None else None
 
     @property
     def lasting(self) -> "_Value":
-        """What of it is known from one iteration of a loop to the next."""
+        """What remains known from one iteration of a loop to the next."""
         return self._replace(origin=None, kind="", sample=None)
 
 
 def _either(values: Sequence[_Value]) -> _Value:
-    """Return what is known of a value that is one of several: of a carry, of branches."""
+    """Return what is known of a value that is one of several: a carry, or the result of a branch."""
     data = [v for v in values if v.data and not v.leaves]
     if data:
         return _Value(data=True, cotangent=all(v.cotangent for v in data))
@@ -299,14 +299,14 @@ class _Analysis(Dataflow[_Value]):
         return value._replace(kind=kind, origin=(path, 0), sample=sample)
 
     def _choices(self, eqn: Any, operands: list[_Value], value: _Value, backward: bool) -> list[_Value]:
-        """Return the operands that are choices, where they meet data; what they were chosen at is no site then."""
+        """Return the choices among the operands, where they meet data: what chose them is then not a site."""
         met = operation(eqn) in _ELEMENTWISE | _PRODUCTS and any(v.data and not v.leaves for v in operands)
         choices = [v for v in operands if v.choice] if met and not value.leaves and not backward else []
         self.moved.update(*[v.chosen_at for v in choices])
         return choices
 
     def _label(self, eqn: JaxprEqn, values: Sequence[_Value]) -> str:
-        """Name a value after the parameters that it is made from."""
+        """Return the name of a value made from parameters."""
         main, _ = _main(eqn, values)
         if main is not None:
             return self.names[main]
@@ -327,7 +327,7 @@ class _Analysis(Dataflow[_Value]):
 
 
 def _computed(eqn: JaxprEqn, operands: Sequence[_Value], backward: bool) -> _Value:
-    """Return what is known of what an equation computes: data once any operand is, unless it chooses."""
+    """Return what is known of an equation's output: data if any operand is, unless the equation chooses."""
     made = [v for v in operands if v.leaves]
     data = [v for v in operands if v.data]
     met = [v for v in data if not v.leaves]
@@ -346,7 +346,7 @@ def _computed(eqn: JaxprEqn, operands: Sequence[_Value], backward: bool) -> _Val
 
 
 def _chooses(eqn: Any, operands: Sequence[_Value], met: Sequence[_Value]) -> bool:
-    """Tell whether an equation on parameters and data gives parameters again: picked, moved or only reshaped."""
+    """Tell whether an equation on parameters and data returns parameters: selected, updated or only reshaped."""
     name = operation(eqn)
     if name == "select_n":
         return not any(v.data and not v.leaves for v in operands[1:])
@@ -360,7 +360,7 @@ def _chooses(eqn: Any, operands: Sequence[_Value], met: Sequence[_Value]) -> boo
 
 
 def _main(eqn: Any, values: Sequence[_Value]) -> tuple[int | None, int]:
-    """Return which parameter most of the numbers of a value are from, if one is, and how many there are."""
+    """Return the parameter that most elements of a value are from, if there is one, and the number of elements."""
     size = max(v.size for v in values)
     out = min(size, math.prod(eqn.outvars[0].aval.shape))
     leaves = frozenset().union(*[v.leaves for v in values])
@@ -372,7 +372,7 @@ def _main(eqn: Any, values: Sequence[_Value]) -> tuple[int | None, int]:
 
 
 def _adds_a_penalty(eqn: Any) -> bool:
-    """Tell a weight penalty, a number computed from parameters and added to the loss, from a layer."""
+    """Tell whether an equation adds a weight penalty, a number computed from parameters, to the loss."""
     return operation(eqn) in _ELEMENTWISE and all(a.aval.shape == () for a in eqn.invars)
 
 
@@ -394,9 +394,9 @@ def _is_inexact_dtype(dtype: Any) -> bool:
 
 
 def _sampled(eqn: JaxprEqn, operands: list[_Value], path: Path) -> tuple[Sample | None, str]:
-    """Return an output's sample, and which activation function the equation completes.
+    """Return an output's sample, and the activation function that the equation completes.
 
-    That of a value that is not computed from a site is told where it gets a name.
+    The activation function of a value that is not computed from a site is recognized where the value gets a name.
     """
     name, samples = operation(eqn), [v.sample for v in operands]
     if not eqn.outvars:
@@ -423,7 +423,7 @@ def _sampled(eqn: JaxprEqn, operands: list[_Value], path: Path) -> tuple[Sample 
 def _kind_of_call(
     body: tuple[Jaxpr, Sequence[Any]], name: str, eqn: JaxprEqn, operands: Sequence[_Value]
 ) -> str:
-    """Return which activation function a jitted or custom function is of its own arguments."""
+    """Return the activation function that a jitted or custom function is of its arguments."""
     jaxpr, consts = body
     arguments = [
         v.sample if is_constant(v.sample) else fresh(k, atom.aval)
@@ -446,7 +446,7 @@ def _analyze(program: Program, reach: Reach) -> _Analysis:
         for i, (owner, aval) in enumerate(zip(program.owners, program.jaxpr.in_avals, strict=True))
     ]
     closed = program.jaxpr
-    # Data are constants in a loss that takes nothing but parameters, and in one that needs their values.
+    # Data are constants in a loss that takes only parameters, and in one that needs their values.
     data = bool(closed.consts) and (program.fixed_data or not has_data)
     analysis = _Analysis(program.names, everything=not has_data and not data, reach=reach)
     consts = [_Value(data=data, sample=constant(c)) for c in closed.consts]
@@ -466,9 +466,9 @@ def parameter_uses(program: Program) -> list[Use]:
 
 
 def _outputs(program: Program) -> tuple[list[bool], list[bool]]:
-    """Return which outputs are the function's result, and which its first, where it returns ``(first, aux)``.
+    """Return which outputs are the function's result, and which are the first of `(first, aux)`.
 
-    The result is all of them, unless that is ``(scalar, aux)``, as of a loss: then it is the scalar.
+    The result is all of them, unless the function returns `(scalar, aux)`, like a loss: then it is the scalar.
     """
     everything = [True] * len(program.jaxpr.out_avals)
     out = program.rebuild(program.jaxpr.out_avals)
@@ -482,7 +482,7 @@ def _outputs(program: Program) -> tuple[list[bool], list[bool]]:
 
 
 def parameter_order(program: Program) -> tuple[str, ...]:
-    """Return the names of the parameters that data meet, in the order in which the program first uses each."""
+    """Return the names of the parameters that meet data, in the order in which the program first uses each."""
     uses = parameter_uses(program)
     return tuple(dict.fromkeys(program.names[leaf] for use in uses for leaf in sorted(use.leaves)))
 
@@ -492,7 +492,7 @@ def find_sites(program: Program) -> list[Site]:
     equations = program.equations()
     outputs, first = _outputs(program)
     reach = reaching(program.jaxpr, outputs)
-    # Of several outputs of a scope, those that reach the function's first output have the name's first numbers.
+    # Of several outputs of a scope, those that the function's first output depends on are numbered first.
     foremost = reach if outputs == first else reaching(program.jaxpr, first)
     analysis = _analyze(program, reach)
     everything = [
@@ -510,15 +510,17 @@ def find_sites(program: Program) -> list[Site]:
     def rank(found: _Found) -> int:
         if found.source == "scope" and (
             scopes[equations[found.path].scope] > 1
-            # The name of a class, as Equinox's.
+            # The name of a class, as in Equinox.
             or found.base.split("/")[-1].startswith("eqx.")
             or not foremost.holds(found.path, found.output)
         ):
-            return 3  # the parameter's name, if it has one, says more
+            # The parameter's name, if there is one, says more.
+            return 3
         return {"name": 0, "scope": 1, "parameter": 2}[found.source]
 
     for found in sorted(everything, key=rank):
-        if found.source == "name":  # a value may well have two names of its own
+        # A value may have two names of its own.
+        if found.source == "name":
             by_origin[(found.path, found.output)] = found
         named = by_origin.setdefault(found.origin, found)
         if named is not found and found.kind and not named.kind:
@@ -535,7 +537,7 @@ def find_sites(program: Program) -> list[Site]:
 
 
 def _reached(found: Sequence[_Found], program: Program, reach: Reach) -> list[str]:
-    """Return, for each, whether it reaches the ``result``, only ``aux``, or ``nothing``."""
+    """Return what depends on each site: the `result`, only `aux`, or `nothing`."""
     held = [reach.holds(f.path, f.output) for f in found]
     if all(held):
         return ["result"] * len(found)
@@ -566,7 +568,7 @@ def _site(found: _Found, name: str, equation: Equation, reaches: str) -> Site:
 
 
 def _final_names(found: list[_Found], equations: dict[Path, Equation], foremost: Reach) -> list[str]:
-    """Make names unique: a repeated one gets its scope in front where those differ, else a number."""
+    """Return unique names: a repeated one is prefixed by its scope if these differ, and numbered otherwise."""
     scopes = [equations[f.path].scope for f in found]
     bases = [scope if f.source == "scope" else f.base for f, scope in zip(found, scopes, strict=True)]
     groups: dict[str, list[int]] = {}
@@ -598,10 +600,10 @@ def _final_names(found: list[_Found], equations: dict[Path, Equation], foremost:
 
 
 def select(sites: Sequence[Site], wanted: Selection, what: str = "sites") -> list[Site]:
-    """Choose sites by exact name, glob (``*attn*``), a list of those, or a function of the site; None is all.
+    """Return the sites selected by exact name, glob (`*attn*`), a list of these, or a predicate; None selects all.
 
     Raises:
-        ValueError: a name or glob matches nothing; the message lists near names.
+        ValueError: a name or glob matches nothing; the message lists similar names.
     """
     if wanted is None:
         return list(sites)
@@ -621,11 +623,11 @@ def select(sites: Sequence[Site], wanted: Selection, what: str = "sites") -> lis
 def unknown_site(pattern: str, names: list[str], what: str) -> str:
     """Return the error for a name or glob that matches no site; `what` is the caller."""
     if not names:
-        return f"{what}: there is no site {pattern!r}: it has none. Name one: gf.tap(x, {pattern!r})."
+        return f"{what}: there is no site {pattern!r}: the function has no sites. Name one: gf.tap(x, {pattern!r})."
     near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.4)
     listed = (
-        f"Near: {', '.join(near)}."
+        f"Did you mean {', '.join(near)}?"
         if near
-        else f"There are: {', '.join(names[:8])}{', ...' * (len(names) > 8)}."
+        else f"Sites: {', '.join(names[:8])}{', ...' * (len(names) > 8)}."
     )
     return f"{what}: there is no site {pattern!r}. {listed} gf.sites(f)(*args) lists all {len(names)}."

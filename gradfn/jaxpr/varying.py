@@ -1,6 +1,6 @@
-"""Inside a `jax.shard_map`: which axes of the mesh a value varies along, as jax types it with `check_vma=True`.
+"""The mesh axes that a value varies along inside a `jax.shard_map`, as jax types it with `check_vma=True`.
 
-Values that start a loop, stand for a branch that did not run, or replace another value must be typed like it.
+A value that starts a loop, stands for a branch that did not run, or replaces another value must be typed like it.
 """
 
 from typing import Any
@@ -10,30 +10,31 @@ import jax.numpy as jnp
 
 
 def manual_axes() -> frozenset[str]:
-    """Return the axes of the shard_maps around the code that is being traced."""
+    """Return the manual axes of the shard_maps around the code being traced."""
     return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def varying_axes(x: Any) -> frozenset[str]:
-    """Return the axes that an array, an abstract value or a shape is typed to vary along, here."""
+    """Return the manual axes that an array, an abstract value or a shape is typed to vary along."""
     aval = x if hasattr(x, "manual_axis_type") else jax.typeof(x)
-    kind = aval.manual_axis_type  # None of some shapes outside any shard_map
+    # None for some shapes outside any shard_map.
+    kind = aval.manual_axis_type
     return frozenset(kind.varying) & manual_axes() if kind is not None else frozenset()
 
 
 def as_varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """Mark a value as one of each device's own along the axes along which it is not yet."""
+    """Type a value as varying along the axes along which it does not vary yet."""
     missing = axes - varying_axes(x)
     return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 
 def zeros(shapes: Any, axes: tuple[int, ...] = ()) -> Any:
-    """Return zeros like a tree of shapes (of `jax.eval_shape`), with further axes in front."""
+    """Return zeros like a tree of shapes (from `jax.eval_shape`), with further axes in front."""
     return jax.tree.map(lambda s: as_varying(jnp.zeros(axes + s.shape, s.dtype), varying_axes(s)), shapes)
 
 
 def any_device(flag: jax.Array) -> jax.Array:
-    """Tell whether a boolean is true on any device of the shard_maps around, so that all take the same branch."""
+    """Tell whether a boolean is true on any device of the enclosing shard_maps, so that all take the same branch."""
     axes = manual_axes()
     if not axes:
         return flag

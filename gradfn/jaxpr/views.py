@@ -1,8 +1,8 @@
-"""Follow every parameter to where it first meets data: what each piece of its gradient is made from.
+"""Follow every parameter to the equations where it first meets data: its gradient is made from these.
 
-On its way a parameter may be cast, turned, reshaped, sliced by a scan: a *view* of it, which holds each of its
-numbers at most once, so that a gradient of the view has the norm of the parameter's gradient. Anything else that is
-computed from parameters alone (a product of two, a weight norm) is told by the set of parameters in it.
+Before that a parameter may be cast, transposed, reshaped or sliced by a scan. The result is a *view* of it, which
+contains each of its elements at most once, so the gradient of the view has the norm of the parameter's gradient.
+Anything else computed from parameters alone (a product of two, a weight norm) is known as a set of parameters.
 """
 
 import itertools
@@ -18,20 +18,20 @@ from gradfn.jaxpr.dataflow import Dataflow, Role
 from gradfn.jaxpr.interpreter import Path, bodies, operation, params_of
 from gradfn.jaxpr.program import Program
 
-# These hand on what came in, number by number.
+# Their output has the elements of their input, in order.
 _SAME = {"convert_element_type", "copy", "copy_p", "name", "reduce_precision", "sharding_constraint"}
-# These look up rows of their first operand; even where the rows do not depend on data, like positions, it is
-# simplest to let the parameter end here: the rows are few.
+# These look up rows of their first operand. Even where the rows do not depend on data, like positions, the parameter
+# ends here: the rows are few.
 _LOOK_UPS = {"gather", "dynamic_slice"}
 
 
 class View(NamedTuple):
-    """A value that holds numbers of one parameter, each at most once, and nothing else.
+    """A value that contains elements of one parameter, each at most once, and nothing else.
 
-    ``leaf`` is the parameter's number among the program's inputs; ``axes`` its axis behind each axis of the value
-    (None for one of size 1 that was added), or None as a whole where a reshape mixed them; ``loops`` the scans of
-    which every iteration sees its own part, each with the parameter's axis that it runs along; ``part`` what is left
-    of axes that were sliced, each as (axis, start, stop); ``narrow`` whether it is, or was on its way, of less than
+    `leaf` is the parameter's index among the program's inputs; `axes` the parameter's axis behind each axis of the
+    value (None for an added axis of size 1), or None as a whole where a reshape mixed them; `loops` the scans of which
+    every iteration has its own part, each with the parameter's axis that it runs along; `part` what is left of sliced
+    axes, each as (axis, start, stop); `narrow` whether the value, or one between it and the parameter, has less than
     32 bits.
     """
 
@@ -42,7 +42,7 @@ class View(NamedTuple):
     narrow: bool = False
 
     def is_apart_from(self, other: "View") -> bool:
-        """Tell whether two views of one parameter share none of its numbers, as far as slices tell."""
+        """Tell whether two views of one parameter have no element in common, as far as slices show."""
         ends = {axis: (start, stop) for axis, start, stop in other.part}
         return any(
             axis in ends and (stop <= ends[axis][0] or ends[axis][1] <= start)
@@ -62,9 +62,9 @@ class View(NamedTuple):
 class Meeting(NamedTuple):
     """An operand made from parameters alone, of an equation that mixes it with data.
 
-    ``leaves`` are the numbers of those parameters among the program's inputs, ``view`` says more where it is a view
-    of one. A path that ends at a scan, a cond or a while means that the parameters go into it or come out of it in
-    a way that is not followed; the empty path is the program's output.
+    `leaves` are the indices of those parameters among the program's inputs; `view` is known where the operand is a
+    view of one. A path that ends at a scan, a cond or a while means that the parameters go into it or come out of it
+    in a way that is not followed; the empty path is the program's output.
     """
 
     path: Path
@@ -74,7 +74,7 @@ class Meeting(NamedTuple):
 
 
 class _Value(NamedTuple):
-    """What is known of a value: its parameters unless it met data, whether it met data, and what it views."""
+    """What is known of a value: its parameters if it has not met data, whether it has, and what it is a view of."""
 
     leaves: frozenset[int] = frozenset()
     data: bool = False
@@ -165,7 +165,7 @@ class _Meetings(Dataflow[_Value]):
 
 
 def _slice_of(value: _Value, path: Path) -> _Value:
-    """Return what one iteration of a scan sees of what it runs along."""
+    """Return what is known of the slice that one iteration of a scan gets."""
     if value.view is None:
         return value
     view = value.view
@@ -176,7 +176,7 @@ def _slice_of(value: _Value, path: Path) -> _Value:
 
 
 def _viewed(eqn: Any, operands: list[_Value]) -> list[View | None]:
-    """Return what the outputs of an equation on parameters alone are views of, if they are."""
+    """Return the views that the outputs of an equation on parameters are, None for outputs that are not views."""
     name, view, params = operation(eqn), operands[0].view, params_of(eqn)
     nothing: list[View | None] = [None] * len(eqn.outvars)
     if view is None or any(v.leaves for v in operands[1:]):
@@ -185,9 +185,10 @@ def _viewed(eqn: Any, operands: list[_Value]) -> list[View | None]:
     before, after = (tuple(atom.aval.shape) for atom in (eqn.invars[0], eqn.outvars[0]))
     if name in _SAME:
         return [view._replace(narrow=view.narrow or is_narrow(eqn.outvars[0].aval.dtype))]
-    if name == "reshape" and params["dimensions"] is not None:  # turned first, as by order="F"
-        turned = tuple(params["dimensions"])
-        before, axes = tuple(before[i] for i in turned), axes and tuple(axes[i] for i in turned)
+    # Transposed first, as by order="F".
+    if name == "reshape" and params["dimensions"] is not None:
+        order = tuple(params["dimensions"])
+        before, axes = tuple(before[i] for i in order), axes and tuple(axes[i] for i in order)
     if name == "transpose":
         return [view._replace(axes=axes and tuple(axes[i] for i in params["permutation"]))]
     if name == "broadcast_in_dim" and math.prod(before) != math.prod(after):

@@ -18,7 +18,8 @@ from gradfn.per_example.plan import Plan, fall_back, weighted
 from gradfn.per_example.strategies import FALLBACK
 from gradfn.per_example.traced_loss import TracedLoss
 
-CHUNK = 16  # examples that parameters without a rule are differentiated for at a time
+# Examples that parameters without a rule are differentiated for at a time.
+CHUNK = 16
 
 
 @functools.partial(
@@ -33,11 +34,11 @@ class ExampleNorms(ShowsTable):
     Attributes:
         values: `[B]`, the loss of each example.
         aux: the second thing that the loss returned, each of its arrays `[B, ...]`, or None.
-        norms: in the tree of the parameters, the L2 norm of each example's gradient, `[B]` a leaf; None where a leaf
+        norms: in the tree of the parameters, the L2 norm of each example's gradient, `[B]` per leaf; None where a leaf
             has no gradient (integers, functions).
         total: `[B]`, the norm of each example's whole gradient.
         grads: the gradient of the mean loss, in the tree of the parameters.
-        methods: `(path, method)` a leaf: how its norms were found (static).
+        methods: `(path, method)` per leaf: how its norms were found (static).
     """
 
     values: Any
@@ -49,12 +50,12 @@ class ExampleNorms(ShowsTable):
 
     @property
     def fallback(self) -> tuple[str, ...]:
-        """Paths of the leaves for which no rule was found: `vmap(grad)` was used, in a second backward pass."""
+        """Paths of the leaves without a rule, for which `vmap(grad)` was used in a second backward pass."""
         return tuple(path for path, method in self.methods if method == FALLBACK)
 
     @property
     def mean_square(self) -> Any:
-        """The mean of the examples' squared norms, a scalar: with `grads` all that a gradient's noise needs."""
+        """The mean of the examples' squared norms, a scalar. With `grads` it determines the gradient noise."""
         return jnp.mean(jnp.square(self.total))
 
     def table(self, rows: int | None = ROWS) -> TextTable:
@@ -77,14 +78,14 @@ class ExampleNorms(ShowsTable):
 
 
 class ClippedGrads(NamedTuple):
-    """The mean of gradients of which each was clipped first.
+    """The mean of per-example gradients, each clipped first.
 
     Attributes:
         grads: in the tree of the parameters; None where a leaf has no gradient.
         values: `[B]`, the loss of each example.
         aux: the second thing that the loss returned, each of its arrays `[B, ...]`, or None.
         total: `[B]`, the norm of each example's gradient before it was clipped.
-        clipped: the share of examples whose gradient was clipped, a scalar in [0, 1].
+        clipped: the fraction of examples whose gradient was clipped, a scalar in [0, 1].
     """
 
     grads: Any
@@ -95,14 +96,14 @@ class ClippedGrads(NamedTuple):
 
 
 def grads(loss: Callable, chunk: int | None = None) -> Callable[..., Any]:
-    """Make a function that returns the gradient of every single example.
+    """Return a function that computes the gradient of every single example.
 
-    It is `jax.vmap(jax.grad(loss))`, so takes memory of the size of the parameters for each example; if only their
-    norms are wanted, `gf.per_example.norms` does it at the price of the batch's gradient.
+    It is `jax.vmap(jax.grad(loss))`, and takes memory of the size of the parameters for each example. If you only need
+    norms, `gf.per_example.norms` computes them at about the cost of the batch's gradient.
 
     Args:
         loss: `(params, *example) -> scalar` or `(scalar, aux)`, of one example.
-        chunk: how many examples to differentiate at a time; all at once unless told.
+        chunk: the number of examples to differentiate at a time; None for all at once.
 
     Returns:
         `(params, *batch) -> grads`: in the tree of the parameters, arrays `[B, *shape]` of their dtypes, None where a
@@ -110,7 +111,7 @@ def grads(loss: Callable, chunk: int | None = None) -> Callable[..., Any]:
 
     Raises:
         ValueError: a batch whose arrays differ in their first axis, or without arrays; a chunk below 1.
-        TypeError: a loss that is not a floating scalar; no floating parameter.
+        TypeError: a loss that does not return a floating scalar; no floating parameter.
 
     >>> import jax.numpy as jnp, gradfn as gf
     >>> loss = lambda w, x, y: (w @ x - y) ** 2
@@ -126,7 +127,8 @@ def grads(loss: Callable, chunk: int | None = None) -> Callable[..., Any]:
 
         def grads_of_one(leaves: list[Any]) -> list[Any]:
             grads = jax.grad(lambda some: call.run(some, leaves)[0])(call.floating)
-            return [g for g in grads if g.size]  # lax.map cannot join arrays of size 0
+            # lax.map cannot join arrays of size 0.
+            return [g for g in grads if g.size]
 
         found = iter(lax.map(grads_of_one, call.batch, batch_size=min(chunk or call.size, call.size)))
         shapes = [(call.size, *leaf.shape) for leaf in call.floating]
@@ -137,39 +139,39 @@ def grads(loss: Callable, chunk: int | None = None) -> Callable[..., Any]:
 
 
 def norms(loss: Callable, chunk: int = CHUNK) -> Callable[..., ExampleNorms]:
-    """Make a function that returns the norm of every single example's gradient, and the batch's gradient.
+    """Return a function that computes the norm of every single example's gradient, and the batch's gradient.
 
-    One forward and one backward pass over the batch, at little more than the price of its gradient: the norms come
-    from what went into each product and the gradient that came back to it, *ghost norms*, without any example's
-    gradient ever being made (Goodfellow, *Efficient per-example gradient computations*, 2015; Li et al., *Large
-    Language Models Can Be Strong Differentially Private Learners*, 2022, section 4, for sequences). The rules are
-    looked up in the traced program of a single example, so any JAX function will do: matrix products, convolutions,
-    embeddings, tied weights, recurrence, stacked layers, `jax.checkpoint`; biases, gains and other small parameters
-    are differentiated directly. A parameter used otherwise falls back to `vmap(grad)` of it alone, and the result
-    says so.
+    One forward and one backward pass over the batch, at little more than the cost of its gradient: the norms are
+    computed from the input of each product and the cotangent of its output (*ghost norms*), without forming any
+    example's gradient (Goodfellow, *Efficient per-example gradient computations*, 2015; Li et al., *Large Language
+    Models Can Be Strong Differentially Private Learners*, 2022, section 4, for sequences). The rules apply to the
+    traced program of a single example, so any JAX function works: matrix products, convolutions, embeddings, tied
+    weights, recurrence, stacked layers, `jax.checkpoint`. Biases, gains and other small parameters are differentiated
+    directly. A parameter used in any other way falls back to `vmap(grad)` with respect to it alone, and the result
+    reports it.
 
     Args:
-        loss: `(params, *example) -> scalar` or `(scalar, aux)`, of one example. So examples cannot mix: there is no
-            gradient of one example in a loss that, through batch normalisation or contrast, is of several.
-        chunk: how many examples at a time parameters that fall back are differentiated for.
+        loss: `(params, *example) -> scalar` or `(scalar, aux)`, of one example. Examples cannot
+            mix: a loss with batch normalization or a contrastive loss has no gradient of one example.
+        chunk: the number of examples at a time for parameters that fall back.
 
     Returns:
-        `(params, *batch) -> ExampleNorms`, also inside `jit`, where it is fast. Each array of the batch has the
-        examples along its first axis. The results can be differentiated, at the price of `vmap(grad)`. Inside a
-        `jax.shard_map` they are of each device's own examples.
+        `(params, *batch) -> ExampleNorms`; fast inside `jit`. Each array of the batch has the examples along its
+        first axis. The results can be differentiated, at the cost of `vmap(grad)`. Inside a `jax.shard_map` they
+        are those of each device's own examples.
 
     Raises:
         ValueError: a batch whose arrays differ in their first axis, or without arrays; a chunk below 1.
-        TypeError: a loss that is not a floating scalar; no floating parameter.
+        TypeError: a loss that does not return a floating scalar; no floating parameter.
 
     >>> import jax, jax.numpy as jnp, gradfn as gf
     >>> net = gf.mlp([3, 8, 2])
     >>> params, x = net.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (5, 3))
     >>> norms_of = jax.jit(gf.per_example.norms(gf.classification_loss(net)))
-    >>> seen = norms_of(params, (x, jnp.array([0, 1, 1, 0, 1])))
-    >>> gf.shapes(seen.norms), seen.total.shape
+    >>> norms = norms_of(params, (x, jnp.array([0, 1, 1, 0, 1])))
+    >>> gf.shapes(norms.norms), norms.total.shape
     ({'W1': [5], 'W2': [5], 'b1': [5], 'b2': [5]}, (5,))
-    >>> gf.shapes(seen.grads), seen.fallback
+    >>> gf.shapes(norms.grads), norms.fallback
     ({'W1': [8, 3], 'W2': [2, 8], 'b1': [8], 'b2': [2]}, ())
     """
     _check_chunk(chunk, "per_example.norms")
@@ -188,8 +190,8 @@ def norms(loss: Callable, chunk: int = CHUNK) -> Callable[..., ExampleNorms]:
             means = [add_up(g) / call.size for g in grads]
             return ExampleNorms(values, aux, call.tree(norms), total, call.like(means), methods)
 
-        seen = _differentiable(in_one_pass, one_by_one)(call.arrays)
-        return dataclasses.replace(seen, aux=show_objects(seen.aux))
+        found = _differentiable(in_one_pass, one_by_one)(call.arrays)
+        return dataclasses.replace(found, aux=show_objects(found.aux))
 
     return norms_of
 
@@ -220,7 +222,7 @@ def _norms(plan: Plan, chunk: int, methods: tuple[tuple[str, str], ...]) -> Exam
 
 
 def _every_gradient(call: TracedLoss) -> tuple[Any, Any, list[Any], list[Any], Any]:
-    """Return values, aux, gradients, their norms and the norms in all, of every example, by `vmap(grad)`."""
+    """Return the value, aux, gradients, their norms and the total norm of every example, by `vmap(grad)`."""
 
     def of_one(example: list[Any]) -> Any:
         return jax.value_and_grad(lambda some: call.run(some, example), has_aux=True)(call.floating)
@@ -231,9 +233,9 @@ def _every_gradient(call: TracedLoss) -> tuple[Any, Any, list[Any], list[Any], A
 
 
 def _differentiable(fast: Callable, plain: Callable) -> Callable:
-    """Return `fast`, whose derivatives are those of `plain`, another way to the same results.
+    """Return `fast` with the derivatives of `plain`, which computes the same results.
 
-    What `fast` computes in its backward pass has no derivatives of its own.
+    What `fast` computes in its backward pass has no derivatives.
     """
     run = jax.custom_jvp(fast)
 
@@ -245,24 +247,24 @@ def _differentiable(fast: Callable, plain: Callable) -> Callable:
 
 
 def clipped_grads(loss: Callable, max_norm: Any, chunk: int = CHUNK) -> Callable[..., ClippedGrads]:
-    """Make a function that returns the mean of the examples' gradients, each clipped to a norm first.
+    """Return a function that computes the mean of the examples' gradients, each clipped to a norm first.
 
-    It is what differentially private training adds noise to (Abadi et al., *Deep Learning with Differential Privacy*,
-    2016), and what `optax.per_example_global_norm_clip` makes of all gradients, here without making them: the norms
-    come from one backward pass (`gf.per_example.norms`), the mean of the clipped gradients is that of losses weighted
-    by `min(1, max_norm / norm)`, a second one (Li et al., *Large Language Models Can Be Strong Differentially Private
-    Learners*, 2022, section 4). The noise is optax's: `optax.add_noise`.
+    Differentially private training adds noise to it (Abadi et al., *Deep Learning with Differential Privacy*, 2016).
+    It equals `optax.per_example_global_norm_clip` of all gradients, without forming them: a first backward pass gives
+    the norms (`gf.per_example.norms`), a second one the gradient of the losses weighted by `min(1, max_norm / norm)`
+    (Li et al., *Large Language Models Can Be Strong Differentially Private Learners*, 2022, section 4). For the noise,
+    use `optax.add_noise`.
 
     Args:
         loss: `(params, *example) -> scalar` or `(scalar, aux)`, of one example.
-        max_norm: the largest norm that a gradient keeps, a positive number.
+        max_norm: gradients with a larger norm are scaled down to it; above 0.
         chunk: as in `gf.per_example.norms`.
 
     Returns:
-        `(params, *batch) -> ClippedGrads`, also inside `jit`, where it is fast.
+        `(params, *batch) -> ClippedGrads`; fast inside `jit`.
 
     Raises:
-        ValueError: `max_norm` not positive; and as `gf.per_example.norms`.
+        ValueError: `max_norm` not above 0; and as `gf.per_example.norms`.
         TypeError: as `gf.per_example.norms`.
 
     >>> import jax.numpy as jnp, gradfn as gf
@@ -273,7 +275,7 @@ def clipped_grads(loss: Callable, max_norm: Any, chunk: int = CHUNK) -> Callable
     """
     _check_chunk(chunk, "clipped_grads")
     if not isinstance(max_norm, jax.core.Tracer) and not float(max_norm) > 0:
-        raise ValueError(f"clipped_grads: max_norm is a positive number, came {max_norm}")
+        raise ValueError(f"clipped_grads: max_norm must be > 0, got {max_norm}")
 
     @functools.wraps(loss)
     def clipped(params: Any, *batch: Any) -> ClippedGrads:
@@ -289,8 +291,8 @@ def clipped_grads(loss: Callable, max_norm: Any, chunk: int = CHUNK) -> Callable
             means = [add_up(weighted(g, weights)) / call.size for g in grads]
             return ClippedGrads(call.like(means), values, aux, total, share)
 
-        seen = _differentiable(in_two_passes, one_by_one)(call.arrays, jnp.asarray(max_norm, float))
-        return seen._replace(aux=show_objects(seen.aux))
+        found = _differentiable(in_two_passes, one_by_one)(call.arrays, jnp.asarray(max_norm, float))
+        return found._replace(aux=show_objects(found.aux))
 
     return clipped
 
@@ -319,17 +321,17 @@ def _clipped(plan: Plan, max_norm: Any, chunk: int) -> ClippedGrads:
 
 
 def _clipping(total: jax.Array, max_norm: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the factors that clip gradients of these norms, and the share of those that are clipped."""
+    """Return the factors that clip gradients of these norms, and the fraction that is clipped."""
     max_norm = max_norm.astype(total.dtype)
     return 1 / jnp.maximum(total / max_norm, 1), jnp.mean(total > max_norm)
 
 
 def _rounded_down(x: jax.Array, dtype: Any) -> jax.Array:
-    """Cast numbers above zero to a dtype that may be narrower, so that none of them grows."""
+    """Cast positive numbers to a dtype that may be narrower, without increasing any of them."""
     cast = x.astype(dtype)
     return jnp.where(cast.astype(x.dtype) > x, jnp.nextafter(cast, jnp.zeros_like(cast)), cast)
 
 
 def _check_chunk(chunk: int | None, what: str) -> None:
     if chunk is not None and chunk < 1:
-        raise ValueError(f"{what}: chunk is 1 or more examples, came {chunk}")
+        raise ValueError(f"{what}: chunk must be an integer >= 1, got {chunk}")

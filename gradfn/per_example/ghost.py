@@ -1,14 +1,14 @@
-"""Ghost norms: the norm of one example's gradient of a weight, from what the weight met and what came back.
+"""Ghost norms: the norm of one example's gradient of a weight, from the weight's inputs and their cotangents.
 
-Where a weight is multiplied with data, its gradient is a sum of outer products over positions,
-``dV[s, k, n] = sum_f left[s, f, k] right[s, f, n]``: left comes from the forward pass, right is the cotangent.
-Its squared norm is ``sum_f,g (left_f . left_g) (right_f . right_g)``, which takes no memory of the size of the
-weight; for one position that is ``|left|^2 |right|^2`` (Goodfellow, *Efficient per-example gradient computations*,
-2015). Uses of one weight in several places, or many times in a loop, are so many more positions. A row looked up
-is a product with a one-hot vector, kept as its number.
+Where a weight is multiplied by data, its gradient is a sum of outer products over positions,
+`dV[s, k, n] = sum_f left[s, f, k] right[s, f, n]`: left comes from the forward pass, right is the cotangent.
+Its squared norm is `sum_f,g (left_f . left_g) (right_f . right_g)`, which needs no memory of the size of the weight;
+for one position it is `|left|^2 |right|^2` (Goodfellow, *Efficient per-example gradient computations*, 2015). Uses of
+one weight in several equations, or in every iteration of a loop, are further positions. Looking up a row is a product
+with a one-hot vector, represented by its index.
 
-Where there are many positions and few weights, the product itself is less work; and the sum of these products over
-the examples is the gradient of the batch, so that it then costs nothing but memory.
+With many positions and few weights, the product itself is less work; and the sum of these products over the examples
+is the gradient of the batch, which then costs only memory.
 """
 
 import functools
@@ -35,19 +35,19 @@ from gradfn.core.precision import (
 )
 from gradfn.jaxpr.varying import as_varying, varying_axes
 
-# Of a product in the place of two Gram matrices: a number read or written takes as long as so many multiplications,
-# and what is kept of it may be as large as so many times what the products around it keep anyway.
+# A product may replace two Gram matrices. Reading or writing an element takes as long as TRAFFIC multiplications, and
+# the product may be ROOM times as large as what the products around it keep anyway.
 TRAFFIC, ROOM = 40, 2
-# Numbers: if so many hold the products of all examples, they are made at once; else so many at a time.
+# The products of all examples are made at once if they have at most CACHED elements, otherwise AT_ONCE at a time.
 CACHED, AT_ONCE = 2**20, 2**17
 
 
 class Rule(NamedTuple):
-    """How an equation makes the gradient of its operand V from its other input and its cotangent.
+    """How the gradient of an equation's operand V follows from its other operand and its cotangent.
 
-    ``own``, ``rows`` and ``columns`` are the axes of V behind s, k and n. ``left(inputs)`` is ``[s, f, k]``, or, for
-    rows looked up, integers ``[s, f]`` (-1 for what is out of range); ``right(cotangent, left)`` is ``[s, f, n]``.
-    ``assemble`` makes V's shape out of ``[s, k, n]``. ``sizes`` are those of s, f, k and n.
+    `own`, `rows` and `columns` are the axes of V behind s, k and n. `left(inputs)` is `[s, f, k]` or, for rows that
+    are looked up, integers `[s, f]` (-1 if out of range); `right(cotangent, left)` is `[s, f, n]`. `assemble` reshapes
+    `[s, k, n]` to V's shape. `sizes` are those of s, f, k and n.
     """
 
     kind: str
@@ -61,14 +61,14 @@ class Rule(NamedTuple):
 
     @property
     def looks_up(self) -> bool:
-        """Whether ``left`` is the numbers of rows: not told by its dtype, as data may be integers too."""
+        """Whether `left` contains indices of rows. Its dtype does not show it, as data may be integers too."""
         return self.kind == "rows"
 
 
 class Factors(NamedTuple):
-    """Both sides of a sum of outer products, each ``[s, f, size]``, and their sizes.
+    """Both sides of a sum of outer products, each `[s, f, size]`, and their sizes.
 
-    A side whose ``rows`` is true is integers ``[s, f]`` instead, which stand for one-hot vectors.
+    A side whose `rows` is true contains integers `[s, f]` instead, which represent one-hot vectors.
     """
 
     sides: tuple[Any, Any]
@@ -77,7 +77,7 @@ class Factors(NamedTuple):
 
 
 def rule_for(eqn: JaxprEqn, operand: int) -> Rule | None:
-    """Return how an equation makes the gradient of an operand; None where that is no sum of outer products."""
+    """Return the rule for an operand's gradient; None if the gradient is not a sum of outer products."""
     rules = {
         "dot_general": _dot,
         "conv_general_dilated": _conv,
@@ -105,7 +105,8 @@ def _dot(eqn: Any, operand: int) -> Rule:
     def left(inputs: Sequence[Any]) -> jax.Array:
         return _as_floats(inputs[other], eqn.invars[operand]).transpose(order).reshape(s, f, k)
 
-    def right(g: jax.Array, left: jax.Array) -> jax.Array:  # the output is [own, lhs's free, rhs's free]
+    # The output is [own, lhs's free, rhs's free].
+    def right(g: jax.Array, left: jax.Array) -> jax.Array:
         return g.reshape(s, n, f).swapaxes(1, 2) if operand == 0 else g.reshape(s, f, n)
 
     assemble = _assembler(V, own, rows, columns)
@@ -113,7 +114,7 @@ def _dot(eqn: Any, operand: int) -> Rule:
 
 
 def _as_floats(x: jax.Array, V: Any) -> jax.Array:
-    """Return what a weight is multiplied with as floats: it may be integers or booleans."""
+    """Return the factor of a weight as floats: it may be integers or booleans."""
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(wide(jnp.finfo(V.aval.dtype).dtype))
 
 
@@ -139,17 +140,19 @@ def _conv(eqn: Any, operand: int) -> Rule | None:
     plain = ("NC" + "HWDTUV"[: len(window)], "OI" + "HWDTUV"[: len(window)], "NC" + "HWDTUV"[: len(window)])
 
     def left(inputs: Sequence[Any]) -> jax.Array:
+        x = _as_floats(inputs[0], eqn.invars[1]).transpose(spec.lhs_spec)  # [N, C, *space]
+        # [N, C * window, *space]
         patches = lax.conv_general_dilated_patches(
-            _as_floats(inputs[0], eqn.invars[1]).transpose(spec.lhs_spec),  # [N, C, *space]
+            x,
             window,
             params["window_strides"],
             params["padding"],
             params["lhs_dilation"],
             params["rhs_dilation"],
             plain,
-            # A copy of the inputs, which a lower precision would round on accelerators.
+            # The patches copy the inputs, which a lower precision would round on accelerators.
             precision=lax.Precision.HIGHEST,
-        )  # [N, C * window, *space]
+        )
         patches = patches.reshape(n_examples, s, k, n_positions)
         return patches.transpose(1, 0, 3, 2).reshape(s, f, k)
 
@@ -180,7 +183,8 @@ def _gather(eqn: Any, operand: int) -> Rule | None:
     rank = len(_shape(eqn.outvars[0]))
     positions = tuple(i for i in range(rank) if i not in numbers.offset_dims)
     f, n = math.prod(_shape(eqn.invars[1])[:-1]), math.prod(V[i] for i in columns)
-    drop = "FILL" in str(eqn.params["mode"]).upper()  # else what is out of range is brought into it
+    # Otherwise indices out of range are clipped.
+    drop = "FILL" in str(eqn.params["mode"]).upper()
 
     def left(inputs: Sequence[Any]) -> jax.Array:
         ids = inputs[1].reshape(1, f).astype(jnp.int32)  # [..., 1] -> [s, f]
@@ -215,21 +219,21 @@ def _dynamic_slice(eqn: Any, operand: int) -> Rule | None:
 
 
 def multiplies_out(rule: Rule) -> bool:
-    """Tell whether an example's gradient itself is less work than its norm by Gram matrices and the batch's.
+    """Tell whether an example's gradient is less work than its norm by Gram matrices and the batch's gradient.
 
-    It is, where positions are many and weights few. Its cost is that of writing and reading it.
+    It is, with many positions and few weights. Its cost is that of writing and reading it.
     """
     _, f, k, n = rule.sizes
     return rule.kind != "rows" and is_less(f, k, n)
 
 
 def is_less(f: int, k: int, n: int) -> bool:
-    """Tell whether a product over so many positions is less work than Gram matrices."""
+    """Tell whether a product over `f` positions is less work than Gram matrices."""
     return f > 1 and TRAFFIC * k * n <= f * f * (k + n) and k * n <= ROOM * f * (k + n)
 
 
 def how(rule: Rule) -> str:
-    """Say in words how the norm is found."""
+    """Describe how the norm is found."""
     if rule.kind == "rows":
         return "rows"
     if rule.sizes[1] == 1:
@@ -238,7 +242,7 @@ def how(rule: Rule) -> str:
 
 
 def factors(rule: Rule, left: Any, g: Any, real: bool) -> Factors:
-    """Return the sum of outer products that an example's gradient is; `real` if that of a real parameter."""
+    """Return an example's gradient as a sum of outer products; `real` for a real parameter."""
     return of_real(Factors((left, rule.right(g, left)), rule.sizes[2:], (rule.looks_up, False)), real)
 
 
@@ -247,17 +251,18 @@ def of_real(of: Factors, real: bool) -> Factors:
     a, b = of.sides
     if not real:
         return of
-    if jnp.iscomplexobj(a) and jnp.iscomplexobj(b):  # Re ab = Re a Re b - Im a Im b: twice as many positions
+    # Re ab = Re a Re b - Im a Im b: twice as many positions.
+    if jnp.iscomplexobj(a) and jnp.iscomplexobj(b):
         sides = jnp.concatenate([a.real, a.imag], 1), jnp.concatenate([b.real, -b.imag], 1)
         return of._replace(sides=sides)
     return of._replace(sides=(a.real, b.real))
 
 
 def norm_of(uses: Sequence[Factors]) -> jax.Array:
-    """Return the norm of a sum of sums of outer products, all in the same two sizes.
+    """Return the norm of a sum of sums of outer products, all of the same two sizes.
 
-    It is the root of the plain squared norm. Where that is not safe from over- and underflow for any of the examples
-    that this is mapped over, it is computed again from factors that were scaled.
+    It is the root of the plain squared norm. If that may overflow or underflow for any of the examples that this is
+    mapped over, it is computed again from scaled factors.
     """
 
     def with_sides(sides: Any) -> list[Factors]:
@@ -282,7 +287,7 @@ def norm_of(uses: Sequence[Factors]) -> jax.Array:
 
 
 class Measure(NamedTuple):
-    """Two ways to norms: ``plain(arrays) -> (squares, the least that is safe)`` and ``scaled(arrays) -> norms``."""
+    """Two ways to norms: `plain(arrays) -> (squares, the least that is safe)` and `scaled(arrays) -> norms`."""
 
     plain: Callable[[Any], tuple[jax.Array, Any]]
     scaled: Callable[[Any], jax.Array]
@@ -290,7 +295,7 @@ class Measure(NamedTuple):
 
 
 def measure_each(factors_of: Callable[[Any], Sequence[Factors]], gathered: Any) -> Measure:
-    """Return how to find the norms of all examples' sums of outer products, made from what was gathered of each."""
+    """Return how to measure the norms of all examples' sums of outer products, made from what was gathered for each."""
     return Measure(
         jax.vmap(lambda one: _squared_norm(factors_of(one))),
         jax.vmap(lambda one: _scaled_norm(factors_of(one))),
@@ -299,7 +304,7 @@ def measure_each(factors_of: Callable[[Any], Sequence[Factors]], gathered: Any) 
 
 
 def measure_gradients(d: jax.Array) -> Measure:
-    """Return how to find the norms of all examples' gradients, ``[n, ...]``."""
+    """Return how to measure the norms of all examples' gradients, `[n, ...]`."""
     flat = d.reshape(d.shape[0], math.prod(d.shape[1:]))
     return Measure(
         lambda flat: (jnp.sum(magnitudes_squared(flat), 1), least_safe(wide(flat.dtype), flat.shape[1])),
@@ -309,7 +314,7 @@ def measure_gradients(d: jax.Array) -> Measure:
 
 
 def safest(measures: Sequence[Measure]) -> list[jax.Array]:
-    """Return norms of equal shapes the plain way, or, where one of them is not safe, all of them the scaled way."""
+    """Return norms of equal shapes, by the plain formula if all of them are safe, otherwise by the scaled one."""
     squares, safe = [], []
     for plain, _, arrays in measures:
         square, least = plain(arrays)
@@ -324,7 +329,7 @@ def safest(measures: Sequence[Measure]) -> list[jax.Array]:
 
 
 def _squared_norm(uses: Sequence[Factors]) -> tuple[jax.Array, jax.Array]:
-    """Return the squared norm, and the least at which what its terms lost to underflow does not count."""
+    """Return the squared norm, and the least one at which the underflow of its terms is negligible."""
     n_positions = sum(use.sides[0].shape[1] for use in uses)
     k, n = uses[0].sizes
     dtype = _dtype(uses)
@@ -351,12 +356,13 @@ def _squared_norm(uses: Sequence[Factors]) -> tuple[jax.Array, jax.Array]:
 
 
 def _scaled_norm(uses: Sequence[Factors]) -> jax.Array:
-    """Return the norm by way of factors whose magnitudes are 1 at most."""
+    """Return the norm, computed from factors with magnitudes of at most 1."""
     dtype = _dtype(uses)
     scaled: list[list[jax.Array]] = []
     for use in uses:
         a, b = (x if rows else x.astype(dtype) for x, rows in zip(use.sides, use.rows, strict=True))
-        if not any(use.rows):  # the magnitude of each position goes over to its other side
+        # The magnitude of each position moves to its other side.
+        if not any(use.rows):
             units = unit_of(jnp.max(jnp.abs(a), -1, initial=0, keepdims=True))  # [s, f, 1]
             a, b = divided(a, units), b * units.astype(dtype)
         scaled.append([a, b])
@@ -374,7 +380,7 @@ def _scaled_norm(uses: Sequence[Factors]) -> jax.Array:
 
 
 def product(uses: Sequence[Factors]) -> jax.Array:
-    """Return the sum itself, ``[s, k, n]``."""
+    """Return the sum itself, `[s, k, n]`."""
     dtype = _dtype(uses)
     return functools.reduce(jnp.add, [_product(use, dtype) for use in uses])
 
@@ -397,13 +403,14 @@ def _square_of(d: jax.Array) -> jax.Array:
 
 
 def _gram(a: jax.Array, b: jax.Array, a_rows: bool, b_rows: bool, dtype: Any) -> jax.Array:
-    """Return all scalar products of positions, ``[s, f, g]``."""
+    """Return all scalar products of positions, `[s, f, g]`."""
     if a_rows and b_rows:
         return (a[:, :, None] == b[:, None, :]).astype(dtype)
     if b_rows:
         return _gram(b, a, True, False, dtype).swapaxes(1, 2).conj()
     b = b.conj()
-    if a_rows:  # one-hot . b: a column of b
+    # One-hot . b is a column of b.
+    if a_rows:
         return jax.vmap(lambda ids, b: b.astype(dtype)[:, ids].T)(a, b)
     return _einsum("sfk,sgk->sfg", a, b, dtype)
 
@@ -427,22 +434,22 @@ def _einsum(formula: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
 
 
 def fold(rule: Rule, y: Any, V: Any, token: Any, left: Any) -> Any:
-    """Return ``y``; its backward pass makes V's gradient, and gives its norm to the token, at once.
+    """Return `y`; its backward pass computes V's gradient, and returns its norm as the token's gradient.
 
     Args:
-        rule: of the equation that made ``y``, where V was put in behind ``stop_gradient``.
+        rule: of the equation that computes `y`, from V behind a `stop_gradient`.
         y: its output.
-        V: what it was made from.
+        V: the operand that it is computed from.
         token: a floating scalar, zero.
         left: `rule.left` of its inputs.
 
-    Under ``vmap`` over examples, with tokens of their own, each one's product is made once.
+    Under `vmap` over examples with their own tokens, each example's product is made once.
     """
     return _fold(_Hashable(rule), y, V, token, left)
 
 
 class _Hashable:
-    """A rule by identity: tuples of functions compare slowly, and are never equal anyway."""
+    """A rule compared by identity: tuples of functions compare slowly, and are never equal anyway."""
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
@@ -472,7 +479,7 @@ _fold.defvjp(_forward, _backward)
 
 @custom_vmap
 def _products(a: jax.Array, b: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return ``sum_f a[s, f, i] b[s, f, j]`` and its norm; under ``vmap`` the former summed over examples."""
+    """Return `sum_f a[s, f, i] b[s, f, j]` and its norm; under `vmap` the former summed over examples."""
     d = _einsum("sfi,sfj->sij", a, b, like.dtype)
     return d, norm(d)
 
@@ -481,9 +488,9 @@ def _products(a: jax.Array, b: jax.Array, like: jax.Array) -> tuple[jax.Array, j
 def _products_of_all(
     n: int, batched: Any, a: jax.Array, b: jax.Array, like: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[bool, bool]]:
-    """Take some examples at a time, so that their products stay in the processor's cache.
+    """Process some examples at a time, so that their products stay in the CPU's cache.
 
-    Both sides go into the loop as matrices, as the products around it have them: else XLA would compute them twice.
+    Both sides enter the loop as matrices, as in the products around it: otherwise XLA would compute them twice.
     """
     a, b = (
         x if known else jnp.broadcast_to(x, (n, *x.shape)) for x, known in zip((a, b), batched, strict=False)
@@ -502,15 +509,15 @@ def _products_of_all(
 
 
 def averaged(rule: Rule, y: Any, V: Any, n: int, left: Any) -> Any:
-    """Return ``y``; its backward pass makes V's gradient, under ``vmap`` that of the mean over `n` examples.
+    """Return `y`; its backward pass computes V's gradient, under `vmap` that of the mean over `n` examples.
 
-    A sum over examples may be beyond a narrow dtype when their mean is not: it is taken in float32 at least.
+    A sum over examples may overflow a narrow dtype when their mean does not: it is computed in float32 at least.
 
     Args:
-        rule: of the equation that made ``y``, where V was put in behind ``stop_gradient``.
+        rule: of the equation that computes `y`, from V behind a `stop_gradient`.
         y: its output.
-        V: what it was made from.
-        n: how many examples there are.
+        V: the operand that it is computed from.
+        n: the number of examples.
         left: `rule.left` of its inputs.
     """
     return _averaged(_Hashable(rule), n, y, V, left)
@@ -551,7 +558,7 @@ _averaged.defvjp(_averaged_forward, _averaged_backward)
 
 
 def chunk_for(n: int, size: int) -> int:
-    """Return how many of `n` examples' products of a size to make at a time."""
+    """Return how many of `n` examples' products, of `size` elements each, to make at a time."""
     if n * size <= CACHED or jax.default_backend() != "cpu":
         return n
     return max(1, AT_ONCE // size)
@@ -565,9 +572,9 @@ def at(x: jax.Array, start: Any, count: int) -> jax.Array:
 def in_chunks(
     of_some: Callable[[Any, int], list[jax.Array]], n: int, chunk: int
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Return the sums over `n` examples, and the norm `[n]` of each, of what a function makes of them.
+    """Return the sums over `n` examples, and the norm `[n]` of each, of the arrays that a function returns.
 
-    ``of_some(start, count)`` answers with arrays ``[count, ...]``; only those of a chunk are there at once.
+    `of_some(start, count)` returns arrays `[count, ...]`; only those of one chunk are in memory at a time.
     """
 
     def made(start: Any, count: int) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -595,7 +602,7 @@ def _zeros(like: Any, shape: tuple[int, ...]) -> jax.Array:
 
 
 def norms_of_each(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Return the norm of each example in each array, ``[n, ...] -> [n]``."""
+    """Return the norm of each example in each array, `[n, ...] -> [n]`."""
     return safest([measure_gradients(d) for d in arrays])
 
 

@@ -7,8 +7,8 @@ squared norm of their mean,
     |G|^2    = (B SB - S1) / (B - 1)
     tr Sigma = (S1 - SB) B / (B - 1)
 
-are unbiased estimates of both. Their ratio is not: take the mean of each over many steps, then divide. An estimate
-of |G|^2 may be below zero, where noise hides the gradient; that is said, not hidden.
+are unbiased estimates of both. Their ratio is not: average each over many steps, then divide. The estimate of
+|G|^2 may be below zero, where noise hides the gradient; it is reported as it is.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from gradfn.core.params import path_name
 from gradfn.core.precision import divided, magnitudes_squared, sum_of, unit_of, widen
 from gradfn.display import ROWS, ShowsTable, TextTable
+from gradfn.per_example._norms import ExampleNorms
 from gradfn.per_example._norms import norms as example_norms
 
 
@@ -34,15 +35,15 @@ from gradfn.per_example._norms import norms as example_norms
 )
 @dataclass(frozen=True, repr=False)
 class NoiseScale(ShowsTable):
-    """What gradients are made of: the signal that examples share, and the noise in which they differ.
+    """The signal that the gradients of examples share, and the noise in which they differ.
 
-    It holds sums over the batches that were measured. `a + b` pools two; `a.decayed(0.9) + b` is a running
-    average that forgets.
+    It contains sums over the measured batches. `a + b` pools two; `a.decayed(0.9) + b` is an exponential moving
+    average.
 
     Attributes:
-        signals: like the parameters, a scalar a leaf: sums of estimates of |G|^2.
-        noises: the same of tr Sigma, the variance of one example's gradient.
-        weight: how many batches the sums are over.
+        signals: in the tree of the parameters, one scalar per leaf: sums of estimates of |G|^2.
+        noises: likewise of tr Sigma, the variance of one example's gradient.
+        weight: the number of batches that the sums are over.
     """
 
     signals: Any
@@ -51,36 +52,37 @@ class NoiseScale(ShowsTable):
 
     @property
     def gradient_square(self) -> jax.Array:
-        """The mean estimate of |G|^2, a scalar; it may come out below zero."""
+        """The mean estimate of |G|^2, a scalar; it may be below zero."""
         return sum_of(jax.tree.leaves(self.signals)) / self.weight
 
     @property
     def variance(self) -> jax.Array:
-        """The mean estimate of tr Sigma, a scalar: the variance of one example's gradient, all elements summed.
+        """The mean estimate of tr Sigma, a scalar: the variance of one example's gradient, summed over elements.
 
-        It is zero where the examples' gradients are equal up to rounding.
+        It is zero if the examples' gradients are equal up to rounding.
         """
         return sum_of(jax.tree.leaves(self.noises)) / self.weight
 
     @property
     def scale(self) -> jax.Array:
-        """The noise scale tr Sigma / |G|^2 in examples; NaN where |G|^2 is not estimated above zero.
+        """The noise scale tr Sigma / |G|^2 in examples; NaN if the estimate of |G|^2 is not above zero.
 
-        A batch of that many examples has as much noise as signal. Batches far below it waste steps, batches far
-        above it waste examples.
+        A batch of that many examples has as much noise as signal. Much smaller batches waste steps, much larger
+        ones waste examples.
         """
         return jnp.where(self.gradient_square > 0, self.variance / self.gradient_square, jnp.nan)
 
     @property
     def snr(self) -> Any:
-        """Signal-to-noise ratio of one example's gradient, |G|^2 / tr Sigma, a scalar for each leaf.
+        """Signal-to-noise ratio of one example's gradient, |G|^2 / tr Sigma, one scalar per leaf.
 
-        Batches of B have B times as much. Below zero where the estimate of the signal is, infinite without noise.
+        That of a batch of B is B times as large. It is below zero where the estimate of the signal is, and infinite
+        without noise.
         """
         return jax.tree.map(lambda signal, noise: signal / noise, self.signals, self.noises)
 
     def decayed(self, factor: float) -> NoiseScale:
-        """Return the same with less weight: what came before, in a running average."""
+        """Return the same with less weight, as the past of a moving average."""
         return jax.tree.map(lambda leaf: leaf * factor, self)
 
     def __add__(self, other: NoiseScale) -> NoiseScale:
@@ -101,7 +103,7 @@ class NoiseScale(ShowsTable):
 
     def table(self, rows: int | None = ROWS) -> TextTable:
         """Return a table with one row per leaf: its signal, its noise and their ratio."""
-        out = TextTable(caption=self._said())
+        out = TextTable(caption=self._summary())
         out.add_column("path", shorten=True)
         for header in ("|G|²", "tr Σ", "signal / noise"):
             out.add_column(header)
@@ -110,23 +112,23 @@ class NoiseScale(ShowsTable):
             out.add_row(name, *map(float, cells), weight=float(noise))
         return out.folded(rows, "noise.table(rows=None)")
 
-    def _said(self) -> str:
+    def _summary(self) -> str:
         signal, noise = float(self.gradient_square), float(self.variance)
         if signal <= 0:
             return (
-                f"|G|² is estimated at {signal:.3g}, not above zero: noise hides the gradient (tr Σ {noise:.3g}). "
-                "Add up more batches"
+                f"the estimate of |G|² is {signal:.3g}, not above zero: noise hides the gradient (tr Σ {noise:.3g}). "
+                "Add more batches"
             )
         if noise == 0:
             return (
                 f"no noise: the gradients of all examples are equal up to rounding (|G|² {signal:.3g}). "
-                "Expected if they are; else the loss is not that of one example, but mixes the batch"
+                "Unless they are, the loss is not of one example: it mixes the batch"
             )
         return f"noise scale {noise / signal:.3g} examples: tr Σ {noise:.3g} over |G|² {signal:.3g}"
 
 
 def noise_scale(loss: Callable) -> Callable[..., NoiseScale]:
-    """Return the function that estimates the noise scale of a loss from one batch.
+    """Return a function that estimates the noise scale of a loss from one batch.
 
     McCandlish et al., *An Empirical Model of Large-Batch Training*, 2018, the simple noise scale. The examples'
     norms come from the backward pass that computes the gradient (`gf.per_example.norms`).
@@ -136,17 +138,17 @@ def noise_scale(loss: Callable) -> Callable[..., NoiseScale]:
 
     Returns:
         `(params, *batch) -> NoiseScale`, where the batch's arrays have a leading axis of at least two examples.
-        Estimates of several batches add up: `a + b`.
+        Add the estimates of several batches: `a + b`.
 
     Raises:
-        ValueError: a batch of one example, which shows no noise; and what `gf.per_example.norms` raises.
+        ValueError: a batch of one example; and as `gf.per_example.norms`.
 
     >>> import jax, jax.numpy as jnp, gradfn as gf
     >>> def loss(params, x):  # its gradient is x - w: signal 4 at w = 3, noise 1
     ...     return -jnp.square(params["w"] - x) / 2
     >>> x = 5 + jax.random.normal(jax.random.key(0), [10_000])
-    >>> seen = gf.per_example.noise_scale(loss)({"w": jnp.array(3.0)}, x)
-    >>> print(f"{seen.gradient_square:.1f} {seen.variance:.1f} {seen.scale:.1f}")
+    >>> noise = gf.per_example.noise_scale(loss)({"w": jnp.array(3.0)}, x)
+    >>> print(f"{noise.gradient_square:.1f} {noise.variance:.1f} {noise.scale:.1f}")
     4.0 1.0 0.3
     """
 
@@ -156,36 +158,32 @@ def noise_scale(loss: Callable) -> Callable[..., NoiseScale]:
     return measure
 
 
-def noise_of(seen: Any) -> NoiseScale:
-    """Return what norms and gradient of a batch say of its noise: for those who have them already.
-
-    Args:
-        seen: from `gf.per_example.norms`.
-    """
-    n = seen.total.shape[0]
+def noise_of(norms: ExampleNorms) -> NoiseScale:
+    """Return the noise scale, given the result of `gf.per_example.norms`."""
+    n = norms.total.shape[0]
     if n < 2:
-        raise ValueError("noise_scale: one example shows no noise, a batch has two or more")
+        raise ValueError("noise_scale: expected a batch of at least 2 examples, got 1")
 
-    def estimates(norms: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-        one = jnp.square(norms).mean()  # S1
+    def estimates(norm: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+        one = jnp.square(norm).mean()  # S1
         all_ = magnitudes_squared(grad).sum().astype(one.dtype)  # SB
-        # S1 is never below SB but for rounding: a difference within it is none.
+        # S1 is below SB only by rounding: a difference within rounding counts as zero.
         rounding = float(max(2 * jnp.finfo(grad.dtype).eps, 32 * jnp.finfo(one.dtype).eps))
         noise = jnp.where(one - all_ <= rounding * one, 0, one - all_)
         return (n * all_ - one) / (n - 1), noise * n / (n - 1)
 
-    pairs = jax.tree.map(estimates, seen.norms, seen.grads)
-    signals, noises = jax.tree.transpose(jax.tree.structure(seen.norms), jax.tree.structure((0, 0)), pairs)
-    return NoiseScale(signals, noises, jnp.ones([], seen.total.dtype))
+    pairs = jax.tree.map(estimates, norms.norms, norms.grads)
+    signals, noises = jax.tree.transpose(jax.tree.structure(norms.norms), jax.tree.structure((0, 0)), pairs)
+    return NoiseScale(signals, noises, jnp.ones([], norms.total.dtype))
 
 
 class NormTest(NamedTuple):
-    """Whether a batch is large enough for its gradient to be trusted.
+    """Whether a batch is large enough for its gradient to be reliable.
 
     Attributes:
         passed: a bool scalar.
-        ratio: noise of the batch's gradient over its norm; at most `theta` passes.
-        examples: the batch that would just pass, as far as this one can tell.
+        ratio: the noise of the batch's gradient over its norm; the test passes up to `theta`.
+        examples: the estimated size of the smallest batch that passes.
     """
 
     passed: jax.Array
@@ -194,14 +192,14 @@ class NormTest(NamedTuple):
 
 
 def norm_test(loss: Callable, theta: float = 0.9) -> Callable[..., NormTest]:
-    """Return the norm test: is the batch so large that its gradient is likely to be a descent direction?
+    """Return the norm test: is the batch large enough that its gradient is likely to be a descent direction?
 
     It passes where `sqrt(tr Sigma / B) <= theta |g|`, with the batch's own variance and gradient. Byrd et al.,
     *Sample size selection in optimization methods for machine learning*, 2012.
 
     Args:
         loss: of one example, as for `gf.per_example.noise_scale`.
-        theta: above 0; the smaller, the more examples it asks for.
+        theta: above 0; a smaller one requires more examples.
 
     Returns:
         `(params, *batch) -> NormTest`.
@@ -217,18 +215,16 @@ def norm_test(loss: Callable, theta: float = 0.9) -> Callable[..., NormTest]:
     124.0
     """
     if not theta > 0:
-        raise ValueError(f"norm_test: theta is above 0, came {theta}")
+        raise ValueError(f"norm_test: theta must be > 0, got {theta}")
 
     def test(params: Any, *batch: Any) -> NormTest:
-        seen = example_norms(loss)(params, *batch)
-        # The test does not depend on the gradients' unit, but their squares may be too small or large for any other.
-        unit = unit_of(seen.total.max())
-        norms, grads = jax.tree.map(lambda x: divided(widen(x), unit), (seen.norms, seen.grads))
-        variance = noise_of(dataclasses.replace(seen, norms=norms, grads=grads)).variance
-        n, square = (
-            seen.total.shape[0],
-            sum_of(magnitudes_squared(grad).sum() for grad in jax.tree.leaves(grads)),
-        )
+        measured = example_norms(loss)(params, *batch)
+        # The test does not depend on the gradients' unit, but their squares may overflow or underflow in any other.
+        unit = unit_of(measured.total.max())
+        norms, grads = jax.tree.map(lambda x: divided(widen(x), unit), (measured.norms, measured.grads))
+        variance = noise_of(dataclasses.replace(measured, norms=norms, grads=grads)).variance
+        n = measured.total.shape[0]
+        square = sum_of(magnitudes_squared(grad).sum() for grad in jax.tree.leaves(grads))
         ratio = jnp.sqrt(variance / n / square)
         return NormTest(ratio <= theta, ratio, jnp.ceil(variance / (theta**2 * square)))
 

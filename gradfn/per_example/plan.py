@@ -35,7 +35,8 @@ class Plan:
         meetings: dict[int, list[Meeting]] = {i: [] for i in loss.numbers}
         for meeting in parameter_meetings(loss.program):
             for i in meeting.leaves:
-                if meeting.path or meeting.operand == 0:  # aux has no gradient
+                # Aux has no gradient.
+                if meeting.path or meeting.operand == 0:
                     meetings[i].append(meeting)
         pairs = zip(loss.numbers, loss.floating, strict=True)
         self.strategies = [
@@ -58,11 +59,11 @@ class Plan:
         return plan
 
     def arguments(self, which: Iterable[int]) -> dict[int, jax.Array]:
-        """Return what the pass differentiates with respect to, by parameter."""
+        """Return the arrays that the pass differentiates with respect to, by parameter."""
         return {i: self.strategies[i].argument(self.loss.floating[i], self.loss.size) for i in which}
 
     def tokens(self) -> dict[Path, jax.Array]:
-        """Return zeros whose gradients are what the strategies ask for at their uses."""
+        """Return the tokens of all uses: zeros whose gradients are what the strategies need."""
         out = {}
         for path, strategy in self._at.items():
             use = strategy.uses[path]
@@ -76,7 +77,7 @@ class Plan:
     ) -> tuple[jax.Array, tuple[Any, dict[Path, Any]]]:
         """Return each example's loss, their aux and what is captured at the uses.
 
-        With `stop` no gradient reaches the parameters whose sum of gradients is made in `found`.
+        With `stop`, no gradient reaches the parameters whose sum of gradients is computed in `found`.
         """
         loss = self.loss
         equations = {path: strategy.uses[path].equation for path, strategy in self._at.items()}
@@ -134,7 +135,7 @@ class Plan:
     def found(
         self, grads: Mapping[int, jax.Array], of_tokens: Mapping[Path, Any], captures: Mapping[Path, Any]
     ) -> tuple[dict[int, jax.Array], dict[int, jax.Array]]:
-        """Return the norms `[B]` of the parameters that the pass covers, and the sums of gradients made here."""
+        """Return the norms `[B]` of the covered parameters, and the sums of gradients that strategies compute."""
         norms, totals, measures = {}, {}, {}
         left = {path: (token, captures.get(path)) for path, token in of_tokens.items()}
         for i in self.covered:
@@ -148,7 +149,7 @@ class Plan:
         return norms | dict(zip(measures, safest(list(measures.values())), strict=True)), totals
 
     def totals(self, grads: Mapping[int, jax.Array]) -> dict[int, jax.Array]:
-        """Return the sums of the gradients over the batch, given what the pass made."""
+        """Return the sums of the gradients over the batch, given what the pass computed."""
         return {i: self.strategies[i].total(g, self.loss.size) for i, g in grads.items()}
 
 
@@ -157,7 +158,7 @@ def fall_back(
 ) -> tuple[dict[int, jax.Array], dict[int, jax.Array]]:
     """Return the norms `[B]`, and the sum of the gradients, of some parameters, by `vmap(grad)` of them.
 
-    With weights `[B]` these are of the weighted gradients.
+    With weights `[B]`, they are those of the weighted gradients.
     """
 
     def of_one(example: list[Any]) -> list[Any]:

@@ -1,8 +1,8 @@
 """How the norms of one parameter's gradients are found: one strategy per parameter.
 
-A strategy says what the pass over the batch differentiates with respect to (`argument`), what the pass leaves at
-the equations that use the parameter (`probed`), and what it makes of that afterwards: norms `[B]`, and the sum of
-the gradients.
+A strategy defines what the pass over the batch differentiates with respect to (`argument`), what the pass leaves at
+the equations that use the parameter (`probed`), and what follows from it: norms `[B]` and the sum of the gradients
+(`found`, `total`).
 """
 
 import itertools
@@ -60,34 +60,33 @@ class Use(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Norms `[B]` of one parameter's gradients, or how to measure them, and the sum of the gradients if it was made."""
+    """Norms `[B]` of one parameter's gradients, or how to measure them; the sum of the gradients if it was computed."""
 
     norms: jax.Array | Measure
     total: jax.Array | None = None
 
 
-Left = Mapping[
-    Path, tuple[Any, Any]
-]  # what the pass left at each use: the gradient of its token, its capture
+# What the pass left at each use: the gradient of its token, and its capture.
+Left = Mapping[Path, tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """The strategy for a parameter that the loss does not use, and what the others have in common.
+    """The strategy for a parameter that the loss does not use, and the defaults of the others.
 
     Attributes:
-        parameter: index among the floating parameters.
-        real: whether the parameter is; it may be used as a complex number all the same.
-        uses: by the path of the equation.
+        parameter: its index among the floating parameters.
+        real: whether it is real; it may be used as a complex number all the same.
+        uses: its uses, by the path of the equation.
     """
 
     parameter: int
     real: bool
     uses: Mapping[Path, Use] = field(default_factory=dict)
 
-    # Whether every example has a copy of its own.
+    # Whether every example has its own copy.
     copies = False
-    # Whether the sum of the gradients is made from what the pass left, so that the pass need not make it.
+    # Whether `found` computes the sum of the gradients, so that the pass need not.
     makes_total = False
 
     @property
@@ -97,7 +96,7 @@ class Strategy:
 
     @property
     def averages(self) -> bool:
-        """Whether the pass makes the mean of the gradients: a sum may overflow a narrow dtype."""
+        """Whether the pass computes the mean of the gradients: a sum may overflow a narrow dtype."""
         return any(use.view.narrow for use in self.uses.values())
 
     def argument(self, x: jax.Array, n: int) -> jax.Array:
@@ -113,7 +112,7 @@ class Strategy:
         return probe(lambda g, _: g, y, token), left
 
     def is_folded(self, use: Use, V: Any) -> bool:
-        """Tell whether the probe makes the gradient itself."""
+        """Tell whether the probe computes the gradient itself."""
         return False
 
     def found(self, x: jax.Array, grad: jax.Array, left: Left, n: int) -> Found:
@@ -121,12 +120,12 @@ class Strategy:
         return Found(jnp.zeros(n, real_dtype(x.dtype)))
 
     def total(self, grad: jax.Array, n: int) -> jax.Array:
-        """Return the sum of the gradients, given what the pass made."""
+        """Return the sum of the gradients, given what the pass computed."""
         return widen(grad) * n if self.averages else grad
 
 
 class _Direct(Strategy):
-    """Small against the values around it: every example gets its own copy, and its own gradient."""
+    """A parameter smaller than the values around it: every example gets its own copy, and its own gradient."""
 
     copies = True
 
@@ -145,7 +144,7 @@ class _Direct(Strategy):
 
 
 class FallBack(Strategy):
-    """No rule applies: `vmap(grad)` of the parameter, in a pass of its own."""
+    """No rule applies: `vmap(grad)` with respect to the parameter, in a separate pass."""
 
     @property
     def method(self) -> str:
@@ -154,7 +153,7 @@ class FallBack(Strategy):
 
 
 class _InPlace(Strategy):
-    """Each use adds to a part of its own, so its norm is found in the backward pass."""
+    """Each use contributes to its own part of the gradient, so its norm is computed in the backward pass."""
 
     @property
     def method(self) -> str:
@@ -182,7 +181,7 @@ class _InPlace(Strategy):
 
 
 class _Gathered(Strategy):
-    """Several uses, or one in a loop, add to the gradient: its norm is found once all of them are known."""
+    """Several uses, or one in a loop, contribute to the gradient: its norm is computed once all of them are known."""
 
     @property
     def method(self) -> str:
@@ -203,7 +202,7 @@ class _Gathered(Strategy):
 
 
 class _Multiplied(_Gathered):
-    """Like `_Gathered`, where an example's gradient is less work than its norm: it is made, and added up."""
+    """Like `_Gathered`, where an example's gradient is less work than its norm: it is computed, and summed."""
 
     makes_total = True
 
@@ -258,13 +257,13 @@ def _ruled(meetings: Sequence[Meeting], equations: Mapping[Path, Equation]) -> d
 
 
 def _are_apart(uses: Sequence[Use]) -> bool:
-    """Tell whether no two uses, nor two iterations of a loop, add to the same elements of a gradient."""
+    """Tell whether no two uses, nor two iterations of a loop, contribute to the same elements of a gradient."""
     pairs = itertools.combinations(uses, 2)
     return all(a.view.is_apart_from(b.view) for a, b in pairs) and not any(map(shared_axes, uses))
 
 
 def _kind(uses: Sequence[Use]) -> type[Strategy]:
-    # Of one position, both sides are small: they wait, so that one test is made of all such norms.
+    # Both sides of a single position are small: they are gathered, so that one test covers all such norms.
     waits = len(uses) == 1 and uses[0].rule.sizes[1] == 1 and not uses[0].equation.axes
     if _are_apart(uses) and not waits:
         return _InPlace
@@ -332,9 +331,9 @@ def leaf_axes(use: Use) -> _Axes | None:
 
 
 def _positions(use: Use, g: jax.Array, left: jax.Array, real: bool, aligned: bool) -> Factors:
-    """Return what a use adds to a gradient, with all its iterations as positions of one sum.
+    """Return what a use contributes to a gradient, with all its iterations as positions of one sum.
 
-    Where other uses add to the same gradient (`aligned`), its elements come in the parameter's order.
+    Where other uses contribute too (`aligned`), the elements are in the parameter's order.
     """
     rule, axes_around = use.rule, use.equation.axes
     n = len(axes_around)
@@ -373,7 +372,7 @@ def _positions(use: Use, g: jax.Array, left: jax.Array, real: bool, aligned: boo
 
 
 def _in_order(x: jax.Array, axis: int, parts: Sequence[tuple[int | None, int]]) -> jax.Array:
-    """Bring an axis made of several of the parameter's axes into their order; `parts` are (axis, size)."""
+    """Reorder an axis made of several of the parameter's axes as these are ordered; `parts` are (axis, size)."""
     parts = [part for part in parts if part[0] is not None]
     order = sorted(range(len(parts)), key=lambda i: parts[i][0] or 0)
     if order == list(range(len(parts))):

@@ -142,7 +142,7 @@ def test_tokens_have_maps_at_a_site():
             r"saliency: target -4 of an output of shape \[3\]: index -4 is out of bounds",
         ),
         ({"target": (0, 0)}, "too many indices"),
-        ({"target": ("a3", 0)}, "saliency: there is no site 'a3'. Near: a1"),
+        ({"target": ("a3", 0)}, "saliency: there is no site 'a3'. Did you mean a1"),
         ({"target": 0, "at": "b9"}, "saliency: there is no site 'b9'"),
         ({"target": 0, "at": "z*"}, r"expected one site, got 'z\*', which matches 2: z1, z2"),
     ],

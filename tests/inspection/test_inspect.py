@@ -69,7 +69,7 @@ def test_activation_gradients_are_those_of_the_function_split_by_hand(mlp_args):
 
 
 def test_unknown_names_raise_and_list_near_ones(mlp_args):
-    with pytest.raises(ValueError, match=r"no site 'a2'.*Near: .*a1"):
+    with pytest.raises(ValueError, match=r"no site 'a2'.*Did you mean .*a1"):
         inspect(mlp, sites=["a2"])(*mlp_args)
     with pytest.raises(ValueError, match="no statistic 'median'"):
         inspect(mlp, stats=["median"])

@@ -77,7 +77,7 @@ def test_norm_test():
     assert test.passed
     assert test.examples == np.ceil(5 / 3 / (0.25 * 6.25))
     assert not gf.per_example.norm_test(distance, theta=0.1)(params, x).passed
-    with pytest.raises(ValueError, match="theta is above 0"):
+    with pytest.raises(ValueError, match="theta must be > 0"):
         gf.per_example.norm_test(distance, theta=0.0)
 
 

@@ -325,7 +325,7 @@ def scalar(w, x):
             TypeError,
             r"no floating.* params int32\[2\]",
         ),
-        (lambda f: f(scalar, chunk=0), ValueError, "chunk is 1 or more"),
+        (lambda f: f(scalar, chunk=0), ValueError, "chunk must be an integer >= 1, got 0"),
     ],
 )
 @pytest.mark.parametrize("f", [gf.per_example.grads, gf.per_example.norms])
@@ -335,7 +335,7 @@ def test_errors(f, call, error, message):
 
 
 def test_clipping_needs_a_positive_norm():
-    with pytest.raises(ValueError, match="max_norm is a positive number, came 0"):
+    with pytest.raises(ValueError, match="max_norm must be > 0, got 0"):
         gf.per_example.clipped_grads(scalar, 0)
 
 
