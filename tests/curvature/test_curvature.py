@@ -326,7 +326,7 @@ def test_landscape_along_given_directions_and_filters_that_lie_last():
     np.testing.assert_allclose(np.linalg.norm(last[0], axis=0), [5.0, 1.0], rtol=1e-5)
     with pytest.raises(ValueError, match="expected dims 1 or 2"):
         gf.curvature.loss_landscape(quadratic, dims=3)
-    with pytest.raises(gf.ParameterError, match="needs"):
+    with pytest.raises(gf.ParameterError, match="expected a vector of shape"):
         gf.curvature.loss_landscape(lambda w: w.sum(), 1)(jnp.zeros(2), directions=jnp.ones([1, 3]))
 
 
