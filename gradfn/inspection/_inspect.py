@@ -217,8 +217,6 @@ def _is_flattened(f: Callable) -> bool:
     return isinstance(f, BatchMean) or hasattr(f, "flat")
 
 
-
-
 def _differentiable(program: Program, input_grads: bool) -> list[int]:
     """Return the indices of the inputs to differentiate: floating parameters and, if requested, arguments."""
     return [

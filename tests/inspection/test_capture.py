@@ -77,11 +77,11 @@ def test_nothing_is_differentiated_and_nothing_but_what_was_requested_is_compute
 
 
 def test_errors_name_the_site_and_the_caller():
-    with pytest.raises(ValueError, match=r"there is no site 'a9'. Near: .*a1"):
+    with pytest.raises(ValueError, match=r"there is no site 'a9'. Did you mean .*a1"):
         gf.capture(NET.apply, sites="a9")(PARAMS, X[0])
     with pytest.raises(ValueError, match="capture: there is no statistic 'median'"):
         gf.capture(NET.apply, stats="median")
-    with pytest.raises(KeyError, match=r"capture: there is no site 'a9'. Near: .*a1"):
+    with pytest.raises(KeyError, match=r"capture: there is no site 'a9'. Did you mean .*a1"):
         gf.capture(NET.apply)(PARAMS, X[0])["a9"]
 
 

@@ -86,7 +86,7 @@ def test_results_are_accessed_by_name(mlp_args):
     assert a1.site.name == "a1"
     assert a1.value.shape == a1.grad.shape == a1.site.shape
     assert (a1.stats, a1.grad_stats) == (inspection.stats["a1"], inspection.grad_stats["a1"])
-    with pytest.raises(KeyError, match=r"inspection: there is no site 'a2'. Near: .*a1"):
+    with pytest.raises(KeyError, match=r"inspection: there is no site 'a2'. Did you mean .*a1"):
         inspection["a2"]
     with pytest.raises(AttributeError, match="the value of site 'W1' was not kept: pass keep='W1'"):
         inspection["W1"].value  # noqa: B018
