@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+# Before the slow imports, so that Ctrl-C works from the start.
 if __name__ == "__main__":
-    from gradfn.cli import script
+    from _script import run_script
 
-    script(__file__)
+    run_script(__file__)
 
 import dataclasses
 import shlex
@@ -20,35 +20,36 @@ import jax
 
 import gradfn as gf
 from gradfn import runs
-from gradfn.report.language import language_figures, loss_per_token
 from gradfn.runs import sample
 from gradfn.train import adamw_warmup_cosine, from_host
 
+from ._common import SeededOptions, batch_for, check_heads, conclude, given, heads_for, not_empty
+from ._language import language_figures, loss_per_token
+
 EXPECTED = (
-    "a validation loss of at most 1.45 nats a character on the built-in text and 1.88 on tiny-shakespeare (--data "
-    "input.txt), each in some two minutes on 2 cores; and 2.0 on names in some five (--data names.txt --lines "
-    "--batch 64 --width 96 --dropout 0.1 --rate 0.003 --steps 6000)"
+    runs.Expectation("validation loss", at_most=1.45, unit="nats per token"),
+    runs.Expectation("validation loss", at_most=1.88, unit="nats per token", given="--data input.txt"),
+    runs.Expectation(
+        "validation loss",
+        at_most=2.0,
+        unit="nats per token",
+        given="--data names.txt --lines --batch 64 --width 96 --dropout 0.1 --rate 0.003 --steps 6000",
+    ),
 )
-NAMES = "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d"
-PROMISED = {  # by the sha256 of the file, or the name of what is built in
-    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed": 1.88,  # tiny-shakespeare
-    "topics of the Python documentation": 1.45,
-    NAMES: 2.0,
-}
-FOR_NAMES: dict[str, Any] = {
-    "lines": True,
-    "batch": 64,
-    "width": 96,
-    "dropout": 0.1,
-    "rate": 3e-3,
-    "steps": 6000,
+FOR_NAMES = EXPECTED[-1].given
+NAMES_OPTIONS = {"lines": True, "batch": 64, "width": 96, "dropout": 0.1, "rate": 3e-3, "steps": 6000}
+BUILT_IN = "topics of the Python documentation"
+# The options to which expectations belong, by the sha256 of the text: tiny-shakespeare and names.
+TEXTS = {
+    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed": "--data input.txt",
+    "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d": FOR_NAMES,
 }
 ON_HOST = 1 << 28  # bytes; larger texts stay in their files
 SHOWN = 200  # characters of a sample
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(SeededOptions):
     """Options of a run; the defaults are nanoGPT's for a processor, but for the positions."""
 
     data: str | None = None
@@ -87,22 +88,15 @@ class Config:
     """weight decay, of matrices only"""
     clip: float = 1.0
     """longest gradient"""
-    seed: int = 0
-    """decides the first weights and the order of the text"""
-    resume: bool = False
-    """go on with an interrupted run: the latest, or that in --folder"""
-    folder: str | None = None
-    """where to keep the run (else runs/gpt/<time>)"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         whole = ("steps", "batch", "accumulate", "context", "layers", "heads", "width")
         runs.within(1, None, **{name: getattr(self, name) for name in whole})
-        runs.within(0, 2**32 - 1, seed=self.seed)
         runs.within(0, self.steps - 1, warmup=self.warmup)
         runs.positive(rate=self.rate, clip=self.clip)
-        if self.heads and self.width % self.heads:
-            raise ValueError(f"heads: a number that divides the width of {self.width}, came {self.heads}")
-        features = self.width // runs.heads_for(self)
+        check_heads(self)
+        features = self.width // heads_for(self)
         if self.positions == "rope" and features % 2:
             raise ValueError(
                 f"width: rope needs an even number of features per head, got {features}. Use --width "
@@ -117,7 +111,7 @@ class Result(NamedTuple):
     history: Sequence[dict[str, Any]]
     validation_loss: float  # nats a token, over the whole validation part
     folder: Path
-    verdict: str
+    outcome: runs.Outcome
 
 
 def run(config: Config) -> Result:
@@ -127,14 +121,14 @@ def run(config: Config) -> Result:
     print(data)
     context = data.train[0].shape[1] if config.lines else config.context
     if config.lines:
-        runs.some(training=data.train[0], validation=data.validation[0])
-    batch = runs.batch_for(config, len(data.train[0]), "lines") if config.lines else config.batch
+        not_empty(training=data.train[0], validation=data.validation[0])
+    batch = batch_for(config, len(data.train[0]), "lines") if config.lines else config.batch
     batches, on_the_way, at_the_end = sequences(data, config, context)
     model = gf.GPTConfig(
         vocab=data.tokenizer.size,
         context=context,
         n_layers=config.layers,
-        n_heads=runs.heads_for(config),
+        n_heads=heads_for(config),
         width=config.width,
         positions=config.positions,
         bias=config.bias,
@@ -179,25 +173,22 @@ def run(config: Config) -> Result:
     )
 
     validation_loss = float(loss_per_token(loss, at_the_end)(fitted.params))
-    pictures = language_figures(
-        folder,
+    figures = language_figures(
         net,
         loss,
         fitted.params,
         fitted.history,
         at_the_end,
         data.tokenizer,
-        data.name,
         {"validation_loss": validation_loss},
     )
     print(
         f"{folder}: it writes\n{written(sample.Model(net, fitted.params, data.tokenizer, config.lines), 600)}"
     )
-    verdict = judge(config, data, validation_loss)
-    runs.finish(folder, {"validation_loss": validation_loss, "verdict": verdict})
-    print(f"{verdict}\npictures: {folder}/{', '.join(file.name for file in pictures)}")
+    outcome = judge(config, data, validation_loss)
+    conclude(folder, outcome, figures, data.name, validation_loss=validation_loss)
     print(f"more of its writing: gradfn sample {shlex.quote(str(folder))} --prompt ... --temperature 0.8")
-    return Result(fitted.params, fitted.history, validation_loss, folder, verdict)
+    return Result(fitted.params, fitted.history, validation_loss, folder, outcome)
 
 
 def sequences(data: Any, config: Config, context: int) -> tuple[Any, Any, Any]:
@@ -220,13 +211,11 @@ def written(model: sample.Model, characters: int = SHOWN) -> str:
     return text.replace("\n", "  ") if model.lines else text.strip("\n")
 
 
-def judge(config: Config, data: Any, validation_loss: float) -> str:
-    """Say what was reached against what was expected."""
-    reached = f"validation loss {validation_loss:.3f} nats a token of {data.name}"
-    promised = PROMISED.get(data.sha256) or PROMISED.get(data.name)
-    wanted = FOR_NAMES if data.sha256 == NAMES else {}
-    as_promised = Config(data=config.data, seed=config.seed, **wanted)
-    if promised is None or runs.options(config) != runs.options(as_promised):
-        return f"{reached} (nothing was promised for this text and these options)"
-    enough = "reached" if validation_loss <= promised else "NOT reached"
-    return f"{reached}; expected at most {promised}: {enough}"
+def judge(config: Config, data: Any, validation_loss: float) -> runs.Outcome:
+    """Compare the validation loss with what is expected of the text and the options."""
+    options = TEXTS.get(data.sha256, "")
+    wanted: dict[str, Any] = NAMES_OPTIONS if options == FOR_NAMES else {}
+    promised = (options != "" or data.name == BUILT_IN) and runs.options(config) == runs.options(
+        Config(data=config.data, seed=config.seed, **wanted)
+    )
+    return runs.judge(given(EXPECTED, options), {"validation loss": validation_loss}, promised)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+# Before the slow imports, so that Ctrl-C works from the start.
 if __name__ == "__main__":
-    from gradfn.cli import script
+    from _script import run_script
 
-    script(__file__)
+    run_script(__file__)
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +24,27 @@ import gradfn as gf
 from gradfn import runs
 from gradfn.files import inner_folder
 from gradfn.layers._embed import look_up
-from gradfn.report.figures import save_all
-from gradfn.report.grok import grokking, waves
+from gradfn.report.figures import LINE_COLORS, History, new_figure
+
+from ._common import SeededOptions, conclude, defaults
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 EXPECTED = (
-    "with weight decay, 95 % of the sums that it was never shown right, at least 10 times as late as those that it was "
-    "trained on; without, below 10 %; in a minute"
+    runs.Expectation("step of memorization"),
+    runs.Expectation("step of generalization"),
+    runs.Expectation("generalization step / memorization step", at_least=10),
+    runs.Expectation("test accuracy without decay", at_most=0.1, unit="%"),
 )
-BY_HEART, UNDERSTOOD = 0.99, 0.95  # accuracies on the training and on the other sums
-PROMISED_FACTOR, PROMISED_WITHOUT = 10.0, 0.10
+
+MEMORIZED, GENERALIZED = 0.99, 0.95  # accuracies on the training and on the other sums
 EVALUATIONS = 160
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(SeededOptions):
     """Options of a run."""
 
     modulus: int = 59
@@ -50,17 +59,11 @@ class Config:
     """AdamW's learning rate"""
     decay: float = 0.2
     """weight decay of the first network; the second has none"""
-    seed: int = 0
-    """decides the first weights and which pairs are trained on"""
-    resume: bool = False
-    """go on with an interrupted run: the latest, or that in --folder"""
-    folder: str | None = None
-    """where to keep the run (else runs/grok/<time>)"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         runs.within(3, None, modulus=self.modulus)
         runs.within(1, None, hidden=self.hidden, steps=self.steps)
-        runs.within(0, 2**32 - 1, seed=self.seed)
         if not 0 < self.share < 1:
             raise ValueError(f"share: a number above 0 and below 1, came {self.share}")
         if not (0 < self.rate < float("inf") and 0 < self.decay < float("inf")):
@@ -72,10 +75,10 @@ class Result(NamedTuple):
 
     params: dict[str, dict[str, jax.Array]]
     histories: dict[str, Sequence[dict[str, Any]]]
-    by_heart: int | None  # the step at which the training pairs are known, with decay
-    understood: int | None  # that at which the others are
+    memorized: int | None  # the step at which the training pairs are known, with decay
+    generalized: int | None  # that at which the others are
     folder: Path
-    verdict: str
+    outcome: runs.Outcome
 
 
 def run(config: Config) -> Result:
@@ -109,19 +112,24 @@ def run(config: Config) -> Result:
             f"{100 * last['test_accuracy']:.1f} % of the others"
         )
 
-    by_heart = first(histories["decay"], "train_accuracy", BY_HEART)
-    understood = first(histories["decay"], "test_accuracy", UNDERSTOOD)
+    memorized = first(histories["decay"], "train_accuracy", MEMORIZED)
+    generalized = first(histories["decay"], "test_accuracy", GENERALIZED)
     figures = {
-        "grok": grokking(histories, by_heart, understood),
+        "grok": grokking(histories, memorized, generalized),
         "waves": waves(
             {"before training": start["A"]} | {f"after, {name}": params[name]["A"] for name in params}
         ),
     }
-    save_all(figures, folder, f"sums modulo {config.modulus}")
-    verdict = judge(config, by_heart, understood, histories["no decay"][-1]["test_accuracy"])
-    runs.finish(folder, {"by_heart": by_heart, "understood": understood, "verdict": verdict})
-    print(f"{verdict}\npictures: {folder}/grok.png, waves.png")
-    return Result(params, histories, by_heart, understood, folder, verdict)
+    outcome = judge(config, memorized, generalized, histories["no decay"][-1]["test_accuracy"])
+    conclude(
+        folder,
+        outcome,
+        figures,
+        f"sums modulo {config.modulus}",
+        memorized=memorized,
+        generalized=generalized,
+    )
+    return Result(params, histories, memorized, generalized, folder, outcome)
 
 
 def adder(modulus: int, hidden: int) -> gf.Net:
@@ -188,15 +196,136 @@ def first(history: Sequence[dict[str, Any]], name: str, level: float) -> int | N
     return next((row["step"] for row in history if row[name] >= level), None)
 
 
-def judge(config: Config, by_heart: int | None, understood: int | None, without: float) -> str:
-    """Say what was reached against what was expected; `without` is the test accuracy without decay."""
-    reached = (
-        f"known by heart ({100 * BY_HEART:.0f} %) at step {by_heart}, understood ({100 * UNDERSTOOD:.0f} %) at step "
-        f"{understood}; without decay {100 * without:.1f} % understood"
-    )
-    if runs.options(config) != runs.options(Config(seed=config.seed)):
-        return f"{reached} (nothing was promised for these options)"
-    late = by_heart is not None and understood is not None and understood >= PROMISED_FACTOR * by_heart
-    enough = late and without < PROMISED_WITHOUT
-    expected = f"{PROMISED_FACTOR:.0f} times as late, and below {100 * PROMISED_WITHOUT:.0f} %"
-    return f"{reached}; expected {expected}: {'reached' if enough else 'NOT reached'}"
+def judge(config: Config, memorized: int | None, generalized: int | None, without: float) -> runs.Outcome:
+    """Compare when both happened, and the test accuracy without weight decay, with what is expected."""
+    steps = [math.nan if step is None else step for step in (memorized, generalized)]
+    measured = {
+        "step of memorization": steps[0],
+        "step of generalization": steps[1],
+        "generalization step / memorization step": steps[1] / steps[0],
+        "test accuracy without decay": without,
+    }
+    return runs.judge(EXPECTED, measured, defaults(config))
+
+
+N_WAVES = 5
+
+
+def grokking(histories: Mapping[str, History], memorized: int | None, generalized: int | None) -> Figure:
+    """Draw accuracies, norms and the purity of waves over training, on a logarithmic scale of steps.
+
+    Args:
+        histories: by network, a dict an evaluation with `step`, `train_accuracy`, `test_accuracy`, `weight_norm`,
+            `gradient_norm` and `wave_share`.
+        memorized: the first network's step at which the training examples are known.
+        generalized: that at which the others are.
+
+    Returns:
+        A figure with four panels.
+
+    >>> names = ("step", "train_accuracy", "test_accuracy", "weight_norm", "gradient_norm", "wave_share")
+    >>> grokking({"decay": [dict.fromkeys(names, 1)]}, 100, 5000).get_suptitle()
+    'Memorized at step 100, generalized at step 5,000: 50 times as late'
+    """
+    figure = new_figure(11.0, 7.0)
+    panels = figure.subplots(2, 2, sharex=True)
+    for (name, history), color in zip(histories.items(), cycle(LINE_COLORS), strict=False):
+        steps = [row["step"] for row in history]
+        for metric, style, label in (("train", "--", "training sums"), ("test", "-", "other sums")):
+            values = [100 * row[f"{metric}_accuracy"] for row in history]
+            panels[0, 0].plot(steps, values, style, color=color, label=f"{label}, {name}")
+        for panel, metric, scale in (
+            (panels[0, 1], "weight_norm", 1), (panels[1, 0], "gradient_norm", 1), (panels[1, 1], "wave_share", 100),
+        ):  # fmt: skip
+            panel.plot(steps, [scale * row[metric] for row in history], color=color, label=name)
+    labels = {
+        (0, 0): "right (%)",
+        (0, 1): "norm of all weights",
+        (1, 0): "norm of the gradient (nats per weight)",
+        (1, 1): "share of a node's weights\nthat is one wave (%)",
+    }
+    for where, label in labels.items():
+        panel = panels[where]
+        panel.set_ylabel(label)
+        panel.set_xscale("log")
+        panel.grid(color="0.92")
+        panel.spines[["top", "right"]].set_visible(False)
+        for step in (memorized, generalized):
+            if step is not None:
+                panel.axvline(step, color="0.5", linewidth=1, linestyle=":")
+    panels[0, 0].legend(frameon=False, loc="center left", bbox_to_anchor=(0.25, 0.45), fontsize=9)
+    panels[0, 0].set_ylim(-3, 103)
+    panels[1, 0].set_yscale("log")
+    panels[1, 1].set_ylim(0, 100)
+    for panel in panels[1]:
+        panel.set_xlabel("training step")
+    for step, text in ((memorized, "known\nby heart"), (generalized, "understood")):
+        if step is not None:
+            panels[0, 0].annotate(
+                text,
+                (step, 1.01),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                va="bottom",
+                fontsize=9,
+                color="0.3",
+            )
+    if memorized is None:
+        said = "Not even the training sums were memorized"
+    elif generalized is None:
+        said = f"Memorized at step {memorized:,}, not generalized"
+    else:
+        times = generalized / memorized
+        said = (
+            f"Memorized at step {memorized:,}, generalized at step {generalized:,}: {times:.0f} times as late"
+        )
+    figure.suptitle(said)
+    return figure
+
+
+def waves(weights: Mapping[str, Any]) -> Figure:
+    """Draw what the weights of a few nodes are, number by number, and the frequencies in all of them.
+
+    Nanda et al., *Progress Measures for Grokking via Mechanistic Interpretability*, 2023: a network that adds
+    modulo p turns numbers into angles.
+
+    Args:
+        weights: by moment or network, `[numbers, nodes]`.
+
+    Returns:
+        A figure with a row each: the weights of the five strongest nodes, and the share of each frequency in
+        each node's power, nodes sorted by their frequency.
+
+    >>> wave = np.cos(2 * np.pi * 2 * np.arange(7) / 7)[:, None]
+    >>> waves({"after": np.tile(wave, 6)}).get_suptitle()
+    'Of the weights of a node, one wave makes up: after 100 %'
+    """
+    figure = new_figure(11.5, 2.6 * len(weights) + 0.8)
+    panels = figure.subplots(len(weights), 2, squeeze=False, width_ratios=[1.25, 1])
+    told = []
+    for (left, right), (name, A) in zip(panels, weights.items(), strict=True):
+        A = np.asarray(A, np.float64)
+        numbers = np.arange(len(A))
+        power = np.abs(np.fft.rfft(A, axis=0)[1:]) ** 2  # [frequencies, nodes]
+        shares = power / np.maximum(power.sum(0), 1e-30)
+        strongest = np.argsort(-power.sum(0), kind="stable")[:N_WAVES]
+        for row, node in enumerate(strongest):
+            scale = max(np.abs(A[:, node]).max(), 1e-30)
+            color = LINE_COLORS[row % len(LINE_COLORS)]
+            left.plot(numbers, -2.2 * row + A[:, node] / scale, ".-", color=color, linewidth=1, markersize=4)
+        left.set_yticks(-2.2 * np.arange(len(strongest)), [f"node {node}" for node in strongest])
+        left.tick_params(axis="y", length=0)
+        left.set_ylabel(name, fontsize=11)
+        left.spines[["top", "right", "left"]].set_visible(False)
+        order = np.argsort(shares.argmax(0) - 1e-3 * shares.max(0), kind="stable")
+        drawn = right.imshow(
+            100 * shares[:, order], cmap="cividis", vmin=0, vmax=100, aspect="auto", origin="lower",
+            extent=(0, A.shape[1], 0.5, len(power) + 0.5), interpolation="nearest",
+        )  # fmt: skip
+        right.set_ylabel("waves in all\nnumbers (frequency)")
+        told.append(f"{name} {100 * power.max(0).sum() / max(power.sum(), 1e-30):.0f} %")
+    panels[-1, 0].set_xlabel("first number (its weight into each node, drawn to one height)")
+    panels[-1, 1].set_xlabel("nodes, sorted by their frequency")
+    figure.colorbar(drawn, ax=panels[:, 1].tolist(), label="share of the node's power (%)", pad=0.02)
+    figure.suptitle(f"Of the weights of a node, one wave makes up: {'; '.join(told)}")
+    return figure

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+# Before the slow imports, so that Ctrl-C works from the start.
 if __name__ == "__main__":
-    from gradfn.cli import script
+    from _script import run_script
 
-    script(__file__)
+    run_script(__file__)
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +19,25 @@ import numpy as np
 
 import gradfn as gf
 from gradfn import runs
-from gradfn.report.figures import save_all
-from gradfn.report.neuron import firing_rates, what_a_node_sees
+from gradfn.report.figures import LINE_COLORS, new_figure
+
+from ._common import DigitOptions, conclude, defaults, load_digits
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 EXPECTED = (
-    "a node that fires for 4 in 10 of all digits without a bias, and with a bias of -10 for 1 in 14, of which at "
-    "least 65 % are fives; in some seconds"
+    runs.Expectation("active for all digits without a bias", unit="%"),
+    runs.Expectation("active for all digits with the bias", at_most=0.1, unit="%"),
+    runs.Expectation("fives among these", at_least=0.65, unit="%"),
 )
+
 BIASES = tuple(range(0, -21, -1))
-PROMISED_SHARE, PROMISED_RATE = 0.65, 0.10
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DigitOptions):
     """Options of a run; the region is counted in pixels of the 28x28 image."""
 
     top: int = 11
@@ -45,16 +52,9 @@ class Config:
     """how far the negative surround reaches; 0 for none"""
     bias: int = -10
     """the bias for inactivity that is drawn in detail, beside none"""
-    data: Literal["digits", "mnist"] = "digits"
-    """digits: 1,797 real ones that come with scikit-learn, 8x8 resized to 28x28 (not MNIST); mnist: the 70,000"""
-    data_path: str | None = None
-    """folder with MNIST's four files (else $GRADFN_MNIST, else a download into the cache)"""
-    resume: bool = False
-    """go on with an interrupted run: the latest, or that in --folder"""
-    folder: str | None = None
-    """where to keep the run (else runs/neuron/<time>)"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         runs.within(0, 27, top=self.top, left=self.left)
         runs.within(1, 28 - self.top, height=self.height)
         runs.within(1, 28 - self.left, width=self.width)
@@ -69,14 +69,13 @@ class Result(NamedTuple):
     sums: np.ndarray  # [digits], weighted, without a bias
     rates: np.ndarray  # [biases, 10], share of each class that the node fires for
     folder: Path
-    verdict: str
+    outcome: runs.Outcome
 
 
 def run(config: Config) -> Result:
     """Make the node, show it every digit under every bias, and draw; what it writes is in the result's folder."""
     config = runs.settle("neuron", config)
-    data = gf.data.mnist(config.data_path) if config.data == "mnist" else gf.data.digits()
-    print(data if config.data == "mnist" else f"{data}\n(8x8 pixels, resized: this is not MNIST)")
+    data = load_digits(config)
     folder = runs.begin("neuron", config)
     # Nothing is learned here, so all of the digits may be looked at.
     images, labels = (np.concatenate(parts) for parts in zip(*data[:3], strict=True))
@@ -92,11 +91,9 @@ def run(config: Config) -> Result:
         "node": what_a_node_sees(weights, images[shown].reshape(-1, 28, 28), labels[shown], config.bias),
         "firing": firing_rates(sums, labels, BIASES, rates, config.bias),
     }
-    save_all(figures, folder, data.name)
-    verdict = judge(config, labels, fires)
-    runs.finish(folder, {"rates": rates.tolist(), "verdict": verdict})
-    print(f"{verdict}\npictures: {folder}/node.png, firing.png")
-    return Result(weights, sums, rates, folder, verdict)
+    outcome = judge(config, labels, fires)
+    conclude(folder, outcome, figures, data.name, rates=rates.tolist())
+    return Result(weights, sums, rates, folder, outcome)
 
 
 def node(config: Config) -> np.ndarray:
@@ -132,17 +129,134 @@ def activation(W: jax.Array, images: jax.Array) -> jax.Array:
     return of_all(jnp.asarray(BIASES, W.dtype), images)
 
 
-def judge(config: Config, labels: np.ndarray, fires: np.ndarray) -> str:
-    """Say what was reached against what was expected; `fires` is `[biases, digits]`."""
+def judge(config: Config, labels: np.ndarray, fires: np.ndarray) -> runs.Outcome:
+    """Compare for how many digits the node is active with what is expected; `fires` is `[biases, digits]`."""
     with_bias = fires[BIASES.index(config.bias)]
-    counts = np.bincount(labels[with_bias], minlength=10)
-    digit, share = int(counts.argmax()), counts.max() / max(counts.sum(), 1)
-    reached = (
-        f"without a bias the node fires for {100 * fires[0].mean():.1f} % of the digits, with a bias of {config.bias} "
-        f"for {100 * with_bias.mean():.1f} %, of which {100 * share:.0f} % are {digit}s"
+    measured = {
+        "active for all digits without a bias": fires[0].mean(),
+        "active for all digits with the bias": with_bias.mean(),
+        "fives among these": (labels[with_bias] == 5).sum() / max(with_bias.sum(), 1),
+    }
+    return runs.judge(EXPECTED, measured, defaults(config))
+
+
+def what_a_node_sees(weights: Any, images: Any, labels: Any, bias: float) -> Figure:
+    """Draw a node's weights, and pixel by pixel what it adds up of some images.
+
+    Args:
+        weights: `[height, width]`.
+        images: `[n, height, width]`.
+        labels: integers `[n]`, what the images are.
+        bias: what to fire over is its negative.
+
+    Returns:
+        A figure with the weights and a column an image: the image, the image times the weights, and the sum.
+
+    >>> figure = what_a_node_sees(np.ones([2, 2]), [np.zeros([2, 2]), np.ones([2, 2])], [0, 1], -3)
+    >>> figure.get_suptitle()
+    'Pixels times weights, added up: of these 2 typical digits, the 1 comes to more than 3'
+    """
+    weights, images = np.asarray(weights), np.asarray(images)
+    products = images * weights
+    sums = products.sum((1, 2))
+    limit = float(np.abs(weights).max()) or 1.0
+    n = len(images)
+    figure = new_figure(1.15 * (n + 1.8) + 0.6, 3.6, "compressed")
+    grid = figure.add_gridspec(2, n + 2, width_ratios=[0.9, 0.9, *[1] * n])
+    of_weights = figure.add_subplot(grid[:, :2])
+    scale: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "interpolation": "nearest"}
+    drawn = of_weights.imshow(weights, **scale)
+    of_weights.set_title("its weights", fontsize=10)
+    panels = [of_weights]
+    for i in range(n):
+        above, below = (figure.add_subplot(grid[row, i + 2]) for row in range(2))
+        above.imshow(images[i], cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        above.set_title(f"a {labels[i]}", fontsize=9)
+        below.imshow(products[i], **scale)
+        fires = sums[i] > -bias
+        below.set_title(
+            f"sum {sums[i]:.1f}" + ("\nFIRES" if fires else "\nsilent"),
+            y=-0.5,
+            fontsize=9,
+            color=LINE_COLORS[1] if fires else "0.35",
+            fontweight="bold" if fires else None,
+        )
+        panels += [above, below]
+    for panel in panels:
+        panel.set_xticks([])
+        panel.set_yticks([])
+        panel.spines[:].set_color("0.8")
+    figure.colorbar(drawn, ax=panels, label="weight; below, pixel × weight", pad=0.01, aspect=30)
+    over = ", ".join(f"the {label}" for label, total in zip(labels, sums, strict=True) if total > -bias)
+    figure.suptitle(
+        f"Pixels times weights, added up: of these {n} typical digits, {over or 'none'} comes to more than {-bias:g}"
     )
-    if runs.options(config) != runs.options(Config()):
-        return f"{reached} (nothing was promised for these options)"
-    enough = digit == 5 and share >= PROMISED_SHARE and with_bias.mean() <= PROMISED_RATE
-    expected = f"at most {100 * PROMISED_RATE:.0f} %, and at least {100 * PROMISED_SHARE:.0f} % of them 5s"
-    return f"{reached}; expected {expected}: {'reached' if enough else 'NOT reached'}"
+    return figure
+
+
+def firing_rates(sums: Any, labels: Any, biases: Sequence[float], rates: Any, bias: float) -> Figure:
+    """Draw the weighted sums of each class, and the share of it that is over each threshold.
+
+    Args:
+        sums: `[n]`, without a bias.
+        labels: integers `[n]`.
+        biases: from 0 down.
+        rates: `[biases, classes]`, shares in [0, 1].
+        bias: that of them which the title tells of.
+
+    Returns:
+        A figure with two panels: dots, one an example, with the threshold as a line; and a table of shares.
+
+    >>> figure = firing_rates([1.0, 12.0], [0, 1], [0, -10], [[1, 1], [0, 1]], -10)
+    >>> figure.get_suptitle()
+    'A bias of -10 asks for a weighted sum over 10: the node then fires for 100 % of the 1s, and 0 % of all others'
+    """
+    sums, labels, rates = np.asarray(sums), np.asarray(labels), np.asarray(rates, float)
+    n_classes = rates.shape[1]
+    chosen = rates[list(biases).index(bias)]
+    best = int(chosen.argmax())
+    figure = new_figure(13.0, 4.8)
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.45])
+    rng = np.random.default_rng(0)  # spreads the dots of a row, which would hide each other
+    shown = rng.permutation(len(sums))[:4000]
+    for color, of_color in (("0.6", labels != best), (LINE_COLORS[1], labels == best)):
+        index = shown[of_color[shown]]
+        height = labels[index] + rng.uniform(-0.35, 0.35, len(index))
+        left.plot(sums[index], height, ".", color=color, markersize=3, alpha=0.6, rasterized=True)
+    for threshold, color in ((0.0, "0.3"), (-bias, LINE_COLORS[0])):
+        left.axvline(threshold, color=color, linewidth=1.5)
+        left.annotate(
+            f"bias {-threshold:g}:\nfires right of here" if threshold else "no bias",
+            (threshold, 1.0),
+            (0, 3),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            color=color,
+            ha="center",
+            fontsize=8,
+        )
+    left.set_yticks(range(n_classes))
+    left.set_ylim(n_classes - 0.5, -0.5)
+    left.set_xlabel("weighted sum (pixel × weight, added up); a dot is a digit")
+    left.set_ylabel("digit")
+    left.spines[["top", "right"]].set_visible(False)
+
+    image = right.imshow(rates.T, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    for digit, i in np.ndindex(n_classes, len(biases)):
+        color = "black" if rates[i, digit] > 0.5 else "white"
+        right.text(
+            i, digit, f"{100 * rates[i, digit]:.0f}", ha="center", va="center", color=color, fontsize=8
+        )
+    right.set_xticks(range(len(biases)), [f"{value:g}" for value in biases], fontsize=9)
+    right.get_xticklabels()[list(biases).index(bias)].set(color=LINE_COLORS[0], fontweight="bold")
+    right.set_yticks(range(n_classes))
+    right.set_xlabel("bias for inactivity")
+    right.tick_params(length=0)
+    right.set_title("share of each digit that it fires for (%)", fontsize=10)
+    figure.colorbar(image, ax=right, label="firing rate", format=lambda x, _: f"{100 * x:.0f} %", pad=0.01)
+    others = (sums[labels != best] > -bias).mean()
+    figure.suptitle(
+        f"A bias of {bias:g} asks for a weighted sum over {-bias:g}: the node then fires for "
+        f"{100 * chosen[best]:.0f} % of the {best}s, and {100 * others:.0f} % of all others"
+    )
+    return figure

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+# Before the slow imports, so that Ctrl-C works from the start.
 if __name__ == "__main__":
-    from gradfn.cli import script
+    from _script import run_script
 
-    script(__file__)
+    run_script(__file__)
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,24 +19,28 @@ import optax
 
 import gradfn as gf
 from gradfn import runs
-from gradfn.report.figures import save_all
-from gradfn.report.noise import agreement, largest_gradients, noise_over_training
+from gradfn.report.figures import LINE_COLORS, new_figure
+
+from ._common import DigitOptions, batch_for, conclude, defaults, load_digits
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 EXPECTED = (
-    "the noise scale to at least double, and batches of 32 to tell it within a factor of 2, in half a minute"
+    runs.Expectation("noise scale at the start", unit="examples"),
+    runs.Expectation("noise scale in the second half", unit="examples"),
+    runs.Expectation("second half / start", at_least=2),
+    runs.Expectation("estimate from batches / second half", at_least=0.5, at_most=2),
 )
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DigitOptions):
     """Options of a run; the defaults train 784-16-10 on the built-in digits."""
 
     hidden: int = 16
     """nodes in the hidden layer"""
-    data: Literal["digits", "mnist"] = "digits"
-    """digits: 1,797 real ones that come with scikit-learn, 8x8 resized to 28x28 (not MNIST); mnist: the 70,000"""
-    data_path: str | None = None
-    """folder with MNIST's four files (else $GRADFN_MNIST, else a download into the cache)"""
     epochs: int = 20
     """how often to go through the training digits"""
     batch: int = 32
@@ -45,17 +49,11 @@ class Config:
     """measure the noise each so many steps"""
     rate: float = 0.1
     """learning rate of stochastic gradient descent"""
-    seed: int = 0
-    """decides the first weights and the order of the digits"""
-    resume: bool = False
-    """go on with an interrupted run: the latest, or that in --folder"""
-    folder: str | None = None
-    """where to keep the run (else runs/noise/<time>)"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         runs.within(1, None, hidden=self.hidden, epochs=self.epochs, every=self.every)
         runs.within(2, None, batch=self.batch)
-        runs.within(0, 2**32 - 1, seed=self.seed)
         runs.positive(rate=self.rate)
 
 
@@ -67,17 +65,15 @@ class Result(NamedTuple):
     second: float  # the same of training's second half
     estimate: float  # of the second half, from the batches alone
     folder: Path
-    verdict: str
+    outcome: runs.Outcome
 
 
 def run(config: Config) -> Result:
     """Train, measure and draw; what it writes is in the result's folder."""
     config = runs.settle("noise", config)
-    data = gf.data.mnist(config.data_path) if config.data == "mnist" else gf.data.digits()
-    print(data if config.data == "mnist" else f"{data}\n(8x8 pixels, resized: this is not MNIST)")
+    data = load_digits(config)
     n_train = len(data.train[1])
-    if config.batch > n_train:
-        raise runs.RunError(f"batch: there are {n_train:,} training digits, got {config.batch}")
+    batch = batch_for(config, n_train, "training digits")
     folder = runs.begin("noise", config)
 
     net = gf.mlp([784, config.hidden, 10], activation="sigmoid")
@@ -90,14 +86,14 @@ def run(config: Config) -> Result:
         seen = measure(params, (images, labels))
         return {"gradient_square": seen.gradient_square, "variance": seen.variance}
 
-    steps = config.epochs * (n_train // config.batch)
+    steps = config.epochs * (n_train // batch)
     fitted = gf.fit(
         gf.batch_mean(loss),
         start,
         data.train,
         optax.sgd(config.rate, momentum=0.9),
         steps,
-        batch_size=config.batch,
+        batch_size=batch,
         seed=config.seed,
         evaluate=exact,
         noise_every=config.every,
@@ -117,16 +113,14 @@ def run(config: Config) -> Result:
     estimate = scale([row for row in fitted.noise if row["step"] > steps / 2])
     figures = {
         "noise": noise_over_training(
-            fitted.noise, config.batch, [{"step": 0} | before, *fitted.history], (first, second)
+            fitted.noise, batch, [{"step": 0} | before, *fitted.history], (first, second)
         ),
         "largest": largest_gradients(images, labels, answers, norms, data.shape),
         "agreement": agreement(classes.total, digits, "digit, before training"),
     }
-    save_all(figures, folder, data.name)
-    verdict = judge(config, first, second, estimate)
-    runs.finish(folder, {"first": first, "second": second, "estimate": estimate, "verdict": verdict})
-    print(f"{verdict}\npictures: {folder}/noise.png, largest.png, agreement.png")
-    return Result(fitted.noise, first, second, estimate, folder, verdict)
+    outcome = judge(config, first, second, estimate)
+    conclude(folder, outcome, figures, data.name, first=first, second=second, estimate=estimate)
+    return Result(fitted.noise, first, second, estimate, folder, outcome)
 
 
 def scale(rows: list[dict[str, Any]]) -> float:
@@ -135,11 +129,169 @@ def scale(rows: list[dict[str, Any]]) -> float:
     return float(noise / signal) if signal > 0 else float("nan")
 
 
-def judge(config: Config, first: float, second: float, estimate: float) -> str:
-    """Say what was reached against what was expected."""
-    reached = f"noise scale {first:.0f} examples at the start, {second:.0f} in the second half"
-    reached += f"; batches of {config.batch} say {estimate:.0f}"
-    if config != Config(seed=config.seed, resume=config.resume, folder=config.folder):
-        return f"{reached} (nothing was promised for these options)"
-    good = second >= 2 * first and second / 2 <= estimate <= 2 * second
-    return f"{reached}; expected twice the start, agreement within 2: {'reached' if good else 'NOT reached'}"
+def judge(config: Config, first: float, second: float, estimate: float) -> runs.Outcome:
+    """Compare the growth of the noise scale, and its estimate from batches, with what is expected."""
+    measured = {
+        "noise scale at the start": first,
+        "noise scale in the second half": second,
+        "second half / start": second / first,
+        "estimate from batches / second half": estimate / second,
+    }
+    return runs.judge(EXPECTED, measured, defaults(config))
+
+
+def noise_over_training(
+    rows: Sequence[dict[str, Any]],
+    batch_size: int,
+    exact: Sequence[dict[str, Any]] = (),
+    scales: tuple[float, float] | None = None,
+) -> Figure:
+    """Draw how the noise scale went, beside the size of the batch that training used.
+
+    Args:
+        rows: from `gf.fit(..., noise_every=N).noise`.
+        batch_size: of training, in examples.
+        exact: rows with `step`, `gradient_square` and `variance` from all training examples.
+        scales: the noise scale at the start and in the second half, for the title; by default the title reports
+            the running estimate.
+
+    Raises:
+        ValueError: no row has a running scale.
+
+    >>> row = {"gradient_square": 1.0, "variance": 9.0, "scale": 9.0, "running_scale": 9.0}
+    >>> noise_over_training([row | {"step": 0}, row | {"step": 10}], 32).axes[0].get_ylabel()
+    'examples in a batch'
+    """
+    known = [row for row in rows if row["running_scale"]]
+    if not known:
+        raise ValueError(
+            "noise_over_training: no row has a running scale above zero, so there is nothing to draw"
+        )
+    figure = new_figure(7.6, 4.4)
+    panel = figure.subplots()
+    each = [row for row in rows if row["scale"]]
+    panel.plot(
+        [r["step"] for r in each], [r["scale"] for r in each], ".", color="0.75", label="each batch alone"
+    )
+    steps, running = [row["step"] for row in known], [row["running_scale"] for row in known]
+    panel.plot(steps, running, color=LINE_COLORS[0], linewidth=2, label="running estimate of the noise scale")
+    true = [
+        (row["step"], row["variance"] / row["gradient_square"]) for row in exact if row["gradient_square"] > 0
+    ]
+    if true:
+        panel.plot(*zip(*true, strict=True), "D", color=LINE_COLORS[1], label="from all training examples")
+    panel.axhline(batch_size, color=LINE_COLORS[2], linestyle="--", label=f"batch in use: {batch_size}")
+    panel.set_yscale("log")
+    panel.set_xlim(left=0)
+    panel.set_xlabel("training step")
+    panel.set_ylabel("examples in a batch")
+    panel.grid(color="0.9")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False, fontsize=9)
+    missing = len(rows) - len(each)
+    if scales is None:
+        n = len(running)
+        early, late = float(np.median(running[: n // 4 + 1])), float(np.median(running[-n // 4 :]))
+        finding = f"The running estimate of the noise scale goes from about {early:.0f} to about {late:.0f} examples: "
+    else:
+        early, late = scales
+        finding = (
+            f"The noise scale goes from {early:.0f} examples at the start to {late:.0f} in the second half:\n"
+        )
+    finding += "large batches pay late" if late > 2 * early else "one size of batch serves throughout"
+    if missing:
+        finding += f"\n(in {missing} of {len(rows)} measures noise hid the gradient: no gray dot there)"
+    figure.suptitle(finding)
+    return figure
+
+
+def largest_gradients(
+    images: Any, labels: Any, predictions: Any, norms: Any, shape: Sequence[int] = (28, 28), n: int = 10
+) -> Figure:
+    """Draw how large the gradients of single examples are, and the examples with the largest.
+
+    Args:
+        images: `[B, pixels]`.
+        labels: integers `[B]`.
+        predictions: integers `[B]`, the network's answers.
+        norms: `[B]`, of the examples' gradients.
+        shape: of an image, in pixels.
+        n: how many to show.
+
+    Raises:
+        ValueError: arrays of unlike length.
+
+    >>> import numpy as np
+    >>> figure = largest_gradients(np.zeros([3, 784]), [0, 1, 2], [0, 1, 1], [0.1, 0.1, 9.0], n=2)
+    >>> figure.axes[1].get_title()
+    '2, said 1\\n|g| 9'
+    """
+    images, labels, predictions, norms = map(np.asarray, (images, labels, predictions, norms))
+    if not len(images) == len(labels) == len(predictions) == len(norms):
+        came = ", ".join(str(len(part)) for part in (images, labels, predictions, norms))
+        raise ValueError(f"largest_gradients: one label, answer and norm an image, came {came}")
+    order = np.argsort(-norms, kind="stable")[:n]
+    n_columns = min(5, len(order))
+    n_rows = -(-len(order) // n_columns)
+    figure = new_figure(4.6 + 1.35 * n_columns, max(1.75 * n_rows + 0.6, 3.6))
+    halves: Any = figure.subfigures(1, 2, width_ratios=[4.4, 1.35 * n_columns])
+    left, right = halves
+    panel = left.subplots()
+    positive = norms[norms > 0]
+    low, high = (positive.min(), positive.max()) if len(positive) else (0.1, 1.0)
+    edges = np.geomspace(max(low, high * 1e-6), high * 1.0001, 40)
+    right_answers = labels == predictions
+    parts = [np.maximum(norms[mask], edges[0]) for mask in (right_answers, ~right_answers)]
+    panel.hist(parts, edges, stacked=True, color=[LINE_COLORS[0], LINE_COLORS[1]], label=["right", "wrong"])
+    panel.set_xscale("log")
+    panel.set_xlabel("norm of an example's gradient")
+    panel.set_ylabel("examples")
+    panel.legend(frameon=False, title="answered")
+    panel.spines[["top", "right"]].set_visible(False)
+    cells = right.subplots(n_rows, n_columns, squeeze=False).ravel()
+    for cell in cells:
+        cell.set_axis_off()
+    for cell, i in zip(cells, order, strict=False):
+        cell.imshow(images[i].reshape(shape), cmap="gray_r", interpolation="nearest")
+        said = f"said {predictions[i]}" if predictions[i] != labels[i] else "right"
+        cell.set_title(f"{labels[i]}, {said}\n|g| {norms[i]:.2g}", fontsize=9)
+    share = np.square(norms[order]).sum() / max(np.square(norms).sum(), 1e-300)
+    figure.suptitle(
+        f"{len(order)} of {len(norms):,} examples make {100 * share:.0f} % of the squared gradients"
+    )
+    return figure
+
+
+def agreement(cosines: Any, names: Sequence[str], what: str = "classes") -> Figure:
+    """Draw which gradients agree: a matrix of cosines on one diverging scale from -1 to 1.
+
+    Args:
+        cosines: `[n, n]`, from `gf.per_example.grad_cosines`; NaN for groups without examples.
+        names: n of them.
+        what: what is compared.
+
+    Raises:
+        ValueError: not a square matrix with a name a row.
+
+    >>> agreement([[1.0, -0.5], [-0.5, 1.0]], ["3", "8"]).get_suptitle()
+    'Gradients of 3 and 8 disagree most (cosine -0.50)'
+    """
+    matrix = np.asarray(cosines, np.float64)
+    if matrix.shape != (len(names), len(names)):
+        raise ValueError(f"agreement: expected [{len(names)}, {len(names)}], came {list(matrix.shape)}")
+    figure = new_figure(0.5 * len(names) + 2.2, 0.5 * len(names) + 1.2)
+    panel = figure.subplots()
+    shown = panel.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
+    panel.set_xticks(range(len(names)), names)
+    panel.set_yticks(range(len(names)), names)
+    panel.set_xlabel(what)
+    panel.set_ylabel(what)
+    figure.colorbar(shown, label="cosine (red: a step for one helps the other, blue: harms it)")
+    apart = matrix + 2 * np.eye(len(names))
+    if np.isfinite(apart).any():
+        i, j = np.unravel_index(np.nanargmin(apart), apart.shape)
+        verb = "disagree most" if matrix[i, j] < 0 else "agree least"
+        figure.suptitle(
+            f"Gradients of {names[int(i)]} and {names[int(j)]} {verb} (cosine {matrix[i, j]:.2f})"
+        )
+    return figure

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+# Before the slow imports, so that Ctrl-C works from the start.
 if __name__ == "__main__":
-    from gradfn.cli import script
+    from _script import run_script
 
-    script(__file__)
+    run_script(__file__)
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby, takewhile
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,23 +21,27 @@ import numpy as np
 
 import gradfn as gf
 from gradfn import runs
-from gradfn.report.figures import save_all
-from gradfn.report.rates import fan, valley
+from gradfn.report.figures import LINE_COLORS, new_figure
+
+from ._common import DigitOptions, batch_for, conclude, defaults, load_digits
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 EXPECTED = (
-    "a rate of 0.001 that is stuck at a guess's loss, rates between that read at least 90 % of the test digits, and a "
-    "rate of 100 that ends worse than a guess; in some ten seconds"
+    runs.Expectation("smallest rates at which networks are stuck", at_least=1),
+    runs.Expectation("largest rates at which they are broken", at_least=1),
+    runs.Expectation("best median test accuracy", at_least=0.9, unit="%"),
 )
+
 GUESS = math.log(10)  # the loss, in nats, of giving each digit the same chance
-LEARNS, WORSE = (
-    0.8,
-    1.5,
-)  # of that loss: below the one a network learns, above the other it is broken for sure
-PROMISED = 0.9
+# Shares of that loss: below the first a network learns, above the second it is certainly broken.
+LEARNS, WORSE = 0.8, 1.5
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DigitOptions):
     """Options of a run; rates are spread evenly on a logarithmic scale."""
 
     low: float = 0.001
@@ -52,21 +58,11 @@ class Config:
     """training steps of plain gradient descent"""
     batch: int = 32
     """digits a step"""
-    data: Literal["digits", "mnist"] = "digits"
-    """digits: 1,797 real ones that come with scikit-learn, 8x8 resized to 28x28 (not MNIST); mnist: the 70,000"""
-    data_path: str | None = None
-    """folder with MNIST's four files (else $GRADFN_MNIST, else a download into the cache)"""
-    seed: int = 0
-    """decides the first weights and the order of the digits"""
-    resume: bool = False
-    """go on with an interrupted run: the latest, or that in --folder"""
-    folder: str | None = None
-    """where to keep the run (else runs/rates/<time>)"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         runs.within(2, None, rates=self.rates)
         runs.within(1, None, seeds=self.seeds, hidden=self.hidden, steps=self.steps, batch=self.batch)
-        runs.within(0, 2**32 - 1, seed=self.seed)
         if not 0 < self.low < self.high < float("inf"):
             raise ValueError(
                 f"low, high: numbers above 0, the first the smaller, came {self.low}, {self.high}"
@@ -81,16 +77,14 @@ class Result(NamedTuple):
     accuracies: np.ndarray  # [rates, seeds], on the test digits
     states: list[str]  # of each rate: stuck, learning or broken
     folder: Path
-    verdict: str
+    outcome: runs.Outcome
 
 
 def run(config: Config) -> Result:
     """Train all networks in one compiled program, measure and draw; what it writes is in the result's folder."""
     config = runs.settle("rates", config)
-    data = gf.data.mnist(config.data_path) if config.data == "mnist" else gf.data.digits()
-    print(data if config.data == "mnist" else f"{data}\n(8x8 pixels, resized: this is not MNIST)")
-    if config.batch > len(data.train[1]):
-        raise runs.RunError(f"batch: there are {len(data.train[1]):,} training digits, got {config.batch}")
+    data = load_digits(config)
+    batch_for(config, len(data.train[1]), "training digits")
     folder = runs.begin("rates", config)
 
     net = gf.mlp([784, config.hidden, 10], activation="sigmoid")
@@ -112,14 +106,17 @@ def run(config: Config) -> Result:
         "fan": fan(rates, losses, states, GUESS),
         "valley": valley(rates, final(losses), accuracies, states, GUESS),
     }
-    save_all(figures, folder, data.name)
-    verdict = judge(config, rates, accuracies, states)
-    runs.finish(
+    outcome = judge(config, rates, accuracies, states)
+    conclude(
         folder,
-        {"rates": rates.tolist(), "states": states, "accuracies": accuracies.tolist(), "verdict": verdict},
+        outcome,
+        figures,
+        data.name,
+        rates=rates.tolist(),
+        states=states,
+        accuracies=accuracies.tolist(),
     )
-    print(f"{verdict}\npictures: {folder}/fan.png, valley.png")
-    return Result(rates, losses, accuracies, states, folder, verdict)
+    return Result(rates, losses, accuracies, states, folder, outcome)
 
 
 def trainer(net: gf.Net, data: gf.data.Dataset, config: Config) -> Any:
@@ -163,16 +160,150 @@ def states_of(losses: np.ndarray) -> list[str]:
     return [state(i) for i in range(len(ends))]
 
 
-def judge(config: Config, rates: np.ndarray, accuracies: np.ndarray, states: list[str]) -> str:
-    """Say what was reached against what was expected."""
+def judge(config: Config, rates: np.ndarray, accuracies: np.ndarray, states: list[str]) -> runs.Outcome:
+    """Compare how the rates at both ends fare, and the best test accuracy, with what is expected."""
     medians = np.median(accuracies, axis=1)
+    measured = {
+        "smallest rates at which networks are stuck": _n_leading(states, "stuck"),
+        "largest rates at which they are broken": _n_leading(states[::-1], "broken"),
+        "best rate": rates[medians.argmax()],
+        "best median test accuracy": medians.max(),
+    }
+    return runs.judge(EXPECTED, measured, defaults(config))
+
+
+def _n_leading(states: Sequence[str], state: str) -> int:
+    return sum(1 for _ in takewhile(lambda each: each == state, states))
+
+
+POINTS = 120  # of a curve: more would only be jitter
+
+
+def fan(rates: Any, losses: Any, states: Sequence[str], guess: float) -> Figure:
+    """Draw the loss of each learning rate over training, its color the rate.
+
+    Args:
+        rates: `[rates]`.
+        losses: `[rates, seeds, steps]` in nats; where they are not finite, nothing is drawn.
+        states: of each rate.
+        guess: the loss of a guess.
+
+    Returns:
+        A figure with a line a rate (the median of the seeds) in a band from the smallest to the largest.
+
+    >>> fan([0.1, 1.0], np.ones([2, 3, 50]), ["stuck", "learning"], 2.3).get_suptitle()
+    'One network, 2 learning rates: 1 stuck, 1 learning'
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm
+
+    rates = np.asarray(rates, np.float64)
+    values, steps = _smooth(np.asarray(losses, np.float64))
+    values = np.maximum(values, 1e-6)  # a logarithm has no place for zeros
+    figure = new_figure(9.4, 5.6)
+    panel = figure.subplots()
+    scale = ScalarMappable(LogNorm(rates.min(), rates.max()), cmap="viridis")
+    ends: dict[str, list[float]] = {}
+    for rate, of_rate, name in zip(rates, values, states, strict=True):
+        color, middle = scale.to_rgba(rate), np.median(of_rate, 0)
+        panel.fill_between(steps, of_rate.min(0), of_rate.max(0), color=color, alpha=0.15, linewidth=0)
+        panel.plot(steps, middle, color=color, linewidth=1.8)
+        ends.setdefault(name, []).append(middle[-1])
+    panel.plot([0, steps[-1]], [guess, guess], ":", color="black", linewidth=1.2, zorder=5)
+    for name, of_state in ends.items():
+        height = np.exp(np.mean(np.log(of_state)))
+        if np.isfinite(height):
+            panel.annotate(
+                name, (steps[-1], height), (8, 0), textcoords="offset points", va="center", fontsize=12
+            )
+    panel.set_yscale("log")
+    panel.set_xlabel("training step")
+    panel.set_ylabel("training loss (nats; dotted: a guess)")
+    panel.set_xlim(0, steps[-1] * 1.14)
+    panel.grid(color="0.92")
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.colorbar(scale, ax=panel, label="learning rate", pad=0.01)
+    told = [f"{len(of_state)} {name}" for name, of_state in ends.items()]
+    figure.suptitle(f"One network, {len(rates)} learning rates: {', '.join(told)}")
+    return figure
+
+
+def valley(rates: Any, losses: Any, accuracies: Any, states: Sequence[str], guess: float) -> Figure:
+    """Draw where each learning rate ended, a dot a network.
+
+    Args:
+        rates: `[rates]`.
+        losses: `[rates, seeds]`, in the end, in nats.
+        accuracies: `[rates, seeds]`, shares in [0, 1].
+        states: of each rate.
+        guess: the loss of a guess.
+
+    Returns:
+        A figure with a panel for the losses and one for the accuracies.
+
+    >>> figure = valley([0.1, 1.0], np.ones([2, 3]), [[0.1], [1.0]], ["stuck", "learning"], 2.3)
+    >>> figure.get_suptitle()
+    'Rates from 1 to 1 learn; the best is 1 (100.0 % of the test examples right)'
+    """
+    rates, losses, accuracies = (np.asarray(x, np.float64) for x in (rates, losses, accuracies))
+    figure = new_figure(8.6, 6.0)
+    panels = figure.subplots(2, 1, sharex=True)
+    edges = np.sqrt(rates[1:] * rates[:-1])
+    edges = np.concatenate([[rates[0] ** 2 / edges[0]], edges, [rates[-1] ** 2 / edges[-1]]])
+    for panel, values, label in zip(
+        panels,
+        (losses, 100 * accuracies),
+        ("training loss in the end (nats)", "test accuracy (%)"),
+        strict=True,
+    ):
+        for name, group in groupby(range(len(rates)), key=lambda i: states[i]):
+            members = list(group)
+            low, high = edges[members[0]], edges[members[-1] + 1]
+            panel.axvspan(low, high, color="0.93" if name == "learning" else "white", zorder=0)
+            if panel is panels[0]:
+                center = math.sqrt(low * high)
+                panel.text(
+                    center,
+                    1.02,
+                    name,
+                    transform=panel.get_xaxis_transform(),
+                    ha="center",
+                    va="bottom",
+                    fontsize=11,
+                )
+        for of_seed in values.T:
+            panel.plot(rates, of_seed, "o", color=LINE_COLORS[0], markersize=4, alpha=0.6)
+        panel.plot(rates, np.median(values, 1), color=LINE_COLORS[0])
+        panel.set_ylabel(label)
+        panel.set_xscale("log")
+        panel.set_xlim(edges[0], edges[-1])
+        panel.grid(color="0.88")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yscale("log")
+    panels[0].axhline(guess, color="0.3", linewidth=1, linestyle=":")
+    panels[0].text(edges[-1], guess, "a guess ", color="0.3", fontsize=9, ha="right", va="bottom")
+    panels[1].set_xlabel("learning rate (a dot is a network, the line their median)")
+    medians = np.median(accuracies, 1)
     best = int(medians.argmax())
-    reached = (
-        f"rate {rates[0]:.3g} is {states[0]}, rate {rates[-1]:.3g} is {states[-1]}, and the best, {rates[best]:.2g}, "
-        f"has a median test accuracy of {100 * medians[best]:.1f} %"
+    learning = [rate for rate, name in zip(rates, states, strict=True) if name == "learning"]
+    said = (
+        f"Rates from {_told(min(learning))} to {_told(max(learning))} learn" if learning else "No rate learns"
     )
-    if runs.options(config) != runs.options(Config(seed=config.seed)):
-        return f"{reached} (nothing was promised for these options)"
-    enough = states[0] == "stuck" and states[-1] == "broken" and medians[best] >= PROMISED
-    expected = f"stuck, broken, and at least {100 * PROMISED:.0f} %"
-    return f"{reached}; expected {expected}: {'reached' if enough else 'NOT reached'}"
+    figure.suptitle(
+        f"{said}; the best is {_told(rates[best])} ({100 * medians[best]:.1f} % of the test examples right)"
+    )
+    return figure
+
+
+def _told(rate: float) -> str:
+    """Return a rate with two digits, and no exponent where there is a shorter way: 100, not 1e+02."""
+    return f"{float(f'{rate:.2g}'):g}"
+
+
+def _smooth(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return means over stretches of steps, `[..., points]`, and the last step of each stretch."""
+    n_steps = losses.shape[-1]
+    stretch = max(1, n_steps // POINTS)
+    n = n_steps // stretch
+    means = losses[..., : n * stretch].reshape(*losses.shape[:-1], n, stretch).mean(-1)
+    return means, stretch * np.arange(1, n + 1)

@@ -2,64 +2,60 @@
 
 from __future__ import annotations
 
-# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+# Before the slow imports, so that Ctrl-C works from the start.
 if __name__ == "__main__":
-    from gradfn.cli import script
+    from _script import run_script
 
-    script(__file__)
+    run_script(__file__)
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import gradfn as gf
 from gradfn import runs
 from gradfn.files import inner_folder
-from gradfn.report.attribution import image_rows
-from gradfn.report.classifier import in_parts
-from gradfn.report.figures import save_all
+from gradfn.report.figures import new_figure
+from gradfn.report.images import bare
 from gradfn.train.augment import shifted
 
+from ._common import DigitOptions, adamw_cosine, conclude, defaults, in_parts, load_digits
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
 EXPECTED = (
-    "for at least 9 of the dense net's 10 drawings that the training digit which is most like it is of its class, in a "
-    "minute"
+    runs.Expectation(
+        "drawings of the dense network most like a digit of their class", at_least=9, unit="of 10"
+    ),
 )
+
 STEPS = {"digits": 2400, "mnist": 12_000}
 N_CLASSES = 10
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DigitOptions):
     """Options of a run; the defaults ask a 784-16-10 net and a small convolutional one about the built-in digits."""
 
     hidden: int = 16
     """nodes in the dense net's hidden layer"""
-    data: Literal["digits", "mnist"] = "digits"
-    """digits: 1,797 real ones that come with scikit-learn, 8x8 resized to 28x28 (not MNIST); mnist: the 70,000"""
-    data_path: str | None = None
-    """folder with MNIST's four files (else $GRADFN_MNIST, else a download into the cache)"""
     steps: int | None = None
     """of the dense net's training, 32 digits each (else 2,400; with MNIST 12,000); the other takes a third of them"""
     noise: float = 0.5
     """standard deviation of the noise on the training digits, in units of full ink, which smooths what is learned"""
     climb: int = 256
     """steps up the score of a class"""
-    seed: int = 0
-    """decides the first weights, the order of the digits, the noise, and how drawings are shifted on the way"""
-    resume: bool = False
-    """go on with an interrupted run: the latest, or that in --folder"""
-    folder: str | None = None
-    """where to keep the run (else runs/reconstruct/<time>)"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         runs.within(1, None, hidden=self.hidden, steps=self.steps, climb=self.climb)
-        runs.within(0, 2**32 - 1, seed=self.seed)
         if not 0 <= self.noise < float("inf"):
             raise ValueError(f"noise: a number from 0 up, came {self.noise}")
 
@@ -82,14 +78,13 @@ class Result(NamedTuple):
     history: Sequence[dict[str, Any]]
     test_accuracy: float  # of the dense net, in [0, 1]
     folder: Path
-    verdict: str
+    outcome: runs.Outcome
 
 
 def run(config: Config) -> Result:
     """Train two nets, let them draw each class, and compare the drawings with real digits."""
     config = runs.settle("reconstruct", config)
-    data = gf.data.mnist(config.data_path) if config.data == "mnist" else gf.data.digits()
-    print(data)
+    data = load_digits(config)
     folder = runs.begin("reconstruct", config)
     steps = config.steps or STEPS[config.data]
     dense, conv = gf.mlp([784, config.hidden, N_CLASSES]), gf.cnn((28, 28, 1), (8, 16), (64,), N_CLASSES, 5)
@@ -109,7 +104,7 @@ def run(config: Config) -> Result:
             loss,
             net.init(jax.random.key(config.seed)),
             data.train,
-            optax.adamw(optax.cosine_decay_schedule(0.003, n_steps), weight_decay=0.03),
+            adamw_cosine(n_steps),
             n_steps,
             seed=config.seed,
             folder=where,
@@ -118,16 +113,15 @@ def run(config: Config) -> Result:
         params[name], drawn[name] = fitted.params, draw(net, fitted.params, data, config)
         histories.append(fitted.history)
 
-    verdict = judge(config, drawn["dense net"].of_own_class)
-    save_all({"wanted": wanted_figure(drawn, data)}, folder, data.name)
+    outcome = judge(config, drawn["dense net"].of_own_class)
     for name, one in drawn.items():
         likeness = f"{one.of_own_class} of {N_CLASSES} drawings are most like a digit of their class"
         print(f"{name}: test accuracy {100 * one.test_accuracy:.1f} %, {likeness}")
     accuracy = drawn["dense net"].test_accuracy
     counts = {name: one.of_own_class for name, one in drawn.items()}
-    runs.finish(folder, {"test_accuracy": accuracy, "of_own_class": counts, "verdict": verdict})
-    print(f"{verdict}\npictures: {folder}/wanted.png")
-    return Result(params, drawn, histories[0], accuracy, folder, verdict)
+    figures = {"wanted": wanted_figure(drawn, data)}
+    conclude(folder, outcome, figures, data.name, test_accuracy=accuracy, of_own_class=counts)
+    return Result(params, drawn, histories[0], accuracy, folder, outcome)
 
 
 def noisy(loss: Any, sd: float) -> Any:
@@ -146,13 +140,13 @@ def noisy(loss: Any, sd: float) -> Any:
 
 def draw(net: gf.Net, params: Any, data: gf.data.Dataset, config: Config) -> Drawn:
     """Let a net draw each class, and compare with the training digits."""
-    # From grey, not from paper: there all units of a relu net may be off, and no slope shows the way.
-    key, grey = jax.random.key(config.seed), jnp.full(784, 0.5)
+    # From gray, not from paper: there all units of a relu net may be off, and no slope shows the way.
+    key, gray = jax.random.key(config.seed), jnp.full(784, 0.5)
 
     @jax.jit
     def climb(label: jax.Array) -> tuple[jax.Array, jax.Array]:
         wanted = gf.attribution.maximize(net.apply, label, shape=data.shape, steps=config.climb)
-        x = wanted(params, grey, key=key).x
+        x = wanted(params, gray, key=key).x
         return x, jax.nn.softmax(net.apply(params, x))[label]
 
     images, sure = jax.lax.map(climb, jnp.arange(N_CLASSES))
@@ -179,8 +173,8 @@ def correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     Returns:
         `[n, m]`, from -1 to 1.
     """
-    centred = [part - part.mean(1, keepdims=True) for part in (a, b)]
-    a, b = (part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12) for part in centred)
+    centered = [part - part.mean(1, keepdims=True) for part in (a, b)]
+    a, b = (part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12) for part in centered)
     return a @ b.T
 
 
@@ -208,10 +202,45 @@ def wanted_figure(drawn: dict[str, Drawn], data: gf.data.Dataset) -> Any:
     return image_rows(rows, [str(k) for k in range(N_CLASSES)], title, notes)
 
 
-def judge(config: Config, of_own_class: int) -> str:
-    """Say what was reached against what was expected."""
-    reached = f"{of_own_class} of {N_CLASSES} drawings of the dense net are most like a digit of their class"
-    asked = (config.hidden, config.steps, config.noise, config.climb)
-    if asked != (Config.hidden, None, Config.noise, Config.climb):
-        return f"{reached} (nothing was promised for these options)"
-    return f"{reached}; expected at least 9: {'reached' if of_own_class >= 9 else 'NOT reached'}"
+def judge(config: Config, of_own_class: int) -> runs.Outcome:
+    """Compare the number of drawings that are most like a digit of their class with what is expected."""
+    name = "drawings of the dense network most like a digit of their class"
+    return runs.judge(EXPECTED, {name: of_own_class}, defaults(config, "data"))
+
+
+def image_rows(
+    rows: Mapping[str, Any], columns: Sequence[str], title: str, notes: Mapping[str, Sequence[str]] = {}
+) -> Figure:
+    """Draw rows of images of the same things side by side, from 0 (paper) to 1 (ink).
+
+    Args:
+        rows: by what each row is called, `[n, height, width]`.
+        columns: what each column is called.
+        title: the figure's.
+        notes: by the name of a row, what to write under each of its images.
+
+    Returns:
+        A figure with `n` columns.
+
+    Raises:
+        ValueError: a row without one image a column.
+
+    >>> figure = image_rows({"mean": np.zeros([2, 8, 8])}, "01", "Two means", {"mean": ["a", "b"]})
+    >>> figure.axes[0].get_title(), figure.axes[1].get_xlabel()
+    ('0', 'b')
+    """
+    figure = new_figure(1.05 * len(columns) + 1.0, 1.22 * len(rows) + 0.7, "compressed")
+    panels = figure.subplots(len(rows), len(columns), squeeze=False)
+    for line, (name, images) in zip(panels, rows.items(), strict=True):
+        if len(images) != len(columns):
+            raise ValueError(f"image_rows: {name}: one image a column, {len(columns)}, came {len(images)}")
+        for i, (panel, image) in enumerate(zip(line, np.asarray(images), strict=True)):
+            bare(panel)
+            panel.imshow(image, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+            if name in notes:
+                panel.set_xlabel(notes[name][i], fontsize=8, labelpad=2)
+        line[0].set_ylabel(name, fontsize=9)
+    for panel, column in zip(panels[0], columns, strict=True):
+        panel.set_title(column, fontsize=10)
+    figure.suptitle(title)
+    return figure

@@ -2,58 +2,55 @@
 
 from __future__ import annotations
 
-# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+# Before the slow imports, so that Ctrl-C works from the start.
 if __name__ == "__main__":
-    from gradfn.cli import script
+    from _script import run_script
 
-    script(__file__)
+    run_script(__file__)
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import gradfn as gf
 from gradfn import runs
-from gradfn.report.attribution import heat_over_images, remains
-from gradfn.report.figures import save_all
+from gradfn.report.figures import new_figure
+from gradfn.report.images import bare, signed_image
 from gradfn.runs.digit_net import keep_digit_net
 
+from ._common import DigitOptions, adamw_cosine, conclude, defaults, load_digits
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
 EXPECTED = (
-    "sums over regions that add up to the weighted sums, more than a third of the digits read from the better half of "
-    "the image alone, and less than a third from the best region of 16, in a quarter of a minute"
+    runs.Expectation("error of the sums over regions", at_most=1e-5),
+    runs.Expectation("test accuracy from the better half alone", at_least=0.3333, unit="%"),
+    runs.Expectation("test accuracy from the best of 16 regions alone", at_most=0.3333, unit="%"),
 )
+
 EPOCHS = {"digits": 40, "mnist": 10}
 GRID = 4  # regions a side: of 7 x 7 pixels
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DigitOptions):
     """Options of a run; the defaults look at a 784-16-10 net on the built-in digits."""
 
     hidden: int = 16
     """nodes in the hidden layer"""
-    data: Literal["digits", "mnist"] = "digits"
-    """digits: 1,797 real ones that come with scikit-learn, 8x8 resized to 28x28 (not MNIST); mnist: the 70,000"""
-    data_path: str | None = None
-    """folder with MNIST's four files (else $GRADFN_MNIST, else a download into the cache)"""
     epochs: int | None = None
     """how often to go through the training digits (else 40 times, 10 times with MNIST)"""
-    seed: int = 0
-    """decides the first weights and the order of the digits"""
-    resume: bool = False
-    """go on with an interrupted run: the latest, or that in --folder"""
-    folder: str | None = None
-    """where to keep the run (else runs/regions/<time>)"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         runs.within(1, None, hidden=self.hidden, epochs=self.epochs)
-        runs.within(0, 2**32 - 1, seed=self.seed)
 
 
 class Result(NamedTuple):
@@ -66,14 +63,13 @@ class Result(NamedTuple):
     falls: np.ndarray  # [classes, rows, columns], the fall of the right answer's probability without a region
     error: float  # of the sums over regions, as a share of the largest weighted sum
     folder: Path
-    verdict: str
+    outcome: runs.Outcome
 
 
 def run(config: Config) -> Result:
     """Train, look at the net region by region, and draw."""
     config = runs.settle("regions", config)
-    data = gf.data.mnist(config.data_path) if config.data == "mnist" else gf.data.digits()
-    print(data)
+    data = load_digits(config)
     folder = runs.begin("regions", config)
     net = gf.mlp([784, config.hidden, 10])
     steps = (config.epochs or EPOCHS[config.data]) * (len(data.train[1]) // 32)
@@ -81,7 +77,7 @@ def run(config: Config) -> Result:
         gf.batch_mean(gf.classification_loss(net)),
         net.init(jax.random.key(config.seed)),
         data.train,
-        optax.adamw(optax.cosine_decay_schedule(0.003, steps), weight_decay=0.03),
+        adamw_cosine(steps),
         steps,
         seed=config.seed,
         folder=folder,
@@ -108,22 +104,20 @@ def run(config: Config) -> Result:
         "deciding": deciding_figure(falls, data),
         "sums": sums_figure(net, fitted.params, of_cells, data),
     }
-    save_all(figures, folder, data.name)
     enlarged_from = 8 if config.data == "digits" else None
     keep_digit_net(folder, fitted.params, data, everything, enlarged_from=enlarged_from)
-    verdict = judge(config, right_from, error)
-    runs.finish(
+    outcome = judge(config, right_from, error)
+    conclude(
         folder,
-        {
-            "test_accuracy": accuracy,
-            "right_from": right_from,
-            "falls": falls.tolist(),
-            "error": error,
-            "verdict": verdict,
-        },
+        outcome,
+        figures,
+        data.name,
+        test_accuracy=accuracy,
+        right_from=right_from,
+        falls=falls.tolist(),
+        error=error,
     )
-    print(f"{verdict}\npictures: {folder}/{', '.join(f'{name}.png' for name in figures)}")
-    return Result(fitted.params, fitted.history, accuracy, right_from, falls, error, folder, verdict)
+    return Result(fitted.params, fitted.history, accuracy, right_from, falls, error, folder, outcome)
 
 
 def named_regions(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
@@ -177,7 +171,7 @@ def remains_figure(seen: Any, everything: Any, parts: dict[str, Any], data: Any,
     best = max(list(parts)[1:5], key=lambda name: shares[list(parts).index(name)])
     title = (
         f"With the weights outside a region set to zero, the {best} reads {100 * max(shares[1:5]):.0f} % of the test "
-        f"digits\n(grey: weights are zero; blue frame: right, orange: wrong; in brackets how sure)"
+        f"digits\n(gray: weights are zero; blue frame: right, orange: wrong; in brackets how sure)"
     )
     images = data.test[0][chosen].reshape(-1, *data.shape)
     return remains(
@@ -215,15 +209,105 @@ def sums_figure(net: gf.Net, params: Any, seen: Any, data: Any) -> Any:
     )
 
 
-def judge(config: Config, right_from: dict[str, float], error: float) -> str:
-    """Say what was reached against what was expected."""
-    half = max(share for name, share in right_from.items() if name.endswith("half"))
-    single = max(share for name, share in right_from.items() if name.startswith("region"))
-    reached = (
-        f"sums add up to {error:.0e}; {100 * half:.0f} % of the test digits read from the better half alone, "
-        f"{100 * single:.0f} % from the best region of {GRID * GRID}"
-    )
-    if (config.hidden, config.data, config.epochs) != (Config.hidden, "digits", None):
-        return f"{reached} (nothing was promised for these options)"
-    good = error < 1e-5 and half > 1 / 3 > single
-    return f"{reached}; expected more than a third, and less than a third: {'reached' if good else 'NOT reached'}"
+def judge(config: Config, right_from: dict[str, float], error: float) -> runs.Outcome:
+    """Compare the accuracies from parts of the image alone, and the error of the sums, with what is expected."""
+    measured = {
+        "error of the sums over regions": error,
+        "test accuracy from the better half alone": max(
+            share for name, share in right_from.items() if name.endswith("half")
+        ),
+        "test accuracy from the best of 16 regions alone": max(
+            share for name, share in right_from.items() if name.startswith("region")
+        ),
+    }
+    return runs.judge(EXPECTED, measured, defaults(config))
+
+
+def heat_over_images(
+    images: Any, heat: Any, names: Sequence[str], title: str, label: str, columns: int = 5
+) -> Figure:
+    """Draw signed heat maps over the outlines of images, all on one scale.
+
+    Args:
+        images: `[n, height, width]`, from 0 (paper) to 1 (ink).
+        heat: `[n, rows, columns]`, of a grid of regions that covers the image.
+        names: what to call each.
+        title: the figure's.
+        label: what the heat is, with its unit.
+        columns: images side by side.
+
+    Returns:
+        A figure with a panel an image, and a color bar.
+
+    Raises:
+        ValueError: not one map and one name an image.
+
+    >>> figure = heat_over_images(np.ones([2, 8, 8]), np.ones([2, 4, 4]), "ab", "Two", "fall (%)")
+    >>> [panel.get_title() for panel in figure.axes][:2]
+    ['a', 'b']
+    """
+    images, heat = np.asarray(images), np.asarray(heat)
+    if not len(images) == len(heat) == len(names):
+        came = f"{len(images)} images, {len(heat)} maps, {len(names)} names"
+        raise ValueError(f"heat_over_images: one map and one name an image, came {came}")
+    n_rows = -(-len(images) // columns)
+    figure = new_figure(1.75 * columns + 1.0, 1.95 * n_rows + 0.7, "compressed")
+    panels = figure.subplots(n_rows, columns, squeeze=False).ravel()
+    limit = float(np.abs(heat).max()) or 1.0
+    for panel in panels[len(images) :]:
+        panel.set_axis_off()
+    for panel, image, values, name in zip(panels, images, heat, names, strict=False):
+        bare(panel)
+        drawn = signed_image(panel, values, image, limit)
+        panel.set_title(name, fontsize=9)
+    figure.colorbar(drawn, ax=panels.tolist(), label=label, pad=0.02, aspect=30)
+    figure.suptitle(title)
+    return figure
+
+
+def remains(
+    images: Any,
+    masks: Mapping[str, Any],
+    said: Any,
+    sure: Any,
+    labels: Any,
+    shares: Sequence[float],
+    title: str,
+) -> Figure:
+    """Draw what a network answers from one region of each image alone.
+
+    Args:
+        images: `[n, height, width]`, from 0 (paper) to 1 (ink).
+        masks: by what each region is called, bool `[height, width]`.
+        said: `[n, regions]`, the class it answered.
+        sure: `[n, regions]`, how sure it was, in [0, 1].
+        labels: `[n]`, the true classes.
+        shares: `[regions]`, of all test images, how many are answered right from the region, in [0, 1].
+        title: the figure's.
+
+    Returns:
+        A figure with a row an image and a column a region; frames are blue where the answer is right and orange
+        where it is not.
+
+    >>> masks = {"all": np.ones([8, 8], bool)}
+    >>> figure = remains(np.ones([1, 8, 8]), masks, [[3]], [[0.9]], [3], [0.97], "One")
+    >>> figure.axes[0].get_title(), figure.axes[0].get_xlabel()
+    ('all\\n97 % right', '3 (90 %)')
+    """
+    images, said, sure = np.asarray(images), np.asarray(said), np.asarray(sure)
+    figure = new_figure(1.2 * len(masks) + 0.5, 1.35 * len(images) + 0.9, "compressed")
+    panels = figure.subplots(len(images), len(masks), squeeze=False)
+    for i, line in enumerate(panels):
+        for j, (panel, mask) in enumerate(zip(line, masks.values(), strict=True)):
+            bare(panel)
+            # What is covered is light gray, so that paper and cover are told apart.
+            shown = np.where(mask, images[i], 0.18)
+            panel.imshow(shown, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+            right = said[i, j] == labels[i]
+            panel.set_xlabel(f"{said[i, j]} ({100 * sure[i, j]:.0f} %)", fontsize=8, labelpad=2)
+            for spine in panel.spines.values():
+                spine.set(color="#0072b2" if right else "#d55e00", linewidth=2.5, visible=True)
+    for panel, (name, share) in zip(panels[0], zip(masks, shares, strict=True), strict=True):
+        panel.set_title(f"{name}\n{100 * share:.0f} % right", fontsize=9)
+    figure.suptitle(title)
+    return figure

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+# Before the slow imports, so that Ctrl-C works from the start.
 if __name__ == "__main__":
-    from gradfn.cli import script
+    from _script import run_script
 
-    script(__file__)
+    run_script(__file__)
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +21,19 @@ import optax
 
 import gradfn as gf
 from gradfn import runs
-from gradfn.report.figures import curves, save_all
-from gradfn.report.regress import predictions, slopes
+from gradfn.report.figures import LINE_COLORS, curves, new_figure
+
+from ._common import SeededOptions, conclude, defaults
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 EXPECTED = (
-    "a test R² of at least 0.30, and at most 0.03 below that of linear regression: what the ten measurements tell is "
-    "nearly linear; in some ten seconds"
+    runs.Expectation("test R²", at_least=0.3),
+    runs.Expectation("test R² of linear regression"),
+    runs.Expectation("test R² below that of linear regression", at_most=0.03),
 )
-PROMISED_R2, PROMISED_BEHIND = 0.30, 0.03
 MEASUREMENTS = (
     *("age", "sex", "body mass index", "blood pressure", "cholesterol", "LDL", "HDL", "cholesterol / HDL"),
     *("log triglycerides", "blood sugar"),
@@ -34,7 +41,7 @@ MEASUREMENTS = (
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(SeededOptions):
     """Options of a run."""
 
     hidden: int | None = None
@@ -47,16 +54,10 @@ class Config:
     """AdamW's learning rate at the start; it falls to zero on half a cosine"""
     decay: float = 1.0
     """weight decay: how strongly the weights are drawn to zero"""
-    seed: int = 0
-    """decides the first weights; the patients are always parted alike"""
-    resume: bool = False
-    """go on with an interrupted run: the latest, or that in --folder"""
-    folder: str | None = None
-    """where to keep the run (else runs/regress/<time>)"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         runs.within(1, None, hidden=self.hidden, nets=self.nets, steps=self.steps)
-        runs.within(0, 2**32 - 1, seed=self.seed)
         if not (0 < self.rate < float("inf") and 0 <= self.decay < float("inf")):
             raise ValueError(
                 f"rate, decay: a number above 0 and one from 0 up, came {self.rate}, {self.decay}"
@@ -71,7 +72,7 @@ class Result(NamedTuple):
     r2: dict[str, float]  # by model, on the test patients
     slopes: np.ndarray  # [patients, 10], of the prediction by each measurement, for every test patient
     folder: Path
-    verdict: str
+    outcome: runs.Outcome
 
 
 def run(config: Config) -> Result:
@@ -105,11 +106,9 @@ def run(config: Config) -> Result:
         "curves": curves(history, "squared standard deviations"),
     }
     runs.keep_training(folder, history, params)
-    save_all(figures, folder, data.name)
-    verdict = judge(config, shares)
-    runs.finish(folder, {"r2": shares, "verdict": verdict})
-    print(f"{verdict}\npictures: {folder}/predictions.png, slopes.png, curves.png")
-    return Result(params, answered, shares, of_inputs, folder, verdict)
+    outcome = judge(config, shares)
+    conclude(folder, outcome, figures, data.name, r2=shares)
+    return Result(params, answered, shares, of_inputs, folder, outcome)
 
 
 def trained(net: gf.Net, data: gf.data.Dataset, config: Config) -> tuple[Any, list[dict[str, float]]]:
@@ -150,11 +149,105 @@ def r2(truth: np.ndarray, answers: np.ndarray) -> float:
     return float(1 - np.square(truth - answers).sum() / np.square(truth - truth.mean()).sum())
 
 
-def judge(config: Config, shares: dict[str, float]) -> str:
-    """Say what was reached against what was expected."""
-    ours, linear = shares["network"], shares["linear regression"]
-    reached = f"test R² {ours:.3f}, that of linear regression {linear:.3f}"
-    if runs.options(config) != runs.options(Config(seed=config.seed)):
-        return f"{reached} (nothing was promised for these options)"
-    enough = "reached" if ours >= max(PROMISED_R2, linear - PROMISED_BEHIND) else "NOT reached"
-    return f"{reached}; expected at least {PROMISED_R2:.2f}, and at most {PROMISED_BEHIND} less than it: {enough}"
+def judge(config: Config, r2: dict[str, float]) -> runs.Outcome:
+    """Compare the share of the variance that is explained with what is expected."""
+    ours, linear = r2["network"], r2["linear regression"]
+    measured = {
+        "test R²": ours,
+        "test R² of linear regression": linear,
+        "test R² below that of linear regression": linear - ours,
+    }
+    return runs.judge(EXPECTED, measured, defaults(config))
+
+
+def predictions(truth: Any, answers: Mapping[str, Any], r2: Mapping[str, float]) -> Figure:
+    """Draw the answers of some models over the truth, and what they miss of it.
+
+    Args:
+        truth: `[n]`.
+        answers: by model, `[n]`.
+        r2: by model, the share of the variance that it explains.
+
+    Returns:
+        A figure with a column a model: above the predictions, below the residuals.
+
+    >>> predictions([1.0, 2.0], {"net": [1.0, 2.0]}, {"net": 1.0}).get_suptitle()
+    'Of what sets patients apart (the variance), explained by net 100 %'
+    """
+    truth = np.asarray(truth, np.float64)
+    figure = new_figure(4.4 * len(answers) + 0.6, 7.2)
+    panels = figure.subplots(
+        2, len(answers), squeeze=False, sharex=True, sharey="row", height_ratios=[1.6, 1]
+    )
+    everything = np.concatenate([truth, *[np.asarray(values) for values in answers.values()]])
+    ends = np.array([everything.min(), everything.max()])
+    for (above, below), (name, values), color in zip(
+        panels.T, answers.items(), cycle(LINE_COLORS), strict=False
+    ):
+        values = np.asarray(values, np.float64)
+        rmse = float(np.sqrt(np.mean(np.square(truth - values))))
+        above.plot(ends, ends, color="0.5", linewidth=1)
+        above.plot(truth, values, "o", color=color, markersize=5, alpha=0.7, markeredgewidth=0)
+        above.set_title(f"{name}: R² {r2[name]:.2f}, off by {rmse:.0f} (rms)", fontsize=11)
+        below.axhline(0, color="0.5", linewidth=1)
+        below.vlines(truth, 0, values - truth, color=color, alpha=0.35, linewidth=1)
+        below.plot(truth, values - truth, "o", color=color, markersize=4, alpha=0.7, markeredgewidth=0)
+        below.set_xlabel("truth: progression of the disease (index)")
+        for panel in (above, below):
+            panel.grid(color="0.92")
+            panel.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].set_ylabel("prediction (index; line: as the truth)")
+    panels[1, 0].set_ylabel("prediction minus truth")
+    told = ", ".join(f"{name} {100 * share:.0f} %" for name, share in r2.items())
+    figure.suptitle(f"Of what sets patients apart (the variance), explained by {told}")
+    return figure
+
+
+def slopes(gradients: Any, coefficients: Any, names: Sequence[str]) -> Figure:
+    """Draw the gradient of a prediction by each input, for every example, beside the coefficients of a line.
+
+    Args:
+        gradients: `[n, inputs]`.
+        coefficients: `[inputs]`, of linear regression; each the gradient of its predictions, everywhere.
+        names: of the inputs.
+
+    Returns:
+        A figure with a row an input, the steepest on top.
+
+    >>> slopes([[1.0, 2.0], [1.0, 4.0]], [1.0, 2.5], ["age", "sex"]).get_suptitle()
+    'What moves the prediction: the gradient by each input; the steepest on average is sex (+3)'
+    """
+    gradients, coefficients = np.asarray(gradients, np.float64), np.asarray(coefficients, np.float64)
+    means = gradients.mean(0)
+    order = np.argsort(-np.abs(means), kind="stable")
+    figure = new_figure(8.4, 0.42 * len(names) + 1.7)
+    panel = figure.subplots()
+    rng = np.random.default_rng(0)  # spreads the dots of a row, which would hide each other
+    panel.axvline(0, color="0.5", linewidth=1)
+    for row, i in enumerate(order):
+        heights = row + rng.uniform(-0.25, 0.25, len(gradients))
+        first = row == 0
+        panel.plot(
+            gradients[:, i], heights, ".", color=LINE_COLORS[0], markersize=4, alpha=0.5,
+            label="network: one patient" if first else None,
+        )  # fmt: skip
+        panel.plot(
+            [means[i]] * 2, [row - 0.35, row + 0.35], color=LINE_COLORS[0], linewidth=2.5,
+            label="network: mean" if first else None,
+        )  # fmt: skip
+        panel.plot(
+            coefficients[i], row, "D", color=LINE_COLORS[1], markersize=7,
+            label="linear regression: its coefficient" if first else None,
+        )  # fmt: skip
+    panel.set_yticks(range(len(names)), [names[i] for i in order])
+    panel.set_ylim(len(names) - 0.5, -0.5)
+    panel.set_xlabel("change of the prediction (index) for one standard deviation more of the input")
+    panel.grid(axis="x", color="0.92")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False, loc="lower right")
+    top = int(order[0])
+    figure.suptitle(
+        f"What moves the prediction: the gradient by each input; the steepest on average is {names[top]} "
+        f"({means[top]:+.2g})"
+    )
+    return figure

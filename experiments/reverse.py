@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+# Before the slow imports, so that Ctrl-C works from the start.
 if __name__ == "__main__":
-    from gradfn.cli import script
+    from _script import run_script
 
-    script(__file__)
+    run_script(__file__)
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,19 +19,21 @@ import numpy as np
 
 import gradfn as gf
 from gradfn import runs
-from gradfn.report.figures import curves, save_all
-from gradfn.report.language import attention_of
+from gradfn.report.figures import curves
 from gradfn.report.sequences import attention_maps
 from gradfn.train import adamw_warmup_cosine
 
-EXPECTED = "100 % of 1,000 sequences of 16 digits written backwards without a mistake, in half a minute"
+from ._common import SeededOptions, check_heads, conclude
+from ._language import attention_of
+
+EXPECTED = (runs.Expectation("sequences reversed without a mistake", at_least=1, unit="%"),)
 END_OF_INPUT = 10  # the token after the digits 0 to 9: "now you"
 SYMBOLS = "0123456789="
 N_TEST = 1000
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(SeededOptions):
     """Options of a run."""
 
     digits: int = 16
@@ -46,19 +48,12 @@ class Config:
     """attention heads"""
     rate: float = 3e-3
     """AdamW's learning rate after warm-up; it falls to a tenth on half a cosine"""
-    seed: int = 0
-    """decides the first weights and the sequences"""
-    resume: bool = False
-    """go on with an interrupted run: the latest, or that in --folder"""
-    folder: str | None = None
-    """where to keep the run (else runs/reverse/<time>)"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         runs.within(2, None, digits=self.digits, steps=self.steps)
         runs.within(1, None, batch=self.batch, width=self.width, heads=self.heads)
-        runs.within(0, 2**32 - 1, seed=self.seed)
-        if self.width % self.heads:
-            raise ValueError(f"heads: a number that divides the width of {self.width}, came {self.heads}")
+        check_heads(self)
         runs.positive(rate=self.rate)
 
 
@@ -69,7 +64,7 @@ class Result(NamedTuple):
     history: Sequence[dict[str, Any]]
     accuracy: float  # share of the test sequences without any mistake, in [0, 1]
     folder: Path
-    verdict: str
+    outcome: runs.Outcome
 
 
 def run(config: Config) -> Result:
@@ -101,12 +96,10 @@ def run(config: Config) -> Result:
     accuracy = float(all_right(answer(fitted.params, test[0]), test[1]))
     written = gf.generate(net, fitted.params, test[0][0, : n + 1], n, temperature=0)
     print(f"{told(test[0][0, :n])} backwards, it writes: {told(written)}")
-    pictures = {"curves": curves(fitted.history), "attention": attention(loss, fitted.params, test, n)}
-    save_all(pictures, folder)
-    verdict = judge(config, accuracy)
-    runs.finish(folder, {"accuracy": accuracy, "verdict": verdict})
-    print(f"{verdict}\npictures: {folder}/curves.png, attention.png")
-    return Result(fitted.params, fitted.history, accuracy, folder, verdict)
+    figures = {"curves": curves(fitted.history), "attention": attention(loss, fitted.params, test, n)}
+    outcome = judge(config, accuracy)
+    conclude(folder, outcome, figures, accuracy=accuracy)
+    return Result(fitted.params, fitted.history, accuracy, folder, outcome)
 
 
 def reversals(key: jax.Array, batch: int, n: int) -> tuple[jax.Array, jax.Array]:
@@ -147,11 +140,9 @@ def told(tokens: Any) -> str:
     return "".join(SYMBOLS[token] for token in np.asarray(tokens).tolist())
 
 
-def judge(config: Config, accuracy: float) -> str:
-    """Say what was reached against what was expected."""
-    reached = (
-        f"{100 * accuracy:.1f} % of {N_TEST:,} sequences of {config.digits} digits reversed without a mistake"
+def judge(config: Config, accuracy: float) -> runs.Outcome:
+    """Compare the share of test sequences that were reversed without a mistake with what is expected."""
+    promised = (
+        config.digits <= Config.digits and config.steps >= Config.steps and config.batch >= Config.batch
     )
-    if config.digits > Config.digits or config.steps < Config.steps or config.batch < Config.batch:
-        return f"{reached} (nothing was promised for these options)"
-    return f"{reached}; expected 100 %: {'reached' if accuracy == 1 else 'NOT reached'}"
+    return runs.judge(EXPECTED, {"sequences reversed without a mistake": accuracy}, promised)

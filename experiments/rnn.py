@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+# Before the slow imports, so that Ctrl-C works from the start.
 if __name__ == "__main__":
-    from gradfn.cli import script
+    from _script import run_script
 
-    script(__file__)
+    run_script(__file__)
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,25 +22,34 @@ import numpy as np
 import gradfn as gf
 from gradfn import runs
 from gradfn.files import inner_folder
-from gradfn.report.figures import curves, save_all
-from gradfn.report.language import expectations, loss_per_token
-from gradfn.report.sequences import gradient_through_time, token_probabilities, visible
+from gradfn.report.figures import LINE_COLORS, LINE_STYLES, curves, new_figure
+from gradfn.report.sequences import token_probabilities, visible
 from gradfn.runs import sample
 from gradfn.train import adamw_warmup_cosine
 
+from ._common import SeededOptions, batch_for, conclude, defaults, given, not_empty
+from ._language import expectations, loss_per_token
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
 EXPECTED = (
-    "a gradient 49 letters back that is at least 10 times larger in the LSTM than in the vanilla network, and on "
-    "names (--data names.txt) validation losses below 2.15 nats a letter; in a minute"
+    runs.Expectation("LSTM gradient / vanilla gradient", at_least=10),
+    runs.Expectation("LSTM gradient / vanilla gradient", at_least=10, given="--data names.txt"),
+    runs.Expectation(
+        "largest validation loss", at_most=2.15, unit="nats per letter", given="--data names.txt"
+    ),
 )
+
 NAMES = "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d"  # sha256 of the file
-PROMISED_LOSS, PROMISED_RATIO = 2.15, 10.0
 CELLS = ("vanilla", "gru", "lstm")
 STATE = {"vanilla": "h", "gru": "h", "lstm": "c"}  # what carries the past on; an LSTM's h comes of its c
 LONG = 50  # letters, over which the gradient is followed
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(SeededOptions):
     """Options of a run."""
 
     data: str | None = None
@@ -53,17 +62,11 @@ class Config:
     """names a step"""
     rate: float = 3e-3
     """AdamW's learning rate after warm-up; it falls to a tenth on half a cosine"""
-    seed: int = 0
-    """decides the first weights and the order of the names"""
-    resume: bool = False
-    """go on with an interrupted run: the latest, or that in --folder"""
-    folder: str | None = None
-    """where to keep the run (else runs/rnn/<time>)"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         runs.within(1, None, width=self.width, batch=self.batch)
         runs.within(2, None, steps=self.steps)
-        runs.within(0, 2**32 - 1, seed=self.seed)
         runs.positive(rate=self.rate)
 
 
@@ -74,7 +77,7 @@ class Result(NamedTuple):
     validation_losses: dict[str, float]  # nats a letter
     gradients: dict[str, np.ndarray]  # rms of the state's gradient at each of 50 letters, after training
     folder: Path
-    verdict: str
+    outcome: runs.Outcome
 
 
 def run(config: Config) -> Result:
@@ -82,8 +85,8 @@ def run(config: Config) -> Result:
     config = runs.settle("rnn", config)
     data = gf.data.lines(config.data)
     print(data)
-    runs.some(training=data.train[0], validation=data.validation[0])
-    batch = runs.batch_for(config, len(data.train[0]), "lines")
+    not_empty(training=data.train[0], validation=data.validation[0])
+    batch = batch_for(config, len(data.train[0]), "lines")
     folder = runs.begin("rnn", config)
     letters = long_sequences(data)
 
@@ -127,12 +130,10 @@ def run(config: Config) -> Result:
         "probabilities": drawn_expectations(net, params["lstm"], data),
     }
     figures["curves"].axes[0].autoscale(axis="y")  # the lines lie close together, far from zero
-    save_all(figures, folder, data.name)
-    verdict = judge(config, data, losses, after)
-    runs.finish(folder, {"validation_losses": losses, "verdict": verdict})
-    print(f"{verdict}\npictures: {folder}/{', '.join(f'{name}.png' for name in figures)}")
+    outcome = judge(config, data, losses, after)
+    conclude(folder, outcome, figures, data.name, validation_losses=losses)
     print(f"more of its writing: gradfn sample {shlex.quote(str(folder / 'lstm'))}")
-    return Result(params, losses, after, folder, verdict)
+    return Result(params, losses, after, folder, outcome)
 
 
 def measured(measure: Callable[[Any], jax.Array]) -> Callable[[Any], dict[str, jax.Array]]:
@@ -190,21 +191,79 @@ def drawn_expectations(net: gf.Net, params: Any, data: gf.data.Lines) -> Any:
     return figure
 
 
-def judge(config: Config, data: Any, losses: dict[str, float], gradients: dict[str, np.ndarray]) -> str:
-    """Say what was reached against what was expected."""
+def judge(
+    config: Config, data: Any, losses: dict[str, float], gradients: dict[str, np.ndarray]
+) -> runs.Outcome:
+    """Compare the gradient 49 letters back, and on names the losses, with what is expected."""
     shares = {cell: sizes[0] / sizes[-1] for cell, sizes in gradients.items()}
-    ratio = shares["lstm"] / max(shares["vanilla"], 1e-30)
-    told = ", ".join(f"{cell} {loss:.3f}" for cell, loss in losses.items())
-    reached = (
-        f"validation losses {told} nats a letter; the LSTM's gradient {LONG - 1} letters back is {ratio:,.0f} "
-        "times that of the vanilla network"
-    )
-    as_promised = Config(data=config.data, seed=config.seed)
-    if runs.options(config) != runs.options(as_promised):
-        return f"{reached} (nothing was promised for these options)"
-    enough = ratio >= PROMISED_RATIO
-    expected = f"at least {PROMISED_RATIO:,.0f} times"
-    if data.sha256 == NAMES:
-        enough = enough and max(losses.values()) < PROMISED_LOSS
-        expected = f"losses below {PROMISED_LOSS} and {expected}"
-    return f"{reached}; expected {expected}: {'reached' if enough else 'NOT reached'}"
+    measured = {f"{cell} validation loss": loss for cell, loss in losses.items()}
+    measured |= {
+        "largest validation loss": max(losses.values()),
+        "LSTM gradient / vanilla gradient": shares["lstm"] / max(shares["vanilla"], 1e-30),
+    }
+    options = "--data names.txt" if data.sha256 == NAMES else ""
+    return runs.judge(given(EXPECTED, options), measured, defaults(config, "data"))
+
+
+def gradient_through_time(
+    norms: Mapping[str, Any], untrained: Mapping[str, Any] | None = None, what: str = "last step"
+) -> Figure:
+    """Draw how large the gradient still is, so many steps before the loss that it comes from.
+
+    Bengio, Simard and Frasconi, *Learning Long-Term Dependencies with Gradient Descent is Difficult*, 1994.
+
+    Args:
+        norms: for each network by its name, the rms of the gradient with respect to its state at each step
+            `[T]`, from the first step to the last, where the loss is.
+        untrained: the same networks before training, to draw as dotted lines of the same colors.
+        what: what to call the last step.
+
+    Returns:
+        A figure with a line a network, as a share of the gradient at the last step, on a logarithmic scale.
+
+    Raises:
+        ValueError: nothing to draw, or a gradient that is zero at the last step.
+
+    >>> gradient_through_time({"vanilla": [0.01, 0.1, 1.0]}).get_suptitle()
+    'The gradient 2 steps back, of what it is at the last step: vanilla 1/100'
+    """
+    if not norms:
+        raise ValueError("gradient_through_time: there is no network to draw")
+    figure = new_figure(8.0, 4.6)
+    panel = figure.subplots()
+    told = []
+    for (name, sizes), color, style in zip(
+        norms.items(), cycle(LINE_COLORS), cycle(LINE_STYLES[:3]), strict=False
+    ):
+        shares = _shares(name, sizes)
+        back = np.arange(len(shares))[::-1]
+        panel.plot(back, shares, style, color=color, label=name)
+        if untrained is not None:
+            panel.plot(back, _shares(name, untrained[name]), ":", color=color, label=f"{name}, untrained")
+        told.append(f"{name} {_ratio(shares[0])}")
+    panel.set_yscale("log")
+    panel.invert_xaxis()
+    panel.set_xlabel(f"steps back from the {what}")
+    panel.set_ylabel("gradient of the state (rms),\nas a share of that at the last step")
+    panel.grid(color="0.9")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False)
+    n_back = len(shares) - 1
+    figure.suptitle(f"The gradient {n_back} steps back, of what it is at the {what}: {', '.join(told)}")
+    return figure
+
+
+def _shares(name: str, sizes: Any) -> np.ndarray:
+    sizes = np.asarray(sizes, np.float64)
+    if not len(sizes) or not sizes[-1] > 0:
+        raise ValueError(f"gradient_through_time: {name}: the gradient at the last step is not above 0")
+    shares = sizes / sizes[-1]
+    return np.where(shares > 0, shares, np.nan)  # a logarithm has no place for zeros
+
+
+def _ratio(share: float) -> str:
+    if not share > 0:
+        return "nothing"
+    if share < 1e-4:
+        return f"{share:.0e}"  # nobody reads 1/108,587,896
+    return f"{100 * share:.0f} %" if share > 0.1 else f"1/{1 / share:,.0f}"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+# Before the slow imports, so that Ctrl-C works from the start.
 if __name__ == "__main__":
-    from gradfn.cli import script
+    from _script import run_script
 
-    script(__file__)
+    run_script(__file__)
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,47 +22,45 @@ import gradfn as gf
 from gradfn import runs
 from gradfn.attribution import Randomized
 from gradfn.display import TextTable
-from gradfn.report.attribution import influences, randomised_maps, signed_maps
-from gradfn.report.figures import save_all
+from gradfn.report.figures import new_figure
+from gradfn.report.images import bare, robust_limit, signed_image
+
+from ._common import DigitOptions, conclude, defaults, load_digits
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 EXPECTED = (
-    "integrated gradients that add up to within 1 %, and saliency to pass both randomisation tests that an edge "
-    "detector fails, in half a minute"
+    runs.Expectation("largest gap of integrated gradients", at_most=0.01, unit="%"),
+    runs.Expectation("randomization tests passed by saliency", at_least=2, unit="of 2"),
+    runs.Expectation("randomization tests passed by an edge detector", at_most=0, unit="of 2"),
 )
+
 STEPS = {"digits": 1560, "mnist": 15_600}
 RATE = 0.5  # of plain gradient descent, which is what TracIn's formula is of
 # So many hidden nodes learn so many digits by heart in so many steps.
 WIDE, BY_HEART, STEPS_BY_HEART = 64, 300, 1500
-N_TESTED = 30  # test digits that the randomisation tests look at
+N_TESTED = 30  # test digits that the randomization tests look at
 N_TRACED = 100  # test digits whose answers are traced back
 
 Method = Callable[[Any, Any], jax.Array]  # (params, (image, class)) -> map
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DigitOptions):
     """Options of a run; the defaults explain a 784-16-10 net on the built-in digits."""
 
     hidden: int = 16
     """nodes in the hidden layer"""
-    data: Literal["digits", "mnist"] = "digits"
-    """digits: 1,797 real ones that come with scikit-learn, 8x8 resized to 28x28 (not MNIST); mnist: the 70,000"""
-    data_path: str | None = None
-    """folder with MNIST's four files (else $GRADFN_MNIST, else a download into the cache)"""
     steps: int | None = None
     """of training, 32 digits each (else 1,560; with MNIST 15,600)"""
     path: int = 64
     """gradients taken on the way from paper to the digit, for the integrated gradients"""
-    seed: int = 0
-    """decides the first weights, the order of the digits, and the random weights and labels of the tests"""
-    resume: bool = False
-    """go on with an interrupted run: the latest, or that in --folder"""
-    folder: str | None = None
-    """where to keep the run (else runs/saliency/<time>)"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         runs.within(1, None, hidden=self.hidden, steps=self.steps, path=self.path)
-        runs.within(0, 2**32 - 1, seed=self.seed)
 
 
 class Result(NamedTuple):
@@ -75,14 +73,13 @@ class Result(NamedTuple):
     tests: dict[str, tuple[Randomized, Randomized]]  # by method: weights random, labels shuffled
     same_label: float  # of the five training digits that helped an answer most, the share with its label
     folder: Path
-    verdict: str
+    outcome: runs.Outcome
 
 
 def run(config: Config) -> Result:
     """Train, explain, test the explanations, and trace the answers back to training digits; draw all of it."""
     config = runs.settle("saliency", config)
-    data = gf.data.mnist(config.data_path) if config.data == "mnist" else gf.data.digits()
-    print(data)
+    data = load_digits(config)
     folder = runs.begin("saliency", config)
     net = gf.mlp([784, config.hidden, 10])
     steps = config.steps or STEPS[config.data]
@@ -111,26 +108,24 @@ def run(config: Config) -> Result:
     best = np.argsort(-np.asarray(traced), 1)[:, :5]
     same_label = float((data.train[1][best] == np.asarray(said[:N_TRACED])[:, None]).mean())
 
-    verdict = judge(config, gap, tests)
     print(f"of the 5 training digits that helped an answer most, {100 * same_label:.0f} % have its label")
     figures = {
         "maps": maps_figure(net, fitted.params, data, tests, config.path),
         "tests": tests_figure(tests, data),
         "influence": influence_figure(net, fitted.params, data, np.asarray(traced)),
     }
-    save_all(figures, folder, data.name)
-    runs.finish(
+    outcome = judge(config, gap, tests)
+    conclude(
         folder,
-        {
-            "test_accuracy": accuracy,
-            "gap": gap,
-            "passed": {name: [test.passed for test in both] for name, both in tests.items()},
-            "same_label": same_label,
-            "verdict": verdict,
-        },
+        outcome,
+        figures,
+        data.name,
+        test_accuracy=accuracy,
+        gap=gap,
+        passed={name: [test.passed for test in both] for name, both in tests.items()},
+        same_label=same_label,
     )
-    print(f"{verdict}\npictures: {folder}/{', '.join(f'{name}.png' for name in figures)}")
-    return Result(fitted.params, fitted.history, accuracy, gap, tests, same_label, folder, verdict)
+    return Result(fitted.params, fitted.history, accuracy, gap, tests, same_label, folder, outcome)
 
 
 def explanations(net: gf.Net, path: int = 64) -> dict[str, Method]:
@@ -173,7 +168,7 @@ def largest_gap(net: gf.Net, params: Any, examples: Any, path: int) -> float:
 def believable(
     net: gf.Net, params: Any, data: gf.data.Dataset, examples: Any, config: Config
 ) -> dict[str, tuple[Randomized, Randomized]]:
-    """Run both randomisation tests on all methods."""
+    """Run both randomization tests on all methods."""
     key_weights, key_labels = jax.random.split(jax.random.key(config.seed + 1))
     wide = gf.mlp([784, WIDE, 10])
     part = tuple(half[:BY_HEART] for half in data.train)
@@ -206,7 +201,7 @@ def believable(
 
 
 def table(tests: dict[str, tuple[Randomized, Randomized]]) -> TextTable:
-    """Return what came of the randomisation tests as a table."""
+    """Return what came of the randomization tests as a table."""
     shown = TextTable(title="how alike the maps stay (rank correlation of magnitudes)")
     names = [name for test in next(iter(tests.values())) for name in test.names]
     for header in ("method", *(f"{name} random" for name in names), ""):
@@ -264,7 +259,7 @@ def tests_figure(tests: dict[str, tuple[Randomized, Randomized]], data: gf.data.
         "stays the same\n"
         f"(alike: rank correlation of magnitudes, 1 is the same; mean of {N_TESTED} digits)"
     )
-    return randomised_maps(images[0], rows, columns, notes, title)
+    return randomized_maps(images[0], rows, columns, notes, title)
 
 
 def influence_figure(net: gf.Net, params: Any, data: gf.data.Dataset, scores: np.ndarray) -> Any:
@@ -289,14 +284,157 @@ def influence_figure(net: gf.Net, params: Any, data: gf.data.Dataset, scores: np
     )
 
 
-def judge(config: Config, gap: float, tests: dict[str, tuple[Randomized, Randomized]]) -> str:
-    """Say what was reached against what was expected."""
-    saliency, impostor = passes(tests["saliency"]), any(test.passed for test in tests["edge detector"])
-    reached = (
-        f"integrated gradients add up to within {100 * gap:.2g} %; saliency {'passes' if saliency else 'FAILS'} the "
-        f"randomisation tests, an edge detector {'PASSES one' if impostor else 'fails both'}"
-    )
-    if (config.hidden, config.steps, config.path) != (Config.hidden, None, Config.path):
-        return f"{reached} (nothing was promised for these options)"
-    good = gap < 0.01 and saliency and not impostor
-    return f"{reached}; expected within 1 %, passes, fails both: {'reached' if good else 'NOT reached'}"
+def judge(config: Config, gap: float, tests: dict[str, tuple[Randomized, Randomized]]) -> runs.Outcome:
+    """Compare the gap of integrated gradients, and the randomization tests passed, with what is expected."""
+    passed = {name: sum(test.passed for test in both) for name, both in tests.items()}
+    measured = {
+        "largest gap of integrated gradients": gap,
+        "randomization tests passed by saliency": passed["saliency"],
+        "randomization tests passed by an edge detector": passed["edge detector"],
+    }
+    return runs.judge(EXPECTED, measured, defaults(config, "data"))
+
+
+FOR, AGAINST = "#b2182b", "#2166ac"  # the ends of RdBu_r
+
+
+def signed_maps(
+    images: Any,
+    maps: Mapping[str, Any],
+    title: str,
+    names: Sequence[str] = (),
+    label: str = "share of the map's largest value (red speaks for the answer, blue against it)",
+) -> Figure:
+    """Draw images and, beside each, signed maps of it over the outline of its ink.
+
+    Args:
+        images: `[n, height, width]`, from 0 (paper) to 1 (ink).
+        maps: by what each column is called, `[n, height', width']` of any sign and resolution.
+        title: the figure's.
+        names: what to call each row; nothing where empty.
+        label: of the color bar.
+
+    Returns:
+        A figure with a row an image; each map has a scale of its own, as their units differ.
+
+    Raises:
+        ValueError: not one map, or one name, an image.
+
+    >>> figure = signed_maps(np.ones([2, 8, 8]), {"saliency": np.ones([2, 8, 8])}, "Two", ["a", "b"])
+    >>> [panel.get_title() for panel in figure.axes][:2]
+    ['image', 'saliency']
+    """
+    images = np.asarray(images)
+    for name, values in {**maps, **({"names": names} if len(names) else {})}.items():
+        if len(values) != len(images):
+            raise ValueError(f"signed_maps: {name}: one an image, {len(images)}, came {len(values)}")
+    n_columns = 1 + len(maps)
+    figure = new_figure(1.45 * n_columns + 0.9, 1.45 * len(images) + 0.9, "compressed")
+    panels = figure.subplots(len(images), n_columns, squeeze=False)
+    drawn = None
+    for i, row in enumerate(panels):
+        for panel in row:
+            bare(panel)
+        row[0].imshow(images[i], cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        if len(names):
+            row[0].set_ylabel(names[i], fontsize=9)
+        for panel, values in zip(row[1:], maps.values(), strict=True):
+            drawn = signed_image(panel, np.asarray(values[i]) / robust_limit(values[i]), images[i])
+    for panel, name in zip(panels[0], ("image", *maps), strict=True):
+        panel.set_title(name, fontsize=9)
+    if drawn is not None:
+        figure.colorbar(drawn, ax=panels.ravel().tolist(), label=label, pad=0.02, extend="both", aspect=30)
+    figure.suptitle(title)
+    return figure
+
+
+def randomized_maps(
+    image: Any,
+    maps: Mapping[str, Any],
+    columns: Sequence[str],
+    notes: Mapping[str, Sequence[str]],
+    title: str,
+) -> Figure:
+    """Draw what becomes of each method's map of one image as what the network learned is taken away.
+
+    Args:
+        image: `[height, width]`, from 0 (paper) to 1 (ink).
+        maps: by the name of the method, `[columns, height, width]`; each map has a scale of its own.
+        columns: what is random in each.
+        notes: by the name of the method, what to write under each map.
+        title: the figure's.
+
+    Returns:
+        A figure with a row a method.
+
+    >>> image = np.ones([8, 8])
+    >>> figure = randomized_maps(image, {"saliency": image[None]}, ["trained"], {"saliency": ["1.00"]}, "One")
+    >>> figure.axes[0].get_xlabel()
+    '1.00'
+    """
+    figure = new_figure(1.45 * len(columns) + 0.6, 1.65 * len(maps) + 0.9, "compressed")
+    panels = figure.subplots(len(maps), len(columns), squeeze=False)
+    for line, (name, values) in zip(panels, maps.items(), strict=True):
+        for panel, one, note in zip(line, np.asarray(values), notes[name], strict=True):
+            bare(panel)
+            drawn = signed_image(panel, one / robust_limit(one), np.asarray(image))
+            panel.set_xlabel(note, fontsize=9, labelpad=2)
+        line[0].set_ylabel(name, fontsize=9)
+    for panel, column in zip(panels[0], columns, strict=True):
+        panel.set_title(column, fontsize=9)
+    label = "share of the map's largest value"
+    figure.colorbar(drawn, ax=panels.ravel().tolist(), label=label, pad=0.02, extend="both", aspect=30)
+    figure.suptitle(title)
+    return figure
+
+
+def influences(
+    tests: Any,
+    test_names: Sequence[str],
+    train: Any,
+    train_labels: Any,
+    scores: Any,
+    title: str,
+    n_best: int = 5,
+) -> Figure:
+    """Draw test images and, beside each, the training images that helped and harmed its answer most.
+
+    Args:
+        tests: `[n, height, width]`.
+        test_names: what to write under each test image.
+        train: `[m, height, width]`.
+        train_labels: `[m]`, what the training images are said to be.
+        scores: `[n, m]`, from `gf.attribution.tracin`.
+        title: the figure's.
+        n_best: how many training images a side.
+
+    Returns:
+        A figure with a row a test image: it, then the helpful ones, the most helpful first, then the harmful
+        ones, the most harmful first; under each stand its label and score.
+
+    >>> images = np.zeros([4, 8, 8])
+    >>> figure = influences(images[:1], ["a"], images, [0, 1, 2, 3], [[1.0, -1.0, 0.5, -0.5]], "One", n_best=1)
+    >>> [panel.get_xlabel() for panel in figure.axes]
+    ['a', '0 (+1)', '1 (-1)']
+    """
+    tests, train, scores = np.asarray(tests), np.asarray(train), np.asarray(scores)
+    n_columns = 1 + 2 * n_best
+    figure = new_figure(1.02 * n_columns + 0.6, 1.3 * len(tests) + 0.9, "compressed")
+    panels = figure.subplots(len(tests), n_columns, squeeze=False)
+    for i, line in enumerate(panels):
+        order = np.argsort(-scores[i], kind="stable")
+        chosen = [*order[:n_best], *order[::-1][:n_best]]
+        for panel in line:
+            bare(panel)
+        line[0].imshow(tests[i], cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        line[0].set_xlabel(test_names[i], fontsize=8, labelpad=2)
+        for panel, j, color in zip(line[1:], chosen, [FOR] * n_best + [AGAINST] * n_best, strict=True):
+            panel.imshow(train[j], cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+            panel.set_xlabel(f"{train_labels[j]} ({scores[i, j]:+.2g})", fontsize=8, labelpad=2)
+            for spine in panel.spines.values():
+                spine.set(color=color, linewidth=1.5)
+    panels[0, 0].set_title("test digit", fontsize=9)
+    panels[0, 1 + n_best // 2].set_title("helped most", fontsize=10, color=FOR)
+    panels[0, 1 + n_best + n_best // 2].set_title("harmed most", fontsize=10, color=AGAINST)
+    figure.suptitle(title)
+    return figure

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+# Before the slow imports, so that Ctrl-C works from the start.
 if __name__ == "__main__":
-    from gradfn.cli import script
+    from _script import run_script
 
-    script(__file__)
+    run_script(__file__)
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +22,24 @@ import optax
 
 import gradfn as gf
 from gradfn import runs
-from gradfn.report.figures import save_all
-from gradfn.report.saturate import gradient_flow, learned, saturation
+from gradfn.report.figures import LINE_COLORS, LINE_STYLES, new_figure
+
+from ._common import DigitOptions, batch_for, conclude, defaults, load_digits
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 EXPECTED = (
-    "ten layers of sigmoids, begun as usual, to leave the first less than 1/1,000 of the last one's gradient and learn "
-    "nothing, and to read at least 80 % of the test digits with residual connections or layer norm, as ten layers of "
-    "relus begun by He's rule do; in a minute"
+    runs.Expectation("gradient of the first of ten sigmoid layers / last", at_most=1e-3),
+    runs.Expectation("test accuracy of ten sigmoid layers", at_most=0.2, unit="%"),
+    runs.Expectation("with residual connections", at_least=0.8, unit="%"),
+    runs.Expectation("with layer norm", at_least=0.8, unit="%"),
+    runs.Expectation("of ten relu layers with He's initialization", at_least=0.8, unit="%"),
 )
+
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "gelu")
 WIRINGS = ("plain", "residual", "layer norm")
-PROMISED = 0.8
 DEPTHS = (1, 2, 3, 5, 7, 10)  # hidden layers
 # Standard deviation of a weight, given how many inputs its node has.
 STARTS: dict[str, Callable[[int], float]] = {
@@ -43,7 +51,7 @@ STARTS: dict[str, Callable[[int], float]] = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DigitOptions):
     """Options of a run."""
 
     width: int = 32
@@ -54,20 +62,10 @@ class Config:
     """digits a step"""
     rate: float = 0.02
     """learning rate of SGD with momentum 0.9"""
-    data: Literal["digits", "mnist"] = "digits"
-    """digits: 1,797 real ones of 8x8 pixels that come with scikit-learn; mnist: the 70,000"""
-    data_path: str | None = None
-    """folder with MNIST's four files (else $GRADFN_MNIST, else a download into the cache)"""
-    seed: int = 0
-    """decides the first weights and the order of the digits"""
-    resume: bool = False
-    """go on with an interrupted run: the latest, or that in --folder"""
-    folder: str | None = None
-    """where to keep the run (else runs/saturate/<time>)"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         runs.within(1, None, width=self.width, steps=self.steps, batch=self.batch)
-        runs.within(0, 2**32 - 1, seed=self.seed)
         runs.positive(rate=self.rate)
 
 
@@ -88,16 +86,14 @@ class Result(NamedTuple):
 
     outcomes: dict[tuple[str, str], Outcome]  # by activation and wiring
     folder: Path
-    verdict: str
+    outcome: runs.Outcome
 
 
 def run(config: Config) -> Result:
     """Look at every network, train it, and draw; what it writes is in the result's folder."""
     config = runs.settle("saturate", config)
-    data = gf.data.mnist(config.data_path) if config.data == "mnist" else gf.data.digits(size=8)
-    print(data)
-    if config.batch > len(data.train[1]):
-        raise runs.RunError(f"batch: there are {len(data.train[1]):,} training digits, got {config.batch}")
+    data = load_digits(config, size=8)
+    batch_for(config, len(data.train[1]), "training digits")
     folder = runs.begin("saturate", config)
     outcomes = {}
     for activation in ACTIVATIONS:
@@ -136,11 +132,9 @@ def run(config: Config) -> Result:
             f"with residual connections {100 * learns:.0f} %",
         ),
     }
-    save_all(figures, folder, data.name)
-    verdict = judge(config, outcomes)
-    runs.finish(folder, {"verdict": verdict})
-    print(f"{verdict}\npictures: {folder}/flow.png, saturated.png, learned.png")
-    return Result(outcomes, folder, verdict)
+    judged = judge(config, outcomes)
+    conclude(folder, judged, figures, data.name)
+    return Result(outcomes, folder, judged)
 
 
 def deep(n_in: int, width: int, activation: str, wiring: str) -> tuple[gf.Net, list[str]]:
@@ -244,25 +238,148 @@ def outcome(config: Config, data: gf.data.Dataset, activation: str, wiring: str)
     return Outcome(rms * math.sqrt(config.width), off, accuracies)
 
 
-def judge(config: Config, outcomes: dict[tuple[str, str], Outcome]) -> str:
-    """Say what was reached against what was expected."""
+def judge(config: Config, outcomes: dict[tuple[str, str], Outcome]) -> runs.Outcome:
+    """Compare gradients and test accuracies of ten layers with what is expected."""
     names = list(STARTS)
     lecun, he = names.index("LeCun"), names.index("He")
-    bad = outcomes["sigmoid", "plain"]
-    share = bad.norms[lecun, 0] / bad.norms[lecun, -1]
-    stuck = bad.accuracies[lecun, -1]
-    repaired = {
-        "residual": outcomes["sigmoid", "residual"].accuracies[lecun, -1],
-        "layer norm": outcomes["sigmoid", "layer norm"].accuracies[lecun, -1],
-        "He's relus": outcomes["relu", "plain"].accuracies[he, -1],
+    plain = outcomes["sigmoid", "plain"]
+    deepest = {kind: each.accuracies[:, -1] for kind, each in outcomes.items()}
+    measured = {
+        "gradient of the first of ten sigmoid layers / last": plain.norms[lecun, 0] / plain.norms[lecun, -1],
+        "test accuracy of ten sigmoid layers": deepest["sigmoid", "plain"][lecun],
+        "with residual connections": deepest["sigmoid", "residual"][lecun],
+        "with layer norm": deepest["sigmoid", "layer norm"][lecun],
+        "of ten relu layers with He's initialization": deepest["relu", "plain"][he],
     }
-    told = ", ".join(f"{name} {100 * accuracy:.0f} %" for name, accuracy in repaired.items())
-    reached = (
-        f"ten layers of sigmoids have {share:.0e} of the last layer's gradient in the first and {100 * stuck:.0f} % "
-        f"right; repaired: {told}"
+    return runs.judge(EXPECTED, measured, defaults(config))
+
+
+Kinds = Mapping[tuple[str, str], Any]  # by the name of a column of panels (an activation) and that of a row
+
+
+def gradient_flow(norms: Kinds, lines: Sequence[str], title: str) -> Figure:
+    """Draw how large the gradient is at each layer, as a share of that at the last.
+
+    Args:
+        norms: by the panel's column and row, `[lines, layers]`.
+        lines: what each line is.
+        title: the figure's.
+
+    Returns:
+        A figure with a grid of panels that share their axes.
+
+    >>> gradient_flow({("relu", "plain"): [[0.1, 1.0]]}, ["He"], "A tenth").axes[0].get_title()
+    'relu'
+    """
+    columns, rows = (list(dict.fromkeys(kind[i] for kind in norms)) for i in range(2))
+    figure = new_figure(2.7 * len(columns) + 1.6, 2.1 * len(rows) + 1.2)
+    panels = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)
+    for (column, row), values in norms.items():
+        panel = panels[rows.index(row), columns.index(column)]
+        values = np.asarray(values, np.float64)
+        layers = np.arange(1, values.shape[1] + 1)
+        for name, line, color, style in zip(
+            lines, values, cycle(LINE_COLORS), cycle(LINE_STYLES), strict=False
+        ):
+            last = line[-1] if line[-1] > 0 else np.nan
+            shares = np.where(line > 0, line / last, np.nan)  # a logarithm has no place for zeros
+            panel.plot(layers, shares, style, color=color, label=name, linewidth=1.8)
+        panel.axhline(1e-3, color="0.6", linewidth=0.8)
+        panel.set_yscale("log")
+        panel.set_xticks(layers)
+        panel.tick_params(labelsize=8)
+        panel.grid(color="0.92")
+        panel.spines[["top", "right"]].set_visible(False)
+        if row == rows[0]:
+            panel.set_title(column, fontsize=11)
+        if column == columns[0]:
+            panel.set_ylabel(row, fontsize=11)
+    panels[-1, 0].text(layers[-1], 1.2e-3, "1/1,000: vanished", color="0.4", fontsize=8, ha="right")
+    low, high = panels[0, 0].get_ylim()
+    panels[0, 0].set_ylim(max(low, 1e-9), min(high, 1e6))
+    figure.supxlabel("layer (the loss is on the right, the gradient goes to the left)", fontsize=10)
+    figure.supylabel("gradient of the weighted sums (norm), as a share of the last layer's", fontsize=10)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", title="first weights", frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
+def saturation(shares: Mapping[str, Any], rows: Sequence[str], what: Mapping[str, str], title: str) -> Figure:
+    """Draw which share of each layer is shut: values on the flat of a sigmoid or tanh, relus that never open.
+
+    Args:
+        shares: by activation, `[rows, layers]` in [0, 1].
+        rows: what each row is.
+        what: by activation, what the shares are of.
+        title: the figure's.
+
+    Returns:
+        A figure with a panel an activation.
+
+    >>> saturation({"relu": [[0.0, 0.5]]}, ["He"], {"relu": "dead nodes"}, "Half").axes[0].get_title()
+    'relu: dead nodes'
+    """
+    figure = new_figure(4.2 * len(shares) + 1.6, 0.5 * len(rows) + 1.9)
+    panels = figure.subplots(1, len(shares), squeeze=False, sharey=True)[0]
+    for panel, (name, values) in zip(panels, shares.items(), strict=True):
+        drawn = _shares(panel, np.asarray(values, np.float64))
+        panel.set_title(f"{name}: {what[name]}", fontsize=11)
+        panel.set_xticks(range(np.shape(values)[1]), range(1, np.shape(values)[1] + 1))
+        panel.set_yticks(range(len(rows)), rows)
+        panel.set_xlabel("layer")
+    panels[0].set_ylabel("first weights")
+    figure.colorbar(drawn, ax=list(panels), label="share of the layer (%)", pad=0.01)
+    figure.suptitle(title)
+    return figure
+
+
+def learned(accuracies: Kinds, rows: Sequence[str], depths: Sequence[int], title: str) -> Figure:
+    """Draw which networks have learned: a panel a wiring, a group of rows an activation, a column a depth.
+
+    Args:
+        accuracies: by activation and wiring, `[rows, depths]` in [0, 1].
+        rows: what each row of a group is.
+        depths: numbers of hidden layers.
+        title: the figure's.
+
+    Returns:
+        A figure with a panel a wiring.
+
+    >>> learned({("relu", "plain"): [[0.5, 0.9]]}, ["He"], [1, 2], "Two").axes[0].get_title()
+    'plain'
+    """
+    activations, wirings = (list(dict.fromkeys(kind[i] for kind in accuracies)) for i in range(2))
+    n = len(rows)
+    figure = new_figure(3.1 * len(wirings) + 2.8, 0.27 * n * len(activations) + 1.8)
+    panels = figure.subplots(1, len(wirings), squeeze=False, sharey=True)[0]
+    for panel, wiring in zip(panels, wirings, strict=True):
+        drawn = _shares(panel, np.concatenate([np.asarray(accuracies[name, wiring]) for name in activations]))
+        for group in range(1, len(activations)):
+            panel.axhline(n * group - 0.5, color="white", linewidth=4)
+        panel.set_title(wiring, fontsize=11)
+        panel.set_xticks(range(len(depths)), depths)
+        panel.set_xlabel("hidden layers")
+        panel.set_yticks(range(n * len(activations)), list(rows) * len(activations), fontsize=9)
+    for group, name in enumerate(activations):
+        panels[0].text(
+            -0.36, n * (group + 0.5) - 0.5, name, rotation=90, va="center", ha="center", fontsize=11,
+            transform=panels[0].get_yaxis_transform(),
+        )  # fmt: skip
+    figure.colorbar(drawn, ax=list(panels), label="test digits right (%)", pad=0.01)
+    figure.supxlabel("10 %: it guesses; 0 %: its numbers are no longer finite", fontsize=10)
+    figure.suptitle(title)
+    return figure
+
+
+def _shares(panel: Any, values: np.ndarray) -> Any:
+    """Draw shares as colored cells with their percentages in them."""
+    drawn = panel.imshow(
+        100 * values, cmap="cividis", vmin=0, vmax=100, aspect="auto", interpolation="nearest"
     )
-    if runs.options(config) != runs.options(Config(seed=config.seed)):
-        return f"{reached} (nothing was promised for these options)"
-    enough = share < 1e-3 and stuck < 0.2 and min(repaired.values()) >= PROMISED
-    expected = f"below 1e-03 and 20 %, and at least {100 * PROMISED:.0f} %"
-    return f"{reached}; expected {expected}: {'reached' if enough else 'NOT reached'}"
+    for row, column in np.ndindex(*values.shape):
+        color = "black" if values[row, column] > 0.5 else "white"
+        text = f"{100 * values[row, column]:.0f}"
+        panel.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
+    panel.tick_params(length=0)
+    return drawn

@@ -5,16 +5,18 @@ Some twenty shapes are few enough to try them all; a search library would have n
 
 from __future__ import annotations
 
-# Before what takes long to import, so that Ctrl-C is answered from the first moment.
+# Before the slow imports, so that Ctrl-C works from the start.
 if __name__ == "__main__":
-    from gradfn.cli import script
+    from _script import run_script
 
-    script(__file__)
+    run_script(__file__)
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +25,29 @@ import optax
 
 import gradfn as gf
 from gradfn import runs
-from gradfn.report.figures import save_all
-from gradfn.report.width import search_map, trade
+from gradfn.report.figures import LINE_COLORS, LINE_STYLES, new_figure
+
+from ._common import DigitOptions, batch_for, conclude, defaults, load_digits
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 EXPECTED = (
-    "the base case (784-397-10) within 1 percentage point of the best of 22 networks on test digits, and one with a "
-    "tenth of its parameters within 1.5; in two minutes"
+    runs.Expectation("test accuracy of the base case", unit="%"),
+    runs.Expectation("of the best network", unit="%"),
+    runs.Expectation("base case below the best", at_most=0.01, unit="%"),
+    runs.Expectation(
+        "parameters of the smallest network within 1.5 points of the best / base case", at_most=0.1
+    ),
 )
-PROMISED_BASE, PROMISED_SMALL = 0.010, 0.015  # of test accuracy, below the best
+
+# Test accuracy below the best at which a smaller network counts as nearly as good.
+NEARLY = 0.015
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DigitOptions):
     """Options of a run; every width is tried with every depth, but for what has too many parameters."""
 
     widths: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 397, 794)
@@ -51,18 +64,9 @@ class Config:
     """digits a step"""
     rate: float = 0.003
     """AdamW's learning rate at the start; it falls to zero on half a cosine"""
-    data: Literal["digits", "mnist"] = "digits"
-    """digits: 1,797 real ones that come with scikit-learn, 8x8 resized to 28x28 (not MNIST); mnist: the 70,000"""
-    data_path: str | None = None
-    """folder with MNIST's four files (else $GRADFN_MNIST, else a download into the cache)"""
-    seed: int = 0
-    """the first of the seeds"""
-    resume: bool = False
-    """go on with an interrupted run: the latest, or that in --folder"""
-    folder: str | None = None
-    """where to keep the run (else runs/width/<time>)"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for width in self.widths:
             runs.within(1, None, widths=width)
         for depth in self.depths:
@@ -90,16 +94,14 @@ class Result(NamedTuple):
     base: Tried  # one hidden layer, as wide as the mean of inputs and outputs
     best: Tried  # by validation accuracy
     folder: Path
-    verdict: str
+    outcome: runs.Outcome
 
 
 def run(config: Config) -> Result:
     """Train every shape with every seed, compare, and draw; what it writes is in the result's folder."""
     config = runs.settle("width", config)
-    data = gf.data.mnist(config.data_path) if config.data == "mnist" else gf.data.digits()
-    print(data if config.data == "mnist" else f"{data}\n(8x8 pixels, resized: this is not MNIST)")
-    if config.batch > len(data.train[1]):
-        raise runs.RunError(f"batch: there are {len(data.train[1]):,} training digits, got {config.batch}")
+    data = load_digits(config)
+    batch_for(config, len(data.train[1]), "training digits")
     folder = runs.begin("width", config)
     base_width = gf.hidden_width(784, 10)
     tried = []
@@ -113,18 +115,16 @@ def run(config: Config) -> Result:
     # By validation, so that the test digits have no part in the choice.
     best = max(tried, key=lambda one: one.validation.mean())
 
-    small = smallest(tried, best, PROMISED_SMALL)
+    small = smallest(tried, best, NEARLY)
     marked = {"base": base, "best": best, "small": small}
     rows = [one._asdict() | {name: one is its for name, its in marked.items()} for one in tried]
     figures = {"trade": trade(rows), "map": search_map(rows)}
-    save_all(figures, folder, data.name)
-    verdict = judge(config, tried, base, best)
-    told = [
+    outcome = judge(config, tried, base, best)
+    rows_of_json = [
         one._replace(validation=one.validation.tolist(), test=one.test.tolist())._asdict() for one in tried
     ]
-    runs.finish(folder, {"tried": told, "verdict": verdict})
-    print(f"{verdict}\npictures: {folder}/trade.png, map.png")
-    return Result(tried, base, best, folder, verdict)
+    conclude(folder, outcome, figures, data.name, tried=rows_of_json)
+    return Result(tried, base, best, folder, outcome)
 
 
 def sizes(width: int, depth: int) -> list[int]:
@@ -183,17 +183,153 @@ def smallest(tried: list[Tried], best: Tried, within: float) -> Tried:
     return min(enough, key=lambda one: one.parameters)
 
 
-def judge(config: Config, tried: list[Tried], base: Tried, best: Tried) -> str:
-    """Say what was reached against what was expected."""
-    behind = float(best.test.mean() - base.test.mean())
-    small = smallest(tried, best, PROMISED_SMALL)
-    reached = (
-        f"the base case (1 x {base.width}, {base.parameters:,} parameters) has {100 * base.test.mean():.1f} % right, "
-        f"the best ({best.depth} x {best.width}, {best.parameters:,}) {100 * best.test.mean():.1f} %; "
-        f"{small.depth} x {small.width} with {small.parameters:,} is within {100 * PROMISED_SMALL:.1f} points of it"
+def judge(config: Config, tried: list[Tried], base: Tried, best: Tried) -> runs.Outcome:
+    """Compare the base case with the best network, and with the smallest that is nearly as good."""
+    accuracies = base.test.mean(), best.test.mean()
+    small = smallest(tried, best, NEARLY)
+    measured = {
+        "test accuracy of the base case": accuracies[0],
+        "of the best network": accuracies[1],
+        "base case below the best": accuracies[1] - accuracies[0],
+        "parameters of the smallest network within 1.5 points of the best / base case": small.parameters
+        / base.parameters,
+    }
+    return runs.judge(EXPECTED, measured, defaults(config))
+
+
+Rows = Sequence[dict[str, Any]]  # width, depth, parameters, seconds, test [seeds], base, best, small
+
+
+def trade(rows: Rows) -> Figure:
+    """Draw what accuracy costs: in parameters, and in time to train.
+
+    Args:
+        rows: a dict a shape: `width`, `depth`, `parameters`, `seconds`, `test` (accuracies, one a seed), and
+            whether it is the `base` case, the `best` by validation, the smallest that is nearly as good (`small`).
+
+    Returns:
+        A figure with two panels, a line a depth; base case, best and smallest are marked.
+
+    >>> row = {"width": 8, "depth": 1, "parameters": 90, "seconds": 0.1, "test": [0.9], "base": True, "best": True}
+    >>> small = {**row, "width": 4, "parameters": 45, "base": False, "small": True}
+    >>> trade([{**row, "small": False}, small]).get_suptitle()
+    'The base case (1 x 8) reads 90.0 %, the best of 2 (1 x 8) 90.0 %, 1 x 4 with 1/2 of the parameters 90.0 %'
+    """
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    figure = new_figure(11.5, 4.8)
+    panels = figure.subplots(1, 2, sharey=True)
+    depths = sorted({row["depth"] for row in rows})
+    marks = {
+        "base": "base case: mean(in, out)",
+        "best": "best by validation",
+        "small": "smallest nearly as good",
+    }
+    for panel, cost in zip(panels, ("parameters", "seconds"), strict=True):
+        for depth, color, style in zip(depths, cycle(LINE_COLORS), cycle(LINE_STYLES), strict=False):
+            members = sorted((row for row in rows if row["depth"] == depth), key=lambda row: row["width"])
+            costs, wrong = [row[cost] for row in members], [_wrong(row) for row in members]
+            label = f"{depth} hidden layer{'s' if depth > 1 else ''}"
+            # Times of the smallest networks are noise, so that a line through them would be a tangle.
+            line = style if cost == "parameters" else "none"
+            panel.plot(costs, wrong, "o", linestyle=line, color=color, markersize=5, label=label)
+            if cost == "parameters" and depth == depths[0]:
+                for row, x, y in zip(members, costs, wrong, strict=True):
+                    where: dict[str, Any] = {
+                        "xy": (x, y),
+                        "xytext": (0, -16),
+                        "textcoords": "offset points",
+                        "ha": "center",
+                    }
+                    panel.annotate(str(row["width"]), **where, fontsize=8, color=color)
+        for which, marker in (("base", "*"), ("best", "o"), ("small", "s")):
+            row = next(row for row in rows if row[which])
+            look: dict[str, Any] = {
+                "markersize": 15,
+                "fillstyle": "none",
+                "markeredgewidth": 1.5,
+                "label": marks[which],
+            }
+            panel.plot(row[cost], _wrong(row), marker, color="black", linestyle="none", zorder=5, **look)
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.grid(color="0.92")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.yaxis.set_major_locator(FixedLocator([1, 2, 3, 5, 10, 20, 30, 50, 100]))
+        panel.yaxis.set_major_formatter("{x:g} %")
+        panel.yaxis.set_minor_locator(NullLocator())
+    panels[0].set_ylim(bottom=0.85 * panels[0].get_ylim()[0])  # room for the numbers
+    panels[0].set_xlabel("parameters (numbers: nodes in the one hidden layer)")
+    panels[1].set_xlabel("time to train one network (s)")
+    panels[0].set_ylabel("test examples wrong (mean over the seeds)")
+    panels[1].legend(frameon=False, loc="upper right")
+    base, best, small = (next(row for row in rows if row[which]) for which in marks)
+    told = [f"{100 - _wrong(row):.1f} %" for row in (base, best, small)]
+    figure.suptitle(
+        f"The base case ({_name(base)}) reads {told[0]}, the best of {len(rows)} ({_name(best)}) {told[1]}, "
+        f"{_name(small)} with 1/{base['parameters'] / small['parameters']:.0f} of the parameters {told[2]}"
     )
-    if runs.options(config) != runs.options(Config(seed=config.seed)):
-        return f"{reached} (nothing was promised for these options)"
-    enough = behind <= PROMISED_BASE and small.parameters <= base.parameters / 10
-    expected = f"at most {100 * PROMISED_BASE:.0f} point behind, and a tenth of its parameters"
-    return f"{reached}; expected {expected}: {'reached' if enough else 'NOT reached'}"
+    return figure
+
+
+def search_map(rows: Rows) -> Figure:
+    """Draw the accuracy of every shape that was tried, as a table of depths and widths.
+
+    Args:
+        rows: as for `trade`.
+
+    Returns:
+        A figure with one panel; the base case and the best have frames.
+
+    >>> row = {"width": 4, "depth": 1, "parameters": 90, "seconds": 0.1, "test": [0.9], "base": True, "best": True}
+    >>> search_map([row]).get_suptitle()
+    'All 1 shapes: from 90.0 % (1 x 4) to 90.0 % (1 x 4) of the test examples right'
+    """
+    from matplotlib.patches import Rectangle
+
+    widths, depths = (sorted({row[name] for row in rows}) for name in ("width", "depth"))
+    values = np.full([len(depths), len(widths)], np.nan)
+    figure = new_figure(0.95 * len(widths) + 2.6, 0.7 * len(depths) + 2.0)
+    panel = figure.subplots()
+    for row in rows:
+        values[depths.index(row["depth"]), widths.index(row["width"])] = 100 * np.mean(row["test"])
+    low, high = np.nanmin(values), np.nanmax(values)
+    # Most shapes differ by little: the colors begin where the better half does.
+    drawn = panel.imshow(
+        values, cmap="cividis", vmin=2 * np.nanmedian(values) - high, vmax=high, aspect="auto"
+    )
+    middle = sum(drawn.get_clim()) / 2
+    for (i, j), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            panel.text(
+                j, i, f"{value:.1f}", ha="center", va="center", color="black" if value > middle else "white"
+            )
+    for row in rows:
+        corner = widths.index(row["width"]) - 0.47, depths.index(row["depth"]) - 0.46
+        for which, color in (("best", "black"), ("base", LINE_COLORS[1])):
+            if row[which]:
+                panel.add_patch(Rectangle(corner, 0.94, 0.92, fill=False, edgecolor=color, linewidth=3))
+    panel.set_xticks(range(len(widths)), widths)
+    panel.set_yticks(range(len(depths)), depths)
+    panel.tick_params(length=0)
+    panel.set_xlabel(
+        "nodes in each hidden layer (orange: the base case; black: best by validation; blank: too many parameters)"
+    )
+    panel.set_ylabel("hidden layers")
+    extend = "min" if low < drawn.get_clim()[0] else "neither"
+    figure.colorbar(drawn, ax=panel, label="test examples right (%)", extend=extend, pad=0.02)
+    worst, top = (pick(rows, key=lambda row: np.mean(row["test"])) for pick in (min, max))
+    figure.suptitle(
+        f"All {len(rows)} shapes: from {low:.1f} % ({_name(worst)}) to {high:.1f} % ({_name(top)}) "
+        "of the test examples right"
+    )
+    return figure
+
+
+def _wrong(row: dict[str, Any]) -> float:
+    """Return the share of test examples that a shape has wrong, in percent; at least a hundredth, for a logarithm."""
+    return max(100 * (1 - float(np.mean(row["test"]))), 0.01)
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['depth']} x {row['width']}"

@@ -1,7 +1,7 @@
 """The command line: `gradfn run digits --hidden 30`, `gradfn report digits`, `gradfn list`.
 
-An experiment is a module in `experiments/` with a line that says what it does, `EXPECTED` (what it comes to),
-`Config` (a dataclass of options) and `run(config)`. A user's mistake is answered with one line and exit code 2.
+An experiment is a module in `experiments/` with a line that says what it does, `EXPECTED` (its expectations), `Config`
+(a dataclass of options, a text below each) and `run(config)`. A mistake of the user gets one line and exit code 2.
 Importing this module does not import jax: until that has been imported, a signal ends the process at once.
 """
 
@@ -10,19 +10,15 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
-import difflib
 import functools
 import importlib.util
-import io
 import itertools
-import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from itertools import dropwhile, takewhile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gradfn.console import (
     ENDED,
@@ -36,6 +32,10 @@ from gradfn.console import (
     stop,
     stop_at_once,
 )
+from gradfn.options import near, read_options
+
+if TYPE_CHECKING:
+    from gradfn.report.page import About
 
 USAGE = """\
 gradfn: networks as pure functions over plain dicts of arrays, with every gradient visible
@@ -50,7 +50,7 @@ gradfn: networks as pure functions over plain dicts of arrays, with every gradie
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line."""
+    """A mistake of the user, reported in one line."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,7 +135,7 @@ def _command(words: list[str]) -> int:
         case ["run", name, *options]:
             found = experiments()
             if name not in found:
-                raise UserError(f"no experiment {name!r}{_near(name, found)}; there are {', '.join(found)}")
+                raise UserError(f"no experiment {name!r}{near(name, found)}; there are {', '.join(found)}")
             return _run(found[name], options, f"gradfn run {name}")
         case ["report", *rest]:
             return _report(rest)
@@ -143,39 +143,63 @@ def _command(words: list[str]) -> int:
             return _sample(rest)
         case [name, *_]:
             commands = ("run", "report", "sample", "list", "table", "--help", "--version")
-            raise UserError(f"no command {name!r}{_near(name, commands)}; there are {', '.join(commands)}")
+            raise UserError(f"no command {name!r}{near(name, commands)}; there are {', '.join(commands)}")
     sys.stdout.flush()  # here, so that what cannot be written is told of
     return 0
 
 
 def experiments() -> dict[str, Path]:
-    """Return the experiments there are, by name: those in gradfn itself (a wheel) or beside it (a clone)."""
-    package = Path(__file__).parent
-    for folder in (package / "experiments", package.parent / "experiments"):
-        files = sorted(file for file in folder.glob("*.py") if not file.stem.startswith("_"))
-        if files:
-            return {file.stem: file for file in files}
-    raise UserError(f"no experiments in {package / 'experiments'} or {package.parent / 'experiments'}")
+    """Return the files of the experiments, by name."""
+    from gradfn.experiments import __path__ as folders
+
+    files = sorted(file for file in Path(folders[0]).glob("*.py") if not file.stem.startswith("_"))
+    if not files:
+        raise UserError(f"no experiments in {folders[0]}")
+    return {file.stem: file for file in files}
 
 
 def _list() -> None:
+    from gradfn.runs import listed
+
     found = experiments()
     width = max(map(len, found))
     for name, file in found.items():
-        what, expected = _described(file)
-        print(f"{name:{width}}  {what}")
-        print(f"{'':{width}}  Expect {expected}.")
+        about = _about(file)
+        print(f"{name:{width}}  {about.what}")
+        print(f"{'':{width}}  Expected: {listed(about.expected)}.")
 
 
-def _described(file: Path) -> tuple[str, str]:
-    """Return an experiment's first line and what to expect of it, without importing what it imports."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    what = (ast.get_docstring(tree) or "").partition("\n")[0]
-    expected = ""
-    for node in tree.body:
+@functools.cache
+def _about(file: Path) -> About:
+    """Return what an experiment's file says about it and its options, without running it: its imports are slow."""
+    from gradfn.report.page import About
+    from gradfn.runs import Expectation
+
+    files = [file, *filter(Path.exists, [file.with_name("_common.py")])]
+    trees = [ast.parse(each.read_text(encoding="utf-8")) for each in files]
+    classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
+    expected: list[Expectation] = []
+    for node in trees[0].body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "EXPECTED":
-            expected = ast.literal_eval(node.value)
-    return what, expected
+            for call in getattr(node.value, "elts", []):
+                literals = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+                expected.append(Expectation(ast.literal_eval(call.args[0]), **literals))
+    what = (ast.get_docstring(trees[0]) or "").partition("\n")[0]
+    return About(what, tuple(expected), dict(_option_texts("Config", classes)))
+
+
+def _option_texts(name: str, classes: Mapping[str, ast.ClassDef]) -> Iterator[tuple[str, tuple[str, Any]]]:
+    """Yield the options of a class and then of its bases: the name, the text below it and the default."""
+    if name not in classes:
+        return
+    for field, text in itertools.pairwise(classes[name].body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and field.value:
+            # A default that is computed is not shown.
+            with contextlib.suppress(ValueError):
+                default = ast.literal_eval(field.value)
+                yield ast.unparse(field.target), (ast.literal_eval(text.value), default)
+    for base in classes[name].bases:
+        yield from _option_texts(ast.unparse(base), classes)
 
 
 def _table(words: list[str]) -> None:
@@ -205,9 +229,7 @@ def _report(words: list[str]) -> int:
                 if not out:
                     raise UserError("--out wants a file's name")
             elif word.startswith("-"):
-                raise UserError(
-                    f"no option {word!r}{_near(option, ['--out', '--help'])}; there is --out FILE"
-                )
+                raise UserError(f"no option {word!r}{near(option, ['--out', '--help'])}; there is --out FILE")
             else:
                 runs.append(word)
         if not 1 <= len(runs) <= 2:
@@ -225,22 +247,6 @@ def _report(words: list[str]) -> int:
     return 0
 
 
-@functools.cache
-def _about(file: Path) -> Any:
-    """Return what an experiment says of itself and of its options, without importing what it imports."""
-    from gradfn.report.page import About
-
-    options = {}
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef) and node.name == "Config":
-            for field, meaning in itertools.pairwise(node.body):
-                if isinstance(field, ast.AnnAssign) and isinstance(meaning, ast.Expr):
-                    with contextlib.suppress(ValueError):  # a default that is computed
-                        default = ast.literal_eval(field.value) if field.value else ...
-                        options[ast.unparse(field.target)] = (ast.literal_eval(meaning.value), default)
-    return About(*_described(file), options)
-
-
 def _sample(words: list[str]) -> int:
     from gradfn.runs import sample
 
@@ -250,8 +256,9 @@ def _sample(words: list[str]) -> int:
     try:
         if not run:
             raise UserError("it wants a run's folder, or an experiment's name for its latest run")
-        what = (sample.__doc__ or "").partition("\n")[0]
-        config = _options(sample.Config, what, options, command, sample.Config())
+        about = _about(Path(sample.__file__))
+        texts = {name: text for name, (text, _) in about.options.items()}
+        config = read_options(sample.Config(), options, command, about.what, texts)
         found = experiments()
         writers = [name for name, file in found.items() if "save_model(" in file.read_text(encoding="utf-8")]
         if run in found and run not in writers and not Path(run).exists():
@@ -316,12 +323,18 @@ def _told(error: BaseException) -> str:
 
 
 def _load(file: Path) -> ModuleType:
-    name = f"gradfn_experiment_{file.stem}"
+    """Import an experiment's file under the one name that experiments have."""
+    import gradfn.experiments
+
+    name = f"{gradfn.experiments.__name__}.{file.stem}"
+    if (module := sys.modules.get(name)) and module.__file__ == str(file):
+        return module
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise UserError(f"{file} is no Python file")
+        raise UserError(f"{file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look for the types that annotations name
+    # Dataclasses look here for the types that annotations name.
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -330,71 +343,17 @@ def _config(module: ModuleType, words: list[str], command: str) -> Any:
     """Read an experiment's options; with --resume the stored ones are the defaults, and given ones must agree."""
     from gradfn import runs
 
-    config = _parse(module, words, command, module.Config())
-    was = runs.stored(Path(module.__file__ or "").stem, config) if config.resume else None
-    if was is None:
+    file = Path(module.__file__ or "")
+    about = _about(file)
+    description = f"{about.what}\n\nExpected: {runs.listed(about.expected)}."
+    texts = {name: text for name, (text, _) in about.options.items()}
+    config = read_options(module.Config(), words, command, description, texts)
+    before = runs.stored(file.stem, config) if config.resume else None
+    if before is None:
         return config
-    # What is now other than stored was said on the command line, even where it is the experiment's default.
-    config = _parse(module, words, command, dataclasses.replace(was, resume=False))
-    return runs.merge(config, was, was)
-
-
-def _parse(module: ModuleType, words: list[str], command: str, default: Any) -> Any:
-    what, expected = (module.__doc__ or "").partition("\n")[0], module.EXPECTED
-    return _options(module.Config, f"{what}\n\nExpect {expected}.", words, command, default)
-
-
-def _options(kind: type, description: str, words: list[str], command: str, default: Any) -> Any:
-    """Read the options of a dataclass from the command line."""
-    try:
-        import tyro
-    except ImportError as error:
-        raise UserError("options need tyro: pip install 'gradfn[run]'") from error
-
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            config, unknown = tyro.cli(
-                kind,
-                prog=command,
-                description=description,
-                args=words,
-                default=default,
-                return_unknown_args=True,
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
-    except SystemExit as end:
-        if end.code:
-            raise UserError(_one_line(said.getvalue())) from None
-        raise
-    if unknown:
-        known = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(kind)]
-        word = unknown[0].partition("=")[0]
-        raise UserError(f"no option {word!r}{_near(word, known)}; there are {', '.join(known)}")
-    return config
-
-
-def _one_line(box: str) -> str:
-    """Return what one of tyro's boxes says under its title, without the frame (of lines or, in ASCII, dashes)."""
-    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
-    under_title = dropwhile(_is_rule, lines[1:])
-    text = " ".join(takewhile(lambda line: not _is_rule(line), under_title))
-    text = text.removeprefix("Error parsing Config: ").removeprefix("Error parsing ")
-    option, _, reason = text.partition(": ")
-    came = re.findall(r"'(.*?)'", reason)
-    for kind, word in {"int": "a whole number", "float": "a number"}.items():
-        if option.startswith("--") and re.search(rf"\b{kind}\b", reason.lower()) and came:
-            return f"{option}: expected {word}, came {came[-1]}"
-    return text
-
-
-def _is_rule(line: str) -> bool:
-    return not line.strip("─-")
-
-
-def _near(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f" (did you mean {near[0]}?)" if near else ""
+    # What differs from the stored option was given on the command line, even where it is the experiment's default.
+    default = dataclasses.replace(before, resume=False)
+    return runs.merge(read_options(default, words, command, description, texts), before, before)
 
 
 def _fail(message: str, code: int) -> int:

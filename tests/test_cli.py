@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 from gradfn import runs
 
-EXPECTED = "nothing " "much"
+EXPECTED = (runs.Expectation("depth", at_least=3, unit="m"),)
 
 @dataclass(frozen=True)
 class Config:
@@ -52,7 +52,7 @@ def run(config):
         raise KeyboardInterrupt
     if config.hidden == 14:
         raise FloatingPointError("the loss became nan at step 3")
-    runs.finish(folder, {})
+    runs.finish(folder, runs.judge(EXPECTED, {"depth": 2}))
     print(f"hidden={config.hidden} rate={config.rate} data={config.data}")
 '''
 
@@ -115,11 +115,11 @@ def test_table_counts(capsys, sizes, caption):
         ("run echo --hiden 3", "no option '--hiden' (did you mean --hidden?); there are --hidden, --rate"),
         ("run echo --hiden=3", "no option '--hiden' (did you mean --hidden?)"),
         ("run echo 3", "no option '3'; there are --hidden"),
-        ("run echo --hidden x", "gradfn run echo: --hidden: expected a whole number, came x"),
-        ("run echo --hidden 1.5", "--hidden: expected a whole number, came 1.5"),
-        ("run echo --hidden", "Missing value for argument '--hidden'"),
-        ("run echo --rate fast", "--rate: expected a number, came fast"),
-        ("run echo --data cifar", "invalid choice 'cifar' for argument '--data'"),
+        ("run echo --hidden x", "gradfn run echo: --hidden: expected an integer, got x"),
+        ("run echo --hidden 1.5", "--hidden: expected an integer, got 1.5"),
+        ("run echo --hidden", "argument --hidden: expected one argument"),
+        ("run echo --rate fast", "--rate: expected a number, got fast"),
+        ("run echo --data cifar", "--data: expected one of digits, mnist, got cifar"),
         ("run echo --hidden 0", "gradfn run echo: hidden must be an integer >= 1, got 0"),
         ("run echo --folder experiments/echo.py", "experiments/echo.py: cannot become a run's folder"),
         ("list all", "gradfn: list takes nothing more, came all"),
@@ -152,14 +152,16 @@ def test_options_reach_the_experiment(capsys):
 def test_help_of_an_experiment_shows_its_options_and_what_to_expect(capsys):
     code, out, err = said(capsys, "run", "echo", "--help")
     assert (code, err) == (0, "")
-    assert all(text in out for text in ("--hidden INT", "nodes in the hidden layer", "Expect nothing much."))
+    assert all(
+        text in out for text in ("--hidden INT", "nodes in the hidden layer", "Expected: depth at least 3 m.")
+    )
 
 
 def test_list_says_what_there_is_without_running_any_of_it(tmp_path, monkeypatch, capsys):
     (tmp_path / "echo.py").write_text(EXPERIMENT + "\nraise AssertionError('imported')\n")
     monkeypatch.setattr(cli, "experiments", lambda: {"echo": tmp_path / "echo.py"})
     code, out, _ = said(capsys, "list")
-    assert (code, out) == (0, "echo  Say what it was asked.\n      Expect nothing much.\n")
+    assert (code, out) == (0, "echo  Say what it was asked.\n      Expected: depth at least 3 m.\n")
 
 
 def test_every_experiment_says_what_it_does_and_what_to_expect(capsys):
@@ -216,7 +218,7 @@ def test_processes_end_with_the_exit_code(command):
     )
     assert (found.returncode, found.stdout) == (2, "")
     assert re.fullmatch(
-        r"(gradfn run digits|python \S*digits.py): --hidden: expected .* came x\n", found.stderr
+        r"(gradfn run digits|python \S*digits.py): --hidden: expected .* got x\n", found.stderr
     )
 
 

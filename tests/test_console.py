@@ -49,13 +49,13 @@ class Console(io.TextIOWrapper):
         ("report", "it wants a run's folder", 2),
         ("sample λ", "neither a run's folder", 2),
         ("run ψ", "no experiment", 2),
-        ("run digits --hidden ½", "expected a whole number", 2),
+        ("run digits --hidden ½", "expected an integer", 2),
         ("列表", "no command", 2),
     ],
 )
 def test_what_a_console_lacks_is_replaced(tmp_path, monkeypatch, encoding, words, said, code):
     monkeypatch.chdir(tmp_path)
-    write_run(tmp_path / "run", verdict="R² 0.5 → 0.6")
+    write_run(tmp_path / "run", name="R² →")
     out, err = Console(encoding), Console(encoding)
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)

@@ -37,7 +37,7 @@ def commands():
 
 def shorten(arguments):
     """Leave a run as written but for the time that it takes: one seed, one layer, an epoch or a few steps."""
-    options = import_module(f"experiments.{arguments[1]}").Config.__dataclass_fields__
+    options = import_module(f"gradfn.experiments.{arguments[1]}").Config.__dataclass_fields__
     for name, least in {"epochs": "1", "steps": "2", "warmup": "0", "seeds": "1", "layers": "1"}.items():
         if f"--{name}" in arguments:
             arguments[arguments.index(f"--{name}") + 1] = least

@@ -78,7 +78,7 @@ def test_resume_goes_on_with_the_latest_that_has_begun(capsys):
     capsys.readouterr()
     runs.begin("toy", config)
     assert capsys.readouterr().out == f"resuming in {latest}\n"
-    runs.finish(latest, {"accuracy": 1.0})
+    runs.finish(latest, runs.Outcome({"accuracy": 1.0}))
     runs.begin("toy", config)
     assert "has finished: computing" in capsys.readouterr().out
 
@@ -148,7 +148,7 @@ def test_the_latest_run_is_the_one_that_began_last_whatever_its_name():
     assert runs.settle("toy", Config(resume=True)).folder == str(later)
     # What happens in a folder later does not make its run begin later.
     (named / "versions.json").touch()
-    runs.finish(named, {})
+    runs.finish(named, runs.Outcome())
     assert runs.latest("toy") == later
     # Runs of an earlier version have not kept it: when their options were written counts.
     for folder, time in ((named, 2e9), (later, 1e9)):
@@ -186,7 +186,7 @@ def snapshot(folder):
 
 def test_a_folder_has_one_run_at_a_time_and_none_once_its_process_is_dead(tmp_path):
     folder = start(Config(folder="here"))
-    runs.finish(folder, {})
+    runs.finish(folder, runs.Outcome())
     (tmp_path / "fresh").mkdir()
     with subprocess.Popen(
         [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT
@@ -209,14 +209,14 @@ def test_a_run_lets_go_of_its_folder_at_its_end():
     folder = start(Config(folder="here"))
     with pytest.raises(FileError, match="in use"), ThreadPoolExecutor() as pool:
         pool.submit(runs.begin, "toy", Config(folder="here", resume=True)).result()
-    runs.finish(folder, {})
+    runs.finish(folder, runs.Outcome())
     with ThreadPoolExecutor() as pool:
         pool.submit(lambda: runs.disown(runs.begin("toy", Config(folder="here", resume=True)))).result()
 
 
 def test_a_run_that_another_process_began_meanwhile_is_not_written_over(tmp_path):
     config = runs.settle("toy", Config(folder="here"))
-    runs.finish(start(Config(hidden=3, folder="here")), {})
+    runs.finish(start(Config(hidden=3, folder="here")), runs.Outcome())
     before = snapshot(tmp_path / "here")
     with pytest.raises(runs.RunError, match="here already contains a run"):
         runs.begin("toy", config)
@@ -248,7 +248,7 @@ def test_no_write_into_a_run_follows_a_link(tmp_path):
         (folder / f".{name}.part").symlink_to(mine)
     runs.keep_training(folder, [{"step": 1, "loss": 1.0}], {"w": np.ones(1)})
     save(curves([{"step": 1, "loss": 1.0}]), folder / "curves.png")
-    runs.finish(folder, {"verdict": "done"})
+    runs.finish(folder, runs.Outcome())
     write_report([folder])
     assert mine.read_text(encoding="utf-8") == "mine"
     assert not any((folder / name).is_symlink() for name in names if name != "steps.txt")

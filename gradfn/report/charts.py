@@ -1,4 +1,4 @@
-"""Charts of a page, as SVG and HTML: pure functions from numbers to markup, coloured by the page's style sheet.
+"""Charts of a page, as SVG and HTML: pure functions from numbers to markup, colored by the page's style sheet.
 
 Their size does not grow with the numbers: what a screen cannot show is gathered in buckets (see `gradfn.runs.curve`),
 and the chart says so. Whatever the numbers are, all coordinates are finite.
@@ -28,13 +28,13 @@ class Line(NamedTuple):
 
     Attributes:
         name: in the legend.
-        colour: a number, the same for what belongs together.
-        dashed: for what is less important of the same colour.
+        color: a number, the same for what belongs together.
+        dashed: for what is less important of the same color.
         curve: its points, at least one of them finite.
     """
 
     name: str
-    colour: int
+    color: int
     dashed: bool
     curve: Curve
 
@@ -148,7 +148,7 @@ def _pieces(buckets: Sequence[Bucket]) -> list[list[Point]]:
 
 
 def _path(pieces: Sequence[Sequence[Point]], line: Line, at: At) -> str:
-    kind = f"line c{line.colour % 8}{' dashed' if line.dashed else ''}"
+    kind = f"line c{line.color % 8}{' dashed' if line.dashed else ''}"
     joined = "".join(_joined(piece, at) for piece in pieces if len(piece) > 1)
     path = f'<path class="{kind}" d="{joined}"/>' if joined else ""
     dots = [at(*piece[0]) for piece in pieces if len(piece) == 1]  # one point makes no line
@@ -169,7 +169,7 @@ def _band(buckets: Sequence[Bucket], line: Line, at: At) -> str:
         for edge in edges
         if edge
     ]
-    return f'<path class="band c{line.colour % 8}" d="{"".join(areas)}"/>'
+    return f'<path class="band c{line.color % 8}" d="{"".join(areas)}"/>'
 
 
 def _joined(points: Sequence[Point], at: At) -> str:
@@ -187,7 +187,7 @@ def _notes(lines: Sequence[Sequence[Bucket]], note: str) -> str:
 def _entry(line: Line, name: str, points: Sequence[Point], end: str) -> str:
     """Return a line's entry in the legend, with its points, so that the page can tell its value at any step."""
     told = json.dumps([[x, float(f"{y:.4g}")] for x, y in points])
-    key = f"key c{line.colour % 8}{' dashed' if line.dashed else ''}"
+    key = f"key c{line.color % 8}{' dashed' if line.dashed else ''}"
     return f'<li data-points="{told}"><i class="{key}"></i>{escape(name)} <b>{end}</b></li>'
 
 

@@ -26,12 +26,12 @@ Layout = Literal["constrained", "compressed"]  # compressed: for grids of images
 
 MAX_WEIGHT_IMAGES = 100  # more would be too small to read
 MAX_MISTAKES = 24
-LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito's, safe for colour-blind readers
+LINE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito's, safe for color-blind readers
 LINE_STYLES = ("-", "--", "-.", ":")  # so that the lines are told apart in black and white, too
 
 
 def weight_images(W: Any, shape: Sequence[int] = (28, 28), name: str = "W1", what: str = "node") -> Figure:
-    """Draw the rows of a weight matrix as images, on one diverging colour scale centred at zero.
+    """Draw the rows of a weight matrix as images, on one diverging color scale centered at zero.
 
     Row i holds the weights from every input into node i, so each image is what its node looks for.
 
@@ -42,14 +42,14 @@ def weight_images(W: Any, shape: Sequence[int] = (28, 28), name: str = "W1", wha
         what: what a row belongs to: a node, a filter.
 
     Returns:
-        A figure with an image a row, the first 100 where there are more, and a colour bar.
+        A figure with an image a row, the first 100 where there are more, and a color bar.
 
     Raises:
         ValueError: the rows do not have as many weights as the images have pixels.
 
     >>> from gradfn.report.figures import weight_images
     >>> figure = weight_images(np.ones([16, 784]))
-    >>> len(figure.axes)  # 16 images and the colour bar
+    >>> len(figure.axes)  # 16 images and the color bar
     17
     """
     W = np.asarray(W, np.float64)
@@ -64,7 +64,7 @@ def weight_images(W: Any, shape: Sequence[int] = (28, 28), name: str = "W1", wha
     n_columns = _columns(n_shown)
     n_rows = math.ceil(n_shown / n_columns)
     cell = min(1.4, 11 / n_columns)  # inches
-    figure = _figure(max(n_columns * cell + 1.2, 4.5), n_rows * (cell + 0.2) + 0.4, "compressed")
+    figure = new_figure(max(n_columns * cell + 1.2, 4.5), n_rows * (cell + 0.2) + 0.4, "compressed")
     panels = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
     for i, panel in enumerate(panels):
         panel.set_axis_off()
@@ -107,7 +107,7 @@ def curves(history: History, loss_unit: str = "nats", ends: Mapping[str, float] 
     names = dict.fromkeys(name for row in history for name in row)
     losses = [name for name in names if name.endswith("loss")]
     accuracies = [name for name in names if name.endswith("accuracy")]
-    figure = _figure(5.2 * (1 + bool(accuracies)), 4.0)
+    figure = new_figure(5.2 * (1 + bool(accuracies)), 4.0)
     panels = figure.subplots(1, 1 + bool(accuracies), squeeze=False).ravel()
     _lines(panels[0], history, losses, 1.0)
     panels[0].set_ylim(bottom=0)
@@ -148,14 +148,14 @@ def confusion(labels: Any, predictions: Any, what: str = "examples") -> Figure:
 
     totals = counts.sum(1)  # [classes]
     shares = counts / np.maximum(totals, 1)[:, None]
-    figure = _figure(0.62 * n_classes + 2.4, 0.55 * n_classes + 1.7)
+    figure = new_figure(0.62 * n_classes + 2.4, 0.55 * n_classes + 1.7)
     panel = figure.subplots()
     # The square root lets one mistake in a hundred be seen beside what is right.
     panel.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for true, said in np.ndindex(*counts.shape):
         if counts[true, said]:
-            colour = "white" if shares[true, said] > 0.4 else "black"
-            panel.text(said, true, str(counts[true, said]), ha="center", va="center", color=colour)
+            color = "white" if shares[true, said] > 0.4 else "black"
+            panel.text(said, true, str(counts[true, said]), ha="center", va="center", color=color)
     panel.set_xticks(range(n_classes))
     panel.set_yticks(range(n_classes))
     panel.set_xlabel("what the network said it is")
@@ -225,7 +225,7 @@ def mistakes(
         second, second_word = np.argsort(probabilities, 1)[:, -2], "next was"
     n_columns = min(8, max(len(chosen), 4))
     n_rows = max(1, math.ceil(len(chosen) / n_columns))
-    figure = _figure(1.4 * n_columns, 1.85 * n_rows + 0.4, "compressed")
+    figure = new_figure(1.4 * n_columns, 1.85 * n_rows + 0.4, "compressed")
     panels = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
     for panel in panels:
         panel.set_axis_off()
@@ -289,7 +289,17 @@ def save_all(figures: Mapping[str, Figure], folder: Path, data: str = "") -> lis
     return [save(figure, folder / f"{name}.png") for name, figure in figures.items()]
 
 
-def _figure(width: float, height: float, layout: Layout = "constrained") -> Figure:
+def new_figure(width: float, height: float, layout: Layout = "constrained") -> Figure:
+    """Return an empty figure, without pyplot's global state.
+
+    Args:
+        width: in inches.
+        height: in inches.
+        layout: "compressed" for grids of images.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -305,11 +315,11 @@ def _columns(n: int) -> int:
 
 
 def _lines(panel: Any, history: History, names: Sequence[str], scale: float) -> None:
-    for name, colour, style in zip(names, cycle(LINE_COLOURS), cycle(LINE_STYLES), strict=False):
+    for name, color, style in zip(names, cycle(LINE_COLORS), cycle(LINE_STYLES), strict=False):
         rows = [row for row in history if name in row]
         steps, values = [row["step"] for row in rows], [scale * row[name] for row in rows]
         marker = "o" if len(rows) < 3 else None  # two points make no curve
-        panel.plot(steps, values, style, color=colour, marker=marker, label=_words(name), clip_on=False)
+        panel.plot(steps, values, style, color=color, marker=marker, label=_words(name), clip_on=False)
     panel.set_xlim(left=0)
     panel.locator_params(axis="x", nbins=6)
     panel.xaxis.set_major_formatter("{x:,.0f}")

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradfn.report.figures import _figure, weight_images
+from gradfn.report.figures import new_figure, weight_images
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def filter_images(W: Any, name: str) -> Figure:
-    """Draw the filters of a layer that sees one channel, on one diverging colour scale centred at zero.
+    """Draw the filters of a layer that sees one channel, on one diverging color scale centered at zero.
 
     Args:
         W: `[out, 1, height, width]`, or `[out, height * width]` of square patches.
@@ -62,7 +62,7 @@ def image_maps(images: Any, maps: Mapping[str, Any], title: str, label: str) -> 
         if len(values) != len(images):
             raise ValueError(f"image_maps: {name}: one map an image, {len(images)}, came {len(values)}")
     n_columns = 1 + len(maps)
-    figure = _figure(1.25 * n_columns + 0.8, 1.25 * len(images) + 0.8, "compressed")
+    figure = new_figure(1.25 * n_columns + 0.8, 1.25 * len(images) + 0.8, "compressed")
     panels = figure.subplots(len(images), n_columns, squeeze=False)
     for i, row in enumerate(panels):
         for panel in row:
@@ -81,3 +81,30 @@ def image_maps(images: Any, maps: Mapping[str, Any], title: str, label: str) -> 
         )
     figure.suptitle(title)
     return figure
+
+
+def bare(panel: Any) -> None:
+    """Remove the ticks of a panel and make its frame light."""
+    panel.set_xticks([])
+    panel.set_yticks([])
+    for spine in panel.spines.values():
+        spine.set(color="0.8", linewidth=0.6)
+
+
+def robust_limit(values: Any) -> float:
+    """Return the magnitude that few values are beyond, so that one spike does not make the others pale."""
+    sizes = np.abs(np.asarray(values))
+    return float(np.percentile(sizes, 99.5)) or float(sizes.max()) or 1.0
+
+
+def signed_image(panel: Any, values: np.ndarray, image: np.ndarray, limit: float = 1.0) -> Any:
+    """Draw a map stretched over an image, and the outline of the image's ink."""
+    height, width = image.shape
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    drawn = panel.imshow(
+        values, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest", extent=extent
+    )
+    if image.max() > image.min():
+        level = (float(image.max()) + float(image.min())) / 2
+        panel.contour(image, levels=[level], colors="0.15", linewidths=0.8)
+    return drawn

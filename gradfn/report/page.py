@@ -25,7 +25,7 @@ from gradfn.runs.curve import Curve
 from gradfn.runs.digit_net import DigitNet
 from gradfn.runs.folder import BEGUN, RunError, begun
 from gradfn.runs.kept import Kept, Part, read_run
-from gradfn.runs.outcome import Outcome, listed
+from gradfn.runs.outcome import Expectation, Outcome, listed
 
 T = TypeVar("T")
 
@@ -53,16 +53,16 @@ VALUE, TEXT, COMMAND = 300, 1000, 2000  # letters of a value in a table, of a te
 
 
 class About(NamedTuple):
-    """What an experiment says of itself.
+    """What an experiment's file says about it.
 
     Attributes:
         what: its first line.
-        expected: what to expect of it.
-        options: for each option what it means, and its default.
+        expected: what is expected of it.
+        options: for each option its meaning and its default.
     """
 
     what: str = ""
-    expected: str = ""
+    expected: tuple[Expectation, ...] = ()
     options: Mapping[str, tuple[str, Any]] = {}
 
 
@@ -221,7 +221,7 @@ def verdict(result: Mapping[str, Any] | None) -> Verdict:
     >>> from gradfn.runs import Expectation, judge
     >>> accuracy = Expectation("test accuracy", at_least=0.93, unit="%")
     >>> verdict({"outcome": judge([accuracy], {"test accuracy": 0.964})})
-    Verdict(reached='Test accuracy 96.4%', expected='test accuracy at least 93%', state='reached')
+    Verdict(reached='Test accuracy 96.4 %', expected='test accuracy at least 93 %', state='reached')
     >>> verdict(None).state
     'unfinished'
     """
@@ -229,24 +229,16 @@ def verdict(result: Mapping[str, Any] | None) -> Verdict:
         return Verdict("Not finished", "", "unfinished")
     outcome = result.get("outcome")
     if not isinstance(outcome, Outcome):
-        return _parsed(short(result.get("verdict", "Finished"), TEXT))
+        return Verdict(_capital(short(result.get("verdict", "Finished"), TEXT)), "", "open")
     expected = listed(outcome.expected) if outcome.promised else "no expectation for these options"
     return Verdict(_capital(short(outcome.reached, TEXT)), short(expected, TEXT), outcome.state)
-
-
-def _parsed(said: str) -> Verdict:
-    found = re.fullmatch(r"(.*); expected (.*): (reached|NOT reached)", said, re.DOTALL)
-    if found:
-        return Verdict(_capital(found[1]), found[2], "reached" if found[3] == "reached" else "missed")
-    found = re.fullmatch(r"(.*) \((nothing was promised.*)\)", said, re.DOTALL)
-    return Verdict(_capital(found[1]), found[2], "open") if found else Verdict(_capital(said), "", "open")
 
 
 def charts(kept: Sequence[Kept]) -> list[str]:
     """Return a chart of the losses, one of the accuracies, one for each other metric, and one of the noise scale.
 
-    Lines of one run have a colour each. Where there are several runs, or several trainings in a run, these
-    have the colours, and all metrics but the last are dashed.
+    Lines of one run have a color each. Where there are several runs, or several trainings in a run, these
+    have the colors, and all metrics but the last are dashed.
     """
     trainings = [
         (f"{chr(65 + i)} {name}".strip() if len(kept) > 1 else name, part, run.result or {})

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradfn.report.figures import LINE_COLOURS, LINE_STYLES, _figure
+from gradfn.report.figures import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +27,7 @@ def attention_maps(
         answers: what stands at the T positions that look; the same as `tokens` unless told.
 
     Returns:
-        A figure with a row of panels a layer, all on one colour scale from 0 to 1.
+        A figure with a row of panels a layer, all on one color scale from 0 to 1.
 
     Raises:
         ValueError: weights of other shapes than tokens and answers have.
@@ -49,7 +48,7 @@ def attention_maps(
             raise ValueError(f"attention_maps: {name}: expected {expected}, came {list(weights.shape)}")
     n_columns = max(len(weights) for weights in layers.values())
     cell = min(max(0.125 * max(len(tokens), len(answers)), 2.0), 4.5)  # inches
-    figure = _figure(cell * n_columns + 1.2, (cell + 0.35) * len(layers) + 0.8, "compressed")
+    figure = new_figure(cell * n_columns + 1.2, (cell + 0.35) * len(layers) + 0.8, "compressed")
     panels = figure.subplots(len(layers), n_columns, squeeze=False)
     size = min(
         9.0, 52 * cell / max(len(tokens), len(answers))
@@ -122,13 +121,13 @@ def token_probabilities(
     n_best = min(n_best, p.shape[1])
     best = np.argsort(-p[:n], axis=1, kind="stable")[:, :n_best]  # [n, n_best]
     shares = np.take_along_axis(p[:n], best, 1).T  # [n_best, n]
-    figure = _figure(max(0.36 * n + 1.6, 9.5), 0.4 * n_best + 2.2)
+    figure = new_figure(max(0.36 * n + 1.6, 9.5), 0.4 * n_best + 2.2)
     panel = figure.subplots()
     image = panel.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for row, column in np.ndindex(*shares.shape):
-        colour = "white" if shares[row, column] > 0.5 else "black"
+        color = "white" if shares[row, column] > 0.5 else "black"
         text = visible(vocabulary[int(best[column, row])])
-        panel.text(column, row, text, ha="center", va="center", color=colour, family="monospace")
+        panel.text(column, row, text, ha="center", va="center", color=color, family="monospace")
         if best[column, row] == targets[column]:
             box = panel.add_patch(_rectangle((column - 0.46, row - 0.44), 0.92, 0.88))
             box.set(fill=False, edgecolor="#d55e00", linewidth=2)
@@ -153,63 +152,6 @@ def token_probabilities(
     return figure
 
 
-def gradient_through_time(
-    norms: Mapping[str, Any], untrained: Mapping[str, Any] | None = None, what: str = "last step"
-) -> Figure:
-    """Draw how large the gradient still is, so many steps before the loss that it comes from.
-
-    Bengio, Simard and Frasconi, *Learning Long-Term Dependencies with Gradient Descent is Difficult*, 1994.
-
-    Args:
-        norms: for each network by its name, the rms of the gradient with respect to its state at each step
-            `[T]`, from the first step to the last, where the loss is.
-        untrained: the same networks before training, to draw as dotted lines of the same colours.
-        what: what to call the last step.
-
-    Returns:
-        A figure with a line a network, as a share of the gradient at the last step, on a logarithmic scale.
-
-    Raises:
-        ValueError: nothing to draw, or a gradient that is zero at the last step.
-
-    >>> from gradfn.report.sequences import gradient_through_time
-    >>> gradient_through_time({"vanilla": [0.01, 0.1, 1.0]}).get_suptitle()
-    'The gradient 2 steps back, of what it is at the last step: vanilla 1/100'
-    """
-    if not norms:
-        raise ValueError("gradient_through_time: there is no network to draw")
-    figure = _figure(8.0, 4.6)
-    panel = figure.subplots()
-    told = []
-    for (name, sizes), colour, style in zip(
-        norms.items(), cycle(LINE_COLOURS), cycle(LINE_STYLES[:3]), strict=False
-    ):
-        shares = _shares(name, sizes)
-        back = np.arange(len(shares))[::-1]
-        panel.plot(back, shares, style, color=colour, label=name)
-        if untrained is not None:
-            panel.plot(back, _shares(name, untrained[name]), ":", color=colour, label=f"{name}, untrained")
-        told.append(f"{name} {_ratio(shares[0])}")
-    panel.set_yscale("log")
-    panel.invert_xaxis()
-    panel.set_xlabel(f"steps back from the {what}")
-    panel.set_ylabel("gradient of the state (rms),\nas a share of that at the last step")
-    panel.grid(color="0.9")
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False)
-    n_back = len(shares) - 1
-    figure.suptitle(f"The gradient {n_back} steps back, of what it is at the {what}: {', '.join(told)}")
-    return figure
-
-
-def _shares(name: str, sizes: Any) -> np.ndarray:
-    sizes = np.asarray(sizes, np.float64)
-    if not len(sizes) or not sizes[-1] > 0:
-        raise ValueError(f"gradient_through_time: {name}: the gradient at the last step is not above 0")
-    shares = sizes / sizes[-1]
-    return np.where(shares > 0, shares, np.nan)  # a logarithm has no place for zeros
-
-
 def visible(token: str) -> str:
     """Return a token as it is shown in a figure: white space as a sign of its own.
 
@@ -227,11 +169,3 @@ def _rectangle(corner: tuple[float, float], width: float, height: float) -> Any:
 
 def _share(share: float) -> str:
     return f"{100 * share:.0f}" if share >= 0.005 else "<1"
-
-
-def _ratio(share: float) -> str:
-    if not share > 0:
-        return "nothing"
-    if share < 1e-4:
-        return f"{share:.0e}"  # nobody reads 1/108,587,896
-    return f"{100 * share:.0f} %" if share > 0.1 else f"1/{1 / share:,.0f}"

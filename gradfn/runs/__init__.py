@@ -17,7 +17,7 @@ from gradfn.runs.folder import (
     write_json,
 )
 from gradfn.runs.outcome import Expectation, Outcome, finish, judge, listed
-from gradfn.runs.resume import batch_for, heads_for, merge, settle, some, stored
+from gradfn.runs.resume import merge, settle, stored
 
 __all__ = [
     "CONFIG",
@@ -28,11 +28,9 @@ __all__ = [
     "Outcome",
     "RunConfig",
     "RunError",
-    "batch_for",
     "begin",
     "disown",
     "finish",
-    "heads_for",
     "judge",
     "keep_training",
     "latest",
@@ -42,7 +40,6 @@ __all__ = [
     "options",
     "positive",
     "settle",
-    "some",
     "stored",
     "within",
     "write_json",

@@ -31,7 +31,7 @@ class Expectation:
 
     >>> accuracy = Expectation("test accuracy", at_least=0.93, unit="%")
     >>> str(accuracy), accuracy.show(0.9639), accuracy.holds(0.9639)
-    ('test accuracy at least 93%', 'test accuracy 96.39%', True)
+    ('test accuracy at least 93 %', 'test accuracy 96.39 %', True)
     """
 
     name: str
@@ -70,7 +70,7 @@ class Outcome:
 
     >>> expected = [Expectation("test accuracy", at_least=0.93, unit="%")]
     >>> print(judge(expected, {"test accuracy": 0.5}))
-    test accuracy 50%; expected test accuracy at least 93%: NOT reached
+    test accuracy 50 %; expected test accuracy at least 93 %: NOT reached
     """
 
     measured: Mapping[str, Number | None] = dataclasses.field(default_factory=dict)
@@ -120,9 +120,15 @@ def listed(expected: Sequence[Expectation]) -> str:
     return "; ".join(parts)
 
 
-def finish(folder: Path, result: Mapping[str, Any]) -> None:
-    """Write `result.json`, which marks a run as finished, and give up its folder."""
-    write_json(folder / RESULT, dict(result))
+def finish(folder: Path, outcome: Outcome, **measured: Any) -> None:
+    """Write `result.json`, which marks a run as finished, and give up its folder.
+
+    Args:
+        folder: of the run.
+        outcome: what was measured and expected.
+        measured: whatever else the experiment measured, as JSON.
+    """
+    write_json(folder / RESULT, {"outcome": dataclasses.asdict(outcome)} | measured)
     disown(folder)
 
 
@@ -150,4 +156,4 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 def _number(value: float | None, unit: str) -> str:
     value = math.nan if value is None else value
-    return f"{100 * value:.4g}%" if unit == "%" else f"{value:.4g} {unit}".rstrip()
+    return f"{100 * value:.4g} %" if unit == "%" else f"{value:.4g} {unit}".rstrip()

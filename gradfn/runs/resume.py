@@ -6,7 +6,7 @@ import dataclasses
 import os
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -84,36 +84,3 @@ def merge(config: C, before: C, default: C) -> C:
                 "Drop the option, or start a new run without --resume"
             )
     return before
-
-
-def some(**parts: Any) -> None:
-    """Raise a RunError that names the first part of the data that has no example.
-
-    >>> some(train=[1, 2], validation=[])
-    Traceback (most recent call last):
-    gradfn.runs.folder.RunError: data: too few examples, so that none are left for validation; use more
-    """
-    for name, part in parts.items():
-        if not len(part):
-            raise RunError(f"data: too few examples, so that none are left for {name}; use more")
-
-
-def batch_for(config: Any, n: int, what: str) -> int:
-    """Return how many of `n` examples a step takes: `config.batch`; a default of more than there are means all.
-
-    Raises:
-        RunError: more were requested than there are; `what` is what they are called.
-    """
-    if config.batch > n and config.batch != type(config)().batch:
-        raise RunError(f"batch: there are {n:,} {what}, got {config.batch}")
-    return min(config.batch, n)
-
-
-def heads_for(config: Any) -> int:
-    """Return how many attention heads a network has: as `config.heads` says, else at most 4 that divide its width.
-
-    >>> from types import SimpleNamespace
-    >>> [heads_for(SimpleNamespace(heads=None, width=width)) for width in (128, 30, 25)]
-    [4, 3, 1]
-    """
-    return config.heads or next(n for n in (4, 3, 2, 1) if config.width % n == 0)

@@ -278,8 +278,8 @@ def resume(folder):
 
 def stored(folder):
     """Read the options that a run resumes with."""
-    from experiments import digits
     from gradfn import runs
+    from gradfn.experiments import digits
 
     config = digits.Config(resume=True, folder=folder)
     return refused(

@@ -1,6 +1,5 @@
-"""Every run that a test makes is held to one rule: its pictures' titles report the figures of its verdict."""
+"""Every run of a test is checked: the numbers in its pictures' titles are those of its outcome."""
 
-import json
 import re
 from pathlib import Path
 
@@ -8,85 +7,89 @@ import pytest
 from PIL import Image
 
 from gradfn import runs
+from gradfn.runs.folder import read_config
 
-# By experiment: a picture, a pattern in its title and one in the verdict; each group is a figure of both.
+# By experiment: a picture, a pattern of its title, and the measured numbers that the groups of the pattern are.
 SHARED = {
-    "cnn": [("confusion", r"^([\d.]+) %", r"accuracy ([\d.]+) %")],
-    "digits": [("confusion", r"^([\d.]+) %", r"accuracy ([\d.]+) %")],
-    "gpt": [("curves", r"validation loss ([\d.]+)", r"validation loss ([\d.]+)")],
+    "cnn": [("confusion", r"^([\d.]+) %", ["test accuracy"])],
+    "digits": [("confusion", r"^([\d.]+) %", ["test accuracy"])],
+    "gpt": [("curves", r"validation loss ([\d.]+)", ["validation loss"])],
     "grok": [
-        ("grok", r"by heart at step ([\d,]+)", r"\) at step (\d+), understood"),
-        ("grok", r"understood at step ([\d,]+)", r"understood \(\d+ %\) at step (\d+)"),
+        ("grok", r"Memorized at step ([\d,]+)", ["step of memorization"]),
+        ("grok", r", generalized at step ([\d,]+)", ["step of generalization"]),
     ],
-    "mnist": [("confusion", r"^([\d.]+) %", r"best ([\d.]+) %")],
-    "moons": [("strip", r"([\d.]+) % at step [\d,]+$", r"^([\d.]+) %")],
-    "neuron": [("firing", r"bias of (-\d+)", r"bias of (-\d+)")],
-    "noise": [("noise", r"from (\d+) .* to (\d+)", r"scale (\d+) .* start, (\d+)")],
-    "rates": [("valley", r"best is ([\d.]+) \(([\d.]+) %", r"best, ([\d.]+), .* ([\d.]+) %")],
-    "reconstruct": [("wanted", r"for (\d+) of the dense", r"^(\d+) of")],
-    "regions": [("remains", r"half reads (\d+) %", r"; (\d+) % of the test")],
+    "mnist": [("confusion", r"^([\d.]+) %", ["best test accuracy"])],
+    "moons": [("strip", r"([\d.]+) % at step [\d,]+$", ["test accuracy"])],
+    "noise": [
+        (
+            "noise",
+            r"from (\d+) .* to (\d+)",
+            ["noise scale at the start", "noise scale in the second half"],
+        )
+    ],
+    "rates": [("valley", r"best is ([\d.]+) \(([\d.]+) %", ["best rate", "best median test accuracy"])],
+    "reconstruct": [
+        (
+            "wanted",
+            r"for (\d+) of the dense",
+            ["drawings of the dense network most like a digit of their class"],
+        )
+    ],
+    "regions": [("remains", r"half reads (\d+) %", ["test accuracy from the better half alone"])],
     "regress": [
         (
             "predictions",
             r"network (-?\d+) %, linear regression (-?\d+) %",
-            r"R² ([-\d.]+), that of linear regression ([-\d.]+)",
+            ["test R²", "test R² of linear regression"],
         )
     ],
-    "reverse": [("curves", r"test accuracy ([\d.]+) %", r"^([\d.]+) %")],
+    "reverse": [("curves", r"test accuracy ([\d.]+) %", ["sequences reversed without a mistake"])],
     "rnn": [
-        ("curves", rf"{cell} validation loss ([\d.]+)", rf"{cell} ([\d.]+)")
+        ("curves", rf"{cell} validation loss ([\d.]+)", [f"{cell} validation loss"])
         for cell in ("vanilla", "gru", "lstm")
     ],
-    "saturate": [("learned", r"\(LeCun\) read (\d+) %", r"first and (\d+) %")],
-    "vit": [("confusion", r"^([\d.]+) %", r"accuracy ([\d.]+) %")],
+    "saturate": [("learned", r"\(LeCun\) read (\d+) %", ["test accuracy of ten sigmoid layers"])],
+    "vit": [("confusion", r"^([\d.]+) %", ["test accuracy"])],
     "width": [
-        ("trade", r"base case \S+ x \S+ reads ([\d.]+) %", r"has ([\d.]+) % right"),
-        ("trade", r"best of .*?\) ([\d.]+) %", r"the best \(.*?\) ([\d.]+) %"),
+        ("trade", r"base case \S+ x \S+ reads ([\d.]+) %", ["test accuracy of the base case"]),
+        ("trade", r"best of .*?\) ([\d.]+) %", ["of the best network"]),
     ],
 }
 
 
-def figures_that_differ(experiment, folder, verdict):
-    """Return the figures of titles that are others in the verdict, as (picture, title's, verdict's)."""
+def figures_that_differ(experiment, folder, outcome):
+    """Return the numbers of titles that differ from the outcome's, as (picture, title's, outcome's)."""
     found = []
-    for picture, in_title, in_verdict in SHARED.get(experiment, []):
+    for picture, pattern, names in SHARED.get(experiment, []):
         with Image.open(Path(folder) / f"{picture}.png") as image:
             title = " ".join(image.info["Title"].partition("\n(data")[0].split())
-        told, judged = re.search(in_title, title), re.search(in_verdict, verdict)
-        if "None" in verdict and not told and not judged:
-            continue  # grok's networks that have not understood
-        assert told, (in_title, title)
-        assert judged, (in_verdict, verdict)
-        for a, b in zip(told.groups(), judged.groups(), strict=True):
-            if not any(_same(a, b, scale) for scale in (1, 100)):
-                found.append((picture, a, b))
+        match = re.search(pattern, title)
+        measured = [outcome.measured[name] for name in names]
+        if match is None and all(value != value for value in measured):
+            continue  # grok's networks that did not generalize
+        assert match, (pattern, title)
+        for text, value in zip(match.groups(), measured, strict=True):
+            if not any(_same(text, value * scale) for scale in (1, 100)):
+                found.append((picture, text, value))
     return found
 
 
-def _same(title, verdict, scale):
-    """Tell whether two numbers are one, rounded to their own digits; a share may stand for a percentage."""
-    (a, half), (b, other) = (_rounded(text) for text in (title, verdict))
-    return (
-        abs(a - scale * b) <= half + scale * other + 1e-12
-        if "nan" not in (title, verdict)
-        else title == verdict
-    )
-
-
-def _rounded(text):
+def _same(text, value):
+    """Tell whether a number in a text is a value, rounded to the digits of the text."""
     text = text.replace(",", "")
-    return float(text), 0.5 * 10.0 ** -len(text.partition(".")[2])
+    half = 0.5 * 10.0 ** -len(text.partition(".")[2])
+    return value != value if text == "nan" else abs(float(text) - value) <= half + 1e-9
 
 
 # Of a module, not of the session: that would last into the tests of other folders.
 @pytest.fixture(scope="module", autouse=True)
-def _titles_report_the_verdict():
+def _titles_report_the_outcome():
     finish = runs.finish
 
-    def checked(folder, result):
-        finish(folder, result)
-        experiment = json.loads((Path(folder) / runs.CONFIG).read_text())["experiment"]
-        assert figures_that_differ(experiment, folder, result["verdict"]) == []
+    def checked(folder, outcome, **measured):
+        finish(folder, outcome, **measured)
+        experiment = read_config(Path(folder))["experiment"]
+        assert figures_that_differ(experiment, folder, outcome) == []
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "finish", checked)

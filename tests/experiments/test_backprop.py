@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gradfn as gf
-from experiments import backprop
+from gradfn.experiments import backprop
 
 
 def test_finite_differences_are_those_of_every_parameter(x64):
@@ -26,16 +26,17 @@ def test_an_error_is_a_share_of_the_largest_gradient():
     assert backprop.errors_against(by_hand, found) == {"W1": 0.125, "b1": 0.0}
 
 
-def test_the_verdict():
-    good = {way: {"W1": promised / 2, "b1": 0.0} for way, promised in backprop.PROMISED.items()}
-    assert backprop.judge(good).endswith(": reached")
-    for way in backprop.PROMISED:
-        for wrong in (backprop.PROMISED[way] * 2, float("nan")):
-            assert backprop.judge(good | {way: {"W1": 0.0, "b1": wrong}}).endswith("NOT reached")
+def test_the_outcome():
+    bounds = {each.name: each.at_most for each in backprop.EXPECTED}
+    good = {way: {"W1": bound / 2, "b1": 0.0} for way, bound in bounds.items()}
+    assert backprop.judge(good).state == "reached"
+    for way, bound in bounds.items():
+        for wrong in (bound * 2, float("nan")):
+            assert backprop.judge(good | {way: {"W1": 0.0, "b1": wrong}}).state == "missed"
 
 
 def test_an_example_that_is_not_there_makes_no_run(tmp_path):
-    with pytest.raises(ValueError, match="example: there are 1,257 training digits, came number 1257"):
+    with pytest.raises(ValueError, match="example: there are 1,257 training digits, got number 1257"):
         backprop.run(backprop.Config(example=1257, folder=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
@@ -43,7 +44,7 @@ def test_an_example_that_is_not_there_makes_no_run(tmp_path):
 @pytest.mark.slow
 def test_a_run_agrees_with_float32_gradients_and_draws(tmp_path):
     result = backprop.run(backprop.Config(hidden=2, example=7, seed=3, folder=str(tmp_path / "run")))
-    assert result.verdict.endswith(": reached")
+    assert result.outcome.state == "reached"
     files = {file.name for file in result.folder.iterdir()}
     assert {"equations.png", "agree.png", "gradients.png", "steps.txt", "result.json"} <= files
     net = gf.mlp([784, 2, 10])

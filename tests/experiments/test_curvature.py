@@ -1,11 +1,10 @@
 """The experiment curvature: a short run writes its pictures, and the default one keeps its promise."""
 
-import json
-
 import numpy as np
 import pytest
+from gradfn.experiments.curvature import Config, judge, run
 
-from experiments.curvature import Config, judge, run
+from gradfn.runs.outcome import read_result
 
 
 @pytest.mark.slow
@@ -16,24 +15,24 @@ def test_a_short_run_draws_and_finds_the_largest_eigenvalue(tmp_path):
     assert [row["step"] for row in result.histories[0.1]] == [0, 10, 20]
     # The last sharpness of the history and the first of the ten eigenvalues are one number, found twice.
     np.testing.assert_allclose(result.eigenvalues[0], result.histories[0.1][-1]["sharpness"], rtol=1e-4)
-    assert json.loads((result.folder / "result.json").read_text())["verdict"] == result.verdict
-    assert "nothing was promised" in result.verdict
+    assert read_result(result.folder)["outcome"] == result.outcome
+    assert result.outcome.state == "open"
 
 
 @pytest.mark.parametrize(
-    ("ends", "accuracy", "word"),
+    ("ends", "accuracy", "state"),
     [
-        ((14.0, 9.8, 5.1), 0.95, ": reached"),
-        ((14.0, 7.0, 5.1), 0.95, "NOT reached"),
-        ((21.0, 9.8, 5.1), 0.95, "NOT reached"),
-        ((14.0, 9.8, 5.1), 0.5, "NOT reached"),
+        ((14.0, 9.8, 5.1), 0.95, "reached"),
+        ((14.0, 7.0, 5.1), 0.95, "missed"),
+        ((21.0, 9.8, 5.1), 0.95, "missed"),
+        ((14.0, 9.8, 5.1), 0.5, "missed"),
     ],
 )
-def test_the_verdict_needs_all_that_was_promised(ends, accuracy, word):
+def test_the_outcome_needs_all_that_was_promised(ends, accuracy, state):
     histories = {
         rate: [{"step": 0, "sharpness": end}] for rate, end in zip((0.1, 0.2, 0.4), ends, strict=True)
     }
-    assert word in judge(Config(), histories, dict.fromkeys(histories, accuracy))
+    assert judge(Config(), histories, dict.fromkeys(histories, accuracy)).state == state
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gradfn.experiments.digits import Config, run
 from safetensors.numpy import load_file
 
-from experiments.digits import Config, run
 from gradfn.tensors import CHECKSUM
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,7 @@ def test_a_run_as_a_function(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "8x8 resized to 28x28" in out
     assert "3,176 weights + 14 biases = 3,190 parameters" in out
-    assert result.verdict in out
+    assert str(result.outcome) in out
 
 
 @pytest.mark.slow
@@ -69,7 +69,7 @@ def test_a_batch_of_more_than_there_is_makes_no_run(tmp_path):
 def test_the_defaults_reach_what_is_promised(tmp_path):
     result = run(Config(folder=str(tmp_path / "run")))
     assert result.test_accuracy >= 0.93
-    assert result.verdict.endswith("expected at least 93 %: reached")
+    assert str(result.outcome).endswith("expected test accuracy at least 93 %: reached")
 
 
 def start(folder, *options):

@@ -1,44 +1,44 @@
 """What a net sees: the experiments saliency, reconstruct and regions; reduced runs, pictures, verdicts."""
 
-import json
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import gradfn as gf
-from experiments import reconstruct, regions, saliency
 from gradfn.attribution import Randomized
+from gradfn.experiments import reconstruct, regions, saliency
+from gradfn.runs.outcome import read_result
 
 
 def both_tests(rank):
     return (Randomized(("W",), np.array([0.0]), np.array([rank]), np.zeros([2, 1, 4])),) * 2
 
 
-def test_the_verdict_of_saliency_needs_all_three():
+def test_the_outcome_of_saliency_needs_all_three():
     good = {"saliency": both_tests(0.1), "edge detector": both_tests(1.0)}
     judge, config = saliency.judge, saliency.Config(seed=7)
-    assert judge(config, 0.001, good).endswith(": reached")
-    assert judge(config, 0.02, good).endswith("NOT reached")
-    assert judge(config, 0.001, good | {"saliency": both_tests(0.6)}).endswith("NOT reached")
-    assert judge(config, 0.001, good | {"edge detector": both_tests(0.1)}).endswith("NOT reached")
-    assert judge(config, 0.001, good | {"saliency": (*both_tests(0.1)[:1], both_tests(0.9)[0])}).endswith(
-        "NOT reached"
+    assert judge(config, 0.001, good).state == "reached"
+    assert judge(config, 0.02, good).state == "missed"
+    assert judge(config, 0.001, good | {"saliency": both_tests(0.6)}).state == "missed"
+    assert judge(config, 0.001, good | {"edge detector": both_tests(0.1)}).state == "missed"
+    assert (
+        judge(config, 0.001, good | {"saliency": (*both_tests(0.1)[:1], both_tests(0.9)[0])}).state
+        == "missed"
     )
-    assert "nothing was promised" in judge(saliency.Config(steps=3), 0.0, good)
+    assert judge(saliency.Config(steps=3), 0.0, good).state == "open"
 
 
-def test_the_verdicts_of_reconstruct_and_regions():
-    assert reconstruct.judge(reconstruct.Config(data="mnist"), 9).endswith(": reached")
-    assert reconstruct.judge(reconstruct.Config(), 8).endswith("NOT reached")
-    assert "nothing was promised" in reconstruct.judge(reconstruct.Config(climb=2), 10)
+def test_the_outcomes_of_reconstruct_and_regions():
+    assert reconstruct.judge(reconstruct.Config(data="mnist"), 9).state == "reached"
+    assert reconstruct.judge(reconstruct.Config(), 8).state == "missed"
+    assert reconstruct.judge(reconstruct.Config(climb=2), 10).state == "open"
     shares = {"top half": 0.2, "left half": 0.4, "region 3": 0.3}
     judge = regions.judge
-    assert judge(regions.Config(), shares, 1e-7).endswith(": reached")
-    assert judge(regions.Config(), shares | {"left half": 0.3}, 1e-7).endswith("NOT reached")
-    assert judge(regions.Config(), shares | {"region 0": 0.4}, 1e-7).endswith("NOT reached")
-    assert judge(regions.Config(), shares, 1e-3).endswith("NOT reached")
-    assert "nothing was promised" in judge(regions.Config(epochs=1), shares, 1e-7)
+    assert judge(regions.Config(), shares, 1e-7).state == "reached"
+    assert judge(regions.Config(), shares | {"left half": 0.3}, 1e-7).state == "missed"
+    assert judge(regions.Config(), shares | {"region 0": 0.4}, 1e-7).state == "missed"
+    assert judge(regions.Config(), shares, 1e-3).state == "missed"
+    assert judge(regions.Config(epochs=1), shares, 1e-7).state == "open"
 
 
 @pytest.mark.parametrize(
@@ -84,8 +84,8 @@ def test_reduced_runs_learn_and_draw(tmp_path, monkeypatch):
         result = experiment.run(experiment.Config(**options, folder=str(folder)))
         assert pictures | {"result.json", "metrics.jsonl"} <= {file.name for file in folder.iterdir()}
         assert 0.3 < result.test_accuracy <= 1
-        assert json.loads((folder / "result.json").read_text())["verdict"] == result.verdict
-        assert "nothing was promised" in result.verdict
+        assert read_result(folder)["outcome"] == result.outcome
+        assert result.outcome.state == "open"
         if experiment is saliency:
             assert result.gap < 1
             assert not result.tests["edge detector"][0].passed

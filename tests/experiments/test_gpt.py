@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import gradfn as gf
-from experiments import gpt
 from gradfn import runs
 from gradfn.cli import main
+from gradfn.experiments import gpt
+from gradfn.options import read_options
 from gradfn.runs import sample
 
 SMALL = {"steps": 8, "layers": 1, "heads": 2, "width": 8, "context": 8, "batch": 4, "warmup": 1}
@@ -44,7 +45,7 @@ def test_a_run_leaves_pictures_and_a_model(of_text, capsys):
     assert {"curves.png", "probabilities.png", "attention.png", "model.json", "result.json"} <= files
     assert [row["step"] for row in of_text.history] == list(range(1, 9))
     assert of_text.history[-1]["validation_loss"] < of_text.history[0]["validation_loss"]
-    assert of_text.verdict.endswith("(nothing was promised for this text and these options)")
+    assert of_text.outcome.state == "open"
     stored = json.loads((of_text.folder / "result.json").read_text())
     assert stored["validation_loss"] == of_text.validation_loss
 
@@ -119,7 +120,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(of_text, words, message, capsys
     [
         ({"steps": 0}, "steps must be an integer >= 1"),
         ({"steps": 50, "warmup": 100}, "warmup must be an integer from 0 to 49, got 100"),
-        ({"heads": 3}, "heads: a number that divides the width of 128, came 3"),
+        ({"heads": 3}, "heads must divide the width of 128, got 3"),
         ({"rate": 0.0}, "rate must be a finite number > 0"),
     ],
 )
@@ -128,16 +129,23 @@ def test_options_out_of_range_are_named(options, message):
         gpt.Config(**options)
 
 
-def test_the_verdict_holds_for_what_was_promised_alone():
-    data = gf.data.text()
-    promised = gpt.PROMISED[data.name]
-    assert gpt.judge(gpt.Config(), data, promised).endswith(f"expected at most {promised}: reached")
-    assert gpt.judge(gpt.Config(seed=7), data, promised + 0.01).endswith("NOT reached")
-    assert "nothing was promised" in gpt.judge(gpt.Config(steps=1999), data, promised)
-    assert "nothing was promised" in gpt.judge(gpt.Config(), data._replace(name="", sha256=""), promised)
-    names, options = data._replace(name="names.txt", sha256=gpt.NAMES), gpt.FOR_NAMES
-    assert gpt.judge(gpt.Config(**options, data="names.txt"), names, 1.99).endswith("at most 2.0: reached")
-    assert "nothing was promised" in gpt.judge(gpt.Config(data="names.txt"), names, 1.99)
+def test_the_outcome_holds_for_what_was_promised_alone():
+    data, bound = gf.data.text(), gpt.EXPECTED[0].at_most
+    assert gpt.judge(gpt.Config(), data, bound).state == "reached"
+    assert gpt.judge(gpt.Config(seed=7), data, bound + 0.01).state == "missed"
+    assert gpt.judge(gpt.Config(steps=1999), data, bound).state == "open"
+    assert gpt.judge(gpt.Config(), data._replace(name="", sha256=""), bound).state == "open"
+    of_names = next(sha for sha, options in gpt.TEXTS.items() if options == gpt.FOR_NAMES)
+    names = data._replace(name="names.txt", sha256=of_names)
+    promised = gpt.Config(**gpt.NAMES_OPTIONS, data="names.txt")
+    assert gpt.judge(promised, names, 1.99).state == "reached"
+    assert gpt.judge(promised, names, 2.01).state == "missed"
+    assert gpt.judge(gpt.Config(data="names.txt"), names, 1.99).state == "open"
+
+
+def test_the_options_for_names_are_those_of_the_expectation():
+    given = read_options(gpt.Config(), gpt.FOR_NAMES.split(), "gradfn run gpt", "", {})
+    assert given == gpt.Config(**gpt.NAMES_OPTIONS, data="names.txt")
 
 
 @pytest.mark.slow

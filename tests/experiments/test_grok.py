@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import grok
+from gradfn.experiments import grok
 
 
 def test_every_sum_is_either_trained_on_or_not():
@@ -43,14 +43,14 @@ def test_the_first_step_at_a_level():
     assert grok.first(history[:1], "x", 0.99) is None
 
 
-def test_the_verdict():
+def test_the_outcome():
     config = grok.Config(seed=9)
-    assert grok.judge(config, 100, 1000, 0.02).endswith(": reached")
-    assert grok.judge(config, 100, 999, 0.02).endswith("NOT reached")
-    assert grok.judge(config, 100, None, 0.02).endswith("NOT reached")
-    assert grok.judge(config, None, None, 0.02).endswith("NOT reached")
-    assert grok.judge(config, 100, 1000, 0.2).endswith("NOT reached")
-    assert "nothing was promised" in grok.judge(grok.Config(steps=100), 100, 1000, 0.02)
+    assert grok.judge(config, 100, 1000, 0.02).state == "reached"
+    assert grok.judge(config, 100, 999, 0.02).state == "missed"
+    assert grok.judge(config, 100, None, 0.02).state == "missed"
+    assert grok.judge(config, None, None, 0.02).state == "missed"
+    assert grok.judge(config, 100, 1000, 0.2).state == "missed"
+    assert grok.judge(grok.Config(steps=100), 100, 1000, 0.02).state == "open"
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import neuron
+from gradfn.experiments import neuron
 
 
 def test_the_ring_takes_off_what_the_region_adds():
@@ -33,17 +33,17 @@ def test_a_bias_is_how_much_the_weighted_sum_has_to_be():
     np.testing.assert_array_equal(activations[10] > 0.5, [False, True])
 
 
-def test_the_verdict():
+def test_the_outcome():
     labels = np.array([5] * 10 + [0] * 190)
     fires = np.zeros([21, 200], bool)
     fires[0] = True
     fires[10, :8] = True
-    assert neuron.judge(neuron.Config(), labels, fires).endswith(": reached")
+    assert neuron.judge(neuron.Config(), labels, fires).state == "reached"
     others = fires.copy()
     others[10, 10:20] = True  # fires for as many others
-    assert neuron.judge(neuron.Config(), labels, others).endswith("NOT reached")
-    assert neuron.judge(neuron.Config(), labels, np.zeros_like(fires)).endswith("NOT reached")
-    assert "nothing was promised" in neuron.judge(neuron.Config(top=3), labels, fires)
+    assert neuron.judge(neuron.Config(), labels, others).state == "missed"
+    assert neuron.judge(neuron.Config(), labels, np.zeros_like(fires)).state == "missed"
+    assert neuron.judge(neuron.Config(top=3), labels, fires).state == "open"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_options_out_of_range_are_named(options, message):
 @pytest.mark.slow
 def test_the_defaults_reach_what_is_promised(tmp_path):
     result = neuron.run(neuron.Config(folder=str(tmp_path / "run")))
-    assert result.verdict.endswith(": reached")
+    assert result.outcome.state == "reached"
     assert result.rates.shape == (21, 10)
     assert (np.diff(result.rates, axis=0) <= 0).all()  # the more inactive, the less it fires
     assert {"node.png", "firing.png", "result.json"} <= {file.name for file in result.folder.iterdir()}

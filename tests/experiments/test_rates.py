@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gradfn as gf
-from experiments import rates
+from gradfn.experiments import rates
 
 
 def test_stuck_learning_and_broken():
@@ -24,14 +24,14 @@ def test_the_end_is_the_last_tenth():
     np.testing.assert_array_equal(rates.final(losses), [1.0, 1.0])
 
 
-def test_the_verdict():
+def test_the_outcome():
     config, values = rates.Config(seed=3), np.array([0.001, 1.0, 100.0])
     accuracies, states = np.array([[0.1], [0.95], [0.1]]), ["stuck", "learning", "broken"]
-    assert rates.judge(config, values, accuracies, states).endswith(": reached")
-    assert rates.judge(config, values, accuracies - 0.1, states).endswith("NOT reached")
-    assert rates.judge(config, values, accuracies, ["learning", "learning", "broken"]).endswith("NOT reached")
-    assert rates.judge(config, values, accuracies, ["stuck", "learning", "learning"]).endswith("NOT reached")
-    assert "nothing was promised" in rates.judge(rates.Config(steps=9), values, accuracies, states)
+    assert rates.judge(config, values, accuracies, states).state == "reached"
+    assert rates.judge(config, values, accuracies - 0.1, states).state == "missed"
+    assert rates.judge(config, values, accuracies, ["learning", "learning", "broken"]).state == "missed"
+    assert rates.judge(config, values, accuracies, ["stuck", "learning", "learning"]).state == "missed"
+    assert rates.judge(rates.Config(steps=9), values, accuracies, states).state == "open"
 
 
 @pytest.mark.parametrize(

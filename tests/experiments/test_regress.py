@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gradfn as gf
-from experiments import regress
+from gradfn.experiments import regress
 
 
 def test_r2_is_1_for_the_truth_and_0_for_the_mean():
@@ -16,14 +16,13 @@ def test_r2_is_1_for_the_truth_and_0_for_the_mean():
     assert regress.r2(truth, np.full(3, 4.0)) < 0
 
 
-def test_the_verdict():
+def test_the_outcome():
     config = regress.Config(seed=1)
-    assert regress.judge(config, {"network": 0.35, "linear regression": 0.37}).endswith(": reached")
-    assert regress.judge(config, {"network": 0.35, "linear regression": 0.39}).endswith("NOT reached")
-    assert regress.judge(config, {"network": 0.29, "linear regression": 0.2}).endswith("NOT reached")
-    assert "nothing was promised" in regress.judge(
-        regress.Config(nets=2), {"network": 0.5, "linear regression": 0.1}
-    )
+    assert regress.judge(config, {"network": 0.35, "linear regression": 0.37}).state == "reached"
+    assert regress.judge(config, {"network": 0.35, "linear regression": 0.39}).state == "missed"
+    assert regress.judge(config, {"network": 0.29, "linear regression": 0.2}).state == "missed"
+    others = {"network": 0.5, "linear regression": 0.1}
+    assert regress.judge(regress.Config(nets=2), others).state == "open"
 
 
 @pytest.mark.slow

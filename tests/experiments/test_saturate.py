@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gradfn as gf
-from experiments import saturate
+from gradfn.experiments import saturate
 
 
 @pytest.mark.slow
@@ -49,16 +49,16 @@ def outcomes(share, accuracies):
     }
 
 
-def test_the_verdict():
+def test_the_outcome():
     config = saturate.Config(seed=5)
-    assert saturate.judge(config, outcomes(1e-6, 0.9)).endswith(": reached")
-    assert saturate.judge(config, outcomes(1e-2, 0.9)).endswith("NOT reached")
-    assert saturate.judge(config, outcomes(1e-6, 0.7)).endswith("NOT reached")
-    assert saturate.judge(config, outcomes(float("nan"), 0.9)).endswith("NOT reached")
+    assert saturate.judge(config, outcomes(1e-6, 0.9)).state == "reached"
+    assert saturate.judge(config, outcomes(1e-2, 0.9)).state == "missed"
+    assert saturate.judge(config, outcomes(1e-6, 0.7)).state == "missed"
+    assert saturate.judge(config, outcomes(float("nan"), 0.9)).state == "missed"
     learned = outcomes(1e-6, 0.9)
     learned["sigmoid", "plain"] = learned["sigmoid", "residual"]
-    assert saturate.judge(config, learned).endswith("NOT reached")
-    assert "nothing was promised" in saturate.judge(saturate.Config(steps=10), outcomes(1e-6, 0.9))
+    assert saturate.judge(config, learned).state == "missed"
+    assert saturate.judge(saturate.Config(steps=10), outcomes(1e-6, 0.9)).state == "open"
 
 
 @pytest.mark.slow
@@ -73,7 +73,7 @@ def test_a_run_measures_and_draws(tmp_path, monkeypatch):
     assert found.norms.shape == found.off.shape == (4, 10)
     assert found.accuracies.shape == (4, 6)
     assert found.norms[0, 0] < 1e-6 * found.norms[0, -1]
-    assert "nothing was promised" in result.verdict
+    assert result.outcome.state == "open"
 
 
 def of_few_activations(outcome):

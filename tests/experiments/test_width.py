@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from gradfn.experiments.width import Config, Tried
 
 import gradfn as gf
-from experiments import width
-from experiments.width import Config, Tried
+from gradfn.experiments import width
 
 
 def test_every_shape_that_is_not_too_large_is_tried_and_the_base_case():
@@ -32,13 +32,13 @@ def test_the_smallest_is_the_cheapest_that_is_nearly_as_good():
     assert width.smallest([BASE, BEST, SMALL], BEST, 0.01) is BASE
 
 
-def test_the_verdict():
+def test_the_outcome():
     tried = [BASE, BEST, SMALL]
-    assert width.judge(Config(seed=2), tried, BASE, BEST).endswith(": reached")
+    assert width.judge(Config(seed=2), tried, BASE, BEST).state == "reached"
     better = BEST._replace(test=np.array([0.96, 0.98]))
-    assert width.judge(Config(), [BASE, better, SMALL], BASE, better).endswith("NOT reached")
-    assert width.judge(Config(), [BASE, BEST], BASE, BEST).endswith("NOT reached")
-    assert "nothing was promised" in width.judge(Config(epochs=1), tried, BASE, BEST)
+    assert width.judge(Config(), [BASE, better, SMALL], BASE, better).state == "missed"
+    assert width.judge(Config(), [BASE, BEST], BASE, BEST).state == "missed"
+    assert width.judge(Config(epochs=1), tried, BASE, BEST).state == "open"
 
 
 @pytest.mark.parametrize(

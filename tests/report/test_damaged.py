@@ -69,6 +69,19 @@ BAD_TENSORS = (
     tensors(params={"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}),
     tensors(params={"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}),
 )
+OUTCOMES = [
+    b'{"outcome": %s}' % content
+    for content in (
+        b"3",
+        b'{"measured": 3}',
+        b'{"measured": {"a": "b"}}',
+        b'{"measured": {"a": 1e999}}',
+        b'{"expected": [3]}',
+        b'{"expected": [{"name": 3}]}',
+        b'{"expected": [{"name": "a", "at_least": "b"}]}',
+        b'{"promised": "yes"}',
+    )
+]
 DAMAGED = {
     "config.json": [
         *ANY_JSON,
@@ -86,7 +99,13 @@ DAMAGED = {
         b'{"experiment": "toy", "options": {"a": 1e999}}',
     ],
     "versions.json": [*ANY_JSON, b'{"seed": []}', b'{"seed": {}}', b'{"seed": %s}' % (b"9" * 5000)],
-    "result.json": [*ANY_JSON, b'{"verdict": 3}', b'{"verdict": null}', b'{"verdict": ["reached"]}'],
+    "result.json": [
+        *ANY_JSON,
+        b'{"verdict": 3}',
+        b'{"verdict": null}',
+        b'{"verdict": ["reached"]}',
+        *OUTCOMES,
+    ],
     "metrics.jsonl": [
         *ROWS,
         *as_rows(

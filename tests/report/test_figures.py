@@ -1,4 +1,4 @@
-"""Figures: what is in them, by their panels, titles and colour scales, not by their pixels."""
+"""Figures: what is in them, by their panels, titles and color scales, not by their pixels."""
 
 import matplotlib
 import matplotlib.image
@@ -15,7 +15,7 @@ def images_in(figure):
 @pytest.mark.parametrize(
     ("n_rows", "n_shown"), [(1, 1), (16, 16), (17, 17), (30, 30), (100, 100), (397, 100)]
 )
-def test_weight_images_draw_every_row_on_one_scale_centred_at_zero(n_rows, n_shown):
+def test_weight_images_draw_every_row_on_one_scale_centered_at_zero(n_rows, n_shown):
     W = np.random.default_rng(0).normal(size=[n_rows, 784]) + 0.3
     figure = weight_images(W)
     images = images_in(figure)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from gradfn.report.page import page
+from gradfn.runs import Expectation, judge
 from gradfn.runs.curve import Curve
 from gradfn.runs.digit_net import DigitNet
 from gradfn.runs.kept import Kept, Part
@@ -60,7 +61,7 @@ def a_run(folder, text, n):
         experiment=text,
         options={text: text, f"{text}s": [text, text]},
         versions={text: text, "seed": text},
-        result={"verdict": f"{text}; expected {text}: reached"},
+        result={"outcome": judge([Expectation(text, at_least=1, unit=text, given=text)], {text: 2.0})},
         parts={text: part, f"{text}2": part},
         pictures={text: titled(text), f"{text}bad": text.encode()},
         net=DigitNet(params, np.zeros([1, 784], np.float32), np.zeros(1, np.int32), None, about),

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from gradfn.report import page as report
 from gradfn.report.page import LIMIT, flows, page
+from gradfn.runs import Expectation, judge
 from gradfn.runs import kept as keeping
 from gradfn.runs.curve import Curve
 from gradfn.runs.digit_net import DigitNet
@@ -57,7 +58,9 @@ def run(folder, n_parts, n_metrics, n_params, n_options, n_pictures, letters, hi
         experiment="toy",
         options={name: [name] * 3 for name in values},
         versions=dict(zip(values, values)),
-        result={"verdict": f"{values[-1]}; expected {values[0]}: reached"} if values else None,
+        result={"outcome": judge([Expectation(values[0], at_least=1)], {values[-1]: 2.0})}
+        if values
+        else None,
         parts=dict.fromkeys(texts(letters, n_parts), trained),
         pictures=images,
         net=net if hidden else None,

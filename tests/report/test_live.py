@@ -200,9 +200,9 @@ const told = () => {
   out.scheme = document.documentElement.style.colorScheme;
   find("#theme").click();
   out.scheme += ` ${document.documentElement.style.colorScheme}`;
-  const labelled = (each) => each.ariaLabel || each.getAttribute("aria-labelledby") || each.labels?.length;
+  const labeled = (each) => each.ariaLabel || each.getAttribute("aria-labeledby") || each.labels?.length;
   const all = [...document.querySelectorAll("button, input, [role=img]")];
-  out.unnamed = all.filter((each) => !labelled(each) && !each.innerText.trim()).map((each) => each.outerHTML);
+  out.unnamed = all.filter((each) => !labeled(each) && !each.innerText.trim()).map((each) => each.outerHTML);
   out.wide = document.documentElement.scrollWidth > innerWidth;
   return out;
 };
@@ -237,8 +237,8 @@ def test_every_control_does_what_it_says(tmp_path):
     rows = np.flatnonzero(drawn.any(1))
     assert len(rows) == rows[-1] - rows[0] + 1 == 20  # pixels high, as MNIST's are
     for axis in (0, 1):
-        centre = (drawn.sum(axis) * np.arange(28)).sum() / drawn.sum()
-        assert 13.5 - 1e-5 <= centre <= 14.5
+        center = (drawn.sum(axis) * np.arange(28)).sum() / drawn.sum()
+        assert 13.5 - 1e-5 <= center <= 14.5
     agree(told["drawn"], params, loss, drawn.ravel().astype(np.float32), told["drawn"]["label"])
     assert told["drawn"]["label"] == np.argmax(told["drawn"]["probabilities"])  # until another is chosen
     assert not np.any(told["cleared"]["x"])
@@ -251,7 +251,7 @@ def test_what_is_drawn_is_prepared_as_the_training_images_were(tmp_path):
     kept, *_ = digit_net("sigmoid")
     rng = np.random.default_rng(0)
     script = "const told = () => plain(asked.pads.map((pad) => gradfn.prepare(pad, asked.side)));"
-    # An image as MNIST has them: 20 pixels high, its centre of mass in the middle; and nothing.
+    # An image as MNIST has them: 20 pixels high, its center of mass in the middle; and nothing.
     image = np.zeros([28, 28])
     image[4:24, 9:20] = rng.uniform(0.1, 1, [20, 11])
     # The same on a pad with 5 to each pixel of the image, not in the middle.

@@ -18,17 +18,15 @@ from gradfn.data.dataset import Dataset
 from gradfn.report import page as report
 from gradfn.report.page import About, command, page, write_report
 from gradfn.report.pictures import _scaled, _still, read_picture
-from gradfn.runs import RunError, write_json
+from gradfn.runs import Expectation, RunError, finish, judge, write_json
 from gradfn.runs.digit_net import keep_digit_net, load_digit_net
 from gradfn.runs.kept import find_run, read_run
 from gradfn.train import checkpoint
 
-ABOUT = {
-    "toy": About("Train a toy.", "much", {"hidden": ("nodes <inside>", 16), "seed": ("of the first", 0)})
-}
+ABOUT = {"toy": About("Train a toy.", (), {"hidden": ("nodes <inside>", 16), "seed": ("of the first", 0)})}
 
 
-def write_run(folder, hidden=4, verdict="accuracy 50.0 %; expected at least 40 %: reached", seed=0):
+def write_run(folder, hidden=4, accuracy=0.5, seed=0, name="accuracy"):
     """Write what a run of a digit network keeps."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
@@ -45,8 +43,8 @@ def write_run(folder, hidden=4, verdict="accuracy 50.0 %; expected at least 40 %
     checkpoint.save(folder / "checkpoint.safetensors", {"params": params, "step": np.array(20)}, {})
     (folder / "weights.png").write_bytes(picture(rng, 8))
     (folder / "curves.png").write_bytes(picture(rng, 8))
-    if verdict:
-        write_json(folder / "result.json", {"verdict": verdict})
+    if accuracy is not None:
+        finish(folder, judge([Expectation(name, at_least=0.4, unit="%")], {name: accuracy}))
     return folder
 
 
@@ -73,8 +71,8 @@ def test_the_page_holds_what_the_run_has_kept(tmp_path):
     html = write_report([folder], about=ABOUT).read_text()
     text = text_of(html)
     for said in (
-        "Accuracy 50.0 %",
-        "Reached what was expected: at least 40 %",
+        "Accuracy 50 %",
+        "Reached what was expected: accuracy at least 40 %",
         "Train a toy.",
         "hidden 30 nodes <inside>",
         "gradfn run toy --hidden 30",
@@ -102,14 +100,14 @@ def test_the_page_asks_for_nothing_from_elsewhere(tmp_path):
 
 def test_two_runs_side_by_side(tmp_path):
     a = write_run(tmp_path / "a", hidden=4)
-    b = write_run(tmp_path / "b", hidden=5, verdict="accuracy 30.0 %; expected at least 40 %: NOT reached")
+    b = write_run(tmp_path / "b", hidden=5, accuracy=0.3)
     file = write_report([a, b], about=ABOUT)
     assert file == a / "against-toy-b.html"
     html = file.read_text()
     text = text_of(html)
     for said in (
-        "A toy Accuracy 50.0 %",
-        "B toy Accuracy 30.0 %",
+        "A toy Accuracy 50 %",
+        "B toy Accuracy 30 %",
         "✗ Not reached",
         "The runs differ in hidden",
     ):
@@ -122,7 +120,7 @@ def test_two_runs_side_by_side(tmp_path):
 
 
 def test_an_interrupted_run_shows_as_far_as_it_got(tmp_path):
-    folder = write_run(tmp_path / "run", verdict="")
+    folder = write_run(tmp_path / "run", accuracy=None)
     (folder / "inspections.jsonl").unlink()
     (folder / "checkpoint.safetensors").unlink()
     with (folder / "metrics.jsonl").open("a") as out:
@@ -192,7 +190,7 @@ def test_the_digit_net_comes_back_as_it_was_kept(tmp_path):
     assert net.labels.tolist() == [*range(10), 7, 1]
     np.testing.assert_array_equal(net.samples, images[[0, 11, *range(2, 10), 17, 21]])
     assert net.spline.shape == (28, 8)
-    with pytest.raises(ValueError, match="expected one of sigmoid, tanh, relu, gelu, came 'elu'"):
+    with pytest.raises(ValueError, match="expected one of sigmoid, tanh, relu, gelu, got 'elu'"):
         keep_digit_net(tmp_path, params, data, probabilities, "elu")
     with pytest.raises(ValueError, match=r"images of 28x28 pixels, came \[8, 8\]"):
         keep_digit_net(tmp_path, params, data._replace(shape=(8, 8)), probabilities)

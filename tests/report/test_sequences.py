@@ -3,10 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gradfn.experiments._language import loss_per_token
+from gradfn.experiments.rnn import gradient_through_time
 
 import gradfn as gf
-from gradfn.report.language import loss_per_token
-from gradfn.report.sequences import attention_maps, gradient_through_time, token_probabilities
+from gradfn.report.sequences import attention_maps, token_probabilities
 
 
 def causal(heads, n):

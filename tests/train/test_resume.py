@@ -164,7 +164,7 @@ def test_b2_large_arrays_are_told_by_rows(monkeypatch):
     "other", ["or not to be, to be: that is the question.\n", "a text of other letters, quick fox.\n"]
 )
 def test_b2_gpt_on_another_text_is_refused_and_its_model_stays(tmp_path, other):
-    from experiments import gpt
+    from gradfn.experiments import gpt
 
     text, folder = tmp_path / "text.txt", tmp_path / "run"
     text.write_text("to be, or not to be: that is the question.\n" * 30)

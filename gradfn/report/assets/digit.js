@@ -9,42 +9,42 @@ export function prepare(ink, side, spline) {
   return spline ? asEnlarged(ink, side, box, spline) : asMnist(ink, side, box);
 }
 
-// As MNIST's were made: into 20x20 pixels, then moved by whole pixels until the centre of mass is pixel 14, or up
+// As MNIST's were made: into 20x20 pixels, then moved by whole pixels until the center of mass is pixel 14, or up
 // to half a pixel from it.
 function asMnist(ink, side, box) {
   const pixel = Math.max(box.width, box.height) / 20;
   const left = box.left - Math.floor((SIZE - box.width / pixel) / 2) * pixel;
   const top = box.top - Math.floor((SIZE - box.height / pixel) / 2) * pixel;
   const placed = resample(ink, side, left, top, pixel, pixel, SIZE);
-  const [x, y] = centreOfMass(placed, SIZE);
-  const [right, down] = [x, y].map((centre) => Math.ceil(SIZE / 2 - 0.5 - centre - 1e-6));
+  const [x, y] = centerOfMass(placed, SIZE);
+  const [right, down] = [x, y].map((center) => Math.ceil(SIZE / 2 - 0.5 - center - 1e-6));
   return Float64Array.from(placed, (_, i) => {
     const row = Math.floor(i / SIZE) - down, column = (i % SIZE) - right;
     return row >= 0 && row < SIZE && column >= 0 && column < SIZE ? placed[row * SIZE + column] : 0;
   });
 }
 
-// As scikit-learn's digits were made: as high as the 8x8 image, at most three quarters as wide, 17 levels of grey;
+// As scikit-learn's digits were made: as high as the 8x8 image, at most three quarters as wide, 17 levels of gray;
 // then enlarged by a spline.
 function asEnlarged(ink, side, box, spline) {
   const small = spline.length / SIZE;
   const high = box.height / small;
   const wide = Math.max(high, box.width / (0.75 * small));
   let left = box.left - (small * wide - box.width) / 2;
-  const [x] = centreOfMass(resample(ink, side, left, box.top, wide, high, small), small);
+  const [x] = centerOfMass(resample(ink, side, left, box.top, wide, high, small), small);
   const room = small - box.width / wide;
   left = box.left - Math.min(Math.max((box.left - left) / wide + (small - 1) / 2 - x, 0), room) * wide;
-  const grey = resample(ink, side, left, box.top, wide, high, small).map((v) => Math.round(16 * v) / 16);
-  return enlarge(grey, spline);
+  const gray = resample(ink, side, left, box.top, wide, high, small).map((v) => Math.round(16 * v) / 16);
+  return enlarge(gray, spline);
 }
 
 // The image S G S^T, kept within 0 and 1; S is the spline [28, small], G the image [small, small].
-export function enlarge(grey, spline) {
+export function enlarge(gray, spline) {
   const small = spline.length / SIZE;
   const rows = new Float64Array(SIZE * small); // S G
   for (let i = 0; i < SIZE; i++)
     for (let j = 0; j < small; j++)
-      for (let k = 0; k < small; k++) rows[i * small + j] += spline[i * small + k] * grey[k * small + j];
+      for (let k = 0; k < small; k++) rows[i * small + j] += spline[i * small + k] * gray[k * small + j];
   return Float64Array.from({ length: SIZE * SIZE }, (_, at) => {
     const i = Math.floor(at / SIZE), j = at % SIZE;
     let sum = 0;
@@ -88,7 +88,7 @@ function shares(from, length, n, side) {
   });
 }
 
-function centreOfMass(image, n) {
+function centerOfMass(image, n) {
   let sum = 0, x = 0, y = 0;
   for (let i = 0; i < n * n; i++) {
     sum += image[i];

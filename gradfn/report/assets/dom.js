@@ -56,12 +56,12 @@ export function perRow(n) {
 }
 
 // Values as bars up and down, with their numbers under them where these are labels.
-export function bars(values, labelled) {
+export function bars(values, labeled) {
   const largest = Math.max(...values.map(Math.abs)) || 1;
   const made = Array.from(values, (value, i) => {
     const bar = element("i", { class: value < 0 ? "negative" : "positive" });
     bar.style.setProperty("--level", Math.abs(value) / largest);
-    return element("span", { title: `${i}: ${number(value)}` }, bar, element("small", {}, labelled ? `${i}` : ""));
+    return element("span", { title: `${i}: ${number(value)}` }, bar, element("small", {}, labeled ? `${i}` : ""));
   });
   return element("div", { class: "bars" }, ...made);
 }

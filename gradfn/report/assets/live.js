@@ -107,7 +107,7 @@ export function live(told) {
   paintAll();
 
   // For tests, and for the curious at the console.
-  const tools = { build, compute, gradients, prepare: prepared, enlarge: (grey) => enlarge(grey, spline) };
+  const tools = { build, compute, gradients, prepare: prepared, enlarge: (gray) => enlarge(gray, spline) };
   const controls = { pick, select, setBias, setRegion, setLabel, step: steps.next };
   return { ...tools, ...controls, net, samples, state, now: () => now };
 }

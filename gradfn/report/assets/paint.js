@@ -1,8 +1,8 @@
-// Numbers as pixels, in the colours of the page: more than zero red, less blue; ink on paper.
+// Numbers as pixels, in the colors of the page: more than zero red, less blue; ink on paper.
 
 const probe = document.createElement("i");
 
-function colour(name) {
+function color(name) {
   document.body.append(probe);
   probe.style.color = `var(--${name})`;
   const rgb = getComputedStyle(probe).color.match(/[\d.]+/g).slice(0, 3).map(Number);
@@ -12,7 +12,7 @@ function colour(name) {
 
 let palette = null;
 export function newPalette() {
-  palette = Object.fromEntries(["less", "zero", "more", "raised", "ink"].map((name) => [name, colour(name)]));
+  palette = Object.fromEntries(["less", "zero", "more", "raised", "ink"].map((name) => [name, color(name)]));
 }
 
 function signed(share) {
@@ -25,7 +25,7 @@ function inked(share) {
   return palette.raised.map((paper, i) => paper + share * (palette.ink[i] - paper));
 }
 
-// Paint values row after row; scale says which value has the full colour, null that they are ink from 0 to 1.
+// Paint values row after row; scale says which value has the full color, null that they are ink from 0 to 1.
 export function paint(canvas, values, columns, scale) {
   paintTiles(canvas, [values], columns, scale, 1);
 }
@@ -51,7 +51,7 @@ export function paintTiles(canvas, tiles, columns, scale, perRow, gap = 2) {
   context.putImageData(image, 0, 0);
 }
 
-// The value that gets the full colour: so large that only one in two hundred is larger.
+// The value that gets the full color: so large that only one in two hundred is larger.
 export function scaleOf(values) {
   const sizes = Float64Array.from(values, Math.abs).sort();
   return sizes[Math.floor(0.995 * (sizes.length - 1))] || sizes[sizes.length - 1] || 0;

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradfn.core.net import Net
-from gradfn.data import Tokenizer
-from gradfn.flatten import Loss
-from gradfn.inspection import inspect, sites
-from gradfn.report.figures import History, curves, save_all
+import gradfn as gf
+from gradfn.report.figures import History, curves
 from gradfn.report.sequences import MAX_TOKENS, attention_maps, token_probabilities
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 ATTENTION_TOKENS = 24  # more would leave no room for their labels
 
 
-def loss_per_token(loss: Loss, batch: tuple[Any, Any]) -> Callable[[Any], jax.Array]:
+def loss_per_token(loss: Any, batch: tuple[Any, Any]) -> Callable[[Any], jax.Array]:
     """Return a function that measures parameters on fixed sequences: the mean over all tokens that count.
 
     Args:
@@ -30,7 +30,6 @@ def loss_per_token(loss: Loss, batch: tuple[Any, Any]) -> Callable[[Any], jax.Ar
     Returns:
         `params -> scalar`, in nats a token.
 
-    >>> import gradfn as gf
     >>> net = gf.Net({"z": gf.Param([2])}, lambda params, tokens: jnp.tile(params["z"], [len(tokens), 1]))
     >>> batch = np.zeros([3, 4], int), np.array([[0, 0, 0, 0], [1, -1, -1, -1], [1, -1, -1, -1]])
     >>> loss_per_token(gf.next_token_loss(net), batch)({"z": jnp.zeros(2)})
@@ -50,31 +49,27 @@ def loss_per_token(loss: Loss, batch: tuple[Any, Any]) -> Callable[[Any], jax.Ar
 
 
 def language_figures(
-    folder: Path,
-    net: Net,
-    loss: Loss,
+    net: gf.Net,
+    loss: Any,
     params: Any,
     history: History,
     examples: tuple[Any, Any],
-    tokenizer: Tokenizer,
-    name: str,
+    tokenizer: gf.data.Tokenizer,
     ends: Mapping[str, float] = {},
-) -> list[Path]:
+) -> dict[str, Figure]:
     """Draw what a language model has learned: its curves, what it expects of a text, and where it looks.
 
     Args:
-        folder: where to put the pictures.
         net: from tokens `[T]` to logits `[T, vocab]`.
         loss: of one sequence.
         params: its parameters.
         history: from `gf.fit`.
         examples: tokens and targets of some sequences, `[N, T]` each; as many are drawn as 40 tokens make.
         tokenizer: of the tokens.
-        name: of the data.
         ends: what the curves' title reports instead of the history's last row, see `curves`.
 
     Returns:
-        The files: curves, probabilities, and attention where the net has any, as PNG.
+        The figures curves, probabilities, and attention where the network has any, by name.
     """
     tokens, targets = map(np.asarray, examples)
     vocabulary = [tokenizer.decode([token]) for token in range(tokenizer.size)]
@@ -91,11 +86,11 @@ def language_figures(
     weights = attention_of(loss, params, shown)
     if weights:
         figures["attention"] = attention_maps(weights, [vocabulary[token] for token in shown[0]])
-    return save_all(figures, folder, name)
+    return figures
 
 
 def expectations(
-    net: Net, params: Any, tokens: np.ndarray, targets: np.ndarray
+    net: gf.Net, params: Any, tokens: np.ndarray, targets: np.ndarray
 ) -> tuple[list[int], list[int], np.ndarray]:
     """Return what a net expects in the first sequences, as many as it takes to have 40 tokens.
 
@@ -117,7 +112,7 @@ def expectations(
     return read.tolist(), came.tolist(), p
 
 
-def attention_of(loss: Loss, params: Any, example: Any) -> dict[str, np.ndarray]:
+def attention_of(loss: Any, params: Any, example: Any) -> dict[str, np.ndarray]:
     """Return the attention weights of each block for one example, as `gf.inspect` sees them.
 
     Args:
@@ -128,8 +123,8 @@ def attention_of(loss: Loss, params: Any, example: Any) -> dict[str, np.ndarray]
     Returns:
         `{"block 0": [heads, T, S], ...}`, in the order of computation; empty where nothing attends.
     """
-    names = [name for name in sites(loss)(params, example).names if name.split("/")[-1] == "probabilities"]
+    names = [name for name in gf.sites(loss)(params, example).names if name.split("/")[-1] == "probabilities"]
     if not names:
         return {}
-    seen = inspect(loss, sites=names, keep=names, stats=["mean"], input_grads=False)(params, example)
-    return {f"block {i}": np.asarray(seen[name].value) for i, name in enumerate(names)}
+    inspection = gf.inspect(loss, sites=names, keep=names, stats=["mean"], input_grads=False)(params, example)
+    return {f"block {i}": np.asarray(inspection[name].value) for i, name in enumerate(names)}

@@ -1,16 +1,10 @@
-"""Figures of what counts: what is in them, by their panels, titles and colour scales."""
+"""Figures of what counts: what is in them, by their panels, titles and color scales."""
 
 import numpy as np
 import pytest
-
-from gradfn.report.attribution import (
-    heat_over_images,
-    image_rows,
-    influences,
-    randomised_maps,
-    remains,
-    signed_maps,
-)
+from gradfn.experiments.reconstruct import image_rows
+from gradfn.experiments.regions import heat_over_images, remains
+from gradfn.experiments.saliency import influences, randomized_maps, signed_maps
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.random([3, 8, 8])
@@ -48,21 +42,21 @@ def test_heat_is_on_one_scale_for_all():
         heat_over_images(IMAGES, heat[:2], "abc", "Three", "fall")
 
 
-def test_rows_of_images_and_of_randomised_maps():
+def test_rows_of_images_and_of_randomized_maps():
     figure = image_rows({"mean": IMAGES, "drawn": 1 - IMAGES}, "012", "Six", {"drawn": ["p", "q", "r"]})
     assert [panel.get_xlabel() for panel in figure.axes] == ["", "", "", "p", "q", "r"]
     np.testing.assert_array_equal(shown(figure.axes[4]), 1 - IMAGES[1])
     with pytest.raises(ValueError, match="mean: one image a column, 2, came 3"):
         image_rows({"mean": IMAGES}, "01", "Six")
-    figure = randomised_maps(IMAGES[0], {"m": IMAGES[:2]}, ["trained", "random"], {"m": ["", "0.5"]}, "Two")
+    figure = randomized_maps(IMAGES[0], {"m": IMAGES[:2]}, ["trained", "random"], {"m": ["", "0.5"]}, "Two")
     assert [panel.get_xlabel() for panel in figure.axes[:2]] == ["", "0.5"]
 
 
 def test_what_remains_is_framed_by_whether_it_is_right():
     masks = {"all": np.ones([8, 8], bool), "none": np.zeros([8, 8], bool)}
     figure = remains(IMAGES[:2], masks, [[1, 2], [1, 1]], [[0.9, 0.5], [0.4, 0.3]], [1, 1], [1.0, 0.5], "Two")
-    colours = [panel.spines["left"].get_edgecolor() for panel in figure.axes]
-    assert colours[0] == colours[2] == colours[3] != colours[1]
+    colors = [panel.spines["left"].get_edgecolor() for panel in figure.axes]
+    assert colors[0] == colors[2] == colors[3] != colors[1]
     assert figure.axes[1].get_title() == "none\n50 % right"
     assert figure.axes[1].get_xlabel() == "2 (50 %)"
     np.testing.assert_array_equal(shown(figure.axes[0]), IMAGES[0])

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-
-from gradfn.report.curvature import edge_of_stability, landscape, late_sharpness, spectrum
+from gradfn.experiments.curvature import edge_of_stability, landscape, late_sharpness, spectrum
 
 
 def history(end):

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-
-from gradfn.report.noise import agreement, largest_gradients, noise_over_training
+from gradfn.experiments.noise import agreement, largest_gradients, noise_over_training
 
 
 def rows(scales):
