@@ -85,9 +85,9 @@ def keep_digit_net(
     """
     for name in (activation, output):
         if name is not None and name not in ACTIVATIONS:
-            raise ValueError(f"keep_digit_net: expected one of {', '.join(ACTIVATIONS)}, came {name!r}")
+            raise ValueError(f"keep_digit_net: expected one of {', '.join(ACTIVATIONS)}, got {name!r}")
     if tuple(data.shape) != (28, 28):
-        raise ValueError(f"keep_digit_net: expected images of 28x28 pixels, came {list(data.shape)}")
+        raise ValueError(f"keep_digit_net: expected images of 28x28 pixels, got {list(data.shape)}")
     from safetensors.numpy import save
 
     chosen = _samples(data.test[1], np.asarray(probabilities))

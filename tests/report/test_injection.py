@@ -61,7 +61,12 @@ def a_run(folder, text, n):
         experiment=text,
         options={text: text, f"{text}s": [text, text]},
         versions={text: text, "seed": text},
-        result={"outcome": judge([Expectation(text, at_least=1, unit=text, given=text)], {text: 2.0})},
+        result={
+            "outcome": judge(
+                [Expectation(text, at_least=1, given=text), Expectation("x", at_least=1, unit=text)],
+                {text: 2.0},
+            )
+        },
         parts={text: part, f"{text}2": part},
         pictures={text: titled(text), f"{text}bad": text.encode()},
         net=DigitNet(params, np.zeros([1, 784], np.float32), np.zeros(1, np.int32), None, about),

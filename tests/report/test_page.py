@@ -192,7 +192,7 @@ def test_the_digit_net_comes_back_as_it_was_kept(tmp_path):
     assert net.spline.shape == (28, 8)
     with pytest.raises(ValueError, match="expected one of sigmoid, tanh, relu, gelu, got 'elu'"):
         keep_digit_net(tmp_path, params, data, probabilities, "elu")
-    with pytest.raises(ValueError, match=r"images of 28x28 pixels, came \[8, 8\]"):
+    with pytest.raises(ValueError, match=r"images of 28x28 pixels, got \[8, 8\]"):
         keep_digit_net(tmp_path, params, data._replace(shape=(8, 8)), probabilities)
 
 
