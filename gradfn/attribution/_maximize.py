@@ -24,7 +24,7 @@ class Maximized(NamedTuple):
         scores: `[steps]`, the score before each step, of the shifted input.
     """
 
-    x: Float[Array, ...]
+    x: Float[Array, " ..."]
     score: Float[Array, ""]
     scores: Float[Array, " steps"]
 

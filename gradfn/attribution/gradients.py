@@ -33,14 +33,16 @@ class IntegratedGradients(NamedTuple):
         relative_gap: scalar, |gap| / |score - baseline_score|.
     """
 
-    attributions: Float[Array, ...]
+    attributions: Float[Array, " ..."]
     score: Float[Array, ""]
     baseline_score: Float[Array, ""]
     gap: Float[Array, ""]
     relative_gap: Float[Array, ""]
 
 
-def saliency(f: Callable, target: Target = None, at: str | None = None) -> Callable[..., Float[Array, ...]]:
+def saliency(
+    f: Callable, target: Target = None, at: str | None = None
+) -> Callable[..., Float[Array, " ..."]]:
     """Return a function that computes the gradient of a score with respect to the input, or to a site.
 
     Simonyan, Vedaldi and Zisserman, *Deep Inside Convolutional Networks*, 2014; they show the absolute value. Here
@@ -83,7 +85,7 @@ def saliency(f: Callable, target: Target = None, at: str | None = None) -> Calla
 
 def grad_times_input(
     f: Callable, target: Target = None, at: str | None = None
-) -> Callable[..., Float[Array, ...]]:
+) -> Callable[..., Float[Array, " ..."]]:
     """Return a function that computes the gradient of a score times the input, or times the value at a site.
 
     To first order, the contribution of each element to the score (Shrikumar et al., *Not Just a Black Box*, 2016);
@@ -193,7 +195,7 @@ def smooth_grad(
     *,
     samples: int = 64,
     noise: float = 0.15,
-) -> Callable[..., Float[Array, ...]]:
+) -> Callable[..., Float[Array, " ..."]]:
     """Return a function that averages the gradients of a score at noisy copies of the input, or of a site.
 
     Smilkov et al., *SmoothGrad: removing noise by adding noise*, 2017; they use 10 to 20 % of noise.

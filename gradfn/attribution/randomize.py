@@ -44,7 +44,7 @@ class Randomized(ShowsTable):
     names: tuple[str, ...]
     rank: Float[np.ndarray, " rows"]
     rank_abs: Float[np.ndarray, " rows"]
-    maps: Float[np.ndarray, ...]
+    maps: Float[np.ndarray, " ..."]
 
     @property
     def passed(self) -> bool:

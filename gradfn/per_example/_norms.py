@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import PyTree
 
 from gradfn.core.precision import norm, norm_of_norms, widen
+from gradfn.core.signature import transform_of
 from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.jaxpr.program import show_objects
 from gradfn.per_example.ghost import add_up, norms_of_each
@@ -121,8 +123,9 @@ def grads(loss: Callable, chunk: int | None = None) -> Callable[..., Any]:
     """
     _check_chunk(chunk, "per_example.grads")
 
-    @functools.wraps(loss)
-    def grads_of(params: Any, *batch: Any) -> Any:
+    @transform_of(loss, "grads")
+    def grads_of(params: PyTree, /, *batch: PyTree) -> PyTree:
+        """Return the gradient of each example of the batch."""
         call = TracedLoss("per_example.grads", loss, params, batch)
 
         def grads_of_one(leaves: list[Any]) -> list[Any]:
@@ -176,8 +179,9 @@ def norms(loss: Callable, chunk: int = CHUNK) -> Callable[..., ExampleNorms]:
     """
     _check_chunk(chunk, "per_example.norms")
 
-    @functools.wraps(loss)
-    def norms_of(params: Any, *batch: Any) -> ExampleNorms:
+    @transform_of(loss, "norms")
+    def norms_of(params: PyTree, /, *batch: PyTree) -> ExampleNorms:
+        """Return the norm of the gradient of each example, and the gradient of the batch."""
         call = TracedLoss("per_example.norms", loss, params, batch)
         plan = Plan(call)
         methods = tuple(zip(call.names, [s.method for s in plan.strategies], strict=True))
@@ -277,8 +281,9 @@ def clipped_grads(loss: Callable, max_norm: Any, chunk: int = CHUNK) -> Callable
     if not isinstance(max_norm, jax.core.Tracer) and not float(max_norm) > 0:
         raise ValueError(f"clipped_grads: max_norm must be > 0, got {max_norm}")
 
-    @functools.wraps(loss)
-    def clipped(params: Any, *batch: Any) -> ClippedGrads:
+    @transform_of(loss, "clipped_grads")
+    def clipped(params: PyTree, /, *batch: PyTree) -> ClippedGrads:
+        """Return the mean of the clipped gradients of the examples of the batch."""
         call = TracedLoss("clipped_grads", loss, params, batch)
         plan = Plan(call)
 

@@ -22,9 +22,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from gradfn.core.params import path_name
 from gradfn.core.precision import divided, magnitudes_squared, sum_of, unit_of, widen
+from gradfn.core.signature import transform_of
 from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.per_example._norms import ExampleNorms
 from gradfn.per_example._norms import norms as example_norms
@@ -152,7 +154,9 @@ def noise_scale(loss: Callable) -> Callable[..., NoiseScale]:
     4.0 1.0 0.3
     """
 
-    def measure(params: Any, *batch: Any) -> NoiseScale:
+    @transform_of(loss, "noise_scale")
+    def measure(params: PyTree, /, *batch: PyTree) -> NoiseScale:
+        """Return the estimated noise scale from one batch of at least two examples."""
         return noise_of(example_norms(loss)(params, *batch))
 
     return measure
@@ -217,7 +221,9 @@ def norm_test(loss: Callable, theta: float = 0.9) -> Callable[..., NormTest]:
     if not theta > 0:
         raise ValueError(f"norm_test: theta must be > 0, got {theta}")
 
-    def test(params: Any, *batch: Any) -> NormTest:
+    @transform_of(loss, "norm_test")
+    def test(params: PyTree, /, *batch: PyTree) -> NormTest:
+        """Return whether the batch passes the norm test."""
         measured = example_norms(loss)(params, *batch)
         # The test does not depend on the gradients' unit, but their squares may overflow or underflow in any other.
         unit = unit_of(measured.total.max())
