@@ -19,6 +19,7 @@ import numpy as np
 from jax.extend.core import JaxprEqn
 
 from gradfn.core.precision import norm
+from gradfn.core.signature import transform_of
 from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.inspection.where import (
     Loop,
@@ -278,6 +279,7 @@ def backprop(f: Callable, *, keep: bool = False) -> Callable[..., Backward]:
     """
 
     def run(*args: Any, **kwargs: Any) -> Backward:
+        """Return the backward pass of the call, step by step."""
         args, kwargs = by_position(f, args, kwargs) if not args else (args, kwargs)
 
         def checked(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -317,7 +319,7 @@ def backprop(f: Callable, *, keep: bool = False) -> Callable[..., Backward]:
         (value, aux), seen = jax.value_and_grad(value_of, has_aux=True)(tokens)
         return Backward(value, aux, tuple(seen[info.path] for info in infos), infos)
 
-    return functools.wraps(f)(jit_arrays(run))
+    return transform_of(f, "backprop", own=0)(jit_arrays(run))
 
 
 def _norm(g: Any, residual: Any) -> dict[str, jax.Array]:

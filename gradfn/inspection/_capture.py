@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from gradfn.core.signature import transform_of
 from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.inspection import flow
 from gradfn.inspection.observe import ByName, checked_stats, wanted
@@ -78,8 +79,9 @@ def capture(
     """
     stats = checked_stats(stats, "capture")
 
-    @functools.wraps(f)
+    @transform_of(f, "capture", own=0)
     def captured(*args: Any, **kwargs: Any) -> Capture:
+        """Return the output of the function, and the values at its sites."""
         program = trace_as_written(f, *args, **kwargs)
         want = wanted(program, sites, keep, stats)
         at = want.by_path()

@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gradfn.core.precision import norm
+from gradfn.core.signature import transform_of
 from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.flatten import BatchMean, flat_products
 from gradfn.inspection import flow
@@ -175,8 +176,9 @@ def inspect(
     """
     stats = checked_stats(stats, "inspect")
 
-    @functools.wraps(loss)
+    @transform_of(loss, "inspect", own=0)
     def inspected(*args: Any, **kwargs: Any) -> Inspection:
+        """Return the value of the loss, its gradients, and what the sites show."""
         args, kwargs = params_first(loss, args, kwargs, "inspect")
         program = trace_as_written(with_hint(loss), *args, **kwargs)
         scalar_and_aux(program.rebuild(program.jaxpr.out_avals), "inspect")

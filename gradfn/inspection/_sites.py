@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from gradfn.core.signature import transform_of
 from gradfn.display import ShowsTable, TextTable
 from gradfn.jaxpr import Program, Site, find_sites, trace_as_written
 from gradfn.jaxpr.interpreter import bodies
@@ -70,7 +71,9 @@ def sites(f: Callable) -> Callable[..., SiteList]:
         ((5, 2), 'parameter')
     """
 
+    @transform_of(f, "sites", own=0)
     def listed(*args: Any, **kwargs: Any) -> SiteList:
+        """Return the sites of the function for these arguments."""
         program = trace_as_written(f, *args, **kwargs)
         found = SiteList(find_sites(program))
         found.notes = tuple(_notes(found, program))

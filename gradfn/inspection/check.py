@@ -1,7 +1,6 @@
 """`gf.check_grads`: the gradient against central differences."""
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gradfn.core.signature import transform_of
 from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.inspection._backprop import active_equations
 from gradfn.inspection.suspects import suspects
@@ -150,8 +150,9 @@ def check_grads(
                 raise
             return fewer, _lowest_precision(fewer)
 
-    @functools.wraps(f)
+    @transform_of(f, "check_grads", own=0)
     def check(*args: Any, **kwargs: Any) -> GradCheck:
+        """Return how the gradients compare with central differences."""
         args, kwargs = by_position(f, args, kwargs) if not args else (args, kwargs)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
             raise TypeError("check_grads: call it outside jit: it decides on what it finds")

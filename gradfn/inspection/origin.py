@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
 
+from gradfn.core.signature import transform_of
 from gradfn.inspection.causes import ELEMENTWISE, Operand, explain
 from gradfn.inspection.where import (
     Loop,
@@ -238,8 +239,9 @@ def nan_origin(f: Callable, argnums: int | Sequence[int] = 0) -> Callable[..., N
 
     compiled = jit_arrays(look)
 
-    @functools.wraps(f)
+    @transform_of(f, "nan_origin", own=0)
     def find(*args: Any, **kwargs: Any) -> NanReport:
+        """Return where the first NaN and the first infinity come from."""
         args, kwargs = by_position(f, args, kwargs) if not args else (args, kwargs)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
             raise TypeError(
@@ -287,8 +289,9 @@ def nan_guard(f: Callable) -> Callable[..., tuple[Any, Any, NanRecord]]:
         True
     """
 
-    @functools.wraps(f)
+    @transform_of(f, "nan_guard", own=0)
     def guarded(*args: Any, **kwargs: Any) -> tuple[Any, Any, NanRecord]:
+        """Return the value, the gradients, and a record of the first NaN and the first infinity."""
         args, kwargs = params_first(f, args, kwargs, "nan_guard")
         program, of = _trace(f, 0, args, kwargs, "nan_guard")
         spots = _spots(program)
