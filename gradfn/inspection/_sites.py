@@ -1,6 +1,6 @@
 """`gf.sites`: the values of a function that can be inspected and patched."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from gradfn.core.signature import transform_of
@@ -22,7 +22,7 @@ class SiteList(ShowsTable, list[Site]):
     def table(self, rows: int | None = None) -> TextTable:
         """Return a table with one row per site."""
         empty = () if self else ("No sites: name a value with gf.tap(x, 'name').",)
-        out = TextTable(caption="\n".join([*empty, *self.notes]))
+        out = TextTable(caption="\n".join([*empty, *number_note(self), *self.notes]))
         out.add_column("site", shorten=True)
         out.add_column("shape")
         out.add_column("dtype", drop=3)
@@ -32,6 +32,20 @@ class SiteList(ShowsTable, list[Site]):
         for s in self:
             out.add_row(s.name, shape_text(s), s.dtype, s.kind, s.source, short_line(s.line))
         return out.folded(rows, "sites.table()")
+
+
+def number_note(sites: Iterable[Site]) -> list[str]:
+    """Return a line that explains numbers behind names, where a name has one."""
+    names = [site.name for site in sites]
+    numbered = [
+        name for name in names if name.rpartition(".")[2].isdigit() and name.rpartition(".")[0] in names
+    ]
+    if not numbered:
+        return []
+    base = numbered[0].rpartition(".")[0]
+    return [
+        f"{base}, {numbered[0]}, ...: the first value of that name in the order of computation, the second, ..."
+    ]
 
 
 def shape_text(site: Site) -> str:

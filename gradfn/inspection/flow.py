@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from gradfn.display import ROWS, TextTable
+from gradfn.inspection._sites import number_note
 from gradfn.inspection.summaries import Stats
 from gradfn.jaxpr import Site
 from gradfn.jaxpr.program import leaf_name
@@ -175,16 +176,17 @@ def table(seen: "ByName", rows: int | None, rest: str) -> TextTable:
         stacked = np.shape(seen.value)
         title = f"value {float(np.asarray(seen.value)[(-1,) * len(stacked)]):.6g}"
         title += f" (the last of {stacked} inspections)" if stacked else ""
-    caption = ""
+    caption = []
     if seen.grad_stats:
-        caption = "grad ×: the norm of the gradient here over that at the next site towards the loss"
+        caption.append("grad ×: the norm of the gradient here over that at the next site towards the loss")
     shown = rows_of(seen)
     if rows is not None and len(shown) > rows and any(row.iteration for row in shown):
         shown = _one_row_per_site(shown)
-        caption += (
-            "\n[0:N]: N iterations in one row; there, grad × is the first iteration's norm over the last's"
+        caption.append(
+            "[0:N]: N iterations in one row; there, grad × is the first iteration's norm over the last's"
         )
-    out = TextTable(title, caption)
+    caption += number_note(seen.sites)
+    out = TextTable(title, "\n".join(caption))
     out.add_column("site", shorten=True)
     out.add_column("shape", drop=3)
     out.add_column("mean", drop=7)

@@ -1,9 +1,11 @@
 """List the equations of a jaxpr, and run it with a visitor at chosen ones (see `gradfn.jaxpr`)."""
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
+from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +30,13 @@ _REMAT, _SHARD_MAP = primitives.remat_p.name, "shard_map"
 _CARRIED = {"CheckpointName": "name", "CheckpointNameFwd": "name", "RematTraced": _REMAT}
 
 
+# Files of gradfn and of Python itself, and the folders of all other libraries.
+_LIBRARIES = (str(FilePath(__file__).parents[1]), str(FilePath(os.__file__).parent), "<frozen")
+_PACKAGES = ("site-packages", "dist-packages")
+# What calls the function that is traced: frames further out are not part of it.
+_TRACED_BY = str(FilePath(__file__).with_name("program.py"))
+
+
 class Frame(NamedTuple):
     """One container around an equation: its kind, its path and, if it adds a leading axis, the length of that."""
 
@@ -49,7 +58,19 @@ class Equation:
 
     @cached_property
     def line(self) -> str:
-        """Where the equation was written, as `file:line (function)`."""
+        """Where the equation was written, as `file:line (function)`: the innermost line outside of libraries.
+
+        Where only libraries (gradfn, Flax) have a line, it is the innermost one outside of jax.
+        """
+        traceback = self.eqn.source_info.traceback
+        frames: Sequence[Any] = traceback.frames if traceback else ()
+        for frame in frames:
+            if frame.file_name == _TRACED_BY:
+                break
+            if not frame.file_name.startswith(_LIBRARIES) and not any(
+                p in frame.file_name for p in _PACKAGES
+            ):
+                return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
         return re.sub(r"(:\d+):\d+", r"\1", source_info_util.summarize(self.eqn.source_info))
 
     @property

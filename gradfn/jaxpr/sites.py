@@ -525,10 +525,10 @@ def find_sites(program: Program) -> list[Site]:
         named = by_origin.setdefault(found.origin, found)
         if named is not found and found.kind and not named.kind:
             by_origin[found.origin] = named._replace(kind=found.kind)
-    kept = [f for f in by_origin.values() if f.anchor is None or f.anchor in by_origin]
+    kept = [_batch_first(f, program) for f in by_origin.values() if f.anchor is None or f.anchor in by_origin]
     unique = {(f.path, f.output): f for f in kept}.values()
     ordered = sorted(unique, key=lambda f: (*f.path, float("inf")))
-    names = _final_names(ordered, equations, foremost)
+    names = _final_names(ordered, _parents(ordered, analysis.found), equations, foremost)
     reached = _reached(ordered, program, reach)
     return [
         _site(f, name, equations[f.path], reaches)
@@ -567,8 +567,49 @@ def _site(found: _Found, name: str, equation: Equation, reaches: str) -> Site:
     )
 
 
-def _final_names(found: list[_Found], equations: dict[Path, Equation], foremost: Reach) -> list[str]:
-    """Return unique names: a repeated one is prefixed by its scope if these differ, and numbered otherwise."""
+def _batch_first(found: _Found, program: Program) -> _Found:
+    """Return the site after the transpose by which `jax.vmap` moves the batch axis of a product to the front."""
+    jaxpr = program.jaxpr.jaxpr
+    for i, k in zip(found.path[::2], found.path[1::2], strict=False):
+        jaxpr = bodies(jaxpr.eqns[i])[1][k][0]
+    eqn = jaxpr.eqns[found.path[-1]]
+    if found.source != "parameter" or operation(eqn) not in _PRODUCTS:
+        return found
+    value = eqn.outvars[found.output]
+    users = [i for i, e in enumerate(jaxpr.eqns) if any(v is value for v in e.invars)]
+    if len(users) != 1 or any(v is value for v in jaxpr.outvars):
+        return found
+    user: Any = jaxpr.eqns[users[0]]
+    if operation(user) != "transpose" or "vmap(" not in str(user.source_info.name_stack):
+        return found
+    # A user's own transpose changes the order of the other axes.
+    others = user.params["permutation"][1:]
+    return found._replace(path=(*found.path[:-1], users[0])) if list(others) == sorted(others) else found
+
+
+def _parents(found: Sequence[_Found], everything: Sequence[_Found]) -> list[str]:
+    """Return, for each site, the path that holds the parameters it is computed with: `enc` for `enc/b1`.
+
+    Those are the parameters that meet data in the site's own equation or, for an activation function, in the
+    equation before; else the last ones that met data before it.
+    """
+    of_parameters = {f.origin: f for f in everything if f.source == "parameter" and f.anchor is None}
+    anchors = {f.origin: f.anchor for f in everything if f.anchor is not None}
+    in_order = sorted(of_parameters.values(), key=lambda f: f.path)
+
+    def parent(site: _Found) -> str:
+        met = of_parameters.get(site.origin) or of_parameters.get(anchors.get(site.origin, site.origin))
+        before = [f for f in in_order if f.path < site.path]
+        met = met or (before[-1] if before else None)
+        return met.base.rpartition("/")[0] if met else ""
+
+    return [parent(site) for site in found]
+
+
+def _final_names(
+    found: list[_Found], parents: list[str], equations: dict[Path, Equation], foremost: Reach
+) -> list[str]:
+    """Return unique names: a repeated one is prefixed by its scope or its parameters' path, or else numbered."""
     scopes = [equations[f.path].scope for f in found]
     bases = [scope if f.source == "scope" else f.base for f, scope in zip(found, scopes, strict=True)]
     groups: dict[str, list[int]] = {}
@@ -576,9 +617,11 @@ def _final_names(found: list[_Found], equations: dict[Path, Equation], foremost:
         if found[i].source == "name":
             groups.setdefault(base, []).append(i)
     for base, members in groups.items():
-        if len(members) > 1 and len({scopes[i] for i in members}) == len(members):
+        distinct = len({scopes[i] for i in members}) == len(members)
+        prefixes = scopes if distinct else parents
+        if len({prefixes[i] for i in members}) > 1:
             for i in members:
-                bases[i] = "/".join(filter(None, [scopes[i], base]))
+                bases[i] = "/".join(filter(None, [prefixes[i], base]))
     taken: dict[str, int] = {}
     names: dict[int, str] = {}
     given: set[str] = set()

@@ -543,3 +543,92 @@ def test_complex_values_are_sites_with_a_gradient():
     out = jnp.fft.fft(Z) @ W.astype(jnp.complex64)
     np.testing.assert_allclose(seen["W"].value, out, rtol=1e-4)
     np.testing.assert_allclose(seen["W"].grad, 2 * out.conj(), rtol=1e-4)  # jax's convention
+
+
+def test_two_networks_in_one_function_have_names_of_their_own():
+    nets = {"enc": gf.mlp([4, 3, 2]), "dec": gf.mlp([2, 3, 4])}
+    params = {name: net.init(jax.random.key(0)) for name, net in nets.items()}
+
+    def by_parameters(params, x):
+        return jnp.sum(nets["dec"].apply(params["dec"], nets["enc"].apply(params["enc"], x)))
+
+    def by_scope(params, x):
+        with jax.named_scope("first"):
+            x = nets["enc"].apply(params["enc"], x)
+        with jax.named_scope("second"):
+            return jnp.sum(nets["dec"].apply(params["dec"], x))
+
+    def in_loops(params, x):
+        return jnp.sum(jax.lax.scan(lambda h, _: (by_parameters(params, h) * h, None), x, None, length=2)[0])
+
+    taps = ("z1", "a1", "z2")
+    for f, prefixes in ((by_parameters, ("enc", "dec")), (in_loops, ("enc", "dec"))):
+        named = [s.name for s in gf.sites(f)(params, jnp.ones(4)) if s.source == "name"]
+        assert named == [f"{prefix}/{tap}" for prefix in prefixes for tap in taps]
+    named = [s.name for s in gf.sites(by_scope)(params, jnp.ones(4)) if s.source == "name"]
+    assert named == [f"{prefix}/{tap}" for prefix in ("first", "second") for tap in taps]
+    inspection = gf.inspect(by_parameters, keep="*/a1")(params, jnp.ones(4))
+    by_hand = jax.nn.sigmoid(params["enc"]["W1"] @ jnp.ones(4) + params["enc"]["b1"])
+    np.testing.assert_allclose(inspection["enc/a1"].value, by_hand, rtol=1e-5)
+
+
+def test_numbers_behind_names_are_explained_where_they_are_shown():
+    def f(w, x):
+        return jnp.sum(gf.tap(gf.tap(x * w, "h") * 2, "h"))
+
+    listed = gf.sites(f)(2.0, jnp.ones(3))
+    assert listed.names == ["h", "h.1"]
+    note = "h, h.1, ...: the first value of that name in the order of computation, the second, ..."
+    assert note in " ".join(str(listed).split())
+    assert note in " ".join(str(gf.inspect(f)(2.0, jnp.ones(3))).split())
+    assert "h.1" not in str(gf.sites(lambda w, x: gf.tap(x * w, "h"))(2.0, jnp.ones(3)))
+
+
+def test_a_batch_axis_added_by_vmap_stays_in_front():
+    W, b, X = jnp.ones((8, 4)), jnp.ones(8), jnp.arange(20.0).reshape(5, 4)
+
+    def one(params, x):
+        return jnp.sum(jnp.tanh(params["W"] @ x + params["b"]))
+
+    def batch(params, x):
+        return jnp.mean(jax.vmap(one, (None, 0))(params, x))
+
+    params = {"W": W, "b": b}
+    inspection = gf.inspect(batch, keep=None)(params, X)
+    assert {site.shape for site in inspection.sites} == {(5, 8)}
+    np.testing.assert_allclose(inspection["W"].value, X @ W.T, rtol=1e-6)
+    expected = jax.grad(lambda z: jnp.mean(jnp.sum(jnp.tanh(z + b[None]), 1)))(X @ W.T)
+    np.testing.assert_allclose(inspection["W"].grad, expected, rtol=1e-5)
+    np.testing.assert_allclose(gf.patch(batch, {"W": X @ W.T / 2})(params, X), batch({"W": W / 2, "b": b}, X))
+
+    def own_transpose(params, x):
+        return jnp.sum(jnp.sin((params["W"] @ x).T))
+
+    def of_matrices(params, x):
+        return jnp.mean(jax.vmap(own_transpose, (None, 0))(params, x))
+
+    assert gf.sites(own_transpose)(params, X.T)[0].shape == (8, 5)
+    assert gf.sites(of_matrices)(params, jnp.ones((2, 4, 5)))[0].shape == (8, 2, 5)
+
+
+def helper(params, x):
+    return jnp.tanh(params["W"] @ x)
+
+
+def test_the_lines_shown_are_the_users_own():
+    net = gf.mlp([4, 3, 2])
+
+    def loss(params, x):
+        h = helper(params["own"], net.apply(params["net"], x))  # both of these sites are on this line
+        return jnp.sum(jax.nn.softmax(h))
+
+    params = {"own": {"W": jnp.ones((3, 2))}, "net": net.init(jax.random.key(0))}
+    lines = {site.name: site.line for site in gf.sites(loss)(params, jnp.ones(4))}
+    assert all(__file__ in line for line in lines.values())
+    assert lines["net/W1"].endswith(".loss)")
+    assert lines["own/W"].endswith("(helper)")
+    # Where no line is the user's own, the library's is shown.
+    assert (
+        "gradfn/nets/_mlp.py"
+        in {s.name: s.line for s in gf.sites(net.apply)(params["net"], jnp.ones(4))}["z1"]
+    )
