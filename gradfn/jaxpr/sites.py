@@ -528,7 +528,7 @@ def find_sites(program: Program) -> list[Site]:
     kept = [_batch_first(f, program) for f in by_origin.values() if f.anchor is None or f.anchor in by_origin]
     unique = {(f.path, f.output): f for f in kept}.values()
     ordered = sorted(unique, key=lambda f: (*f.path, float("inf")))
-    names = _final_names(ordered, _parents(ordered, analysis.found), equations, foremost)
+    names = _final_names(ordered, _parents(ordered, everything), equations, foremost)
     reached = _reached(ordered, program, reach)
     return [
         _site(f, name, equations[f.path], reaches)
