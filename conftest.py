@@ -1,11 +1,11 @@
-"""Hostile settings for every test: strict promotion of dtypes and ranks. Examples run as users have it."""
+"""Strict promotion of dtypes and ranks for all tests; examples run with jax's defaults, as for users."""
 
 import gc
 import os
 import tempfile
 from pathlib import Path
 
-# Eight devices on one processor, for the sharding tests; read once, when jax starts.
+# Eight devices on one CPU, for the sharding tests; jax reads this once, when it starts.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
@@ -13,7 +13,7 @@ import pytest
 
 import gradfn
 
-# All of gradfn, before pytest imports single files for their examples: it would make second copies of modules.
+# Import all of gradfn before pytest imports single files for their doctests, which would create second copies.
 for name in gradfn.__all__:
     getattr(gradfn, name)
 
@@ -23,11 +23,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config):
-    """Compile as little as the tests chosen allow.
+    """Reduce compile time as far as the selected tests allow.
 
-    Most programs run once, so they are compiled without XLA's costly optimisations, and those that several tests
-    build anew are read back from a folder of this run. The tests marked `optimised` are of what XLA makes of our
-    code. The two do not mix in one process, whose compiled operations are kept from test to test.
+    Most programs run once, so they are compiled without XLA's expensive optimizations, and programs that several tests
+    compile are cached in a temporary folder. Tests marked `optimized` check the optimized program. Both kinds do
+    not mix in one process, because compiled operations are kept between tests.
     """
     if "not optimised" in config.option.markexpr:
         jax.config.update("jax_disable_most_optimizations", True)
@@ -36,11 +36,11 @@ def pytest_configure(config):
         jax.config.update("jax_compilation_cache_dir", folder.name)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-        gc.set_threshold(200_000, 20, 100)  # what jax keeps is large, and searching it for cycles takes long
+        gc.set_threshold(200_000, 20, 100)  # jax keeps many objects, in which searching for cycles is slow
 
 
 def pytest_collection_modifyitems(items):
-    """Leave examples out of the quick subset: many of them compile whole networks."""
+    """Mark doctests as slow: many of them compile whole networks."""
     for item in items:
         if isinstance(item, pytest.DoctestItem):
             item.add_marker(pytest.mark.slow)
@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def usual_promotion_in_examples(request):
-    """Run examples of docstrings and pages under jax's own defaults, as their readers will."""
+    """Run the examples in docstrings and pages with jax's defaults, as their readers will."""
     if isinstance(request.node, pytest.DoctestItem) or "test_docs" in request.node.nodeid:
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
             yield
@@ -58,26 +58,26 @@ def usual_promotion_in_examples(request):
 
 @pytest.fixture
 def x64():
-    """Run a test in float64 (finite differences need it)."""
+    """Run a test in float64, which finite differences need."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Return the folder with MNIST, tiny-shakespeare and the names; skip where it is absent."""
+    """Return the folder with MNIST, tiny-shakespeare and the names; skip the test if it does not exist."""
     default = Path(__file__).parents[1] / "shared" / "data"
     folder = Path(os.environ.get("GRADFN_TEST_DATA", default))
     if not folder.is_dir():
-        pytest.skip(f"needs the data folder {folder} (or GRADFN_TEST_DATA), which is not here")
+        pytest.skip(f"needs the data folder {folder} (or GRADFN_TEST_DATA), which does not exist")
     return folder
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print how many tries of each attack there were, and how many held."""
+    """Print the number of attempts of each attack, and how many were withstood."""
     reports = [report for each in ("passed", "failed") for report in terminalreporter.stats.get(each, ())]
     figures = [value for report in reports if report.when == "call" for _, value in report.user_properties]
     if figures:
-        terminalreporter.section("attacks: tries, and how many held")
+        terminalreporter.section("attacks: withstood of attempts")
         for name, tries, held in figures:
             terminalreporter.write_line(f"{held:>7,} of {tries:>7,}  {name}")

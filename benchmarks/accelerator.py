@@ -1,23 +1,23 @@
-"""What gradfn does on an accelerator: whether it is right there, and how fast it is.
+"""The correctness and the speed of gradfn on an accelerator.
 
     python -m benchmarks.accelerator                     # all sections, in under six minutes on one GPU
     python -m benchmarks.accelerator --only gpt pytorch
     python -m benchmarks.accelerator --reduced           # small shapes, to try the script itself on a CPU
 
-The sections run in this order, each in a process of its own, so that each has the whole device memory and a crash or a
-timeout costs one section only. Every row is printed and written to the JSON file as soon as it is measured.
+The sections run in this order, each in its own process, so that each has the whole device memory and a crash or a
+timeout affects one section only. Every row is printed and written to the JSON file as soon as it is measured.
 
-- ``correctness``: values, gradients, statistics, per-example norms, the origin of a NaN and a resumed run on the
+- `correctness`: values, gradients, statistics, per-example norms, the origin of a NaN and a resumed run on the
   default device, compared with the CPU, with float32 products at the highest precision.
-- ``gpt``: a training step of GPT-2 124M in bfloat16, 1,024 tokens per sequence, AdamW: `gf.train_step`, raw JAX, and
-  raw JAX with cuDNN's fused attention. Nobody's buffers are donated.
-- ``pytorch``: the same step in PyTorch, `torch.compile` and `scaled_dot_product_attention`.
-- ``overhead``: `gf.inspect` with five statistics, per-example norms and a Hessian-vector product, each over
+- `gpt`: a training step of GPT-2 124M in bfloat16, 1,024 tokens per sequence, AdamW: `gf.train_step`, raw JAX, and
+  raw JAX with cuDNN's fused attention, all without donated buffers.
+- `pytorch`: the same step in PyTorch, `torch.compile` and `scaled_dot_product_attention`.
+- `overhead`: `gf.inspect` with five statistics, per-example norms and a Hessian-vector product, each relative to
   `jax.value_and_grad` of the same loss.
-- ``mlp``: an epoch of 784-16-10 at batch 32, `gf.fit` and by hand.
+- `mlp`: an epoch of 784-16-10 at batch 32, `gf.fit` and by hand.
 
-MFU is the share of the device's peak bfloat16 rate that 6 N + 12 L T d floating-point operations per token take, with
-N parameters, L layers, T tokens per sequence and width d (Chowdhery et al., *PaLM*, 2022, appendix B).
+MFU is the fraction of the device's peak bfloat16 rate that 6 N + 12 L T d floating-point operations per token take,
+with N parameters, L layers, T tokens per sequence and width d (Chowdhery et al., *PaLM*, 2022, appendix B).
 """
 
 import argparse
@@ -50,9 +50,9 @@ from gradfn.inspection.summaries import summarize
 MINUTES = 5.75
 RATE, BETAS, DECAY = 3e-4, (0.9, 0.95), 0.1
 FIVE = ("mean", "rms", "max", "zeros", "nonfinite")
-# Dense bfloat16 operations per second, from the vendors' data sheets, by part of the name that jax reports.
+# Dense bfloat16 operations per second from the vendors' data sheets, keyed by a part of the device name in jax.
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "TPU v5 lite": 197e12, "TPU v4": 275e12}
-# A relative difference in float32 that summation order explains.
+# A relative difference in float32 that the order of summation explains.
 BOUND = 1e-4
 
 Row = dict[str, Any]
@@ -61,17 +61,17 @@ Params = dict[str, Any]
 
 
 class Shapes(NamedTuple):
-    """How large everything is."""
+    """The sizes of all benchmarks."""
 
     config: gf.GPTConfig
-    batches: tuple[int, ...]  # the first that fits is used
+    batches: tuple[int, ...]  # the first that fits in memory is used
     rounds: int
     steps: int  # in one call
     images: int
     compile: bool  # whether PyTorch compiles
 
 
-# 50,304 is GPT-2's vocabulary rounded up to a multiple of 128, as nanoGPT trains it.
+# 50,304 is GPT-2's vocabulary size rounded up to a multiple of 128, as in nanoGPT.
 FULL = Shapes(gf.GPTConfig(vocab=50_304, compute="bfloat16"), (16, 8, 4, 2), 5, 4, 50_000, True)
 REDUCED = Shapes(
     gf.GPTConfig(vocab=128, context=16, n_layers=1, n_heads=2, width=16, compute="bfloat16"),
@@ -112,7 +112,7 @@ def difference(found: Any, expected: Any) -> float:
 
 
 def on(device: jax.Device, f: Callable, *args: Any) -> Any:
-    """Return what a jitted function computes on a device."""
+    """Return the result of a jitted function on a device."""
     return jax.jit(f)(*jax.device_put(args, device))
 
 
@@ -134,15 +134,15 @@ def correctness(shapes: Shapes, emit: Emit) -> None:
 
 
 def everything_of(loss: Callable) -> Callable:
-    """Return the function that computes all that is compared, in one program."""
+    """Return a function that computes all compared results in one program."""
     mean = gf.batch_mean(loss)
 
     def of(params: Params, batch: Any) -> Row:
-        seen = gf.inspect(mean, input_grads=False)(params, batch)
-        statistics = [s.values for s in (*seen.stats.values(), *seen.grad_stats.values())]
+        inspection = gf.inspect(mean, input_grads=False)(params, batch)
+        statistics = [s.values for s in (*inspection.stats.values(), *inspection.grad_stats.values())]
         return {
             "value and gradients": jax.value_and_grad(mean)(params, batch),
-            "inspect": (seen.value, seen.grads, statistics),
+            "inspect": (inspection.value, inspection.grads, statistics),
             "per-example norms": gf.per_example.norms(loss)(params, batch),
         }
 
@@ -150,7 +150,7 @@ def everything_of(loss: Callable) -> Callable:
 
 
 def compare_magnitudes(device: jax.Device, emit: Emit) -> None:
-    """Root mean squares of values whose squares leave float32's range, against numpy in float64."""
+    """Compare root mean squares of values whose squares overflow or underflow in float32 with numpy in float64."""
     x = np.random.default_rng(0).standard_normal(100_000)
     scales = [10.0**exponent for exponent in range(-30, 31, 5)]
     values = [(scale * x).astype(np.float32) for scale in scales]
@@ -164,7 +164,7 @@ def compare_magnitudes(device: jax.Device, emit: Emit) -> None:
 
 
 def compare_origins(params: Params, batch: Any, device: jax.Device, cpu: jax.Device, emit: Emit) -> None:
-    """A planted logarithm of zero is found at the same place."""
+    """Check that a deliberate logarithm of zero is found at the same equation."""
 
     def loss(params: Params, batch: Any) -> jax.Array:
         x, _ = batch
@@ -173,7 +173,7 @@ def compare_origins(params: Params, batch: Any, device: jax.Device, cpu: jax.Dev
 
     def found(device: jax.Device) -> list[Any]:
         report = gf.nan_origin(loss)(*jax.device_put((params, batch), device))
-        # Ranges of operands are printed, too; they differ by rounding.
+        # The report includes ranges of operands, which differ by rounding.
         return [event and event[:-2] for event in (report.nan, report.inf)]
 
     events, expected = found(device), found(cpu)
@@ -181,7 +181,7 @@ def compare_origins(params: Params, batch: Any, device: jax.Device, cpu: jax.Dev
 
 
 def compare_resumed(emit: Emit) -> None:
-    """A run that was interrupted and resumed ends where an uninterrupted one does."""
+    """Check that an interrupted and resumed run ends like an uninterrupted one."""
     try:
         import tensorboardX  # noqa: F401
     except ImportError:
@@ -211,7 +211,7 @@ def compare_resumed(emit: Emit) -> None:
 
 
 def decayed(params: Params) -> Any:
-    """Tell which parameters decay: those with two axes, as nanoGPT does it."""
+    """Return which parameters decay: those with two axes, as in nanoGPT."""
     return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
 
 
@@ -226,7 +226,7 @@ def text_of(config: gf.GPTConfig, batch: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def raw_loss(config: gf.GPTConfig, fused_attention: bool, params: Params, batch: Any) -> jax.Array:
-    """GPT-2's loss of a batch by hand: products in bfloat16, norms, softmax and loss in float32."""
+    """Return GPT-2's loss of a batch, by hand: products in bfloat16; norms, softmax and loss in float32."""
     tokens, targets = batch
     half = jnp.dtype(config.compute)
     n, length = tokens.shape
@@ -307,7 +307,7 @@ def raw_contender(shapes: Shapes, batch: Any, fused_attention: bool) -> tuple[An
 
 
 def gpt(shapes: Shapes, emit: Emit) -> None:
-    """Race a training step of gradfn with raw JAX."""
+    """Compare a training step of gradfn with raw JAX."""
     makers = {"gradfn": gradfn_contender, "raw JAX": functools.partial(raw_contender, fused_attention=False)}
     if jax.default_backend() == "gpu":
         makers["raw JAX, cuDNN attention"] = functools.partial(raw_contender, fused_attention=True)
@@ -327,7 +327,9 @@ def gpt(shapes: Shapes, emit: Emit) -> None:
         if "gradfn" in runs:
             break
     else:
-        raise MemoryError(f"gpt: not even a batch of {batch_size} fits")
+        raise MemoryError(
+            f"gpt: expected a batch that fits in memory, got out of memory at batch size {batch_size}"
+        )
     timings = harness.race({name: stepping(run, shapes.steps) for name, run in runs.items()}, shapes.rounds)
     for name, run in runs.items():
         seconds = float(np.median(timings[name].wall))
@@ -336,7 +338,7 @@ def gpt(shapes: Shapes, emit: Emit) -> None:
 
 
 def stepping(run: Callable[[], Any], n: int) -> harness.Contender:
-    """Return the contender that runs `n` times and waits for the last."""
+    """Return the contender that runs `n` times and waits for the last result."""
 
     def steps() -> float:
         out = None
@@ -349,7 +351,7 @@ def stepping(run: Callable[[], Any], n: int) -> harness.Contender:
 
 
 def step_figures(config: gf.GPTConfig, batch_size: int, seconds: float) -> Row:
-    """Return what a step's time says."""
+    """Return throughput and MFU of a step."""
     tokens = batch_size * config.context
     figures = {"batch": batch_size, "ms": 1e3 * seconds, "tokens_per_s": tokens / seconds}
     peak = next((rate for name, rate in PEAK.items() if name in device_kind()), None)
@@ -361,12 +363,12 @@ def step_figures(config: gf.GPTConfig, batch_size: int, seconds: float) -> Row:
 
 
 def device_kind() -> str:
-    """Return the name of the device that is measured; PyTorch's process sees it by PyTorch alone."""
+    """Return the name of the measured device; in PyTorch's process only PyTorch can see it."""
     return os.environ.get("BENCHMARK_DEVICE_KIND") or jax.devices()[0].device_kind
 
 
 def peak_gb(compiled: Any) -> float | None:
-    """Return the memory that a compiled program needs with its arguments and results, in GB, as XLA plans it."""
+    """Return the memory that XLA plans for a compiled program with its arguments and results, in GB."""
     plan = compiled.memory_analysis()
     if plan is None:
         return None
@@ -469,11 +471,11 @@ def pytorch(shapes: Shapes, emit: Emit) -> None:
     )
 
 
-# What it costs to look inside --------------------------------------------------------------------------------------
+# The cost of inspection --------------------------------------------------------------------------------------
 
 
 def overhead(shapes: Shapes, emit: Emit) -> None:
-    """Race inspection, norms and curvature with the plain gradient, each against it alone to save memory."""
+    """Compare inspection, norms and curvature with the plain gradient, one at a time to save memory."""
     net = gf.gpt(shapes.config)
     loss = gf.next_token_loss(net)
     mean = gf.batch_mean(loss)
@@ -524,11 +526,11 @@ def overhead(shapes: Shapes, emit: Emit) -> None:
             emit(name, **figures, peak_gb=peak, first_call_s=first)
             break
         else:
-            emit(name, skipped=f"no batch of {shapes.batches} fits")
+            emit(name, skipped=f"no batch size of {shapes.batches} fits in memory")
 
 
 def mlp(shapes: Shapes, emit: Emit) -> None:
-    """Race an epoch of the digit network."""
+    """Compare an epoch of the digit network."""
     x, y = fit_mnist.load(None)
     task = fit_mnist.starting_task(x[: shapes.images], y[: shapes.images])
     ready, _ = fit_mnist.trainers(task, ["gf.fit", "plain scan", fit_mnist.BASELINE, "jitted call per step"])
@@ -547,14 +549,14 @@ SECTIONS = {"correctness": correctness, "gpt": gpt, "pytorch": pytorch, "overhea
 
 
 def about() -> Row:
-    """Return what the figures depend on."""
+    """Return what the results depend on."""
     packages = (*harness.PACKAGES, "torch", "jax-cuda13-plugin", "jax-cuda12-plugin")
     kind = {"device": device_kind(), "platform": jax.default_backend(), "devices": jax.device_count()}
-    return kind | harness.circumstances(packages)
+    return kind | harness.environment(packages)
 
 
 def run_section(name: str, reduced: bool) -> None:
-    """Run one section in this process; print each row as a line of JSON."""
+    """Run one section in this process, and print each row as a line of JSON."""
     shapes = REDUCED if reduced else FULL
 
     def emit(row: str, **figures: Any) -> None:
@@ -567,9 +569,9 @@ def run_section(name: str, reduced: bool) -> None:
 
 
 def rows_of(name: str, reduced: bool, seconds: float) -> Iterator[Row]:
-    """Run one section in a process of its own; yield its rows as they come, and one that says why it ended early."""
+    """Run one section in its own process; yield its rows as they arrive, and a last one if it ended early."""
     command = [sys.executable, "-m", "benchmarks.accelerator", "--section", name] + ["--reduced"] * reduced
-    # PyTorch's process needs JAX for the parameters only: all device memory is PyTorch's.
+    # PyTorch's process uses JAX for the initial parameters only, so JAX must not reserve device memory.
     environment = os.environ | ({"JAX_PLATFORMS": "cpu"} if name == "pytorch" else {})
     environment |= {
         "XLA_PYTHON_CLIENT_MEM_FRACTION": environment.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
@@ -610,7 +612,7 @@ def fault_in(errors: str) -> str:
 
 
 def cells(row: Row) -> list[str]:
-    """Return a row of the table."""
+    """Return the cells of a table row."""
     if "skipped" in row:
         return [row["section"], row["name"], f"skipped: {row['skipped']}"]
     forms = {
@@ -628,20 +630,20 @@ def cells(row: Row) -> list[str]:
         "first_call_s": "first call {:.0f} s".format,
         "loss": "loss {:.3f}".format,
     }
-    told = [form(row[name]) for name, form in forms.items() if row.get(name) is not None]
-    return [row["section"], row["name"], ", ".join(told)]
+    figures = [form(row[name]) for name, form in forms.items() if row.get(name) is not None]
+    return [row["section"], row["name"], ", ".join(figures)]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the sections in order; return how many rows of correctness are wrong."""
+    """Run the sections in order; return the number of failed correctness checks."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="these sections alone"
+        "--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="only these sections"
     )
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="stop after this long (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="time limit in minutes (%(default)s)")
     parser.add_argument("--reduced", action="store_true", help="small shapes, to try the script on a CPU")
     parser.add_argument(
-        "--json", metavar="FILE", default="accelerator.json", help="where to write (%(default)s)"
+        "--json", metavar="FILE", default="accelerator.json", help="the file to write (%(default)s)"
     )
     parser.add_argument("--section", choices=["about", *SECTIONS], help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

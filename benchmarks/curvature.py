@@ -1,17 +1,18 @@
-"""What curvature costs: products over a gradient, and eigenvalues against other ways at equal residual.
+"""The cost of curvature: products relative to a gradient, and eigenvalues compared at equal residual.
 
     python -m benchmarks.curvature                  # both
     python -m benchmarks.curvature --only products
     python -m benchmarks.curvature --only eigenvalues
 
-Products: Hessian, Gauss-Newton and empirical Fisher times a vector, over the gradient of the same batch's loss.
-Where both factors of a matrix product vary, a Hessian product needs eight matrix products for the three of a
-gradient, 2.67 times as many; in a first layer, whose input is constant, three for two. `gf.curvature.hessian_eigs` and
-its kin compute what does not depend on the vector once, and need six, or two.
+Products: Hessian, Gauss-Newton and empirical Fisher times a vector, relative to the gradient of the loss of the same
+batch. If both factors of a matrix product depend on parameters, a Hessian product needs eight matrix products where a
+gradient needs three, 2.67 times as many; in a first layer, whose input is constant, it needs three instead of two.
+`gf.curvature.hessian_eigs` and similar functions compute the part that does not depend on the vector once, and need
+six or two.
 
-Eigenvalues: the five largest of the 784-16-10 net's Hessian on 1,024 of the built-in digits, after 100 steps of
-Adam. Everyone is given the fastest of their settings (tolerance, number of products, threads) that leaves all five
-residuals `|Hv - lv| / |l|` below 1e-3, which is checked in float64; that setting and its residual are printed.
+Eigenvalues: the five largest of the Hessian of the 784-16-10 net on 1,024 of the built-in digits, after 100 steps of
+Adam. Each contender uses the fastest of its settings (tolerance, number of products, threads) for which all five
+residuals `|Hv - lv| / |l|` are below 1e-3, checked in float64; the setting and its residual are printed.
 """
 
 import argparse
@@ -97,7 +98,7 @@ def raw(p: Problem, dtype: Any = jnp.float32) -> Raw:
 
 
 def residual(p: Problem) -> Callable[[Solved], float]:
-    """Return a function for the worst relative residual of five pairs, in float64."""
+    """Return a function that computes the largest relative residual of five pairs, in float64."""
     with jax.enable_x64(True):
         product, data, _ = raw(p, jnp.float64)
 
@@ -114,7 +115,7 @@ def residual(p: Problem) -> Callable[[Solved], float]:
 
 
 def gradfn_solver(p: Problem) -> Iterable[tuple[str, Solver]]:
-    """gf.curvature.hessian_eigs."""
+    """Yield solvers by gf.curvature.hessian_eigs."""
     for tolerance in (3e-3, 1e-3, 3e-4):
         eigs = gf.curvature.hessian_eigs(gf.batch_mean(gf.classification_loss(NET)), K, tolerance=tolerance)
 
@@ -127,7 +128,7 @@ def gradfn_solver(p: Problem) -> Iterable[tuple[str, Solver]]:
 
 
 def by_hand(p: Problem) -> Iterable[tuple[str, Solver]]:
-    """A loop in Python around a jitted Hessian product, all vectors kept orthogonal, as one writes it in a notebook."""
+    """Yield solvers by a Python loop around a jitted Hessian product, with full reorthogonalization."""
     product, data, size = raw(p)
 
     def solve(n: int) -> Solved:
@@ -153,7 +154,7 @@ def by_hand(p: Problem) -> Iterable[tuple[str, Solver]]:
 
 
 def arpack(p: Problem) -> Iterable[tuple[str, Solver]]:
-    """scipy's ARPACK around the same jitted product."""
+    """Yield solvers by scipy's ARPACK with the same jitted product."""
     from scipy.sparse.linalg import LinearOperator
 
     product, data, size = raw(p)
@@ -173,7 +174,7 @@ def _eigsh(operator: Any) -> Iterable[tuple[str, Solver]]:
         values, vectors = eigsh(operator, K, which="LM", tol=tolerance, ncv=ncv, v0=start)
         return Solved(values, vectors.T)
 
-    for ncv in (12, 16, 20):  # 20 is scipy's own choice; with fewer it restarts more often
+    for ncv in (12, 16, 20):  # 20 is scipy's default; with fewer vectors it restarts more often
         for tolerance in (1e-2, 1e-3):
             yield f"tol={tolerance:g}, ncv={ncv}", partial(solve, tolerance, ncv)
 
@@ -190,7 +191,7 @@ def _torch_model(p: Problem) -> Any:
 
 
 def curvlinops(p: Problem) -> Iterable[tuple[str, Solver]]:
-    """curvlinops' Hessian as a scipy operator, in ARPACK: what its documentation does."""
+    """Yield solvers by curvlinops' Hessian as a scipy operator in ARPACK, as in its documentation."""
     from curvlinops import HessianLinearOperator
 
     model, criterion, batch = _torch_model(p)
@@ -201,7 +202,7 @@ def curvlinops(p: Problem) -> Iterable[tuple[str, Solver]]:
 
 
 def pyhessian(p: Problem) -> Iterable[tuple[str, Solver]]:
-    """PyHessian's power iteration, one eigenvalue after the other."""
+    """Yield solvers by PyHessian's power iteration, one eigenvalue after the other."""
     from pyhessian import hessian
 
     model, criterion, batch = _torch_model(p)
@@ -223,7 +224,7 @@ def pyhessian(p: Problem) -> Iterable[tuple[str, Solver]]:
 
 
 def matfree(p: Problem) -> Iterable[tuple[str, Solver]]:
-    """matfree's Lanczos process, all vectors kept orthogonal, compiled whole."""
+    """Yield solvers by matfree's Lanczos process with full reorthogonalization, compiled as one program."""
     from matfree.decomp import tridiag_sym
 
     product, data, size = raw(p)
@@ -257,7 +258,7 @@ SOLVERS: dict[str, Callable[[Problem], Iterable[tuple[str, Solver]]]] = {
 def fastest(
     settings: Iterable[tuple[str, Solver]], worst: Callable[[Solved], float]
 ) -> tuple[str, Solver, float]:
-    """Return the fastest setting that is good enough, or the best one where none is."""
+    """Return the fastest setting that meets the tolerance, or the most accurate one if none does."""
     tried = []
     for name, solve in settings:
         left = worst(solve())
@@ -267,7 +268,7 @@ def fastest(
             solve()
             seconds.append(time.perf_counter() - began)
         tried.append((name, solve, left, min(seconds)))
-        if left <= TOLERANCE and name.endswith("products"):  # what follows takes more of them
+        if left <= TOLERANCE and name.endswith("products"):  # later settings use more of them
             return tried[-1][:3]
     enough = [t for t in tried if t[2] <= TOLERANCE]
     name, solve, left, _ = min(enough, key=lambda t: t[3]) if enough else min(tried, key=lambda t: t[2])
@@ -275,7 +276,7 @@ def fastest(
 
 
 def on_threads(settings: Iterable[tuple[str, Solver]]) -> Iterable[tuple[str, Solver]]:
-    """Return PyTorch's settings, each with one thread and with all: on a small net one is often faster."""
+    """Return PyTorch's settings, each with one thread and with all: for a small net one is often faster."""
     import torch
 
     def solve(n: int, inner: Solver) -> Solved:
@@ -288,7 +289,7 @@ def on_threads(settings: Iterable[tuple[str, Solver]]) -> Iterable[tuple[str, So
 
 
 def eigenvalues(options: argparse.Namespace) -> None:
-    """Race for the five largest eigenvalues."""
+    """Compare solvers for the five largest eigenvalues."""
     p = problem()
     worst = residual(p)
     tuned, skipped = harness.available(lambda name: fastest(SOLVERS[name](p), worst), SOLVERS)
@@ -303,12 +304,12 @@ def eigenvalues(options: argparse.Namespace) -> None:
         json_file=named(options.json, "eigenvalues"),
     )
     for name, (setting, solve, left) in tuned.items():
-        said = f"{setting}, residual {left:.1e}, largest {max(solve().values):.5f}"
-        print(f"{name}: {1000 * float(np.median(timings[name].wall)):.1f} ms, {said}")
+        details = f"{setting}, residual {left:.1e}, largest {max(solve().values):.5f}"
+        print(f"{name}: {1000 * float(np.median(timings[name].wall)):.1f} ms, {details}")
 
 
 def counted(solve: Callable[[], Any], calls: int = 1) -> harness.Contender:
-    """Return the contender that solves so many times."""
+    """Return the contender that calls `solve` several times."""
 
     def run() -> float:
         for _ in range(calls):
@@ -319,7 +320,7 @@ def counted(solve: Callable[[], Any], calls: int = 1) -> harness.Contender:
 
 
 def products(options: argparse.Namespace) -> None:
-    """Race products against the gradient, model by model."""
+    """Compare products with the gradient for each model."""
     p = problem()
     wide = gf.mlp([784, 256, 256, 10], "relu")
     task = task_of(CONFIG, 12)
@@ -352,7 +353,7 @@ def products(options: argparse.Namespace) -> None:
         )
         walls = {name: np.array(timing.wall) for name, timing in timings.items()}
         print(
-            "over one gradient:",
+            "relative to one gradient:",
             ", ".join(
                 f"{n} {np.median(w / walls['gradient']):.2f}" for n, w in walls.items() if n != "gradient"
             ),
@@ -360,7 +361,7 @@ def products(options: argparse.Namespace) -> None:
 
 
 def named(file: str | None, part: str) -> str | None:
-    """Return a file's name with a part of its own."""
+    """Return a file name with a suffix for a part of the benchmark."""
     if file is None:
         return None
     stem, dot, ending = file.rpartition(".")
@@ -368,7 +369,7 @@ def named(file: str | None, part: str) -> str | None:
 
 
 def main() -> None:
-    """Race them."""
+    """Run the comparisons."""
     parser = harness.arguments(__doc__.partition("\n")[0], rounds=21)
     parser.add_argument("--only", choices=("products", "eigenvalues"))
     options = parser.parse_args()

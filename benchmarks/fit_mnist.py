@@ -1,10 +1,10 @@
-"""How fast `gf.fit` trains 784-16-10 on MNIST, against the same training by hand and by other frameworks.
+"""The speed of `gf.fit` for 784-16-10 on MNIST, compared with the same training by hand and in other frameworks.
 
     python -m benchmarks.fit_mnist --data FOLDER
 
-Everyone does the same work: 50,000 float32 images that already lie where they are needed, shuffled anew for each
-epoch, batches of 32, sigmoid hidden nodes, softmax cross-entropy, plain SGD, from the same starting parameters. One
-call is one epoch. Afterwards everyone's parameters are tried on the training images: who did not learn did not train.
+All contenders do the same work: 50,000 float32 images, already on the device, reshuffled for each epoch, batch size
+32, sigmoid hidden nodes, softmax cross-entropy, plain SGD, from the same initial parameters. One call is one epoch.
+At the end the training accuracy of each is printed, as evidence that it did train.
 """
 
 import itertools
@@ -28,35 +28,35 @@ Params = dict[str, Any]  # W1 [16, 784], b1 [16], W2 [10, 16], b2 [10]
 
 
 class Task(NamedTuple):
-    """What to train on, and from where."""
+    """The data and the initial parameters."""
 
-    x: jax.Array  # [N, 784] float32, on the device, one copy for all: where it lies in memory counts
+    x: jax.Array  # [N, 784] float32, on the device, one copy for all: its position in memory affects speed
     y: jax.Array  # [N] int32
     start: Params
 
     def orders(self) -> Iterator[np.ndarray]:
-        """Yield for each epoch which examples make up which step: int32 [steps, batch], the same for everyone."""
+        """Yield for each epoch the indices of each step's examples: int32 [steps, batch], the same for all."""
         for epoch in itertools.count():
             yield gf.data.epoch_order(len(self.y), BATCH, seed=0, epoch=epoch)
 
     @property
     def examples(self) -> int:
-        """How many examples an epoch trains on: whole batches."""
+        """The number of examples in the full batches of an epoch."""
         return len(self.y) // BATCH * BATCH
 
 
 class Trainer(NamedTuple):
-    """One way to train."""
+    """One implementation of training."""
 
     epoch: Callable[[], Any]  # trains for one epoch and waits for its end
-    params: Callable[[], Params]  # as they are now
+    params: Callable[[], Params]  # the current parameters
 
 
 def gradfn_fit(task: Task) -> Trainer:
-    """gf.fit, with all that it does by default.
+    """Train with gf.fit and its defaults.
 
-    It runs in a thread of its own and waits for its turn where it calls `evaluate`, at the end of each epoch. So an
-    epoch is timed with everything around it, and what a call does once (tracing, compiling) is in the first only.
+    It runs in its own thread and waits in `evaluate`, at the end of each epoch. So an epoch is timed with everything
+    that `fit` does around it, and tracing and compilation are in the first call only.
     """
     net = gf.mlp(SIZES)
     turn, done = threading.Semaphore(0), threading.Semaphore(0)
@@ -98,10 +98,10 @@ def gradfn_fit(task: Task) -> Trainer:
 
 
 def best_scan(task: Task) -> Trainer:
-    """The fastest that we know how to write by hand for XLA:CPU, for this task alone."""
+    """Train with the fastest code that we could write by hand for this task on XLA:CPU."""
 
     def rows(x: jax.Array, index: jax.Array) -> jax.Array:
-        # Copies, four a turn: x[index] is a gather, which XLA:CPU splits over its threads at a loss.
+        # Copy four rows per iteration: x[index] is a gather, which XLA:CPU splits over its threads at a loss.
         def put(i: jax.Array, images: jax.Array) -> jax.Array:
             row = jax.lax.dynamic_slice_in_dim(x, index[i], 1)  # [1, 784]
             return jax.lax.dynamic_update_slice_in_dim(images, row, i, 0)
@@ -133,25 +133,25 @@ def best_scan(task: Task) -> Trainer:
 
 
 def plain_loss(params: Params, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """The loss as one writes it first, with matrices [in, out]."""
+    """Return the loss in its most obvious form, with matrices [in, out]."""
     hidden = jax.nn.sigmoid(images @ params["W1"] + params["b1"])  # [batch, 16]
     logits = hidden @ params["W2"] + params["b2"]  # [batch, 10]
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def plain_step(params: Params, images: jax.Array, labels: jax.Array) -> Params:
-    """One step as one writes it first."""
+    """Return the parameters after one step of SGD."""
     grads = jax.grad(plain_loss)(params, images, labels)
     return jax.tree.map(lambda p, g: p - RATE * g, params, grads)
 
 
 def transposed(params: Params) -> Params:
-    """Turn matrices [out, in] into [in, out], and back."""
+    """Transpose matrices [out, in] to [in, out], and back."""
     return {name: leaf.T for name, leaf in params.items()}
 
 
 def plain_scan(task: Task) -> Trainer:
-    """An epoch compiled as one scan, as one writes it first."""
+    """Train with an epoch compiled as one scan, without further tuning."""
 
     @jax.jit
     def train(params: Params, x: jax.Array, y: jax.Array, order: jax.Array) -> Params:
@@ -166,9 +166,9 @@ def plain_scan(task: Task) -> Trainer:
 
 
 def call_per_step(task: Task) -> Trainer:
-    """The plain step compiled, and called from a loop in Python.
+    """Train with the plain step compiled and called from a Python loop.
 
-    Here and for the frameworks below numpy picks the batch: at this size that is faster than a gather in the step.
+    Here and in the frameworks below numpy gathers the batch: at this size that is faster than a gather in the step.
     """
     step = jax.jit(plain_step)
     x, y = np.asarray(task.x), np.asarray(task.y)
@@ -183,7 +183,7 @@ def call_per_step(task: Task) -> Trainer:
 
 
 def pytorch(task: Task) -> Trainer:
-    """PyTorch, eager, on one thread: two are slower at this size."""
+    """Train with PyTorch, eager, on one thread: two are slower at this size."""
     import torch
     from torch import nn
 
@@ -210,7 +210,7 @@ def pytorch(task: Task) -> Trainer:
 
 
 def equinox(task: Task) -> Trainer:
-    """Equinox, with a jitted call for each step, as its documentation trains."""
+    """Train with Equinox, with a jitted call per step, as in its documentation."""
     import equinox as eqx
 
     key = jax.random.key(0)
@@ -244,7 +244,7 @@ def equinox(task: Task) -> Trainer:
 
 
 def flax_nnx(task: Task) -> Trainer:
-    """Flax NNX, with a jitted call for each step, as its documentation trains."""
+    """Train with Flax NNX, with a jitted call per step, as in its documentation."""
     from flax import nnx
 
     class Model(nnx.Module):
@@ -256,14 +256,14 @@ def flax_nnx(task: Task) -> Trainer:
             return self.last(jax.nn.sigmoid(self.hidden(x)))
 
     model = Model()
-    places = {
+    variables = {
         "W1": model.hidden.kernel,
         "b1": model.hidden.bias,
         "W2": model.last.kernel,
         "b2": model.last.bias,
     }
     for name, leaf in transposed(task.start).items():  # kernels are [in, out]
-        places[name][...] = leaf
+        variables[name][...] = leaf
     optimizer = nnx.Optimizer(model, optax.sgd(RATE), wrt=nnx.Param)
 
     @nnx.jit
@@ -276,7 +276,7 @@ def flax_nnx(task: Task) -> Trainer:
     x, y, orders = np.asarray(task.x), np.asarray(task.y), task.orders()
 
     def params() -> Params:
-        return transposed({name: place[...] for name, place in places.items()})
+        return transposed({name: variable[...] for name, variable in variables.items()})
 
     def epoch() -> None:
         for index in next(orders):
@@ -298,7 +298,7 @@ TRAINERS = {
 
 
 def load(folder: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return MNIST's 50,000 training images and labels, or noise of the same shape where there is no MNIST."""
+    """Return MNIST's 50,000 training images and labels, or noise of the same shape if no folder is given."""
     folder = folder or os.environ.get("GRADFN_MNIST")
     if folder:
         return gf.data.mnist(folder).train
@@ -309,17 +309,17 @@ def load(folder: str | None) -> tuple[np.ndarray, np.ndarray]:
 
 
 def starting_task(x: np.ndarray, y: np.ndarray) -> Task:
-    """Return the task with gradfn's own start."""
+    """Return the task, with initial parameters of gradfn."""
     return Task(jnp.asarray(x), jnp.asarray(y), gf.mlp(SIZES).init(jax.random.key(0)))
 
 
 def trainers(task: Task, names: Iterable[str]) -> tuple[dict[str, Trainer], dict[str, str]]:
-    """Return those who can train, and why others cannot."""
+    """Return the trainers whose packages are installed, and why others are skipped."""
     return harness.available(lambda name: TRAINERS[name](task), names)
 
 
 def counted(epoch: Callable[[], Any], examples: int) -> harness.Contender:
-    """Return the contender that trains for an epoch and answers with the number of examples."""
+    """Return the contender that trains for an epoch and returns the number of examples."""
 
     def run() -> float:
         epoch()
@@ -331,10 +331,10 @@ def counted(epoch: Callable[[], Any], examples: int) -> harness.Contender:
 def main() -> None:
     parser = harness.arguments(__doc__.partition("\n")[0], rounds=15)
     parser.add_argument(
-        "--data", metavar="FOLDER", help="the folder with MNIST's four files, else GRADFN_MNIST"
+        "--data", metavar="FOLDER", help="the folder with MNIST's four files (default: GRADFN_MNIST)"
     )
     parser.add_argument(
-        "--only", nargs="+", choices=TRAINERS, help="against the best hand-written scan alone"
+        "--only", nargs="+", choices=TRAINERS, help="compare only these with the best hand-written scan"
     )
     options = parser.parse_args()
     task = starting_task(*load(options.data))

@@ -1,12 +1,12 @@
-"""How fast one training step of a small GPT is, against raw JAX, other frameworks and PyTorch.
+"""The speed of a training step of a small GPT, compared with raw JAX, other frameworks and PyTorch.
 
-    python -m benchmarks.gpt_step                  # freed memory goes back to the system, as it does by default
-    python -m benchmarks.gpt_step --malloc kept    # the process keeps it: see KEPT
-    python -m benchmarks.gpt_step --compile        # how long first calls take as depth grows, instead
+    python -m benchmarks.gpt_step                  # freed memory is returned to the system, the default
+    python -m benchmarks.gpt_step --malloc kept    # the process keeps freed memory: see KEPT
+    python -m benchmarks.gpt_step --compile        # instead, the time of first calls for two depths
 
-It is nanoGPT's configuration for CPUs: 4 layers, 4 heads, width 128, 64 tokens, batch 12, 65 symbols, no biases,
-a tied head, exact GELU, AdamW. Everyone starts from the same parameters and takes the same steps on one batch.
-One call is ten steps; afterwards everyone's loss is printed: they agree, or somebody did other work.
+nanoGPT's CPU configuration: 4 layers, 4 heads, width 128, 64 tokens, batch size 12, 65 symbols, no biases, a tied head,
+exact GELU, AdamW. All contenders start from the same parameters and take the same steps on one batch. One call is ten
+steps; at the end the loss of each is printed, which must agree if all did the same work.
 """
 
 import os
@@ -29,7 +29,7 @@ BATCH = 12
 RATE, BETAS, DECAY = 1e-3, (0.9, 0.99), 0.1
 STEPS = 10  # in one call
 BASELINE = "raw JAX, flat"
-# glibc then keeps what is freed, in the place of giving it back and asking for it anew at every step.
+# With these settings glibc keeps freed memory, instead of returning it and requesting it again at every step.
 KEPT = {
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "MALLOC_TRIM_THRESHOLD_": "2147483647",
@@ -39,7 +39,7 @@ Params = dict[str, Any]
 
 
 class Task(NamedTuple):
-    """What to train on, and from where."""
+    """The model, its initial parameters, and a batch."""
 
     config: gf.GPTConfig  # unrolled
     start: Params  # of gf.gpt(config)
@@ -48,20 +48,20 @@ class Task(NamedTuple):
 
     @property
     def blocks(self) -> list[Params]:
-        """Each block's parameters."""
+        """The parameters of each block."""
         return [self.start["blocks"][str(i)] for i in range(self.config.n_layers)]
 
 
-Step = Callable[[], Any]  # takes a step, returns the loss before it, perhaps without waiting for it
+Step = Callable[[], Any]  # takes a step and returns the loss before it, possibly without waiting
 
 
 def adamw() -> optax.GradientTransformation:
-    """Return the optimizer. Everything decays, so that everyone can say it in one line."""
+    """Return the optimizer, with weight decay on all parameters, which every framework can express in one line."""
     return optax.adamw(RATE, *BETAS, weight_decay=DECAY)
 
 
 def gradfn_step(task: Task, scan: bool) -> Step:
-    """gf.gpt through gf.train_step."""
+    """Return a step of gf.gpt with gf.train_step."""
     config = gf.GPTConfig(**{**vars(task.config), "scan": scan})
     params = gf.stack_blocks(task.start) if scan else task.start
     step = gf.train_step(gf.batch_mean(gf.next_token_loss(gf.gpt(config))), adamw())
@@ -83,9 +83,9 @@ def layer_norm(x: jax.Array, gain: jax.Array) -> jax.Array:
 def raw_loss(
     params: Params, tokens: jax.Array, targets: jax.Array, *, heads: int, flat: bool, scan: bool
 ) -> jax.Array:
-    """The loss of a batch, by hand."""
+    """Return the loss of a batch, written by hand."""
     batch, length = tokens.shape
-    seen = jnp.tril(jnp.ones([length, length], bool))
+    mask = jnp.tril(jnp.ones([length, length], bool))
 
     def block(x: jax.Array, p: Params) -> jax.Array:
         h = layer_norm(x, p["attention_norm"])
@@ -96,7 +96,7 @@ def raw_loss(
         # [..., width] -> [batch, T, heads, size]
         q, k, v = (z.reshape(batch, length, heads, -1) for z in parts)
         scores = jnp.einsum("bthd,bshd->bhts", q, k) / q.shape[-1] ** 0.5
-        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), -1)
+        weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), -1)
         mixed = jnp.einsum("bhts,bshd->bthd", weights, v).reshape(x.shape)
         x = x + mixed @ p["out"].T
         z = layer_norm(x, p["feed_norm"]) @ p["up"].T  # [..., 4 width]
@@ -116,7 +116,7 @@ def raw_loss(
 
 
 def fused(block: Params) -> Params:
-    """Return a block's parameters by short names, the matrices of queries, keys and values as one."""
+    """Return a block's parameters by short names, with one matrix for queries, keys and values."""
     attention, feed = block["attention"], block["feed"]
     return {
         "attention_norm": block["attention_norm"]["gain"],
@@ -129,7 +129,7 @@ def fused(block: Params) -> Params:
 
 
 def separate(block: Params) -> Params:
-    """Return a block's parameters by short names, queries, keys and values from matrices of their own."""
+    """Return a block's parameters by short names, with separate matrices for queries, keys and values."""
     names = ("query", "key", "value")
     return {name: leaf for name, leaf in fused(block).items() if name != "qkv"} | {
         name: block["attention"][name]["W"] for name in names
@@ -137,7 +137,7 @@ def separate(block: Params) -> Params:
 
 
 def raw_step(task: Task, flat: bool, scan: bool, named: Callable[[Params], Params] = fused) -> Step:
-    """Raw JAX, the best that we know how to write it where it is flat, unrolled and fused."""
+    """Return a step in raw JAX; flat, unrolled and fused it is the fastest that we could write."""
     blocks = [named(block) for block in task.blocks]
     params = {
         "embed": task.start["embed"]["W"],
@@ -168,7 +168,7 @@ def raw_step(task: Task, flat: bool, scan: bool, named: Callable[[Params], Param
 
 
 def pytorch(task: Task) -> Step:
-    """nanoGPT's architecture in PyTorch, eager."""
+    """Return a step of nanoGPT's architecture in PyTorch, eager."""
     import torch
     from torch import nn
     from torch.nn import functional
@@ -234,7 +234,7 @@ def pytorch(task: Task) -> Step:
 
 
 def flax_nnx(task: Task) -> Step:
-    """Flax NNX with its own layers, and a jitted step as its documentation trains."""
+    """Return a jitted step in Flax NNX with its own layers, as in its documentation."""
     from flax import nnx
 
     config, rngs = task.config, nnx.Rngs(0)
@@ -292,7 +292,7 @@ def flax_nnx(task: Task) -> Step:
 
 
 def equinox(task: Task) -> Step:
-    """Equinox with its own layers, one sequence under vmap, as its documentation trains."""
+    """Return a jitted step in Equinox with its own layers, one sequence under vmap, as in its documentation."""
     import equinox as eqx
 
     config, key = task.config, jax.random.key(0)
@@ -374,7 +374,7 @@ def equinox(task: Task) -> Step:
 
 CONTENDERS: dict[str, Callable[[Task], Step]] = {
     BASELINE: partial(raw_step, flat=True, scan=False),
-    "raw JAX, flat, q k v apart": partial(raw_step, flat=True, scan=False, named=separate),
+    "raw JAX, flat, separate q, k, v": partial(raw_step, flat=True, scan=False, named=separate),
     "raw JAX, flat, scanned": partial(raw_step, flat=True, scan=True),
     "raw JAX, 3-D": partial(raw_step, flat=False, scan=False),
     "gradfn": partial(gradfn_step, scan=False),
@@ -386,18 +386,18 @@ CONTENDERS: dict[str, Callable[[Task], Step]] = {
 
 
 def task_of(config: gf.GPTConfig, batch: int) -> Task:
-    """Return a task with gradfn's own start and random tokens."""
+    """Return a task with initial parameters of gradfn and random tokens."""
     tokens = np.random.default_rng(0).integers(0, config.vocab, (batch, config.context + 1), np.int32)
     return Task(config, gf.gpt(config).init(jax.random.key(0)), tokens[:, :-1], tokens[:, 1:])
 
 
 def steps(task: Task, names: Iterable[str]) -> tuple[dict[str, Step], dict[str, str]]:
-    """Return those who can train, and why others cannot."""
+    """Return the steps whose packages are installed, and why others are skipped."""
     return harness.available(lambda name: CONTENDERS[name](task), names)
 
 
 def counted(step: Step) -> harness.Contender:
-    """Return the contender that takes ten steps, waits for the last and answers with their number."""
+    """Return the contender that takes ten steps, waits for the last and returns their number."""
 
     def run() -> float:
         for _ in range(STEPS):
@@ -409,9 +409,9 @@ def counted(step: Step) -> harness.Contender:
 
 
 def print_first_calls() -> None:
-    """Print how long gradfn's first step takes, traced, compiled and run, shallow and deep."""
+    """Print the time of gradfn's first step, including tracing and compilation, for two depths."""
     tiny = gf.GPTConfig(**{**vars(CONFIG), "n_layers": 1})
-    float(gradfn_step(task_of(tiny, BATCH), scan=True)())  # what comes first pays for everyone's imports
+    float(gradfn_step(task_of(tiny, BATCH), scan=True)())  # the first call includes all imports
     for scan in (False, True):
         for n_layers in (4, 24):
             task = task_of(gf.GPTConfig(**{**vars(CONFIG), "n_layers": n_layers}), BATCH)
@@ -424,10 +424,13 @@ def print_first_calls() -> None:
 def main() -> None:
     parser = harness.arguments(__doc__.partition("\n")[0], rounds=15)
     parser.add_argument(
-        "--malloc", choices=("default", "kept"), default="default", help="what to do with freed memory"
+        "--malloc",
+        choices=("default", "kept"),
+        default="default",
+        help="whether the process keeps freed memory",
     )
-    parser.add_argument("--compile", action="store_true", help="time gradfn's first calls, and nothing else")
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="against the baseline alone")
+    parser.add_argument("--compile", action="store_true", help="only time gradfn's first calls")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="compare only these with the baseline")
     options = parser.parse_args()
     if options.malloc == "kept" and not KEPT.items() <= os.environ.items():  # read before Python starts
         command = [sys.executable, "-m", "benchmarks.gpt_step", *sys.argv[1:]]
@@ -448,7 +451,7 @@ def main() -> None:
         json_file=options.json,
     )
     milliseconds = {name: 1000 * float(np.median(timing.wall)) for name, timing in timings.items()}
-    print("ms a step:", ", ".join(f"{name} {value:.1f}" for name, value in milliseconds.items()))
+    print("ms per step:", ", ".join(f"{name} {value:.1f}" for name, value in milliseconds.items()))
     print("loss now:", ", ".join(f"{name} {float(step()):.4f}" for name, step in ready.items()))
 
 

@@ -1,18 +1,17 @@
-"""Race several ways to do the same work in one process, and report ratios that hold on a busy machine.
+"""Compare several implementations of the same work in one process, by ratios that are robust on a busy machine.
 
-Timings of one program vary from minute to minute by more than the differences of interest, because other
-programs come and go and the clock rate changes. So contenders take turns, in an order that changes each round,
-every round gives each of them one ratio to the baseline, and what counts is the median of those ratios.
+Timings of one program vary over minutes by more than the differences of interest, because of other programs and
+changing clock rates. Therefore the contenders run interleaved, in an order that changes each round; every round gives
+each of them one ratio to the baseline, and the reported result is the median of these ratios.
 
     timings = race({"ours": ours, "plain": plain}, rounds=31)
-    report("what was raced", timings, baseline="plain", unit="examples")
+    report("title", timings, baseline="plain", unit="examples")
 
-A contender is a function that does some work, waits for its results (`jax.block_until_ready`) and returns how
-many units of work it did.
+A contender is a function that does some work, waits for its results (`jax.block_until_ready`) and returns the number of
+units of work.
 
-Where cpu/wall is well below 1, others had the processor part of the time and the ratio's spread is wide. The ratio of
-processor times suffers less from that; but it counts against a contender what it does at the same time on another
-processor.
+If cpu/wall is well below 1, other programs used the CPU at the same time, and the ratios spread widely. The ratio of
+CPU times is then more reliable, but it includes the work that a contender does in parallel on other cores.
 """
 
 import argparse
@@ -31,44 +30,47 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-Contender = Callable[[], float]  # does work, waits for it, returns how many units it was
+Contender = Callable[[], float]  # does some work, waits for it, returns the number of units
 PACKAGES = ("gradfn", "jax", "jaxlib", "numpy", "optax")
 
 
 class Timing(NamedTuple):
-    """What was measured of one contender."""
+    """The measurements of one contender."""
 
     first: float  # seconds of the first call, which compiles
-    wall: list[float]  # seconds a unit of work, for each round
-    cpu: list[float]  # seconds of processor time a unit of work, of all threads, for each round
+    wall: list[float]  # seconds per unit of work, for each round
+    cpu: list[float]  # seconds of CPU time per unit of work, of all threads, for each round
 
 
 class Summary(NamedTuple):
-    """One line of the table."""
+    """One row of the table. All figures but `first` are medians or quartiles over rounds."""
 
     name: str
-    rate: float  # units a second, median over rounds
-    ratio: float  # of rates, to the baseline's in the same round: median
+    rate: float  # units per second
+    ratio: float  # of the rate to the baseline's rate in the same round
     low: float  # lower quartile of that ratio
     high: float  # upper quartile
-    cpu_ratio: float  # the same ratio of units a second of processor time: median
-    cpu_per_wall: float  # how many processors were busy: median
+    cpu_ratio: float  # the same ratio for units per second of CPU time
+    cpu_per_wall: float  # the number of busy cores
     first: float  # seconds of the first call
 
 
 def race(contenders: Mapping[str, Contender], rounds: int, warmup: int = 2) -> dict[str, Timing]:
-    """Run every contender once a round, and return what each call took.
+    """Run every contender once per round, and return the times of all calls.
 
     Args:
         contenders: by name.
-        rounds: how many calls of each are measured.
-        warmup: calls of each before that; the first, which compiles, is reported on its own.
+        rounds: the number of measured calls of each.
+        warmup: the number of calls of each before that; the first one, which compiles, is reported separately.
 
     Raises:
-        ValueError: no contenders, or fewer than one round or warm-up call.
+        ValueError: no contenders, no rounds, or no warm-up calls.
     """
     if not contenders or rounds < 1 or warmup < 1:
-        raise ValueError("race: needs a contender, a round and a warm-up call at least")
+        raise ValueError(
+            "race: expected at least one contender, one round and one warm-up call, got "
+            f"{len(contenders)}, {rounds} and {warmup}"
+        )
     timings = {}
     for name, run in contenders.items():
         first, _, _ = _timed(run)
@@ -76,10 +78,10 @@ def race(contenders: Mapping[str, Contender], rounds: int, warmup: int = 2) -> d
         for _ in range(warmup - 1):
             run()
     gc.collect()
-    gc.disable()  # no contender shall pay for another's garbage; a collection also slows whoever comes after it
+    gc.disable()  # no contender should pay for another's garbage; a collection also slows the next call
     try:
         for number in range(rounds):
-            for name in turns(list(contenders), number):
+            for name in order_of_round(list(contenders), number):
                 wall, cpu, units = _timed(contenders[name])
                 timings[name].wall.append(wall / units)
                 timings[name].cpu.append(cpu / units)
@@ -88,18 +90,18 @@ def race(contenders: Mapping[str, Contender], rounds: int, warmup: int = 2) -> d
     return timings
 
 
-def turns(names: list[str], number: int) -> list[str]:
-    """Return who comes when in a round: another one begins each time; when all have begun, the circle turns round.
+def order_of_round(names: list[str], number: int) -> list[str]:
+    """Return the order of the contenders in a round: rotated by one each round, reversed in every other cycle.
 
     With rotation alone each contender would always follow the same one, and inherit its caches.
     """
-    circle, start = divmod(number, len(names))
+    cycle, start = divmod(number, len(names))
     order = names[start:] + names[:start]
-    return order[::-1] if circle % 2 else order
+    return order[::-1] if cycle % 2 else order
 
 
 def summarize(timings: Mapping[str, Timing], baseline: str) -> list[Summary]:
-    """Return a line for each contender, the one with the highest ratio first."""
+    """Return one row per contender, the one with the highest ratio first."""
     _, wall_of_baseline, cpu_of_baseline = timings[baseline]
     lines = []
     for name, (first, wall, cpu) in timings.items():
@@ -111,7 +113,7 @@ def summarize(timings: Mapping[str, Timing], baseline: str) -> list[Summary]:
 
 
 def divided(above: list[float], below: list[float]) -> list[float]:
-    """Divide one by one."""
+    """Divide element by element."""
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
@@ -128,15 +130,15 @@ def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def circumstances(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """Return what the figures depend on: versions, processors, how busy they were, settings."""
+def environment(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Return what the results depend on: versions, CPUs, load and settings."""
     found = {"python": platform.python_version()}
     for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    found["processors"] = f"{os.cpu_count()} x {_processor()}"
+    found["CPUs"] = f"{os.cpu_count()} x {_cpu_name()}"
     if hasattr(os, "getloadavg"):
         found["load"] = f"{os.getloadavg()[0]:.2f}"
     return found | {name: os.environ[name] for name in ("XLA_FLAGS", "OMP_NUM_THREADS") if name in os.environ}
@@ -152,20 +154,20 @@ def report(
     packages: Iterable[str] = PACKAGES,
     json_file: str | Path | None = None,
 ) -> list[Summary]:
-    """Print a table of a race, and write it with every single timing to a file if one is named.
+    """Print a table of the timings, and write it with all single timings to a JSON file if one is given.
 
     Args:
-        title: what was raced.
+        title: of the table.
         timings: from `race`.
-        baseline: whose rate is 1.
-        unit: what the contenders counted, in the plural: "examples", "steps".
-        skipped: why others did not take part, by name.
-        packages: whose versions to report.
-        json_file: where to write it all.
+        baseline: the contender with ratio 1.
+        unit: the unit of work, in the plural: "examples", "steps".
+        skipped: the reason why others did not take part, by name.
+        packages: the packages whose versions are reported.
+        json_file: the file to write.
     """
-    lines, about, skipped = summarize(timings, baseline), circumstances(packages), skipped or {}
+    lines, about, skipped = summarize(timings, baseline), environment(packages), skipped or {}
     rounds = len(timings[baseline].wall)
-    title_text = f"{title}\nmedians of {rounds} rounds, in turns; 1 is {baseline}"
+    title_text = f"{title}\nmedians of {rounds} interleaved rounds; 1 is {baseline}"
     table = Table(
         title=title_text, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
     )
@@ -192,7 +194,7 @@ def report(
             "title": title,
             "unit": unit,
             "baseline": baseline,
-            "circumstances": about,
+            "environment": about,
             "summary": [line._asdict() for line in lines],
             "skipped": dict(skipped),
             "seconds_per_unit": {name: timing._asdict() for name, timing in timings.items()},
@@ -202,15 +204,15 @@ def report(
 
 
 def arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:
-    """Return a parser with the options that every benchmark has."""
+    """Return a parser with the options that all benchmarks have."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=rounds, help="measured calls of each (%(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write every timing there, too")
+    parser.add_argument("--json", metavar="FILE", help="also write all timings to this file")
     return parser
 
 
 def available(make: Callable[[str], Any], names: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what is made for each name, and why it is not for others: what is not installed."""
+    """Return what `make` returns for each name, and the reasons for names that need a missing package."""
     ready, skipped = {}, {}
     for name in names:
         try:
@@ -221,14 +223,14 @@ def available(make: Callable[[str], Any], names: Iterable[str]) -> tuple[dict[st
 
 
 def _timed(run: Contender) -> tuple[float, float, float]:
-    """Return seconds passed, seconds of processor time used, and units of work done."""
+    """Return wall-clock seconds, CPU seconds, and units of work."""
     wall, cpu = time.perf_counter(), time.process_time()
     units = run()
     return time.perf_counter() - wall, time.process_time() - cpu, units
 
 
-def _processor() -> str:
-    """Return the processor's name, where the system tells."""
+def _cpu_name() -> str:
+    """Return the model name of the CPU, or the architecture if it is unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

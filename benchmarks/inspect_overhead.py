@@ -1,12 +1,12 @@
-"""What `gf.inspect` and `gf.nan_guard` cost over plain `jax.value_and_grad`, and what they add to compiling.
+"""The cost of `gf.inspect` and `gf.nan_guard` relative to plain `jax.value_and_grad`, and their compile times.
 
     python -m benchmarks.inspect_overhead
 
-`gf.gpt` (4 layers, 4 heads, width 128, 64 tokens, batch 12, 65 symbols), a GPT of that size in plain JAX, its layers
-unrolled and scanned, and an MLP 784-256-256-10 at batch 128 in plain JAX. One call is 20 steps, each on the same
-parameters; `every 20th` looks in one of them; `nan_guard` is the lazy search for the origin of a NaN, on healthy
-steps. Every site is looked at, forward and backward, and all statistics are returned. A ratio of 0.9 means that a
-step takes 1/0.9 of a plain one.
+Models: `gf.gpt` (4 layers, 4 heads, width 128, 64 tokens, batch size 12, 65 symbols), a GPT of that size in plain JAX
+with unrolled and with scanned layers, and an MLP 784-256-256-10 at batch size 128 in plain JAX. One call is 20 steps,
+each on the same parameters; `every 20th` inspects one of them; `nan_guard` is the lazy search for the origin of a
+NaN, on healthy steps. Every site is inspected, forward and backward, and all statistics are returned. A ratio of 0.9
+means that a step takes 1/0.9 of the time of a plain step.
 """
 
 import functools
@@ -69,16 +69,12 @@ def affine(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
 
 
 def block(p: dict[str, Any], x: jax.Array) -> jax.Array:
-    heads = [
-        a.reshape(BATCH, TOKENS, HEADS, WIDTH // HEADS).swapaxes(
-            1, 2
-        )  # [batch, heads, tokens, width of a head]
-        for a in jnp.split(affine(p["qkv"], layer_norm(p["norm1"], x)), 3, axis=-1)
-    ]
-    q, k, v = heads
+    parts = jnp.split(affine(p["qkv"], layer_norm(p["norm1"], x)), 3, axis=-1)
+    # [batch, tokens, width] -> [batch, heads, tokens, width / heads]
+    q, k, v = (a.reshape(BATCH, TOKENS, HEADS, WIDTH // HEADS).swapaxes(1, 2) for a in parts)
     scores = q @ k.swapaxes(-1, -2) * (WIDTH // HEADS) ** -0.5
-    seen = jax.nn.softmax(jnp.where(jnp.tri(TOKENS, dtype=bool), scores, -1e30))
-    x = x + affine(p["out"], (seen @ v).swapaxes(1, 2).reshape(BATCH, TOKENS, WIDTH))
+    weights = jax.nn.softmax(jnp.where(jnp.tri(TOKENS, dtype=bool), scores, -1e30))
+    x = x + affine(p["out"], (weights @ v).swapaxes(1, 2).reshape(BATCH, TOKENS, WIDTH))
     return x + affine(p["down"], jax.nn.gelu(affine(p["up"], layer_norm(p["norm2"], x))))
 
 
@@ -115,7 +111,7 @@ def cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
 def contenders(
     loss: Callable, params: Any, batch: Any
 ) -> tuple[dict[str, harness.Contender], dict[str, float]]:
-    """Return functions that run 20 steps each, and the seconds that compiling one step of each took."""
+    """Return functions that run 20 steps each, and the seconds to compile one step of each."""
     compiled_in: dict[str, float] = {}
 
     def contender(name: str, first: Callable, others: Callable | None = None) -> harness.Contender:
@@ -149,9 +145,9 @@ def contenders(
 
 
 def main() -> None:
-    """Race them, model by model."""
+    """Run the comparison for each model."""
     parser = harness.arguments(__doc__, rounds=15)
-    parser.add_argument("--only", nargs="+", choices=MODELS, default=MODELS, help="these alone")
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=MODELS, help="only these models")
     options = parser.parse_args()
     key = jax.random.key(0)
     text = jax.random.randint(key, (BATCH, TOKENS), 0, SYMBOLS)

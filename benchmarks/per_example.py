@@ -1,13 +1,14 @@
-"""What the norms of all examples' gradients cost on top of the gradient of the batch.
+"""The cost of the norms of all per-example gradients, relative to the gradient of the batch.
 
     python -m benchmarks.per_example                # an MLP and a GPT, in JAX; PyTorch's libraries on the MLP
     python -m benchmarks.per_example --only MLP     # one of MLP, GPT-12, GPT-12-scanned, GPT-64, LSTM, CNN
 
-The MLP is 784-256-256-10 at batch 64; the GPT has 4 layers, 4 heads, width 128, 64 tokens, a tied head, at batch 12
-and 64; the LSTM 128 units over 64 tokens at batch 32; the CNN two layers of 8 and 16 channels on 28x28 images at
-batch 64. The baseline is the gradient of the batch, `jax.value_and_grad(gf.batch_mean(loss))`, nothing else. Everyone
-else returns it too, with the norm of every example's gradient; before they race they are held against each other. A
-ratio of 0.9 means that it takes 1/0.9 of the baseline's time. Peak temporary memory is what XLA plans for the call.
+The MLP is 784-256-256-10 at batch size 64; the GPT has 4 layers, 4 heads, width 128, 64 tokens, a tied head, at batch
+sizes 12 and 64; the LSTM has 128 units over 64 tokens at batch size 32; the CNN has two layers of 8 and 16 channels
+on 28x28 images at batch size 64. The baseline is the gradient of the batch alone,
+`jax.value_and_grad(gf.batch_mean(loss))`. All others return it too, with the norm of every example's gradient; their
+results are compared before the timing. A ratio of 0.9 means 1/0.9 of the baseline's time. Peak temporary memory is
+what XLA plans for the call.
 """
 
 from collections.abc import Callable
@@ -51,27 +52,27 @@ CASES: dict[str, Callable[[], Case]] = {
 
 
 def norms(loss: Callable) -> Callable:
-    """gf.per_example.norms: gradient and norms."""
+    """Return gradient and norms by `gf.per_example.norms`."""
 
     def run(params: Any, batch: Any) -> Any:
-        seen = gf.per_example.norms(loss)(params, batch)
-        return seen.grads, seen.total
+        result = gf.per_example.norms(loss)(params, batch)
+        return result.grads, result.total
 
     return run
 
 
 def clipped(loss: Callable) -> Callable:
-    """gf.per_example.clipped_grads, with a bound that leaves every gradient as it is, so that the mean is the same."""
+    """Return the same by `gf.per_example.clipped_grads`, with a bound above all norms, so that nothing is clipped."""
 
     def run(params: Any, batch: Any) -> Any:
-        seen = gf.per_example.clipped_grads(loss, 1e9)(params, batch)
-        return seen.grads, seen.total
+        result = gf.per_example.clipped_grads(loss, 1e9)(params, batch)
+        return result.grads, result.total
 
     return run
 
 
 def every_gradient(loss: Callable) -> Callable:
-    """vmap(grad): all gradients, then their norms and their mean."""
+    """Return the same by `vmap(grad)`: all gradients, then their norms and their mean."""
 
     def run(params: Any, batch: Any) -> Any:
         grads = jax.vmap(jax.grad(loss), (None, 0))(params, batch)
@@ -82,7 +83,7 @@ def every_gradient(loss: Callable) -> Callable:
 
 
 def ghost_by_hand(params: Any, batch: Any) -> Any:
-    """Forward and backward of the MLP written out."""
+    """Compute the same for the MLP, with its forward and backward pass written out."""
     x, labels = batch
     n, inputs, slopes = len(x), [], []
     layers = range(1, len(params) // 2 + 1)
@@ -104,7 +105,7 @@ def ghost_by_hand(params: Any, batch: Any) -> Any:
     return grads, jnp.sqrt(squares)
 
 
-Torch = Callable[[], Any]  # answers with the norm of each example's gradient
+Torch = Callable[[], Any]  # returns the norm of each example's gradient
 
 
 def torch_mlp(params: Any) -> Any:
@@ -181,7 +182,7 @@ def backpack(params: Any, x: Any, labels: Any) -> Torch:
         model.zero_grad(set_to_none=True)
         with backpack(BatchL2Grad()):
             loss(model(x), labels).backward()
-        # of the gradients of the mean: each is 1/n of the example's own
+        # These are gradients of the mean: 1/n of each example's gradient.
         return len(x) * torch.stack([p.batch_l2 for p in model.parameters()]).sum(0).sqrt()
 
     return run
@@ -196,7 +197,7 @@ TORCHES = {
 
 
 def compiled(name: str) -> tuple[dict[str, Callable], dict[str, str]]:
-    """Return the compiled contenders of a case, and what memory each takes."""
+    """Return the compiled contenders of a case, and the temporary memory of each."""
     loss, params, batch = CASES[name]()
     ways = {
         PLAIN: jax.value_and_grad(gf.batch_mean(loss)),
@@ -215,7 +216,7 @@ def compiled(name: str) -> tuple[dict[str, Callable], dict[str, str]]:
 
 
 def agree(runs: dict[str, Callable], params: Any, batch: Any) -> None:
-    """Raise unless everyone finds the same gradient and the same norms."""
+    """Raise unless all contenders return the same gradient and the same norms."""
     _, gradient = runs[PLAIN](params, batch)
     every = runs["vmap(grad)"](params, batch)[1]
     for way, run in runs.items():
@@ -227,7 +228,7 @@ def agree(runs: dict[str, Callable], params: Any, batch: Any) -> None:
 
 
 def torches(expected: Any) -> tuple[dict[str, Torch], dict[str, str]]:
-    """Return those of PyTorch's libraries that are installed, and why others are not raced."""
+    """Return the PyTorch libraries that are installed, and why others are skipped."""
     _, params, (x, labels) = CASES["MLP"]()
 
     def checked(name: str) -> Torch:
@@ -243,7 +244,7 @@ def torches(expected: Any) -> tuple[dict[str, Torch], dict[str, str]]:
 
 
 def counted(run: Callable, calls: int) -> harness.Contender:
-    """Return the contender that calls so many times and waits for the last."""
+    """Return the contender that calls `run` several times and waits for the last result."""
 
     def contender() -> float:
         for _ in range(calls):
@@ -256,16 +257,15 @@ def counted(run: Callable, calls: int) -> harness.Contender:
 
 def main() -> None:
     parser = harness.arguments(__doc__, rounds=15)
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="these alone")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="only these cases")
     options = parser.parse_args()
     for name in options.only:
         runs, memory = compiled(name)
         calls = 50 if name == "MLP" else 2
         compete(name, runs, PLAIN, calls, options)
         print("temporary memory:", ", ".join(f"{way} {size}" for way, size in memory.items()))
-        if (
-            name == "MLP"
-        ):  # apart: threads of PyTorch keep a processor busy for a while after each of its calls
+        if name == "MLP":
+            # A separate table: threads of PyTorch keep a core busy for a while after each call.
             theirs, skipped = torches(runs["vmap(grad)"]()[1])
             if TORCH in theirs:
                 compete(f"{name}, in PyTorch", theirs, TORCH, calls, options, skipped)
@@ -281,7 +281,7 @@ def compete(
     options: Any,
     skipped: dict[str, str] | None = None,
 ) -> None:
-    """Race and report."""
+    """Time the contenders and report."""
     timings = harness.race({way: counted(run, calls) for way, run in runs.items()}, options.rounds)
     json_file = options.json and options.json.replace(".json", f"-{title.replace(', ', '-')}.json")
     packages = (*harness.PACKAGES, "torch", "opacus", "backpack-for-pytorch")

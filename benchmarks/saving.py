@@ -1,9 +1,9 @@
-"""What a checkpoint of a large state costs: seconds, memory beside the state, and how long training waits for it.
+"""The cost of a checkpoint of a large state: seconds, memory beyond the state, and the time that training waits.
 
-    python -m benchmarks.saving --folder FOLDER    # on the disk that is to be measured; needs twice the state's size
+    python -m benchmarks.saving --folder FOLDER    # on the disk to measure; needs twice the size of the state
 
-The state has 100 arrays. gradfn writes an array at a time; safetensors' own writer of bytes, which gradfn used before,
-needs all of them at once. Memory is what the process has beyond the state, of its own (`RssAnon` of Linux).
+The state has 100 arrays. gradfn writes one array at a time; safetensors' own writer, which gradfn used before, needs
+all of them at once. Memory is the anonymous memory of the process beyond the state (`RssAnon` of Linux).
 """
 
 import argparse
@@ -30,26 +30,26 @@ ARRAYS = 100
 
 
 class Cost(NamedTuple):
-    """What one way of saving or loading cost."""
+    """The cost of one way of saving or loading."""
 
     name: str
     seconds: float
-    memory: float  # beside the state, as a part of its size
-    waited: float  # seconds that training stood still
+    memory: float  # beyond the state, as a fraction of its size
+    waited: float  # seconds that training waited
 
 
 def state_of(size: int) -> dict[str, jax.Array]:
-    """Return a state of so many bytes."""
+    """Return a state of `size` bytes."""
     return {f"w{i:03}": jnp.full([size // ARRAYS // 4], float(i)) for i in range(ARRAYS)}
 
 
 def costs(folder: Path, size: int, chunk: float) -> Iterator[Cost]:
-    """Yield the costs of each way.
+    """Yield the cost of each way.
 
     Args:
-        folder: where to write.
-        size: of the state, bytes.
-        chunk: seconds that a chunk of steps takes, which runs while a checkpoint is written.
+        folder: the folder to write to.
+        size: of the state, in bytes.
+        chunk: the duration in seconds of a chunk of steps that runs while a checkpoint is written.
     """
     file, state = folder / "checkpoint.safetensors", jax.block_until_ready(state_of(size))
 
@@ -81,7 +81,7 @@ def costs(folder: Path, size: int, chunk: float) -> Iterator[Cost]:
     for name, act, new in (
         ("safetensors, all at once", at_once, 0),
         ("gradfn", by_array, 0),
-        (f"gradfn, beside {chunk:g} s of steps", in_background, 0),
+        (f"gradfn, during {chunk:g} s of steps", in_background, 0),
         ("gradfn, loading", load, size),
     ):
         began = time.monotonic()
@@ -91,7 +91,7 @@ def costs(folder: Path, size: int, chunk: float) -> Iterator[Cost]:
 
 
 def peak_memory(act: Callable[[], float]) -> tuple[float, int]:
-    """Return what a function returns, and by how many bytes the process grew meanwhile."""
+    """Return the result of a function, and by how many bytes the process grew during the call."""
     start, peak, done = own_memory(), 0, threading.Event()
 
     def watch() -> None:
@@ -110,7 +110,7 @@ def peak_memory(act: Callable[[], float]) -> tuple[float, int]:
 
 
 def own_memory() -> int:
-    """Return the bytes of memory that are the process's own."""
+    """Return the anonymous memory of the process in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
@@ -119,10 +119,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path())
     parser.add_argument("--gigabytes", type=float, default=1.4, help="of the state")
-    parser.add_argument("--chunk", type=float, default=1.0, help="seconds of a chunk of steps")
+    parser.add_argument("--chunk", type=float, default=1.0, help="duration of a chunk of steps in seconds")
     options = parser.parse_args(arguments)
     size = int(options.gigabytes * 1e9)
-    title = f"a state of {size / 1e9:g} GB in {ARRAYS} arrays, {os.cpu_count()} processors"
+    title = f"a state of {size / 1e9:g} GB in {ARRAYS} arrays, {os.cpu_count()} CPUs"
     table = Table("", "seconds", "memory / state", "training waits, s", title=title)
     for cost in costs(options.folder, size, options.chunk):
         table.add_row(cost.name, *(f"{figure:.2f}" for figure in cost[1:]))

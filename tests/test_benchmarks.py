@@ -1,4 +1,4 @@
-"""The benchmarks' own machinery, and that the hand-written contenders do the same work. Nothing here is timed."""
+"""The harness of the benchmarks, and that all contenders do the same work. Nothing here is timed."""
 
 import json
 import mmap
@@ -14,7 +14,7 @@ import gradfn as gf
 from benchmarks import fit_mnist, gpt_step, harness, saving
 
 
-def test_everyone_takes_turns():
+def test_contenders_are_interleaved():
     calls = []
     contenders = {name: lambda name=name: calls.append(name) or 2.0 for name in "abc"}
     timings = harness.race(contenders, rounds=6, warmup=2)
@@ -25,15 +25,15 @@ def test_everyone_takes_turns():
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 7])
-def test_turns_are_fair(n):
-    """In two circles everyone has every place equally often."""
-    rounds = [harness.turns(list(range(n)), number) for number in range(2 * n)]
-    for place in zip(*rounds, strict=True):
-        assert sorted(place) == sorted([*range(n), *range(n)])
+def test_orders_are_balanced(n):
+    """In two cycles every contender has every position equally often."""
+    rounds = [harness.order_of_round(list(range(n)), number) for number in range(2 * n)]
+    for position in zip(*rounds, strict=True):
+        assert sorted(position) == sorted([*range(n), *range(n)])
 
 
 def test_times_are_per_unit_of_work(monkeypatch):
-    clock = iter([0.0, 5.0, 10.0, 16.0, 20.0, 22.0])  # a call begins, a call ends
+    clock = iter([0.0, 5.0, 10.0, 16.0, 20.0, 22.0])  # start and end of each call
     monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(harness.time, "process_time", lambda: 0.0)
     timing = harness.race({"only": lambda: 4.0}, rounds=2, warmup=1)["only"]
@@ -64,8 +64,8 @@ def test_quartiles_of_few_values():
 @pytest.mark.parametrize(
     ("contenders", "rounds", "warmup"), [({}, 1, 1), ({"a": int}, 0, 1), ({"a": int}, 1, 0)]
 )
-def test_an_empty_race_is_refused(contenders, rounds, warmup):
-    with pytest.raises(ValueError, match="race: needs"):
+def test_an_empty_race_raises(contenders, rounds, warmup):
+    with pytest.raises(ValueError, match="race: expected at least one contender"):
         harness.race(contenders, rounds, warmup)
 
 
@@ -85,7 +85,7 @@ def test_report_prints_a_table_and_writes_json(tmp_path, capsys):
         "steps/s",
         "another: skipped, it is not installed",
         "jaxlib",
-        "processors",
+        "CPUs",
     ):
         assert text in printed
     written = json.loads(file.read_text())
@@ -93,7 +93,7 @@ def test_report_prints_a_table_and_writes_json(tmp_path, capsys):
     assert [line["name"] for line in written["summary"]] == ["ours", "theirs"]
     assert written["summary"][0]["ratio"] == 2.0
     assert written["summary"][1]["cpu_per_wall"] == 2.0
-    assert written["circumstances"]["jax"] == jax.__version__
+    assert written["environment"]["jax"] == jax.__version__
 
 
 @pytest.fixture(scope="module")

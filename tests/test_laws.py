@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,7 @@ tower = gf.serial(
 
 
 def on_tokens(net, vocab, n=5):
-    """A net of tokens as one of floats: its answer for fixed tokens, times the floats."""
+    """Return a net of floats from a net of tokens: its output for fixed tokens, times the floats."""
     tokens = np.arange(n) * 3 % vocab
     return gf.Net(net.spec, lambda params, x: net.apply(params, tokens).astype(x.dtype) * x)
 
@@ -46,7 +47,7 @@ CASES = {
     "dropout": (gf.layers.dropout(0.5), (4,)),
     "embed": (on_tokens(gf.layers.embed(3, 4), 3), (5, 4)),
     "conv": (gf.layers.conv(2, 3, [3]), (5, 2)),
-    "conv of images, in groups, with steps": (
+    "conv of images, grouped, strided": (
         gf.layers.conv(4, 2, [3, 2], stride=2, padding="VALID", groups=2, dilation=2),
         (8, 7, 4),
     ),
@@ -57,7 +58,7 @@ CASES = {
     "gru": (gf.layers.gru(3, 4), (5, 3)),
     "lstm": (gf.layers.lstm(3, 4), (5, 3)),
     "attention": (gf.layers.attention(4, 2), (5, 4)),
-    "causal attention, grouped, turned": (
+    "causal attention, grouped, with rope": (
         gf.layers.attention(8, 4, n_kv_heads=2, head_size=4, causal=True, bias=False, rope_base=100.0),
         (5, 8),
     ),
@@ -68,26 +69,26 @@ CASES = {
     "deep mlp with output activation": (gf.mlp([3, 5, 4, 2], "gelu", output="sigmoid"), (3,)),
     "serial, residual, repeat": (tower, (3,)),
     "gpt": (on_tokens(gf.gpt(gf.GPTConfig(**GPT)), 7), (5, 7)),
-    "gpt scanned, computed again": (on_tokens(gf.gpt(gf.GPTConfig(**GPT, scan=True, remat=True)), 7), (5, 7)),
+    "gpt scanned, with remat": (on_tokens(gf.gpt(gf.GPTConfig(**GPT, scan=True, remat=True)), 7), (5, 7)),
     "llama": (on_tokens(gf.gpt(gf.GPTConfig(**LLAMA, tied=False)), 7), (5, 7)),
     "cnn": (gf.cnn([4, 6, 1], [2, 3], [4], 3, activation="tanh"), (24,)),
     "rnn": (on_tokens(gf.rnn(7, 4, "lstm", 2), 7), (5, 7)),
     "vit": (gf.vit(gf.ViTConfig((4, 6, 1), 2, 3, n_layers=1, n_heads=2, width=4, pool="class")), (4, 6)),
-    "vit by means, scanned": (gf.vit(gf.ViTConfig((4, 6, 1), 2, 3, 1, 2, 4, scan=True)), (24,)),
+    "vit with mean pooling, scanned": (gf.vit(gf.ViTConfig((4, 6, 1), 2, 3, 1, 2, 4, scan=True)), (24,)),
     "noisy tower": (gf.repeat(gf.serial(mix=gf.layers.dense(4, 4), drop=gf.layers.dropout(0.5)), 2), (4,)),
 }
 
-QUICK = {"dense", "rms_norm", "mlp", "serial, residual, repeat"}  # one of each kind; the rest takes its time
+QUICK = {"dense", "rms_norm", "mlp", "serial, residual, repeat"}  # one of each kind; all others are slow
 pytestmark = pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
 
 
 @functools.cache
-def made(name):
+def case(name):
     net, shape = CASES[name]
     params = jax.jit(net.init)(jax.random.key(1))
-    # Away from the symmetric start: biases that are not zero, gains that are not one.
+    # Not the symmetric initial values: biases that are not zero, gains that are not one.
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(2), max(len(leaves), 1))
     leaves = [leaf + 0.3 * jax.random.normal(key, leaf.shape, leaf.dtype) for leaf, key in zip(leaves, keys)]
@@ -98,19 +99,21 @@ def made(name):
     )
 
 
-def test_parameters_have_the_declared_shapes(name):
-    net, params, _ = made(name)
-    assert gf.shapes(params) == gf.shapes(net.spec)
+def test_parameters_have_the_declared_shapes_and_dtypes(name):
+    net, params, _ = case(name)
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, net.spec)
     assert gf.count(params) == gf.count(net.spec)
 
 
-def test_a_spec_stands_for_parameters_in_eval_shape(name):
-    net, params, xs = made(name)
-    assert jax.eval_shape(net.apply, net.spec, xs[0]).shape == net.apply(params, xs[0]).shape
+def test_a_spec_can_replace_parameters_in_eval_shape(name):
+    net, params, xs = case(name)
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        jax.eval_shape(net.apply, net.spec, xs[0]), net.apply(params, xs[0])
+    )
 
 
-def test_a_batch_is_its_examples(name):
-    net, params, xs = made(name)
+def test_vmap_equals_single_examples(name):
+    net, params, xs = case(name)
     batched = jax.vmap(net.apply, (None, 0))(params, xs)
     apply = jax.jit(net.apply)
     one_by_one = np.stack([apply(params, x) for x in xs])
@@ -118,60 +121,59 @@ def test_a_batch_is_its_examples(name):
 
 
 def test_jit_changes_nothing(name):
-    net, params, xs = made(name)
+    net, params, xs = case(name)
     np.testing.assert_allclose(
         jax.jit(net.apply)(params, xs[0]), net.apply(params, xs[0]), rtol=1e-5, atol=1e-6
     )
 
 
-def test_gradients_are_those_of_finite_differences(name, x64):
-    net, params, xs = made(name)
+def test_gradients_equal_finite_differences(name, x64):
+    net, params, xs = case(name)
     params, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (params, xs[0]))
     check_grads(jax.jit(net.apply), (params, x), order=1, modes=["rev", "fwd"], rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.optimised
-def test_inspected_gradients_are_those_of_value_and_grad(name):
-    """XLA may fuse operations differently, within the bound that the docs state; one by one they are equal."""
-    net, params, xs = made(name)
+def test_inspected_gradients_equal_value_and_grad(name):
+    """Compiled, XLA may fuse operations differently, within the documented bound; uncompiled they are equal."""
+    net, params, xs = case(name)
 
     def loss(params, xs):
         return jnp.mean(jnp.square(jax.vmap(net.apply, (None, 0))(params, xs)))
 
     inspected, plain = gf.inspect(loss), jax.value_and_grad(loss, argnums=(0, 1))
     for wrap, bound in ((jax.jit, 1e-5), *[(lambda f: f, 0)] * (name in QUICK)):
-        seen, right = wrap(inspected)(params, xs), jax.tree.leaves(wrap(plain)(params, xs))
-        got = jax.tree.leaves((seen.value, (seen.grads, seen.input_grads[0])))
-        largest = max(np.abs(g).max() for g in right)
-        for a, b in zip(got, right, strict=True):
-            np.testing.assert_allclose(a, b, rtol=0, atol=bound * largest)
+        inspection, expected = wrap(inspected)(params, xs), wrap(plain)(params, xs)
+        actual = inspection.value, (inspection.grads, inspection.input_grads[0])
+        largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+        chex.assert_trees_all_close(actual, expected, rtol=0, atol=bound * float(largest))
 
 
 def test_every_parameter_is_used(name):
-    net, params, xs = made(name)
+    net, params, xs = case(name)
     if not params:
-        pytest.skip("it has no parameters")
+        pytest.skip("has no parameters")
     jacobian = jax.jit(jax.jacrev(lambda params: net.apply(params, xs[0])))(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(jacobian):
         assert (leaf != 0).any(), f"{jax.tree_util.keystr(path)} has no effect"
 
 
-def test_parameters_may_be_written_by_hand_in_numpy(name):
-    net, params, xs = made(name)
+def test_parameters_may_be_numpy_arrays(name):
+    net, params, xs = case(name)
     by_hand = jax.tree.map(np.asarray, params)
     np.testing.assert_array_equal(net.apply(by_hand, np.asarray(xs[0])), net.apply(params, xs[0]))
 
 
-def test_it_runs_in_bfloat16_when_all_is_cast(name):
-    net, params, xs = made(name)
+def test_it_runs_in_bfloat16_if_all_arrays_are_cast(name):
+    net, params, xs = case(name)
     cast = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    answer = net.apply(cast, xs[0].astype(jnp.bfloat16))
-    assert answer.dtype == jnp.bfloat16
-    np.testing.assert_allclose(answer.astype(jnp.float32), net.apply(params, xs[0]), rtol=0.1, atol=0.1)
+    output = net.apply(cast, xs[0].astype(jnp.bfloat16))
+    chex.assert_type(output, jnp.bfloat16)
+    np.testing.assert_allclose(output.astype(jnp.float32), net.apply(params, xs[0]), rtol=0.1, atol=0.1)
 
 
-def test_a_mistake_in_any_parameter_is_named(name):
-    net, params, xs = made(name)
+def test_a_wrong_shape_of_any_parameter_raises_with_its_path(name):
+    net, params, xs = case(name)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         wrong = jax.tree_util.tree_map_with_path(
             lambda here, other, path=path: jnp.zeros([*other.shape, 7]) if here == path else other, params

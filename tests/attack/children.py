@@ -1,6 +1,6 @@
-"""Processes to be attacked: what they run, and how to run many of them.
+"""The attacked processes: the functions they run, and how to run many of them.
 
-They are forked from a server that has imported gradfn and has not started jax, so that each begins in milliseconds.
+They are forked from a server that has imported gradfn but has not started jax, so each starts in milliseconds.
 """
 
 import collections
@@ -38,12 +38,12 @@ PRELOADED += [
     "matplotlib.backends.backend_agg",
 ]
 PRELOADED += ["tests.attack.children", "tests.attack.mutations"]
-TIMEOUT = 600  # seconds after which a process counts as one that hangs
+TIMEOUT = 600  # seconds after which a process is considered hung
 EVENTS = {"open", "os.rename", "os.remove", "os.truncate", "os.mkdir", "os.listdir", "os.scandir"}
 
 
 class End(NamedTuple):
-    """How a process ended: its exit code (negative for a signal), and what it wrote."""
+    """The end of a process: its exit code (negative for a signal) and its output."""
 
     code: int
     out: str
@@ -55,14 +55,14 @@ class End(NamedTuple):
 
 
 def in_child(forks, target, *args, after=None, number=signal.SIGKILL):
-    """Run a function in a process of its own.
+    """Run a function in its own process.
 
     Args:
-        forks: the context of multiprocessing.
-        target: a function of a module.
+        forks: a multiprocessing context.
+        target: a module-level function.
         args: its arguments.
-        after: seconds after which the process gets a signal, or a function that waits until then.
-        number: which signal.
+        after: the delay in seconds before a signal is sent, or a function that waits for the moment.
+        number: the signal.
 
     Returns:
         Its `End`.
@@ -70,7 +70,7 @@ def in_child(forks, target, *args, after=None, number=signal.SIGKILL):
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder, "out"), Path(folder, "err")
         for file in files:
-            file.touch()  # a signal may come before the process writes
+            file.touch()  # a signal may arrive before the process writes
         process = forks.Process(target=_run, args=(target, args, *map(str, files)))
         process.start()
         if after is not None:
@@ -81,21 +81,21 @@ def in_child(forks, target, *args, after=None, number=signal.SIGKILL):
         if process.exitcode is None:
             process.kill()
             process.join()
-            return End(-999, "", f"it hung for {TIMEOUT} s")
+            return End(-999, "", f"hung for {TIMEOUT} s")
         return End(process.exitcode, *(file.read_text(errors="replace") for file in files))
 
 
 def wait_for_handlers(process):
-    """Wait until a process of the command line handles signals; until then they are Python's own affair."""
+    """Wait until a process of the command line has installed its signal handlers."""
     status = Path(f"/proc/{process.pid}/status")
-    # Bit 14 of the signals that are caught, 15, is SIGTERM, which Python itself does not catch.
+    # Bit 14 of the caught signals is SIGTERM (15), which Python does not catch by default.
     while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text(encoding="utf-8"))[1], 16) >> 14 & 1:
         assert process.poll() is None
         time.sleep(0.001)
 
 
 def at_once(function, jobs):
-    """Return a function's results for each of some jobs, as many at once as there are CPUs."""
+    """Return the results of a function for all jobs, run in parallel on all CPUs."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(function, jobs))
 
@@ -115,14 +115,14 @@ def _run(target, args, out, err):
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # what multiprocessing does at its children's end is no part of the attack
+    os._exit(code)  # skip multiprocessing's own cleanup, which is not attacked
 
 
-# What the processes do
+# Functions that the processes run
 
 
 def die_at(folder, event):
-    """End this process, as a power cut would, just before its n-th operation on files in a folder."""
+    """Kill this process, like a power failure, just before its n-th operation on files in a folder."""
     left = itertools.count(event, -1)
 
     def hook(name, args):
@@ -136,8 +136,8 @@ def die_at(folder, event):
     sys.addaudithook(hook)
 
 
-def train(folder, steps=240, event=None, evaluate=None, told=None, **options):
-    """Train a small network in a folder, or go on there; put a hash of all that came of it into the file `told`."""
+def train(folder, steps=240, event=None, evaluate=None, hash_file=None, **options):
+    """Train a small network in a folder, or resume there; write a hash of all results to `hash_file`."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -171,12 +171,12 @@ def train(folder, steps=240, event=None, evaluate=None, told=None, **options):
         evaluate=evaluate or (lambda params: {"spread": float(params["W1"].std())}),
         **options,
     )
-    if told:
-        Path(told).write_text(fingerprint(fitted))
+    if hash_file:
+        Path(hash_file).write_text(fingerprint(fitted))
 
 
 def fingerprint(fitted):
-    """Return a hash of parameters and rows, leaving out what clocks said."""
+    """Return a hash of parameters and rows, without times."""
     digest = hashlib.sha256()
     for name, leaf in sorted(fitted.params.items()):
         digest.update(name.encode() + bytes(leaf.tobytes()))
@@ -196,11 +196,11 @@ def command(*words, folder=None):
     return cli.main(list(words))
 
 
-# What must hold
+# Properties that must hold
 
 
 def readable(folder):
-    """Return what is wrong with a folder of `train` that something was done to: its checkpoint, what lies about."""
+    """Return the faults of an attacked folder of `train`: an unreadable checkpoint, partial files."""
     faults = [f"left behind: {file}" for file in Path(folder).rglob("*.part")]
     checkpoint = Path(folder, "checkpoint.safetensors")
     if checkpoint.exists():
@@ -216,7 +216,7 @@ def readable(folder):
 
 
 def snapshot(folder):
-    """Return a hash and the times of every file in a folder, links not followed: it changes if anything is touched."""
+    """Return a hash and the times of every file in a folder, without following links."""
     found = collections.OrderedDict()
     for file in sorted(Path(folder).rglob("*")):
         status = file.lstat()

@@ -1,7 +1,8 @@
-"""Attacks: a hundred ways to damage, interrupt and mislead a run, each tried many times.
+"""Attacks: a hundred ways to damage, interrupt and mislead a run, each with many attempts.
 
-An attack takes `tries`, the number of times to try. Each is two tests: `[sample]`, a few tries that run with all other
-tests, and `[all]`, which `pytest -m attack` runs. How many tries there were, and how many held, is printed at the end.
+An attack takes `tries`, the number of attempts. Each is two tests: `[sample]`, a few attempts that run with all other
+tests, and `[all]`, which `pytest -m attack` runs. The numbers of attempts and of those withstood are printed at the
+end.
 """
 
 import multiprocessing
@@ -21,7 +22,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def tally(request, record_property):
-    """Return `(faults, tries)`: record how many tries held, and fail with the first of the faults."""
+    """Return a function of `(faults, tries)` that records the attempts withstood, and fails with the first faults."""
 
     def record(faults, tries):
         faults = list(faults)
@@ -33,7 +34,7 @@ def tally(request, record_property):
 
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory):
-    """Return a context of multiprocessing whose processes start with gradfn imported, in milliseconds."""
+    """Return a multiprocessing context whose processes start in milliseconds, with gradfn imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     settings = {

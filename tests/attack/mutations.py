@@ -135,11 +135,11 @@ def _text_level(text, rng):
 
 
 def _changed(content, rng):
-    """Return JSON with one node exchanged for a hostile value, or taken away, or doubled."""
-    places = list(_places(content))
-    if not places:
+    """Return JSON with one node replaced by a hostile value, removed or duplicated."""
+    nodes = list(_nodes(content))
+    if not nodes:
         return hostile(rng)
-    parent, key = rng.choice(places)
+    parent, key = rng.choice(nodes)
     match rng.randrange(5):
         case 0:
             del parent[key]
@@ -152,7 +152,7 @@ def _changed(content, rng):
     return content
 
 
-def _places(content):
+def _nodes(content):
     items = (
         content.items()
         if isinstance(content, dict)
@@ -162,7 +162,7 @@ def _places(content):
     )
     for key, value in items:
         yield content, key
-        yield from _places(value)
+        yield from _nodes(value)
 
 
 def _tensors(data, rng):
@@ -219,16 +219,16 @@ def work(target, folder, name, kind, seeds):
 
 
 def where(error):
-    """Return where an error was raised, as file:line of the last places."""
-    places, trace = [], error.__traceback__
+    """Return the last lines of an error's traceback, as file:line."""
+    lines, trace = [], error.__traceback__
     while trace:
-        places.append(f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")
+        lines.append(f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")
         trace = trace.tb_next
-    return " > ".join(places[-5:])
+    return " > ".join(lines[-5:])
 
 
-def _said(*words):
-    """Run the command line; return what is wrong with how it ended."""
+def fault_of_command(*words):
+    """Run the command line; return what is wrong with its exit, or None."""
     from gradfn import cli
 
     out, err = io.StringIO(), io.StringIO()
@@ -238,12 +238,12 @@ def _said(*words):
     if code not in (0, 2):
         return f"exit code {code}: {err.getvalue()[:300]}"
     if code == 2 and (len(lines) != 1 or "Traceback" in err.getvalue()):
-        return f"more than a line: {err.getvalue()[:500]}"
+        return f"more than one line: {err.getvalue()[:500]}"
     return None
 
 
 def refused(read, folder):
-    """Read something of a folder: either it goes well, or an error names a file in one line."""
+    """Read from a folder; return a fault unless it succeeds or raises one line that names a file."""
     try:
         read()
     except (ValueError, FileNotFoundError) as error:
@@ -255,29 +255,29 @@ def refused(read, folder):
 
 def report(folder):
     """Write the page of a run."""
-    return _said("report", folder, "--out", os.path.join(os.path.dirname(folder), "page.html"))
+    return fault_of_command("report", folder, "--out", os.path.join(os.path.dirname(folder), "page.html"))
 
 
 def sample(folder):
-    """Write with the language model of a run."""
-    return _said("sample", folder, "--n", "2")
+    """Sample from the language model of a run."""
+    return fault_of_command("sample", folder, "--n", "2")
 
 
 def resume(folder):
-    """Go on with a training, in a copy of its folder: it comes to the same result, or is refused."""
+    """Resume a training in a copy of its folder: it gives the same result, or raises."""
     from tests.attack.children import train
 
-    copy, told = f"{folder}-copy", Path(f"{folder}.txt")
+    copy, hash_file = f"{folder}-copy", Path(f"{folder}.txt")
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(folder, copy)
-    told.write_text("refused")
-    fault = refused(lambda: train(copy, told=told), copy)
-    right = told.read_text() in ("refused", Path(folder, "fingerprint").read_text())
-    return fault or (None if right else "it went on, to another result")
+    hash_file.write_text("refused")
+    fault = refused(lambda: train(copy, hash_file=hash_file), copy)
+    right = hash_file.read_text() in ("refused", Path(folder, "fingerprint").read_text())
+    return fault or (None if right else "resumed with another result")
 
 
 def stored(folder):
-    """Read the options that a run resumes with."""
+    """Read the options with which a run resumes."""
     from gradfn import runs
     from gradfn.experiments import digits
 
@@ -288,7 +288,7 @@ def stored(folder):
 
 
 def kept(folder):
-    """Read the parameters that a training kept."""
+    """Read the kept parameters of a training."""
     import jax
 
     import gradfn as gf
@@ -305,7 +305,7 @@ def load_pretrained(folder):
 
 
 def tokens(folder):
-    """Map the tokens of a text."""
+    """Read the tokens of a text from a memory map."""
     import gradfn as gf
 
     def read():

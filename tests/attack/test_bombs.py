@@ -1,4 +1,4 @@
-"""Small files that stand for large ones: each is refused, or read, in little memory and time."""
+"""Small files that expand to large ones: each raises, or is read, in bounded memory and time."""
 
 import gzip
 import json
@@ -15,18 +15,18 @@ from tests.attack import mutations
 from tests.attack.children import at_once, in_child
 from tests.attack.test_mutations import make
 
-ROOM = 1 << 30  # bytes of memory beyond what the process has when it begins
+ROOM = 1 << 30  # bytes of memory beyond those at the start of the process
 SECONDS = 30
 
 
 def zeros(n):
-    """Return gzip data of n zeros, which is a thousandth of that."""
+    """Return gzip data of n zeros, a thousand times smaller."""
     block = gzip.compress(bytes(1 << 24))
     return block * (n >> 24)
 
 
 def png(width, height, title=b""):
-    """Return a PNG image of white pixels, a thousandth of its size, or smaller still where there is a long title."""
+    """Return a PNG image of white pixels, at least a thousand times smaller than its pixels."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -41,7 +41,7 @@ def png(width, height, title=b""):
 
 
 def gif(n_frames):
-    """Return a GIF film of tiny frames."""
+    """Return a GIF animation of tiny frames."""
     frame = b"\x21\xf9\x04\x04\x01\0\0\0\x2c\0\0\0\0\x01\0\x01\0\0\x02\x02\x44\x01\0"
     return b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff" + frame * n_frames + b";"
 
@@ -57,7 +57,7 @@ def tensors(header):
 
 
 DEEP = '{"a":' * 5_000_000
-# By name: a folder (see `make`), what is done to it, and who reads it.
+# By name: a folder (see `make`), how it is modified, and how it is read.
 BOMBS = {
     "gzip of 8 GB": ("idx", lambda f: (f / "train-images-idx3-ubyte.gz").write_bytes(zeros(8 << 30)), "idx"),
     "gzip of 8 GB under a header of 24 bytes": (
@@ -211,19 +211,19 @@ BOMBS = {
 
 
 def sparse(file, size):
-    """Make a file of zeros that takes no room."""
+    """Make a sparse file of zeros."""
     with file.open("wb") as out:
         out.truncate(size)
 
 
 def explode(folder, name, results):
-    """Put a bomb into a folder and read it, in limited memory; write down what went wrong."""
+    """Put a bomb into a folder and read it in limited memory; write the faults to a file."""
     import warnings
 
     _, put, reader = BOMBS[name]
     warnings.simplefilter("ignore")
     read = getattr(mutations, reader)
-    read(folder)  # what is imported and compiled is no part of it
+    read(folder)  # import and compile before memory is limited
     put(Path(folder))
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, resource.RLIM_INFINITY))

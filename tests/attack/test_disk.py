@@ -1,4 +1,4 @@
-"""A full disk, a folder that becomes read-only or goes away: one line, and the last checkpoint stays."""
+"""A full disk, a folder that becomes read-only or disappears: one line of error, and the last checkpoint stays."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ import pytest
 
 from tests.attack.children import at_once, in_child, readable, train
 
-NO_SIGNAL = 0  # is sent to nobody
+NO_SIGNAL = 0  # sending it has no effect
 
 
 def mount(*words):
@@ -20,7 +20,7 @@ def mount(*words):
 
 @pytest.fixture
 def disks(tmp_path):
-    """Return `(name, kilobytes)`: a folder on a disk of its own, of that size."""
+    """Return a function of `(name, kilobytes)` that creates a folder on its own disk of that size."""
     made = []
 
     def disk(name, kilobytes):
@@ -39,20 +39,20 @@ def disks(tmp_path):
 
 
 def close(wait, disk):
-    """After a wait, make a disk read-only."""
+    """Make a disk read-only after a delay."""
     time.sleep(wait)
     mount("-o", "remount,ro,force", disk)
 
 
-def training(folder, told=None, seconds=0.0):
-    """Train; tell an error of the system in a line, as the command line does."""
+def training(folder, hash_file=None, seconds=0.0):
+    """Train; print a system error as one line, like the command line."""
 
     def evaluate(params):
         time.sleep(seconds)
         return {"spread": float(params["W1"].std())}
 
     try:
-        train(folder, told=told, evaluate=evaluate)
+        train(folder, hash_file=hash_file, evaluate=evaluate)
     except OSError as error:
         print(f"{type(error).__name__}: {error}")
         return 1
@@ -66,15 +66,15 @@ def whole(forks, tmp_path):
 
 
 def faults_of(end, folder):
-    """Return what is wrong with a run that could not write: it says so in a line and leaves a good checkpoint."""
-    said = end.out.strip().splitlines()
-    if end.code == 1 and (len(said) != 1 or str(folder) not in said[0] or end.err):
+    """Return the faults of a run that could not write: it must print one line and leave a valid checkpoint."""
+    lines = end.out.strip().splitlines()
+    if end.code == 1 and (len(lines) != 1 or str(folder) not in lines[0] or end.err):
         return [end]
     return [*([] if end.code in (0, 1) else [end]), *readable(folder)]
 
 
 def resumed(forks, folder, file, expected, when):
-    """Resume a run; return what is wrong with what came of it."""
+    """Resume a run; return the faults of its result."""
     end = in_child(forks, training, str(folder), str(file))
     right = end.code == 0 and file.read_text() == expected
     return [*([] if right else [f"{when}: {end}, or another result"]), *readable(folder)]

@@ -1,4 +1,4 @@
-"""Folders in which names are links, pipes or folders: nothing outside is written, and nothing waits for ever."""
+"""Folders whose entries are links, pipes or folders: nothing outside is written, and nothing blocks forever."""
 
 import contextlib
 import itertools
@@ -56,7 +56,7 @@ THINGS = [
 
 
 def put(thing, place, outside):
-    """Put a thing where a run expects something of its own."""
+    """Replace an entry that a run expects."""
     if place.is_dir() and not place.is_symlink():
         shutil.rmtree(place)
     place.unlink(missing_ok=True)
@@ -72,25 +72,25 @@ def put(thing, place, outside):
 
 
 def fresh(folder):
-    """Train anew in the folder, which removes what an earlier training left."""
+    """Start a new training in the folder, which removes the files of an earlier one."""
     import tests.attack.children as children
 
     return mutations.refused(lambda: children.train(folder, 30, resume=False), folder)
 
 
-def goes_on(folder):
-    """Go on with the training in the folder."""
+def resumed(folder):
+    """Resume the training in the folder."""
     return mutations.refused(lambda: train(folder), folder)
 
 
 def compare(folder):
     """Write the page of two runs."""
-    return mutations._said("report", folder, os.path.join(os.path.dirname(folder), "digits-b"))
+    return mutations.fault_of_command("report", folder, os.path.join(os.path.dirname(folder), "digits-b"))
 
 
 def page(folder):
-    """Write the page of a run, into its folder."""
-    return mutations._said("report", folder)
+    """Write the page of a run to its folder."""
+    return mutations.fault_of_command("report", folder)
 
 
 def written(folder):
@@ -100,11 +100,11 @@ def written(folder):
     return mutations.refused(lambda: runs.finish(Path(folder), runs.Outcome()), folder)
 
 
-ACTIONS = [goes_on, fresh, page, compare, written, mutations.kept, mutations.sample, mutations.stored]
+ACTIONS = [resumed, fresh, page, compare, written, mutations.kept, mutations.sample, mutations.stored]
 
 
 def attack(base, tries, results):
-    """Put things into copies of a run, let each action loose on them, and see what became of what is outside."""
+    """Replace entries in copies of a run, run each action on them, and check that files outside are unchanged."""
     base, faults = Path(base), []
     outside, original = base / "outside", base / "original"
     warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment, as often as one likes, comes to the same result as one that never was."""
+"""A run that is killed at any moment, any number of times, gives the same result as an uninterrupted one."""
 
 import signal
 
@@ -18,21 +18,21 @@ def uninterrupted(forks, tmp_path):
 
 @pytest.mark.tries(all=500, sample=4)
 def test_kill_9(forks, tmp_path, tries, tally):
-    """Half of the kills come at a random time, half just before a certain operation on a file of the run."""
+    """Half of the kills are at random times, half just before some operation on a file of the run."""
     whole = uninterrupted(forks, tmp_path)
 
     def attack(job):
         number, kills = job
         rng, folder = np.random.default_rng(number), str(tmp_path / f"killed{number}")
         held, killed = [], 0
-        for _ in range(kills * 3):  # some come when the run has ended
+        for _ in range(kills * 3):  # some kills are after the end of the run
             if killed == kills:
                 break
             by_event = rng.random() < 0.5
             args = (folder, 240, int(rng.integers(1, 60)) if by_event else None)
             end = in_child(forks, train, *args, after=None if by_event else rng.uniform(0.05, 0.8))
             if end.code == 0:
-                folder = f"{folder}x"  # it has ended: go on with another one
+                folder = f"{folder}x"  # it has ended: continue with another one
             elif end.code == -signal.SIGKILL:
                 killed += 1
                 held += [fault for fault in readable_but_for_parts(folder)]

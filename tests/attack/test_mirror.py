@@ -1,4 +1,4 @@
-"""A mirror that lies, dawdles or never ends: one line says so, and the cache holds whole files or none."""
+"""A mirror that sends wrong, slow or endless data: one line of error, and only complete files in the cache."""
 
 import contextlib
 import gzip
@@ -17,8 +17,8 @@ download = importlib.import_module("gradfn.data.download")
 PIECE = bytes(1 << 16)
 
 
-def answer(handler, evil, rng):
-    """Answer a request in one of many wrong ways."""
+def respond(handler, evil, rng):
+    """Respond to a request in one of many wrong ways."""
     write = handler.wfile.write
 
     def head(status=200, **headers):
@@ -103,7 +103,7 @@ EVILS += ["chunks that lie", "an error", "no HTTP"]
 
 @pytest.fixture
 def mirror():
-    """Serve what `mirror.evil` says, on the loopback."""
+    """Serve the kind of data that `mirror.evil` selects, on localhost."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -111,7 +111,7 @@ def mirror():
         def do_GET(self):
             self.close_connection = True
             with contextlib.suppress(OSError):
-                answer(self, server.evil, server.rng)
+                respond(self, server.evil, server.rng)
 
         def log_message(self, *args):
             pass

@@ -1,4 +1,4 @@
-"""Every file that a run, a folder of weights or a data set holds may be damaged: one line says which and how."""
+"""Damaged files of runs, of folders of weights and of data sets: one line names the file and the fault."""
 
 import gzip
 import itertools
@@ -13,8 +13,8 @@ from tests.attack import mutations
 from tests.attack.children import at_once, in_child, train
 from tests.attack.mutations import work
 
-# By folder (see `make`): the files in it, what each holds, and who reads it. The tries of a file that several read,
-# or of which there are several, are shared out.
+# By folder (see `make`): its files, the format of each, and the functions that read it. The attempts are divided among
+# several readers, and among several files of one kind.
 FILES = {
     "run": [
         ("config.json", "json", "report"),
@@ -61,7 +61,7 @@ FILES = {
 
 
 def make(kind, folder):
-    """Make a folder to be damaged, with the functions that write such ones."""
+    """Create a folder to damage, with the functions that normally write it."""
     import jax
     from PIL import Image
     from safetensors.numpy import load_file, save_file
@@ -75,7 +75,7 @@ def make(kind, folder):
     folder.mkdir()
     config = gf.GPTConfig(vocab=65, context=8, n_layers=2, n_heads=2, width=4)
     if kind == "fit":
-        train(str(folder), told=folder / "fingerprint")
+        train(str(folder), hash_file=folder / "fingerprint")
     elif kind == "run":
         runs.begin("digits", runs.settle("digits", digits.Config(folder=str(folder))))
         train(str(folder))
@@ -125,7 +125,7 @@ def make(kind, folder):
 
 
 def shared(kind, name):
-    """Return how many of the files above, and their readers, are of the kind of a file in a folder."""
+    """Return the number of files and readers above that are of the kind of a file in a folder."""
 
     def what(kind, name):
         is_model = kind in ("gpt2", "llama")
@@ -137,7 +137,7 @@ def shared(kind, name):
 
 
 def damage(folder, kind, tries, part, n_parts, results):
-    """Make a folder, and damage and read each of its files; `part` says which of the tries."""
+    """Create a folder, and damage and read each of its files; `part` selects the attempts."""
     make(kind, Path(folder))
     faults, n = [], 0
     for name, form, reader in FILES[kind]:
@@ -150,7 +150,7 @@ def damage(folder, kind, tries, part, n_parts, results):
 @pytest.mark.parametrize("kind", FILES)
 @pytest.mark.tries(all=500, sample=4)
 def test_damaged_files(forks, tmp_path, tries, tally, kind):
-    """Each kind of file is damaged `tries` times."""
+    """Damage each kind of file `tries` times."""
 
     def attack(part):
         folder, results = tmp_path / f"{kind}{part}", tmp_path / f"{part}.json"

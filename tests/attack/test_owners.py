@@ -1,4 +1,4 @@
-"""Two runs in one folder: the first owns it, the other one says so and writes nothing."""
+"""Two runs in one folder: the first owns it, the second raises and writes nothing."""
 
 import time
 from pathlib import Path
@@ -10,11 +10,11 @@ from gradfn.files import FileError
 from tests.attack.children import at_once, in_child, readable, train
 
 
-def slowly(folder, told, wait):
-    """Train for a second or more, after a wait; return 2 where the folder is another run's."""
+def slowly(folder, hash_file, wait):
+    """Train for a second or more, after a delay; return 2 if another run owns the folder."""
     time.sleep(wait)
     try:
-        train(folder, told=told, evaluate=lambda params: time.sleep(0.06) or {})
+        train(folder, hash_file=hash_file, evaluate=lambda params: time.sleep(0.06) or {})
     except FileError as error:
         print(error)
         return 2
@@ -41,7 +41,7 @@ def test_owners(forks, tmp_path, tries, tally):
             ):
                 faults.append(end)
         if not any(end.code == 0 for end in ends):
-            faults.append(f"none went on: {ends}")
+            faults.append(f"none continued: {ends}")
         rows = (folder / "metrics.jsonl").read_text().splitlines()
         if len(rows) != 16:
             faults.append(f"expected 16 rows, got {len(rows)}")

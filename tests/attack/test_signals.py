@@ -1,4 +1,4 @@
-"""A run that is asked to stop writes a checkpoint and says how to go on; the result is that of one that was not."""
+"""A run stopped by a signal writes a checkpoint and prints how to resume; the final result is unchanged."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def test_fit_stops_well(forks, tmp_path, tries, tally):
         )
         which = [signal.SIGINT, signal.SIGTERM][number % 2]
         end = in_child(forks, train, folder, after=rng.uniform(0.1, 1.2), number=which)
-        # Before `fit` begins a signal does what it does to every Python program.
+        # Before `fit` starts, signals have Python's default effect.
         faults = [] if end.code in (0, CODES[which], -which) and not end.traceback else [end]
         again = in_child(forks, train, folder, 240, None, None, str(file))
         if again.code or file.read_text() != whole:
@@ -95,7 +95,7 @@ def test_a_second_signal_stops_at_once(forks, tmp_path):
 
 
 def interrupted_twice(folder):
-    """Interrupt a long evaluation once, and then again."""
+    """Interrupt a long evaluation twice."""
     import threading
     import time
 

@@ -18,7 +18,7 @@ def test_repeat_equals_the_composition():
     assert not (params["mix"]["W"][0] == params["mix"]["W"][1]).any()  # each layer has its own initial values
 
 
-def test_repeat_traces_its_net_once_however_deep():
+def test_repeat_traces_its_net_once_for_any_depth():
     traced = []
     net = gf.Net({"w": gf.Param([2])}, lambda params, x: traced.append(0) or x * params["w"])
     deep = gf.repeat(net, 50)

@@ -1,5 +1,6 @@
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +33,7 @@ def test_adding_a_parameter_does_not_change_the_others(spec, name):
     before = gf.init(spec, jax.random.key(0))
     after = gf.init(spec | {f"new_{name}": gf.Param([2, 2])}, jax.random.key(0))
     after.pop(f"new_{name}")
-    jax.tree.map(np.testing.assert_array_equal, before, after)
+    chex.assert_trees_all_equal(before, after)
 
 
 def test_parameters_of_equal_shape_differ():

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,4 +34,4 @@ def test_the_product_form_equals_convolution_with_its_gradients(shape, window, s
 
     np.testing.assert_allclose(found(x, W), expected(x, W), rtol=1e-4, atol=1e-5)
     gradients = [jax.grad(lambda *a, f=f: jnp.sin(f(*a)).sum(), (0, 1))(x, W) for f in (found, expected)]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *gradients)
+    chex.assert_trees_all_close(*gradients, rtol=1e-3, atol=1e-4)

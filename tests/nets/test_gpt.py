@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +39,7 @@ def test_scan_and_remat_give_the_same_values(config):
         )
         np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
         other_grads = gf.unstack_blocks(other_grads) if scan else other_grads
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), other_grads, grads)
+        chex.assert_trees_all_close(other_grads, grads, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -46,7 +47,7 @@ def test_unstacking_inverts_stacking():
     _, params = made(SMALL)
     stacked = gf.stack_blocks(params)
     assert gf.shapes(stacked) == gf.shapes(gf.gpt(dataclasses.replace(SMALL, scan=True)).spec)
-    jax.tree.map(np.testing.assert_array_equal, gf.unstack_blocks(stacked), params)
+    chex.assert_trees_all_equal(gf.unstack_blocks(stacked), params)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import struct
 import time
 import tracemalloc
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,7 +146,7 @@ def test_what_is_saved_is_loaded(config, dtype, tmp_path):
     params = saved(tmp_path, config, dtype)
     config_again, again = gf.load_pretrained(tmp_path, dtype=None)
     assert config_again == config
-    jax.tree.map(np.testing.assert_array_equal, again, params)
+    chex.assert_trees_all_equal(again, params)
     assert {leaf.dtype for leaf in jax.tree.leaves(again)} == {jnp.dtype(dtype)}
     assert {leaf.dtype for leaf in jax.tree.leaves(gf.load_pretrained(tmp_path)[1])} == {jnp.dtype("float32")}
 
@@ -165,7 +166,7 @@ def split(folder):
 def test_shards_are_put_together(tmp_path):
     params = saved(tmp_path)
     split(tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, gf.load_pretrained(tmp_path)[1], params)
+    chex.assert_trees_all_equal(gf.load_pretrained(tmp_path)[1], params)
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"b\.safetensors: not there, though the index names it"):
         gf.load_pretrained(tmp_path)
@@ -195,7 +196,7 @@ def test_older_files_with_masks_without_prefix_and_with_the_tied_head_load(tmp_p
     bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     bare |= {"h.0.attn.bias": np.ones([1, 1, 16, 16], np.uint8), "lm_head.weight": bare["wte.weight"]}
     save_file(bare, tmp_path / "model.safetensors")
-    jax.tree.map(np.testing.assert_array_equal, gf.load_pretrained(tmp_path)[1], params)
+    chex.assert_trees_all_equal(gf.load_pretrained(tmp_path)[1], params)
     save_file(bare | {"lm_head.weight": 2 * bare["wte.weight"]}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"lm_head\.weight: differs from transformer\.wte\.weight, though"):
         gf.load_pretrained(tmp_path)
@@ -451,11 +452,11 @@ def test_saving_beside_old_shards_saves_the_new_weights(tmp_path):
     index.write_text(renamed)
     (tmp_path / "adapter.safetensors").write_text("mine")
     (tmp_path / "model-notes.safetensors").write_text("mine")
-    jax.tree.map(np.testing.assert_array_equal, gf.load_pretrained(tmp_path)[1], old)
+    chex.assert_trees_all_equal(gf.load_pretrained(tmp_path)[1], old)
 
     new = jax.tree.map(lambda leaf: leaf + 1, old)
     gf.save_pretrained(tmp_path, GPT2, new)
-    jax.tree.map(np.testing.assert_array_equal, gf.load_pretrained(tmp_path)[1], new)
+    chex.assert_trees_all_equal(gf.load_pretrained(tmp_path)[1], new)
     left = ["adapter.safetensors", "config.json", "model-notes.safetensors", "model.safetensors"]
     assert sorted(file.name for file in tmp_path.iterdir()) == left
 
@@ -467,7 +468,7 @@ def test_the_single_file_comes_before_an_index_as_in_transformers(tmp_path):
     new = jax.tree.map(lambda leaf: 2 * leaf, new)
     gf.save_pretrained(tmp_path / "new", GPT2, new)
     (tmp_path / "new" / "model.safetensors").rename(tmp_path / "old" / "model.safetensors")
-    jax.tree.map(np.testing.assert_array_equal, gf.load_pretrained(tmp_path / "old")[1], new)
+    chex.assert_trees_all_equal(gf.load_pretrained(tmp_path / "old")[1], new)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -678,7 +679,7 @@ def test_weights_are_saved_and_loaded_one_tensor_at_a_time(scan, tmp_path):
         == load_file(tmp_path / "b" / "model.safetensors").keys()
     )
     loaded = gf.load_pretrained(tmp_path / "b")[1]
-    jax.tree.map(np.testing.assert_array_equal, gf.stack_blocks(loaded) if scan else loaded, params)
+    chex.assert_trees_all_equal(gf.stack_blocks(loaded) if scan else loaded, params)
 
 
 def test_a_model_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
@@ -695,7 +696,7 @@ def test_a_model_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch
     monkeypatch.undo()
     assert (tmp_path / "config.json").read_bytes() == written
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-    jax.tree.map(np.testing.assert_array_equal, gf.load_pretrained(tmp_path)[1], old)
+    chex.assert_trees_all_equal(gf.load_pretrained(tmp_path)[1], old)
 
 
 def test_parameters_of_a_dtype_that_the_format_lacks_are_refused(tmp_path):
