@@ -1,4 +1,4 @@
-"""The accelerator benchmark, reduced and on the CPU: it runs to its end, and everyone trains the same network."""
+"""The accelerator benchmark, reduced and on the CPU: it runs to its end, and all contenders train the same network."""
 
 import json
 
@@ -13,13 +13,13 @@ REDUCED = accelerator.REDUCED
 
 def rows_of(section):
     rows = {}
-    # Raw JAX is written as a user would write it, under JAX's own settings.
+    # Raw JAX is written as users would write it, with JAX's default settings.
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         accelerator.SECTIONS[section](REDUCED, lambda name, **figures: rows.update({name: figures}))
     return rows
 
 
-def test_every_kind_of_net_is_compared():
+def test_all_kinds_of_nets_are_compared():
     assert [name for name, *_ in accelerator.losses()] == ["mlp", "cnn", "gpt"]
 
 
@@ -41,8 +41,8 @@ def test_a_difference_is_relative_to_the_largest_magnitude():
 
 
 @pytest.mark.slow
-def test_everyone_takes_the_same_step():
-    """Losses after the same number of steps on the same batch from the same start, in bfloat16."""
+def test_all_contenders_take_the_same_steps():
+    """Compare losses after equally many steps on one batch from the same initial parameters, in bfloat16."""
     rows = rows_of("gpt")
     assert rows["gradfn"]["loss"] == pytest.approx(rows["raw JAX"]["loss"], abs=0.02)
     assert rows["gradfn"]["peak_gb"] > 0
@@ -69,7 +69,7 @@ def test_mfu_counts_operations_per_token(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_command_writes_what_it_measured(tmp_path, capsys):
+def test_the_command_writes_its_results(tmp_path, capsys):
     file = tmp_path / "out.json"
     wrong = accelerator.main(["--reduced", "--only", "mlp", "--json", str(file)])
     assert wrong == 0
@@ -81,7 +81,7 @@ def test_the_command_writes_what_it_measured(tmp_path, capsys):
     assert "examples/s" in capsys.readouterr().out
 
 
-def test_time_that_runs_out_costs_one_section_only(tmp_path, capsys):
+def test_a_timeout_affects_one_section_only(tmp_path, capsys):
     file = tmp_path / "out.json"
     accelerator.main(["--reduced", "--minutes", "0", "--only", "mlp", "--json", str(file)])
     assert json.loads(file.read_text())["rows"][-1]["skipped"] == "out of time"

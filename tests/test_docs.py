@@ -1,4 +1,4 @@
-"""What the README and the guide pages show runs as written."""
+"""The code blocks and commands of the README and the guides run as written."""
 
 import re
 import shlex
@@ -27,7 +27,7 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
 
 
 def commands():
-    """Every `gradfn ...` line of a shell block."""
+    """Yield every `gradfn ...` line of the shell blocks."""
     for page in PAGES:
         for block in blocks(page, "sh"):
             for line in block.splitlines():
@@ -36,7 +36,7 @@ def commands():
 
 
 def shorten(arguments):
-    """Leave a run as written but for the time that it takes: one seed, one layer, an epoch or a few steps."""
+    """Shorten a run: one seed, one layer, one epoch or a few steps; keep all other arguments."""
     options = import_module(f"gradfn.experiments.{arguments[1]}").Config.__dataclass_fields__
     for name, least in {"epochs": "1", "steps": "2", "warmup": "0", "seeds": "1", "layers": "1"}.items():
         if f"--{name}" in arguments:
@@ -56,9 +56,9 @@ def test_commands_run(line, tmp_path, monkeypatch, request):
         monkeypatch.setenv("GRADFN_MNIST", str(request.getfixturevalue("shared_data") / "mnist"))
     if arguments[0] == "run":
         shorten(arguments)
-    if arguments[0] == "report":  # of the latest runs of these experiments
+    if arguments[0] == "report":  # it needs a run of each of these experiments
         for name in arguments[1:]:
-            asked = ["run", name]
-            shorten(asked)
-            assert main(asked) == 0
+            run = ["run", name]
+            shorten(run)
+            assert main(run) == 0
     assert main(arguments) in (0, None)

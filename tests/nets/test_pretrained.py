@@ -1,4 +1,4 @@
-"""Weights in Hugging Face's format, against `transformers` and PyTorch on small models drawn at random."""
+"""Weights in Hugging Face's format, compared with `transformers` and PyTorch on small random models."""
 
 import contextlib
 import dataclasses
@@ -41,7 +41,7 @@ def their_model(transformers, kind, **changes):
         sizes = {"vocab_size": 13, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16}
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | changes))
-    for parameter in model.parameters():  # not the symmetric start: biases, gains, matrices of a useful size
+    for parameter in model.parameters():  # not the symmetric initial values
         parameter.data += 0.2 * torch.randn_like(parameter)
     return model.eval()
 
@@ -68,7 +68,7 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_logits_loss_gradients_and_generation_are_theirs(name, transformers, tmp_path):
+def test_logits_loss_gradients_and_generation_equal_transformers(name, transformers, tmp_path):
     import torch
 
     kind, changes = CASES[name]
@@ -85,7 +85,7 @@ def test_logits_loss_gradients_and_generation_are_theirs(name, transformers, tmp
     value, grads = jax.jit(jax.value_and_grad(loss))(params, (TOKENS[:, :-1], TOKENS[:, 1:]))
     np.testing.assert_allclose(value, answer.loss.item(), rtol=1e-5)
 
-    # Their gradients take the way of their weights: written into a model, saved, and loaded.
+    # Convert their gradients like weights: write them into a model, save it, and load it.
     answer.loss.backward()
     for parameter in model.parameters():
         parameter.data = parameter.grad
@@ -94,13 +94,13 @@ def test_logits_loss_gradients_and_generation_are_theirs(name, transformers, tmp
     assert gf.shapes(their_grads) == gf.shapes(grads)
     for (path, ours), theirs in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(their_grads)):
         assert np.abs(theirs).max() > 0, path
-        # The bias of keys moves all scores of a query alike: its gradient is nothing but rounding.
+        # The bias of keys shifts all scores of a query equally: its gradient is only rounding error.
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6, err_msg=str(path))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_greedy_generation_is_theirs_token_by_token(kind, transformers, tmp_path):
+def test_greedy_generation_equals_transformers(kind, transformers, tmp_path):
     import torch
 
     model = their_model(transformers, kind)
@@ -119,7 +119,7 @@ def test_greedy_generation_is_theirs_token_by_token(kind, transformers, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("config", [GPT2, dataclasses.replace(GPT2, bias=False, tied=False), LLAMA])
-def test_transformers_reads_what_is_saved(config, dtype, transformers, tmp_path):
+def test_transformers_loads_saved_models(config, dtype, transformers, tmp_path):
     import torch
 
     config = dataclasses.replace(config, scan=True)
@@ -142,7 +142,7 @@ def saved(folder, config=GPT2, dtype=jnp.float32):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("config", [GPT2, LLAMA])
-def test_what_is_saved_is_loaded(config, dtype, tmp_path):
+def test_saving_and_loading_round_trips(config, dtype, tmp_path):
     params = saved(tmp_path, config, dtype)
     config_again, again = gf.load_pretrained(tmp_path, dtype=None)
     assert config_again == config
@@ -152,7 +152,7 @@ def test_what_is_saved_is_loaded(config, dtype, tmp_path):
 
 
 def split(folder):
-    """Turn a folder with one file into one with two shards."""
+    """Split the file of a folder into two shards."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
@@ -163,7 +163,7 @@ def split(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
 
 
-def test_shards_are_put_together(tmp_path):
+def test_shards_are_merged(tmp_path):
     params = saved(tmp_path)
     split(tmp_path)
     chex.assert_trees_all_equal(gf.load_pretrained(tmp_path)[1], params)
@@ -172,7 +172,7 @@ def test_shards_are_put_together(tmp_path):
         gf.load_pretrained(tmp_path)
 
 
-def test_a_shard_elsewhere_or_without_its_tensor_is_refused(tmp_path):
+def test_a_shard_elsewhere_or_without_its_tensor_raises(tmp_path):
     saved(tmp_path)
     split(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
@@ -208,7 +208,7 @@ def edit(folder, change):
     save_file(tensors, folder / "model.safetensors")
 
 
-def test_a_tensor_that_does_not_fit_is_named(tmp_path):
+def test_a_tensor_of_another_shape_is_named(tmp_path):
     name = "transformer.h.1.mlp.c_fc.weight"
     saved(tmp_path)
     edit(tmp_path, lambda t: t.update({name: np.ascontiguousarray(t[name].T)}))
@@ -234,7 +234,7 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path):
         gf.load_pretrained(tmp_path)
 
 
-def test_a_file_cut_short_is_told_from_a_whole_one(tmp_path):
+def test_a_truncated_file_raises(tmp_path):
     saved(tmp_path)
     file = tmp_path / "model.safetensors"
     whole = file.read_bytes()
@@ -285,7 +285,7 @@ def test_a_field_that_is_not_supported_is_named(config, field, value, message, t
         gf.load_pretrained(tmp_path)
 
 
-# What the configurations of well-known models on the hub hold beside the sizes.
+# Fields beside the sizes in the configurations of well-known models on the hub.
 SUMMARY = {
     **{"summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True},
     **{"summary_type": "cls_index", "summary_use_proj": True},
@@ -363,7 +363,7 @@ def test_configurations_of_the_hub_load_and_give_their_logits(name, transformers
 
     kind, fields = HUB[name]
     fields = SIZES[kind] | fields
-    # Their newest class takes no null for a bool.
+    # Their newest class does not accept null for a bool.
     their_fields = {key: value for key, value in fields.items() if value is not None}
     (tmp_path / "config.json").write_text(json.dumps(their_fields))
     torch.manual_seed(0)
@@ -373,7 +373,7 @@ def test_configurations_of_the_hub_load_and_give_their_logits(name, transformers
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     model.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(fields))  # as the hub has it, not as it is written today
+    (tmp_path / "config.json").write_text(json.dumps(fields))
     context = (
         pytest.warns(UserWarning, match="pruned_heads {}") if "old" in name else contextlib.nullcontext()
     )
@@ -385,7 +385,7 @@ def test_configurations_of_the_hub_load_and_give_their_logits(name, transformers
 
 
 @pytest.mark.parametrize("name", HUB)
-def test_harmless_fields_of_the_hub_are_passed_over(name, tmp_path):
+def test_fields_of_the_hub_without_effect_are_ignored(name, tmp_path):
     kind, fields = HUB[name]
     config = GPT2 if kind == "gpt2" else LLAMA
     saved(tmp_path, config)
@@ -418,7 +418,7 @@ def test_harmless_fields_of_the_hub_are_passed_over(name, tmp_path):
         (LLAMA, "partial_rotary_factor", 0),
     ],
 )
-def test_fields_that_change_numbers_are_refused(config, field, value, tmp_path):
+def test_fields_that_change_results_raise(config, field, value, tmp_path):
     saved(tmp_path, config)
     fields = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(fields | {field: value}))
@@ -426,7 +426,7 @@ def test_fields_that_change_numbers_are_refused(config, field, value, tmp_path):
         gf.load_pretrained(tmp_path)
 
 
-def test_unknown_fields_that_ask_for_nothing_are_named_in_a_warning(tmp_path):
+def test_unknown_empty_fields_give_a_warning(tmp_path):
     saved(tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(fields | {"logit_softcap": None, "new_thing": False}))
@@ -436,7 +436,7 @@ def test_unknown_fields_that_ask_for_nothing_are_named_in_a_warning(tmp_path):
         gf.load_pretrained(tmp_path)
 
 
-def test_saving_beside_old_shards_saves_the_new_weights(tmp_path):
+def test_saving_removes_old_shards(tmp_path):
     old = saved(tmp_path)
     split(tmp_path)
     for name in ("a", "b"):
@@ -461,7 +461,7 @@ def test_saving_beside_old_shards_saves_the_new_weights(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == left
 
 
-def test_the_single_file_comes_before_an_index_as_in_transformers(tmp_path):
+def test_a_single_file_has_priority_over_an_index_as_in_transformers(tmp_path):
     saved(tmp_path / "old")
     split(tmp_path / "old")
     new = saved(tmp_path / "new", dataclasses.replace(GPT2, tied=True))
@@ -473,7 +473,7 @@ def test_the_single_file_comes_before_an_index_as_in_transformers(tmp_path):
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 @pytest.mark.parametrize("content", ["{}", '{"experiment": "gpt", "options": {}}', "[1]", "not JSON"])
-def test_files_that_are_not_a_models_are_not_written_over(name, content, tmp_path):
+def test_files_of_other_kinds_are_not_overwritten(name, content, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=rf"{name}: already exists.* Name another folder"):
         saved(tmp_path)
@@ -504,7 +504,7 @@ def test_a_missing_or_broken_config_is_named(tmp_path):
         (dataclasses.replace(LLAMA, norm="layer"), "llama has norm 'rms', got 'layer'"),
     ],
 )
-def test_a_config_that_transformers_does_not_know_is_refused(config, message, tmp_path):
+def test_a_config_that_transformers_cannot_express_raises(config, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         saved(tmp_path, config)
 
@@ -538,17 +538,17 @@ LLAMA_SIZES = (
 @pytest.mark.parametrize(
     ("config", "field"), [(GPT2, f) for f in GPT2_SIZES] + [(LLAMA, f) for f in LLAMA_SIZES]
 )
-def test_sizes_that_the_files_do_not_have_are_refused_before_anything_is_built(config, field, tmp_path):
+def test_sizes_that_differ_from_the_files_raise_before_anything_is_built(config, field, tmp_path):
     saved(tmp_path, config)
     for value in (0, -1, 2**31, 10**30, 2.5, 8.0, "8", True, [8], {"a": 8}):
         change_config(tmp_path, **{field: value})
         expect_one_line(tmp_path, rf"config\.json: {field}: expected (int|1 to 2,147,483,647)")
-    if field != "max_position_embeddings":  # no tensor of Llama's depends on it
+    if field != "max_position_embeddings":  # no tensor of Llama depends on it
         change_config(tmp_path, **{field: 10**9})
         expect_one_line(tmp_path, r"000,?000|divide")
 
 
-def test_far_more_layers_than_tensors_are_refused(tmp_path):
+def test_far_more_layers_than_tensors_raise(tmp_path):
     saved(tmp_path)
     change_config(tmp_path, n_layer=10**9)
     message = r"config\.json: describes 1,000,000,000 layers of 12 tensors each, .* contain 28 tensors"
@@ -558,7 +558,7 @@ def test_far_more_layers_than_tensors_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("value", [None, True, 7, 0.5, ["gpt2"], {"gpt2": 1}, "", "a" * 5000, "\n\n"])
-def test_a_model_type_of_another_kind_is_refused(value, tmp_path):
+def test_another_model_type_raises(value, tmp_path):
     saved(tmp_path)
     change_config(tmp_path, model_type=value)
     expect_one_line(tmp_path, r"config\.json: model_type: expected 'gpt2' or 'llama', got ")
@@ -572,7 +572,7 @@ def test_a_model_type_of_another_kind_is_refused(value, tmp_path):
         *(("rms_norm_eps", value) for value in (0, "x", [], -1e-5, True)),
     ],
 )
-def test_a_field_that_is_not_a_positive_number_is_refused(field, value, tmp_path):
+def test_a_field_that_is_not_a_positive_number_raises(field, value, tmp_path):
     saved(tmp_path, LLAMA)
     name = "rms_norm_eps" if field == "rms_norm_eps" else "rope_theta"
     if field == "rope_theta":
@@ -585,7 +585,7 @@ def test_a_field_that_is_not_a_positive_number_is_refused(field, value, tmp_path
     "name",
     ["", ".", "..", "a" * 5000, "/etc/passwd", "../b.safetensors", "a/b", "a\0b", "a\nb", 3, None, ["a"]],
 )
-def test_names_of_shards_are_names_of_files_beside_the_index(name, tmp_path):
+def test_shards_must_be_beside_the_index(name, tmp_path):
     saved(tmp_path)
     split(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
@@ -607,7 +607,7 @@ def test_damaged_json_is_named(name, content, tmp_path):
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "a.safetensors"])
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
-def test_what_is_not_a_regular_file_is_refused(name, kind, tmp_path):
+def test_special_files_raise(name, kind, tmp_path):
     saved(tmp_path)
     split(tmp_path)
     file = tmp_path / name
@@ -627,7 +627,7 @@ def test_what_is_not_a_regular_file_is_refused(name, kind, tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "bits"), [("F8_E4M3", 8), ("F8_E5M2", 8), ("F4", 4), ("C64", 64), ("U16", 16)]
 )
-def test_a_dtype_that_parameters_do_not_have_is_named_with_its_tensor_and_file(dtype, bits, tmp_path):
+def test_an_unsupported_dtype_is_named_with_its_tensor_and_file(dtype, bits, tmp_path):
     saved(tmp_path)
     file, name = tmp_path / "model.safetensors", "transformer.h.1.mlp.c_fc.weight"
     tensors = load_file(file)
@@ -643,7 +643,7 @@ def test_a_dtype_that_parameters_do_not_have_is_named_with_its_tensor_and_file(d
     expect_one_line(tmp_path, message)
 
 
-def test_names_that_are_long_or_would_break_the_line_are_shown_as_they_are_written(tmp_path):
+def test_long_names_and_names_with_line_breaks_are_shown_escaped(tmp_path):
     saved(tmp_path)
     for name in ("a" * 5000, "line\nline", "\x1b[31mred"):
         edit(tmp_path, lambda t, name=name: t.update({"transformer." + name: np.ones(3)}))
@@ -699,7 +699,7 @@ def test_a_model_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch
     chex.assert_trees_all_equal(gf.load_pretrained(tmp_path)[1], old)
 
 
-def test_parameters_of_a_dtype_that_the_format_lacks_are_refused(tmp_path):
+def test_parameters_of_a_dtype_that_the_format_lacks_raise(tmp_path):
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float8_e4m3fn), saved(tmp_path / "a"))
     with pytest.raises(ValueError, match="a dtype that safetensors has, got float8_e4m3fn"):
         gf.save_pretrained(tmp_path / "b", GPT2, params)
