@@ -20,7 +20,6 @@ ROOT = Path(__file__).parents[1]
 CLEAN = [
     *("gradfn/core", "gradfn/layers", "gradfn/nets", "gradfn/data", "benchmarks"),
     *(
-        "tests/core",
         "tests/layers",
         "tests/nets",
         "tests/attack",
