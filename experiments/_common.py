@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,35 +28,41 @@ PART = 1000
 class RunOptions:
     """Options of every run."""
 
-    resume: bool = False
-    """resume an interrupted run: the latest, or the one in --folder"""
-    folder: str | None = None
-    """where to store the run (default: runs/NAME/<time>)"""
+    resume: bool = runs.option(False, "resume an interrupted run: the latest, or the one in --folder")
+    folder: str | None = runs.option(None, "where to store the run (default: runs/NAME/<time>)")
 
     def __post_init__(self) -> None:
-        """Check the options of a subclass, which extends this."""
+        """Check the bounds of all options; a subclass with more to check extends this."""
+        runs.check(self)
 
 
 @dataclass(frozen=True)
 class SeededOptions(RunOptions):
     """Options of a run with random numbers."""
 
-    seed: int = 0
-    """determines all random numbers, such as the initial weights and the order of the examples"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        runs.within(0, 2**32 - 1, seed=self.seed)
+    seed: int = runs.option(
+        0,
+        "determines all random numbers, such as the initial weights and the order of the examples",
+        at_least=0,
+        at_most=2**32 - 1,
+    )
 
 
 @dataclass(frozen=True)
 class DigitOptions(SeededOptions):
     """Options of a run on images of digits."""
 
-    data: Literal["digits", "mnist"] = "digits"
-    """digits: 1,797 real ones from scikit-learn, 8x8 resized to 28x28 (not MNIST); mnist: all 70,000"""
-    data_path: str | None = None
-    """folder with MNIST's four files (default: $GRADFN_MNIST, else they are downloaded into the cache)"""
+    data: Literal["digits", "mnist"] = runs.option(
+        "digits",
+        "digits: 1,797 real ones from scikit-learn, 8x8 resized to 28x28 (not MNIST); mnist: all 70,000",
+    )
+    data_path: str | None = runs.option(
+        None,
+        "folder with MNIST's four files (default: $GRADFN_MNIST, else they are downloaded into the cache)",
+    )
+
+
+D = TypeVar("D", bound=DigitOptions)
 
 
 class ClassifierResult(NamedTuple):
@@ -74,6 +80,27 @@ def load_digits(config: DigitOptions, **options: Any) -> gf.data.Dataset:
     data = gf.data.mnist(config.data_path) if config.data == "mnist" else gf.data.digits(**options)
     print(data)
     return data
+
+
+def start_on_digits(name: str, config: D, **options: Any) -> tuple[D, gf.data.Dataset, Path]:
+    """Begin a run on digits.
+
+    Args:
+        name: of the experiment.
+        config: its options.
+        options: those of `gf.data.digits`.
+
+    Returns:
+        The settled options, the data, and the folder of the run.
+
+    Raises:
+        RunError: the run cannot be started as requested, or a batch would be larger than the training data.
+    """
+    config = runs.settle(name, config)
+    data = load_digits(config, **options)
+    if hasattr(config, "batch"):
+        batch_for(config, len(data.train[1]), "training digits")
+    return config, data, runs.begin(name, config)
 
 
 def defaults(config: RunOptions, *free: str) -> bool:

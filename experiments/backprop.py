@@ -44,14 +44,11 @@ STEP = 1e-4  # of the central differences: their errors are of its square, those
 class Config(DigitOptions):
     """Options of a run."""
 
-    hidden: int = 16
-    """nodes in the hidden layer"""
-    example: int = 0
-    """which of the training digits to take the gradient for"""
+    hidden: int = runs.option(16, "nodes in the hidden layer", at_least=1)
+    example: int = runs.option(0, "which of the training digits to take the gradient for")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        runs.within(1, None, hidden=self.hidden)
         runs.within(0, None, example=self.example)
 
 
@@ -82,7 +79,7 @@ def run(config: Config) -> Result:
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), start)
         example = jnp.asarray(images[config.example], jnp.float64), jnp.asarray(int(labels[config.example]))
-        by_hand = jax.jit(gf.chain_rule)(params, *example)
+        by_hand = jax.jit(gf.chain_rule())(params, *example)
         steps = gf.backprop(loss, keep=True)(params, example)
         print(steps)
         grads = {
@@ -161,7 +158,7 @@ def equations(by_hand: Any, W2: Any, label: int, shape: Sequence[int] = (28, 28)
 
     >>> import jax, gradfn as gf
     >>> params = {"W1": np.ones([3, 4]), "b1": np.zeros(3), "W2": np.ones([2, 3]), "b2": np.zeros(2)}
-    >>> equations(jax.jit(gf.chain_rule)(params, np.ones(4), 1), params["W2"], 1, (2, 2)).get_suptitle()
+    >>> equations(jax.jit(gf.chain_rule())(params, np.ones(4), 1), params["W2"], 1, (2, 2)).get_suptitle()
     'The chain rule for one 1: the error goes back (BP1, BP2) and leaves the gradients (BP3, BP4)'
     """
     answer, error, error_before = (

@@ -35,25 +35,16 @@ EPOCHS = {"digits": 30, "mnist": 6}
 class Config(DigitOptions):
     """Options of a run; the defaults train on the built-in digits."""
 
-    channels: tuple[int, ...] = (8, 16)
-    """filters of each convolution"""
-    window: int = 5
-    """height and width of the filters"""
-    hidden: int = 64
-    """nodes in the hidden dense layer"""
-    epochs: int | None = None
-    """how often to go through the training digits (else 30 times, 6 times with MNIST)"""
-    batch: int = 32
-    """digits a step"""
-    rate: float = 0.003
-    """AdamW's learning rate after warm-up; it falls to a hundredth on half a cosine"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        runs.within(1, None, hidden=self.hidden, epochs=self.epochs, batch=self.batch, window=self.window)
-        for channels in self.channels:
-            runs.within(1, None, channels=channels)
-        runs.positive(rate=self.rate)
+    channels: tuple[int, ...] = runs.option((8, 16), "filters of each convolution", at_least=1)
+    window: int = runs.option(5, "height and width of the filters", at_least=1)
+    hidden: int = runs.option(64, "nodes in the hidden dense layer", at_least=1)
+    epochs: int | None = runs.option(
+        None, "how often to go through the training digits (else 30 times, 6 times with MNIST)", at_least=1
+    )
+    batch: int = runs.option(32, "digits a step", at_least=1)
+    rate: float = runs.option(
+        0.003, "AdamW's learning rate after warm-up; it falls to a hundredth on half a cosine", above=0
+    )
 
 
 def run(config: Config) -> ClassifierResult:

@@ -46,20 +46,19 @@ BLUR = 0.03  # of a drawn eigenvalue, over the largest
 class Config(SeededOptions):
     """Options of a run; the defaults train 784-16-10 three times on the built-in digits."""
 
-    hidden: int = 16
-    """nodes in the hidden layer"""
-    rates: tuple[float, ...] = (0.1, 0.2, 0.4)
-    """learning rates of plain gradient descent; spectrum and landscape are drawn for the last"""
-    steps: int = 4000
-    """steps, each with all training digits"""
-    every: int = 40
-    """look at the sharpness each so many steps"""
+    hidden: int = runs.option(16, "nodes in the hidden layer", at_least=1)
+    rates: tuple[float, ...] = runs.option(
+        (0.1, 0.2, 0.4),
+        "learning rates of plain gradient descent; spectrum and landscape are drawn for the last",
+        above=0,
+    )
+    steps: int = runs.option(4000, "steps, each with all training digits", at_least=1)
+    every: int = runs.option(40, "look at the sharpness each so many steps", at_least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        runs.within(1, None, hidden=self.hidden, steps=self.steps, every=self.every)
-        if not self.rates or not all(0 < rate < float("inf") for rate in self.rates):
-            raise ValueError(f"rates: one number above 0 at least, came {self.rates}")
+        if not self.rates:
+            raise ValueError("rates must have at least one number, got none")
 
 
 class Result(NamedTuple):

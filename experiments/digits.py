@@ -23,11 +23,10 @@ from ._common import (
     ClassifierResult,
     DigitOptions,
     adamw_cosine,
-    batch_for,
     classifier_figures,
     classifier_measures,
     conclude,
-    load_digits,
+    start_on_digits,
 )
 
 EXPECTED = (runs.Expectation("test accuracy", at_least=0.93, unit="%"),)
@@ -37,40 +36,29 @@ EXPECTED = (runs.Expectation("test accuracy", at_least=0.93, unit="%"),)
 class Config(DigitOptions):
     """Options of a run; the defaults train 784-16-10 on the built-in digits."""
 
-    hidden: int = 16
-    """nodes in the hidden layer"""
-    epochs: int = 40
-    """how often to go through the training digits"""
-    batch: int = 32
-    """digits a step"""
-    rate: float = 0.003
-    """Adam's learning rate at the start; it falls to zero on half a cosine"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        runs.within(1, None, hidden=self.hidden, epochs=self.epochs, batch=self.batch)
-        runs.positive(rate=self.rate)
+    hidden: int = runs.option(16, "nodes in the hidden layer", at_least=1)
+    epochs: int = runs.option(40, "how often to go through the training digits", at_least=1)
+    batch: int = runs.option(32, "digits a step", at_least=1)
+    rate: float = runs.option(
+        0.003, "Adam's learning rate at the start; it falls to zero on half a cosine", above=0
+    )
 
 
 def run(config: Config) -> ClassifierResult:
     """Train, measure and draw; what it writes is in the result's folder."""
-    config = runs.settle("digits", config)
-    data = load_digits(config)
-    n_train = len(data.train[1])
-    batch = batch_for(config, n_train, "training digits")
-    folder = runs.begin("digits", config)
+    config, data, folder = start_on_digits("digits", config)
 
     net = gf.mlp([784, config.hidden, 10], activation="sigmoid")
     print(gf.table(net.spec))
     loss = gf.classification_loss(net)
-    steps = config.epochs * (n_train // batch)
+    steps = config.epochs * (len(data.train[1]) // config.batch)
     fitted = gf.fit(
         gf.batch_mean(loss),
         net.init(jax.random.key(config.seed)),
         data.train,
         adamw_cosine(steps, config.rate),
         steps,
-        batch_size=batch,
+        batch_size=config.batch,
         seed=config.seed,
         evaluate=classifier_measures(net, loss, data),
         inspect_every=steps // 20 or None,  # a run of a few steps is not looked at

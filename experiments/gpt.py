@@ -52,49 +52,39 @@ SHOWN = 200  # characters of a sample
 class Config(SeededOptions):
     """Options of a run; the defaults are nanoGPT's for a processor, but for the positions."""
 
-    data: str | None = None
-    """a text in UTF-8, or the .npy of tokens that gf.data.tokenize wrote (else what Python's help() has to say)"""
-    tokens: str = "characters"
-    """characters, bytes, or tiktoken:<encoding>"""
-    lines: bool = False
-    """each line is a text of its own (names): none is in both parts"""
-    steps: int = 2000
-    """updates"""
-    batch: int = 12
-    """sequences a step"""
-    accumulate: int = 1
-    """steps an update, whose gradients are meant"""
-    context: int = 64
-    """tokens a sequence (lines: as many as the longest needs)"""
-    layers: int = 4
-    """blocks"""
-    heads: int | None = None
-    """attention heads per block (else 4, or as many below that as divide the width)"""
-    width: int = 128
-    """features of a position"""
-    positions: Literal["rope", "learned", "sinusoidal"] = "rope"
-    """how a position is told; nanoGPT's are learned, which in 2,000 steps end some 0.1 higher"""
-    bias: bool = False
-    """whether products and norms have biases"""
-    dropout: float = 0.0
-    """share of the embedding's and the blocks' outputs that is dropped"""
-    rate: float = 1e-3
-    """AdamW's learning rate after warm-up; it falls to a tenth on half a cosine"""
-    warmup: int | None = None
-    """updates in which the rate grows (else 100, or a tenth of the updates where that is less)"""
-    b2: float = 0.99
-    """decay of the mean of squared gradients"""
-    decay: float = 0.1
-    """weight decay, of matrices only"""
-    clip: float = 1.0
-    """longest gradient"""
+    data: str | None = runs.option(
+        None,
+        "a text in UTF-8, or the .npy of tokens that gf.data.tokenize wrote (else what Python's help() has to say)",
+    )
+    tokens: str = runs.option("characters", "characters, bytes, or tiktoken:<encoding>")
+    lines: bool = runs.option(False, "each line is a text of its own (names): none is in both parts")
+    steps: int = runs.option(2000, "updates", at_least=1)
+    batch: int = runs.option(12, "sequences a step", at_least=1)
+    accumulate: int = runs.option(1, "steps an update, whose gradients are meant", at_least=1)
+    context: int = runs.option(64, "tokens a sequence (lines: as many as the longest needs)", at_least=1)
+    layers: int = runs.option(4, "blocks", at_least=1)
+    heads: int | None = runs.option(
+        None, "attention heads per block (else 4, or as many below that as divide the width)", at_least=1
+    )
+    width: int = runs.option(128, "features of a position", at_least=1)
+    positions: Literal["rope", "learned", "sinusoidal"] = runs.option(
+        "rope", "how a position is told; nanoGPT's are learned, which in 2,000 steps end some 0.1 higher"
+    )
+    bias: bool = runs.option(False, "whether products and norms have biases")
+    dropout: float = runs.option(0.0, "share of the embedding's and the blocks' outputs that is dropped")
+    rate: float = runs.option(
+        1e-3, "AdamW's learning rate after warm-up; it falls to a tenth on half a cosine", above=0
+    )
+    warmup: int | None = runs.option(
+        None, "updates in which the rate grows (else 100, or a tenth of the updates where that is less)"
+    )
+    b2: float = runs.option(0.99, "decay of the mean of squared gradients")
+    decay: float = runs.option(0.1, "weight decay, of matrices only")
+    clip: float = runs.option(1.0, "longest gradient", above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole = ("steps", "batch", "accumulate", "context", "layers", "heads", "width")
-        runs.within(1, None, **{name: getattr(self, name) for name in whole})
         runs.within(0, self.steps - 1, warmup=self.warmup)
-        runs.positive(rate=self.rate, clip=self.clip)
         check_heads(self)
         features = self.width // heads_for(self)
         if self.positions == "rope" and features % 2:

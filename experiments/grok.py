@@ -47,27 +47,19 @@ EVALUATIONS = 160
 class Config(SeededOptions):
     """Options of a run."""
 
-    modulus: int = 59
-    """the numbers are 0 to this, without it; sums are taken modulo it"""
-    share: float = 0.4
-    """of all pairs of numbers, what to train on"""
-    hidden: int = 128
-    """nodes in the hidden layer"""
-    steps: int = 8000
-    """training steps, each on all training pairs"""
-    rate: float = 0.003
-    """AdamW's learning rate"""
-    decay: float = 0.2
-    """weight decay of the first network; the second has none"""
+    modulus: int = runs.option(
+        59, "the numbers are 0 to this, without it; sums are taken modulo it", at_least=3
+    )
+    share: float = runs.option(0.4, "of all pairs of numbers, what to train on")
+    hidden: int = runs.option(128, "nodes in the hidden layer", at_least=1)
+    steps: int = runs.option(8000, "training steps, each on all training pairs", at_least=1)
+    rate: float = runs.option(0.003, "AdamW's learning rate", above=0)
+    decay: float = runs.option(0.2, "weight decay of the first network; the second has none", above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        runs.within(3, None, modulus=self.modulus)
-        runs.within(1, None, hidden=self.hidden, steps=self.steps)
         if not 0 < self.share < 1:
-            raise ValueError(f"share: a number above 0 and below 1, came {self.share}")
-        if not (0 < self.rate < float("inf") and 0 < self.decay < float("inf")):
-            raise ValueError(f"rate, decay: numbers above 0, came {self.rate}, {self.decay}")
+            raise ValueError(f"share must be > 0 and < 1, got {self.share}")
 
 
 class Result(NamedTuple):

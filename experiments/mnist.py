@@ -112,14 +112,17 @@ def shifted(loss: Any) -> Any:
 class Config(SeededOptions):
     """Options of a run."""
 
-    recipe: Literal["tutorial", "nielsen", "best"] = "best"
-    """tutorial: 784-16-10; nielsen: 784-30-10 as in his book of 2015; best: 784-100-10, ReLU, shifted images"""
-    seeds: int = 1
-    """how many times to train, each with another seed"""
-    epochs: int | None = None
-    """how often to go through the 50,000 training images (else as often as the recipe says)"""
-    data_path: str | None = None
-    """folder with MNIST's four files (else $GRADFN_MNIST, else a download into the cache)"""
+    recipe: Literal["tutorial", "nielsen", "best"] = runs.option(
+        "best",
+        "tutorial: 784-16-10; nielsen: 784-30-10 as in his book of 2015; best: 784-100-10, ReLU, shifted images",
+    )
+    seeds: int = runs.option(1, "how many times to train, each with another seed")
+    epochs: int | None = runs.option(
+        None, "how often to go through the 50,000 training images (else as often as the recipe says)"
+    )
+    data_path: str | None = runs.option(
+        None, "folder with MNIST's four files (else $GRADFN_MNIST, else a download into the cache)"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,28 +39,18 @@ GRID = 100  # points along each axis of a picture
 class Config(SeededOptions):
     """Options of a run."""
 
-    hidden: tuple[int, ...] = (16,)
-    """nodes in each hidden layer; () for none, which is a straight line"""
-    activation: str = "tanh"
-    """of the hidden nodes: a name from gf.layers.activations"""
-    points: int = 300
-    """points to train on"""
-    noise: float = 0.15
-    """standard deviation of what is added to each coordinate"""
-    steps: int = 1000
-    """training steps, each on all points"""
-    rate: float = 0.03
-    """Adam's learning rate"""
+    hidden: tuple[int, ...] = runs.option(
+        (16,), "nodes in each hidden layer; () for none, which is a straight line", at_least=1
+    )
+    activation: str = runs.option("tanh", "of the hidden nodes: a name from gf.layers.activations")
+    points: int = runs.option(300, "points to train on", at_least=2)
+    noise: float = runs.option(0.15, "standard deviation of what is added to each coordinate", at_least=0)
+    steps: int = runs.option(1000, "training steps, each on all points", at_least=1)
+    rate: float = runs.option(0.03, "Adam's learning rate", above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        runs.within(1, None, steps=self.steps)
-        for nodes in self.hidden:
-            runs.within(1, None, hidden=nodes)
-        runs.within(2, None, points=self.points)
         gf.layers.activation(self.activation)
-        if not (0 < self.rate < float("inf") and 0 <= self.noise < float("inf")):
-            raise ValueError(f"rate, noise: numbers above 0, came {self.rate}, {self.noise}")
 
 
 class Result(NamedTuple):

@@ -21,7 +21,7 @@ import gradfn as gf
 from gradfn import runs
 from gradfn.report.figures import LINE_COLORS, new_figure
 
-from ._common import DigitOptions, conclude, defaults, load_digits
+from ._common import DigitOptions, conclude, defaults, start_on_digits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,25 +40,17 @@ BIASES = tuple(range(0, -21, -1))
 class Config(DigitOptions):
     """Options of a run; the region is counted in pixels of the 28x28 image."""
 
-    top: int = 11
-    """first row of the region of interest"""
-    left: int = 0
-    """its first column"""
-    height: int | None = None
-    """its rows (else 5, or what is left below the first)"""
-    width: int | None = None
-    """its columns (else 16, or what is left to the right of the first)"""
-    ring: int = 3
-    """how far the negative surround reaches; 0 for none"""
-    bias: int = -10
-    """the bias for inactivity that is drawn in detail, beside none"""
+    top: int = runs.option(11, "first row of the region of interest", at_least=0, at_most=27)
+    left: int = runs.option(0, "its first column", at_least=0, at_most=27)
+    height: int | None = runs.option(None, "its rows (else 5, or what is left below the first)")
+    width: int | None = runs.option(None, "its columns (else 16, or what is left to the right of the first)")
+    ring: int = runs.option(3, "how far the negative surround reaches; 0 for none", at_least=0, at_most=28)
+    bias: int = runs.option(-10, "the bias for inactivity that is drawn in detail, beside none")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        runs.within(0, 27, top=self.top, left=self.left)
         runs.within(1, 28 - self.top, height=self.height)
         runs.within(1, 28 - self.left, width=self.width)
-        runs.within(0, 28, ring=self.ring)
         runs.within(BIASES[-1], -1, bias=self.bias)
 
 
@@ -74,9 +66,7 @@ class Result(NamedTuple):
 
 def run(config: Config) -> Result:
     """Make the node, show it every digit under every bias, and draw; what it writes is in the result's folder."""
-    config = runs.settle("neuron", config)
-    data = load_digits(config)
-    folder = runs.begin("neuron", config)
+    config, data, folder = start_on_digits("neuron", config)
     # Nothing is learned here, so all of the digits may be looked at.
     images, labels = (np.concatenate(parts) for parts in zip(*data[:3], strict=True))
 

@@ -22,7 +22,7 @@ import gradfn as gf
 from gradfn import runs
 from gradfn.report.figures import LINE_COLORS, new_figure
 
-from ._common import DigitOptions, batch_for, conclude, defaults, load_digits
+from ._common import DigitOptions, conclude, defaults, start_on_digits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,22 +40,11 @@ EXPECTED = (
 class Config(DigitOptions):
     """Options of a run; the defaults train 784-16-10 on the built-in digits."""
 
-    hidden: int = 16
-    """nodes in the hidden layer"""
-    epochs: int = 20
-    """how often to go through the training digits"""
-    batch: int = 32
-    """digits a step"""
-    every: int = 1
-    """measure the noise each so many steps"""
-    rate: float = 0.1
-    """learning rate of stochastic gradient descent"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        runs.within(1, None, hidden=self.hidden, epochs=self.epochs, every=self.every)
-        runs.within(2, None, batch=self.batch)
-        runs.positive(rate=self.rate)
+    hidden: int = runs.option(16, "nodes in the hidden layer", at_least=1)
+    epochs: int = runs.option(20, "how often to go through the training digits", at_least=1)
+    batch: int = runs.option(32, "digits a step", at_least=2)
+    every: int = runs.option(1, "measure the noise each so many steps", at_least=1)
+    rate: float = runs.option(0.1, "learning rate of stochastic gradient descent", above=0)
 
 
 class Result(NamedTuple):
@@ -71,11 +60,7 @@ class Result(NamedTuple):
 
 def run(config: Config) -> Result:
     """Train, measure and draw; what it writes is in the result's folder."""
-    config = runs.settle("noise", config)
-    data = load_digits(config)
-    n_train = len(data.train[1])
-    batch = batch_for(config, n_train, "training digits")
-    folder = runs.begin("noise", config)
+    config, data, folder = start_on_digits("noise", config)
 
     net = gf.mlp([784, config.hidden, 10], activation="sigmoid")
     loss, start = gf.classification_loss(net), net.init(jax.random.key(config.seed))
@@ -87,14 +72,14 @@ def run(config: Config) -> Result:
         seen = measure(params, (images, labels))
         return {"gradient_square": seen.gradient_square, "variance": seen.variance}
 
-    steps = config.epochs * (n_train // batch)
+    steps = config.epochs * (len(data.train[1]) // config.batch)
     fitted = gf.fit(
         gf.batch_mean(loss),
         start,
         data.train,
         optax.sgd(config.rate, momentum=0.9),
         steps,
-        batch_size=batch,
+        batch_size=config.batch,
         seed=config.seed,
         evaluate=exact,
         noise_every=config.every,
@@ -114,7 +99,7 @@ def run(config: Config) -> Result:
     estimate = scale([row for row in fitted.noise if row["step"] > steps / 2])
     figures = {
         "noise": noise_over_training(
-            fitted.noise, batch, [{"step": 0} | before, *fitted.history], (first, second)
+            fitted.noise, config.batch, [{"step": 0} | before, *fitted.history], (first, second)
         ),
         "largest": largest_gradients(images, labels, answers, norms, data.shape),
         "agreement": agreement(classes.total, digits, "digit, before training"),

@@ -23,7 +23,7 @@ import gradfn as gf
 from gradfn import runs
 from gradfn.report.figures import LINE_COLORS, new_figure
 
-from ._common import DigitOptions, batch_for, conclude, defaults, load_digits
+from ._common import DigitOptions, conclude, defaults, start_on_digits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,29 +44,20 @@ LEARNS, WORSE = 0.8, 1.5
 class Config(DigitOptions):
     """Options of a run; rates are spread evenly on a logarithmic scale."""
 
-    low: float = 0.001
-    """smallest learning rate"""
-    high: float = 100.0
-    """largest learning rate"""
-    rates: int = 16
-    """how many rates"""
-    seeds: int = 4
-    """how many networks with each rate, each with its own first weights"""
-    hidden: int = 16
-    """nodes in the hidden layer"""
-    steps: int = 600
-    """training steps of plain gradient descent"""
-    batch: int = 32
-    """digits a step"""
+    low: float = runs.option(0.001, "smallest learning rate", above=0)
+    high: float = runs.option(100.0, "largest learning rate", above=0)
+    rates: int = runs.option(16, "how many rates", at_least=2)
+    seeds: int = runs.option(
+        4, "how many networks with each rate, each with its own first weights", at_least=1
+    )
+    hidden: int = runs.option(16, "nodes in the hidden layer", at_least=1)
+    steps: int = runs.option(600, "training steps of plain gradient descent", at_least=1)
+    batch: int = runs.option(32, "digits a step", at_least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        runs.within(2, None, rates=self.rates)
-        runs.within(1, None, seeds=self.seeds, hidden=self.hidden, steps=self.steps, batch=self.batch)
-        if not 0 < self.low < self.high < float("inf"):
-            raise ValueError(
-                f"low, high: numbers above 0, the first the smaller, came {self.low}, {self.high}"
-            )
+        if self.low >= self.high:
+            raise ValueError(f"low, high: low must be < high, got {self.low} and {self.high}")
 
 
 class Result(NamedTuple):
@@ -82,10 +73,7 @@ class Result(NamedTuple):
 
 def run(config: Config) -> Result:
     """Train all networks in one compiled program, measure and draw; what it writes is in the result's folder."""
-    config = runs.settle("rates", config)
-    data = load_digits(config)
-    batch_for(config, len(data.train[1]), "training digits")
-    folder = runs.begin("rates", config)
+    config, data, folder = start_on_digits("rates", config)
 
     net = gf.mlp([784, config.hidden, 10], activation="sigmoid")
     rates = np.geomspace(config.low, config.high, config.rates).astype(np.float32)

@@ -24,7 +24,7 @@ from gradfn.report.figures import new_figure
 from gradfn.report.images import bare
 from gradfn.train.augment import shifted
 
-from ._common import DigitOptions, adamw_cosine, conclude, defaults, in_parts, load_digits
+from ._common import DigitOptions, adamw_cosine, conclude, defaults, in_parts, start_on_digits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,20 +44,18 @@ N_CLASSES = 10
 class Config(DigitOptions):
     """Options of a run; the defaults ask a 784-16-10 net and a small convolutional one about the built-in digits."""
 
-    hidden: int = 16
-    """nodes in the dense net's hidden layer"""
-    steps: int | None = None
-    """of the dense net's training, 32 digits each (else 2,400; with MNIST 12,000); the other takes a third of them"""
-    noise: float = 0.5
-    """standard deviation of the noise on the training digits, in units of full ink, which smooths what is learned"""
-    climb: int = 256
-    """steps up the score of a class"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        runs.within(1, None, hidden=self.hidden, steps=self.steps, climb=self.climb)
-        if not 0 <= self.noise < float("inf"):
-            raise ValueError(f"noise: a number from 0 up, came {self.noise}")
+    hidden: int = runs.option(16, "nodes in the dense net's hidden layer", at_least=1)
+    steps: int | None = runs.option(
+        None,
+        "of the dense net's training, 32 digits each (else 2,400; with MNIST 12,000); the other takes a third of them",
+        at_least=1,
+    )
+    noise: float = runs.option(
+        0.5,
+        "standard deviation of the noise on the training digits, in units of full ink, which smooths what is learned",
+        at_least=0,
+    )
+    climb: int = runs.option(256, "steps up the score of a class", at_least=1)
 
 
 class Drawn(NamedTuple):
@@ -83,9 +81,7 @@ class Result(NamedTuple):
 
 def run(config: Config) -> Result:
     """Train two nets, let them draw each class, and compare the drawings with real digits."""
-    config = runs.settle("reconstruct", config)
-    data = load_digits(config)
-    folder = runs.begin("reconstruct", config)
+    config, data, folder = start_on_digits("reconstruct", config)
     steps = config.steps or STEPS[config.data]
     dense, conv = gf.mlp([784, config.hidden, N_CLASSES]), gf.cnn((28, 28, 1), (8, 16), (64,), N_CLASSES, 5)
     ways = {

@@ -23,7 +23,7 @@ from gradfn.report.figures import new_figure
 from gradfn.report.images import bare, signed_image
 from gradfn.runs.digit_net import keep_digit_net
 
-from ._common import DigitOptions, adamw_cosine, conclude, defaults, load_digits
+from ._common import DigitOptions, adamw_cosine, conclude, defaults, start_on_digits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,10 +43,10 @@ GRID = 4  # regions a side: of 7 x 7 pixels
 class Config(DigitOptions):
     """Options of a run; the defaults look at a 784-16-10 net on the built-in digits."""
 
-    hidden: int = 16
-    """nodes in the hidden layer"""
-    epochs: int | None = None
-    """how often to go through the training digits (else 40 times, 10 times with MNIST)"""
+    hidden: int = runs.option(16, "nodes in the hidden layer")
+    epochs: int | None = runs.option(
+        None, "how often to go through the training digits (else 40 times, 10 times with MNIST)"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,9 +68,7 @@ class Result(NamedTuple):
 
 def run(config: Config) -> Result:
     """Train, look at the net region by region, and draw."""
-    config = runs.settle("regions", config)
-    data = load_digits(config)
-    folder = runs.begin("regions", config)
+    config, data, folder = start_on_digits("regions", config)
     net = gf.mlp([784, config.hidden, 10])
     steps = (config.epochs or EPOCHS[config.data]) * (len(data.train[1]) // 32)
     fitted = gf.fit(

@@ -44,24 +44,19 @@ MEASUREMENTS = (
 class Config(SeededOptions):
     """Options of a run."""
 
-    hidden: int | None = None
-    """nodes in the hidden layer (else the mean of inputs and outputs, which is 5)"""
-    nets: int = 10
-    """networks from different first weights; their mean is what is predicted"""
-    steps: int = 1000
-    """training steps of each network, each on all training patients"""
-    rate: float = 0.01
-    """AdamW's learning rate at the start; it falls to zero on half a cosine"""
-    decay: float = 1.0
-    """weight decay: how strongly the weights are drawn to zero"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        runs.within(1, None, hidden=self.hidden, nets=self.nets, steps=self.steps)
-        if not (0 < self.rate < float("inf") and 0 <= self.decay < float("inf")):
-            raise ValueError(
-                f"rate, decay: a number above 0 and one from 0 up, came {self.rate}, {self.decay}"
-            )
+    hidden: int | None = runs.option(
+        None, "nodes in the hidden layer (else the mean of inputs and outputs, which is 5)", at_least=1
+    )
+    nets: int = runs.option(
+        10, "networks from different first weights; their mean is what is predicted", at_least=1
+    )
+    steps: int = runs.option(
+        1000, "training steps of each network, each on all training patients", at_least=1
+    )
+    rate: float = runs.option(
+        0.01, "AdamW's learning rate at the start; it falls to zero on half a cosine", above=0
+    )
+    decay: float = runs.option(1.0, "weight decay: how strongly the weights are drawn to zero", at_least=0)
 
 
 class Result(NamedTuple):

@@ -36,25 +36,18 @@ N_TEST = 1000
 class Config(SeededOptions):
     """Options of a run."""
 
-    digits: int = 16
-    """how many to reverse"""
-    steps: int = 500
-    """training steps"""
-    batch: int = 64
-    """sequences a step"""
-    width: int = 64
-    """features of a position"""
-    heads: int = 1
-    """attention heads"""
-    rate: float = 3e-3
-    """AdamW's learning rate after warm-up; it falls to a tenth on half a cosine"""
+    digits: int = runs.option(16, "how many to reverse", at_least=2)
+    steps: int = runs.option(500, "training steps", at_least=2)
+    batch: int = runs.option(64, "sequences a step", at_least=1)
+    width: int = runs.option(64, "features of a position", at_least=1)
+    heads: int = runs.option(1, "attention heads", at_least=1)
+    rate: float = runs.option(
+        3e-3, "AdamW's learning rate after warm-up; it falls to a tenth on half a cosine"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        runs.within(2, None, digits=self.digits, steps=self.steps)
-        runs.within(1, None, batch=self.batch, width=self.width, heads=self.heads)
         check_heads(self)
-        runs.positive(rate=self.rate)
 
 
 class Result(NamedTuple):

@@ -52,22 +52,15 @@ LONG = 50  # letters, over which the gradient is followed
 class Config(SeededOptions):
     """Options of a run."""
 
-    data: str | None = None
-    """a file of names, a line each (else the words of the Python documentation)"""
-    width: int = 64
-    """features of the states"""
-    steps: int = 3000
-    """training steps of each network"""
-    batch: int = 64
-    """names a step"""
-    rate: float = 3e-3
-    """AdamW's learning rate after warm-up; it falls to a tenth on half a cosine"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        runs.within(1, None, width=self.width, batch=self.batch)
-        runs.within(2, None, steps=self.steps)
-        runs.positive(rate=self.rate)
+    data: str | None = runs.option(
+        None, "a file of names, a line each (else the words of the Python documentation)"
+    )
+    width: int = runs.option(64, "features of the states", at_least=1)
+    steps: int = runs.option(3000, "training steps of each network", at_least=2)
+    batch: int = runs.option(64, "names a step", at_least=1)
+    rate: float = runs.option(
+        3e-3, "AdamW's learning rate after warm-up; it falls to a tenth on half a cosine"
+    )
 
 
 class Result(NamedTuple):

@@ -25,7 +25,7 @@ from gradfn.display import TextTable
 from gradfn.report.figures import new_figure
 from gradfn.report.images import bare, robust_limit, signed_image
 
-from ._common import DigitOptions, conclude, defaults, load_digits
+from ._common import DigitOptions, conclude, defaults, start_on_digits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,12 +51,11 @@ Method = Callable[[Any, Any], jax.Array]  # (params, (image, class)) -> map
 class Config(DigitOptions):
     """Options of a run; the defaults explain a 784-16-10 net on the built-in digits."""
 
-    hidden: int = 16
-    """nodes in the hidden layer"""
-    steps: int | None = None
-    """of training, 32 digits each (else 1,560; with MNIST 15,600)"""
-    path: int = 64
-    """gradients taken on the way from paper to the digit, for the integrated gradients"""
+    hidden: int = runs.option(16, "nodes in the hidden layer")
+    steps: int | None = runs.option(None, "of training, 32 digits each (else 1,560; with MNIST 15,600)")
+    path: int = runs.option(
+        64, "gradients taken on the way from paper to the digit, for the integrated gradients"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,9 +77,7 @@ class Result(NamedTuple):
 
 def run(config: Config) -> Result:
     """Train, explain, test the explanations, and trace the answers back to training digits; draw all of it."""
-    config = runs.settle("saliency", config)
-    data = load_digits(config)
-    folder = runs.begin("saliency", config)
+    config, data, folder = start_on_digits("saliency", config)
     net = gf.mlp([784, config.hidden, 10])
     steps = config.steps or STEPS[config.data]
     fitted = gf.fit(

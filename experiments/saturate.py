@@ -24,7 +24,7 @@ import gradfn as gf
 from gradfn import runs
 from gradfn.report.figures import LINE_COLORS, LINE_STYLES, new_figure
 
-from ._common import DigitOptions, batch_for, conclude, defaults, load_digits
+from ._common import DigitOptions, conclude, defaults, start_on_digits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,19 +54,10 @@ STARTS: dict[str, Callable[[int], float]] = {
 class Config(DigitOptions):
     """Options of a run."""
 
-    width: int = 32
-    """nodes in each hidden layer"""
-    steps: int = 300
-    """training steps of each network"""
-    batch: int = 64
-    """digits a step"""
-    rate: float = 0.02
-    """learning rate of SGD with momentum 0.9"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        runs.within(1, None, width=self.width, steps=self.steps, batch=self.batch)
-        runs.positive(rate=self.rate)
+    width: int = runs.option(32, "nodes in each hidden layer", at_least=1)
+    steps: int = runs.option(300, "training steps of each network", at_least=1)
+    batch: int = runs.option(64, "digits a step", at_least=1)
+    rate: float = runs.option(0.02, "learning rate of SGD with momentum 0.9", above=0)
 
 
 class Outcome(NamedTuple):
@@ -91,10 +82,7 @@ class Result(NamedTuple):
 
 def run(config: Config) -> Result:
     """Look at every network, train it, and draw; what it writes is in the result's folder."""
-    config = runs.settle("saturate", config)
-    data = load_digits(config, size=8)
-    batch_for(config, len(data.train[1]), "training digits")
-    folder = runs.begin("saturate", config)
+    config, data, folder = start_on_digits("saturate", config, size=8)
     outcomes = {}
     for activation in ACTIVATIONS:
         for wiring in WIRINGS:

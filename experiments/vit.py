@@ -44,31 +44,26 @@ EPOCHS = {"digits": 40, "mnist": 10}
 class Config(DigitOptions):
     """Options of a run; the defaults train on the built-in digits."""
 
-    patch: int = 7
-    """height and width of a patch"""
-    layers: int = 3
-    """blocks"""
-    heads: int | None = None
-    """attention heads per block (else 4, or as many below that as divide the width)"""
-    width: int = 64
-    """features of a patch"""
-    hidden: int = 128
-    """nodes of the feed-forward layers"""
-    epochs: int | None = None
-    """how often to go through the training digits (else 40 times, 10 times with MNIST)"""
-    batch: int = 64
-    """digits a step"""
-    rate: float = 0.002
-    """AdamW's learning rate after warm-up; it falls to a hundredth on half a cosine"""
+    patch: int = runs.option(7, "height and width of a patch", at_least=1)
+    layers: int = runs.option(3, "blocks", at_least=1)
+    heads: int | None = runs.option(
+        None, "attention heads per block (else 4, or as many below that as divide the width)", at_least=1
+    )
+    width: int = runs.option(64, "features of a patch", at_least=1)
+    hidden: int = runs.option(128, "nodes of the feed-forward layers", at_least=1)
+    epochs: int | None = runs.option(
+        None, "how often to go through the training digits (else 40 times, 10 times with MNIST)", at_least=1
+    )
+    batch: int = runs.option(64, "digits a step", at_least=1)
+    rate: float = runs.option(
+        0.002, "AdamW's learning rate after warm-up; it falls to a hundredth on half a cosine", above=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = ("patch", "layers", "heads", "width", "hidden", "epochs", "batch")
-        runs.within(1, None, **{name: getattr(self, name) for name in names})
         if 28 % self.patch:
             raise ValueError(f"patch must divide 28, got {self.patch}")
         check_heads(self)
-        runs.positive(rate=self.rate)
 
 
 def run(config: Config) -> ClassifierResult:

@@ -27,7 +27,7 @@ import gradfn as gf
 from gradfn import runs
 from gradfn.report.figures import LINE_COLORS, LINE_STYLES, new_figure
 
-from ._common import DigitOptions, batch_for, conclude, defaults, load_digits
+from ._common import DigitOptions, conclude, defaults, start_on_digits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,30 +50,27 @@ NEARLY = 0.015
 class Config(DigitOptions):
     """Options of a run; every width is tried with every depth, but for what has too many parameters."""
 
-    widths: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 397, 794)
-    """nodes in each hidden layer; the base case is added if it is not there"""
-    depths: tuple[int, ...] = (1, 2, 3)
-    """hidden layers"""
-    most: int = 700_000
-    """leave out networks with more parameters"""
-    seeds: int = 3
-    """networks of each shape, trained at once, each with its own first weights and order of digits"""
-    epochs: int = 12
-    """how often to go through the training digits"""
-    batch: int = 32
-    """digits a step"""
-    rate: float = 0.003
-    """AdamW's learning rate at the start; it falls to zero on half a cosine"""
+    widths: tuple[int, ...] = runs.option(
+        (4, 8, 16, 32, 64, 128, 397, 794),
+        "nodes in each hidden layer; the base case is added if it is not there",
+        at_least=1,
+    )
+    depths: tuple[int, ...] = runs.option((1, 2, 3), "hidden layers", at_least=1)
+    most: int = runs.option(700_000, "leave out networks with more parameters")
+    seeds: int = runs.option(
+        3,
+        "networks of each shape, trained at once, each with its own first weights and order of digits",
+        at_least=1,
+    )
+    epochs: int = runs.option(12, "how often to go through the training digits", at_least=1)
+    batch: int = runs.option(32, "digits a step", at_least=1)
+    rate: float = runs.option(
+        0.003, "AdamW's learning rate at the start; it falls to zero on half a cosine", above=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for width in self.widths:
-            runs.within(1, None, widths=width)
-        for depth in self.depths:
-            runs.within(1, None, depths=depth)
-        runs.within(1, None, seeds=self.seeds, epochs=self.epochs, batch=self.batch)
         runs.within(0, 2**32 - 1 - self.seeds, seed=self.seed)
-        runs.positive(rate=self.rate)
 
 
 class Tried(NamedTuple):
@@ -99,10 +96,7 @@ class Result(NamedTuple):
 
 def run(config: Config) -> Result:
     """Train every shape with every seed, compare, and draw; what it writes is in the result's folder."""
-    config = runs.settle("width", config)
-    data = load_digits(config)
-    batch_for(config, len(data.train[1]), "training digits")
-    folder = runs.begin("width", config)
+    config, data, folder = start_on_digits("width", config)
     base_width = gf.hidden_width(784, 10)
     tried = []
     for width, depth in shapes(config, base_width):

@@ -1,7 +1,7 @@
 """The command line: `gradfn run digits --hidden 30`, `gradfn report digits`, `gradfn list`.
 
 An experiment is a module in `experiments/` with a line that says what it does, `EXPECTED` (its expectations), `Config`
-(a dataclass of options, a text below each) and `run(config)`. A mistake of the user gets one line and exit code 2.
+(a dataclass of options) and `run(config)`. A mistake of the user gets one line and exit code 2.
 Importing this module does not import jax: until that has been imported, a signal ends the process at once.
 """
 
@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import itertools
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -189,15 +188,15 @@ def _about(file: Path) -> About:
 
 
 def _option_texts(name: str, classes: Mapping[str, ast.ClassDef]) -> Iterator[tuple[str, tuple[str, Any]]]:
-    """Yield the options of a class and then of its bases: the name, the text below it and the default."""
+    """Yield the options of a class and then of its bases: the name, the text and the default."""
     if name not in classes:
         return
-    for field, text in itertools.pairwise(classes[name].body):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and field.value:
+    for field in classes[name].body:
+        if isinstance(field, ast.AnnAssign) and isinstance(call := field.value, ast.Call):
             # A default that is computed is not shown.
             with contextlib.suppress(ValueError):
-                default = ast.literal_eval(field.value)
-                yield ast.unparse(field.target), (ast.literal_eval(text.value), default)
+                default, text = map(ast.literal_eval, call.args)
+                yield ast.unparse(field.target), (text, default)
     for base in classes[name].bases:
         yield from _option_texts(ast.unparse(base), classes)
 
@@ -257,8 +256,7 @@ def _sample(words: list[str]) -> int:
         if not run:
             raise UserError("it wants a run's folder, or an experiment's name for its latest run")
         about = _about(Path(sample.__file__))
-        texts = {name: text for name, (text, _) in about.options.items()}
-        config = read_options(sample.Config(), options, command, about.what, texts)
+        config = read_options(sample.Config(), options, command, about.what)
         found = experiments()
         writers = [name for name, file in found.items() if "save_model(" in file.read_text(encoding="utf-8")]
         if run in found and run not in writers and not Path(run).exists():
@@ -346,14 +344,13 @@ def _config(module: ModuleType, words: list[str], command: str) -> Any:
     file = Path(module.__file__ or "")
     about = _about(file)
     description = f"{about.what}\n\nExpected: {runs.listed(about.expected)}."
-    texts = {name: text for name, (text, _) in about.options.items()}
-    config = read_options(module.Config(), words, command, description, texts)
+    config = read_options(module.Config(), words, command, description)
     before = runs.stored(file.stem, config) if config.resume else None
     if before is None:
         return config
     # What differs from the stored option was given on the command line, even where it is the experiment's default.
     default = dataclasses.replace(before, resume=False)
-    return runs.merge(read_options(default, words, command, description, texts), before, before)
+    return runs.merge(read_options(default, words, command, description), before, before)
 
 
 def _fail(message: str, code: int) -> int:

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 C = TypeVar("C")
@@ -19,17 +19,15 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def read_options(
-    default: C, words: Sequence[str], command: str, description: str, texts: Mapping[str, str]
-) -> C:
+def read_options(default: C, words: Sequence[str], command: str, description: str) -> C:
     """Read the fields of a dataclass from the command line.
 
     Args:
-        default: an instance with the defaults. Fields are bool, int, float, str, Literal, tuples of these, or None.
+        default: an instance with the defaults. Its fields are from `gradfn.runs.option`, and bool, int, float, str,
+            Literal, tuples of these, or None.
         words: the command line after `command`; with `--help` the help is printed and SystemExit raised.
         command: what the user typed before them.
         description: the first part of the help.
-        texts: by field, its part of the help.
 
     Returns:
         `default` with the given options.
@@ -45,6 +43,7 @@ def read_options(
         allow_abbrev=False,
     )
     hints = get_type_hints(kind)
+    texts = {field.name: field.metadata.get("text", "") for field in dataclasses.fields(kind)}
     # Inherited fields come last.
     names = sorted(
         (field.name for field in dataclasses.fields(kind)), key=lambda n: n not in kind.__annotations__
@@ -52,7 +51,7 @@ def read_options(
     for name in names:
         value, hint = getattr(default, name), _without_none(hints[name])
         shown = "" if value is None or value is False else f" (default: {value})"
-        text = f"{texts.get(name, '')}{shown}"
+        text = f"{texts[name]}{shown}"
         settings: dict[str, Any] = {
             "dest": name,
             "default": argparse.SUPPRESS,

@@ -29,15 +29,14 @@ EXPECTED = (runs.Expectation("depth", at_least=3, unit="m"),)
 class Config:
     """Options."""
 
-    hidden: int = 16
-    """nodes in the hidden layer"""
+    hidden: int = runs.option(16, "nodes in the hidden layer", at_least=1)
     rate: float | None = None
     data: Literal["digits", "mnist"] = "digits"
     resume: bool = False
     folder: str | None = None
 
     def __post_init__(self) -> None:
-        runs.within(1, None, hidden=self.hidden)
+        runs.check(self)
 
 def run(config):
     config = runs.settle("echo", config)

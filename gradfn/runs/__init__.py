@@ -3,7 +3,7 @@
 Importing this package does not import jax, so that a page of a run is written at once.
 """
 
-from gradfn.runs.config import RunConfig, not_negative, options, positive, within
+from gradfn.runs.config import RunConfig, check, option, options, within
 from gradfn.runs.folder import (
     CONFIG,
     RESULT,
@@ -29,6 +29,7 @@ __all__ = [
     "RunConfig",
     "RunError",
     "begin",
+    "check",
     "disown",
     "finish",
     "judge",
@@ -36,9 +37,8 @@ __all__ = [
     "latest",
     "listed",
     "merge",
-    "not_negative",
+    "option",
     "options",
-    "positive",
     "settle",
     "stored",
     "within",

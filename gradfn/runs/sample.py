@@ -22,7 +22,7 @@ from gradfn.data._tokenizer import TokenizerFile
 from gradfn.files import FileError, inside, read_json
 from gradfn.layout import CHECKPOINT
 from gradfn.nets import GPTConfig, LanguageModel, gpt, rnn, stream
-from gradfn.runs.config import within
+from gradfn.runs.config import check, option
 from gradfn.runs.folder import RUNS, RunError, latest, write_json
 from gradfn.tensors import open_tensors
 from gradfn.train import checkpoint
@@ -53,22 +53,16 @@ class RNNSettings(TypedDict):
 class Config:
     """Options of `gradfn sample RUN`."""
 
-    prompt: str = ""
-    """what the text goes on from (else the beginning of a line)"""
-    n: int = 500
-    """how many tokens to write"""
-    temperature: float = 0.8
-    """below 1 the likely becomes likelier; 0 always takes the likeliest token"""
-    top_k: int | None = None
-    """draw from so many of the likeliest tokens only"""
-    seed: int = 0
-    """the same seed writes the same text"""
+    prompt: str = option("", "what the text goes on from (else the beginning of a line)")
+    n: int = option(500, "how many tokens to write", at_least=1)
+    temperature: float = option(
+        0.8, "below 1 the likely becomes likelier; 0 always takes the likeliest token", at_least=0
+    )
+    top_k: int | None = option(None, "draw from so many of the likeliest tokens only", at_least=1)
+    seed: int = option(0, "the same seed writes the same text", at_least=0, at_most=2**32 - 1)
 
     def __post_init__(self) -> None:
-        within(1, None, n=self.n, top_k=self.top_k)
-        within(0, 2**32 - 1, seed=self.seed)
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature: a number from 0 up, came {self.temperature}")
+        check(self)
 
 
 class Model(NamedTuple):

@@ -38,8 +38,8 @@ def test_the_outcome_needs_all_that_was_promised(ends, accuracy, state):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rates": ()}, "rates: one number"),
-        ({"rates": (0.1, -1.0)}, "rates: one number"),
+        ({"rates": ()}, "rates must have at least one number"),
+        ({"rates": (0.1, -1.0)}, "rates must be a finite number > 0"),
         ({"every": 0}, "every"),
     ],
 )

@@ -45,7 +45,7 @@ def test_the_outcomes_of_reconstruct_and_regions():
     ("experiment", "options", "message"),
     [
         (saliency, {"path": 0}, "path must be an integer >= 1, got 0"),
-        (reconstruct, {"noise": -1.0}, "noise: a number from 0 up, came -1.0"),
+        (reconstruct, {"noise": -1.0}, "noise must be a finite number >= 0, got -1.0"),
         (regions, {"hidden": 0}, "hidden must be an integer >= 1, got 0"),
     ],
 )

@@ -104,7 +104,7 @@ def test_lines_begin_again_with_the_prompt(of_names):
         (["RUN", "--prompt", "Ω"], "got 'Ω'. Leave it out"),
         (["RUN", "--top-k", "1000"], "top_k must be in"),
         (["RUN", "--n", "0"], "n must be an integer >= 1, got 0"),
-        (["RUN", "--temperature", "-1"], "temperature: a number from 0 up, came -1.0"),
+        (["RUN", "--temperature", "-1"], "temperature must be a finite number >= 0, got -1.0"),
         (["RUN", "--tempature", "1"], "no option '--tempature' (did you mean --temperature?)"),
     ],
 )
@@ -144,7 +144,7 @@ def test_the_outcome_holds_for_what_was_promised_alone():
 
 
 def test_the_options_for_names_are_those_of_the_expectation():
-    given = read_options(gpt.Config(), gpt.FOR_NAMES.split(), "gradfn run gpt", "", {})
+    given = read_options(gpt.Config(), gpt.FOR_NAMES.split(), "gradfn run gpt", "")
     assert given == gpt.Config(**gpt.NAMES_OPTIONS, data="names.txt")
 
 

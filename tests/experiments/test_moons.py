@@ -29,7 +29,7 @@ def test_the_outcome():
     [
         ({"hidden": (4, 0)}, "hidden must be an integer >= 1, got 0"),
         ({"activation": "tahn"}, "Did you mean 'tanh'"),
-        ({"noise": -1.0}, "rate, noise: numbers above 0"),
+        ({"noise": -1.0}, "noise must be a finite number >= 0"),
     ],
 )
 def test_options_out_of_range_are_named(options, message):

@@ -36,7 +36,7 @@ def test_the_outcome():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"rates": 1}, "rates must be an integer >= 2"), ({"low": 1.0, "high": 0.5}, "the first the smaller")],
+    [({"rates": 1}, "rates must be an integer >= 2"), ({"low": 1.0, "high": 0.5}, "low must be < high")],
 )
 def test_options_out_of_range_are_named(options, message):
     with pytest.raises(ValueError, match=message):
