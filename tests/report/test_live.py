@@ -200,7 +200,7 @@ const told = () => {
   out.scheme = document.documentElement.style.colorScheme;
   find("#theme").click();
   out.scheme += ` ${document.documentElement.style.colorScheme}`;
-  const labeled = (each) => each.ariaLabel || each.getAttribute("aria-labeledby") || each.labels?.length;
+  const labeled = (each) => each.ariaLabel || each.getAttribute("aria-labelledby") || each.labels?.length;
   const all = [...document.querySelectorAll("button, input, [role=img]")];
   out.unnamed = all.filter((each) => !labeled(each) && !each.innerText.trim()).map((each) => each.outerHTML);
   out.wide = document.documentElement.scrollWidth > innerWidth;
