@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import PyTree
 
 from gradfn.core.labels import check_range, counting, label_of, labels_of
 from gradfn.core.net import Net, takes_key
@@ -31,9 +31,9 @@ class NetLoss:
 
     name: str
     function: ExampleLoss = field(repr=False)
-    check: Callable[[Any], None] = field(repr=False)
+    check: Callable[[PyTree], None] = field(repr=False)
 
-    def __call__(self, *args: Any, **keywords: Any) -> jax.Array:
+    def __call__(self, *args: PyTree, **keywords: PyTree) -> jax.Array:
         """Return the loss of one example."""
         return self.function(*args, **keywords)
 
@@ -65,7 +65,7 @@ def classification_loss(net: Net) -> ExampleLoss:
     """
     what = "classification_loss"
 
-    def compare(logits: jax.Array, y: Any) -> jax.Array:
+    def compare(logits: jax.Array, y: PyTree) -> jax.Array:
         logits = widen(_vector(logits, what))
         label, zero = label_of(y, logits.size, what)
         return optax.softmax_cross_entropy_with_integer_labels(logits + zero.astype(logits.dtype), label)
@@ -91,7 +91,7 @@ def regression_loss(net: Net) -> ExampleLoss:
     Array(9., dtype=float32)
     """
 
-    def compare(answer: jax.Array, y: Any) -> jax.Array:
+    def compare(answer: jax.Array, y: PyTree) -> jax.Array:
         return optax.squared_error(*_alike(answer, y, "regression_loss")).mean()
 
     return _on_net("regression_loss", net, compare, functools.partial(_check_values, what="regression_loss"))
@@ -120,7 +120,7 @@ def quadratic_loss(net: Net) -> ExampleLoss:
     """
     what = "quadratic_loss"
 
-    def compare(answer: jax.Array, y: Any) -> jax.Array:
+    def compare(answer: jax.Array, y: PyTree) -> jax.Array:
         y = jnp.asarray(y)
         if not jnp.issubdtype(y.dtype, jnp.floating):
             answer = _vector(answer, what)
@@ -129,7 +129,7 @@ def quadratic_loss(net: Net) -> ExampleLoss:
             answer = answer + zero.astype(answer.dtype)
         return optax.l2_loss(*_alike(answer, y, what)).sum()
 
-    def check(outputs: jax.ShapeDtypeStruct, y: Any) -> None:
+    def check(outputs: jax.ShapeDtypeStruct, y: PyTree) -> None:
         floats = jnp.issubdtype(y.dtype, jnp.floating)
         (_check_values if floats else _check_labels)(outputs, y, what=what)
 
@@ -157,7 +157,7 @@ def next_token_loss(net: Net) -> ExampleLoss:
     Array(4.1743875, dtype=float32)
     """
 
-    def check_form(logits: Any, targets: Any) -> None:
+    def check_form(logits: PyTree, targets: PyTree) -> None:
         if not jnp.issubdtype(targets.dtype, jnp.integer):
             raise TypeError(f"next_token_loss: targets must be integers, got {targets.dtype}")
         if targets.shape != logits.shape[:-1]:
@@ -166,7 +166,7 @@ def next_token_loss(net: Net) -> ExampleLoss:
                 f"{list(targets.shape)}"
             )
 
-    def compare(logits: jax.Array, targets: Any) -> jax.Array:
+    def compare(logits: jax.Array, targets: PyTree) -> jax.Array:
         targets = jnp.asarray(targets)
         check_form(logits, targets)
         targets = counting(targets)
@@ -177,14 +177,14 @@ def next_token_loss(net: Net) -> ExampleLoss:
         total = jnp.where(counted, nats * known, 0).sum()
         return total / jnp.maximum(counted.sum(dtype=nats.dtype), 1)
 
-    def check(logits: jax.ShapeDtypeStruct, targets: Any) -> None:
+    def check(logits: jax.ShapeDtypeStruct, targets: PyTree) -> None:
         check_form(logits, jax.ShapeDtypeStruct(targets.shape[1:], targets.dtype))
         check_range(targets, logits.shape[-1], "next_token_loss", padding=True)
 
     return _on_net("next_token_loss", net, compare, check)
 
 
-def accuracy(net: Net) -> Callable[[Any, Any], jax.Array]:
+def accuracy(net: Net) -> Callable[[PyTree, PyTree], jax.Array]:
     """Return the share of examples whose largest output is the label's.
 
     Args:
@@ -205,7 +205,7 @@ def accuracy(net: Net) -> Callable[[Any, Any], jax.Array]:
     Array(0.5, dtype=float32)
     """
 
-    def share(params: Any, batch: Any) -> jax.Array:
+    def share(params: PyTree, batch: PyTree) -> jax.Array:
         x, labels = _pair(as_arrays(batch, "batch"), "accuracy")
         answers = jnp.asarray(
             jax.vmap(lambda x: _vector(net.apply(params, x), "accuracy"))(x)
@@ -220,7 +220,7 @@ def accuracy(net: Net) -> Callable[[Any, Any], jax.Array]:
     return share
 
 
-def check_targets(loss: Loss, batch: Any) -> None:
+def check_targets(loss: Loss, batch: PyTree) -> None:
     """Check the targets of a batch whose values are known, where the loss is the mean of one of gradfn's own.
 
     Args:
@@ -239,20 +239,20 @@ def check_targets(loss: Loss, batch: Any) -> None:
 def _on_net(
     name: str,
     net: Net,
-    compare: Callable[[jax.Array, Any], jax.Array],
-    check: Callable[[jax.ShapeDtypeStruct, Any], None],
+    compare: Callable[[jax.Array, PyTree], jax.Array],
+    check: Callable[[jax.ShapeDtypeStruct, PyTree], None],
 ) -> NetLoss:
     """Return a loss that compares a net's output with a target; `check` is for known targets `[examples, ...]`."""
 
-    def loss(params: Any, example: Any) -> jax.Array:
+    def loss(params: PyTree, example: PyTree) -> jax.Array:
         x, y = example
         return compare(net.apply(params, x), y)
 
-    def noisy_loss(params: Any, example: Any, key: jax.Array | None = None) -> jax.Array:
+    def noisy_loss(params: PyTree, example: PyTree, key: jax.Array | None = None) -> jax.Array:
         x, y = example
         return compare(net.apply(params, x, key=key), y)
 
-    def check_batch(batch: Any) -> None:
+    def check_batch(batch: PyTree) -> None:
         x, y = _pair(batch, "fit")
         if not hasattr(y, "shape"):
             raise ValueError(f"fit: expected one array of targets, got {type(y).__name__}")
@@ -262,7 +262,7 @@ def _on_net(
     return NetLoss(name, noisy_loss if takes_key(net.apply) else loss, check_batch)
 
 
-def _pair(batch: Any, what: str) -> tuple[Any, Any]:
+def _pair(batch: PyTree, what: str) -> tuple[PyTree, PyTree]:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         found = f"{len(batch):,} parts" if isinstance(batch, (tuple, list, dict)) else type(batch).__name__
         raise ValueError(f"{what}: expected a pair (inputs, targets), got {found}")
@@ -276,18 +276,18 @@ def _vector(answer: jax.Array, what: str) -> jax.Array:
     return answer.reshape(-1)
 
 
-def _check_labels(outputs: jax.ShapeDtypeStruct, y: Any, what: str) -> None:
+def _check_labels(outputs: jax.ShapeDtypeStruct, y: PyTree, what: str) -> None:
     labels_of(y, y.shape[0], outputs.size, what)
 
 
-def _check_values(outputs: jax.ShapeDtypeStruct, y: Any, what: str) -> None:
+def _check_values(outputs: jax.ShapeDtypeStruct, y: PyTree, what: str) -> None:
     _same_shape(outputs, jax.ShapeDtypeStruct(y.shape[1:], y.dtype), what)
     known = not isinstance(y, jax.core.Tracer) and getattr(y, "is_fully_addressable", True)
     if known and jnp.issubdtype(y.dtype, jnp.floating) and (n := int(np.isnan(np.asarray(y)).sum())):
         raise ValueError(f"{what}: {n:,} of {y.size:,} target values are NaN")
 
 
-def _alike(answer: jax.Array, y: Any, what: str) -> tuple[jax.Array, jax.Array]:
+def _alike(answer: jax.Array, y: PyTree, what: str) -> tuple[jax.Array, jax.Array]:
     y = jnp.asarray(y)
     _same_shape(answer, y, what)
     if not jnp.issubdtype(y.dtype, jnp.floating):
@@ -295,7 +295,7 @@ def _alike(answer: jax.Array, y: Any, what: str) -> tuple[jax.Array, jax.Array]:
     return widen(answer).reshape(-1), y.reshape(-1)  # both [n]
 
 
-def _same_shape(answer: Any, y: Any, what: str) -> None:
+def _same_shape(answer: PyTree, y: PyTree, what: str) -> None:
     """Compare the shapes of an answer and its target, axes of size 1 aside; one of them may be flat."""
     shapes = [tuple(size for size in a.shape if size != 1) for a in (answer, y)]
     if answer.size == y.size and (shapes[0] == shapes[1] or min(map(len, shapes)) == 1):

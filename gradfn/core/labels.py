@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 
-def label_of(y: Any, classes: int, what: str) -> tuple[jax.Array, jax.Array]:
+def label_of(y: PyTree, classes: int, what: str) -> tuple[jax.Array, jax.Array]:
     """Return the label of one example as a scalar, and a term to add to the net's outputs.
 
     Args:
@@ -34,7 +33,7 @@ def label_of(y: Any, classes: int, what: str) -> tuple[jax.Array, jax.Array]:
     return label, jnp.where((label >= 0) & (label < classes), jnp.float32(0), jnp.float32(jnp.nan))
 
 
-def labels_of(y: Any, n: int, classes: int, what: str) -> jax.Array:
+def labels_of(y: PyTree, n: int, classes: int, what: str) -> jax.Array:
     """Return the labels of a batch of `n` examples as `[n]`, checked: see `label_of`.
 
     Raises:
@@ -46,13 +45,13 @@ def labels_of(y: Any, n: int, classes: int, what: str) -> jax.Array:
     return counting(y).reshape(n)  # [n] or [n, 1] -> [n]
 
 
-def counting(y: Any) -> jax.Array:
+def counting(y: PyTree) -> jax.Array:
     """Return integers (or bools) in a dtype that holds any class index: in uint8, 300 would wrap around to 44."""
     y = jnp.asarray(y)
     return y.astype(jnp.int32) if y.dtype.itemsize < 4 else y
 
 
-def check_range(y: Any, classes: int, what: str, padding: bool = False) -> None:
+def check_range(y: PyTree, classes: int, what: str, padding: bool = False) -> None:
     """Raise a ValueError if labels are known and not all in [0, classes); `padding` allows negative ones."""
     if isinstance(y, jax.core.Tracer) or not getattr(y, "is_fully_addressable", True) or not np.size(y):
         return
@@ -70,7 +69,7 @@ def check_range(y: Any, classes: int, what: str, padding: bool = False) -> None:
     raise ValueError(f"{what}: {some} must be in [0, {classes:,}), got {low:,} to {high:,}{hint}")
 
 
-def _check_form(y: Any, classes: int, what: str, n: int) -> None:
+def _check_form(y: PyTree, classes: int, what: str, n: int) -> None:
     """Check what is known even of traced labels: their dtype and shape, and the number of classes."""
     if jnp.issubdtype(y.dtype, jnp.floating) and y.size == n:
         raise TypeError(f"{what}: labels must be integers, got {y.dtype}. Cast them: labels.astype(int)")

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from gradfn.core import params as _params
 from gradfn.core.names import scope
@@ -36,7 +38,7 @@ class Net:
     """
 
     spec: Spec
-    apply: Callable[..., Any]
+    apply: Callable
 
     def __post_init__(self) -> None:
         _params.named_leaves(self.spec, _params.is_param)  # raises if two leaves have the same path
@@ -47,21 +49,21 @@ class Net:
         return _params.init(self.spec, key)
 
 
-def _checked(spec: Spec, apply: Callable[..., Any]) -> Callable[..., Any]:
+def _checked(spec: Spec, apply: Callable) -> Callable:
     @functools.wraps(apply)
-    def checked_apply(params: Params, *args: Any, **kwargs: Any) -> Any:
+    def checked_apply(params: Params, *args: PyTree, **kwargs: PyTree) -> PyTree:
         _params.check(spec, params)
         return apply(params, *args, **kwargs)
 
     return checked_apply
 
 
-def takes_key(function: Callable[..., Any]) -> bool:
+def takes_key(function: Callable) -> bool:
     """Return whether a function is stochastic: whether it has a parameter called `key`."""
     return "key" in inspect.signature(function).parameters
 
 
-def serial(**named: Net | Callable[[Any], Any]) -> Net:
+def serial(**named: Net | Callable[[PyTree], Any]) -> Net:
     """Compose nets in sequence; each net's parameters are stored under its name.
 
     Args:
@@ -81,7 +83,7 @@ def serial(**named: Net | Callable[[Any], Any]) -> Net:
     spec = {name: net.spec for name, net in named.items() if isinstance(net, Net) and net.spec}
     noisy = [name for name, net in named.items() if isinstance(net, Net) and takes_key(net.apply)]
 
-    def run(params: Params, x: Any, key: jax.Array | None) -> Any:
+    def run(params: Params, x: PyTree, key: jax.Array | None) -> PyTree:
         for name, net in named.items():
             with scope(name):
                 if not isinstance(net, Net):
@@ -110,7 +112,7 @@ def residual(net: Net) -> Net:
     Array([1., 2., 3.], dtype=float32)
     """
 
-    def run(params: Params, x: Any, key: jax.Array | None) -> Any:
+    def run(params: Params, x: PyTree, key: jax.Array | None) -> PyTree:
         return x + call(net, params, x, key)
 
     return Net(net.spec, with_or_without_key(run, takes_key(net.apply)))
@@ -139,14 +141,14 @@ def repeat(net: Net, n: int) -> Net:
         raise ValueError(f"repeat: n must be an integer >= 1, got {n}")
 
     def stacked(param: Param) -> Param:
-        def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
             return jax.vmap(param.make)(jax.random.split(key, n))  # [n, *param.shape]
 
         axes = ("layers", *(param.axes or (None,) * param.ndim))
         return Param((n, *param.shape), init, param.dtype, axes)
 
-    def run(params: Params, x: Any, key: jax.Array | None) -> Any:
-        def layer(x: Any, xs: tuple[Params, jax.Array | None]) -> tuple[Any, None]:
+    def run(params: Params, x: PyTree, key: jax.Array | None) -> PyTree:
+        def layer(x: PyTree, xs: tuple[Params, jax.Array | None]) -> tuple[PyTree, None]:
             layer_params, layer_key = xs
             return call(net, layer_params, x, layer_key), None
 
@@ -156,7 +158,7 @@ def repeat(net: Net, n: int) -> Net:
     return Net(jax.tree.map(stacked, net.spec), with_or_without_key(run, takes_key(net.apply)))
 
 
-def call(net: Net, params: Params, x: Any, key: jax.Array | None) -> Any:
+def call(net: Net, params: Params, x: PyTree, key: jax.Array | None) -> PyTree:
     """Apply a net, with the key if it takes one."""
     return net.apply(params, x, key=key) if takes_key(net.apply) else net.apply(params, x)
 
@@ -166,11 +168,11 @@ def fold(key: jax.Array | None, number: int) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, number)
 
 
-def with_or_without_key(run: Callable[[Params, Any, Any], Any], noisy: bool) -> Callable[..., Any]:
+def with_or_without_key(run: Callable[[Params, PyTree, PyTree], Any], noisy: bool) -> Callable:
     """Turn `run(params, x, key)` into an `apply` that has `key` in its signature only if it is used."""
     if noisy:
 
-        def apply_with_noise(params: Params, x: Any, key: jax.Array | None = None) -> Any:
+        def apply_with_noise(params: Params, x: PyTree, key: jax.Array | None = None) -> PyTree:
             return run(params, x, key)
 
         return apply_with_noise

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from gradfn.core.names import ParameterError
 from gradfn.core.precision import wide
@@ -47,7 +49,7 @@ class Param:
 
     shape: tuple[int, ...]
     init: Initializer | None = None
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     axes: tuple[str | None, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -84,17 +86,17 @@ class Param:
 default_init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=1, out_axis=0)
 
 
-def path_name(path: tuple[Any, ...]) -> str:
+def path_name(path: tuple[PyTree, ...]) -> str:
     """Return a leaf's key path as text, in the notation of named scopes: `blocks/attention/W`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def is_param(leaf: Any) -> bool:
+def is_param(leaf: PyTree) -> bool:
     """Return whether a leaf is a `Param`."""
     return isinstance(leaf, Param)
 
 
-def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[str, Any]]:
+def named_leaves(tree: PyTree, is_leaf: Callable[[PyTree], bool] | None = None) -> list[tuple[str, PyTree]]:
     """Return a tree's leaves with their paths as text, in order.
 
     Raises:
@@ -142,7 +144,7 @@ def init(spec: Spec, key: jax.Array) -> Params:
         seed = key if isinstance(key, int) else 0
         raise TypeError(f"init: expected a key, got {key!r:.40}. Pass jax.random.key({seed})")
 
-    def make(path: tuple[Any, ...], param: Param) -> jax.Array:
+    def make(path: tuple[PyTree, ...], param: Param) -> jax.Array:
         name = path_name(path)
         if not isinstance(param, Param):
             raise ParameterError(name, f"expected a gf.Param in the spec, got {describe(param)}")
@@ -157,7 +159,7 @@ def init(spec: Spec, key: jax.Array) -> Params:
     return jax.tree_util.tree_map_with_path(make, spec, is_leaf=is_param)
 
 
-def count(tree: Any) -> int:
+def count(tree: PyTree) -> int:
     """Return the number of values in parameters, a spec, a net, or a model of another framework.
 
     Leaves that are not arrays (functions, Python numbers) are configuration and not counted.
@@ -172,7 +174,7 @@ def count(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for _, leaf in _arrays(tree, "count"))
 
 
-def _arrays(tree: Any, function: str) -> list[tuple[str, Any]]:
+def _arrays(tree: PyTree, function: str) -> list[tuple[str, PyTree]]:
     """Return the leaves of parameters, a net or a model that have a shape and a dtype, with their paths."""
     leaves = named_leaves(_spec_of(tree))
     arrays = [(name, leaf) for name, leaf in leaves if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
@@ -181,11 +183,11 @@ def _arrays(tree: Any, function: str) -> list[tuple[str, Any]]:
     return arrays
 
 
-def _spec_of(tree: Any) -> Any:
+def _spec_of(tree: PyTree) -> PyTree:
     return tree.spec if hasattr(tree, "spec") and hasattr(tree, "apply") else tree
 
 
-def shapes(tree: Any) -> Any:
+def shapes(tree: PyTree) -> PyTree:
     """Return a tree (of a net, its spec) with each leaf replaced by its shape, as a list.
 
     >>> import gradfn as gf
@@ -195,7 +197,7 @@ def shapes(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: list(leaf.shape), _spec_of(tree))
 
 
-def table(tree: Any) -> TextTable:
+def table(tree: PyTree) -> TextTable:
     """Return a table of parameters, a spec, a net or a model: path, shape, dtype, count, bytes, and the total.
 
     Arrays with two or more axes count as weights, all others (biases and gains) as biases. Leaves that are not
@@ -232,7 +234,7 @@ def table(tree: Any) -> TextTable:
     return out
 
 
-def describe(value: Any) -> str:
+def describe(value: PyTree) -> str:
     """Return a short description of a value for an error: `[16, 784] float32`, or its type."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{list(value.shape)} {value.dtype}"
@@ -241,7 +243,7 @@ def describe(value: Any) -> str:
     return f"{type(value).__name__} {' '.join(repr(value).split()):.40}"
 
 
-def check(spec: Any, params: Any) -> None:
+def check(spec: PyTree, params: PyTree) -> None:
     """Check that parameters match a spec.
 
     Shapes must be equal. A whole tree may be cast (to bfloat16, say), so dtypes only have to be of the declared
@@ -260,7 +262,7 @@ def check(spec: Any, params: Any) -> None:
     _check(spec, params, "", {})
 
 
-def _check(spec: Any, params: Any, path: str, dtypes: dict[Any, tuple[str, Any]]) -> None:
+def _check(spec: PyTree, params: PyTree, path: str, dtypes: dict[Any, tuple[str, Any]]) -> None:
     if isinstance(spec, Mapping):
         _check_names(spec, params, path)
         for name in spec:
@@ -285,7 +287,7 @@ def _check(spec: Any, params: Any, path: str, dtypes: dict[Any, tuple[str, Any]]
         raise ParameterError(path, message)
 
 
-def _check_names(spec: Mapping[str, Any], params: Any, path: str) -> None:
+def _check_names(spec: Mapping[str, Any], params: PyTree, path: str) -> None:
     here = path or "parameters"
     declared = f"{', '.join(map(str, spec)):.300}"
     if not isinstance(params, Mapping):
@@ -303,7 +305,7 @@ def _check_names(spec: Mapping[str, Any], params: Any, path: str) -> None:
             raise ParameterError(f"{prefix}{name}", f"not declared. Expected {declared}{hint}")
 
 
-def _kind(dtype: Any) -> str:
+def _kind(dtype: DTypeLike) -> str:
     for kind in (jnp.floating, jnp.complexfloating, jnp.integer):
         if jnp.issubdtype(dtype, kind):
             return kind.__name__

@@ -5,19 +5,20 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 
-def is_narrow(dtype: Any) -> bool:
+def is_narrow(dtype: DTypeLike) -> bool:
     """Return whether a dtype is a float of fewer than 32 bits."""
     return bool(jnp.issubdtype(dtype, jnp.inexact)) and jnp.finfo(dtype).bits < 32
 
 
-def wide(dtype: Any) -> Any:
+def wide(dtype: DTypeLike) -> PyTree:
     """Return float32 for the narrower floats (float16, bfloat16), and any other dtype as it is."""
     return jnp.dtype(jnp.float32) if is_narrow(dtype) else jnp.dtype(dtype)
 
@@ -42,7 +43,7 @@ def is_safe(square: jax.Array, n: int) -> jax.Array:
     return (square >= least_safe(square.dtype, n)) & (square < jnp.inf)
 
 
-def least_safe(dtype: Any, n: int) -> float:
+def least_safe(dtype: DTypeLike, n: int) -> float:
     """Return the smallest sum of `n` squares that is accurate in a dtype despite underflow."""
     limits = jnp.finfo(dtype)
     # Squares below `tiny` are lost: together they are less than a rounding error of a sum this large.

@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 MOST_EXAMPLES = 2**31 - 1  # the largest int32
 
 
-def as_arrays(data: Any, name: str = "data", scalars: bool = False) -> Any:
+def as_arrays(data: PyTree, name: str = "data", scalars: bool = False) -> PyTree:
     """Convert every leaf of a tree to an array with a leading axis of examples.
 
     Tuples, dicts and other containers form the tree. Leaves may be numpy or jax arrays (returned as they are),
@@ -36,16 +37,16 @@ def as_arrays(data: Any, name: str = "data", scalars: bool = False) -> Any:
            [3, 4]]), array([0, 1]))
     """
 
-    def is_part(node: Any) -> bool:
+    def is_part(node: PyTree) -> bool:
         return isinstance(node, list) and not (node is data and _is_tree(node, name))
 
-    def convert(path: tuple[Any, ...], part: Any) -> Any:
+    def convert(path: tuple[PyTree, ...], part: PyTree) -> PyTree:
         return as_array(part, name + jax.tree_util.keystr(path), scalars)
 
     return jax.tree_util.tree_map_with_path(convert, data, is_leaf=is_part)
 
 
-def as_array(part: Any, name: str, scalars: bool = False) -> Any:
+def as_array(part: PyTree, name: str, scalars: bool = False) -> PyTree:
     """Convert one leaf to a numeric array `[examples, ...]`: see `as_arrays`."""
     array = part if isinstance(part, jax.Array) else _to_numpy(part, name)
     if not array.ndim and not scalars:
@@ -53,7 +54,7 @@ def as_array(part: Any, name: str, scalars: bool = False) -> Any:
     return array
 
 
-def on_device(data: Any, name: str = "data") -> Any:
+def on_device(data: PyTree, name: str = "data") -> PyTree:
     """Convert data to jax arrays: see `as_arrays`.
 
     Raises:
@@ -61,7 +62,7 @@ def on_device(data: Any, name: str = "data") -> Any:
             more examples than int32 can index.
     """
 
-    def place(path: tuple[Any, ...], array: Any) -> jax.Array:
+    def place(path: tuple[PyTree, ...], array: PyTree) -> jax.Array:
         if isinstance(array, np.ndarray):
             _numeric(array, name + jax.tree_util.keystr(path))
         if array.ndim and array.shape[0] > MOST_EXAMPLES:
@@ -82,7 +83,7 @@ def on_device(data: Any, name: str = "data") -> Any:
     return jax.tree_util.tree_map_with_path(place, as_arrays(data, name))
 
 
-def _is_tree(items: list[Any], name: str) -> bool:
+def _is_tree(items: list[PyTree], name: str) -> bool:
     """Return whether the outermost list is a container of several arrays, like a tuple."""
     shapes = [tuple(item.shape) for item in items if hasattr(item, "shape")]
     if len(shapes) < len(items) or not shapes:
@@ -95,7 +96,7 @@ def _is_tree(items: list[Any], name: str) -> bool:
     return () not in shapes
 
 
-def _to_numpy(part: Any, name: str) -> np.ndarray:
+def _to_numpy(part: PyTree, name: str) -> np.ndarray:
     library = type(part).__module__.partition(".")[0]
     if library == "pandas":
         return _from_pandas(part, name)
@@ -128,7 +129,7 @@ def _numeric(array: np.ndarray, name: str) -> np.ndarray:
     )
 
 
-def _from_list(items: Sequence[Any], name: str) -> np.ndarray:
+def _from_list(items: Sequence[PyTree], name: str) -> np.ndarray:
     if any(hasattr(item, "shape") for item in items):
         arrays = [
             np.asarray(item if isinstance(item, jax.Array) else _to_numpy(item, name)) for item in items
@@ -147,7 +148,7 @@ def _from_list(items: Sequence[Any], name: str) -> np.ndarray:
     return _numeric(array, name) if array.dtype.kind == "O" else array
 
 
-def _from_pandas(part: Any, name: str) -> np.ndarray:
+def _from_pandas(part: PyTree, name: str) -> np.ndarray:
     if not hasattr(part, "columns"):
         return _column(part, name)
     columns = [_column(part.iloc[:, i], f"{name}[{label!r:.40}]") for i, label in enumerate(part.columns)]
@@ -172,7 +173,7 @@ def _column(series: Any, name: str) -> np.ndarray:
     return np.asarray(series.to_numpy(dtype))
 
 
-def _from_torch(part: Any, name: str) -> np.ndarray:
+def _from_torch(part: PyTree, name: str) -> np.ndarray:
     if not hasattr(part, "detach"):
         raise ValueError(f"{name} must be an array [examples, ...], got {type(part).__name__}")
     if str(part.layout) != "torch.strided" or part.is_quantized:

@@ -2,10 +2,11 @@
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from gradfn.data._arrays import MOST_EXAMPLES, as_arrays
 from gradfn.data._checks import integer
@@ -94,7 +95,7 @@ def batches(data: Data, size: int, seed: int = 0, epochs: int | None = 1) -> Ite
     return generate()
 
 
-def n_examples(data: Any) -> int:
+def n_examples(data: PyTree) -> int:
     """Return the common leading length of all arrays of a tree; raise a ValueError that names two that differ."""
     leaves = jax.tree_util.tree_leaves_with_path(data)
     lengths = {"data" + jax.tree_util.keystr(path): leaf.shape[0] for path, leaf in leaves}

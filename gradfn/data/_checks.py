@@ -2,7 +2,8 @@
 
 import importlib
 import operator
-from typing import Any
+
+from jaxtyping import PyTree
 
 
 def integer(name: str, value: int, low: int, high: int | None = None) -> int:
@@ -17,7 +18,7 @@ def integer(name: str, value: int, low: int, high: int | None = None) -> int:
     return number
 
 
-def sklearn(module: str) -> Any:
+def sklearn(module: str) -> PyTree:
     """Import `sklearn.<module>` when it is first needed: it is slow to import, and optional."""
     try:
         return importlib.import_module(f"sklearn.{module}")

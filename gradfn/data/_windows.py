@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from gradfn.data._arrays import as_array
 from gradfn.data._checks import integer
@@ -126,7 +126,7 @@ def fixed_windows(tokens: Tokens, length: int, most: int | None = None) -> Batch
     return rows[:, :-1], rows[:, 1:]  # [windows, length + 1] -> [windows, length]
 
 
-def _checked(tokens: Any) -> Any:
+def _checked(tokens: PyTree) -> PyTree:
     """Return tokens as an array of integers `[N]`; `FileTokens` are returned as they are."""
     if isinstance(tokens, FileTokens):
         return tokens
@@ -136,12 +136,12 @@ def _checked(tokens: Any) -> Any:
     return tokens
 
 
-def _as_int32(tokens: Any) -> np.ndarray:
+def _as_int32(tokens: PyTree) -> np.ndarray:
     _check_int32(tokens)
     return np.asarray(tokens).astype(np.int32)
 
 
-def _check_int32(tokens: Any) -> None:
+def _check_int32(tokens: PyTree) -> None:
     if tokens.dtype.itemsize >= 4 and len(tokens) and int(tokens.max()) > MOST:
         raise DataError(f"tokens must fit int32, got {int(tokens.max()):,}. Renumber them")
 

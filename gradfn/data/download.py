@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jaxtyping import PyTree
+
 from gradfn.data.dataset import DataError
 from gradfn.files import IDLE, remove_parts, replacing
 
@@ -133,7 +135,7 @@ class Connections:
         self.sockets: list[socket.socket] = []
         self.closed = False
 
-    def of(self, kind: Any) -> Any:
+    def of(self, kind: Any) -> PyTree:
         """Return a subclass of an http.client connection whose instances register here."""
 
         def connect(connection: Any) -> None:
@@ -159,11 +161,11 @@ def receive(address: str, limit: int, pieces: "queue.Queue", connections: Connec
     """
 
     class Http(urllib.request.HTTPHandler):
-        def http_open(self, request: Any) -> Any:
+        def http_open(self, request: Any) -> PyTree:
             return self.do_open(connections.of(http.client.HTTPConnection), request)
 
     class Https(urllib.request.HTTPSHandler):
-        def https_open(self, request: Any) -> Any:
+        def https_open(self, request: Any) -> PyTree:
             return self.do_open(connections.of(http.client.HTTPSConnection), request)
 
     opener = urllib.request.OpenerDirector()  # without the handlers of file:, ftp: and data:

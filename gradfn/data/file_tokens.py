@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from gradfn.data._tokenizer import Tokenizer, characters
 from gradfn.data.dataset import DataError, data_errors
@@ -74,7 +76,7 @@ class FileTokens:
     def __repr__(self) -> str:
         return f"FileTokens({self.name!r}, {len(self):,} {self.dtype})"
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: Any) -> PyTree:
         if isinstance(key, slice):
             chosen = range(*key.indices(len(self)))
             if not chosen:
@@ -92,10 +94,10 @@ class FileTokens:
             raise IndexError(f"index must be in [{-len(self):,}, {len(self):,}), got {i:,}")
         return self._read(i % len(self), i % len(self) + 1)[0]
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[PyTree]:
         return (token for piece in self.pieces() for token in piece)
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return self._read(0, len(self)).astype(dtype or self.dtype, copy=False)
 
     def pieces(self) -> Iterator[np.ndarray]:

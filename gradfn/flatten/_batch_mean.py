@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from gradfn.flatten.products import flat_products
 from gradfn.jaxpr.program import hide_objects, show_objects
@@ -19,7 +20,7 @@ class ExampleLoss(Protocol):
     A loss with noise in it has a parameter `key`. `gf.batch_mean` and the transforms of `gf.per_example` take it.
     """
 
-    def __call__(self, params: Any, /, *example: Any, **keywords: Any) -> Any:
+    def __call__(self, params: PyTree, /, *example: PyTree, **keywords: PyTree) -> PyTree:
         """Return the loss of one example."""
 
 
@@ -30,7 +31,7 @@ class Loss(Protocol):
     `gf.fit` and `gf.train_step` take it. `gf.batch_mean(loss)` makes one of the loss of one example.
     """
 
-    def __call__(self, params: Any, /, *batch: Any, **keywords: Any) -> Any:
+    def __call__(self, params: PyTree, /, *batch: PyTree, **keywords: PyTree) -> PyTree:
         """Return the loss of a batch."""
 
 
@@ -44,7 +45,7 @@ class BatchMean:
 
     example: ExampleLoss
 
-    def __call__(self, params: Any, batch: Any, /, **keywords: Any) -> Any:
+    def __call__(self, params: PyTree, batch: PyTree, /, **keywords: PyTree) -> PyTree:
         """Return the mean of the values, and of aux, over the batch."""
         return flat_products(self._mean)(params, batch, **keywords)
 
@@ -53,7 +54,7 @@ class BatchMean:
         """What `inspect.signature` looks up: the parameters are those of the loss of one example."""
         return self.example
 
-    def _mean(self, params: Any, batch: Any, /, **keywords: Any) -> Any:
+    def _mean(self, params: PyTree, batch: PyTree, /, **keywords: PyTree) -> PyTree:
         # Only a random key is split; any other value under that name is the loss's own, None as well.
         if _is_random_key(keywords.get("key")):
             keys = jax.random.split(keywords.pop("key"), jax.tree.leaves(batch)[0].shape[0])
@@ -84,12 +85,12 @@ def batch_mean(loss: ExampleLoss) -> BatchMean:
     return BatchMean(loss)
 
 
-def loss_of_example(loss: Callable[..., Any]) -> ExampleLoss:
+def loss_of_example(loss: Callable) -> ExampleLoss:
     """Return the loss of one example, given it or its `batch_mean`."""
     return loss.example if isinstance(loss, BatchMean) else loss
 
 
-def _is_random_key(x: Any) -> bool:
+def _is_random_key(x: PyTree) -> bool:
     """Tell a key of `jax.random.key`, or of `jax.random.PRNGKey`, from any other value."""
     dtype = getattr(x, "dtype", None)
     if dtype is None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 from jax.extend import source_info_util
+from jaxtyping import PyTree
 
 from gradfn.flatten.rows import Value, in_rows, row_equations, spec_of, values_of
 from gradfn.jaxpr.interpreter import Equation, Evaluate, Path, interpret
@@ -49,7 +50,7 @@ def flat_products(f: Callable) -> Callable:
         return f
 
     @functools.wraps(f)
-    def flat(*args: Any, **kwargs: Any) -> Any:
+    def flat(*args: PyTree, **kwargs: PyTree) -> PyTree:
         concrete = not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs)))
         if concrete or as_written.value:
             return f(*args, **kwargs)
@@ -60,8 +61,8 @@ def flat_products(f: Callable) -> Callable:
         rows = row_equations(eqns, (start for path in products for start in _starts(path, eqns[path])))
 
         def visit(
-            equation: Equation, evaluate: Evaluate, inputs: Sequence[Any], token: Any
-        ) -> tuple[Any, None]:
+            equation: Equation, evaluate: Evaluate, inputs: Sequence[PyTree], token: PyTree
+        ) -> tuple[PyTree, None]:
             eqn: Any = equation.eqn
             source = eqn.source_info
             with source_info_util.user_context(source.traceback, name_stack=source.name_stack):
@@ -106,7 +107,7 @@ def _starts(path: Path, eqn: Any) -> Iterator[tuple[Value, int]]:
             yield from ((value, n) for value in values_of(path, [atom]))
 
 
-def _product(eqn: Any, inputs: Sequence[Any]) -> jax.Array:
+def _product(eqn: Any, inputs: Sequence[PyTree]) -> jax.Array:
     contracted, _ = eqn.params["dimension_numbers"]
     (lhs, i), (rhs, j) = map(_matrix, inputs, contracted)
     params = {key: eqn.params[key] for key in ("precision", "preferred_element_type")}

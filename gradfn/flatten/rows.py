@@ -16,10 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
+from jaxtyping import PyTree
 
 from gradfn.jaxpr.interpreter import Path, bodies, operation
 
-Value = tuple[Path, Any]  # the path of a body, and a variable of it
+Value = tuple[Path, PyTree]  # the path of a body, and a variable of it
 
 _ELEMENTWISE = set(
     "abs add add_any and ceil clamp convert_element_type copy cos div eq erf erf_inv erfc exp exp2 expm1 floor ge "
@@ -29,7 +30,7 @@ _ELEMENTWISE = set(
 _REDUCTIONS = set("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin".split())
 
 
-def row_equations(eqns: Mapping[Path, Any], starts: Iterable[tuple[Value, int]]) -> dict[Path, int]:
+def row_equations(eqns: Mapping[Path, PyTree], starts: Iterable[tuple[Value, int]]) -> dict[Path, int]:
     """Return the equations that hang together with some values and work on each of their rows by itself.
 
     Args:
@@ -68,7 +69,7 @@ def row_equations(eqns: Mapping[Path, Any], starts: Iterable[tuple[Value, int]])
     return {path: n for path, n in found.items() if operation(eqns[path]) != "name"}
 
 
-def values_of(path: Path, atoms: Iterable[Any]) -> list[Value]:
+def values_of(path: Path, atoms: Iterable[PyTree]) -> list[Value]:
     """Return the operands or results of the equation at a path that are no literals."""
     return [(path[:-1], atom) for atom in atoms if not isinstance(atom, Literal)]
 
@@ -98,13 +99,13 @@ def _works_on_rows(eqn: Any, n: int) -> bool:
     return False
 
 
-def spec_of(atom: Any) -> tuple[Any, ...]:
+def spec_of(atom: Any) -> tuple[PyTree, ...]:
     """Return how a value's axes are spread over devices, as far as its type says."""
     sharding = getattr(atom.aval, "sharding", None)
     return tuple(sharding.spec) if sharding is not None else ()
 
 
-def in_rows(eqn: Any, inputs: Sequence[Any], n: int) -> jax.Array:
+def in_rows(eqn: Any, inputs: Sequence[PyTree], n: int) -> jax.Array:
     """Do what an equation does, on operands whose n leading axes are merged into one; the result's are, too."""
     out, params = eqn.outvars[0].aval.shape, dict(eqn.params)
     merged = (math.prod(out[:n]), *out[n:])
@@ -117,7 +118,7 @@ def in_rows(eqn: Any, inputs: Sequence[Any], n: int) -> jax.Array:
     return eqn.primitive.bind(*operands, **params)
 
 
-def _merged(x: Any, n: int, lead: tuple[int, ...]) -> Any:
+def _merged(x: PyTree, n: int, lead: tuple[int, ...]) -> PyTree:
     """Return an operand with its leading axes merged; they are those of the result, or of size 1."""
     shape = jnp.shape(x)
     if not shape:

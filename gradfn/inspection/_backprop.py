@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn
+from jaxtyping import PyTree
 
 from gradfn.core.precision import norm
 from gradfn.core.signature import transform_of
@@ -55,7 +56,7 @@ class Cotangent(NamedTuple):
     name: str
     shape: tuple[int, ...]
     norm: float
-    value: Any = None
+    value: PyTree = None
 
     def __str__(self) -> str:
         return f"{self.name} {list(self.shape)} {self.norm:.3g}".strip()
@@ -91,7 +92,7 @@ class Step(NamedTuple):
 class StepList(ShowsTable, list[Step]):
     """Steps of a backward pass; `print` shows them as a table."""
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: PyTree) -> PyTree:
         found = super().__getitem__(index)
         return StepList(found) if isinstance(index, slice) else found
 
@@ -144,7 +145,7 @@ class StepList(ShowsTable, list[Step]):
 
 def _by_equation(steps: Sequence[Step]) -> list[list[Step]]:
     """Return the steps in groups: of an equation in a loop, all iterations; of any other, its one step."""
-    groups: dict[Any, list[Step]] = {}
+    groups: dict[PyTree, list[Step]] = {}
     seen: Counter[Any] = Counter()
     for step in steps:
         shapes = tuple((c.name, c.shape) for c in (*step.incoming, *step.outgoing))
@@ -192,9 +193,9 @@ class Backward(ShowsTable):
         infos: the equations (static).
     """
 
-    value: Any
-    aux: Any
-    cotangents: tuple[Any, ...]
+    value: PyTree
+    aux: PyTree
+    cotangents: tuple[PyTree, ...]
     infos: tuple[_Info, ...]
 
     @functools.cached_property
@@ -216,7 +217,7 @@ class Backward(ShowsTable):
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: PyTree) -> PyTree:
         return self.steps[index]
 
     def sorted(self) -> StepList:
@@ -228,8 +229,8 @@ class Backward(ShowsTable):
         return self.steps.table(rows)
 
 
-def _step(info: _Info, seen: Any, turns: tuple[int, ...]) -> Step:
-    def cotangents(described: Sequence[Any], probes: Sequence[Any]) -> tuple[Cotangent, ...]:
+def _step(info: _Info, seen: PyTree, turns: tuple[int, ...]) -> Step:
+    def cotangents(described: Sequence[PyTree], probes: Sequence[PyTree]) -> tuple[Cotangent, ...]:
         out = []
         for (_, shape, _, *name), probed in zip(described, probes, strict=True):
             norm, reached = np.asarray(probed["norm"])[turns]
@@ -278,11 +279,11 @@ def backprop(f: Callable, *, keep: bool = False) -> Callable[..., Backward]:
         dot_general ['W [2, 2] 1.14', 'x [2] 1.14'] 1.0
     """
 
-    def run(*args: Any, **kwargs: Any) -> Backward:
+    def run(*args: PyTree, **kwargs: PyTree) -> Backward:
         """Return the backward pass of the call, step by step."""
         args, kwargs = by_position(f, args, kwargs) if not args else (args, kwargs)
 
-        def checked(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        def checked(*args: PyTree, **kwargs: PyTree) -> tuple[PyTree, PyTree]:
             of = scalar(f, args, kwargs, range(len(args)), "backprop")
             return of.call(of.leaves.values)
 
@@ -300,8 +301,8 @@ def backprop(f: Callable, *, keep: bool = False) -> Callable[..., Backward]:
         summary = _with_value if keep else _norm
 
         def visit(
-            equation: Equation, evaluate: Evaluate, inputs: Sequence[Any], token: Any
-        ) -> tuple[list[Any], None]:
+            equation: Equation, evaluate: Evaluate, inputs: Sequence[PyTree], token: PyTree
+        ) -> tuple[list[PyTree], None]:
             info, inputs = chosen[equation.path][1], list(inputs)
             for (i, *_), t in zip(info.operands, token["operands"], strict=True):
                 inputs[i] = probe(summary, inputs[i], t)
@@ -310,7 +311,7 @@ def backprop(f: Callable, *, keep: bool = False) -> Callable[..., Backward]:
                 outs[i] = probe(summary, outs[i], t)
             return outs, None
 
-        def value_of(tokens: Mapping[Path, Any]) -> tuple[Any, Any]:
+        def value_of(tokens: Mapping[Path, PyTree]) -> tuple[PyTree, PyTree]:
             only = {path: equation for path, (equation, _) in chosen.items()}
             outs, _ = interpret(program.jaxpr, visit, only, program.inputs, tokens)
             return program.rebuild(outs)
@@ -322,13 +323,13 @@ def backprop(f: Callable, *, keep: bool = False) -> Callable[..., Backward]:
     return transform_of(f, "backprop", own=0)(jit_arrays(run))
 
 
-def _norm(g: Any, residual: Any) -> dict[str, jax.Array]:
+def _norm(g: PyTree, residual: PyTree) -> dict[str, jax.Array]:
     """Return the norm of a cotangent, and 1 for having been asked: steps off the path to the loss never are."""
     size = norm(g)
     return {"norm": jnp.stack([size, jnp.ones_like(size)])}
 
 
-def _with_value(g: Any, residual: Any) -> dict[str, jax.Array]:
+def _with_value(g: PyTree, residual: PyTree) -> dict[str, jax.Array]:
     return {**_norm(g, residual), "value": g}
 
 
@@ -373,7 +374,7 @@ def _info(
 ) -> _Info:
     containers = around(equation, equations)
 
-    def described(i: int, v: Any) -> tuple[int, tuple[int, ...], str]:
+    def described(i: int, v: PyTree) -> tuple[int, tuple[int, ...], str]:
         return i, tuple(v.aval.shape), str(v.aval.dtype)
 
     operands = zip(equation.eqn.invars, labels, strict=True)
@@ -398,7 +399,7 @@ _Label = str | None
 class _Influence(Dataflow[_Label]):
     """Follows the leaves; the records are the equations that they have an influence on, with the operands' labels."""
 
-    def constant(self, value: Any) -> _Label:
+    def constant(self, value: PyTree) -> _Label:
         return None
 
     def join(self, values: Sequence[_Label]) -> _Label:

@@ -4,9 +4,9 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from gradfn.core.signature import transform_of
 from gradfn.display import ROWS, ShowsTable, TextTable
@@ -34,7 +34,7 @@ class Capture(ByName, ShowsTable):
         sites: the sites, in the order of computation (static).
     """
 
-    output: Any
+    output: PyTree
     stats: dict[str, Stats]
     values: dict[str, jax.Array]
     sites: tuple[Site, ...]
@@ -80,15 +80,15 @@ def capture(
     stats = checked_stats(stats, "capture")
 
     @transform_of(f, "capture", own=0)
-    def captured(*args: Any, **kwargs: Any) -> Capture:
+    def captured(*args: PyTree, **kwargs: PyTree) -> Capture:
         """Return the output of the function, and the values at its sites."""
         program = trace_as_written(f, *args, **kwargs)
         want = wanted(program, sites, keep, stats)
         at = want.by_path()
 
         def visit(
-            equation: Equation, evaluate: Evaluate, inputs: Sequence[Any], token: None
-        ) -> tuple[list[Any], Mapping[str, Any]]:
+            equation: Equation, evaluate: Evaluate, inputs: Sequence[PyTree], token: None
+        ) -> tuple[list[PyTree], Mapping[str, PyTree]]:
             outs = evaluate(inputs)
             return outs, {site.name: want.of(site, outs[site.index], site.kind) for site in at[equation.path]}
 

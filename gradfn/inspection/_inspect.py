@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from gradfn.core.precision import norm
 from gradfn.core.signature import transform_of
@@ -63,9 +64,9 @@ class Inspection(ByName, ShowsTable):
         param_order: the names of the parameters, in the order in which the loss first uses each (static).
     """
 
-    value: Any
-    aux: Any
-    grads: Any
+    value: PyTree
+    aux: PyTree
+    grads: PyTree
     input_grads: Any
     stats: dict[str, Stats]
     grad_stats: dict[str, Stats]
@@ -75,7 +76,7 @@ class Inspection(ByName, ShowsTable):
     sites: tuple[Site, ...]
     param_order: tuple[str, ...] = ()
 
-    def with_updates(self, params: Any, updates: Any) -> "Inspection":
+    def with_updates(self, params: PyTree, updates: PyTree) -> "Inspection":
         """Return the same with `update_ratios` of an optimizer's updates; about 1e-3 is usual.
 
         The rule of thumb is Karpathy's (CS231n notes, "Ratio of weights:updates").
@@ -177,7 +178,7 @@ def inspect(
     stats = checked_stats(stats, "inspect")
 
     @transform_of(loss, "inspect", own=0)
-    def inspected(*args: Any, **kwargs: Any) -> Inspection:
+    def inspected(*args: PyTree, **kwargs: PyTree) -> Inspection:
         """Return the value of the loss, its gradients, and what the sites show."""
         args, kwargs = params_first(loss, args, kwargs, "inspect")
         program = trace_as_written(with_hint(loss), *args, **kwargs)
@@ -186,7 +187,7 @@ def inspect(
         variables = _differentiable(program, input_grads)
         flat = _is_flattened(loss)
 
-        def run(consts: Sequence[Any], inputs: Sequence[Any], cut: bool) -> Inspection:
+        def run(consts: Sequence[PyTree], inputs: Sequence[PyTree], cut: bool) -> Inspection:
             closed = program.jaxpr.replace(consts=list(consts))
             return _run(replace(program, jaxpr=closed), flat, want, variables, cut, inputs)
 
@@ -229,7 +230,7 @@ def _differentiable(program: Program, input_grads: bool) -> list[int]:
 
 
 def _run(
-    program: Program, flat: bool, want: Wanted, variables: list[int], cut: bool, inputs: Sequence[Any]
+    program: Program, flat: bool, want: Wanted, variables: list[int], cut: bool, inputs: Sequence[PyTree]
 ) -> Inspection:
     """Run a program forward and backward.
 
@@ -245,8 +246,8 @@ def _run(
     equations = program.equations(at)
 
     def visit(
-        equation: Equation, evaluate: Evaluate, inputs: Sequence[Any], token: Any
-    ) -> tuple[list[Any], Any]:
+        equation: Equation, evaluate: Evaluate, inputs: Sequence[PyTree], token: PyTree
+    ) -> tuple[list[PyTree], PyTree]:
         outs, recorded = evaluate(inputs), {}
         for site in at[equation.path]:
             x = outs[site.index]
@@ -255,7 +256,7 @@ def _run(
                 outs[site.index] = probe(_of_cotangent(want, site), x, token[site.name])
         return outs, recorded
 
-    def forward(leaves: list[Any], tokens: dict[Path, Any]) -> tuple[Any, Any]:
+    def forward(leaves: list[PyTree], tokens: dict[Path, PyTree]) -> tuple[PyTree, PyTree]:
         full = list(inputs)
         for i, leaf in zip(variables, leaves, strict=True):
             full[i] = leaf
@@ -297,12 +298,12 @@ def _run(
     )
 
 
-def _of_cotangent(want: Wanted, site: Site) -> Callable[[Any, Any], dict[str, Any]]:
+def _of_cotangent(want: Wanted, site: Site) -> Callable[[PyTree, PyTree], dict[str, Any]]:
     """Return the function of a site's cotangent (and no residual) that its probe evaluates."""
     return lambda cotangent, _: want.of(site, cotangent)
 
 
-def _token(site: Site, summary: Callable, aval: Any) -> Any:
+def _token(site: Site, summary: Callable, aval: Any) -> PyTree:
     """Return zeros shaped, and sharded, like a summary, with a leading axis for each loop around the site."""
 
     def of(shape: Any) -> jax.Array:

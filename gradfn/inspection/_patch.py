@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from gradfn.jaxpr import Equation, Site, find_sites, interpret, select, trace_as_written
 from gradfn.jaxpr.interpreter import Evaluate
@@ -43,10 +44,10 @@ def patch(f: Callable, edits: Mapping[str, Any]) -> Callable:
     """
 
     @functools.wraps(f)
-    def patched(*args: Any, **kwargs: Any) -> Any:
+    def patched(*args: PyTree, **kwargs: PyTree) -> PyTree:
         program = trace_as_written(f, *args, **kwargs)
         offered = find_sites(program)
-        at: dict[tuple[int, ...], list[tuple[Site, Any]]] = {}
+        at: dict[tuple[int, ...], list[tuple[Site, PyTree]]] = {}
         for name, edit in edits.items():
             for site in select(offered, name, "patch"):
                 if site.reaches == "nothing":
@@ -62,8 +63,8 @@ def patch(f: Callable, edits: Mapping[str, Any]) -> Callable:
         }
 
         def visit(
-            equation: Equation, evaluate: Evaluate, inputs: Sequence[Any], token: list[Any]
-        ) -> tuple[list[Any], None]:
+            equation: Equation, evaluate: Evaluate, inputs: Sequence[PyTree], token: list[PyTree]
+        ) -> tuple[list[PyTree], None]:
             outs = evaluate(inputs)
             for (site, edit), value in zip(at[equation.path], token, strict=True):
                 old = outs[site.index]
@@ -77,7 +78,7 @@ def patch(f: Callable, edits: Mapping[str, Any]) -> Callable:
     return patched
 
 
-def _stacked(site: Site, value: Any) -> jax.Array:
+def _stacked(site: Site, value: PyTree) -> jax.Array:
     """Give every iteration of the loops around a site its own value, as tokens have it."""
     value = jnp.asarray(value)
     if value.shape != site.axes + site.shape:
@@ -86,7 +87,7 @@ def _stacked(site: Site, value: Any) -> jax.Array:
     return value
 
 
-def _fitted(site: Site, value: Any, old: jax.Array) -> jax.Array:
+def _fitted(site: Site, value: PyTree, old: jax.Array) -> jax.Array:
     value = jnp.asarray(value)
     _check(site, value.shape)
     return as_varying(jnp.broadcast_to(value.astype(old.dtype), old.shape), varying_axes(old))

@@ -1,7 +1,8 @@
 """`gf.sites`: the values of a function that can be inspected and patched."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+
+from jaxtyping import PyTree
 
 from gradfn.core.signature import transform_of
 from gradfn.display import ShowsTable, TextTable
@@ -86,7 +87,7 @@ def sites(f: Callable) -> Callable[..., SiteList]:
     """
 
     @transform_of(f, "sites", own=0)
-    def listed(*args: Any, **kwargs: Any) -> SiteList:
+    def listed(*args: PyTree, **kwargs: PyTree) -> SiteList:
         """Return the sites of the function for these arguments."""
         program = trace_as_written(f, *args, **kwargs)
         found = SiteList(find_sites(program))

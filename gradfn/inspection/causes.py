@@ -3,9 +3,10 @@
 # ruff: noqa: SIM905 (lists of words are read as words)
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 
 class Operand(NamedTuple):
@@ -177,7 +178,7 @@ def _cast_inf(operands: tuple[Operand, ...], dtype: str) -> str:
     return _overflow(operands, dtype)
 
 
-def _says(sentence: str) -> Any:
+def _says(sentence: str) -> PyTree:
     return lambda operands, dtype: sentence
 
 

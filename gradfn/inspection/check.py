@@ -4,11 +4,12 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from gradfn.core.signature import transform_of
 from gradfn.display import ROWS, ShowsTable, TextTable
@@ -140,7 +141,7 @@ def check_grads(
         (False, ['a'])
     """
 
-    def prepared(args: Any, kwargs: Any, numbers: Sequence[int]) -> tuple[Scalar, tuple[str, str]]:
+    def prepared(args: PyTree, kwargs: PyTree, numbers: Sequence[int]) -> tuple[Scalar, tuple[str, str]]:
         of = scalar(f, args, kwargs, numbers, "check_grads")
         try:
             return of, _lowest_precision(of)
@@ -151,7 +152,7 @@ def check_grads(
             return fewer, _lowest_precision(fewer)
 
     @transform_of(f, "check_grads", own=0)
-    def check(*args: Any, **kwargs: Any) -> GradCheck:
+    def check(*args: PyTree, **kwargs: PyTree) -> GradCheck:
         """Return how the gradients compare with central differences."""
         args, kwargs = by_position(f, args, kwargs) if not args else (args, kwargs)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
@@ -177,10 +178,10 @@ def _float64() -> Iterator[None]:
         yield
 
 
-def _widened(tree: Any) -> Any:
+def _widened(tree: PyTree) -> PyTree:
     """Return the same arguments with their floating arrays in float64."""
 
-    def widened(leaf: Any, traced: bool) -> Any:
+    def widened(leaf: PyTree, traced: bool) -> PyTree:
         if not traced or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             return leaf
         if isinstance(leaf, (float, np.floating)):  # single numbers stay what functions can branch on
@@ -289,7 +290,7 @@ def _compare(slope: float, by_differences: _Slopes, norm: float, tolerance: floa
     return LeafCheck("", (), slope, central, error, ok, note)
 
 
-def _wide(x: Any) -> Any:
+def _wide(x: PyTree) -> PyTree:
     return np.complex128 if jnp.issubdtype(jnp.result_type(x), jnp.complexfloating) else np.float64
 
 

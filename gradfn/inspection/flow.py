@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from gradfn.display import ROWS, TextTable
 from gradfn.inspection._sites import number_note
@@ -151,11 +152,11 @@ def to_dict(seen: "Inspection") -> dict[str, Any]:
     return out
 
 
-def _leaves(tree: Any) -> list[tuple[str, Any]]:
+def _leaves(tree: PyTree) -> list[tuple[str, PyTree]]:
     return [(leaf_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def _of_array(x: Any) -> dict[str, Any]:
+def _of_array(x: PyTree) -> dict[str, Any]:
     x = np.asarray(x)
     sizes = np.abs(x.astype(np.complex128 if np.iscomplexobj(x) else np.float64))
     if not sizes.size:

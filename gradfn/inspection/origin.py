@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
+from jaxtyping import PyTree
 
 from gradfn.core.signature import transform_of
 from gradfn.inspection.causes import ELEMENTWISE, Operand, explain
@@ -169,7 +170,7 @@ class NanRecord:
         input_names: names of the inputs (static).
     """
 
-    value: Any
+    value: PyTree
     nonfinite_grads: Any
     nonfinite_inputs: Any
     keys: Any
@@ -178,7 +179,7 @@ class NanRecord:
     input_names: tuple[str, ...]
 
     @property
-    def ok(self) -> Any:
+    def ok(self) -> PyTree:
         """Whether value and gradients are finite, a boolean array (one per step where steps are stacked)."""
         return jnp.isfinite(self.value) & ~jnp.any(self.nonfinite_grads, axis=-1)
 
@@ -230,7 +231,7 @@ def nan_origin(f: Callable, argnums: int | Sequence[int] = 0) -> Callable[..., N
         True
     """
 
-    def look(*args: Any, **kwargs: Any) -> NanRecord:
+    def look(*args: PyTree, **kwargs: PyTree) -> NanRecord:
         program, of = _trace(f, argnums, args, kwargs, "nan_origin")
         spots = _spots(program)
         keys, outs = _look(program, spots, program.inputs)
@@ -240,7 +241,7 @@ def nan_origin(f: Callable, argnums: int | Sequence[int] = 0) -> Callable[..., N
     compiled = jit_arrays(look)
 
     @transform_of(f, "nan_origin", own=0)
-    def find(*args: Any, **kwargs: Any) -> NanReport:
+    def find(*args: PyTree, **kwargs: PyTree) -> NanReport:
         """Return where the first NaN and the first infinity come from."""
         args, kwargs = by_position(f, args, kwargs) if not args else (args, kwargs)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
@@ -260,7 +261,7 @@ def nan_origin(f: Callable, argnums: int | Sequence[int] = 0) -> Callable[..., N
     return find
 
 
-def nan_guard(f: Callable) -> Callable[..., tuple[Any, Any, NanRecord]]:
+def nan_guard(f: Callable) -> Callable[..., tuple[PyTree, PyTree, NanRecord]]:
     """Value and gradients, as `jax.value_and_grad` has them, and where a NaN came from if there is one.
 
     For use inside a compiled training step. As long as value and gradients are finite it costs the test of
@@ -290,14 +291,14 @@ def nan_guard(f: Callable) -> Callable[..., tuple[Any, Any, NanRecord]]:
     """
 
     @transform_of(f, "nan_guard", own=0)
-    def guarded(*args: Any, **kwargs: Any) -> tuple[Any, Any, NanRecord]:
+    def guarded(*args: PyTree, **kwargs: PyTree) -> tuple[PyTree, PyTree, NanRecord]:
         """Return the value, the gradients, and a record of the first NaN and the first infinity."""
         args, kwargs = params_first(f, args, kwargs, "nan_guard")
         program, of = _trace(f, 0, args, kwargs, "nan_guard")
         spots = _spots(program)
         (value, aux), grads = jax.value_and_grad(of.call, has_aux=True)(of.leaves.values)
 
-        def look(inputs: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
+        def look(inputs: Sequence[PyTree]) -> tuple[jax.Array, jax.Array]:
             keys, _ = _look(program, spots, inputs)
             return keys, _nonfinite_inputs(program, inputs)
 
@@ -312,12 +313,12 @@ def nan_guard(f: Callable) -> Callable[..., tuple[Any, Any, NanRecord]]:
 
 
 def _trace(
-    f: Callable, argnums: int | Sequence[int], args: Sequence[Any], kwargs: Mapping[str, Any], what: str
+    f: Callable, argnums: int | Sequence[int], args: Sequence[PyTree], kwargs: Mapping[str, Any], what: str
 ) -> tuple[Program, Scalar]:
     """Trace `(value, aux, gradients by leaf)` of a call, as it was written."""
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
-    def value_and_grads(*args: Any, **kwargs: Any) -> tuple[Any, Any, list[Any]]:
+    def value_and_grads(*args: PyTree, **kwargs: PyTree) -> tuple[PyTree, PyTree, list[PyTree]]:
         of = scalar(f, args, kwargs, numbers, what)
         (value, aux), grads = jax.value_and_grad(of.call, has_aux=True)(of.leaves.values)
         return value, aux, grads
@@ -345,7 +346,7 @@ class _Written(Dataflow[str]):
 
     enter_custom = True
 
-    def constant(self, value: Any) -> str:
+    def constant(self, value: PyTree) -> str:
         if isinstance(value, jax.core.Tracer) or np.ndim(value) or not _is_number(value):
             return "computed"
         return "number" if bool(np.isfinite(np.asarray(value, np.complex128))) else "nonfinite"
@@ -376,14 +377,14 @@ def _spots(program: Program) -> dict[Path, Spot]:
     }
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: PyTree) -> bool:
     return not jnp.issubdtype(jnp.result_type(value), jax.dtypes.extended)
 
 
 def _spot(
     equation: Equation,
     equations: Mapping[Path, Equation],
-    made_by: Mapping[Any, str],
+    made_by: Mapping[PyTree, str],
     written: tuple[bool, ...],
 ) -> Spot:
     containers = around(equation, equations)
@@ -391,7 +392,7 @@ def _spot(
     phase = "backward" if any("transpose(" in stack for stack in stacks) else "forward"
     if any("rematted_computation" in stack for stack in stacks):
         phase = "recomputed"
-    operands: list[Any] = equation.eqn.invars
+    operands: list[PyTree] = equation.eqn.invars
     # jax has d sqrt(x) = 0.5 / sqrt(x).
     halves = equation.eqn.primitive.name == "div" and getattr(operands[0], "val", None) == 0.5
     return Spot(
@@ -417,8 +418,8 @@ def _record(
     program: Program,
     of: Scalar,
     spots: Mapping[Path, Spot],
-    value: Any,
-    grads: Sequence[Any],
+    value: PyTree,
+    grads: Sequence[PyTree],
     keys: jax.Array,
     nonfinite_inputs: jax.Array,
 ) -> NanRecord:
@@ -426,7 +427,7 @@ def _record(
     return NanRecord(value, _nonfinite(grads), nonfinite_inputs, keys, tuple(spots.values()), of.names, names)
 
 
-def _worst(x: Any) -> jax.Array:
+def _worst(x: PyTree) -> jax.Array:
     """Return a scalar: NaN where an array has a NaN, else infinity where it has one, else a finite number.
 
     A sum, scaled down so that no array's finite numbers can add up to infinity. A maximum would not do: that
@@ -439,13 +440,13 @@ def _worst(x: Any) -> jax.Array:
     return lax.reduce(x * np.array(2.0**-40, x.dtype), np.zeros((), x.dtype), lax.add, range(x.ndim))
 
 
-def _worst_of(arrays: Sequence[Any]) -> jax.Array:
+def _worst_of(arrays: Sequence[PyTree]) -> jax.Array:
     """Return the worst of several arrays, 0 of none; in float64 where that is in use."""
     wide = jnp.result_type(float)
     return sum([_worst(x).astype(wide) for x in arrays], jnp.zeros((), wide))
 
 
-def _nonfinite(arrays: Sequence[Any]) -> jax.Array:
+def _nonfinite(arrays: Sequence[PyTree]) -> jax.Array:
     wide = jnp.result_type(float)
     return ~jnp.isfinite(jnp.stack([_worst(x).astype(wide) for x in arrays]))
 
@@ -458,7 +459,7 @@ def _input_names(program: Program) -> tuple[str, ...]:
     return (*names, *["a constant that the function closes over"] * len(program.jaxpr.consts))
 
 
-def _nonfinite_inputs(program: Program, inputs: Sequence[Any]) -> jax.Array:
+def _nonfinite_inputs(program: Program, inputs: Sequence[PyTree]) -> jax.Array:
     variables = [*program.jaxpr.jaxpr.invars, *program.jaxpr.jaxpr.constvars]
     values = [*inputs, *program.jaxpr.consts]
     worst = [_worst_of([x] * _is_inexact(v)) for v, x in zip(variables, values, strict=True)]
@@ -466,13 +467,15 @@ def _nonfinite_inputs(program: Program, inputs: Sequence[Any]) -> jax.Array:
     return jnp.stack([jnp.isnan(table), jnp.isinf(table)], axis=-1)
 
 
-def _look(program: Program, spots: Mapping[Path, Spot], inputs: Sequence[Any]) -> tuple[jax.Array, list[Any]]:
+def _look(
+    program: Program, spots: Mapping[Path, Spot], inputs: Sequence[PyTree]
+) -> tuple[jax.Array, list[PyTree]]:
     """Run the program; return the keys of what came first, `[3, levels]`, and the program's outputs."""
     known: dict[
         int, Any
     ] = {}  # one equation's result is another's operand; the value is kept, so ids are its own
 
-    def worst(x: Any, keep: bool = False) -> jax.Array:
+    def worst(x: PyTree, keep: bool = False) -> jax.Array:
         if id(x) in known:
             return known[id(x)][1]
         found = _worst_of([x])
@@ -481,12 +484,12 @@ def _look(program: Program, spots: Mapping[Path, Spot], inputs: Sequence[Any]) -
         return found
 
     def visit(
-        equation: Equation, evaluate: Evaluate, inputs: Sequence[Any], token: None
-    ) -> tuple[list[Any], jax.Array]:
+        equation: Equation, evaluate: Evaluate, inputs: Sequence[PyTree], token: None
+    ) -> tuple[list[PyTree], jax.Array]:
         outs = evaluate(inputs)
         none = _worst_of([])  # sums again: NaN and infinity survive them
         written = spots[equation.path].written
-        before: list[list[Any]] = [[], []]  # computed operands, those written in the program
+        before: list[list[PyTree]] = [[], []]  # computed operands, those written in the program
         for v, x, is_written in zip(equation.eqn.invars, inputs, written, strict=True):
             if _is_inexact(v):
                 before[is_written].append(worst(x))
@@ -520,7 +523,7 @@ def _merge_runs(old: jax.Array, new: jax.Array) -> jax.Array:
 def _first_of_all(captures: Mapping[Path, jax.Array], spots: Sequence[Spot]) -> jax.Array:
     """Return the smallest key of each kind: `[3, levels]`, a row of -1 where there is none."""
     levels = max([len(order_key(spot.path)) for spot in spots], default=1)
-    groups: dict[Any, list[Spot]] = {}  # those with the same loops around
+    groups: dict[PyTree, list[Spot]] = {}  # those with the same loops around
     for spot in spots:
         groups.setdefault(tuple((loop, spot.path[: 2 * loop.depth + 1]) for loop in spot.loops), []).append(
             spot
@@ -642,15 +645,15 @@ def _event(
 def _details(program: Program, kind: str, spot: Spot, turns: tuple[int, ...]) -> _Details:
     """Run the program once more, to see the operands of one equation in one iteration."""
     equation = program.equations([spot.path], enter_custom=True)[spot.path]
-    outs: list[Any] = [v for v in equation.eqn.outvars if _is_inexact(v)]
-    operands: list[Any] = [v for v in equation.eqn.invars if _is_inexact(v)]
+    outs: list[PyTree] = [v for v in equation.eqn.outvars if _is_inexact(v)]
+    operands: list[PyTree] = [v for v in equation.eqn.invars if _is_inexact(v)]
     shape: tuple[int, ...] = tuple(outs[0].aval.shape)
     pointwise = len(equation.eqn.outvars) == 1 and spot.operation in ELEMENTWISE
     is_bad = jnp.isnan if kind == "nan" else jnp.isinf
 
     def visit(
-        equation: Equation, evaluate: Evaluate, inputs: Sequence[Any], token: None
-    ) -> tuple[list[Any], jax.Array]:
+        equation: Equation, evaluate: Evaluate, inputs: Sequence[PyTree], token: None
+    ) -> tuple[list[PyTree], jax.Array]:
         results = evaluate(inputs)
         known = [x for v, x in zip(equation.eqn.outvars, results, strict=True) if _is_inexact(v)]
         bad = is_bad(known[0]).reshape(-1)
@@ -667,7 +670,7 @@ def _details(program: Program, kind: str, spot: Spot, turns: tuple[int, ...]) ->
         return jnp.where(old[..., :1] > 0, old, new)
 
     @jax.jit
-    def run(inputs: Sequence[Any]) -> jax.Array:
+    def run(inputs: Sequence[PyTree]) -> jax.Array:
         _, captures = interpret(program.jaxpr, visit, {spot.path: equation}, inputs, merge=keep_first)
         return captures[spot.path]
 
@@ -688,7 +691,7 @@ def _details(program: Program, kind: str, spot: Spot, turns: tuple[int, ...]) ->
     return _Details(element if len(outs) == 1 else None, tuple(found))
 
 
-def _numbers(x: jax.Array, element: Sequence[Any] | None) -> list[jax.Array]:
+def _numbers(x: jax.Array, element: Sequence[PyTree] | None) -> list[jax.Array]:
     """Return lowest and highest finite value, counts of zeros, NaN, inf, -inf, and the value at an element."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         x = jnp.abs(x)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import PyTree
 
 from gradfn.core.precision import in_units, is_safe, magnitudes_squared, real_parts, root, unit_of, widen
 
@@ -57,11 +58,11 @@ class Stats:
         names: which those are (static).
     """
 
-    values: Any
+    values: PyTree
     histogram: Any
     names: tuple[str, ...]
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> PyTree:
         if name not in ("count", *STATS):
             raise AttributeError(name)
         return self.values[..., self.names.index(name)] if name in self.names else None

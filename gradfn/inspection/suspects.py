@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from gradfn.inspection._backprop import active_equations
 from gradfn.inspection.where import around, line_of, operation_of
@@ -59,15 +59,15 @@ def _gradient(program: Program, lifted: Mapping[Path, Equation]) -> np.ndarray:
     """Return the gradient with some equations lifted; NaN where what a function is made of has none."""
 
     def visit(
-        equation: Equation, evaluate: Evaluate, inputs: Sequence[Any], token: Any
-    ) -> tuple[Sequence[Any], None]:
+        equation: Equation, evaluate: Evaluate, inputs: Sequence[PyTree], token: PyTree
+    ) -> tuple[Sequence[PyTree], None]:
         _, inner = bodies(equation.eqn, enter_custom=True)
         if not inner:
             return inputs, None
         body, consts = inner[0]
         return jax.core.eval_jaxpr(body, consts, *inputs), None
 
-    def value(leaf: Any) -> Any:
+    def value(leaf: PyTree) -> PyTree:
         outs, _ = interpret(program.jaxpr, visit, lifted, [leaf])
         return outs[0]
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import PyTree
 
 from gradfn.jaxpr import Equation
 from gradfn.jaxpr.interpreter import Path, operation, params_of
@@ -93,6 +94,6 @@ def _custom_name(equation: Equation) -> str:
     return str(equation.eqn.params["call_jaxpr"].debug_info.func_src_info).split(" ")[0]
 
 
-def dtype_of(atom: Any) -> Any:
+def dtype_of(atom: Any) -> PyTree:
     """Return the dtype of a variable; bool for the rare one that has none."""
     return getattr(atom.aval, "dtype", np.dtype(bool))

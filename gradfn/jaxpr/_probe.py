@@ -9,13 +9,14 @@ from functools import partial
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from gradfn.jaxpr.varying import as_varying, varying_axes
 
-Summary = Callable[[Any, Any], Any]
+Summary = Callable[[PyTree, PyTree], Any]
 
 
-def probe(summary: Summary, x: Any, token: Any, residual: Any = None) -> Any:
+def probe(summary: Summary, x: PyTree, token: PyTree, residual: PyTree = None) -> PyTree:
     """Return `x`; differentiated, the gradient of `token` is `summary(cotangent of x, residual)`.
 
     Args:
@@ -38,7 +39,7 @@ def probe(summary: Summary, x: Any, token: Any, residual: Any = None) -> Any:
     # Inside a shard_map each device has its own token, even if the value is the same on all devices.
     varying = [varying_axes(leaf) for leaf in jax.tree.leaves(token)]
 
-    def typed(g: Any, residual: Any) -> Any:
+    def typed(g: PyTree, residual: PyTree) -> PyTree:
         leaves, tree = jax.tree.flatten(summary(g, residual))
         return jax.tree.unflatten(
             tree, [as_varying(s, axes) for s, axes in zip(leaves, varying, strict=True)]
@@ -48,15 +49,15 @@ def probe(summary: Summary, x: Any, token: Any, residual: Any = None) -> Any:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _probe(summary: Summary, x: Any, token: Any, residual: Any) -> Any:
+def _probe(summary: Summary, x: PyTree, token: PyTree, residual: PyTree) -> PyTree:
     return x
 
 
-def _forward(summary: Summary, x: Any, token: Any, residual: Any) -> tuple[Any, Any]:
+def _forward(summary: Summary, x: PyTree, token: PyTree, residual: PyTree) -> tuple[PyTree, PyTree]:
     return x, residual
 
 
-def _backward(summary: Summary, residual: Any, g: Any) -> tuple[Any, Any, None]:
+def _backward(summary: Summary, residual: PyTree, g: PyTree) -> tuple[PyTree, PyTree, None]:
     return g, summary(g, residual), None
 
 

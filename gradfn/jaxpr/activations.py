@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn
+from jax.extend.core import Jaxpr
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from gradfn.jaxpr.dataflow import Dataflow
 from gradfn.jaxpr.interpreter import Path, bodies, operation
@@ -53,7 +55,7 @@ def fresh(key: Hashable, aval: Any, anchor: Any = None) -> Sample | None:
     return Sample(root=key, anchor=anchor) if sort == "floating" else None
 
 
-def constant(value: Any) -> Sample | None:
+def constant(value: PyTree) -> Sample | None:
     """Return the sample of a known number; None for an array or a traced number."""
     if isinstance(value, jax.core.Tracer) or np.ndim(value) != 0:
         return None
@@ -62,7 +64,7 @@ def constant(value: Any) -> Sample | None:
 
 
 @functools.cache
-def _sort(dtype: Any) -> str:
+def _sort(dtype: DTypeLike) -> str:
     sorts = {"floating": jnp.floating, "bool": jnp.bool_, "integer": jnp.integer}
     return next((name for name, sort in sorts.items() if jnp.issubdtype(dtype, sort)), "")
 
@@ -77,7 +79,7 @@ def is_zero(sample: Sample | None) -> bool:
     return is_constant(sample) and not np.any(sample.values)  # type: ignore[union-attr]
 
 
-def simulate(eqn: JaxprEqn, operands: Sequence[Sample | None]) -> Sample | None:
+def simulate(eqn: Any, operands: Sequence[Sample | None]) -> Sample | None:
     """Return the sample of an equation's output; None where it is not a function of one root."""
     if len(eqn.outvars) != 1 or any(sample is None for sample in operands):
         return None
@@ -103,18 +105,18 @@ class _Simulation(Dataflow[Sample | None]):
 
     enter_custom = True
 
-    def constant(self, value: Any) -> Sample | None:
+    def constant(self, value: PyTree) -> Sample | None:
         return constant(value)
 
-    def enters(self, path: Path, kind: str, eqn: JaxprEqn, operands: list[Sample | None]) -> bool:
+    def enters(self, path: Path, kind: str, eqn: Any, operands: list[Sample | None]) -> bool:
         return kind in ("jit", "custom")
 
-    def equation(self, path: Path, eqn: JaxprEqn, operands: list[Sample | None]) -> list[Sample | None]:
+    def equation(self, path: Path, eqn: Any, operands: list[Sample | None]) -> list[Sample | None]:
         return [simulate(eqn, operands)] * len(eqn.outvars)
 
 
 def simulate_body(
-    jaxpr: Jaxpr, consts: Sequence[Any], operands: Sequence[Sample | None]
+    jaxpr: Jaxpr, consts: Sequence[PyTree], operands: Sequence[Sample | None]
 ) -> list[Sample | None]:
     """Return the samples of the outputs of a function, given those of its inputs."""
     return _Simulation().body(jaxpr, list(map(constant, consts)), operands)
@@ -143,7 +145,7 @@ def _are_close(a: np.ndarray, b: np.ndarray, relative: float) -> np.ndarray:
 
 
 @functools.cache
-def _tolerance(dtype: Any) -> float:
+def _tolerance(dtype: DTypeLike) -> float:
     return max(1e-4, 2 * float(jnp.finfo(dtype).eps))
 
 
@@ -277,7 +279,7 @@ def _sides(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, int]:
     return x, x < 0, int(np.argmax(x))
 
 
-Rule = Callable[[Any, list[np.ndarray]], np.ndarray | None]
+Rule = Callable[[PyTree, list[np.ndarray]], np.ndarray | None]
 
 
 def _pointwise(function: Callable[..., np.ndarray]) -> Rule:
@@ -331,7 +333,7 @@ def _same(eqn: Any, arrays: list[np.ndarray]) -> np.ndarray | None:
     return arrays[0]
 
 
-_POINTWISE: dict[str, Callable[..., Any]] = {
+_POINTWISE: dict[str, Callable] = {
     "add": np.add,
     "add_any": np.add,
     "sub": np.subtract,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from gradfn.core.names import ParameterError
 from gradfn.jaxpr.program import (
@@ -30,12 +31,12 @@ from gradfn.jaxpr.program import (
 MEAN = "gf.batch_mean(loss) averages a loss of one example over a batch."
 
 
-def value_and_aux(out: Any) -> tuple[Any, Any]:
+def value_and_aux(out: PyTree) -> tuple[PyTree, PyTree]:
     """Split what a function returned into value and aux; aux is None where it returned a value alone."""
     return out if isinstance(out, tuple) and len(out) == 2 else (out, None)
 
 
-def scalar_and_aux(out: Any, what: str, of: str = "function", remedy: str = MEAN) -> tuple[Any, Any]:
+def scalar_and_aux(out: PyTree, what: str, of: str = "function", remedy: str = MEAN) -> tuple[PyTree, PyTree]:
     """Split what a function returned, arrays or their shapes, into a floating scalar and aux.
 
     Raises:
@@ -60,7 +61,7 @@ def with_hint(f: Callable, hint: str = MEAN) -> Callable:
         return f
 
     @functools.wraps(f)
-    def hinted(*args: Any, **kwargs: Any) -> Any:
+    def hinted(*args: PyTree, **kwargs: PyTree) -> PyTree:
         try:
             return f(*args, **kwargs)
         except (TypeError, ValueError, IndexError) as error:
@@ -91,26 +92,26 @@ class Leaves(NamedTuple):
         what: names the caller in errors.
     """
 
-    values: list[Any]
+    values: list[PyTree]
     names: tuple[str, ...]
     numbers: tuple[int, ...]
-    all_leaves: list[Any]
+    all_leaves: list[PyTree]
     structure: Any
     what: str
 
-    def fill(self, values: Sequence[Any]) -> Any:
+    def fill(self, values: Sequence[PyTree]) -> PyTree:
         """Return the tree with other arrays; everything else stays as it is."""
         known = dict(zip(self.numbers, values, strict=True))
         return jax.tree.unflatten(
             self.structure, [known.get(i, leaf) for i, leaf in enumerate(self.all_leaves)]
         )
 
-    def tree(self, values: Sequence[Any]) -> Any:
+    def tree(self, values: Sequence[PyTree]) -> PyTree:
         """Return a tree of one value per array, None where a leaf is not a floating array."""
         known = dict(zip(self.numbers, values, strict=True))
         return jax.tree.unflatten(self.structure, [known.get(i) for i in range(len(self.all_leaves))])
 
-    def match(self, other: Any) -> list[Any]:
+    def match(self, other: PyTree) -> list[PyTree]:
         """Return one value per array from a tree of the same structure, or of that which `tree` makes.
 
         Raises:
@@ -122,7 +123,7 @@ class Leaves(NamedTuple):
             raise self._other_structure(other) from None
         return [parts[i] for i in self.numbers]
 
-    def _other_structure(self, other: Any) -> ParameterError:
+    def _other_structure(self, other: PyTree) -> ParameterError:
         got, expected = (
             [leaf_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
             for tree in (other, self.fill(self.values))
@@ -141,12 +142,12 @@ class Leaves(NamedTuple):
         return sum(jnp.size(value) for value in self.values)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> PyTree:
         """The dtype of the flat vector: the arrays' most precise, float32 at least."""
         dtypes = [jnp.dtype(jnp.float32), *map(jnp.result_type, self.values)]
         return max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
 
-    def flat(self, values: Sequence[Any]) -> jax.Array:
+    def flat(self, values: Sequence[PyTree]) -> jax.Array:
         """Concatenate one array per leaf into a vector `[size]`."""
         return jnp.concatenate([jnp.ravel(jnp.asarray(value)).astype(self.dtype) for value in values])
 
@@ -161,7 +162,7 @@ class Leaves(NamedTuple):
         return parts
 
 
-def floating_leaves(params: Any, what: str) -> Leaves:
+def floating_leaves(params: PyTree, what: str) -> Leaves:
     """Return the floating arrays of a tree of parameters; `what` names the caller in errors.
 
     Raises:
@@ -215,21 +216,21 @@ class Scalar(NamedTuple):
     """
 
     leaves: Leaves
-    call: Callable[[Sequence[Any]], tuple[Any, Any]]
+    call: Callable[[Sequence[PyTree]], tuple[PyTree, PyTree]]
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the arrays."""
         return self.leaves.names
 
-    def value(self, values: Sequence[Any]) -> Any:
+    def value(self, values: Sequence[PyTree]) -> PyTree:
         """Return the function's value alone."""
         return self.call(values)[0]
 
 
 def scalar(
     f: Callable,
-    args: Sequence[Any],
+    args: Sequence[PyTree],
     kwargs: Mapping[str, Any],
     argnums: Sequence[int],
     what: str,
@@ -273,7 +274,7 @@ def scalar(
     of = Leaves([leaves[i] for i in floating], names, floating, leaves, structure, what)
     run = pure(with_hint(f))
 
-    def call(values: Sequence[Any]) -> tuple[Any, Any]:
+    def call(values: Sequence[PyTree]) -> tuple[PyTree, PyTree]:
         return scalar_and_aux(run(*of.fill(values), **kwargs), what)
 
     return Scalar(of, call)
@@ -291,7 +292,7 @@ def _argument_names(f: Callable, n: int) -> list[str]:
     return [names[i] if i < len(names) else f"arg{i}" for i in range(n)]
 
 
-def _describe(leaf: Any) -> str:
+def _describe(leaf: PyTree) -> str:
     known = is_array(leaf) or hasattr(leaf, "shape")
     return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" if known else type(leaf).__name__
 
@@ -302,7 +303,7 @@ def jit_arrays(f: Callable) -> Callable:
     Numbers that the function needs while it is traced are left as they are, as in `gradfn.jaxpr.trace`.
     """
 
-    def filled(structure: Any, others: Sequence[Any], arrays: Sequence[Any]) -> Any:
+    def filled(structure: Any, others: Sequence[PyTree], arrays: Sequence[PyTree]) -> PyTree:
         rest = iter(arrays)
         args, kwargs = jax.tree.unflatten(structure, [next(rest) if x is None else x for x in others])
         return hide_objects(f(*args, **kwargs))
@@ -310,10 +311,10 @@ def jit_arrays(f: Callable) -> Callable:
     run = jax.jit(filled, static_argnums=(0, 1))
 
     @functools.wraps(f)
-    def compiled(*args: Any, **kwargs: Any) -> Any:
+    def compiled(*args: PyTree, **kwargs: PyTree) -> PyTree:
         leaves, structure = jax.tree.flatten((args, kwargs))
 
-        def split(traced: Sequence[bool]) -> tuple[tuple[Any, ...], list[Any]]:
+        def split(traced: Sequence[bool]) -> tuple[tuple[PyTree, ...], list[PyTree]]:
             pairs = list(zip(leaves, traced, strict=True))
             return tuple(None if t else leaf for leaf, t in pairs), [leaf for leaf, t in pairs if t]
 

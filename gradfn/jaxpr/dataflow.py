@@ -12,7 +12,8 @@ What an analysis finds goes into `records`. Iterations of a loop before its fixp
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jaxtyping import PyTree
 
 from gradfn.jaxpr.interpreter import Path, bodies, scan_split
 
@@ -33,7 +34,7 @@ class Dataflow(Generic[V]):
     def __init__(self) -> None:
         self.records: list[Any] = []
 
-    def constant(self, value: Any) -> V:
+    def constant(self, value: PyTree) -> V:
         """Return what is known of a constant."""
         raise NotImplementedError
 
@@ -88,7 +89,7 @@ class Dataflow(Generic[V]):
         known = enumerate(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
         env = {var: self.bind(prefix, -1 - k, var, value, None) for k, (var, value) in known}
 
-        def read(path: Path, atoms: Sequence[Any], eqn: JaxprEqn | None = None) -> list[V]:
+        def read(path: Path, atoms: Sequence[Var | Literal], eqn: JaxprEqn | None = None) -> list[V]:
             for k, atom in enumerate(atoms):
                 if not isinstance(atom, Literal):
                     env[atom] = self.use(path, k, atom, env[atom], eqn)
@@ -111,7 +112,7 @@ class Dataflow(Generic[V]):
         path: Path,
         kind: str,
         eqn: JaxprEqn,
-        inner: Sequence[tuple[Jaxpr, Sequence[Any]]],
+        inner: Sequence[tuple[Jaxpr, Sequence[PyTree]]],
         operands: list[V],
     ) -> Sequence[V]:
         def run(k: int, operands: Sequence[V]) -> list[V]:

@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, primitives
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, primitives
 from jax.sharding import PartitionSpec, Sharding
+from jaxtyping import PyTree
 
 from gradfn.jaxpr.varying import zeros
 
 Path = tuple[int, ...]
-Evaluate = Callable[[Sequence[Any]], list[Any]]
-Visitor = Callable[["Equation", Evaluate, Sequence[Any], Any], tuple[Sequence[Any], Any]]
+Evaluate = Callable[[Sequence[PyTree]], list[PyTree]]
+Visitor = Callable[["Equation", Evaluate, Sequence[PyTree], PyTree], tuple[Sequence[PyTree], PyTree]]
 
 # jax has renamed the primitives of jit and remat between versions, so their names are looked up, not spelled out.
 _CALLS = {primitives.jit_p.name, primitives.call_p.name, primitives.closed_call_p.name}
@@ -53,7 +54,7 @@ class Equation:
     are those containers, outermost first; `scope` is its `jax.named_scope` stack, `line` the user's source line.
     """
 
-    def __init__(self, path: Path, eqn: JaxprEqn, frames: tuple[Frame, ...], scope: str) -> None:
+    def __init__(self, path: Path, eqn: Any, frames: tuple[Frame, ...], scope: str) -> None:
         self.path, self.eqn, self.frames, self.scope = path, eqn, frames, scope
 
     @cached_property
@@ -87,7 +88,7 @@ class Equation:
         return f"Equation({self.path}, {self.eqn.primitive.name}, scope={self.scope!r}, line={self.line!r})"
 
 
-def scope_of(eqn: JaxprEqn, outer: str = "") -> str:
+def scope_of(eqn: Any, outer: str = "") -> str:
     """Return the named scopes around an equation, joined by `/`, without the wrappers that transforms add."""
     inner = _bare_scope(str(eqn.source_info.name_stack))
     return f"{outer}/{inner}" if outer and inner else outer or inner
@@ -100,19 +101,19 @@ def _bare_scope(name_stack: str) -> str:
     return "/".join(part for part in text.split("/") if part and "->" not in part)
 
 
-def operation(eqn: JaxprEqn) -> str:
+def operation(eqn: Any) -> str:
     """Return the name of an equation's operation; that of a named value is `name` in every version of jax."""
     carried = _CARRIED.get(type(eqn.params.get("_prim")).__name__)
     return eqn.primitive.name if carried is None else carried
 
 
-def params_of(eqn: JaxprEqn) -> dict[str, Any]:
+def params_of(eqn: Any) -> dict[str, Any]:
     """Return the parameters of an equation's operation."""
     known = type(eqn.params.get("_prim")).__name__ in _CARRIED
     return eqn.params["_prim"].params if known else eqn.params
 
 
-def bodies(eqn: JaxprEqn, enter_custom: bool = False) -> tuple[str, list[tuple[Jaxpr, Sequence[Any]]]]:
+def bodies(eqn: Any, enter_custom: bool = False) -> tuple[str, list[tuple[Jaxpr, Sequence[PyTree]]]]:
     """Return the kind of a container and its (jaxpr, consts) bodies; an empty list for any other equation."""
     name, params = operation(eqn), params_of(eqn)
     if name in _CALLS:
@@ -132,7 +133,7 @@ def bodies(eqn: JaxprEqn, enter_custom: bool = False) -> tuple[str, list[tuple[J
     return "", []
 
 
-def _open(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
+def _open(jaxpr: Any) -> tuple[Jaxpr, Sequence[PyTree]]:
     # Newer versions of jax have one class for both.
     closed = isinstance(jaxpr, ClosedJaxpr) and hasattr(jaxpr, "consts")
     return (jaxpr.jaxpr, jaxpr.consts) if closed else (jaxpr, ())
@@ -147,7 +148,7 @@ def scan_split(eqn: Any) -> tuple[int, int]:
     return len(eqn.invars) - n_carry - n_xs, n_carry
 
 
-def _frame(kind: str, path: Path, eqn: JaxprEqn) -> Frame:
+def _frame(kind: str, path: Path, eqn: Any) -> Frame:
     if kind == "scan":
         return Frame(kind, path, eqn.params["length"])
     if kind == "shard_map":
@@ -176,7 +177,7 @@ def walk(closed: ClosedJaxpr, enter_custom: bool = False) -> Iterator[Equation]:
     yield from inside(closed.jaxpr, (), (), "")
 
 
-def evaluate(eqn: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
+def evaluate(eqn: Any, inputs: Sequence[PyTree]) -> list[PyTree]:
     """Evaluate one equation on `inputs` (one per operand; those of literal operands are ignored)."""
     operands = [(v, x) for v, x in zip(eqn.invars, inputs, strict=True) if not isinstance(v, Literal)]
     # x * x: each use may have its own value.
@@ -197,17 +198,17 @@ class _Run(NamedTuple):
     visit: Visitor
     equations: Mapping[Path, Equation]
     containers: frozenset[Path]
-    merge: Callable[[Any, Any], Any]
+    merge: Callable[[PyTree, PyTree], PyTree]
 
 
 def interpret(
     closed: ClosedJaxpr,
     visit: Visitor,
     equations: Mapping[Path, Equation],
-    args: Sequence[Any],
-    tokens: Mapping[Path, Any] | None = None,
-    merge: Callable[[Any, Any], Any] = lambda old, new: new,
-) -> tuple[list[Any], dict[Path, Any]]:
+    args: Sequence[PyTree],
+    tokens: Mapping[Path, PyTree] | None = None,
+    merge: Callable[[PyTree, PyTree], PyTree] = lambda old, new: new,
+) -> tuple[list[PyTree], dict[Path, PyTree]]:
     """Run a program with `visit` instead of the chosen equations.
 
     Args:
@@ -229,18 +230,23 @@ def interpret(
 
 
 def _body(
-    run: _Run, jaxpr: Jaxpr, consts: Sequence[Any], prefix: Path, args: Sequence[Any], tokens: dict[Path, Any]
-) -> tuple[list[Any], dict[Path, Any]]:
+    run: _Run,
+    jaxpr: Jaxpr,
+    consts: Sequence[PyTree],
+    prefix: Path,
+    args: Sequence[PyTree],
+    tokens: dict[Path, PyTree],
+) -> tuple[list[PyTree], dict[Path, PyTree]]:
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-    captures: dict[Path, Any] = {}
+    captures: dict[Path, PyTree] = {}
 
-    def read(atom: Any) -> Any:
+    def read(atom: Any) -> PyTree:
         return atom.val if isinstance(atom, Literal) else env[atom]
 
     for i, eqn in enumerate(jaxpr.eqns):
         path = (*prefix, i)
 
-        def compute(inputs: Sequence[Any], eqn: JaxprEqn = eqn, path: Path = path) -> list[Any]:
+        def compute(inputs: Sequence[PyTree], eqn: Any = eqn, path: Path = path) -> list[PyTree]:
             if path not in run.containers:
                 return evaluate(eqn, inputs)
             outs, inner = _container(run, eqn, path, list(inputs), _below(tokens, path))
@@ -258,17 +264,19 @@ def _body(
     return [read(atom) for atom in jaxpr.outvars], captures
 
 
-def _below(tokens: dict[Path, Any], path: Path) -> dict[Path, Any]:
+def _below(tokens: dict[Path, PyTree], path: Path) -> dict[Path, PyTree]:
     return {p: t for p, t in tokens.items() if p[: len(path)] == path and len(p) > len(path)}
 
 
 def _container(
-    run: _Run, eqn: JaxprEqn, path: Path, inputs: list[Any], tokens: dict[Path, Any]
-) -> tuple[list[Any], dict[Path, Any]]:
+    run: _Run, eqn: Any, path: Path, inputs: list[PyTree], tokens: dict[Path, PyTree]
+) -> tuple[list[PyTree], dict[Path, PyTree]]:
     """Rebuild a container with jax's public functions, so that tokens go in and captures come out."""
     kind, inner = bodies(eqn, enter_custom=True)
 
-    def body(args: Sequence[Any], tokens: dict[Path, Any], k: int = 0) -> tuple[list[Any], dict[Path, Any]]:
+    def body(
+        args: Sequence[PyTree], tokens: dict[Path, PyTree], k: int = 0
+    ) -> tuple[list[PyTree], dict[Path, PyTree]]:
         jaxpr, consts = inner[k]
         return _body(run, jaxpr, consts, (*path, k), args, tokens)
 
@@ -292,7 +300,7 @@ def _container(
     return _shard_map(eqn, body, inputs, tokens)
 
 
-def _constrained(values: list[Any], shardings: Any) -> list[Any]:
+def _constrained(values: list[PyTree], shardings: Any) -> list[PyTree]:
     """Keep the shardings that a jit declares for its arguments and results when it is inlined."""
     return [
         lax.with_sharding_constraint(x, s) if isinstance(s, Sharding) else x
@@ -301,12 +309,12 @@ def _constrained(values: list[Any], shardings: Any) -> list[Any]:
 
 
 def _scan(
-    eqn: JaxprEqn, body: Callable, inputs: list[Any], tokens: dict[Path, Any]
-) -> tuple[list[Any], dict]:
+    eqn: Any, body: Callable, inputs: list[PyTree], tokens: dict[Path, PyTree]
+) -> tuple[list[PyTree], dict]:
     n_consts, n_carry = scan_split(eqn)
     consts, carry, xs = inputs[:n_consts], inputs[n_consts : n_consts + n_carry], inputs[n_consts + n_carry :]
 
-    def step(carry: list[Any], sliced: Any) -> tuple[list[Any], Any]:
+    def step(carry: list[PyTree], sliced: Any) -> tuple[list[PyTree], PyTree]:
         x, token = sliced
         outs, captures = body([*consts, *carry, *x], token)
         return outs[:n_carry], (outs[n_carry:], captures)
@@ -317,14 +325,16 @@ def _scan(
 
 
 def _cond(
-    body: Callable, n: int, inputs: list[Any], tokens: dict[Path, Any]
-) -> tuple[list[Any], dict[Path, Any]]:
+    body: Callable, n: int, inputs: list[PyTree], tokens: dict[Path, PyTree]
+) -> tuple[list[PyTree], dict[Path, PyTree]]:
     index, *operands = inputs
     of_branch = [jax.eval_shape(lambda k=k: body(operands, tokens, k)[1]) for k in range(n)]
     union = {path: shape for shapes in of_branch for path, shape in shapes.items()}
 
     def branch(k: int) -> Callable:
-        def run_it(operands: list[Any], tokens: dict[Path, Any]) -> tuple[list[Any], dict[Path, Any]]:
+        def run_it(
+            operands: list[PyTree], tokens: dict[Path, PyTree]
+        ) -> tuple[list[PyTree], dict[Path, PyTree]]:
             outs, captures = body(operands, tokens, k)
             return outs, zeros(union) | captures
 
@@ -334,8 +344,8 @@ def _cond(
 
 
 def _while(
-    run: _Run, eqn: JaxprEqn, body: Callable, inputs: list[Any], tokens: dict[Path, Any]
-) -> tuple[list[Any], dict[Path, Any]]:
+    run: _Run, eqn: Any, body: Callable, inputs: list[PyTree], tokens: dict[Path, PyTree]
+) -> tuple[list[PyTree], dict[Path, PyTree]]:
     """Rebuild a while loop; under `vmap` its condition may be one boolean per row.
 
     A row that has finished repeats its last iteration while others run: the captures of the last iteration are then
@@ -348,10 +358,10 @@ def _while(
     # [] for a single condition.
     rows = cond_jaxpr.outvars[0].aval.shape
 
-    def runs(carry: list[Any]) -> Any:
+    def runs(carry: list[PyTree]) -> PyTree:
         return jax.core.eval_jaxpr(cond_jaxpr, consts, *cond_consts, *carry)[0]
 
-    def step(state: Any) -> Any:
+    def step(state: PyTree) -> PyTree:
         carry, last, before = state
         now = runs(carry) if rows else None
         start = carry if now is None else _of_rows(now, carry, last)
@@ -365,10 +375,10 @@ def _while(
     return outs, captures
 
 
-def _of_rows(which: jax.Array, ours: list[Any], others: list[Any]) -> list[Any]:
+def _of_rows(which: jax.Array, ours: list[PyTree], others: list[PyTree]) -> list[PyTree]:
     """Return the rows (leading axes) where `which` is true from the first list, the others from the second."""
 
-    def chosen(a: Any, b: Any) -> Any:
+    def chosen(a: PyTree, b: PyTree) -> PyTree:
         # [rows] -> [rows, 1, ...]
         mask = which.reshape(which.shape + (1,) * (jnp.ndim(a) - which.ndim))
         return jnp.where(mask, a, b)
@@ -383,11 +393,11 @@ def _manual_axes(eqn: Any) -> tuple[str, ...]:
 
 
 def _shard_map(
-    eqn: JaxprEqn, body: Callable, inputs: list[Any], tokens: dict[Path, Any]
-) -> tuple[list[Any], dict]:
+    eqn: Any, body: Callable, inputs: list[PyTree], tokens: dict[Path, PyTree]
+) -> tuple[list[PyTree], dict]:
     params, axes = eqn.params, _manual_axes(eqn)
 
-    def local(inputs: list[Any], tokens: dict[Path, Any]) -> tuple[list[Any], dict[Path, Any]]:
+    def local(inputs: list[PyTree], tokens: dict[Path, PyTree]) -> tuple[list[PyTree], dict[Path, PyTree]]:
         # Each device has its own slice of the tokens, [1, ...], and returns its own slice of the captures.
         outs, captures = body(inputs, jax.tree.map(lambda t: t[0], tokens))
         return outs, jax.tree.map(lambda c: c[None], captures)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 from jax.tree_util import SequenceKey
+from jaxtyping import PyTree
 
 from gradfn.core.params import path_name
 from gradfn.jaxpr.interpreter import Equation, Path, walk
@@ -28,16 +29,16 @@ class Program:
     """
 
     jaxpr: ClosedJaxpr
-    inputs: list[Any]
+    inputs: list[PyTree]
     owners: tuple[int, ...]
     names: tuple[str, ...]
     out_tree: Any
     in_tree: Any
     is_array: tuple[bool, ...]
-    objects: tuple[Any, ...]
+    objects: tuple[PyTree, ...]
     fixed_data: bool = False
 
-    def rebuild(self, outs: Sequence[Any]) -> Any:
+    def rebuild(self, outs: Sequence[PyTree]) -> PyTree:
         """Return flat outputs in the tree that the function returned."""
         rest = iter(outs)
         return jax.tree.unflatten(self.out_tree, [next(rest) if x is None else x for x in self.objects])
@@ -52,7 +53,7 @@ class Program:
             if paths is None or equation.path in paths
         }
 
-    def like_arguments(self, values: Sequence[Any]) -> tuple[Any, ...]:
+    def like_arguments(self, values: Sequence[PyTree]) -> tuple[PyTree, ...]:
         """Return one value per input in the trees of the positional arguments, None for leaves that are not arrays."""
         rest = iter(values)
         args, _ = jax.tree.unflatten(self.in_tree, [next(rest) if known else None for known in self.is_array])
@@ -64,7 +65,7 @@ class Program:
 as_written = jax.make_user_context(False)
 
 
-def is_array(leaf: Any) -> bool:
+def is_array(leaf: PyTree) -> bool:
     """Tell whether jax traces and differentiates a leaf: an array of numbers, or a Python float."""
     if isinstance(leaf, (np.ndarray, np.generic)):
         # Objects, texts and times are not numbers.
@@ -72,7 +73,7 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, (jax.Array, float))
 
 
-def traced_leaves(tree: Any) -> list[bool]:
+def traced_leaves(tree: PyTree) -> list[bool]:
     """Tell which leaves of a tree are traced, and differentiated if they are floating; the rest is configuration.
 
     Arrays of jax and numpy are traced everywhere. A Python float is traced where `jax.grad` would differentiate it:
@@ -123,8 +124,8 @@ def takes_keyword(f: Callable, name: str) -> bool:
 
 
 def params_first(
-    f: Callable, args: tuple[Any, ...], kwargs: Mapping[str, Any], what: str
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    f: Callable, args: tuple[PyTree, ...], kwargs: Mapping[str, Any], what: str
+) -> tuple[tuple[PyTree, ...], dict[str, Any]]:
     """Return the arguments of a call, with the first one (the parameters) passed by position.
 
     Raises:
@@ -140,8 +141,8 @@ def params_first(
 
 
 def by_position(
-    f: Callable, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    f: Callable, args: tuple[PyTree, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[PyTree, ...], dict[str, Any]]:
     """Return the arguments of a call, with keyword arguments passed by position as far as possible."""
     kwargs = dict(kwargs)
     for parameter in parameters_of(f)[len(args) :]:
@@ -157,11 +158,11 @@ def pure(f: Callable) -> Callable:
     if nnx is None:
         return f
 
-    def is_module(node: Any) -> bool:
+    def is_module(node: PyTree) -> bool:
         return isinstance(node, nnx.Module)
 
     @functools.wraps(f)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def checked(*args: PyTree, **kwargs: PyTree) -> PyTree:
         if not any(map(is_module, jax.tree.leaves((args, kwargs), is_leaf=is_module))):
             return f(*args, **kwargs)
         before = jax.tree.leaves((args, kwargs))
@@ -181,7 +182,7 @@ def pure(f: Callable) -> Callable:
     return checked
 
 
-def trace(f: Callable, /, *args: Any, **kwargs: Any) -> Program:
+def trace(f: Callable, /, *args: PyTree, **kwargs: PyTree) -> Program:
     """Trace `f(*args, **kwargs)`.
 
     A fresh closure each time: `make_jaxpr` caches on the identity of the function, and would return a stale jaxpr
@@ -201,13 +202,13 @@ def trace(f: Callable, /, *args: Any, **kwargs: Any) -> Program:
     return replace(_trace(f, args, kwargs, fewer), fixed_data=fewer[n_params:] != traced[n_params:])
 
 
-def without_fixed(traced: Sequence[bool], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[bool]:
+def without_fixed(traced: Sequence[bool], args: Sequence[PyTree], kwargs: Mapping[str, Any]) -> list[bool]:
     """Return `traced` without the leaves whose values a function may need and whose gradients nobody asks for.
 
     These are integers and booleans of numpy and, outside the first argument, single floats of Python and numpy.
     """
 
-    def stays(path: Any, leaf: Any) -> bool:
+    def stays(path: Any, leaf: PyTree) -> bool:
         if isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind in "biu":
             return False
         is_parameter = (path[0].idx, path[1]) == (0, SequenceKey(0))
@@ -217,7 +218,7 @@ def without_fixed(traced: Sequence[bool], args: Sequence[Any], kwargs: Mapping[s
     return [known and stays(path, leaf) for known, (path, leaf) in zip(traced, with_paths, strict=True)]
 
 
-def _trace(f: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], traced: Sequence[bool]) -> Program:
+def _trace(f: Callable, args: Sequence[PyTree], kwargs: Mapping[str, Any], traced: Sequence[bool]) -> Program:
     with_paths, in_tree = jax.tree_util.tree_flatten_with_path((args, kwargs))
     leaves = [leaf for _, leaf in with_paths]
     # A path is (0, i, ...) for the i-th positional argument, (1, name, ...) for a keyword.
@@ -227,9 +228,9 @@ def _trace(f: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], traced: 
         for (path, _), owner in zip(with_paths, owners, strict=True)
     ]
     out_tree = None
-    objects: tuple[Any, ...] = ()
+    objects: tuple[PyTree, ...] = ()
 
-    def flat(*arrays: Any) -> list[Any]:
+    def flat(*arrays: PyTree) -> list[PyTree]:
         nonlocal out_tree, objects
         rest = iter(arrays)
         args, kwargs = jax.tree.unflatten(
@@ -253,7 +254,7 @@ def _trace(f: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], traced: 
     )
 
 
-def _is_output(leaf: Any) -> bool:
+def _is_output(leaf: PyTree) -> bool:
     """Tell whether jax can return a leaf from what it compiles: an array, or a Python number."""
     return is_array(leaf) or isinstance(leaf, (bool, int, complex))
 
@@ -261,7 +262,7 @@ def _is_output(leaf: Any) -> bool:
 class _Object:
     """An object that is not an array, as a pytree without leaves, which passes through jax's transforms."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: PyTree) -> None:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
@@ -274,18 +275,18 @@ class _Object:
 jax.tree_util.register_static(_Object)
 
 
-def hide_objects(tree: Any) -> Any:
+def hide_objects(tree: PyTree) -> PyTree:
     """Return a tree whose leaves are all arrays: strings and other objects pass through `jit`, `vmap` and `cond`."""
     return jax.tree.map(lambda leaf: leaf if _is_output(leaf) else _Object(leaf), tree)
 
 
-def show_objects(tree: Any) -> Any:
+def show_objects(tree: PyTree) -> PyTree:
     """Undo `hide_objects`."""
     hidden = lambda leaf: isinstance(leaf, _Object)  # noqa: E731
     return jax.tree.map(lambda leaf: leaf.value if hidden(leaf) else leaf, tree, is_leaf=hidden)
 
 
-def trace_as_written(f: Callable, /, *args: Any, **kwargs: Any) -> Program:
+def trace_as_written(f: Callable, /, *args: PyTree, **kwargs: PyTree) -> Program:
     """Trace `f(*args, **kwargs)` without the rewrite of `flat_products`, so that values keep their own shapes."""
     with as_written(True):
         return trace(f, *args, **kwargs)

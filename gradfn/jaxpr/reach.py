@@ -6,7 +6,6 @@ are needed too. In loops, what the carry needs is repeated until it no longer gr
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
@@ -61,7 +60,7 @@ def _writes(eqn: JaxprEqn) -> bool:
     return bool(eqn.effects) and any(hasattr(v.aval, "inner_aval") for v in eqn.invars)
 
 
-def _equation(reach: Reach, eqn: Any, path: Path, outputs: Needed) -> Needed:
+def _equation(reach: Reach, eqn: JaxprEqn, path: Path, outputs: Needed) -> Needed:
     kind, inner = bodies(eqn)
     if kind == "cond":
         branches = [_body(reach, jaxpr, (*path, k), outputs) for k, (jaxpr, _) in enumerate(inner)]
@@ -86,7 +85,7 @@ def _scan(reach: Reach, eqn: JaxprEqn, jaxpr: Jaxpr, path: Path, outputs: Needed
         carry = grown
 
 
-def _while(reach: Reach, eqn: Any, jaxpr: Jaxpr, path: Path, outputs: Needed) -> Needed:
+def _while(reach: Reach, eqn: JaxprEqn, jaxpr: Jaxpr, path: Path, outputs: Needed) -> Needed:
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     # What the condition reads decides how often the body runs.
     condition = eqn.params["cond_jaxpr"].jaxpr

@@ -36,7 +36,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn
+from jax.extend.core import Jaxpr, JaxprEqn, Var
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from gradfn.jaxpr.activations import (
     NAMES,
@@ -203,24 +205,24 @@ class _Analysis(Dataflow[_Value]):
         # Choices that have met data since: the site is there.
         self.moved: set[Origin] = set()
         # Where each variable was produced, by which equation, and as which activation function.
-        self.produced: dict[Any, tuple[Path, int, JaxprEqn, str]] = {}
+        self.produced: dict[Var, tuple[Path, int, JaxprEqn, str]] = {}
         # Containers of the backward pass, and calls of activation functions.
         self.backward: set[Path] = set()
         self.calls: dict[Path, str] = {}
 
-    def constant(self, value: Any) -> _Value:
+    def constant(self, value: PyTree) -> _Value:
         return _Value(sample=constant(value))
 
     def join(self, values: Sequence[_Value]) -> _Value:
         return _either(values)
 
-    def bind(self, path: Path, k: int, var: Any, value: _Value, eqn: JaxprEqn | None) -> _Value:
+    def bind(self, path: Path, k: int, var: Any, value: _Value, eqn: Any | None) -> _Value:
         if eqn is not None:
             self.produced[var] = (path, k, eqn, value.kind)
             value = value if value.origin else value._replace(origin=(path, k))
         return value if value.sample else value._replace(sample=fresh((path, k), var.aval))
 
-    def use(self, path: Path, k: int, var: Any, value: _Value, eqn: JaxprEqn | None) -> _Value:
+    def use(self, path: Path, k: int, var: Any, value: _Value, eqn: Any | None) -> _Value:
         """Record a scope's output: a value used outside the scope that it was produced in."""
         needed = self.reach.operands.get(path, ()) if eqn else self.reach.results.get(path, ())
         if not needed or not needed[k] or var not in self.produced:
@@ -236,7 +238,7 @@ class _Analysis(Dataflow[_Value]):
         self.records.append(_Found(at, output, scope, "scope", kind, origin))
         return value._replace(sample=fresh((at, output), var.aval, origin))
 
-    def enters(self, path: Path, kind: str, eqn: JaxprEqn, operands: list[_Value]) -> bool:
+    def enters(self, path: Path, kind: str, eqn: Any, operands: list[_Value]) -> bool:
         if self._is_backward(path, eqn):
             self.backward.add(path)
         name = params_of(eqn).get("name", "")
@@ -261,10 +263,10 @@ class _Analysis(Dataflow[_Value]):
         if old.parametric and new.data:
             self.records.append(Use(path, operand, old.leaves))
 
-    def _is_backward(self, path: Path, eqn: JaxprEqn) -> bool:
+    def _is_backward(self, path: Path, eqn: Any) -> bool:
         return path[:-2] in self.backward or "transpose(" in str(eqn.source_info.name_stack)
 
-    def equation(self, path: Path, eqn: JaxprEqn, operands: list[_Value]) -> list[_Value]:
+    def equation(self, path: Path, eqn: Any, operands: list[_Value]) -> list[_Value]:
         name, aval = operation(eqn), eqn.outvars[0].aval if eqn.outvars else None
         live, backward, origin = path in self.reach.outputs, self._is_backward(path, eqn), (path, 0)
         value = _computed(eqn, operands, backward)
@@ -290,7 +292,7 @@ class _Analysis(Dataflow[_Value]):
             for k in range(len(eqn.outvars))
         ]
 
-    def _called(self, path: Path, eqn: JaxprEqn, operands: list[_Value], value: _Value, live: bool) -> _Value:
+    def _called(self, path: Path, eqn: Any, operands: list[_Value], value: _Value, live: bool) -> _Value:
         """Return what is known of the output of a call of an activation function."""
         kind = self.calls[path]
         (sample,) = simulate_body(*bodies(eqn)[1][0], [v.sample for v in operands])[:1]
@@ -305,7 +307,7 @@ class _Analysis(Dataflow[_Value]):
         self.moved.update(*[v.chosen_at for v in choices])
         return choices
 
-    def _label(self, eqn: JaxprEqn, values: Sequence[_Value]) -> str:
+    def _label(self, eqn: Any, values: Sequence[_Value]) -> str:
         """Return the name of a value made from parameters."""
         main, _ = _main(eqn, values)
         if main is not None:
@@ -326,7 +328,7 @@ class _Analysis(Dataflow[_Value]):
             self.records.append(_Found(path, 0, f":{kind}", "parameter", kind, (path, 0), sample.anchor))
 
 
-def _computed(eqn: JaxprEqn, operands: Sequence[_Value], backward: bool) -> _Value:
+def _computed(eqn: Any, operands: Sequence[_Value], backward: bool) -> _Value:
     """Return what is known of an equation's output: data if any operand is, unless the equation chooses."""
     made = [v for v in operands if v.leaves]
     data = [v for v in operands if v.data]
@@ -389,11 +391,11 @@ def _is_inexact(atom: Any) -> bool:
 
 
 @functools.cache
-def _is_inexact_dtype(dtype: Any) -> bool:
+def _is_inexact_dtype(dtype: DTypeLike) -> bool:
     return jnp.issubdtype(dtype, jnp.inexact)
 
 
-def _sampled(eqn: JaxprEqn, operands: list[_Value], path: Path) -> tuple[Sample | None, str]:
+def _sampled(eqn: Any, operands: list[_Value], path: Path) -> tuple[Sample | None, str]:
     """Return an output's sample, and the activation function that the equation completes.
 
     The activation function of a value that is not computed from a site is recognized where the value gets a name.
@@ -421,7 +423,7 @@ def _sampled(eqn: JaxprEqn, operands: list[_Value], path: Path) -> tuple[Sample 
 
 
 def _kind_of_call(
-    body: tuple[Jaxpr, Sequence[Any]], name: str, eqn: JaxprEqn, operands: Sequence[_Value]
+    body: tuple[Jaxpr, Sequence[PyTree]], name: str, eqn: Any, operands: Sequence[_Value]
 ) -> str:
     """Return the activation function that a jitted or custom function is of its arguments."""
     jaxpr, consts = body
@@ -625,7 +627,7 @@ def _final_names(
     taken: dict[str, int] = {}
     names: dict[int, str] = {}
     given: set[str] = set()
-    follows: dict[Any, int] = {f.origin: i for i, f in enumerate(found)}
+    follows: dict[Origin | None, int] = {f.origin: i for i, f in enumerate(found)}
 
     def order(i: int) -> tuple[bool, bool]:
         return found[i].anchor is not None, not foremost.holds(found[i].path, found[i].output)

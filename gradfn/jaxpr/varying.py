@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 
 def manual_axes() -> frozenset[str]:
@@ -14,7 +15,7 @@ def manual_axes() -> frozenset[str]:
     return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-def varying_axes(x: Any) -> frozenset[str]:
+def varying_axes(x: PyTree) -> frozenset[str]:
     """Return the manual axes that an array, an abstract value or a shape is typed to vary along."""
     aval = x if hasattr(x, "manual_axis_type") else jax.typeof(x)
     # None for some shapes outside any shard_map.
@@ -28,7 +29,7 @@ def as_varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 
-def zeros(shapes: Any, axes: tuple[int, ...] = ()) -> Any:
+def zeros(shapes: Any, axes: tuple[int, ...] = ()) -> PyTree:
     """Return zeros like a tree of shapes (from `jax.eval_shape`), with further axes in front."""
     return jax.tree.map(lambda s: as_varying(jnp.zeros(axes + s.shape, s.dtype), varying_axes(s)), shapes)
 

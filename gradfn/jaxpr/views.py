@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax.extend.core import JaxprEqn
+from jaxtyping import PyTree
 
 from gradfn.core.precision import is_narrow
 from gradfn.jaxpr.dataflow import Dataflow, Role
@@ -120,17 +120,17 @@ class _Meetings(Dataflow[_Value]):
         """Record the parameters among values that meet data."""
         self.records += [Meeting(path, first + k, v.leaves, v.view) for k, v in enumerate(values) if v.leaves]
 
-    def constant(self, value: Any) -> _Value:
+    def constant(self, value: PyTree) -> _Value:
         return _CONSTANT
 
     def join(self, values: Sequence[_Value]) -> _Value:
         return _DATA if any(v.data for v in values) else _Value(_parameters(values))
 
-    def bind(self, path: Path, k: int, var: Any, value: _Value, eqn: JaxprEqn | None) -> _Value:
+    def bind(self, path: Path, k: int, var: Any, value: _Value, eqn: Any | None) -> _Value:
         # No gradient flows through values that are not floating.
         return value if _is_floating(var) else _Value(data=value.data)
 
-    def enters(self, path: Path, kind: str, eqn: JaxprEqn, operands: list[_Value]) -> bool:
+    def enters(self, path: Path, kind: str, eqn: Any, operands: list[_Value]) -> bool:
         return kind in ("jit", "remat", "scan", "cond")
 
     def choose(self, path: Path, index: _Value, values: Sequence[_Value]) -> _Value:
@@ -152,7 +152,7 @@ class _Meetings(Dataflow[_Value]):
         self.meet(path, [value], operand)
         return _DATA
 
-    def equation(self, path: Path, eqn: JaxprEqn, operands: list[_Value]) -> list[_Value]:
+    def equation(self, path: Path, eqn: Any, operands: list[_Value]) -> list[_Value]:
         n, leaves, name = len(eqn.outvars), _parameters(operands), eqn.primitive.name
         data = any(v.data for v in operands)
         if name == "stop_gradient" or not leaves:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from gradfn.core.names import scope, tap
 from gradfn.core.net import Net
@@ -126,8 +126,8 @@ def attention(
         memory: jax.Array | None = None,
         *,
         cache: Cache | None = None,
-        start: Any = 0,
-    ) -> Any:
+        start: PyTree = 0,
+    ) -> PyTree:
         if memory is not None and (causal or cache is not None or rope_base is not None):
             raise ValueError("attention: memory cannot be combined with causal=True, a cache or rope_base")
         if cache is not None and not causal:
@@ -156,7 +156,7 @@ def attention(
     return Net({name: layer.spec for name, layer in layers.items()} | {"out": out.spec}, apply)
 
 
-def kv_cache(context: int, n_kv_heads: int, head_size: int, dtype: Any = jnp.float32) -> Cache:
+def kv_cache(context: int, n_kv_heads: int, head_size: int, dtype: DTypeLike = jnp.float32) -> Cache:
     """Return an empty cache for the keys and values of `context` positions.
 
     >>> import gradfn as gf

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from gradfn.core.names import tap
 from gradfn.core.net import Net
@@ -15,7 +16,7 @@ from gradfn.layers._dense import affine
 
 # (Wx x + b, Wh h, state, params) -> (state, output); the first two are [gates * hidden], the rest [hidden]. The tapped
 # value is the one that is carried to the next step, so its gradient is the sum over all later steps.
-Cell = Callable[[jax.Array, jax.Array, Any, Params], tuple[Any, jax.Array]]
+Cell = Callable[[jax.Array, jax.Array, PyTree, Params], tuple[PyTree, jax.Array]]
 
 
 def vanilla_rnn(n_in: int, hidden: int) -> Net:
@@ -96,10 +97,10 @@ def lstm(n_in: int, hidden: int) -> Net:
     {'Wh': [32, 8], 'Wx': [32, 3], 'b': [32]}
     """
 
-    def forget_bias_of_one(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def forget_bias_of_one(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
         return jnp.zeros(shape, dtype).at[hidden : 2 * hidden].set(1)
 
-    def cell(zx: jax.Array, zh: jax.Array, state: Any, params: Params) -> tuple[Any, jax.Array]:
+    def cell(zx: jax.Array, zh: jax.Array, state: PyTree, params: Params) -> tuple[PyTree, jax.Array]:
         i, f, g, o = jnp.split(zx + zh, 4)
         c = tap(jax.nn.sigmoid(f) * state["c"] + jax.nn.sigmoid(i) * jnp.tanh(g), "c")
         h = tap(jax.nn.sigmoid(o) * jnp.tanh(c), "h")
@@ -108,7 +109,7 @@ def lstm(n_in: int, hidden: int) -> Net:
     return _recurrent(n_in, hidden, 4, {"b": Param((4 * hidden,), forget_bias_of_one)}, cell)
 
 
-def recurrent_state(layer: Net, dtype: Any = jnp.float32) -> Any:
+def recurrent_state(layer: Net, dtype: DTypeLike = jnp.float32) -> PyTree:
     """Return the state of a recurrent layer before its first input: zeros.
 
     >>> import gradfn as gf
@@ -124,7 +125,7 @@ def recurrent_state(layer: Net, dtype: Any = jnp.float32) -> Any:
 def _recurrent(n_in: int, hidden: int, gates: int, more: Spec, cell: Cell) -> Net:
     scale = jax.nn.initializers.orthogonal(column_axis=0)
 
-    def orthogonal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def orthogonal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
         # One orthogonal matrix per gate: it preserves the norm of gradients through time (Saxe et al., 2014).
         each = [scale(k, (hidden, hidden), dtype) for k in jax.random.split(key, gates)]
         return jnp.concatenate(each)
@@ -135,11 +136,11 @@ def _recurrent(n_in: int, hidden: int, gates: int, more: Spec, cell: Cell) -> Ne
         "b": Param((gates * hidden,)),
     } | more
 
-    def apply(params: Params, x: jax.Array, state: Any = None) -> Any:
+    def apply(params: Params, x: jax.Array, state: PyTree = None) -> PyTree:
         zx = affine(params["Wx"], params["b"], x, "Wx")  # [T, gates * hidden], all inputs in one product
         first = recurrent_state(net, zx.dtype) if state is None else state
 
-        def step(state: Any, zx: jax.Array) -> tuple[Any, jax.Array]:
+        def step(state: PyTree, zx: jax.Array) -> tuple[PyTree, jax.Array]:
             h = state["h"] if isinstance(state, dict) else state
             return cell(zx, affine(params["Wh"], None, h, "Wh"), state, params)
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from gradfn.core.net import Net
 from gradfn.core.params import Params, check
@@ -33,7 +34,7 @@ class LanguageModel(Net):
     """
 
     start: Callable[[Params], Any]
-    step: Callable[..., Any]
+    step: Callable
     context: int | None = None
 
 
@@ -109,7 +110,7 @@ def stream(
     return _stream(net, params, tokens, n, float(temperature), top_k, jax.random.key(seed))
 
 
-def _tokens_of(prompt: Any) -> list[int]:
+def _tokens_of(prompt: PyTree) -> list[int]:
     """Return the tokens of a prompt, or raise an error if it is not a sequence of integers."""
     lengths = [np.size(part) for part in prompt if np.ndim(part)] if isinstance(prompt, (list, tuple)) else []
     if len(set(lengths)) > 1:
@@ -156,14 +157,14 @@ def _stream(
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4,))
 def _next(
-    step: Callable[..., Any],
+    step: Callable,
     top_k: int | None,
     params: Params,
     tokens: jax.Array,
-    state: Any,
+    state: PyTree,
     temperature: jax.Array,
     key: jax.Array,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, PyTree]:
     """Read tokens and sample the next one; -1 if a logit is NaN."""
     logits, state = step(params, tokens, state)
     # Gumbel noise in bfloat16 is too coarse: of 2,000 equal logits the first would win.

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from gradfn.core.names import scope, tap
 from gradfn.core.net import Net, fold
@@ -125,7 +126,9 @@ def gpt(config: GPTConfig) -> LanguageModel:
         spec["head"] = head.spec
     spec = gpt2_init(spec, config.n_layers)
 
-    def run(params: Params, tokens: jax.Array, key: Any, cache: Any, start: Any) -> tuple[jax.Array, Any]:
+    def run(
+        params: Params, tokens: jax.Array, key: Any, cache: PyTree, start: PyTree
+    ) -> tuple[jax.Array, PyTree]:
         tokens = jnp.asarray(tokens)
         if tokens.ndim != 1 or len(tokens) > config.context:
             raise ValueError(_wrong_tokens(config, tokens.shape))
@@ -154,7 +157,7 @@ def gpt(config: GPTConfig) -> LanguageModel:
     def apply_with_dropout(params: Params, tokens: jax.Array, key: jax.Array | None = None) -> jax.Array:
         return run(params, tokens, key, None, 0)[0]
 
-    def start(params: Params) -> Any:
+    def start(params: Params) -> PyTree:
         kv_heads = config.n_kv_heads or config.n_heads
         size = config.head_size or config.width // config.n_heads
         empty = kv_cache(config.context, kv_heads, size, dtype or params["embed"]["W"].dtype)
@@ -162,7 +165,7 @@ def gpt(config: GPTConfig) -> LanguageModel:
         state = {"blocks": caches, "length": jnp.zeros([], jnp.int32)}
         return stack_blocks(state) if config.scan else state
 
-    def step(params: Params, tokens: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    def step(params: Params, tokens: jax.Array, state: PyTree) -> tuple[jax.Array, PyTree]:
         logits, caches = run(params, tokens, None, state["blocks"], state["length"])
         return logits, {"blocks": caches, "length": state["length"] + len(tokens)}
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from gradfn.core.names import scope, tap
 from gradfn.core.net import Net
@@ -62,10 +63,10 @@ def rnn(
         "head": head.spec,
     }
 
-    def start(params: Params) -> Any:
+    def start(params: Params) -> PyTree:
         return {i: recurrent_state(layer, params["head"]["W"].dtype) for i, layer in layers.items()}
 
-    def step(params: Params, tokens: jax.Array, states: Any) -> tuple[jax.Array, Any]:
+    def step(params: Params, tokens: jax.Array, states: PyTree) -> tuple[jax.Array, PyTree]:
         tokens = jnp.asarray(tokens)
         if tokens.ndim != 1:
             raise ValueError(f"rnn: expected one sequence of tokens [T], got shape {list(tokens.shape)}")

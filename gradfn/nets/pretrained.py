@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, TypedDict
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from gradfn.core.params import Params, check
 from gradfn.files import IDLE, FileError, beside, read_json, remove_parts, replacing
@@ -150,7 +151,7 @@ def save_pretrained(folder: str | os.PathLike[str], config: GPTConfig, params: P
         spec = gpt(dataclasses.replace(config, scan=False)).spec
     shapes = {_name(path): param.shape for path, param in jax.tree_util.tree_leaves_with_path(spec)}
 
-    def leaf(path: str) -> Any:
+    def leaf(path: str) -> PyTree:
         block = re.fullmatch(r"blocks/(\d+)/(.+)", path) if config.scan else None
         if block is not None:
             path = f"blocks/{block[2]}"
@@ -251,7 +252,7 @@ def _files(folder: Path) -> dict[Path, set[str]]:
     raise FileNotFoundError(f"{folder}: expected {single.name} or {index.name}{hint}")
 
 
-def _stored(content: Any, file: Path) -> dict[str, Stored]:
+def _stored(content: PyTree, file: Path) -> dict[str, Stored]:
     """Return what an open file's header says of its tensors."""
     stored = {}
     for name in content.keys():  # noqa: SIM118
@@ -342,7 +343,7 @@ class _Fields:
             raise FileError(f"{self.file}: {name}: expected {expected}, got {reprlib.repr(value)}")
         return value
 
-    def take(self, name: str, default: Any = None, kind: type | tuple[type, ...] = object) -> Any:
+    def take(self, name: str, default: Any = None, kind: type | tuple[type, ...] = object) -> PyTree:
         value = self.left.pop(name, default)
         if value is None and default is False:  # as where it is absent
             value = False
@@ -352,20 +353,20 @@ class _Fields:
             raise FileError(f"{self.file}: {name}: expected {names}, got {reprlib.repr(value)}")
         return value
 
-    def size(self, name: str, default: int | None) -> Any:
+    def size(self, name: str, default: int | None) -> PyTree:
         """Take an integer that counts something; it may be null where the default is None."""
         value = self.take(name, default, int if default is not None else (int, type(None)))
         if value is not None and not 1 <= value <= MOST:
             raise FileError(f"{self.file}: {name}: expected 1 to {MOST:,}, got {reprlib.repr(value)}")
         return value
 
-    def positive(self, name: str, value: Any) -> float:
+    def positive(self, name: str, value: PyTree) -> float:
         """Return a field's value as a float."""
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise FileError(f"{self.file}: {name}: expected a number above 0, got {reprlib.repr(value)}")
         return float(value)
 
-    def expect(self, **values: Any) -> None:
+    def expect(self, **values: PyTree) -> None:
         """Refuse other values than the one that `gf.gpt` stands for; a field that is absent has it."""
         for name, value in values.items():
             actual = self.left.pop(name, value)

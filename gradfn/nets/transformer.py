@@ -7,13 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from gradfn.core.names import scope, tap
 from gradfn.core.net import Net, fold, repeat
 from gradfn.core.params import Param, Params, Spec
 from gradfn.layers._dropout import dropout
 
-Run = Callable[..., Any]  # (params, x, key, cache, start) -> (y, cache)
+Run = Callable  # (params, x, key, cache, start) -> (y, cache)
 
 
 def block(attention: Net, feed: Net, norms: tuple[Net, Net], rate: float) -> tuple[Spec, Run]:
@@ -26,7 +28,7 @@ def block(attention: Net, feed: Net, norms: tuple[Net, Net], rate: float) -> tup
     """
     drop = dropout(rate)
 
-    def run(params: Params, x: jax.Array, key: Any, cache: Any, start: Any) -> tuple[jax.Array, Any]:
+    def run(params: Params, x: jax.Array, key: Any, cache: PyTree, start: PyTree) -> tuple[jax.Array, PyTree]:
         with scope("attention_norm"):
             normed = norms[0].apply(params["attention_norm"], x)
         with scope("attention"):
@@ -68,17 +70,21 @@ def stack_of(spec: Spec, run: Run, n: int, scan: bool, remat: bool) -> tuple[Spe
         policy = None if remat else jax.checkpoint_policies.dots_saveable
         each = jax.checkpoint(run, prevent_cse=False, policy=policy)
 
-    def keys_of(key: Any) -> Any:
+    def keys_of(key: Any) -> PyTree:
         return None if key is None else jax.random.split(key, n)
 
-    def scanned(params: Params, x: jax.Array, key: Any, cache: Any, start: Any) -> tuple[jax.Array, Any]:
-        def step(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
+    def scanned(
+        params: Params, x: jax.Array, key: Any, cache: PyTree, start: PyTree
+    ) -> tuple[jax.Array, PyTree]:
+        def step(x: jax.Array, xs: Any) -> tuple[jax.Array, PyTree]:
             block_params, block_key, block_cache = xs
             return each(block_params, x, block_key, block_cache, start)
 
         return jax.lax.scan(step, x, (params, keys_of(key), cache), length=n)
 
-    def unrolled(params: Params, x: jax.Array, key: Any, cache: Any, start: Any) -> tuple[jax.Array, Any]:
+    def unrolled(
+        params: Params, x: jax.Array, key: Any, cache: PyTree, start: PyTree
+    ) -> tuple[jax.Array, PyTree]:
         keys, caches = keys_of(key), {}
         for i in range(n):
             block_key = None if keys is None else keys[i]
@@ -127,7 +133,7 @@ def unstack_blocks(params: Params) -> Params:
     return params | {"blocks": unstacked}
 
 
-def cast(params: Params, dtype: Any) -> Params:
+def cast(params: Params, dtype: DTypeLike | None) -> Params:
     """Return parameters cast to the dtype that a net computes in; None leaves them as they are."""
     return params if dtype is None else jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), params)
 

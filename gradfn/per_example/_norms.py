@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from gradfn.core.precision import norm, norm_of_norms, widen
@@ -43,11 +44,11 @@ class ExampleNorms(ShowsTable):
         methods: `(path, method)` per leaf: how its norms were found (static).
     """
 
-    values: Any
-    aux: Any
+    values: PyTree
+    aux: PyTree
     norms: Any
     total: Any
-    grads: Any
+    grads: PyTree
     methods: tuple[tuple[str, str], ...]
 
     @property
@@ -56,7 +57,7 @@ class ExampleNorms(ShowsTable):
         return tuple(path for path, method in self.methods if method == FALLBACK)
 
     @property
-    def mean_square(self) -> Any:
+    def mean_square(self) -> PyTree:
         """The mean of the examples' squared norms, a scalar. With `grads` it determines the gradient noise."""
         return jnp.mean(jnp.square(self.total))
 
@@ -90,14 +91,14 @@ class ClippedGrads(NamedTuple):
         clipped: the fraction of examples whose gradient was clipped, a scalar in [0, 1].
     """
 
-    grads: Any
-    values: Any
-    aux: Any
+    grads: PyTree
+    values: PyTree
+    aux: PyTree
     total: Any
     clipped: Any
 
 
-def grads(loss: Callable, chunk: int | None = None) -> Callable[..., Any]:
+def grads(loss: Callable, chunk: int | None = None) -> Callable:
     """Return a function that computes the gradient of every single example.
 
     It is `jax.vmap(jax.grad(loss))`, and takes memory of the size of the parameters for each example. If you only need
@@ -128,7 +129,7 @@ def grads(loss: Callable, chunk: int | None = None) -> Callable[..., Any]:
         """Return the gradient of each example of the batch."""
         call = TracedLoss("per_example.grads", loss, params, batch)
 
-        def grads_of_one(leaves: list[Any]) -> list[Any]:
+        def grads_of_one(leaves: list[PyTree]) -> list[PyTree]:
             grads = jax.grad(lambda some: call.run(some, leaves)[0])(call.floating)
             # lax.map cannot join arrays of size 0.
             return [g for g in grads if g.size]
@@ -186,10 +187,10 @@ def norms(loss: Callable, chunk: int = CHUNK) -> Callable[..., ExampleNorms]:
         plan = Plan(call)
         methods = tuple(zip(call.names, [s.method for s in plan.strategies], strict=True))
 
-        def in_one_pass(arrays: Any) -> ExampleNorms:
+        def in_one_pass(arrays: PyTree) -> ExampleNorms:
             return _norms(plan.of(arrays), chunk, methods)
 
-        def one_by_one(arrays: Any) -> ExampleNorms:
+        def one_by_one(arrays: PyTree) -> ExampleNorms:
             values, aux, grads, norms, total = _every_gradient(call.of(arrays))
             means = [add_up(g) / call.size for g in grads]
             return ExampleNorms(values, aux, call.tree(norms), total, call.like(means), methods)
@@ -203,7 +204,7 @@ def norms(loss: Callable, chunk: int = CHUNK) -> Callable[..., ExampleNorms]:
 def _norms(plan: Plan, chunk: int, methods: tuple[tuple[str, str], ...]) -> ExampleNorms:
     loss = plan.loss
 
-    def total_loss(arguments: Any, tokens: Any) -> tuple[Any, Any]:
+    def total_loss(arguments: Any, tokens: PyTree) -> tuple[PyTree, PyTree]:
         values, rest = plan.losses(arguments, tokens, stop=True)
         return widen(values).sum(), (values, *rest)
 
@@ -225,10 +226,10 @@ def _norms(plan: Plan, chunk: int, methods: tuple[tuple[str, str], ...]) -> Exam
     )
 
 
-def _every_gradient(call: TracedLoss) -> tuple[Any, Any, list[Any], list[Any], Any]:
+def _every_gradient(call: TracedLoss) -> tuple[PyTree, PyTree, list[PyTree], list[PyTree], PyTree]:
     """Return the value, aux, gradients, their norms and the total norm of every example, by `vmap(grad)`."""
 
-    def of_one(example: list[Any]) -> Any:
+    def of_one(example: list[PyTree]) -> PyTree:
         return jax.value_and_grad(lambda some: call.run(some, example), has_aux=True)(call.floating)
 
     (values, aux), grads = jax.vmap(of_one)(call.batch)
@@ -244,7 +245,7 @@ def _differentiable(fast: Callable, plain: Callable) -> Callable:
     run = jax.custom_jvp(fast)
 
     @run.defjvp
-    def derivative(primals: Any, tangents: Any) -> Any:
+    def derivative(primals: PyTree, tangents: Any) -> PyTree:
         return run(*primals), jax.jvp(plain, primals, tangents)[1]
 
     return run
@@ -287,10 +288,10 @@ def clipped_grads(loss: Callable, max_norm: Any, chunk: int = CHUNK) -> Callable
         call = TracedLoss("clipped_grads", loss, params, batch)
         plan = Plan(call)
 
-        def in_two_passes(arrays: Any, max_norm: Any) -> ClippedGrads:
+        def in_two_passes(arrays: PyTree, max_norm: Any) -> ClippedGrads:
             return _clipped(plan.of(arrays), max_norm, chunk)
 
-        def one_by_one(arrays: Any, max_norm: Any) -> ClippedGrads:
+        def one_by_one(arrays: PyTree, max_norm: Any) -> ClippedGrads:
             values, aux, grads, _, total = _every_gradient(call.of(arrays))
             weights, share = _clipping(total, max_norm)
             means = [add_up(weighted(g, weights)) / call.size for g in grads]
@@ -308,7 +309,7 @@ def _clipped(plan: Plan, max_norm: Any, chunk: int) -> ClippedGrads:
     apart = plan.fallback if plan.is_narrow else []
     arguments = plan.arguments(i for i in range(len(loss.floating)) if i not in apart)
 
-    def losses(arguments: Any, tokens: Any) -> tuple[Any, Any]:
+    def losses(arguments: Any, tokens: PyTree) -> tuple[PyTree, PyTree]:
         return plan.losses(arguments, tokens, stop=False)
 
     values, back, (aux, captures) = jax.vjp(losses, arguments, plan.tokens(), has_aux=True)
@@ -331,7 +332,7 @@ def _clipping(total: jax.Array, max_norm: jax.Array) -> tuple[jax.Array, jax.Arr
     return 1 / jnp.maximum(total / max_norm, 1), jnp.mean(total > max_norm)
 
 
-def _rounded_down(x: jax.Array, dtype: Any) -> jax.Array:
+def _rounded_down(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Cast positive numbers to a dtype that may be narrower, without increasing any of them."""
     cast = x.astype(dtype)
     return jnp.where(cast.astype(x.dtype) > x, jnp.nextafter(cast, jnp.zeros_like(cast)), cast)

@@ -22,6 +22,8 @@ import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.extend.core import JaxprEqn
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from gradfn.core.precision import (
     divided,
@@ -55,9 +57,9 @@ class Rule(NamedTuple):
     rows: tuple[int, ...]
     columns: tuple[int, ...]
     sizes: tuple[int, int, int, int]
-    left: Callable[[Sequence[Any]], Any]
-    right: Callable[[Any, Any], Any]
-    assemble: Callable[[Any], Any]
+    left: Callable[[Sequence[PyTree]], Any]
+    right: Callable[[PyTree, PyTree], Any]
+    assemble: Callable[[PyTree], Any]
 
     @property
     def looks_up(self) -> bool:
@@ -71,7 +73,7 @@ class Factors(NamedTuple):
     A side whose `rows` is true contains integers `[s, f]` instead, which represent one-hot vectors.
     """
 
-    sides: tuple[Any, Any]
+    sides: tuple[PyTree, PyTree]
     sizes: tuple[int, int]
     rows: tuple[bool, bool] = (False, False)
 
@@ -92,7 +94,7 @@ def _shape(atom: Any) -> tuple[int, ...]:
     return tuple(atom.aval.shape)
 
 
-def _dot(eqn: Any, operand: int) -> Rule:
+def _dot(eqn: JaxprEqn, operand: int) -> Rule:
     (contracted, batched), other = eqn.params["dimension_numbers"], 1 - operand
     V, X = _shape(eqn.invars[operand]), _shape(eqn.invars[other])
     own, rows = tuple(batched[operand]), tuple(contracted[operand])
@@ -102,7 +104,7 @@ def _dot(eqn: Any, operand: int) -> Rule:
     s, k, n = (math.prod(V[i] for i in axes) for axes in (own, rows, columns))
     f = math.prod(X[i] for i in free)
 
-    def left(inputs: Sequence[Any]) -> jax.Array:
+    def left(inputs: Sequence[PyTree]) -> jax.Array:
         return _as_floats(inputs[other], eqn.invars[operand]).transpose(order).reshape(s, f, k)
 
     # The output is [own, lhs's free, rhs's free].
@@ -120,13 +122,13 @@ def _as_floats(x: jax.Array, V: Any) -> jax.Array:
 
 def _assembler(
     shape: tuple[int, ...], own: tuple[int, ...], rows: tuple[int, ...], columns: tuple[int, ...]
-) -> Callable[[Any], Any]:
+) -> Callable[[PyTree], PyTree]:
     order = (*own, *rows, *columns)
     back = tuple(order.index(i) for i in range(len(shape)))
     return lambda d: d.reshape([shape[i] for i in order]).transpose(back)
 
 
-def _conv(eqn: Any, operand: int) -> Rule | None:
+def _conv(eqn: JaxprEqn, operand: int) -> Rule | None:
     params = eqn.params
     if operand != 1 or params["batch_group_count"] != 1:
         return None
@@ -139,7 +141,7 @@ def _conv(eqn: Any, operand: int) -> Rule | None:
     s, f, k, n = groups, n_examples * n_positions, n_into * math.prod(window), n_out // groups
     plain = ("NC" + "HWDTUV"[: len(window)], "OI" + "HWDTUV"[: len(window)], "NC" + "HWDTUV"[: len(window)])
 
-    def left(inputs: Sequence[Any]) -> jax.Array:
+    def left(inputs: Sequence[PyTree]) -> jax.Array:
         x = _as_floats(inputs[0], eqn.invars[1]).transpose(spec.lhs_spec)  # [N, C, *space]
         # [N, C * window, *space]
         patches = lax.conv_general_dilated_patches(
@@ -168,7 +170,7 @@ def _conv(eqn: Any, operand: int) -> Rule | None:
     return Rule("convolution", (), (into, *spatial), (out,), (s, f, k, n), left, right, assemble)
 
 
-def _gather(eqn: Any, operand: int) -> Rule | None:
+def _gather(eqn: JaxprEqn, operand: int) -> Rule | None:
     V, numbers, sizes = _shape(eqn.invars[0]), eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     if (
         operand
@@ -186,7 +188,7 @@ def _gather(eqn: Any, operand: int) -> Rule | None:
     # Otherwise indices out of range are clipped.
     drop = "FILL" in str(eqn.params["mode"]).upper()
 
-    def left(inputs: Sequence[Any]) -> jax.Array:
+    def left(inputs: Sequence[PyTree]) -> jax.Array:
         ids = inputs[1].reshape(1, f).astype(jnp.int32)  # [..., 1] -> [s, f]
         inside = jnp.clip(ids, 0, V[axis] - 1)
         return jnp.where(ids == inside, ids, -1) if drop else inside
@@ -199,7 +201,7 @@ def _gather(eqn: Any, operand: int) -> Rule | None:
     return Rule("rows", (), (axis,), columns, (1, f, V[axis], n), left, right, assemble)
 
 
-def _dynamic_slice(eqn: Any, operand: int) -> Rule | None:
+def _dynamic_slice(eqn: JaxprEqn, operand: int) -> Rule | None:
     V, sizes = _shape(eqn.invars[0]), eqn.params["slice_sizes"]
     partial = [i for i in range(len(V)) if sizes[i] != V[i]]
     if operand or len(partial) != 1 or sizes[partial[0]] != 1:
@@ -208,7 +210,7 @@ def _dynamic_slice(eqn: Any, operand: int) -> Rule | None:
     columns = tuple(i for i in range(len(V)) if i != axis)
     n = math.prod(V[i] for i in columns)
 
-    def left(inputs: Sequence[Any]) -> jax.Array:
+    def left(inputs: Sequence[PyTree]) -> jax.Array:
         return jnp.clip(inputs[1 + axis], 0, V[axis] - 1).reshape(1, 1).astype(jnp.int32)
 
     def right(g: jax.Array, left: jax.Array) -> jax.Array:
@@ -241,7 +243,7 @@ def how(rule: Rule) -> str:
     return f"{rule.kind}, product" if multiplies_out(rule) else f"{rule.kind}, Gram"
 
 
-def factors(rule: Rule, left: Any, g: Any, real: bool) -> Factors:
+def factors(rule: Rule, left: Any, g: PyTree, real: bool) -> Factors:
     """Return an example's gradient as a sum of outer products; `real` for a real parameter."""
     return of_real(Factors((left, rule.right(g, left)), rule.sizes[2:], (rule.looks_up, False)), real)
 
@@ -279,7 +281,7 @@ def norm_of(uses: Sequence[Factors]) -> jax.Array:
         return safest([Measure(plain, scaled, sides)])[0]
 
     @norm_of_one.def_vmap
-    def norms_of_all(n: int, batched: Any, sides: Any) -> tuple[jax.Array, bool]:
+    def norms_of_all(n: int, batched: PyTree, sides: Any) -> tuple[jax.Array, bool]:
         axes = (jax.tree.map(lambda known: 0 if known else None, batched[0]),)
         return safest([Measure(jax.vmap(plain, axes), jax.vmap(scaled, axes), sides)])[0], True
 
@@ -289,12 +291,12 @@ def norm_of(uses: Sequence[Factors]) -> jax.Array:
 class Measure(NamedTuple):
     """Two ways to norms: `plain(arrays) -> (squares, the least that is safe)` and `scaled(arrays) -> norms`."""
 
-    plain: Callable[[Any], tuple[jax.Array, Any]]
-    scaled: Callable[[Any], jax.Array]
-    arrays: Any
+    plain: Callable[[PyTree], tuple[jax.Array, PyTree]]
+    scaled: Callable[[PyTree], jax.Array]
+    arrays: PyTree
 
 
-def measure_each(factors_of: Callable[[Any], Sequence[Factors]], gathered: Any) -> Measure:
+def measure_each(factors_of: Callable[[PyTree], Sequence[Factors]], gathered: Any) -> Measure:
     """Return how to measure the norms of all examples' sums of outer products, made from what was gathered for each."""
     return Measure(
         jax.vmap(lambda one: _squared_norm(factors_of(one))),
@@ -389,11 +391,11 @@ def _floating(use: Factors) -> list[jax.Array]:
     return [side for side, rows in zip(use.sides, use.rows, strict=True) if not rows]
 
 
-def _dtype(uses: Sequence[Factors]) -> Any:
+def _dtype(uses: Sequence[Factors]) -> PyTree:
     return np.result_type(*[wide(side.dtype) for use in uses for side in _floating(use)])
 
 
-def _squares(side: jax.Array, rows: bool, dtype: Any) -> jax.Array:
+def _squares(side: jax.Array, rows: bool, dtype: DTypeLike) -> jax.Array:
     return jnp.ones(side.shape, dtype) if rows else jnp.sum(magnitudes_squared(side).astype(dtype), -1)
 
 
@@ -402,7 +404,7 @@ def _square_of(d: jax.Array) -> jax.Array:
     return jnp.dot(flat, flat.conj(), precision=lax.Precision.HIGHEST).real
 
 
-def _gram(a: jax.Array, b: jax.Array, a_rows: bool, b_rows: bool, dtype: Any) -> jax.Array:
+def _gram(a: jax.Array, b: jax.Array, a_rows: bool, b_rows: bool, dtype: DTypeLike) -> jax.Array:
     """Return all scalar products of positions, `[s, f, g]`."""
     if a_rows and b_rows:
         return (a[:, :, None] == b[:, None, :]).astype(dtype)
@@ -415,7 +417,7 @@ def _gram(a: jax.Array, b: jax.Array, a_rows: bool, b_rows: bool, dtype: Any) ->
     return _einsum("sfk,sgk->sfg", a, b, dtype)
 
 
-def _product(use: Factors, dtype: Any) -> jax.Array:
+def _product(use: Factors, dtype: DTypeLike) -> jax.Array:
     a, b = use.sides
     if any(use.rows):
         ids, other = (a, b) if use.rows[0] else (b, a)
@@ -427,13 +429,13 @@ def _product(use: Factors, dtype: Any) -> jax.Array:
     return _einsum("sfk,sfn->skn", a, b, dtype)
 
 
-def _einsum(formula: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+def _einsum(formula: str, a: jax.Array, b: jax.Array, dtype: DTypeLike) -> jax.Array:
     if a.dtype != b.dtype:
         a, b = a.astype(dtype), b.astype(dtype)
     return jnp.einsum(formula, a, b, preferred_element_type=dtype)
 
 
-def fold(rule: Rule, y: Any, V: Any, token: Any, left: Any) -> Any:
+def fold(rule: Rule, y: PyTree, V: Any, token: PyTree, left: Any) -> PyTree:
     """Return `y`; its backward pass computes V's gradient, and returns its norm as the token's gradient.
 
     Args:
@@ -456,15 +458,15 @@ class _Hashable:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fold(of: _Hashable, y: Any, V: Any, token: Any, left: Any) -> Any:
+def _fold(of: _Hashable, y: PyTree, V: Any, token: PyTree, left: Any) -> PyTree:
     return y
 
 
-def _forward(of: _Hashable, y: Any, V: Any, token: Any, left: Any) -> tuple[Any, Any]:
+def _forward(of: _Hashable, y: PyTree, V: Any, token: PyTree, left: Any) -> tuple[PyTree, PyTree]:
     return y, (left, token, jnp.zeros((0, *V.shape), V.dtype))
 
 
-def _backward(of: _Hashable, kept: Any, g: Any) -> tuple[Any, Any, Any, None]:
+def _backward(of: _Hashable, kept: Any, g: PyTree) -> tuple[PyTree, PyTree, PyTree, None]:
     left, token, like = kept
     rule = of.rule
     sides = rule.right(g, left), left
@@ -486,7 +488,7 @@ def _products(a: jax.Array, b: jax.Array, like: jax.Array) -> tuple[jax.Array, j
 
 @_products.def_vmap
 def _products_of_all(
-    n: int, batched: Any, a: jax.Array, b: jax.Array, like: jax.Array
+    n: int, batched: PyTree, a: jax.Array, b: jax.Array, like: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[bool, bool]]:
     """Process some examples at a time, so that their products stay in the CPU's cache.
 
@@ -497,7 +499,7 @@ def _products_of_all(
     )
     flat = [x.reshape(-1, x.shape[-1]) for x in (a, b)]  # [n * s * f, i]
 
-    def of_some(start: Any, count: int) -> list[jax.Array]:
+    def of_some(start: PyTree, count: int) -> list[jax.Array]:
         left, right = (
             at(rows, start * (len(rows) // n), count * (len(rows) // n)).reshape(count, *x.shape[1:])
             for rows, x in zip(flat, (a, b), strict=True)
@@ -508,7 +510,7 @@ def _products_of_all(
     return (total, norms), (False, True)
 
 
-def averaged(rule: Rule, y: Any, V: Any, n: int, left: Any) -> Any:
+def averaged(rule: Rule, y: PyTree, V: Any, n: int, left: Any) -> PyTree:
     """Return `y`; its backward pass computes V's gradient, under `vmap` that of the mean over `n` examples.
 
     A sum over examples may overflow a narrow dtype when their mean does not: it is computed in float32 at least.
@@ -524,24 +526,24 @@ def averaged(rule: Rule, y: Any, V: Any, n: int, left: Any) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _averaged(of: _Hashable, n: int, y: Any, V: Any, left: Any) -> Any:
+def _averaged(of: _Hashable, n: int, y: PyTree, V: Any, left: Any) -> PyTree:
     return y
 
 
-def _averaged_forward(of: _Hashable, n: int, y: Any, V: Any, left: Any) -> tuple[Any, Any]:
+def _averaged_forward(of: _Hashable, n: int, y: PyTree, V: Any, left: Any) -> tuple[PyTree, PyTree]:
     return y, (left, jnp.zeros((0, *V.shape), V.dtype))
 
 
-def _averaged_backward(of: _Hashable, n: int, kept: Any, g: Any) -> tuple[Any, Any, None]:
+def _averaged_backward(of: _Hashable, n: int, kept: Any, g: PyTree) -> tuple[PyTree, PyTree, None]:
     left, like = kept
     rule = of.rule
 
     @custom_vmap
-    def total(left: Any, g: Any) -> jax.Array:
+    def total(left: Any, g: PyTree) -> jax.Array:
         return product([factors(rule, left, g, False)])
 
     @total.def_vmap
-    def total_of_all(size: int, batched: Any, left: Any, g: Any) -> tuple[jax.Array, bool]:
+    def total_of_all(size: int, batched: PyTree, left: Any, g: PyTree) -> tuple[jax.Array, bool]:
         left, g = (
             x if known else jnp.broadcast_to(x, (size, *x.shape))
             for x, known in zip((left, g), batched, strict=True)
@@ -564,24 +566,24 @@ def chunk_for(n: int, size: int) -> int:
     return max(1, AT_ONCE // size)
 
 
-def at(x: jax.Array, start: Any, count: int) -> jax.Array:
+def at(x: jax.Array, start: PyTree, count: int) -> jax.Array:
     """Return some rows of an array."""
     return x if count == len(x) else lax.dynamic_slice_in_dim(x, start, count)
 
 
 def in_chunks(
-    of_some: Callable[[Any, int], list[jax.Array]], n: int, chunk: int
+    of_some: Callable[[PyTree, int], list[jax.Array]], n: int, chunk: int
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Return the sums over `n` examples, and the norm `[n]` of each, of the arrays that a function returns.
 
     `of_some(start, count)` returns arrays `[count, ...]`; only those of one chunk are in memory at a time.
     """
 
-    def made(start: Any, count: int) -> tuple[list[jax.Array], list[jax.Array]]:
+    def made(start: PyTree, count: int) -> tuple[list[jax.Array], list[jax.Array]]:
         arrays = of_some(start, count)
         return [add_up(d) for d in arrays], norms_of_each(arrays)
 
-    def step(start: Any, count: int, so_far: Any) -> Any:
+    def step(start: PyTree, count: int, so_far: Any) -> PyTree:
         sums, norms = made(start, count)
         put = lax.dynamic_update_slice_in_dim
         return (
@@ -597,7 +599,7 @@ def in_chunks(
     return step(n - n % chunk, n % chunk, so_far) if n % chunk else so_far
 
 
-def _zeros(like: Any, shape: tuple[int, ...]) -> jax.Array:
+def _zeros(like: PyTree, shape: tuple[int, ...]) -> jax.Array:
     return as_varying(jnp.zeros(shape, like.dtype), varying_axes(like))
 
 

@@ -75,7 +75,7 @@ class NoiseScale(ShowsTable):
         return jnp.where(self.gradient_square > 0, self.variance / self.gradient_square, jnp.nan)
 
     @property
-    def snr(self) -> Any:
+    def snr(self) -> PyTree:
         """Signal-to-noise ratio of one example's gradient, |G|^2 / tr Sigma, one scalar per leaf.
 
         That of a batch of B is B times as large. It is below zero where the estimate of the signal is, and infinite
@@ -93,7 +93,7 @@ class NoiseScale(ShowsTable):
     def to_dict(self) -> dict[str, Any]:
         """Return the estimates as Python numbers, for logs; those that are not finite as None."""
 
-        def number(x: Any) -> float | None:
+        def number(x: PyTree) -> float | None:
             return float(x) if math.isfinite(x) else None
 
         return {
@@ -237,5 +237,5 @@ def norm_test(loss: Callable, theta: float = 0.9) -> Callable[..., NormTest]:
     return test
 
 
-def _named(tree: Any) -> list[tuple[str, Any]]:
+def _named(tree: PyTree) -> list[tuple[str, PyTree]]:
     return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]

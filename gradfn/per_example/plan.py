@@ -2,11 +2,11 @@
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import PyTree
 
 from gradfn.core.precision import is_narrow, widen
 from gradfn.flatten import flat_products
@@ -73,8 +73,8 @@ class Plan:
         return out
 
     def losses(
-        self, arguments: dict[int, jax.Array], tokens: dict[Path, Any], stop: bool
-    ) -> tuple[jax.Array, tuple[Any, dict[Path, Any]]]:
+        self, arguments: dict[int, jax.Array], tokens: dict[Path, PyTree], stop: bool
+    ) -> tuple[jax.Array, tuple[PyTree, dict[Path, PyTree]]]:
         """Return each example's loss, their aux and what is captured at the uses.
 
         With `stop`, no gradient reaches the parameters whose sum of gradients is computed in `found`.
@@ -83,13 +83,16 @@ class Plan:
         equations = {path: strategy.uses[path].equation for path, strategy in self._at.items()}
 
         def one(
-            arguments: dict[int, jax.Array], tokens: dict[Path, Any], zero: jax.Array, example: list[Any]
-        ) -> tuple[Any, Any]:
+            arguments: dict[int, jax.Array],
+            tokens: dict[Path, PyTree],
+            zero: jax.Array,
+            example: list[PyTree],
+        ) -> tuple[PyTree, PyTree]:
             leaves = [arguments.get(i, leaf) for i, leaf in enumerate(loss.floating)]
 
             def visit(
-                equation: Equation, evaluate: Evaluate, inputs: Sequence[Any], token: Any
-            ) -> tuple[list[Any], Any]:
+                equation: Equation, evaluate: Evaluate, inputs: Sequence[PyTree], token: PyTree
+            ) -> tuple[list[PyTree], PyTree]:
                 return self._visit(stop, zero, equation, evaluate, inputs, token)
 
             inputs = loss.inputs(leaves, example)
@@ -98,8 +101,8 @@ class Plan:
             return value, (aux, captures)
 
         def all_of_them(
-            arguments: dict[int, jax.Array], tokens: dict[Path, Any], batch: list[Any]
-        ) -> tuple[Any, Any]:
+            arguments: dict[int, jax.Array], tokens: dict[Path, PyTree], batch: list[PyTree]
+        ) -> tuple[PyTree, PyTree]:
             zeros = as_varying(jnp.zeros(loss.size), loss.varying)
             axes = {i: 0 if self.strategies[i].copies else None for i in arguments}
             return jax.vmap(one, (axes, 0, 0, 0))(arguments, tokens, zeros, batch)
@@ -112,9 +115,9 @@ class Plan:
         zero: jax.Array,
         equation: Equation,
         evaluate: Evaluate,
-        inputs: Sequence[Any],
-        token: Any,
-    ) -> tuple[list[Any], Any]:
+        inputs: Sequence[PyTree],
+        token: PyTree,
+    ) -> tuple[list[PyTree], PyTree]:
         strategy = self._at[equation.path]
         use = strategy.uses[equation.path]
         rule, V = use.rule, inputs[use.operand]
@@ -133,7 +136,10 @@ class Plan:
         return [y], capture
 
     def found(
-        self, grads: Mapping[int, jax.Array], of_tokens: Mapping[Path, Any], captures: Mapping[Path, Any]
+        self,
+        grads: Mapping[int, jax.Array],
+        of_tokens: Mapping[Path, PyTree],
+        captures: Mapping[Path, PyTree],
     ) -> tuple[dict[int, jax.Array], dict[int, jax.Array]]:
         """Return the norms `[B]` of the covered parameters, and the sums of gradients that strategies compute."""
         norms, totals, measures = {}, {}, {}
@@ -161,8 +167,8 @@ def fall_back(
     With weights `[B]`, they are those of the weighted gradients.
     """
 
-    def of_one(example: list[Any]) -> list[Any]:
-        def value(leaves: list[Any]) -> Any:
+    def of_one(example: list[PyTree]) -> list[PyTree]:
+        def value(leaves: list[PyTree]) -> PyTree:
             floating = list(loss.floating)
             for i, leaf in zip(which, leaves, strict=True):
                 floating[i] = leaf
@@ -170,7 +176,7 @@ def fall_back(
 
         return [widen(g) for g in jax.grad(value)([loss.floating[i] for i in which])]
 
-    def of_some(start: Any, count: int) -> list[Any]:
+    def of_some(start: PyTree, count: int) -> list[PyTree]:
         grads = jax.vmap(of_one)([at(leaf, start, count) for leaf in loss.batch])
         return grads if weights is None else [weighted(g, at(weights, start, count)) for g in grads]
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from gradfn.core.precision import norm_of_norms, wide, widen
 from gradfn.jaxpr import Equation, probe
@@ -67,7 +69,7 @@ class Found(NamedTuple):
 
 
 # What the pass left at each use: the gradient of its token, and its capture.
-Left = Mapping[Path, tuple[Any, Any]]
+Left = Mapping[Path, tuple[PyTree, PyTree]]
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Strategy:
         """Return the shape and dtype of a use's token, for one example."""
         return _output_of(use)
 
-    def probed(self, use: Use, y: Any, V: Any, token: Any, left: Any) -> tuple[Any, Any]:
+    def probed(self, use: Use, y: PyTree, V: Any, token: PyTree, left: Any) -> tuple[PyTree, PyTree]:
         """Return the output of a use with a probe on it, and its capture."""
         return probe(lambda g, _: g, y, token), left
 
@@ -166,11 +168,11 @@ class _InPlace(Strategy):
     def is_folded(self, use: Use, V: Any) -> bool:
         return not self.averages and multiplies_out(use.rule) and not jnp.iscomplexobj(V)
 
-    def probed(self, use: Use, y: Any, V: Any, token: Any, left: Any) -> tuple[Any, Any]:
+    def probed(self, use: Use, y: PyTree, V: Any, token: PyTree, left: Any) -> tuple[PyTree, PyTree]:
         if self.is_folded(use, V):
             return fold(use.rule, y, V, token, left), None
 
-        def norm(g: Any, left: Any) -> jax.Array:
+        def norm(g: PyTree, left: Any) -> jax.Array:
             return norm_of([factors(use.rule, left, g, self.real)]).astype(real_dtype(g.dtype))
 
         return probe(norm, y, token, left), None
@@ -194,7 +196,7 @@ class _Gathered(Strategy):
     def found(self, x: jax.Array, grad: jax.Array, left: Left, n: int) -> Found:
         return Found(measure_each(self.factors, [left[path] for path in self.uses]))
 
-    def factors(self, gathered: Sequence[tuple[Any, Any]]) -> list[Factors]:
+    def factors(self, gathered: Sequence[tuple[PyTree, PyTree]]) -> list[Factors]:
         """Return one example's gradient as a sum of outer products."""
         aligned = len(self.uses) > 1 or self.makes_total
         pairs = zip(self.uses.values(), gathered, strict=True)
@@ -209,7 +211,7 @@ class _Multiplied(_Gathered):
     def found(self, x: jax.Array, grad: jax.Array, left: Left, n: int) -> Found:
         gathered = [left[path] for path in self.uses]
 
-        def products(start: Any, count: int) -> list[jax.Array]:
+        def products(start: PyTree, count: int) -> list[jax.Array]:
             some = jax.tree.map(lambda a: at(a, start, count), gathered)
             return [jax.vmap(lambda one: product(self.factors(one)))(some)]
 
@@ -304,7 +306,7 @@ def _output_of(use: Use) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
-def real_dtype(dtype: Any) -> Any:
+def real_dtype(dtype: DTypeLike) -> PyTree:
     """Return the dtype of norms."""
     return jnp.finfo(wide(dtype)).dtype
 

@@ -3,11 +3,11 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
+from jaxtyping import PyTree
 
 from gradfn.flatten import loss_of_example
 from gradfn.jaxpr import trace
@@ -16,13 +16,13 @@ from gradfn.jaxpr.program import hide_objects, is_array, leaf_name
 from gradfn.jaxpr.varying import as_varying, varying_axes
 
 REMEDY = "Per-example transforms take the loss of one example, or gf.batch_mean(loss)."
-Arrays = tuple[list[Any], list[Any], list[Any], list[Any]]
+Arrays = tuple[list[PyTree], list[PyTree], list[PyTree], list[PyTree]]
 
 
 class TracedLoss:
     """A loss of one example, its `floating` parameters and a `batch`, both flat."""
 
-    def __init__(self, what: str, loss: Callable, params: Any, batch: tuple[Any, ...]) -> None:
+    def __init__(self, what: str, loss: Callable, params: PyTree, batch: tuple[PyTree, ...]) -> None:
         self.size = _size(what, batch)
         batch = jax.tree.map(jnp.asarray, batch)
         # Inside a shard_map each device has its own examples, gradients and norms, also of replicated parameters.
@@ -69,41 +69,41 @@ class TracedLoss:
         loss.program = dataclasses.replace(self.program, inputs=inputs, jaxpr=jaxpr)
         return loss
 
-    def like(self, values: Sequence[Any]) -> Any:
+    def like(self, values: Sequence[PyTree]) -> PyTree:
         """Return gradients in the tree of the parameters, in their dtypes."""
         return self.tree([g.astype(x.dtype) for g, x in zip(values, self.floating, strict=True)])
 
-    def inputs(self, floating: Sequence[Any], example: Sequence[Any]) -> list[Any]:
+    def inputs(self, floating: Sequence[PyTree], example: Sequence[PyTree]) -> list[PyTree]:
         """Return the program's inputs."""
         inputs = [*self.program.inputs[: self._n_params], *example]
         for i, leaf in zip(self.numbers, floating, strict=True):
             inputs[i] = leaf
         return inputs
 
-    def split(self, outs: Sequence[Any]) -> tuple[Any, Any]:
+    def split(self, outs: Sequence[PyTree]) -> tuple[PyTree, PyTree]:
         """Return the value and aux of the program's outputs."""
         value, aux = value_and_aux(self.program.rebuild(outs))
         return value, hide_objects(aux)
 
-    def run(self, floating: Sequence[Any], example: Sequence[Any]) -> tuple[Any, Any]:
+    def run(self, floating: Sequence[PyTree], example: Sequence[PyTree]) -> tuple[PyTree, PyTree]:
         """Return one example's value and aux."""
         closed = self.program.jaxpr
         return self.split(jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *self.inputs(floating, example)))
 
-    def tree(self, values: Sequence[Any]) -> Any:
+    def tree(self, values: Sequence[PyTree]) -> PyTree:
         """Return one value per floating parameter in the tree of the parameters."""
         by_number = dict(zip(self.numbers, values, strict=True))
         return self.program.like_arguments([by_number.get(i) for i in range(len(self.program.inputs))])[0]
 
 
-def _example(x: Any) -> Any:
+def _example(x: PyTree) -> PyTree:
     """Return an array with the shape and dtype of one example, to trace with."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return x[0]
     return as_varying(jnp.zeros(x.shape[1:], x.dtype), varying_axes(x))
 
 
-def _size(what: str, batch: tuple[Any, ...]) -> int:
+def _size(what: str, batch: tuple[PyTree, ...]) -> int:
     """Check the batch and return its number of examples."""
     leaves = [
         (leaf_name(path[1:], "") or f"argument {path[0].idx + 1}", leaf)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from jaxtyping import PyTree
 
 from gradfn.flatten import BatchMean, Loss
 from gradfn.layout import CHECKPOINT
@@ -52,26 +53,26 @@ class Fit(NamedTuple):
         noise: `{"step": ...}`, what `NoiseScale.to_dict` says, and the `running_scale`.
     """
 
-    params: Any
+    params: PyTree
     state: TrainState
     history: Sequence[Row]
     inspections: Sequence[Row]
     noise: Sequence[Row]
 
     @property
-    def model_state(self) -> Any:
+    def model_state(self) -> PyTree:
         """The state that the loss carried from step to step; None where it carried none."""
         return self.state.model_state
 
 
 def fit(
     loss: Loss,
-    params: Any,
-    data: Any,
+    params: PyTree,
+    data: PyTree,
     optimizer: optax.GradientTransformation,
     steps: int,
     *,
-    state: Any = None,
+    state: PyTree = None,
     batch_size: int = 32,
     seed: int = 0,
     evaluate: Callable[..., dict[str, Any]] | None = None,
@@ -289,7 +290,7 @@ def stalled(
     (False, True)
     """
 
-    known: tuple[Any, int, list[float]] = (
+    known: tuple[PyTree, int, list[float]] = (
         None,
         0,
         [],
@@ -324,7 +325,7 @@ def _positive(**numbers: int | None) -> None:
             raise ValueError(f"fit: {name} is 1 or more, came {number}")
 
 
-def _check_arguments(data: Any, optimizer: Any) -> None:
+def _check_arguments(data: PyTree, optimizer: Any) -> None:
     """Raise a TypeError for a learning rate in place of an optimizer, and for an iterable of batches."""
     if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
         rate = f"{optimizer:g}" if isinstance(optimizer, (int, float)) else "1e-3"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from gradfn.core.net import takes_key
 from gradfn.flatten import Loss
@@ -55,7 +55,7 @@ def shifted(loss: Loss, shape: Sequence[int], pixels: int = 2) -> Loss:
     """
     noisy = takes_key(loss)
 
-    def shifted_loss(params: Any, batch: Any, key: jax.Array) -> Any:
+    def shifted_loss(params: PyTree, batch: PyTree, key: jax.Array) -> PyTree:
         images, labels = batch
         moved = shift_images(images, key, shape, pixels), labels
         return loss(params, moved, **({"key": jax.random.fold_in(key, 1)} if noisy else {}))

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from gradfn.core.params import named_leaves, path_name
 from gradfn.files import FileError, parse_json, replacing
@@ -27,7 +28,7 @@ class CheckpointError(FileError):
     """A checkpoint that cannot be read, or that is of another run."""
 
 
-def save(file: Path, state: Any, notes: Mapping[str, Any]) -> None:
+def save(file: Path, state: PyTree, notes: Mapping[str, Any]) -> None:
     """Write a state and some JSON notes to a file; whatever interrupts it, the old file or the new one is there.
 
     One array at a time is made ready to be written.
@@ -45,7 +46,7 @@ def save(file: Path, state: Any, notes: Mapping[str, Any]) -> None:
         write_tensors(out, *content, checksum=True)
 
 
-def load(file: Path, like: Any, rest: bool = False, form: type = dict) -> tuple[Any, Any]:
+def load(file: Path, like: PyTree, rest: bool = False, form: type = dict) -> tuple[PyTree, PyTree]:
     """Read a state and its notes back.
 
     Arrays are read and put on the device one at a time.
@@ -77,7 +78,7 @@ def load(file: Path, like: Any, rest: bool = False, form: type = dict) -> tuple[
                 few = ", ".join(f"{name!r:.100}" for name in more[:3]) + ", ..." * (len(more) > 3)
                 raise CheckpointError(f"{file}: holds {few} too; it is of another network or optimizer")
 
-            def restore(path: tuple[Any, ...], leaf: Any) -> jax.Array:
+            def restore(path: tuple[PyTree, ...], leaf: PyTree) -> jax.Array:
                 # Waited for, so that its copy from the file goes before the next one comes.
                 return jax.block_until_ready(_restored(content.get_tensor(path_name(path)), leaf))
 
@@ -89,12 +90,12 @@ def load(file: Path, like: Any, rest: bool = False, form: type = dict) -> tuple[
         raise CheckpointError(f"{file}: not a readable checkpoint ({reason})") from error
 
 
-def keep(folder: Path, step: int, params: Any, state: Any = None) -> None:
+def keep(folder: Path, step: int, params: PyTree, state: PyTree = None) -> None:
     """Keep the parameters after a step, and a model's state, among those of a run, `kept/<step>.safetensors`."""
     save(folder / KEPT / f"{step:0{DIGITS}}.safetensors", _together(params, state), {"step": step})
 
 
-def kept(folder: str | os.PathLike[str], like: Any, state: Any = None) -> dict[int, Any]:
+def kept(folder: str | os.PathLike[str], like: PyTree, state: PyTree = None) -> dict[int, PyTree]:
     """Read the parameters that `gf.fit(keep_every=...)` kept.
 
     Args:
@@ -131,11 +132,11 @@ def kept(folder: str | os.PathLike[str], like: Any, state: Any = None) -> dict[i
     return found
 
 
-def _together(params: Any, state: Any) -> Any:
+def _together(params: PyTree, state: PyTree) -> PyTree:
     return params if state is None else {"params": params, "state": state}
 
 
-def tensors(state: Any) -> dict[str, Tensor]:
+def tensors(state: PyTree) -> dict[str, Tensor]:
     """Return what a file of a state has to hold: its arrays by path, each made ready when it is written."""
     found = {}
     for name, leaf in named_leaves(state):
@@ -150,7 +151,7 @@ def metadata(notes: Mapping[str, Any]) -> dict[str, str]:
     return {"notes": json.dumps(_finite(notes), allow_nan=False)}
 
 
-def _stored_as(leaf: Any) -> tuple[np.dtype, tuple[int, ...]]:
+def _stored_as(leaf: PyTree) -> tuple[np.dtype, tuple[int, ...]]:
     """Return the dtype and shape of an array in a file, which has complex numbers as pairs, odd dtypes as bytes."""
     dtype = np.dtype(leaf.dtype)
     if dtype.kind == "c":
@@ -158,7 +159,7 @@ def _stored_as(leaf: Any) -> tuple[np.dtype, tuple[int, ...]]:
     return (dtype if is_stored(dtype) else np.dtype(np.uint8)), tuple(leaf.shape)
 
 
-def _stored(leaf: Any) -> np.ndarray:
+def _stored(leaf: PyTree) -> np.ndarray:
     """Return an array as it is in a file; on a CPU it shares the memory."""
     if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
         leaf = leaf.addressable_data(
@@ -168,7 +169,7 @@ def _stored(leaf: Any) -> np.ndarray:
     return np.asarray(leaf).reshape(-1).view(dtype).reshape(shape)  # [...] -> [..., 2] where it is complex
 
 
-def _restored(array: np.ndarray, like: Any) -> jax.Array:
+def _restored(array: np.ndarray, like: PyTree) -> jax.Array:
     """Return an array of a file as one like another."""
     like = like if hasattr(like, "dtype") else np.asarray(like)
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
@@ -178,7 +179,7 @@ def _restored(array: np.ndarray, like: Any) -> jax.Array:
     )  # [..., 2] -> [...] where it is complex
 
 
-def _check(file: Path, name: str, found: Any, like: Any) -> None:
+def _check(file: Path, name: str, found: PyTree, like: PyTree) -> None:
     """Raise a CheckpointError for an array of another dtype or shape."""
     dtype, shape = _stored_as(_without_type(like))
     actual = (tuple(found.get_shape()), found.get_dtype())
@@ -188,14 +189,14 @@ def _check(file: Path, name: str, found: Any, like: Any) -> None:
         raise CheckpointError(f"{file}: {name}: {fits}")
 
 
-def _without_type(leaf: Any) -> Any:
+def _without_type(leaf: PyTree) -> PyTree:
     """Return a key's data, anything else that has no dtype as an array, and the rest as it is."""
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.key_data(leaf)
     return leaf if hasattr(leaf, "dtype") and hasattr(leaf, "shape") else np.asarray(leaf)
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: PyTree) -> PyTree:
     if isinstance(value, Mapping):
         return {name: _finite(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):

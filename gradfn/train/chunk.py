@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from gradfn.core.net import takes_key
 from gradfn.flatten import Loss, loss_of_example
@@ -45,7 +46,7 @@ def chunks(
 
     one_step = train_step(loss, optimizer)
 
-    def batch_of(arrays: Any, state: TrainState, order: Any, row: jax.Array) -> Any:
+    def batch_of(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> PyTree:
         # One more fold keeps the batch's key apart from that of the loss's noise in the same step.
         batch = source.batch(arrays, order, row, jax.random.fold_in(step_key(state), 1))
         if mesh is None:
@@ -59,8 +60,8 @@ def chunks(
         return jax.lax.with_sharding_constraint(batch, jax.tree.unflatten(jax.tree.structure(batch), places))
 
     @jax.jit
-    def advance(arrays: Any, state: TrainState, order: Any, row: jax.Array, n: jax.Array) -> Any:
-        def body(i: jax.Array, carry: tuple[TrainState, Any]) -> tuple[TrainState, Any]:
+    def advance(arrays: PyTree, state: TrainState, order: Any, row: jax.Array, n: jax.Array) -> PyTree:
+        def body(i: jax.Array, carry: tuple[TrainState, PyTree]) -> tuple[TrainState, PyTree]:
             state, columns = carry
             state, metrics = one_step(state, batch_of(arrays, state, order, row + i))
             return state, jax.tree.map(lambda column, value: column.at[i].set(value), columns, metrics)
@@ -72,7 +73,7 @@ def chunks(
         return state, columns, all_finite(state.params)
 
     @jax.jit
-    def look(arrays: Any, state: TrainState, order: Any, row: jax.Array) -> Inspection:
+    def look(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> Inspection:
         batch, keywords = batch_of(arrays, state, order, row), step_keywords(loss, state)
         f = batch_loss(loss, state.rest)
         seen = inspect(f, input_grads=False)(state.params, batch, **keywords)
@@ -81,7 +82,7 @@ def chunks(
         return seen.with_updates(state.params, updates)
 
     @jax.jit
-    def measure(arrays: Any, state: TrainState, order: Any, row: jax.Array) -> NoiseScale:
+    def measure(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> NoiseScale:
         batch = batch_of(arrays, state, order, row)
         of_one = loss_of_example(loss) if state.rest is None else state.rest.loss(loss_of_example(loss))
         if not takes_key(of_one):
@@ -90,7 +91,9 @@ def chunks(
         return noise_scale(lambda params, one, key: of_one(params, one, key=key))(state.params, batch, keys)
 
     @jax.jit
-    def arguments(arrays: Any, state: TrainState, order: Any, row: jax.Array) -> tuple[Any, dict[str, Any]]:
+    def arguments(
+        arrays: PyTree, state: TrainState, order: Any, row: jax.Array
+    ) -> tuple[Any, dict[str, Any]]:
         return batch_of(arrays, state, order, row), step_keywords(loss, state)
 
     return Chunks(
@@ -101,7 +104,7 @@ def chunks(
     )
 
 
-def all_finite(tree: Any) -> jax.Array:
+def all_finite(tree: PyTree) -> jax.Array:
     """Tell whether a tree's floats are all finite; a bool scalar."""
     floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in floats] or [True]))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from gradfn.core.params import Param, path_name
 from gradfn.display import TextTable
@@ -17,13 +18,13 @@ _NORM = re.compile(r".*norms?|ln(_\w+)?", re.IGNORECASE)  # a layer whose parame
 
 
 class _Leaf(NamedTuple):
-    path: tuple[Any, ...]
-    value: Any
+    path: tuple[PyTree, ...]
+    value: PyTree
     vector: bool  # by its name, or as a parameter of a norm
     stacked: int  # how many of its axes count layers
 
 
-def weight_decay_mask(params: Any) -> Any:
+def weight_decay_mask(params: PyTree) -> PyTree:
     """Tell which parameters weight decay applies to: floating arrays of rank 2 and more.
 
     Embeddings are such arrays and decay, as in nanoGPT. Biases and the parameters of norms do not, whatever their
@@ -45,7 +46,7 @@ def weight_decay_mask(params: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(params), [_decays(leaf) for leaf in leaves])
 
 
-def weight_decay_table(params: Any) -> TextTable:
+def weight_decay_table(params: PyTree) -> TextTable:
     """Return a table of which parameters decay, and why: see `gf.train.weight_decay_mask`.
 
     Args:
@@ -70,7 +71,7 @@ def weight_decay_table(params: Any) -> TextTable:
     return table
 
 
-def _leaves(params: Any) -> list[_Leaf]:
+def _leaves(params: PyTree) -> list[_Leaf]:
     pairs = [
         (
             path,
@@ -104,7 +105,7 @@ def _stack_of(shapes: list[tuple[int, ...]], vectors: list[bool]) -> int:
     return n if n > 0 and len({shape[:n] for shape in shapes}) == 1 else 0
 
 
-def _is_vector(path: tuple[Any, ...]) -> bool:
+def _is_vector(path: tuple[PyTree, ...]) -> bool:
     names = [part.rstrip("0123456789").rstrip("_") for part in path_name(path).split("/")]
     names = [
         name for name in names if name not in ("", "value", "raw_value")
@@ -116,5 +117,5 @@ def _decays(leaf: _Leaf) -> bool:
     return not leaf.vector and _floating(leaf.value) and len(leaf.value.shape) - leaf.stacked >= 2
 
 
-def _floating(value: Any) -> bool:
+def _floating(value: PyTree) -> bool:
     return bool(jnp.issubdtype(value.dtype, jnp.inexact))
