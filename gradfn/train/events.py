@@ -13,7 +13,8 @@ import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from jaxtyping import PyTree
 
 
 class Events:
@@ -57,7 +58,7 @@ class Events:
             raise OSError(error.errno, error.strerror, str(self.file)) from error
 
 
-def _record(**content: Any) -> bytes:
+def _record(**content: PyTree) -> bytes:
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import masked_crc32c
 

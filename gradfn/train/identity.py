@@ -21,6 +21,7 @@ from typing import Any, TypedDict
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jaxtyping import PyTree
 
 from gradfn.core.params import named_leaves
 from gradfn.flatten import Loss
@@ -89,7 +90,7 @@ def difference(was: Identity, now: Identity) -> str | None:
     return None
 
 
-def content(array: Any) -> str:
+def content(array: PyTree) -> str:
     """Return an array's shape, dtype and a hash of its bytes, of those of some rows where it is large.
 
     >>> content(np.arange(6).reshape(2, 3))
@@ -106,7 +107,7 @@ def content(array: Any) -> str:
     return f"{kind} {hashlib.blake2b(data, digest_size=8).hexdigest()}"
 
 
-def samples(array: Any) -> list[float]:
+def samples(array: PyTree) -> list[float]:
     """Return a few values of an array, evenly spaced.
 
     >>> samples(np.arange(6.0).reshape(2, 3))
@@ -118,7 +119,7 @@ def samples(array: Any) -> list[float]:
     return [float(f"{value:.6g}") for part in parts for value in part.astype(np.float64)]
 
 
-def program(f: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+def program(f: Callable, *args: PyTree, **kwargs: PyTree) -> str:
     """Return a hash of what a function computes: its equations, and the arrays that it closes over."""
     with as_written(True):
         traced = jax.make_jaxpr(f)(*args, **kwargs)
@@ -131,7 +132,7 @@ def program(f: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 def _lines(traced: ClosedJaxpr | Jaxpr) -> Iterator[str]:
     """Yield a line for each constant, equation and result; variables go by number, names and places are left out."""
     jaxpr, consts = (traced.jaxpr, traced.consts) if isinstance(traced, ClosedJaxpr) else (traced, ())
-    numbers: dict[Any, int] = {}
+    numbers: dict[PyTree, int] = {}
 
     def told(atom: Any) -> str:
         if isinstance(atom, Literal):
@@ -151,7 +152,7 @@ def _lines(traced: ClosedJaxpr | Jaxpr) -> Iterator[str]:
     yield " ".join(map(told, jaxpr.outvars))
 
 
-def _plain(value: Any) -> bool:
+def _plain(value: PyTree) -> bool:
     """Tell settings whose text is the same in every process: no functions, no addresses, no sets."""
     if isinstance(value, (tuple, list)):
         return all(map(_plain, value))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
 
 import numpy as np
+from jaxtyping import PyTree
 
 from gradfn.console import Output
 from gradfn.files import FileError, inner_folder
@@ -268,7 +269,7 @@ class Log:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        output: Any = Output(sys.stdout)
+        output: PyTree = Output(sys.stdout)
         console = Console(file=output)
         if (
             not console.is_terminal or console.is_dumb_terminal

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from gradfn.core.params import named_leaves
 from gradfn.flatten import BatchMean, Loss, batch_mean, flat_products
@@ -28,7 +29,7 @@ SPLIT = (
 )
 
 
-class Fixed(tuple[Any, ...]):
+class Fixed(tuple[PyTree, ...]):
     """Things of any kind that compiled programs may depend on."""
 
     def __hash__(self) -> int:
@@ -54,12 +55,12 @@ class Rest:
         fixed: what is not an array; None for each leaf that is one.
     """
 
-    arrays: list[Any]
+    arrays: list[PyTree]
     structure: Any
     trained: tuple[bool, ...]
     fixed: Fixed
 
-    def model(self, params: Any, state: Any = None) -> Any:
+    def model(self, params: PyTree, state: PyTree = None) -> PyTree:
         """Put the tree together again."""
         leaves = self.structure.flatten_up_to(params)
         arrays = iter(self.arrays)
@@ -72,7 +73,7 @@ class Rest:
         """Return a loss of what is trained."""
 
         @functools.wraps(loss)
-        def of_trained(params: Any, *args: Any, **kwargs: Any) -> Any:
+        def of_trained(params: PyTree, *args: PyTree, **kwargs: PyTree) -> PyTree:
             return loss(self.model(params), *args, **kwargs)
 
         return of_trained
@@ -85,7 +86,7 @@ class Graph:
 
     graphdef: Any
 
-    def model(self, params: Any, state: Any = None) -> Any:
+    def model(self, params: PyTree, state: PyTree = None) -> PyTree:
         """Make a module of these variables; they are copied, and may be changed in place."""
         from flax import nnx
 
@@ -96,18 +97,18 @@ class Graph:
         from flax import nnx
 
         @functools.wraps(loss)
-        def of_variables(params: Any, *args: Any, state: Any, **kwargs: Any) -> Any:
+        def of_variables(params: PyTree, *args: PyTree, state: PyTree, **kwargs: PyTree) -> PyTree:
             model = self.model(params, state)
             value, aux = value_and_aux(loss(model, *args, **kwargs))
             if not isinstance(aux, Mapping):
                 raise TypeError(f"aux beside an NNX module must be a dict, got {type(aux).__name__}")
-            parts: Any = nnx.split(model, nnx.Param, ...)
+            parts: PyTree = nnx.split(model, nnx.Param, ...)
             return value, {"state": parts[2], **aux}
 
         return of_variables
 
 
-def take_apart(model: Any) -> tuple[Any, Rest | Graph | None, Any]:
+def take_apart(model: PyTree) -> tuple[PyTree, Rest | Graph | None, PyTree]:
     """Return what of a model is trained, the rest (None where there is none), and what is carried.
 
     Raises:
@@ -137,7 +138,7 @@ def take_apart(model: Any) -> tuple[Any, Rest | Graph | None, Any]:
     return params, Rest(arrays, structure, trained, fixed), None
 
 
-def strong(leaf: Any) -> Any:
+def strong(leaf: PyTree) -> PyTree:
     """Return a number or an array as one of its own dtype, as which a checkpoint restores it."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
@@ -167,7 +168,7 @@ def batch_loss(loss: Loss, rest: Rest | Graph | None) -> Loss:
 def _of_batch(loss: Loss) -> Loss:
     """Return the loss, which raises an error that says what to do if it turns out to be of one example."""
 
-    def checked(params: Any, batch: Any, **keywords: Any) -> Any:
+    def checked(params: PyTree, batch: PyTree, **keywords: PyTree) -> PyTree:
         try:
             out = loss(params, batch, **keywords)
         except Exception as error:
@@ -189,7 +190,7 @@ def _of_batch(loss: Loss) -> Loss:
     return functools.wraps(loss)(checked)
 
 
-def _is_of_example(loss: Loss, params: Any, batch: Any, keywords: dict[str, Any]) -> bool:
+def _is_of_example(loss: Loss, params: PyTree, batch: PyTree, keywords: dict[str, Any]) -> bool:
     """Tell whether a loss returns a scalar for each example of a batch."""
     try:
         value = jax.eval_shape(
@@ -200,12 +201,12 @@ def _is_of_example(loss: Loss, params: Any, batch: Any, keywords: dict[str, Any]
     return value.shape == ()
 
 
-def value_and_aux(out: Any) -> tuple[Any, Any]:
+def value_and_aux(out: PyTree) -> tuple[PyTree, PyTree]:
     """Return what a loss returned as `(value, aux)`, with an empty aux where there is none."""
     return out if isinstance(out, tuple) else (out, {})
 
 
-def carry(state: Any, aux: Any) -> tuple[Any, Any]:
+def carry(state: PyTree, aux: PyTree) -> tuple[PyTree, PyTree]:
     """Return a model's new state, which a loss returned in its aux, and the rest of aux.
 
     Raises:
@@ -216,7 +217,7 @@ def carry(state: Any, aux: Any) -> tuple[Any, Any]:
     if not isinstance(aux, Mapping) or "state" not in aux:
         raise TypeError('a loss that takes state must return (scalar, {"state": new_state, ...})')
     new = aux["state"]
-    was: Any = jax.tree.structure(state)
+    was: PyTree = jax.tree.structure(state)
     now: Any = jax.tree.structure(new)
     if was != now:
         raise TypeError(f"the loss changed the structure of state: expected {was}, got {now}")
@@ -227,7 +228,7 @@ def carry(state: Any, aux: Any) -> tuple[Any, Any]:
     return jax.tree.map(jnp.asarray, new), {name: value for name, value in aux.items() if name != "state"}
 
 
-def _refuse_state(model: Any, nnx: Any) -> None:
+def _refuse_state(model: PyTree, nnx: Any) -> None:
     if nnx is not None:
         for name, node in named_leaves(model, lambda node: isinstance(node, nnx.Variable)):
             if isinstance(node, nnx.Variable) and not isinstance(node, nnx.Param):
@@ -249,9 +250,9 @@ def _refuse_state(model: Any, nnx: Any) -> None:
         )
 
 
-def _is_linen(node: Any) -> bool:
+def _is_linen(node: PyTree) -> bool:
     return isinstance(node, Mapping) and {"params", "batch_stats"} <= set(node)
 
 
-def _nodes(tree: Any, kind: type) -> list[Any]:
+def _nodes(tree: PyTree, kind: type) -> list[PyTree]:
     return jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypedDict, overload
 
+from jaxtyping import PyTree
+
 from gradfn.display import to_json
 from gradfn.files import JSON_LIMIT, FileError, open_regular, open_to_append, parse_json
 from gradfn.layout import NOT_FINITE
@@ -207,7 +209,7 @@ class Rows(Sequence[Row]):
             return repr(list(self._recent))
         return f"<{len(self):,} rows in {self.file}, the last of them {self[-1]}>"
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> PyTree:
         return list, (list(self),)  # a copy, or another process, has all of them
 
 
@@ -216,7 +218,7 @@ def _line(row: Row) -> bytes:
     return (to_json(row | ({NOT_FINITE: special} if special else {})) + "\n").encode()
 
 
-def _not_finite(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], float]]:
+def _not_finite(value: PyTree, path: tuple[PyTree, ...]) -> Iterator[tuple[tuple[PyTree, ...], float]]:
     if isinstance(value, float):
         if not math.isfinite(value):
             yield path, value

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from gradfn.data._arrays import as_arrays, on_device
 from gradfn.data._batches import epoch_order, n_examples
@@ -36,14 +37,14 @@ class Source:
     batch_size: int
     epoch_steps: int | None
     order_steps: int | None
-    arrays: Any
+    arrays: PyTree
     order: Callable[[int], Any]
-    batch: Callable[[Any, Any, jax.Array, jax.Array], Any]
+    batch: Callable[[PyTree, PyTree, jax.Array, jax.Array], Any]
     tokens: int | None = None
     first: Any = None
 
     @property
-    def content(self) -> Any:
+    def content(self) -> PyTree:
         """The arrays that tell these data from others."""
         return self.arrays if self.first is None else self.first
 
@@ -60,7 +61,7 @@ class Source:
         everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         devices = everywhere.device_set
 
-        def place(leaf: Any) -> Any:
+        def place(leaf: PyTree) -> PyTree:
             if not isinstance(leaf, (jax.Array, np.ndarray)):
                 return leaf
             there = isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices
@@ -70,7 +71,7 @@ class Source:
         return dataclasses.replace(self, arrays=jax.tree.map(place, self.arrays), order=order)
 
 
-def source_of(data: Any, batch_size: int, seed: int) -> Source:
+def source_of(data: PyTree, batch_size: int, seed: int) -> Source:
     """Return the source that `fit`'s data stand for.
 
     Raises:
@@ -105,13 +106,13 @@ def from_host(batch: Callable[[int], Any]) -> Source:
     n = max(1, min(HOST_STEPS, HOST_BYTES // max(size, 1)))
 
     @functools.lru_cache(maxsize=2)  # the batches that are in use, and the next ones
-    def order(epoch: int) -> Any:
+    def order(epoch: int) -> PyTree:
         batches = [
             as_arrays(batch(step), "batch", scalars=True) for step in range(epoch * n, (epoch + 1) * n)
         ]
         return on_device(jax.tree.map(lambda *leaves: np.stack(leaves), *batches), "batch")  # [n, batch, ...]
 
-    def row_of(arrays: Any, order: Any, row: jax.Array, key: jax.Array) -> Any:
+    def row_of(arrays: PyTree, order: Any, row: jax.Array, key: jax.Array) -> PyTree:
         return jax.tree.map(lambda leaf: leaf[row], order)
 
     return Source(_batch_size(shapes), None, n, None, order, row_of, _tokens(shapes), first=shapes)
@@ -132,7 +133,7 @@ def _from_function(make: Callable[[jax.Array], Any]) -> Source:
     )
 
 
-def _from_arrays(data: Any, batch_size: int, seed: int) -> Source:
+def _from_arrays(data: PyTree, batch_size: int, seed: int) -> Source:
     arrays = on_device(data)
     n = n_examples(arrays)
     if not 1 <= batch_size <= n:
@@ -144,18 +145,18 @@ def _from_arrays(data: Any, batch_size: int, seed: int) -> Source:
     def order(epoch: int) -> jax.Array:
         return jnp.asarray(epoch_order(n, batch_size, seed, epoch))  # int32 [steps an epoch, batch]
 
-    def batch(arrays: Any, order: jax.Array, row: jax.Array, key: jax.Array) -> Any:
+    def batch(arrays: PyTree, order: jax.Array, row: jax.Array, key: jax.Array) -> PyTree:
         return jax.tree.map(lambda array: take_rows(array, order[row]), arrays)
 
     return Source(batch_size, n // batch_size, n // batch_size, arrays, order, batch, _tokens(arrays))
 
 
-def _batch_size(batch: Any) -> int:
+def _batch_size(batch: PyTree) -> int:
     """Return the number of examples: the length of the first array that has one, 1 where none has."""
     return next((leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.ndim), 1)
 
 
-def _tokens(batch: Any) -> int | None:
+def _tokens(batch: PyTree) -> int | None:
     """Return how many tokens a sequence has, where the first array is of integers `[batch, tokens]`."""
     first = next((leaf for leaf in jax.tree.leaves(batch) if leaf.ndim), None)
     tokens = first is not None and first.ndim == 2 and jnp.issubdtype(first.dtype, jnp.integer)

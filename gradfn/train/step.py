@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from gradfn.core.net import takes_key
 from gradfn.core.params import named_leaves
@@ -28,7 +29,7 @@ class TrainState(NamedTuple):
         rest: the part of the model that is neither trained nor carried (static).
     """
 
-    params: Any
+    params: PyTree
     opt_state: Any
     step: jax.Array
     key: jax.Array
@@ -36,13 +37,13 @@ class TrainState(NamedTuple):
     rest: Rest | Graph | None = None
 
     @property
-    def model(self) -> Any:
+    def model(self) -> PyTree:
         """The model as it was given, with the arrays of this state."""
         return self.params if self.rest is None else self.rest.model(self.params, self.model_state)
 
 
 def train_state(
-    params: Any, optimizer: optax.GradientTransformation, key: jax.Array, state: Any = None
+    params: PyTree, optimizer: optax.GradientTransformation, key: jax.Array, state: PyTree = None
 ) -> TrainState:
     """Make the state that training begins with.
 
@@ -71,7 +72,7 @@ def train_state(
 
 def train_step(
     loss: Loss, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Callable[[TrainState, PyTree], tuple[TrainState, dict[str, jax.Array]]]:
     """Return the compiled step `(state, batch) -> (state, metrics)`, for those who own their loop.
 
     Args:
@@ -96,7 +97,7 @@ def train_step(
     """
 
     @jax.jit
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, jax.Array]]:
         keywords = step_keywords(loss, state)
         f = scalar_and_aux(batch_loss(loss, state.rest))
         (value, aux), grads = jax.value_and_grad(f, has_aux=True)(state.params, batch, **keywords)
@@ -117,9 +118,9 @@ def update(
     optimizer: optax.GradientTransformation,
     state: TrainState,
     value: jax.Array,
-    grads: Any,
-    value_fn: Callable[[Any], jax.Array],
-) -> tuple[Any, Any]:
+    grads: PyTree,
+    value_fn: Callable[[PyTree], jax.Array],
+) -> tuple[PyTree, PyTree]:
     """Return an optimizer's updates and its new state; `value_fn` is the loss on this batch, of parameters."""
     # The gradient that jax gives of a complex number is the conjugate of the direction of steepest ascent.
     grads = jax.tree.map(jnp.conj, grads)
@@ -160,7 +161,7 @@ def scalar_and_aux(loss: Loss) -> Loss:
     return lambda *args, **kwargs: value_and_aux(loss(*args, **kwargs))
 
 
-def scalars(aux: Any) -> dict[str, jax.Array]:
+def scalars(aux: PyTree) -> dict[str, jax.Array]:
     """Return the scalars in a tree by their paths.
 
     Raises:
@@ -173,7 +174,7 @@ def scalars(aux: Any) -> dict[str, jax.Array]:
     return found
 
 
-def _number(leaf: Any) -> jax.Array:
+def _number(leaf: PyTree) -> jax.Array:
     try:
         return strong(leaf)
     except TypeError:
@@ -184,7 +185,7 @@ def _number(leaf: Any) -> jax.Array:
 
 def _check_types(before: Any, after: Any) -> None:
     """Raise a TypeError where an optimizer's state changes its dtypes or shapes from step to step."""
-    was: Any = jax.tree.structure(before)
+    was: PyTree = jax.tree.structure(before)
     now: Any = jax.tree.structure(after)
     if was != now:
         raise TypeError("the optimizer changes the structure of its state from step to step")
