@@ -105,7 +105,7 @@ FORMS = [
     form(r"(?-i:\bADDRESS\b)", "<repository-url>"),
     form(r"\bfor ever\b", "forever"),
     form(r"\bprocessor time\b", "CPU time"),
-    # British spellings of what this code speaks of. (HTML's attribute is aria-labelledby: which passes.)
+    # British spellings of what this code speaks of. (HTML's attribute `aria-labelledby` passes.)
     form(r"\b(normal|maxim|minim|random|initial|regular|optim|summar|visual|serial|generl|general|factor|token|organ|"
          r"recogn|real|memor|quant|util|parallel|standard|vector|symmetr|categor|linear|emphas|special|local)"
          r"is(e|es|ed|ing|ation|ations|er|ers|able)\b", "-ize"),

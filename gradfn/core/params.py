@@ -257,7 +257,7 @@ def check(spec: PyTree, params: PyTree) -> None:
     >>> params = net.init(jax.random.key(0))
     >>> check(net.spec, params | {"W1": jnp.ones([784, 16])})
     Traceback (most recent call last):
-    gradfn.names.ParameterError: W1: expected [16, 784] float32, got [784, 16] float32. Weights are [out, in]: pass its transpose
+    gradfn.core.names.ParameterError: W1: expected [16, 784] float32, got [784, 16] float32. Weights are [out, in]: pass its transpose
     """  # noqa: E501
     _check(spec, params, "", {})
 
