@@ -11,7 +11,6 @@ import functools
 import json
 import math
 import os
-import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
@@ -30,10 +29,6 @@ from gradfn.runs.outcome import Expectation, Outcome, listed
 T = TypeVar("T")
 
 ASSETS = Path(__file__).parent / "assets"
-SCRIPTS = (  # each imports only from those before it
-    *("mlp.js", "digit.js", "dom.js", "paint.js", "network.js"),
-    *("pad.js", "layers.js", "node.js", "steps.js", "live.js", "curves.js", "main.js"),
-)
 LIMIT = 5_000_000  # bytes, of the whole page
 NET_LIMIT = 2_500_000  # bytes of a network's parameters and samples in it
 DRAWN_LIVE = ("curves",)  # pictures whose content the page draws itself, where the run has kept it
@@ -138,7 +133,7 @@ def page(kept: Sequence[Kept], about: Mapping[str, About] = {}) -> str:
         "shapes": shapes,
         "shapes_left_out": shapes_left_out,
         "style": (ASSETS / "style.css").read_text(encoding="utf-8"),
-        "script": script(),
+        "import_map": import_map(),
         "too_large": len(kept) == 1 and kept[0].net_left_out,
     }
     # What shares the rest.
@@ -208,11 +203,14 @@ def _environment() -> Any:
     )
 
 
-def script() -> str:
-    """Return the page's modules as one: their imports are of each other, so in this order they need none."""
-    texts = [(ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS]
-    plain = [re.sub(r"^export ", "", re.sub(r"^import .*\n", "", t, flags=re.M), flags=re.M) for t in texts]
-    return "\n".join(f"// {name}\n{text}" for name, text in zip(SCRIPTS, plain, strict=True))
+@functools.cache
+def import_map() -> str:
+    """Return an import map with the page's modules as data URLs: native modules in a file that works offline."""
+    modules = {
+        f"gradfn/{file.name}": f"data:text/javascript;base64,{base64.b64encode(file.read_bytes()).decode()}"
+        for file in sorted(ASSETS.glob("*.js"))
+    }
+    return json.dumps({"imports": modules}, indent=0)
 
 
 def verdict(result: Mapping[str, Any] | None) -> Verdict:

@@ -1,7 +1,7 @@
 // The layers: a button for each node, with its weights as an image and how strongly it fires.
-import { element, find, number, perRow } from "./dom.js";
-import { paint, scaleOf } from "./paint.js";
-import { PIXELS } from "./network.js";
+import { element, find, number, perRow } from "gradfn/dom.js";
+import { paint, scaleOf } from "gradfn/paint.js";
+import { PIXELS } from "gradfn/network.js";
 
 const HINT = "Picture: its weights, red excites, blue inhibits. Bar: how strongly it fires.";
 

@@ -1,13 +1,13 @@
 // The network at work: an image goes in, every node shows what it makes of it, and the gradient comes back.
-import { enlarge, prepare } from "./digit.js";
-import { element, find } from "./dom.js";
-import { makeLayers } from "./layers.js";
-import { gradients } from "./mlp.js";
-import { build, changeable, compute, PIXELS } from "./network.js";
-import { makeNode } from "./node.js";
-import { makePad } from "./pad.js";
-import { newPalette, paint } from "./paint.js";
-import { makeSteps } from "./steps.js";
+import { enlarge, prepare } from "gradfn/digit.js";
+import { element, find } from "gradfn/dom.js";
+import { makeLayers } from "gradfn/layers.js";
+import { gradients } from "gradfn/mlp.js";
+import { build, changeable, compute, PIXELS } from "gradfn/network.js";
+import { makeNode } from "gradfn/node.js";
+import { makePad } from "gradfn/pad.js";
+import { newPalette, paint } from "gradfn/paint.js";
+import { makeSteps } from "gradfn/steps.js";
 
 export function live(told) {
   const { net: trained, arrays } = build(told);

@@ -1,6 +1,6 @@
 // The page: its light or dark, its pictures and, where it holds a network, the network at work.
-import { liveCurves } from "./curves.js";
-import { live } from "./live.js";
+import { liveCurves } from "gradfn/curves.js";
+import { live } from "gradfn/live.js";
 
 const root = document.documentElement;
 const dark = matchMedia("(prefers-color-scheme: dark)");

@@ -1,5 +1,5 @@
 // The network of the page: as it was trained, and as it is now, with biases moved and regions cut out.
-import { backward, forward, lossOf, probabilities } from "./mlp.js";
+import { backward, forward, lossOf, probabilities } from "gradfn/mlp.js";
 
 export const PIXELS = 28; // of an image, in each direction
 

@@ -1,8 +1,8 @@
 // One node in detail: its weights, its signal, its bias for inactivity, its region, its gradient.
-import { bars, element, find, follow, gradientOf, number, perRow, sub } from "./dom.js";
-import { gradients } from "./mlp.js";
-import { PIXELS } from "./network.js";
-import { paint, scaleOf } from "./paint.js";
+import { bars, element, find, follow, gradientOf, number, perRow, sub } from "gradfn/dom.js";
+import { gradients } from "gradfn/mlp.js";
+import { PIXELS } from "gradfn/network.js";
+import { paint, scaleOf } from "gradfn/paint.js";
 
 // Call `biasMoved(value)` and `regionDrawn(region or null)` for the node that is shown.
 export function makeNode(model, biasMoved, regionDrawn, undone) {

@@ -1,5 +1,5 @@
 // The pad to draw on, with the mouse, a pen or a finger.
-import { find, follow } from "./dom.js";
+import { find, follow } from "gradfn/dom.js";
 
 // Call `drawn(ink, side)` at each stroke, ink [side * side] from 0 to 1. `pen` is a share of the pad's width.
 export function makePad(pen, drawn) {

@@ -1,7 +1,7 @@
 // The gradient on its way back from the loss, one step at a time, each with its equation and its picture.
-import { bars, element, find, gradientOf, number, perRow, sub } from "./dom.js";
-import { PIXELS } from "./network.js";
-import { paint, paintTiles } from "./paint.js";
+import { bars, element, find, gradientOf, number, perRow, sub } from "gradfn/dom.js";
+import { PIXELS } from "gradfn/network.js";
+import { paint, paintTiles } from "gradfn/paint.js";
 
 // Call `asked(label)` when another right answer is chosen.
 export function makeSteps(net, asked) {
