@@ -18,7 +18,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Files and folders that are clean; `["."]` covers the whole tree.
 CLEAN = [
-    *("gradfn/core", "gradfn/layers", "gradfn/nets", "gradfn/data", "benchmarks"),
+    *("gradfn/core", "gradfn/jaxpr", "gradfn/curvature", "gradfn/attribution", "gradfn/layers", "gradfn/nets"),
+    *("gradfn/data", "gradfn/display.py", "benchmarks", "tests/attribution", "tests/test_display.py"),
     *(
         "tests/layers",
         "tests/nets",
@@ -91,10 +92,12 @@ FORMS = [
     # "there is no X" and "is no longer" are English; "X is no Y" asks for "is not a Y".
     form(r"(?<!there\s)\b(is|are|was|were) no (?!longer|more|less|fewer|better|worse|larger|smaller|matter)\w+",
          "is not a ..."),
-    form(r"\b(has|have|had) none\b", "has no ..."),
+    form(r"\b(has|have|had) (?-i:none)\b", "has no ..."),
     form(r"\b(hold|holds|held|holding) no(ne)?\b", "does not contain"),
     form(r"\b(one|a) (row|column|line|value|panel|picture|map|name|logit|cell|array|scalar) an? (?!time\b)\w", "per"),
-    form(r"\b(nats|bits|units|tokens|examples|steps|bytes|images|microseconds|ms) an? (?!time\b)[a-z]+\b", "per"),
+    form(r"\b(nats|bits|units|tokens|examples|steps|bytes|images|microseconds|ms) an? "
+         r"(second|step|token|epoch|batch|update|example|class|character|value|call|chunk|node|row|line|run|symbol)\b",
+         "per"),
     form(r"\AMake (a function|the (\w+ )?(gradients?|fall|mean|influence|sums?|norms?)\b)",
          "Return a function that computes ...", ("docstring",)),
     form(r"\bnets? of somebody else\b|\bsomebody\b", "another library, a user"),

@@ -25,9 +25,8 @@ def test_scores_are_products_of_per_example_gradients():
     for params, rate in zip(checkpoints, (0.5, 0.1)):
         of_train, of_test = (flat(jax.vmap(jax.grad(LOSS), (None, 0))(params, b)) for b in (train, test))
         expected += rate * of_test @ of_train.T
-    result = gf.attribution.tracin(LOSS, batch_size=3)(
-        checkpoints, train, test, [0.5, 0.1]
-    )  # batches of 3, 3, 1 and of 3, 2
+    # Batches of 3, 3, 1 and of 3, 2.
+    result = gf.attribution.tracin(LOSS, batch_size=3)(checkpoints, train, test, [0.5, 0.1])
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-7)
     # With aux, and for a model that contains a function and an integer.
     with_aux = gf.attribution.tracin(lambda model, example: (model["loss"](model["params"], example), 1))
@@ -68,9 +67,8 @@ def test_planted_copies_are_found_over_saved_checkpoints(tmp_path):
     own = np.arange(6)
     np.testing.assert_array_equal(cosine.argmax(1), own)
     np.testing.assert_allclose(cosine[own, own], 3 * 0.5, rtol=1e-5)
-    ranks = (plain[own, 100 + own][:, None] > plain).sum(
-        1
-    )  # the number of examples that harmed more than the mislabeled copy
+    # The number of examples that harmed more than the mislabeled copy.
+    ranks = (plain[own, 100 + own][:, None] > plain).sum(1)
     assert ranks.max() <= 2
     # Examples with larger gradients may help more than the copy.
     assert (plain[own, own][:, None] < plain).sum(1).max() < 45

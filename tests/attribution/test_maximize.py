@@ -61,9 +61,8 @@ def test_variation_smooths_and_jitter_moves():
     )
     assert total_variation(smooth) < total_variation(rough) / 2
     moved = gf.attribution.maximize(f, jitter=1, l2=0.0, variation=0.0, steps=20)(dots, dots, key=KEY)
-    assert (
-        len(np.unique(np.round(moved.scores[:5], 3))) > 1
-    )  # even shifts meet the dots, odd shifts miss them
+    # Even shifts meet the dots, odd shifts miss them.
+    assert len(np.unique(np.round(moved.scores[:5], 3))) > 1
 
 
 def test_a_number_of_steps_below_one():
