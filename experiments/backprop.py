@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 
 EXPECTED = (
-    runs.Expectation("jax.grad", at_most=1e-12),
-    runs.Expectation("gf.backprop", at_most=1e-12),
-    runs.Expectation("finite differences", at_most=1e-8),
+    runs.Expectation("error of jax.grad", at_most=1e-12),
+    runs.Expectation("error of gf.backprop", at_most=1e-12),
+    runs.Expectation("error of finite differences", at_most=1e-8),
 )
 
 STEP = 1e-4  # of the central differences: their errors are of its square, those of rounding 1e-16 over it
@@ -138,7 +138,9 @@ def errors_against(by_hand: dict[str, np.ndarray], found: dict[str, np.ndarray])
 
 def judge(errors: dict[str, dict[str, float]]) -> runs.Outcome:
     """Compare the largest error of each method with what is expected of it; an error that is NaN is the largest."""
-    return runs.judge(EXPECTED, {name: np.max(list(each.values())) for name, each in errors.items()})
+    return runs.judge(
+        EXPECTED, {f"error of {name}": np.max(list(each.values())) for name, each in errors.items()}
+    )
 
 
 MARKERS = ("o", "s", "^", "D")

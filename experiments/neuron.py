@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 
 EXPECTED = (
-    runs.Expectation("active for all digits without a bias", unit="%"),
-    runs.Expectation("active for all digits with the bias", at_most=0.1, unit="%"),
+    runs.Expectation("digits that activate the node without a bias", unit="%"),
+    runs.Expectation("digits that activate the node with the bias", at_most=0.1, unit="%"),
     runs.Expectation("fives among these", at_least=0.65, unit="%"),
 )
 
@@ -123,8 +123,8 @@ def judge(config: Config, labels: np.ndarray, fires: np.ndarray) -> runs.Outcome
     """Compare for how many digits the node is active with what is expected; `fires` is `[biases, digits]`."""
     with_bias = fires[BIASES.index(config.bias)]
     measured = {
-        "active for all digits without a bias": fires[0].mean(),
-        "active for all digits with the bias": with_bias.mean(),
+        "digits that activate the node without a bias": fires[0].mean(),
+        "digits that activate the node with the bias": with_bias.mean(),
         "fives among these": (labels[with_bias] == 5).sum() / max(with_bias.sum(), 1),
     }
     return runs.judge(EXPECTED, measured, defaults(config))

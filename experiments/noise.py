@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 EXPECTED = (
     runs.Expectation("noise scale at the start", unit="examples"),
     runs.Expectation("noise scale in the second half", unit="examples"),
-    runs.Expectation("second half / start", at_least=2),
-    runs.Expectation("estimate from batches / second half", at_least=0.5, at_most=2),
+    runs.Expectation("noise scale, second half / start", at_least=2),
+    runs.Expectation(
+        "noise scale in the second half, estimate from batches / exact", at_least=0.5, at_most=2
+    ),
 )
 
 
@@ -120,8 +122,8 @@ def judge(config: Config, first: float, second: float, estimate: float) -> runs.
     measured = {
         "noise scale at the start": first,
         "noise scale in the second half": second,
-        "second half / start": second / first,
-        "estimate from batches / second half": estimate / second,
+        "noise scale, second half / start": second / first,
+        "noise scale in the second half, estimate from batches / exact": estimate / second,
     }
     return runs.judge(EXPECTED, measured, defaults(config))
 

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 
 EXPECTED = (
-    runs.Expectation("smallest rates at which networks are stuck", at_least=1),
-    runs.Expectation("largest rates at which they are broken", at_least=1),
+    runs.Expectation("smallest rates with stuck networks", at_least=1),
+    runs.Expectation("largest rates with broken networks", at_least=1),
     runs.Expectation("best median test accuracy", at_least=0.9, unit="%"),
 )
 
@@ -152,8 +152,8 @@ def judge(config: Config, rates: np.ndarray, accuracies: np.ndarray, states: lis
     """Compare how the rates at both ends fare, and the best test accuracy, with what is expected."""
     medians = np.median(accuracies, axis=1)
     measured = {
-        "smallest rates at which networks are stuck": _n_leading(states, "stuck"),
-        "largest rates at which they are broken": _n_leading(states[::-1], "broken"),
+        "smallest rates with stuck networks": _n_leading(states, "stuck"),
+        "largest rates with broken networks": _n_leading(states[::-1], "broken"),
         "best rate": rates[medians.argmax()],
         "best median test accuracy": medians.max(),
     }

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 
 EXPECTED = (
-    runs.Expectation("gradient of the first of ten sigmoid layers / last", at_most=1e-3),
+    runs.Expectation("gradient in ten sigmoid layers, first / last", at_most=1e-3),
     runs.Expectation("test accuracy of ten sigmoid layers", at_most=0.2, unit="%"),
-    runs.Expectation("with residual connections", at_least=0.8, unit="%"),
-    runs.Expectation("with layer norm", at_least=0.8, unit="%"),
-    runs.Expectation("of ten relu layers with He's initialization", at_least=0.8, unit="%"),
+    runs.Expectation("the same with residual connections", at_least=0.8, unit="%"),
+    runs.Expectation("the same with layer norm", at_least=0.8, unit="%"),
+    runs.Expectation("test accuracy of ten ReLU layers with He's initialization", at_least=0.8, unit="%"),
 )
 
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "gelu")
@@ -233,11 +233,11 @@ def judge(config: Config, outcomes: dict[tuple[str, str], Outcome]) -> runs.Outc
     plain = outcomes["sigmoid", "plain"]
     deepest = {kind: each.accuracies[:, -1] for kind, each in outcomes.items()}
     measured = {
-        "gradient of the first of ten sigmoid layers / last": plain.norms[lecun, 0] / plain.norms[lecun, -1],
+        "gradient in ten sigmoid layers, first / last": plain.norms[lecun, 0] / plain.norms[lecun, -1],
         "test accuracy of ten sigmoid layers": deepest["sigmoid", "plain"][lecun],
-        "with residual connections": deepest["sigmoid", "residual"][lecun],
-        "with layer norm": deepest["sigmoid", "layer norm"][lecun],
-        "of ten relu layers with He's initialization": deepest["relu", "plain"][he],
+        "the same with residual connections": deepest["sigmoid", "residual"][lecun],
+        "the same with layer norm": deepest["sigmoid", "layer norm"][lecun],
+        "test accuracy of ten ReLU layers with He's initialization": deepest["relu", "plain"][he],
     }
     return runs.judge(EXPECTED, measured, defaults(config))
 

@@ -70,7 +70,7 @@ class Outcome:
 
     >>> expected = [Expectation("test accuracy", at_least=0.93, unit="%")]
     >>> print(judge(expected, {"test accuracy": 0.5}))
-    test accuracy 50 %; expected test accuracy at least 93 %: NOT reached
+    test accuracy 50 %. Expected test accuracy at least 93 %: NOT reached
     """
 
     measured: Mapping[str, Number | None] = dataclasses.field(default_factory=dict)
@@ -91,13 +91,13 @@ class Outcome:
         """The measured numbers as text."""
         shown = {each.name: each for each in self.expected}
         texts = [shown.get(name, Expectation(name)).show(value) for name, value in self.measured.items()]
-        return ", ".join(texts)
+        return "; ".join(texts)
 
     def __str__(self) -> str:
         if self.state == "open":
             return f"{self.reached} (no expectation for these options)"
         return (
-            f"{self.reached}; expected {listed(self.expected)}: "
+            f"{self.reached}. Expected {listed(self.expected)}: "
             f"{'reached' if self.state == 'reached' else 'NOT reached'}"
         )
 
@@ -111,13 +111,13 @@ def listed(expected: Sequence[Expectation]) -> str:
     """Return expectations as text, those of one set of options together.
 
     >>> listed([Expectation("error", at_most=0.1), Expectation("error", at_most=0.2, given="--data mnist")])
-    'error at most 0.1; with --data mnist: error at most 0.2'
+    'error at most 0.1. With --data mnist: error at most 0.2'
     """
     parts = []
     for given in dict.fromkeys(each.given for each in expected):
-        texts = ", ".join(str(each) for each in expected if each.given == given and str(each))
-        parts.append(f"with {given}: {texts}" if given else texts)
-    return "; ".join(parts)
+        texts = "; ".join(str(each) for each in expected if each.given == given and str(each))
+        parts.append(f"With {given}: {texts}" if given else texts)
+    return ". ".join(parts)
 
 
 def finish(folder: Path, outcome: Outcome, **measured: Any) -> None:

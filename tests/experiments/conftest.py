@@ -52,7 +52,7 @@ SHARED = {
     "vit": [("confusion", r"^([\d.]+) %", ["test accuracy"])],
     "width": [
         ("trade", r"base case \S+ x \S+ reads ([\d.]+) %", ["test accuracy of the base case"]),
-        ("trade", r"best of .*?\) ([\d.]+) %", ["of the best network"]),
+        ("trade", r"best of .*?\) ([\d.]+) %", ["test accuracy of the best network"]),
     ],
 }
 

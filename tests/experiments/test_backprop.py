@@ -27,7 +27,7 @@ def test_an_error_is_a_share_of_the_largest_gradient():
 
 
 def test_the_outcome():
-    bounds = {each.name: each.at_most for each in backprop.EXPECTED}
+    bounds = {each.name.removeprefix("error of "): each.at_most for each in backprop.EXPECTED}
     good = {way: {"W1": bound / 2, "b1": 0.0} for way, bound in bounds.items()}
     assert backprop.judge(good).state == "reached"
     for way, bound in bounds.items():

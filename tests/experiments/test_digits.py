@@ -69,7 +69,7 @@ def test_a_batch_of_more_than_there_is_makes_no_run(tmp_path):
 def test_the_defaults_reach_what_is_promised(tmp_path):
     result = run(Config(folder=str(tmp_path / "run")))
     assert result.test_accuracy >= 0.93
-    assert str(result.outcome).endswith("expected test accuracy at least 93 %: reached")
+    assert str(result.outcome).endswith("Expected test accuracy at least 93 %: reached")
 
 
 def start(folder, *options):

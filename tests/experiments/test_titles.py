@@ -1,5 +1,7 @@
 """The numbers in pictures' titles are those of the outcome; see conftest.py, which checks every run of these tests."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -68,8 +70,20 @@ def test_gradients_in_the_title_have_the_ratio_of_the_outcome():
 
 def test_the_worst_difference_in_the_title_is_the_largest_of_the_outcome():
     errors = {
-        way: {"W1": 2e-13 * 10**i, "W2": 0.0} for i, way in enumerate(each.name for each in backprop.EXPECTED)
+        way: {"W1": 2e-13 * 10**i, "W2": 0.0}
+        for i, way in enumerate(["jax.grad", "gf.backprop", "finite differences"])
     }
     grads = {way: {"W1": np.ones([2, 4]), "W2": np.ones([3, 2])} for way in ("by hand", *errors)}
     assert backprop.agreement(grads, errors, 0, (2, 2)).get_suptitle().endswith("agree to 2e-11")
-    assert backprop.judge(errors).measured["finite differences"] == pytest.approx(2e-11)
+    assert backprop.judge(errors).measured["error of finite differences"] == pytest.approx(2e-11)
+
+
+def test_the_table_in_the_readme_has_the_expectations_of_each_experiment():
+    page = Path(cli.__file__).parents[1] / "experiments" / "README.md"
+    cells = [
+        line.split(" | ") for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| `")
+    ]
+    expected = {row[0].strip("| `"): row[2] for row in cells}
+    assert expected == {
+        name: runs.listed(cli._about(file).expected) for name, file in cli.experiments().items()
+    }
