@@ -1,9 +1,9 @@
 """Matrix products in two dimensions, whatever the number of axes that the code was written with.
 
-A product of `[batch, time, in]` with `[out, in]` and its gradient, which contracts batch and time at once, make
-XLA's processor backend transpose and copy; on `[batch * time, in]` it multiplies at once. Norms, activations and
-sums between products are shared better between its threads in that form, too. A network that is written for one
-example and batched by `jax.vmap` arrives in the slow form, so this rewrites what was traced.
+For a product of `[batch, time, in]` with `[out, in]`, and its gradient, which contracts batch and time, XLA's CPU
+backend transposes and copies; for `[batch * time, in]` it does not. Norms, activations and sums between products also
+run on more threads in this form. A network written for one example and batched by `jax.vmap` has the slow form, so
+the traced program is rewritten.
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ from gradfn.jaxpr.program import as_written, trace
 
 
 def flat_products(f: Callable) -> Callable:
-    """Return the same function, its matrix products taken on two-dimensional arrays.
+    """Return the same function with matrix products of two-dimensional arrays.
 
-    Products (`dot_general`) without batch axes of operands with more than two axes are rewritten: reshape,
-    product, reshape. So is what is done row by row to what goes into them and comes out of them; XLA removes
-    reshapes that undo each other, which leaves it with long stretches in two dimensions. Nothing else changes,
-    neither numbers (up to rounding) nor names, scopes, source lines and the shapes of named values. On two
-    processor cores a step of a small GPT takes 12 to 16 % less time, as little as that of raw JAX written by hand
-    for a whole batch (`benchmarks/gpt_step.py`).
+    Products (`dot_general`) without batch axes whose operands have more than two axes become reshape, product,
+    reshape. So do rowwise operations on their operands and results; XLA removes reshapes that cancel, which leaves
+    long sequences in two dimensions. Nothing else changes: neither values (up to rounding) nor names, scopes, source
+    lines and the shapes of named values. On two CPU cores a step of a small GPT takes 12 to 16 % less time, the same
+    as raw JAX written by hand for a whole batch (`benchmarks/gpt_step.py`).
 
     Args:
-        f: any JAX function; where its arguments are concrete (nothing is being compiled or differentiated), and
-            where it is traced to be inspected, it runs as it is.
+        f: any JAX function. With concrete arguments (nothing is compiled or differentiated), and when it is traced to
+            be inspected, it runs unchanged.
 
     >>> import jax, jax.numpy as jnp
     >>> from gradfn.flatten import flat_products

@@ -1,10 +1,10 @@
-"""Rows: what lies between products, with its leading axes merged into one.
+"""Rows: the operations between products, with their leading axes merged into one.
 
-An operation on `[batch, time, ...]` that treats every position by itself is the same operation on `[batch * time,
-...]`. `row_equations` finds the equations that are so and hang together with given values, `in_rows` runs one.
+An operation on `[batch, time, ...]` that treats every position independently is the same operation on `[batch * time,
+...]`. `row_equations` finds such equations that are connected to given values, `in_rows` evaluates one.
 """
 
-# ruff: noqa: SIM905 (lists of words are read as words)
+# ruff: noqa: SIM905 (lists of words are easier to read as words)
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ _REDUCTIONS = set("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduc
 
 
 def row_equations(eqns: Mapping[Path, PyTree], starts: Iterable[tuple[Value, int]]) -> dict[Path, int]:
-    """Return the equations that hang together with some values and work on each of their rows by itself.
+    """Return the equations that are connected to some values and work on each of their rows independently.
 
     Args:
         eqns: all of a program, by path.
-        starts: values, and over how many leading axes their rows run.
+        starts: values, each with the number of leading axes of its rows.
 
     Returns:
-        By path, over how many leading axes the rows run there.
+        By path, the number of leading axes of the rows.
     """
     users: dict[Value, list[Path]] = defaultdict(list)
-    same: dict[Value, list[Value]] = defaultdict(list)  # outside of a jit and inside
+    same: dict[Value, list[Value]] = defaultdict(list)  # outside and inside a jit
     for path, eqn in eqns.items():
         for value in values_of(path, (*eqn.invars, *eqn.outvars)):
             users[value].append(path)
@@ -65,17 +65,17 @@ def row_equations(eqns: Mapping[Path, PyTree], starts: Iterable[tuple[Value, int
                 lead = eqn.outvars[0].aval.shape[:n]
                 alike = [atom for atom in (*eqn.invars, *eqn.outvars) if atom.aval.shape[:n] == lead]
                 todo += [(other, n) for other in values_of(path, alike)]
-    # A value that has a name keeps its shape, but has neighbours on both sides.
+    # A value that has a name keeps its shape, but is followed on both sides.
     return {path: n for path, n in found.items() if operation(eqns[path]) != "name"}
 
 
 def values_of(path: Path, atoms: Iterable[PyTree]) -> list[Value]:
-    """Return the operands or results of the equation at a path that are no literals."""
+    """Return the operands or results of the equation at a path that are not literals."""
     return [(path[:-1], atom) for atom in atoms if not isinstance(atom, Literal)]
 
 
 def _across(path: Path, eqn: Any) -> Iterator[tuple[Value, Value]]:
-    """Yield the pairs of a value outside of a jit and the same value inside of it."""
+    """Yield pairs of a value outside a jit and the same value inside it."""
     kind, inner = bodies(eqn)
     if kind == "jit":
         body, _ = inner[0]
@@ -85,7 +85,7 @@ def _across(path: Path, eqn: Any) -> Iterator[tuple[Value, Value]]:
 
 
 def _works_on_rows(eqn: Any, n: int) -> bool:
-    """Tell whether an equation does the same with each row, where rows run over the first n axes."""
+    """Tell whether an equation treats all rows alike, where the first n axes are those of the rows."""
     name, operands, out = operation(eqn), [a.aval.shape for a in eqn.invars], eqn.outvars[0].aval.shape
     if len(out) < n or any(any(spec_of(atom)) for atom in (*eqn.invars, *eqn.outvars)):
         return False
@@ -100,13 +100,13 @@ def _works_on_rows(eqn: Any, n: int) -> bool:
 
 
 def spec_of(atom: Any) -> tuple[PyTree, ...]:
-    """Return how a value's axes are spread over devices, as far as its type says."""
+    """Return how a value's axes are sharded over devices, as far as its type shows."""
     sharding = getattr(atom.aval, "sharding", None)
     return tuple(sharding.spec) if sharding is not None else ()
 
 
 def in_rows(eqn: Any, inputs: Sequence[PyTree], n: int) -> jax.Array:
-    """Do what an equation does, on operands whose n leading axes are merged into one; the result's are, too."""
+    """Evaluate an equation on operands whose n leading axes are merged into one, as are those of the result."""
     out, params = eqn.outvars[0].aval.shape, dict(eqn.params)
     merged = (math.prod(out[:n]), *out[n:])
     if "axes" in params:

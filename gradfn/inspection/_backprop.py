@@ -1,8 +1,7 @@
 """`gf.backprop`: the backward pass of a function, one step per equation, from the loss to the inputs.
 
-Each equation of the forward pass gets a probe on every result (the cotangent that comes in) and on every
-operand that the arguments have an influence on (the cotangent that goes out). One backward pass gives them
-all.
+Each equation of the forward pass gets a probe on every result (the incoming cotangent) and on every operand that
+depends on the arguments (the outgoing cotangent). One backward pass records them all.
 """
 
 import functools
@@ -39,7 +38,7 @@ from gradfn.jaxpr.interpreter import Evaluate, Path, bodies
 from gradfn.jaxpr.program import by_position
 from gradfn.jaxpr.varying import zeros
 
-# What does nothing to a parameter but lay it out: its result still goes by the parameter's name.
+# These only change the layout of a parameter: their result keeps the parameter's name.
 _LAYOUT = {"broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "transpose"}
 
 
@@ -47,10 +46,10 @@ class Cotangent(NamedTuple):
     """A gradient of the function's value with respect to one result, or one operand, of an equation.
 
     Attributes:
-        name: for an operand: the argument's leaf that it is (`W1`), or empty for a value computed on the way.
+        name: of an operand that is a leaf of the arguments (`W1`); empty for an intermediate value.
         shape: its shape.
-        norm: root of its sum of squares.
-        value: the array, if `keep` asked for it, else None.
+        norm: the root of its sum of squares.
+        value: the array with `keep`, else None.
     """
 
     name: str
@@ -63,20 +62,19 @@ class Cotangent(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One equation's part in the backward pass.
+    """One equation in the backward pass.
 
     Attributes:
         operation: name of the operation, such as `dot_general`.
         line: the source line of the forward equation, `file:line (function)`.
         scope: its `jax.named_scope` stack.
-        within: the function of a library that it is part of (`softmax`), or empty.
+        within: the library function around it (`softmax`), or empty.
         iteration: the iterations of the scans around it (the devices of a `shard_map`), outermost first.
-        incoming: the cotangents that came in, one per floating result.
-        outgoing: the cotangents that went out, one per use of an operand; operands that no gradient goes to are
-            left out.
-        factor: the norm of what went out over the norm of what came in: how much the gradient shrank or grew.
-            What goes straight to a parameter (the first argument) does not count where anything else goes
-            out. 0 where the gradient ends, NaN where it was 0 already.
+        incoming: the incoming cotangents, one per floating result.
+        outgoing: the outgoing cotangents, one per use of an operand, without operands that have no gradient.
+        factor: the norm of the outgoing over that of the incoming cotangents: how much the gradient shrank or grew.
+            The gradient of a parameter (the first argument) counts only if there is no other outgoing cotangent.
+            0 where the gradient ends, NaN where it was 0 already.
     """
 
     operation: str
@@ -97,7 +95,7 @@ class StepList(ShowsTable, list[Step]):
         return StepList(found) if isinstance(index, slice) else found
 
     def sorted(self) -> "StepList":
-        """Return them from the one that shrank the gradient most to the one that made it grow most."""
+        """Return the steps from the one that shrinks the gradient most to the one that amplifies it most."""
         return StepList(sorted(self, key=lambda s: (math.isnan(s.factor), s.factor)))
 
     def table(self, rows: int | None = ROWS) -> TextTable:
@@ -146,13 +144,13 @@ class StepList(ShowsTable, list[Step]):
 def _by_equation(steps: Sequence[Step]) -> list[list[Step]]:
     """Return the steps in groups: of an equation in a loop, all iterations; of any other, its one step."""
     groups: dict[PyTree, list[Step]] = {}
-    seen: Counter[Any] = Counter()
+    counts: Counter[PyTree] = Counter()
     for step in steps:
         shapes = tuple((c.name, c.shape) for c in (*step.incoming, *step.outgoing))
         equation = (step.operation, step.line, step.scope, step.within, shapes, len(step.iteration))
         # One line may hold several such equations: the first of each iteration go together, the second, ...
-        count = seen[(equation, step.iteration)]
-        seen[(equation, step.iteration)] += 1
+        count = counts[(equation, step.iteration)]
+        counts[(equation, step.iteration)] += 1
         groups.setdefault((equation, count), []).append(step)
     return list(groups.values())
 
@@ -172,9 +170,12 @@ class _Info(NamedTuple):
     scope: str
     within: str
     loops: tuple[Loop, ...]
-    results: tuple[tuple[int, tuple[int, ...], str], ...]  # number, shape, dtype
-    operands: tuple[tuple[int, tuple[int, ...], str, str], ...]  # number, shape, dtype, name
-    parameters: frozenset[str]  # the names of the first argument's leaves
+    # Index, shape, dtype.
+    results: tuple[tuple[int, tuple[int, ...], str], ...]
+    # Index, shape, dtype, name.
+    operands: tuple[tuple[int, tuple[int, ...], str, str], ...]
+    # The names of the first argument's leaves.
+    parameters: frozenset[str]
 
 
 @functools.partial(
@@ -188,8 +189,8 @@ class Backward(ShowsTable):
 
     Attributes:
         value: the function's value.
-        aux: the second thing that the function returned, or None.
-        cotangents: what the probes saw, per equation (its results' and its operands').
+        aux: the second value that the function returned, or None.
+        cotangents: what the probes recorded, per equation (its results and its operands).
         infos: the equations (static).
     """
 
@@ -203,11 +204,11 @@ class Backward(ShowsTable):
         """The steps in the order of the backward pass. Not inside `jit`."""
         host = jax.device_get(self.cotangents)
         found = []
-        for info, seen in zip(self.infos, host, strict=True):
-            for turns in itertools.product(*[range(loop.length or 1) for loop in info.loops]):
-                step = _step(info, seen, turns)
+        for info, recorded in zip(self.infos, host, strict=True):
+            for iteration in itertools.product(*[range(loop.length or 1) for loop in info.loops]):
+                step = _step(info, recorded, iteration)
                 if step.incoming:
-                    found.append((order_key(info.path, info.loops, turns), step))
+                    found.append((order_key(info.path, info.loops, iteration), step))
         found.sort(key=lambda pair: pair[0], reverse=True)
         return StepList(step for _, step in found)
 
@@ -221,7 +222,7 @@ class Backward(ShowsTable):
         return self.steps[index]
 
     def sorted(self) -> StepList:
-        """Return the steps from the one that shrank the gradient most to the one that made it grow most."""
+        """Return the steps from the one that shrinks the gradient most to the one that amplifies it most."""
         return self.steps.sorted()
 
     def table(self, rows: int | None = ROWS) -> TextTable:
@@ -229,39 +230,38 @@ class Backward(ShowsTable):
         return self.steps.table(rows)
 
 
-def _step(info: _Info, seen: PyTree, turns: tuple[int, ...]) -> Step:
+def _step(info: _Info, recorded: PyTree, iteration: tuple[int, ...]) -> Step:
     def cotangents(described: Sequence[PyTree], probes: Sequence[PyTree]) -> tuple[Cotangent, ...]:
         out = []
         for (_, shape, _, *name), probed in zip(described, probes, strict=True):
-            norm, reached = np.asarray(probed["norm"])[turns]
+            norm, reached = np.asarray(probed["norm"])[iteration]
             if reached:
-                value = np.asarray(probed["value"])[turns] if "value" in probed else None
+                value = np.asarray(probed["value"])[iteration] if "value" in probed else None
                 out.append(Cotangent("".join(name), shape, float(norm), value))
         return tuple(out)
 
-    incoming = cotangents(info.results, seen["results"])
-    outgoing = cotangents(info.operands, seen["operands"])
+    incoming = cotangents(info.results, recorded["results"])
+    outgoing = cotangents(info.operands, recorded["operands"])
     onward = [c for c in outgoing if c.name not in info.parameters] or outgoing
-    came, went = (math.hypot(*[c.norm for c in cs]) for cs in (incoming, onward))
-    factor = went / came if came else math.nan
-    return Step(info.operation, info.line, info.scope, info.within, turns, incoming, outgoing, factor)
+    before, after = (math.hypot(*[c.norm for c in cs]) for cs in (incoming, onward))
+    factor = after / before if before else math.nan
+    return Step(info.operation, info.line, info.scope, info.within, iteration, incoming, outgoing, factor)
 
 
 def backprop(f: Callable, *, keep: bool = False) -> Callable[..., Backward]:
-    """Show the backward pass of a function: one step per equation, in the order of the backward pass.
+    """Return a function that shows the backward pass of `f`: one step per equation, in its order.
 
-    Gradients are those with respect to all floating arrays in the positional arguments. What is in `jit`,
-    `vmap` and `jax.checkpoint` is shown in line, what is in a `scan` once per iteration; a `custom_jvp` or
-    `custom_vjp` function is one step. Compiled at the first call; inside `jit` it can be called too, and the
-    result printed outside.
+    Gradients are with respect to all floating arrays in the positional arguments. Equations inside `jit`, `vmap` and
+    `jax.checkpoint` are shown in line, those inside a `scan` once per iteration; a `custom_jvp` or `custom_vjp`
+    function is one step. Compiled at the first call; it also works inside `jit`, with the result printed outside.
 
     Args:
         f: any JAX function `(*args) -> scalar` or `-> (scalar, aux)`.
-        keep: keep the cotangents themselves, not only their norms.
+        keep: also return the cotangents, not only their norms.
 
     Returns:
-        A function of the same arguments that returns a `Backward`: iterate over its steps, `print` them, or ask
-        for `.sorted()`.
+        A function of the same arguments that returns a `Backward`: iterate over its steps, `print` them, or call
+        `.sorted()`.
 
     Raises:
         TypeError: a function that does not return a floating scalar; no floating array in the arguments; mutable
@@ -293,8 +293,8 @@ def backprop(f: Callable, *, keep: bool = False) -> Callable[..., Backward]:
         equations = program.equations()
         if any(hasattr(v.aval, "inner_aval") for e in equations.values() for v in e.eqn.outvars):
             raise TypeError(
-                "backprop: expected a function without mutable arrays, got one with jax.new_ref: what is written into "
-                "an array has no place in a list of equations. gf.inspect and gf.nan_origin can show it"
+                "backprop: expected a function without mutable arrays, got one with jax.new_ref: writing to an array "
+                "has no cotangent. Use gf.inspect or gf.nan_origin"
             )
         infos = active_equations(program, names)
         chosen = {info.path: (equations[info.path], info) for info in infos}
@@ -317,14 +317,14 @@ def backprop(f: Callable, *, keep: bool = False) -> Callable[..., Backward]:
             return program.rebuild(outs)
 
         tokens = {info.path: _tokens(info, equations[info.path].eqn, summary) for info in infos}
-        (value, aux), seen = jax.value_and_grad(value_of, has_aux=True)(tokens)
-        return Backward(value, aux, tuple(seen[info.path] for info in infos), infos)
+        (value, aux), recorded = jax.value_and_grad(value_of, has_aux=True)(tokens)
+        return Backward(value, aux, tuple(recorded[info.path] for info in infos), infos)
 
     return transform_of(f, "backprop", own=0)(jit_arrays(run))
 
 
 def _norm(g: PyTree, residual: PyTree) -> dict[str, jax.Array]:
-    """Return the norm of a cotangent, and 1 for having been asked: steps off the path to the loss never are."""
+    """Return the norm of a cotangent, and 1 as a mark: probes off the path to the loss are never called."""
     size = norm(g)
     return {"norm": jnp.stack([size, jnp.ones_like(size)])}
 
@@ -346,11 +346,11 @@ def _tokens(info: _Info, eqn: JaxprEqn, summary: Callable) -> dict[str, list[dic
 
 
 def active_equations(program: Program, names: Sequence[str]) -> tuple[_Info, ...]:
-    """Return the equations that the floating leaves of the positional arguments have an influence on.
+    """Return the equations that depend on the floating leaves of the positional arguments.
 
     Args:
         program: the traced call.
-        names: of those leaves, in order.
+        names: of these leaves, in order.
     """
     left = iter(names)
     labels = [
@@ -391,13 +391,12 @@ def _info(
     )
 
 
-# The name of the leaf that a value is, empty for one computed from leaves, None for one that they have no
-# influence on.
+# The name of a value that is a leaf; empty for a value computed from leaves, None for one that does not depend on them.
 _Label = str | None
 
 
 class _Influence(Dataflow[_Label]):
-    """Follows the leaves; the records are the equations that they have an influence on, with the operands' labels."""
+    """Follows the leaves; the records are the equations that depend on them, with the operands' labels."""
 
     def constant(self, value: PyTree) -> _Label:
         return None
@@ -410,7 +409,7 @@ class _Influence(Dataflow[_Label]):
 
     def equation(self, path: Path, eqn: JaxprEqn, operands: list[_Label]) -> list[_Label]:
         active = [label for label in operands if label is not None]
-        # No gradient goes through a while loop: jax says so itself if one should.
+        # No gradient passes through a while loop: jax raises if one has to.
         if not active or eqn.primitive.name == "stop_gradient" or bodies(eqn)[0] == "while":
             return [None] * len(eqn.outvars)
         label = active[0] if eqn.primitive.name in _LAYOUT else ""

@@ -1,6 +1,6 @@
-"""Why an operation gave a NaN or an infinity: a sentence for each of the common causes."""
+"""Why an operation returned a NaN or an infinity: a sentence for each common cause."""
 
-# ruff: noqa: SIM905 (lists of words are read as words)
+# ruff: noqa: SIM905 (lists of words are easier to read as words)
 
 import math
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 
 class Operand(NamedTuple):
-    """What went into an operation, in numbers.
+    """An operand of an operation, in numbers.
 
     Attributes:
         dtype: such as `float32`.
@@ -21,7 +21,7 @@ class Operand(NamedTuple):
         nans: number of NaNs.
         infs: number of +inf.
         minus_infs: number of -inf.
-        at: the value at the element that went wrong first, where the operation works element by element.
+        at: the value at the first bad element, if the operation is elementwise.
     """
 
     dtype: str
@@ -35,7 +35,7 @@ class Operand(NamedTuple):
     at: float | None = None
 
     def may(self, what: str) -> bool:
-        """Tell whether the element that went wrong (any element, if that is not known) is of a kind."""
+        """Tell whether the bad element (any element, if it is not known) is of a kind."""
         x = self.at
         if what == "zero":
             return self.zeros > 0 if x is None else x == 0
@@ -76,17 +76,17 @@ _DOMAINS = {
 
 
 def explain(operation: str, kind: str, operands: tuple[Operand, ...], dtype: str, slope_of: str = "") -> str:
-    """Return a sentence of likely cause; empty if none is known.
+    """Return a sentence on the likely cause; empty if it is not known.
 
     Args:
         operation: a primitive's name.
-        kind: `nan` or `inf`, what came out.
-        operands: what went in; empty if that was not recorded.
-        dtype: of what came out.
+        kind: of the result, `nan` or `inf`.
+        operands: of the operation; empty if they were not recorded.
+        dtype: of the result.
         slope_of: the function whose derivative the operation computes, if that is known.
     """
     if any(o.may("nan") for o in operands):
-        return "an operand is NaN: a constant that is written in the program"
+        return "an operand is NaN: a constant in the program"
     rule = _NAN if kind == "nan" else _INF
     if slope_of == "sqrt" and operation == "div":
         return (
@@ -97,7 +97,7 @@ def explain(operation: str, kind: str, operands: tuple[Operand, ...], dtype: str
     if sentence is not None:
         return sentence(operands, dtype)
     if kind == "inf":
-        return "an operand was infinite already" if any(o.may("inf") for o in operands) else ""
+        return "an operand was already infinite" if any(o.may("inf") for o in operands) else ""
     if operation in _MATRICES:
         return "a singular matrix, or for cholesky one that is not positive definite"
     if operation in _DOMAINS:
@@ -106,25 +106,23 @@ def explain(operation: str, kind: str, operands: tuple[Operand, ...], dtype: str
 
 
 def _largest(dtype: str) -> str:
-    return f"{float(jnp.finfo(dtype).max):.3g}" if jnp.issubdtype(dtype, jnp.inexact) else "that there is"
+    return f", {float(jnp.finfo(dtype).max):.3g}" if jnp.issubdtype(dtype, jnp.inexact) else ""
 
 
 def _overflow(operands: tuple[Operand, ...], dtype: str) -> str:
     if any(o.may("inf") for o in operands):
-        return "an operand was infinite already"
-    return f"overflow: the result is larger than the largest {dtype}, {_largest(dtype)}"
+        return "an operand was already infinite"
+    return f"overflow: the result is larger than the largest {dtype}{_largest(dtype)}"
 
 
 def _exp_inf(operands: tuple[Operand, ...], dtype: str) -> str:
     if any(o.may("inf") for o in operands):
-        return "an operand was infinite already"
+        return "an operand was already infinite"
     limit = math.log(float(jnp.finfo(dtype).max))
     top = (
-        f", and it is {operands[0].at if operands[0].at is not None else operands[0].high:.6g}"
-        if operands
-        else ""
+        f", got {operands[0].at if operands[0].at is not None else operands[0].high:.6g}" if operands else ""
     )
-    return f"overflow of exp: in {dtype} its operand may be at most {limit:.4g}{top}"
+    return f"overflow of exp: in {dtype} its operand must be at most {limit:.4g}{top}"
 
 
 def _div_inf(operands: tuple[Operand, ...], dtype: str) -> str:
@@ -156,7 +154,7 @@ def _log_nan(operands: tuple[Operand, ...], dtype: str) -> str:
 
 def _log_inf(operands: tuple[Operand, ...], dtype: str) -> str:
     if operands and not operands[0].may("zero"):
-        return "an operand was infinite already"
+        return "an operand was already infinite"
     return (
         "log of 0 is -inf. Keep its operand above 0: jnp.log(jnp.maximum(x, 1e-12)), or work with log_softmax"
     )
@@ -169,40 +167,38 @@ def _pow_inf(operands: tuple[Operand, ...], dtype: str) -> str:
 
 
 def _pow_nan(operands: tuple[Operand, ...], dtype: str) -> str:
-    return (
-        "a negative number to a power that is not whole" if operands and operands[0].may("negative") else ""
-    )
+    return "a negative number to a non-integer power" if operands and operands[0].may("negative") else ""
 
 
 def _cast_inf(operands: tuple[Operand, ...], dtype: str) -> str:
     return _overflow(operands, dtype)
 
 
-def _says(sentence: str) -> PyTree:
+def _always(sentence: str) -> PyTree:
     return lambda operands, dtype: sentence
 
 
 _NAN = {
     "div": _div_nan,
-    "mul": _says("0 × inf"),
+    "mul": _always("0 × inf"),
     "sub": _sub_nan,
-    "add": _says("inf - inf"),
-    "add_any": _says("inf - inf"),
+    "add": _always("inf - inf"),
+    "add_any": _always("inf - inf"),
     "sqrt": _sqrt_nan,
     "rsqrt": _sqrt_nan,
     "log": _log_nan,
     "pow": _pow_nan,
-    "sin": _says("the sine of an infinity"),
-    "cos": _says("the cosine of an infinity"),
-    "rem": _says("the remainder of a division by 0, or of an infinity"),
-    **dict.fromkeys(_SUMS, _says("inf - inf inside a sum")),
-    **dict.fromkeys(_PRODUCTS, _says("0 × inf, or inf - inf, inside a sum of products")),
+    "sin": _always("the sine of an infinity"),
+    "cos": _always("the cosine of an infinity"),
+    "rem": _always("the remainder of a division by 0, or of an infinity"),
+    **dict.fromkeys(_SUMS, _always("inf - inf inside a sum")),
+    **dict.fromkeys(_PRODUCTS, _always("0 × inf, or inf - inf, inside a sum of products")),
 }
 _INF = {
     "div": _div_inf,
-    "rsqrt": _says("1 / sqrt(0)"),
+    "rsqrt": _always("1 / sqrt(0)"),
     "log": _log_inf,
-    "log1p": _says("log1p of -1 is -inf"),
+    "log1p": _always("log1p of -1 is -inf"),
     "pow": _pow_inf,
     "integer_pow": _pow_inf,
     "convert_element_type": _cast_inf,

@@ -19,24 +19,26 @@ from gradfn.jaxpr import trace
 from gradfn.jaxpr.call import Scalar, scalar
 from gradfn.jaxpr.program import by_position, traced_leaves
 
-PER_LEAF = 64  # of a tree with more leaves, single leaves are only looked at if all of them together are off
-TOLERANCE = 1e-5  # relative, in float64
-NOISE = 100  # a function's value is taken to be right to that many units in the last place
+# In a tree with more leaves, single leaves are only checked if all of them together are incorrect.
+PER_LEAF = 64
+# Relative, in float64.
+TOLERANCE = 1e-5
+# The error of a function's value that is allowed for, in units in the last place.
+NOISE = 100
 
 
 class LeafCheck(NamedTuple):
-    """How the gradient of one leaf compares, in the direction in which it compares worst.
+    """The gradient of one leaf compared with differences, in the direction in which they differ most.
 
     Attributes:
         name: the leaf, such as `W1`; `all leaves` for a tree of many.
         shape: its shape.
-        gradient: slope in that direction by the gradient.
-        difference: slope in that direction by central differences.
-        error: what lies between them, over the larger of `difference` and the gradient's norm.
-        ok: whether the error is within the tolerance, or below what rounding lets be seen.
-        note: what else there is to know: a kink, a gradient too small to be checked, a value not finite; where it is
-            off, the `stop_gradient`, the `custom_jvp` or the `custom_vjp` that it is due to, if it is to one, with its
-            line.
+        gradient: slope in that direction, from the gradient.
+        difference: slope in that direction, from central differences.
+        error: their difference, over the larger of `difference` and the gradient's norm.
+        ok: whether the error is within the tolerance, or below what rounding can resolve.
+        note: a kink, a gradient too small to check, a value that is not finite; if the gradient is incorrect, the
+            `stop_gradient`, `custom_jvp` or `custom_vjp` that causes it, if one does, with its line.
     """
 
     name: str
@@ -50,12 +52,12 @@ class LeafCheck(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class GradCheck(ShowsTable):
-    """A gradient compared with central differences. `print` shows it; it is true if all is well.
+    """A gradient compared with central differences. `print` shows it; it is true if every gradient is correct.
 
     Attributes:
         leaves: a `LeafCheck` per leaf.
         tolerance: on the relative error.
-        precision: the lowest that a differentiated value is computed in, with the reason if not float64.
+        precision: the lowest precision of the differentiated values, with the reason if it is not float64.
     """
 
     leaves: tuple[LeafCheck, ...]
@@ -64,12 +66,12 @@ class GradCheck(ShowsTable):
 
     @property
     def ok(self) -> bool:
-        """Whether every leaf is right."""
+        """Whether every gradient is correct."""
         return all(leaf.ok for leaf in self.leaves)
 
     @property
     def off(self) -> list[str]:
-        """Names of the leaves whose gradient is off."""
+        """Names of the leaves whose gradient is incorrect."""
         return [leaf.name for leaf in self.leaves if not leaf.ok]
 
     def __bool__(self) -> bool:
@@ -77,19 +79,19 @@ class GradCheck(ShowsTable):
 
     def table(self, rows: int | None = ROWS) -> TextTable:
         """Return a table with one row per leaf, those with the largest error at most."""
-        verdict = "every gradient is right" if self.ok else f"off: {', '.join(self.off)}"
+        verdict = "every gradient is correct" if self.ok else f"incorrect: {', '.join(self.off)}"
         out = TextTable(
             title=f"{verdict} (to {self.tolerance:.1g}, in {self.precision})",
-            caption="slopes in the random direction in which they differ most",
+            caption="slopes in the random direction where they differ most",
         )
         out.add_column("leaf", shorten=True)
         out.add_column("shape", drop=2)
-        out.add_column("by gradient", ".8g", drop=1)
-        out.add_column("by differences", ".8g", drop=1)
+        out.add_column("gradient", ".8g", drop=1)
+        out.add_column("differences", ".8g", drop=1)
         out.add_column("relative error", ".2g")
         out.add_column("result")
         for leaf in self.leaves:
-            mark = ("ok" if leaf.ok else "OFF") + (f": {leaf.note}" if leaf.note else "")
+            mark = ("ok" if leaf.ok else "INCORRECT") + (f": {leaf.note}" if leaf.note else "")
             numbers = (leaf.gradient, leaf.difference, leaf.error)
             out.add_row(leaf.name, leaf.shape, *numbers, mark, weight=leaf.error if leaf.ok else math.inf)
         return out.folded(rows, "check.table(rows=None)")
@@ -105,24 +107,23 @@ def check_grads(
 ) -> Callable[..., GradCheck]:
     """Compare the gradient of a function with central differences, leaf by leaf, in float64.
 
-    The function is traced with float64 inputs, whatever the default precision; it need not know. Where it
-    casts to a lower one itself, or cannot be traced in float64, steps and tolerance are those of that
-    precision. In each direction the best of up to three step sizes counts, about the cube root of the
-    precision times the leaf's size (Press et al., *Numerical Recipes*, 3rd edition, section 5.7), so that
-    neither rounding nor a kink of a relu nearby gives a false alarm.
+    The function is traced with float64 inputs, whatever the default precision. If it casts to a lower precision
+    itself, or cannot be traced in float64, steps and tolerance are those of that precision. In each direction the best
+    of up to three step sizes counts, about the cube root of the precision times the leaf's size (Press et al.,
+    *Numerical Recipes*, 3rd edition, section 5.7), so that neither rounding nor the kink of a nearby relu raises a
+    false alarm.
 
     Args:
         f: any JAX function `(*args) -> scalar` or `-> (scalar, aux)`.
-        argnums: which positional arguments to check; all by default. Leaves that are not floating are left
-            alone.
-        directions: random directions per leaf. One leaf alone changes in each; in trees of more than 64
-            leaves all change together, and one by one only if that shows an error.
+        argnums: which positional arguments to check; all by default. Leaves that are not floating are skipped.
+        directions: random directions per leaf, in each of which that leaf alone changes. In trees of more than 64
+            leaves all change together, and each leaf alone only if that shows an error.
         tolerance: on the relative error; 1e-5 in float64 by default.
-        seed: of the directions.
+        seed: of the random directions.
 
     Returns:
-        A function of the same arguments that returns a `GradCheck`, which is true if all gradients are right
-        and prints itself: `assert gf.check_grads(f)(x)`.
+        A function of the same arguments that returns a `GradCheck`, which is true if all gradients are correct:
+        `assert gf.check_grads(f)(x)`.
 
     Raises:
         TypeError: a function that does not return a floating scalar; no floating array; a call inside `jit`.
@@ -156,14 +157,15 @@ def check_grads(
         """Return how the gradients compare with central differences."""
         args, kwargs = by_position(f, args, kwargs) if not args else (args, kwargs)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
-            raise TypeError("check_grads: call it outside jit: it decides on what it finds")
+            raise TypeError("check_grads: call it outside jit: it depends on values")
         numbers = range(len(args)) if argnums is None else np.atleast_1d(argnums).tolist()
         try:
             with _float64():
                 wide_args, wide_kwargs = _widened((args, kwargs))
                 of, precision = prepared(wide_args, wide_kwargs, numbers)
                 return _check(of, precision, directions, tolerance, seed)
-        except TypeError as error:  # such as a scan whose carry is float32 by declaration
+        # Such as a scan whose carry is declared as float32.
+        except TypeError as error:
             reason = str(error).splitlines()[0]
         of, precision = prepared(args, kwargs, numbers)
         return _check(of, precision, directions, tolerance, seed, f"; float64 gives: {reason}")
@@ -173,7 +175,7 @@ def check_grads(
 
 @contextlib.contextmanager
 def _float64() -> Iterator[None]:
-    # What f closes over stays float32: let it meet float64.
+    # What f closes over stays float32, and may be combined with float64.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -184,7 +186,8 @@ def _widened(tree: PyTree) -> PyTree:
     def widened(leaf: PyTree, traced: bool) -> PyTree:
         if not traced or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             return leaf
-        if isinstance(leaf, (float, np.floating)):  # single numbers stay what functions can branch on
+        # Functions can branch on single numbers: these stay as they are.
+        if isinstance(leaf, (float, np.floating)):
             return np.float64(leaf) if isinstance(leaf, np.floating) else leaf
         complex_ = jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating)
         return jnp.asarray(np.asarray(leaf), jnp.complex128 if complex_ else jnp.float64)
@@ -194,7 +197,7 @@ def _widened(tree: PyTree) -> PyTree:
 
 
 def _lowest_precision(of: Scalar) -> tuple[str, str]:
-    """Return the coarsest dtype that a value which depends on the leaves is computed in, and the line."""
+    """Return the lowest precision of all values that depend on the leaves, and the line of that value."""
     program = trace(of.value, of.leaves.values)
     found = [(str(aval.dtype), "an argument") for aval in program.jaxpr.in_avals]
     for equation in active_equations(program, of.names):
@@ -233,9 +236,9 @@ def _check(
     def compared(which: Sequence[int]) -> LeafCheck:
         sizes = {i: _size(leaves[i]) for i in which}
         norm = math.hypot(*[sizes[i] * float(np.linalg.norm(gradients[i].ravel())) for i in which])
-        # Relative to the leaf's numbers; finer in case of a kink nearby; and coarse, for numbers near zero.
+        # Relative to the leaf's size; finer, for a kink nearby; and coarse, for values near zero.
         steps = [eps ** (1 / 3) * s for s in (1.0, 1 / 30, 1 / max(sizes.values()))]
-        in_directions, ways = [], []
+        in_directions, tangents = [], []
         for _ in range(directions):
             along = {i: sizes[i] * _normal(rng, leaves[i]) for i in which}
             slope = sum(float(np.sum(np.real(gradients[i] * v))) for i, v in along.items())
@@ -245,9 +248,9 @@ def _check(
                 if tries[-1].ok and not tries[-1].note:
                     break
             in_directions.append(min(tries, key=lambda t: (not t.ok, bool(t.note), t.error)))
-            ways.append(along)
+            tangents.append(along)
         number = max(range(directions), key=lambda n: (not in_directions[n].ok, in_directions[n].error))
-        worst, along = in_directions[number], ways[number]
+        worst, along = in_directions[number], tangents[number]
         if len(which) > 1:
             return worst._replace(name="all leaves")
 
@@ -268,7 +271,7 @@ def _check(
 
 
 class _Slopes(NamedTuple):
-    """A function's slope in a direction by differences, to either side, and what rounding may do to it."""
+    """A function's slopes in a direction by differences, on both sides, and the error from rounding."""
 
     behind: float
     ahead: float
@@ -282,11 +285,11 @@ def _compare(slope: float, by_differences: _Slopes, norm: float, tolerance: floa
     error = apart / size if size else 0.0
     ok, note = error <= tolerance, ""
     if not math.isfinite(slope) or not math.isfinite(central):
-        ok, error, note = False, math.inf, "not finite: gf.nan_origin tells where from"
+        ok, error, note = False, math.inf, "not finite: gf.nan_origin shows where it came from"
     elif not ok and apart <= noise:
-        ok, note = True, "smaller than what rounding lets be seen"
+        ok, note = True, "too small to check: below the rounding error"
     elif not ok and min(behind, ahead) - noise <= slope <= max(behind, ahead) + noise:
-        ok, note = True, "a kink: the slope lies between those on its two sides"
+        ok, note = True, "a kink: the slope is between those on its two sides"
     return LeafCheck("", (), slope, central, error, ok, note)
 
 
@@ -295,7 +298,7 @@ def _wide(x: PyTree) -> PyTree:
 
 
 def _size(x: np.ndarray) -> float:
-    """Return the size of a leaf's numbers; 1 if they are all zero."""
+    """Return the root mean square of a leaf's elements; 1 if they are all zero."""
     return float(np.sqrt(np.mean(np.abs(x) ** 2))) or 1.0
 
 

@@ -1,11 +1,11 @@
 """`gf.nan_origin` and `gf.nan_guard`: where the first NaN and the first infinity came from.
 
-Both trace the value and the gradients of a function into one program and run it with a look at the result of
-every equation. Which came first is decided by the order of execution: a *key* per equation and iteration
-(`where.order_key`), compared number by number.
+Both trace the value and the gradients of a function into one program and run it, with a visitor that inspects the
+result of every equation. The order of execution decides which was first: each equation and iteration has a *key*
+(`where.order_key`), and keys are compared number by number.
 """
 
-# ruff: noqa: SIM905 (lists of words are read as words)
+# ruff: noqa: SIM905 (lists of words are easier to read as words)
 
 import functools
 import itertools
@@ -30,11 +30,11 @@ from gradfn.inspection.where import (
     dtype_of,
     function_around,
     in_order,
+    iteration_text,
     line_of,
     loops_around,
     operation_of,
     order_key,
-    turn_text,
 )
 from gradfn.jaxpr import Equation, Program, interpret, trace_as_written
 from gradfn.jaxpr.call import Scalar, jit_arrays, scalar
@@ -43,42 +43,44 @@ from gradfn.jaxpr.interpreter import Evaluate, Path, operation
 from gradfn.jaxpr.program import by_position, params_first
 from gradfn.jaxpr.varying import any_device, zeros
 
-# What is looked for: a NaN that no computed operand had, an infinity, and an infinity made out of finite
-# operands. Other infinities were written into the program (a mask) or handed on. A NaN that is written in the
-# program (jnp.var has one) counts where it gets through to a result.
+# What is searched for: a NaN that no computed operand had, an infinity, and an infinity computed from finite operands.
+# Other infinities are constants (a mask) or passed through. A NaN constant (jnp.var has one) counts where it reaches
+# a result.
 _KINDS = ("nan", "inf", "made")
 _NEVER = np.iinfo(np.int32).max
 
 
 class Spot(NamedTuple):
-    """One equation, in words."""
+    """The description of one equation."""
 
     path: Path
     operation: str
-    within: str  # the jitted or custom function that it is part of
+    # The jitted or custom function around it.
+    within: str
     phase: str
     scope: str
     line: str
     loops: tuple[Loop, ...]
     dtype: str
     slope_of: str
-    written: tuple[bool, ...]  # per operand: a NaN or infinity that is written in the program
+    # Per operand: whether it is a NaN or an infinity that is a constant of the program.
+    constant: tuple[bool, ...]
 
 
 class Event(NamedTuple):
-    """A NaN or an infinity, and where it came up.
+    """A NaN or an infinity, and where it came from.
 
     Attributes:
         kind: `nan` or `inf`.
-        operation: name of the operation, such as `log`; `argument` where it was in the input already.
-        within: the function of a library that the operation is part of (`norm`, `softmax`), or empty.
+        operation: name of the operation, such as `log`; `argument` if it was already in the input.
+        within: the library function around the operation (`norm`, `softmax`), or empty.
         phase: `forward`, `backward`, or `recomputed` (forward again, for `jax.checkpoint`).
-        scope: the `jax.named_scope` stack; for an argument its path.
+        scope: the `jax.named_scope` stack; the path of an argument.
         line: the user's source line, `file:line (function)`.
         iteration: the iterations of the loops around it, outermost first, counted from 0.
         loops: kinds and lengths of those loops.
-        element: index of the first element that went wrong, or None.
-        operands: what went into the operation; empty if that was not recorded.
+        element: index of the first bad element, or None.
+        operands: of the operation; empty if they were not recorded.
         cause: a sentence on the likely cause, or empty.
     """
 
@@ -97,7 +99,7 @@ class Event(NamedTuple):
     def __str__(self) -> str:
         within = f" (in {self.within})" if self.within else ""
         where = [f"{self.phase}, {self.operation}{within}"]
-        where += [turn_text(loop, i) for loop, i in zip(self.loops, self.iteration, strict=True)]
+        where += [iteration_text(loop, i) for loop, i in zip(self.loops, self.iteration, strict=True)]
         where += [f"in scope {self.scope}"] if self.scope and self.operation != "argument" else []
         where += [f"element {list(self.element)}"] if self.element else []
         lines = [", ".join(where)]
@@ -111,15 +113,14 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class NanReport:
-    """Where non-finite numbers came from. `print` shows it.
+    """Where non-finite values came from. `print` shows it.
 
     Attributes:
         value: the function's value.
         nonfinite_grads: names of the leaves whose gradient is not finite.
-        nan: the first NaN that was computed, was in the arguments, or was written into the program and got
-            through to a result; or None.
-        inf: the first infinity that was made out of finite numbers; if there is none, the first one that was
-            written into the program or its arguments (such as a mask of -inf); or None.
+        nan: the first NaN that was computed, was in the arguments, or is a constant that reached a result; or None.
+        inf: the first infinity computed from finite values; without one, the first that is a constant or in the
+            arguments (such as a mask of -inf); or None.
     """
 
     value: float
@@ -129,7 +130,7 @@ class NanReport:
 
     @property
     def ok(self) -> bool:
-        """Whether value and gradients are finite: what came up on the way, if anything, did no harm."""
+        """Whether value and gradients are finite: any non-finite intermediate value was harmless."""
         return bool(np.isfinite(self.value)) and not self.nonfinite_grads
 
     def __str__(self) -> str:
@@ -141,8 +142,8 @@ class NanReport:
                 lines.append(f"first {kind}{harmless}: {event}")
         if not self.ok and self.nan is None and self.inf is None:
             lines.append(
-                "nothing non-finite was seen when each operation was looked at: the compiler fused them "
-                "differently, and the numbers are at the edge of overflow"
+                "no operation returned a non-finite value while they were inspected: the compiler fused them "
+                "differently, and values are close to overflow"
             )
         return "\n".join(lines)
 
@@ -156,15 +157,15 @@ class NanReport:
 )
 @dataclass(frozen=True)
 class NanRecord:
-    """What `gf.nan_guard` records inside `jit`: a few numbers; `report()` or `print` puts them into words.
+    """The record of `gf.nan_guard` inside `jit`, a few numbers; `report()` or `print` describes them.
 
-    Stacked by a `lax.scan` over steps, it reports on the first step that went wrong.
+    Stacked by a `lax.scan` over steps, it reports on the first step that was not finite.
 
     Attributes:
         value: the loss.
         nonfinite_grads: `[leaves]` booleans.
         nonfinite_inputs: `[inputs, 2]` booleans: has a NaN, has an infinity.
-        keys: `[3, levels]` int32: where the first NaN, infinity and made infinity are; -1 for none.
+        keys: `[3, levels]` int32: the keys of the first NaN, infinity and computed infinity; -1 for none.
         spots: the equations (static).
         leaf_names: names of the differentiated leaves (static).
         input_names: names of the inputs (static).
@@ -184,7 +185,7 @@ class NanRecord:
         return jnp.isfinite(self.value) & ~jnp.any(self.nonfinite_grads, axis=-1)
 
     def report(self) -> NanReport:
-        """Return the report, of the first step that went wrong where steps are stacked. Not inside `jit`."""
+        """Return the report, that of the first step that was not finite if steps are stacked. Not inside `jit`."""
         host = jax.device_get(self)
         if np.ndim(host.value):
             bad = np.flatnonzero(~np.asarray(self.ok).ravel())
@@ -201,23 +202,23 @@ class NanRecord:
 
 
 def nan_origin(f: Callable, argnums: int | Sequence[int] = 0) -> Callable[..., NanReport]:
-    """Find out where the first NaN and the first infinity of a function and its gradients come from.
+    """Return a function that finds where the first NaN and the first infinity of `f` and its gradients come from.
 
-    For one call, outside `jit` (inside, `gf.nan_guard`): every operation of the forward and the backward pass
-    is looked at, inside `jit`, `scan`, `cond`, `while`, `vmap`, `jax.checkpoint` and custom derivatives too.
-    (The backward rule of a `custom_vjp` has the line of the call: jax knows no other.) Compiled at the first
-    call, and, where something is found, once more to see its operands.
+    For one call, outside `jit` (inside, use `gf.nan_guard`). Every operation of the forward and the backward pass is
+    inspected, including those inside `jit`, `scan`, `cond`, `while`, `vmap`, `jax.checkpoint` and custom derivatives.
+    (The backward rule of a `custom_vjp` has the line of the call: jax records no other.) Compiled at the first call
+    and, if something is found, once more to record its operands.
 
     Args:
         f: any JAX function `(*args) -> scalar` or `-> (scalar, aux)`.
-        argnums: which positional arguments to differentiate with respect to, as for `jax.grad`; their leaves
-            that are not floating are left alone.
+        argnums: which positional arguments to differentiate with respect to, as in `jax.grad`; leaves that are not
+            floating are skipped.
 
     Returns:
         A function of the same arguments that returns a `NanReport`.
 
     Raises:
-        TypeError: a function that does not return a floating scalar, a call inside `jit`.
+        TypeError: a function that does not return a floating scalar; a call inside `jit`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -231,14 +232,14 @@ def nan_origin(f: Callable, argnums: int | Sequence[int] = 0) -> Callable[..., N
         True
     """
 
-    def look(*args: PyTree, **kwargs: PyTree) -> NanRecord:
+    def search(*args: PyTree, **kwargs: PyTree) -> NanRecord:
         program, of = _trace(f, argnums, args, kwargs, "nan_origin")
         spots = _spots(program)
-        keys, outs = _look(program, spots, program.inputs)
+        keys, outs = _search(program, spots, program.inputs)
         value, _, grads = program.rebuild(outs)
         return _record(program, of, spots, value, grads, keys, _nonfinite_inputs(program, program.inputs))
 
-    compiled = jit_arrays(look)
+    compiled = jit_arrays(search)
 
     @transform_of(f, "nan_origin", own=0)
     def find(*args: PyTree, **kwargs: PyTree) -> NanReport:
@@ -248,33 +249,34 @@ def nan_origin(f: Callable, argnums: int | Sequence[int] = 0) -> Callable[..., N
             raise TypeError(
                 "nan_origin: inside jit, use gf.nan_guard, or return the arguments and call it outside"
             )
-        with jax.debug_nans(False), jax.debug_infs(False):  # they would stop at what is to be found
+        # They would stop at what is searched for.
+        with jax.debug_nans(False), jax.debug_infs(False):
             record = jax.device_get(compiled(*args, **kwargs))
             program, details = None, {}
             for kind, row in (("nan", 0), ("inf", _inf_row(record))):
-                spot, turns = _decode(record, row)
+                spot, iteration = _decode(record, row)
                 if spot is not None:
                     program = program or _trace(f, argnums, args, kwargs, "nan_origin")[0]
-                    details[kind] = _details(program, kind, spot, turns)
+                    details[kind] = _details(program, kind, spot, iteration)
         return _report(record, details)
 
     return find
 
 
 def nan_guard(f: Callable) -> Callable[..., tuple[PyTree, PyTree, NanRecord]]:
-    """Value and gradients, as `jax.value_and_grad` has them, and where a NaN came from if there is one.
+    """Return a function that computes value and gradients like `jax.value_and_grad`, and where a NaN came from.
 
-    For use inside a compiled training step. As long as value and gradients are finite it costs the test of
-    that; only when they are not, the step is run again with a look at every operation. (Under `vmap` both are
-    always run.) It takes three to five times as long to compile.
+    For use inside a compiled training step. While value and gradients are finite, it costs only that test; if they are
+    not, the step runs again and every operation is inspected. (Under `vmap` both always run.) It takes three to five
+    times as long to compile.
 
     Args:
         f: any JAX function `(params, *args) -> scalar` or `-> (scalar, aux)`.
 
     Returns:
-        `(params, *args) -> (value, grads, record)`: value is `(scalar, aux)` where the function returns that,
-        grads has the tree of the parameters (None for leaves that are not floating), and the record is a
-        `NanRecord`, to be printed or asked for its `report()` once it is out of `jit`.
+        `(params, *args) -> (value, grads, record)`: value is `(scalar, aux)` if the function returns that; grads has
+        the tree of the parameters (None for leaves that are not floating); the record is a `NanRecord`: print it, or
+        call its `report()`, outside `jit`.
 
     Raises:
         TypeError: a function that does not return a floating scalar.
@@ -298,14 +300,14 @@ def nan_guard(f: Callable) -> Callable[..., tuple[PyTree, PyTree, NanRecord]]:
         spots = _spots(program)
         (value, aux), grads = jax.value_and_grad(of.call, has_aux=True)(of.leaves.values)
 
-        def look(inputs: Sequence[PyTree]) -> tuple[jax.Array, jax.Array]:
-            keys, _ = _look(program, spots, inputs)
+        def search(inputs: Sequence[PyTree]) -> tuple[jax.Array, jax.Array]:
+            keys, _ = _search(program, spots, inputs)
             return keys, _nonfinite_inputs(program, inputs)
 
-        shapes = jax.eval_shape(look, program.inputs)
+        shapes = jax.eval_shape(search, program.inputs)
         keys, inputs = zeros(shapes)
         bad = any_device(~jnp.isfinite(value) | jnp.any(_nonfinite(grads)))
-        keys, inputs = lax.cond(bad, look, lambda _: (keys - 1, inputs), program.inputs)
+        keys, inputs = lax.cond(bad, search, lambda _: (keys - 1, inputs), program.inputs)
         record = _record(program, of, spots, value, grads, keys, inputs)
         return (value if aux is None else (value, aux)), of.leaves.tree(grads)[0], record
 
@@ -315,7 +317,7 @@ def nan_guard(f: Callable) -> Callable[..., tuple[PyTree, PyTree, NanRecord]]:
 def _trace(
     f: Callable, argnums: int | Sequence[int], args: Sequence[PyTree], kwargs: Mapping[str, Any], what: str
 ) -> tuple[Program, Scalar]:
-    """Trace `(value, aux, gradients by leaf)` of a call, as it was written."""
+    """Trace `(value, aux, gradients by leaf)` of a call, as written."""
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
     def value_and_grads(*args: PyTree, **kwargs: PyTree) -> tuple[PyTree, PyTree, list[PyTree]]:
@@ -327,8 +329,8 @@ def _trace(
     return program, scalar(f, args, kwargs, numbers, what)
 
 
-# These hand on what they are given, and make no NaN and no infinity of their own. (`gather` may: jax fills in
-# NaN for an index out of bounds. `convert_element_type` may: a number too large for float16.)
+# These pass values through, and never return a new NaN or infinity. (`gather` may: jax fills in NaN for an index out
+# of bounds. So may `convert_element_type`, of a number too large for float16.)
 _PASSIVE = frozenset(
     "abs broadcast_in_dim clamp concatenate copy copy_p cummax cummin dynamic_slice dynamic_update_slice erf "
     "erfc expand_dims iota logistic max min name neg pad random_bits reduce_max reduce_min reshape rev select_n "
@@ -336,12 +338,12 @@ _PASSIVE = frozenset(
 )
 
 
-class _Written(Dataflow[str]):
-    """Tells what is written in the program from what it computes.
+class _Constants(Dataflow[str]):
+    """Distinguishes constants of the program from what it computes.
 
-    A value is a `number` that is written as it is, `nonfinite` where it is made of such numbers alone with a NaN or
-    an infinity among them, or `computed`. The records are the equations that may make a NaN or an infinity, with
-    what is known of their operands.
+    A value is a finite `number`, `nonfinite` if it is made only of constants with a NaN or an infinity among them, or
+    `computed`. The records are the equations that may return a new NaN or infinity, with what is known of their
+    operands.
     """
 
     enter_custom = True
@@ -366,14 +368,14 @@ class _Written(Dataflow[str]):
 
 
 def _spots(program: Program) -> dict[Path, Spot]:
-    """Return every equation that may make a NaN or an infinity, down to the insides of all containers."""
+    """Return every equation, also inside containers, that may return a new NaN or infinity."""
     equations = program.equations(enter_custom=True)
     made_by = {v: e.eqn.primitive.name for e in equations.values() for v in e.eqn.outvars}
-    written, closed = _Written(), program.jaxpr
-    written.run(closed, ["computed"] * len(closed.in_avals), ["computed"] * len(closed.consts))
+    constants, closed = _Constants(), program.jaxpr
+    constants.run(closed, ["computed"] * len(closed.in_avals), ["computed"] * len(closed.consts))
     return {
         path: _spot(equations[path], equations, made_by, tuple(known == "nonfinite" for known in operands))
-        for path, operands in written.records
+        for path, operands in constants.records
     }
 
 
@@ -385,7 +387,7 @@ def _spot(
     equation: Equation,
     equations: Mapping[Path, Equation],
     made_by: Mapping[PyTree, str],
-    written: tuple[bool, ...],
+    constant: tuple[bool, ...],
 ) -> Spot:
     containers = around(equation, equations)
     stacks = [str(p.eqn.source_info.name_stack) for p in containers]
@@ -405,12 +407,12 @@ def _spot(
         loops=loops_around(equation, equations),
         dtype=next(str(dtype_of(v)) for v in equation.eqn.outvars if _is_inexact(v)),
         slope_of=made_by.get(operands[1], "") if halves else "",
-        written=written,
+        constant=constant,
     )
 
 
 def _is_inexact(atom: Any) -> bool:
-    # A mutable array (jax.new_ref) is a place; what is in it shows where it is read.
+    # The contents of a mutable array (jax.new_ref) are inspected where they are read.
     return jnp.issubdtype(dtype_of(atom), jnp.inexact) and not hasattr(atom.aval, "inner_aval")
 
 
@@ -428,20 +430,21 @@ def _record(
 
 
 def _worst(x: PyTree) -> jax.Array:
-    """Return a scalar: NaN where an array has a NaN, else infinity where it has one, else a finite number.
+    """Return a scalar: NaN if an array has a NaN, else infinity if it has one, else a finite number.
 
-    A sum, scaled down so that no array's finite numbers can add up to infinity. A maximum would not do: that
-    of XLA's processor backend loses NaNs in arrays of more than a few hundred elements.
+    It is a sum, scaled down so that finite elements cannot add up to infinity. A maximum would not work: XLA's CPU
+    backend loses NaNs in arrays of more than a few hundred elements.
     """
     x = jnp.asarray(x)
     if x.dtype.itemsize < 4:
-        x = x.astype(jnp.float32)  # their sums overflow
+        # The sums of narrow dtypes overflow.
+        x = x.astype(jnp.float32)
     x = lax.abs(x)
     return lax.reduce(x * np.array(2.0**-40, x.dtype), np.zeros((), x.dtype), lax.add, range(x.ndim))
 
 
 def _worst_of(arrays: Sequence[PyTree]) -> jax.Array:
-    """Return the worst of several arrays, 0 of none; in float64 where that is in use."""
+    """Return the worst of several arrays, 0 for no arrays; in float64 if that is enabled."""
     wide = jnp.result_type(float)
     return sum([_worst(x).astype(wide) for x in arrays], jnp.zeros((), wide))
 
@@ -467,13 +470,12 @@ def _nonfinite_inputs(program: Program, inputs: Sequence[PyTree]) -> jax.Array:
     return jnp.stack([jnp.isnan(table), jnp.isinf(table)], axis=-1)
 
 
-def _look(
+def _search(
     program: Program, spots: Mapping[Path, Spot], inputs: Sequence[PyTree]
 ) -> tuple[jax.Array, list[PyTree]]:
-    """Run the program; return the keys of what came first, `[3, levels]`, and the program's outputs."""
-    known: dict[
-        int, Any
-    ] = {}  # one equation's result is another's operand; the value is kept, so ids are its own
+    """Run the program; return the keys of the first of each kind, `[3, levels]`, and the program's outputs."""
+    # One equation's result is another's operand. The value is kept, so that its id stays its own.
+    known: dict[int, tuple[PyTree, jax.Array]] = {}
 
     def worst(x: PyTree, keep: bool = False) -> jax.Array:
         if id(x) in known:
@@ -487,43 +489,45 @@ def _look(
         equation: Equation, evaluate: Evaluate, inputs: Sequence[PyTree], token: None
     ) -> tuple[list[PyTree], jax.Array]:
         outs = evaluate(inputs)
-        none = _worst_of([])  # sums again: NaN and infinity survive them
-        written = spots[equation.path].written
-        before: list[list[PyTree]] = [[], []]  # computed operands, those written in the program
-        for v, x, is_written in zip(equation.eqn.invars, inputs, written, strict=True):
+        # NaN and infinity survive further sums.
+        none = _worst_of([])
+        # Of computed operands, and of constants.
+        before: list[list[PyTree]] = [[], []]
+        for v, x, constant in zip(equation.eqn.invars, inputs, spots[equation.path].constant, strict=True):
             if _is_inexact(v):
-                before[is_written].append(worst(x))
+                before[constant].append(worst(x))
         after = [worst(x, True) for v, x in zip(equation.eqn.outvars, outs, strict=True) if _is_inexact(v)]
-        seen = jnp.stack([sum(after, none), sum(before[False], none), sum(before[True], none)])
-        return outs, _runs(seen) if equation.in_while else seen
+        found = jnp.stack([sum(after, none), sum(before[False], none), sum(before[True], none)])
+        return outs, _runs(found) if equation.in_while else found
 
     equations = program.equations(spots, enter_custom=True)
     outs, captures = interpret(program.jaxpr, visit, equations, inputs, merge=_merge_runs)
     return _first_of_all(captures, list(spots.values())), outs
 
 
-def _runs(seen: jax.Array) -> jax.Array:
-    """Turn the worst, `[..., (after, computed, written)]`, into counts.
+def _runs(worst: jax.Array) -> jax.Array:
+    """Convert the worst, `[..., (after, computed, constant)]`, to counts.
 
-    Those are the number of runs and, for each kind, the run in which it first came, from 1; 0 for never.
+    These are the number of runs and, for each kind, the run in which it was first, from 1; 0 for never.
     """
-    after, computed, written = seen[..., 0], seen[..., 1], seen[..., 2]
-    made = jnp.isinf(after) & jnp.isfinite(computed + written)
+    after, computed, constant = worst[..., 0], worst[..., 1], worst[..., 2]
+    made = jnp.isinf(after) & jnp.isfinite(computed + constant)
     flags = [jnp.ones_like(made), jnp.isnan(after) & ~jnp.isnan(computed), jnp.isinf(after), made]
     return jnp.stack(flags, axis=-1).astype(jnp.int32)
 
 
 def _merge_runs(old: jax.Array, new: jax.Array) -> jax.Array:
-    """Join what two stretches of a while loop saw: runs add up, the earlier run in which something came counts."""
+    """Merge the counts of two parts of a while loop: runs add up, and of two first runs the earlier one counts."""
     runs = old[..., :1]
     later = jnp.where(new[..., 1:] > 0, runs + new[..., 1:], 0)
     return jnp.concatenate([runs + new[..., :1], jnp.where(old[..., 1:] > 0, old[..., 1:], later)], axis=-1)
 
 
 def _first_of_all(captures: Mapping[Path, jax.Array], spots: Sequence[Spot]) -> jax.Array:
-    """Return the smallest key of each kind: `[3, levels]`, a row of -1 where there is none."""
+    """Return the smallest key of each kind: `[3, levels]`, a row of -1 for none."""
     levels = max([len(order_key(spot.path)) for spot in spots], default=1)
-    groups: dict[PyTree, list[Spot]] = {}  # those with the same loops around
+    # Equations inside the same loops.
+    groups: dict[PyTree, list[Spot]] = {}
     for spot in spots:
         groups.setdefault(tuple((loop, spot.path[: 2 * loop.depth + 1]) for loop in spot.loops), []).append(
             spot
@@ -542,25 +546,26 @@ def _first_of_group(captures: Sequence[jax.Array], group: Sequence[Spot], levels
     """Return the smallest key of each kind, `[3, levels]`, among equations in the same loops."""
     loops = group[0].loops
     counted = any(loop.length is None for loop in loops)
-    seen = jnp.stack(captures, axis=-2)  # [*iterations, spots, 3 or, if runs are counted, 4]
-    seen = jnp.flip(seen, [i for i, loop in enumerate(_with_axis(loops)) if loop.reverse])
-    seen = (seen if counted else _runs(seen))[..., 1:]
-    *shape, kinds = seen.shape
-    flat = seen.reshape(-1, kinds)
-    # All of them are in the same iterations of the same loops: they ran in the order in which they lie here.
+    worst = jnp.stack(captures, axis=-2)  # [*iterations, spots, 3 or, if runs are counted, 4]
+    worst = jnp.flip(worst, [i for i, loop in enumerate(_with_axis(loops)) if loop.reverse])
+    counts = (worst if counted else _runs(worst))[..., 1:]
+    *shape, kinds = counts.shape
+    flat = counts.reshape(-1, kinds)
+    # All of them are in the same iterations of the same loops: they ran in this order.
     chosen = jnp.argmax(flat > 0, axis=0)
     if counted:
         outside = math.prod(loop.length or 1 for loop in itertools.takewhile(lambda loop: loop.length, loops))
         order = lax.broadcasted_iota(jnp.int32, flat.shape, 0)
         chosen = _smallest([order // (len(flat) // outside), flat, order], flat > 0)
-    *turns, spot = jnp.unravel_index(chosen, shape)
+    *iteration, spot = jnp.unravel_index(chosen, shape)
     static = np.array(
         [order_key(spot.path) + (0,) * (levels - len(order_key(spot.path))) for spot in group], np.int32
     )
     rows = jnp.asarray(static)[spot]  # [kinds, levels]
     for loop in loops:
-        turn = turns.pop(0) if loop.length is not None else jnp.take_along_axis(flat, chosen[None], axis=0)[0]
-        rows = rows.at[:, 3 * loop.depth + 1].set(turn.astype(jnp.int32))
+        # A while loop has no axis of iterations: the counts are the run.
+        i = jnp.take_along_axis(flat, chosen[None], axis=0)[0] if loop.length is None else iteration.pop(0)
+        rows = rows.at[:, 3 * loop.depth + 1].set(i.astype(jnp.int32))
     return jnp.where(jnp.any(flat > 0, axis=0)[:, None], rows, -1)
 
 
@@ -569,7 +574,7 @@ def _with_axis(loops: Sequence[Loop]) -> list[Loop]:
 
 
 def _smallest(columns: Sequence[jax.Array], among: jax.Array) -> jax.Array:
-    """Return, per column of `among [n, kinds]`, the row that is smallest, comparing one number after the other."""
+    """Return, per column of `among [n, kinds]`, the smallest row, comparing one number after the other."""
     left = among
     for column in columns:
         column = jnp.where(left, column, _NEVER)
@@ -578,22 +583,22 @@ def _smallest(columns: Sequence[jax.Array], among: jax.Array) -> jax.Array:
 
 
 def _decode(record: NanRecord, row: int) -> tuple[Spot | None, tuple[int, ...]]:
-    """Return the equation that a key stands for and the iterations of the loops around it."""
+    """Return the equation of a key, and the iterations of the loops around it."""
     key = [int(k) for k in np.asarray(record.keys)[row]]
     if key[0] < 0:
         return None, ()
     by_key = {order_key(spot.path): spot for spot in record.spots}
-    for length in range(1, len(key) + 1, 3):  # a key may be padded; no equation's key begins with another's
+    # A key may be padded; no equation's key is a prefix of another's.
+    for length in range(1, len(key) + 1, 3):
         still = tuple(0 if i % 3 == 1 else k for i, k in enumerate(key[:length]))
         if still in by_key:
             spot = by_key[still]
-            turns = [(loop, key[3 * loop.depth + 1]) for loop in spot.loops]
-            return spot, tuple(_index(loop, turn) for loop, turn in turns)
+            return spot, tuple(_index(loop, key[3 * loop.depth + 1]) for loop in spot.loops)
     raise AssertionError(f"no equation has the key {key}")
 
 
-def _index(loop: Loop, turn: int) -> int:
-    return turn - 1 if loop.length is None else in_order(loop, turn)
+def _index(loop: Loop, run: int) -> int:
+    return run - 1 if loop.length is None else in_order(loop, run)
 
 
 def _inf_row(record: NanRecord) -> int:
@@ -614,7 +619,7 @@ def _report(record: NanRecord, details: Mapping[str, _Details]) -> NanReport:
         nan = Event("nan", "argument", scope=record.input_names[int(inputs[:, 0].argmax())])
     if _inf_row(record) == _KINDS.index("inf"):
         if inf is not None:
-            inf = inf._replace(cause="written into the program as a constant, as in a mask")
+            inf = inf._replace(cause="a constant in the program, as in a mask")
         if inputs[:, 1].any():
             inf = Event("inf", "argument", scope=record.input_names[int(inputs[:, 1].argmax())])
     bad = tuple(n for n, is_bad in zip(record.leaf_names, record.nonfinite_grads, strict=True) if is_bad)
@@ -622,7 +627,7 @@ def _report(record: NanRecord, details: Mapping[str, _Details]) -> NanReport:
 
 
 def _event(
-    kind: str, spot: Spot | None, turns: tuple[int, ...], details: Mapping[str, _Details]
+    kind: str, spot: Spot | None, iteration: tuple[int, ...], details: Mapping[str, _Details]
 ) -> Event | None:
     if spot is None:
         return None
@@ -634,7 +639,7 @@ def _event(
         phase=spot.phase,
         scope=spot.scope,
         line=spot.line,
-        iteration=turns,
+        iteration=iteration,
         loops=spot.loops,
         element=element,
         operands=operands,
@@ -642,8 +647,8 @@ def _event(
     )
 
 
-def _details(program: Program, kind: str, spot: Spot, turns: tuple[int, ...]) -> _Details:
-    """Run the program once more, to see the operands of one equation in one iteration."""
+def _details(program: Program, kind: str, spot: Spot, iteration: tuple[int, ...]) -> _Details:
+    """Run the program once more, to record the operands of one equation in one iteration."""
     equation = program.equations([spot.path], enter_custom=True)[spot.path]
     outs: list[PyTree] = [v for v in equation.eqn.outvars if _is_inexact(v)]
     operands: list[PyTree] = [v for v in equation.eqn.invars if _is_inexact(v)]
@@ -674,10 +679,11 @@ def _details(program: Program, kind: str, spot: Spot, turns: tuple[int, ...]) ->
         _, captures = interpret(program.jaxpr, visit, {spot.path: equation}, inputs, merge=keep_first)
         return captures[spot.path]
 
-    index = tuple(turn for loop, turn in zip(spot.loops, turns, strict=True) if loop.length is not None)
+    index = tuple(i for loop, i in zip(spot.loops, iteration, strict=True) if loop.length is not None)
     numbers = np.asarray(run(program.inputs))[index].tolist()
     if not numbers[0]:
-        return _Details(None, ())  # another way to compile it gave other numbers
+        # Compiled differently, the program gave other numbers.
+        return _Details(None, ())
     element = tuple(int(i) for i in numbers[1 : 1 + len(shape)])
     rest = numbers[1 + len(shape) :]
     found = []

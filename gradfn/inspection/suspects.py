@@ -1,4 +1,4 @@
-"""What makes a gradient differ from the slope: a `stop_gradient`, a rule of one's own, an operation without a slope."""
+"""Why a gradient differs from the slope: a `stop_gradient`, a custom rule, an operation with zero derivative."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from gradfn.jaxpr.call import Scalar
 from gradfn.jaxpr.interpreter import Evaluate, Path, bodies
 
 _LIFTED = ("stop_gradient", "custom_jvp_call", "custom_vjp_call")
-_FLAT = {"ceil", "floor", "round", "sign"}  # their gradient is zero
-MOST = 16  # suspects that are tried one by one
+# Their gradient is zero.
+_FLAT = {"ceil", "floor", "round", "sign"}
+# The number of suspects that are tried one by one.
+MOST = 16
 
 
 def suspects(of: Scalar, i: int, is_right: Callable[[np.ndarray], bool]) -> str:
-    """Return what it is due to that the gradient of leaf i is off; empty where that is not known.
+    """Return the cause of an incorrect gradient of leaf i; empty if it is not known.
 
-    A `stop_gradient` is lifted, and a function with a rule of its own differentiated as it is written: if the gradient
-    is right then, those are named without which it would be another.
+    Each `stop_gradient` is removed, and each function with a custom rule is differentiated as it is written. If the
+    gradient is then correct, the ones that change it are named.
 
     Args:
         of: the function.
-        i: the number of the leaf.
-        is_right: tells whether a gradient of that leaf is right.
+        i: the index of the leaf.
+        is_right: tells whether a gradient of that leaf is correct.
     """
     values = of.leaves.values
     program = trace_as_written(lambda leaf: of.value([*values[:i], leaf, *values[i + 1 :]]), values[i])
@@ -43,11 +45,11 @@ def suspects(of: Scalar, i: int, is_right: Callable[[np.ndarray], bool]) -> str:
     for some in (stops, lifted):
         if some and is_right(_gradient(program, some)):
             alone = list(some.items())[:MOST]
-            guilty = [
+            causes = [
                 equation for path, equation in alone if _differs(_gradient(program, {path: equation}), plain)
             ]
             return "; ".join(
-                dict.fromkeys(_named(equation, equations) for equation in guilty or some.values())
+                dict.fromkeys(_named(equation, equations) for equation in causes or some.values())
             )
     if not plain.any():
         flat = [e for e in active_equations(program, [of.names[i]]) if e.operation in _FLAT]
@@ -56,7 +58,7 @@ def suspects(of: Scalar, i: int, is_right: Callable[[np.ndarray], bool]) -> str:
 
 
 def _gradient(program: Program, lifted: Mapping[Path, Equation]) -> np.ndarray:
-    """Return the gradient with some equations lifted; NaN where what a function is made of has none."""
+    """Return the gradient with some equations lifted; NaN where the body of a function has no derivative."""
 
     def visit(
         equation: Equation, evaluate: Evaluate, inputs: Sequence[PyTree], token: PyTree
@@ -73,7 +75,8 @@ def _gradient(program: Program, lifted: Mapping[Path, Equation]) -> np.ndarray:
 
     try:
         return np.asarray(jax.jit(jax.grad(value))(*program.inputs))
-    except (TypeError, ValueError, NotImplementedError):  # such as a while loop, which is why it has a rule
+    # Such as a while loop, which is why the function has a rule.
+    except (TypeError, ValueError, NotImplementedError):
         return np.full(np.shape(program.inputs[0]), np.nan)
 
 

@@ -90,7 +90,7 @@ def grad_cosines(loss: Callable, groups: int | None = None) -> Callable[..., Cos
 
     Args:
         loss: `(params, *example) -> scalar` or `(scalar, aux)`, of one example; or its `gf.batch_mean`. Its floating
-            parameters are compared; other leaves (integers, keys, functions) have None.
+            parameters are compared; the result is None for other leaves (integers, keys, functions).
         groups: the number of groups that `by` distinguishes; needed inside `jit`, else the largest of `by` plus one.
 
     Returns:

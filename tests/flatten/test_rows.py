@@ -94,21 +94,20 @@ def test_inspection_shows_a_loss_as_it_was_written_and_runs_it_in_rows():
 
     plain, grads = jax.value_and_grad(loss)(params, x)
     for f, factor in ((loss, 1.0), (twice, 2.0), (jax.jit(loss), 1.0)):
-        seen = gf.inspect(f, keep=None)(params, x)
-        assert {name: value.shape[:2] for name, value in seen.values.items()} == dict.fromkeys(
+        inspection = gf.inspect(f, keep=None)(params, x)
+        assert {name: value.shape[:2] for name, value in inspection.values.items()} == dict.fromkeys(
             ("a/W", "a", "squash", "b/W", "b"), (BATCH, TIME)
         )
-        np.testing.assert_allclose(seen.value, factor * plain, rtol=1e-6)
-        for ours, theirs in zip(jax.tree.leaves(seen.grads), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(inspection.value, factor * plain, rtol=1e-6)
+        for ours, theirs in zip(jax.tree.leaves(inspection.grads), jax.tree.leaves(grads), strict=True):
             np.testing.assert_allclose(ours, factor * theirs, rtol=1e-5, atol=1e-7)
     products = [
         e for e in operations(gf.inspect(twice), params, x, enter_custom=True) if e[0] == "dot_general"
     ]
     assert {len(shape) for _, shape in products} == {2}
     assert gf.sites(loss)(params, x)[0].shape == (BATCH, TIME, 4)
-    assert ("dot_general", (BATCH * TIME, 4)) in operations(
-        jax.grad(loss), params, x
-    )  # again, after all that
+    # Again, after all that.
+    assert ("dot_general", (BATCH * TIME, 4)) in operations(jax.grad(loss), params, x)
 
 
 def test_a_function_that_is_jitted_inside_is_entered():

@@ -59,11 +59,11 @@ def test_a_vmapped_while_is_inspected_with_each_rows_own_last_iteration(f):
     def loss(w, x, n):
         return jnp.sum(jax.lax.stop_gradient(rows(f)(w, x, n)) * w)
 
-    seen = jax.jit(gf.inspect(loss, keep="h"))(W, X, TRIPS)
+    inspection = jax.jit(gf.inspect(loss, keep="h"))(W, X, TRIPS)
     last = np.stack([one(W, x, n) for x, n in zip(X, TRIPS, strict=True)])
-    np.testing.assert_allclose(seen["h"].value, last, rtol=1e-6)
-    np.testing.assert_allclose(seen.stats["h"].rms, np.sqrt(np.mean(last**2)), rtol=1e-6)
-    np.testing.assert_allclose(seen.value, np.sum(last * W), rtol=1e-6)
+    np.testing.assert_allclose(inspection["h"].value, last, rtol=1e-6)
+    np.testing.assert_allclose(inspection.stats["h"].rms, np.sqrt(np.mean(last**2)), rtol=1e-6)
+    np.testing.assert_allclose(inspection.value, np.sum(last * W), rtol=1e-6)
     nothing = jax.jit(gf.inspect(loss, keep="h"))(W, X, 0 * TRIPS)
     assert float(nothing.stats["h"].count) == 0
 

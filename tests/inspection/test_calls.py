@@ -56,9 +56,9 @@ def test_numbers_that_a_function_needs_stay_concrete(name):
 @pytest.mark.slow
 def test_numbers_that_a_function_needs_stay_concrete_beside_those_that_are_differentiated():
     """Floating numpy arrays have input gradients still, names go with the right leaf, data stay data to sites."""
-    seen = gf.inspect(masked)(*ARGS)
-    np.testing.assert_allclose(seen.input_grads[0], GRADS[1], rtol=1e-6)
-    assert seen.input_grads[1:] == (None, None)
+    inspection = gf.inspect(masked)(*ARGS)
+    np.testing.assert_allclose(inspection.input_grads[0], GRADS[1], rtol=1e-6)
+    assert inspection.input_grads[1:] == (None, None)
     assert [
         c.name for c in gf.backprop(lambda w, scale, x: masked(w, x, MASK, scale))(W, 2.0, X)[-1].outgoing
     ] == [
@@ -70,8 +70,8 @@ def test_numbers_that_a_function_needs_stay_concrete_beside_those_that_are_diffe
     np.testing.assert_allclose(
         gf.curvature.hvp(masked)(W, W, *ARGS[1:]), jax.hessian(masked)(*ARGS) @ W, rtol=1e-5
     )
-    seen = gf.curvature.loss_landscape(masked, dims=1, points=3)(*ARGS)
-    np.testing.assert_allclose(seen.losses[1], masked(*ARGS), rtol=1e-6)
+    landscape = gf.curvature.loss_landscape(masked, dims=1, points=3)(*ARGS)
+    np.testing.assert_allclose(landscape.losses[1], masked(*ARGS), rtol=1e-6)
 
     def lookup(params, tokens, n):
         return jnp.sum(params["embed"][np.unique(tokens)][:n] @ params["head"])

@@ -48,8 +48,8 @@ def test_a_wrong_rule_names_the_leaves_behind_it(factor):
     assert not checked
     assert checked.off == ["layers/0/W"]
     text = str(checked)
-    assert "off: layers/0/W" in text
-    assert text.count("OFF") == 1
+    assert "incorrect: layers/0/W" in text
+    assert text.count("INCORRECT") == 1
     if factor != factor:
         assert "nan_origin" in text
     else:

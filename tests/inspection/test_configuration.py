@@ -147,11 +147,11 @@ def test_static_python_floats_in_gauss_newton_fisher_and_influence():
 
 def test_static_python_floats_stay_where_the_landscape_moves():
     net, batch = build(), (X, Y)
-    seen = gf.curvature.loss_landscape(mean_of, points=3)(net, batch)
-    directions = seen.directions.w  # [2, 2, 2]
+    landscape = gf.curvature.loss_landscape(mean_of, points=3)(net, batch)
+    directions = landscape.directions.w  # [2, 2, 2]
     for i, j in np.ndindex(3, 3):
-        moved = W + seen.steps[i] * directions[0] + seen.steps[j] * directions[1]
-        np.testing.assert_allclose(seen.losses[i, j], mean_of(with_array(net, moved), batch), rtol=1e-5)
+        moved = W + landscape.steps[i] * directions[0] + landscape.steps[j] * directions[1]
+        np.testing.assert_allclose(landscape.losses[i, j], mean_of(with_array(net, moved), batch), rtol=1e-5)
 
 
 def apply(net, x):
@@ -223,9 +223,8 @@ def test_static_python_floats_are_told_from_those_that_jax_grad_would_differenti
     assert traced_leaves({"w": nnx.Param(0.5)}) == [True]
     Hessian = gf.curvature.hessian_eigs(lambda s: s.rate * jnp.sum(s.scale**2) + s.rate**2, k=2)
     np.testing.assert_allclose(Hessian(Settings(jnp.ones(2), 3.0)).values, [6.0, 6.0], rtol=1e-5)
-    Hessian = gf.curvature.hessian_eigs(
-        lambda p: p["w"] ** 2 * p["v"], k=2
-    )  # [[2 v, 2 w], [2 w, 0]] = [[6, 4], [4, 0]]
+    # [[2 v, 2 w], [2 w, 0]] = [[6, 4], [4, 0]]
+    Hessian = gf.curvature.hessian_eigs(lambda p: p["w"] ** 2 * p["v"], k=2)
     np.testing.assert_allclose(Hessian({"w": 2.0, "v": 3.0}).values, [8.0, -2.0], rtol=1e-5)
 
 

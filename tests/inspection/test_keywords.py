@@ -42,15 +42,15 @@ def test_parameters_by_keyword_are_differentiated():
     ],
 )
 def test_no_tool_takes_a_keyword_of_the_users_function_for_its_own(tool):
-    seen = []
+    received = []
 
     def loss(w, x, **own):
-        seen.append(set(own))
+        received.append(set(own))
         return jnp.sum(w * x)
 
     own = dict.fromkeys(["f", "loss", "step", "key", "args", "kwargs", "program", "self"], 2.0)
     tool(loss)(jnp.ones(2), jnp.ones(2), **own)
-    assert set(own) == seen[0]
+    assert set(own) == received[0]
 
 
 def test_batch_mean_splits_random_keys_and_passes_every_other_key():

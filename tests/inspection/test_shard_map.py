@@ -42,9 +42,13 @@ def local_sites(w, x):
 
 def test_inspect_inside_shard_map_is_right():
     def inspected(w, x):
-        seen = gf.inspect(loss, keep="h")(w, x)
-        rms = [seen.stats["h"].rms[None], seen.stats["c"].rms[None], seen.grad_stats["h"].rms[None]]
-        return seen.value, seen.grads, seen["h"].value, seen["h"].grad, rms
+        inspection = gf.inspect(loss, keep="h")(w, x)
+        rms = [
+            inspection.stats["h"].rms[None],
+            inspection.stats["c"].rms[None],
+            inspection.grad_stats["h"].rms[None],
+        ]
+        return inspection.value, inspection.grads, inspection["h"].value, inspection["h"].grad, rms
 
     out = (P(), P(), P("i"), P("i"), P("i"))
     value, grads, kept, kept_grads, (rms, looped, grad_rms) = sharded(inspected, P(), out)(W, X)

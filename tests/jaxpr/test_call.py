@@ -1,4 +1,4 @@
-"""The one answer to "take this function apart": value, aux, differentiable arrays, and the hint at gf.batch_mean."""
+"""Calls taken apart: value, aux, differentiable arrays, and the hint at `gf.batch_mean`."""
 
 import jax
 import jax.numpy as jnp

@@ -74,12 +74,12 @@ def vmapped(w, x):
 
 @pytest.mark.parametrize("f", [plain, jitted, rematted, in_cond, vmapped])
 def test_values_and_cotangents_in_each_container(f):
-    value, seen, grads = jax.jit(lambda w, x: look(f, w, x))(W, X)
+    value, recorded, grads = jax.jit(lambda w, x: look(f, w, x))(W, X)
     h = jnp.tanh(X @ W)
     expected_value, expected_grads = jax.jit(jax.value_and_grad(f))(W, X)
     np.testing.assert_array_equal(value, expected_value)
     np.testing.assert_array_equal(grads, expected_grads)
-    capture, cotangent = seen["h"]
+    capture, cotangent = recorded["h"]
     np.testing.assert_allclose(capture, h, rtol=1e-6)
     np.testing.assert_allclose(cotangent, 2 * h, rtol=1e-6)
 
@@ -97,11 +97,11 @@ def test_nested_scans_stack_outermost_first():
         return jnp.sum(c) + jnp.sum(sums)
 
     w = jnp.array([0.5, 1.5])
-    value, seen, grads = look(f, w, X)
+    value, recorded, grads = look(f, w, X)
     expected_value, expected_grads = jax.value_and_grad(f)(w, X)
     np.testing.assert_array_equal(value, expected_value)
     np.testing.assert_array_equal(grads, expected_grads)
-    capture, cotangent = seen["h"]
+    capture, cotangent = recorded["h"]
     assert capture.shape == cotangent.shape == (2, 3, 2, 3)
     # By hand: outer iteration 1 runs first (reverse), and the last value's cotangent is 1 (sum) + 1 (its own
     # sum).
@@ -126,11 +126,11 @@ def test_a_branch_that_did_not_run_captures_zeros():
 
         return jnp.sum(jax.lax.cond(x[0, 0] > 0, yes, no, w, x))
 
-    _, seen, grads = look(f, W, X)
-    np.testing.assert_array_equal(seen["yes"][0], 0)
-    np.testing.assert_array_equal(seen["yes"][1], 0)
-    np.testing.assert_array_equal(seen["no"][0], X - 1)
-    np.testing.assert_array_equal(seen["no"][1], 1)
+    _, recorded, grads = look(f, W, X)
+    np.testing.assert_array_equal(recorded["yes"][0], 0)
+    np.testing.assert_array_equal(recorded["yes"][1], 0)
+    np.testing.assert_array_equal(recorded["no"][0], X - 1)
+    np.testing.assert_array_equal(recorded["no"][1], 1)
     np.testing.assert_array_equal(grads, 0)
 
 
@@ -173,11 +173,11 @@ def test_shard_map_gives_captures_and_tokens_a_device_axis(check_vma):
         return sharded(w, x)
 
     x, w = jnp.arange(16.0), jnp.array(0.3)
-    value, seen, grads = jax.jit(lambda w, x: look(f, w, x))(w, x)
+    value, recorded, grads = jax.jit(lambda w, x: look(f, w, x))(w, x)
     expected_value, expected_grads = jax.jit(jax.value_and_grad(f))(w, x)
     np.testing.assert_array_equal(value, expected_value)
     np.testing.assert_array_equal(grads, expected_grads)
-    capture, cotangent = seen["h"]
+    capture, cotangent = recorded["h"]
     np.testing.assert_allclose(capture, jnp.sin(x * w).reshape(8, 2), rtol=1e-6)
     np.testing.assert_allclose(cotangent, 2 * jnp.sin(x * w).reshape(8, 2), rtol=1e-6)
 

@@ -185,11 +185,13 @@ def test_what_reaches_only_aux_is_not_a_site_of_the_loss(wrap):
         out, state = wrap(batch_norm)(p, x)
         return jnp.sum(jnp.sin(out)), state
 
-    seen = jax.jit(inspect(loss, keep=None, stats="rms"))(NORM, Z)
-    assert [s.name for s in seen.sites] == ["scale", "norm"] or [s.name for s in seen.sites] == ["norm"]
+    inspection = jax.jit(inspect(loss, keep=None, stats="rms"))(NORM, Z)
+    assert [s.name for s in inspection.sites] == ["scale", "norm"] or [s.name for s in inspection.sites] == [
+        "norm"
+    ]
     out, _ = batch_norm(NORM, Z)
-    np.testing.assert_allclose(seen["norm"].value, out, rtol=1e-5)
-    np.testing.assert_allclose(seen["norm"].grad, jnp.cos(out), rtol=1e-4)
+    np.testing.assert_allclose(inspection["norm"].value, out, rtol=1e-5)
+    np.testing.assert_allclose(inspection["norm"].grad, jnp.cos(out), rtol=1e-4)
     assert float(patch(loss, {"norm": 0.5})(NORM, Z)[0]) == pytest.approx(15 * np.sin(0.5), rel=1e-5)
 
 
@@ -286,10 +288,10 @@ def test_a_tap_that_reaches_only_aux_is_seen_and_has_no_gradient():
         checkpoint_name(h * 4, "dropped")
         return jnp.sum(h), probe
 
-    seen = jax.jit(inspect(loss, keep=None, stats="rms"))(W, Z)
-    np.testing.assert_allclose(seen["probe"].value, 3 * jnp.tanh(Z @ W), rtol=1e-6)
-    assert not np.any(seen["probe"].grad)
-    assert float(seen.grad_stats["probe"].count) == 0
+    inspection = jax.jit(inspect(loss, keep=None, stats="rms"))(W, Z)
+    np.testing.assert_allclose(inspection["probe"].value, 3 * jnp.tanh(Z @ W), rtol=1e-6)
+    assert not np.any(inspection["probe"].grad)
+    assert float(inspection.grad_stats["probe"].count) == 0
     listed = sites(loss)(W, Z)
     assert [s.reaches for s in listed] == ["result", "result", "aux", "nothing"]
     assert "probe: only aux is computed from it" in str(listed)
@@ -349,12 +351,12 @@ def test_the_site_of_an_activation_function_is_its_output():
     cases = ["gelu", "gelu, exact", "softmax", "log_sigmoid", "leaky_relu, by hand"]
     loss, params = every_activation(cases)
     with jax.numpy_rank_promotion("allow"):
-        seen = jax.jit(inspect(loss, keep=None, stats="rms"))(params, Z)
+        inspection = jax.jit(inspect(loss, keep=None, stats="rms"))(params, Z)
         for case in cases:
             name = f"{case}:{next(k for k in KINDS if case.startswith(k))}"
             out = CASES[case](Z @ W)
-            np.testing.assert_allclose(seen[name].value, out, rtol=1e-5, atol=1e-7)
-            np.testing.assert_allclose(seen[name].grad, jnp.cos(out), rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(inspection[name].value, out, rtol=1e-5, atol=1e-7)
+            np.testing.assert_allclose(inspection[name].grad, jnp.cos(out), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -410,8 +412,8 @@ def test_a_masked_softmax_is_a_softmax():
     mask = jnp.tril(jnp.ones((5, 3), bool))
     truth = jax.nn.softmax(jnp.where(mask, Z @ W, -jnp.inf))
     for where in (False, True):
-        seen = jax.jit(inspect(lambda w, x: scores(w, x, mask, where), keep="scores:softmax"))(W, Z)  # noqa: B023
-        np.testing.assert_allclose(seen["scores:softmax"].value, truth, rtol=1e-5, atol=1e-7)
+        inspection = jax.jit(inspect(lambda w, x: scores(w, x, mask, where), keep="scores:softmax"))(W, Z)  # noqa: B023
+        np.testing.assert_allclose(inspection["scores:softmax"].value, truth, rtol=1e-5, atol=1e-7)
 
 
 def test_activation_functions_under_vmap_scan_and_remat():
@@ -467,25 +469,30 @@ def test_a_mixture_of_experts_under_vmap_shows_the_outputs_of_its_experts():
         branches = [lambda x, e=e: jnp.tanh(e["W"] @ x + e["b"]) for e in p.values()]
         return jnp.sum(jax.vmap(lambda i, x: lax.switch(i, branches, x))(index, x) ** 2)
 
-    seen = jax.jit(inspect(switched, keep=None, stats="rms"))(experts, Z)
-    assert [s.name for s in seen.sites] == [
+    inspection = jax.jit(inspect(switched, keep=None, stats="rms"))(experts, Z)
+    assert [s.name for s in inspection.sites] == [
         *("e0/W", "e0/b", "e0/b:tanh"),
         *("e1/W", "e1/b", "e1/b:tanh"),
     ]
     chosen = index[:, None] == 1
     truth = Z @ experts["e1"]["W"].T
-    np.testing.assert_allclose(jnp.where(chosen, seen["e1/W"].value - truth, 0), 0, atol=1e-6)
+    np.testing.assert_allclose(jnp.where(chosen, inspection["e1/W"].value - truth, 0), 0, atol=1e-6)
     out = jnp.tanh(truth + 1)
-    np.testing.assert_allclose(seen["e1/b:tanh"].grad, jnp.where(chosen, 2 * out, 0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        inspection["e1/b:tanh"].grad, jnp.where(chosen, 2 * out, 0), rtol=1e-4, atol=1e-6
+    )
 
     def looked_up(w, x):
         return jnp.sum(jax.vmap(lambda i, x: jnp.tanh(w[i] @ x))(index, x) ** 2)
 
     stacked = jnp.stack([e["W"] for e in experts.values()])
-    seen = jax.jit(inspect(looked_up, keep=None, stats="rms"))(stacked, Z)
-    assert [s.name for s in seen.sites] == ["params", "params:tanh"]
+    inspection = jax.jit(inspect(looked_up, keep=None, stats="rms"))(stacked, Z)
+    assert [s.name for s in inspection.sites] == ["params", "params:tanh"]
     np.testing.assert_allclose(
-        seen["params"].value.reshape(5, 3), jnp.einsum("bij,bj->bi", stacked[index], Z), rtol=1e-5, atol=1e-6
+        inspection["params"].value.reshape(5, 3),
+        jnp.einsum("bij,bj->bi", stacked[index], Z),
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 
@@ -518,19 +525,19 @@ def adapted(p, x, steps, scan):
 
 def test_weights_that_an_inner_loop_trains_are_weights():
     p = {"W1": W * 0.3, "b1": jnp.ones(3) * 0.1, "W2": W * 0.2}
-    seen = jax.jit(inspect(lambda p, x: adapted(p, x, 3, scan=True)[0], keep=None, stats="rms"))(p, Z)
-    shapes = {s.name: s.axes + s.shape for s in seen.sites}
+    inspection = jax.jit(inspect(lambda p, x: adapted(p, x, 3, scan=True)[0], keep=None, stats="rms"))(p, Z)
+    shapes = {s.name: s.axes + s.shape for s in inspection.sites}
     assert shapes == {
         **{name: (3, 5, 3) for name in ("W1", "b1", "b1:tanh", "W2")},
         **{name: (5, 3) for name in ("W1.1", "b1.1", "b1.1:tanh", "W2.1")},
     }
     for k in range(3):
         _, q = adapted(p, Z, k, scan=False)
-        np.testing.assert_allclose(seen["W1"].value[k], Z @ q["W1"], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(inspection["W1"].value[k], Z @ q["W1"], rtol=1e-4, atol=1e-6)
     _, q = adapted(p, Z, 3, scan=False)
     out = jnp.tanh(Z @ q["W1"] + q["b1"][None]) @ q["W2"]
-    np.testing.assert_allclose(seen["W2.1"].value, out, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(seen["W2.1"].grad, 2 * (out - 1) / out.size, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(inspection["W2.1"].value, out, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(inspection["W2.1"].grad, 2 * (out - 1) / out.size, rtol=1e-4, atol=1e-6)
     unrolled = find_sites(trace(lambda p, x: adapted(p, x, 1, scan=False)[0], p, Z))
     assert all(s.shape == (5, 3) for s in unrolled)  # no updated weight among them
 
@@ -539,10 +546,10 @@ def test_complex_values_are_sites_with_a_gradient():
     def f(p, x):
         return jnp.sum(jnp.abs(jnp.fft.fft(x) @ p["W"].astype(jnp.complex64)) ** 2)
 
-    seen = jax.jit(inspect(f, keep=None, stats="rms"))({"W": W}, Z)
+    inspection = jax.jit(inspect(f, keep=None, stats="rms"))({"W": W}, Z)
     out = jnp.fft.fft(Z) @ W.astype(jnp.complex64)
-    np.testing.assert_allclose(seen["W"].value, out, rtol=1e-4)
-    np.testing.assert_allclose(seen["W"].grad, 2 * out.conj(), rtol=1e-4)  # jax's convention
+    np.testing.assert_allclose(inspection["W"].value, out, rtol=1e-4)
+    np.testing.assert_allclose(inspection["W"].grad, 2 * out.conj(), rtol=1e-4)  # jax's convention
 
 
 def test_two_networks_in_one_function_have_names_of_their_own():

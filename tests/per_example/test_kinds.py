@@ -37,22 +37,22 @@ def check(loss, params, *batch, rtol=2e-6, clip=True):
     grads = compiled(jax.vmap(jax.grad(loss), (None, *[0] * len(batch))))(params, *batch)
     each = norms_in_float64(grads)
     total = np.linalg.norm(each, axis=0)
-    seen = compiled(gf.per_example.norms(loss))(params, *batch)
-    np.testing.assert_allclose(seen.total, total, rtol=rtol)
-    for norm, expected in zip(jax.tree.leaves(seen.norms), each, strict=True):
+    found = compiled(gf.per_example.norms(loss))(params, *batch)
+    np.testing.assert_allclose(found.total, total, rtol=rtol)
+    for norm, expected in zip(jax.tree.leaves(found.norms), each, strict=True):
         assert norm.dtype in (jnp.float32, jnp.float64)
         np.testing.assert_allclose(norm, expected, rtol=rtol, atol=rtol * total.max())
     max_norm = float(np.median(total))
-    clipped = compiled(gf.per_example.clipped_grads(loss, max_norm))(params, *batch) if clip else seen
+    clipped = compiled(gf.per_example.clipped_grads(loss, max_norm))(params, *batch) if clip else found
     weights = np.minimum(1, max_norm / total) if clip else np.ones_like(total)
-    pairs = zip(*map(jax.tree.leaves, (params, grads, seen.grads, clipped.grads)), strict=True)
+    pairs = zip(*map(jax.tree.leaves, (params, grads, found.grads, clipped.grads)), strict=True)
     for leaf, g, mean, of_clipped in pairs:
         assert mean.dtype == of_clipped.dtype == leaf.dtype
         g = np.asarray(g).astype(np.complex128)
         atol = 10 * rtol * np.abs(g).max(initial=0)
         np.testing.assert_allclose(mean, g.mean(0), atol=atol, rtol=rtol)
         np.testing.assert_allclose(of_clipped, np.tensordot(weights, g, 1) / len(g), atol=atol, rtol=rtol)
-    return dict(seen.methods)
+    return dict(found.methods)
 
 
 def bag_of_words(w, x):
@@ -207,16 +207,16 @@ def test_low_precision_sums_over_a_batch(dtype):
     params = jax.tree.map(lambda p: p.astype(dtype), params)
     x = jnp.abs(normal(2, 2000, 40)).astype(dtype)
     grads = compiled(jax.vmap(jax.grad(low), (None, 0)))(params, x)
-    seen = compiled(gf.per_example.norms(low))(params, x)
+    result = compiled(gf.per_example.norms(low))(params, x)
     clipped = compiled(gf.per_example.clipped_grads(low, 1e6))(params, x)
-    assert seen.methods[0] == ("E", "rows")
-    assert seen.fallback == ("V",)
+    assert result.methods[0] == ("E", "rows")
+    assert result.fallback == ("V",)
     for name, g in grads.items():
         expected = np.asarray(g).astype(np.float64).mean(0)
-        for found in (seen.grads[name], clipped.grads[name]):
-            error = np.abs(np.asarray(found).astype(np.float64) - expected).max()
+        for actual in (result.grads[name], clipped.grads[name]):
+            error = np.abs(np.asarray(actual).astype(np.float64) - expected).max()
             assert error <= 2 * float(jnp.finfo(dtype).eps) * np.abs(expected).max(), name
-    np.testing.assert_allclose(seen.norms["W"], norms_in_float64([grads["W"]])[0], rtol=0.02)
+    np.testing.assert_allclose(result.norms["W"], norms_in_float64([grads["W"]])[0], rtol=0.02)
 
 
 def test_low_precision_inside_a_model_of_float32():
@@ -254,8 +254,8 @@ def test_squares_that_under_or_overflow(f):
     @compiled
     def found(scale, bound):
         loss = lambda p, x: scale * mixed(p, x)  # noqa: E731
-        seen = gf.per_example.norms(loss)(params, x)
-        return seen.norms, seen.total, gf.per_example.clipped_grads(loss, bound * scale)(params, x).grads
+        found = gf.per_example.norms(loss)(params, x)
+        return found.norms, found.total, gf.per_example.clipped_grads(loss, bound * scale)(params, x).grads
 
     bound = float(np.median(found(1.0, 1.0)[1]))
     expected = jax.tree.map(np.float64, found(1.0, bound))
@@ -352,11 +352,11 @@ def test_inside_a_shard_map(check_vma):
     bound = float(np.median(one.total))
 
     def both(params, x):
-        seen, clipped = (
+        found, clipped = (
             gf.per_example.norms(in_a_loop)(params, x),
             gf.per_example.clipped_grads(in_a_loop, bound)(params, x),
         )
-        return (seen.norms, seen.total, clipped.total), lax.pmean((seen.grads, clipped.grads), "data")
+        return (found.norms, found.total, clipped.total), lax.pmean((found.grads, clipped.grads), "data")
 
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
     specs = {"in_specs": (same, each), "out_specs": (each, same), "check_vma": check_vma}

@@ -17,13 +17,13 @@ def test_estimates_are_unbiased():
     # x is normal around 0 with standard deviation 2 in 3 dimensions: |G|^2 = |w|^2 = 1.25, tr Sigma = 12.
     params, n = {"w": jnp.array([1.0, 0.5, 0.0])}, 20_000
     x = 2 * jax.random.normal(jax.random.key(0), [n, 4, 3])
-    seen = jax.jit(jax.vmap(gf.per_example.noise_scale(distance), (None, 0)))(params, x)
-    for estimates, known in ((seen.signals["w"], 1.25), (seen.noises["w"], 12.0)):
+    found = jax.jit(jax.vmap(gf.per_example.noise_scale(distance), (None, 0)))(params, x)
+    for estimates, known in ((found.signals["w"], 1.25), (found.noises["w"], 12.0)):
         error = np.std(estimates) / np.sqrt(n)
         assert abs(np.mean(estimates) - known) < 4 * error
         assert error < 0.05  # or the line before says little
-    assert (seen.signals["w"] < 0).mean() > 0.2  # so they must be pooled, not divided one by one
-    pooled = jax.tree.map(lambda leaf: leaf.sum(0), seen)
+    assert (found.signals["w"] < 0).mean() > 0.2  # so they must be pooled, not divided one by one
+    pooled = jax.tree.map(lambda leaf: leaf.sum(0), found)
     np.testing.assert_allclose(pooled.scale, 12 / 1.25, rtol=0.05)
     np.testing.assert_allclose(pooled.snr["w"], 1.25 / 12, rtol=0.05)
 
@@ -33,14 +33,14 @@ def test_formulas_on_a_net():
     net = gf.mlp([6, 5, 3], activation="tanh")
     params, loss = net.init(jax.random.key(0)), gf.classification_loss(net)
     batch = jax.random.normal(jax.random.key(1), [7, 6]), jnp.arange(7) % 3
-    seen = jax.jit(gf.per_example.noise_scale(loss))(params, batch)
+    found = jax.jit(gf.per_example.noise_scale(loss))(params, batch)
     each = jax.vmap(jax.grad(loss), (None, 0))(params, batch)
     for name, leaf in each.items():
         flat = np.asarray(leaf, np.float64).reshape(7, -1)
         variance = flat.var(0, ddof=1).sum()  # tr Sigma, unbiased, of this leaf
         signal = np.square(flat.mean(0)).sum() - variance / 7
-        np.testing.assert_allclose(seen.noises[name], variance, rtol=1e-4)
-        np.testing.assert_allclose(seen.signals[name], signal, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(found.noises[name], variance, rtol=1e-4)
+        np.testing.assert_allclose(found.signals[name], signal, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -55,17 +55,17 @@ def test_sums_and_running_averages():
 
 
 def test_a_signal_below_zero_is_said():
-    seen = gf.per_example.noise_scale(distance)({"w": jnp.zeros(1)}, jnp.array([[1.0], [-1.0]]))
-    assert float(seen.gradient_square) == -1.0
-    assert np.isnan(seen.scale)
-    assert seen.to_dict()["scale"] is None
-    assert "not above zero: noise hides the gradient" in str(seen)
+    found = gf.per_example.noise_scale(distance)({"w": jnp.zeros(1)}, jnp.array([[1.0], [-1.0]]))
+    assert float(found.gradient_square) == -1.0
+    assert np.isnan(found.scale)
+    assert found.to_dict()["scale"] is None
+    assert "not above zero: noise hides the gradient" in str(found)
     good = gf.per_example.noise_scale(distance)({"w": jnp.full(1, 9.0)}, jnp.array([[1.0], [-1.0]]))
     assert "noise scale 0.025 examples" in str(good)
 
 
 def test_one_example_shows_no_noise():
-    with pytest.raises(ValueError, match="two or more"):
+    with pytest.raises(ValueError, match="at least 2 examples, got 1"):
         gf.per_example.noise_scale(distance)({"w": jnp.zeros(1)}, jnp.ones([1, 1]))
 
 
@@ -94,9 +94,9 @@ def test_cosines_of_examples_and_classes():
         return rows @ rows.T
 
     flat = np.concatenate([np.asarray(leaf, np.float64).reshape(5, -1) for leaf in each.values()], 1)
-    seen = gf.per_example.grad_cosines(loss)(params, batch)
-    np.testing.assert_allclose(seen.total, numpy_cosines(flat), atol=1e-5)
-    np.testing.assert_allclose(seen.leaves["W1"], numpy_cosines(each["W1"].reshape(5, -1)), atol=1e-5)
+    found = gf.per_example.grad_cosines(loss)(params, batch)
+    np.testing.assert_allclose(found.total, numpy_cosines(flat), atol=1e-5)
+    np.testing.assert_allclose(found.leaves["W1"], numpy_cosines(each["W1"].reshape(5, -1)), atol=1e-5)
 
     by_class = jax.jit(gf.per_example.grad_cosines(loss, groups=3))(params, batch, by=labels).total
     np.testing.assert_allclose(
@@ -136,13 +136,13 @@ def test_cosines_beside_leaves_that_are_not_floating():
     whole = np.concatenate([w, z], 1)
     units = [a / np.linalg.norm(a, axis=1, keepdims=True) for a in (w, z, whole)]
     expected = [unit @ unit.T for unit in units]
-    for seen in (
+    for found in (
         gf.per_example.grad_cosines(loss)(params, x),
         gf.per_example.grad_cosines(loss)(params, x, by=[0, 1, 2, 3]),
     ):
-        for actual, its in zip((seen.leaves["w"], seen.leaves["z"], seen.total), expected, strict=True):
+        for actual, its in zip((found.leaves["w"], found.leaves["z"], found.total), expected, strict=True):
             np.testing.assert_allclose(actual, its, atol=1e-6)
-        assert all(seen.leaves[name] is None for name in ("n", "flag", "f", "key"))
+        assert all(found.leaves[name] is None for name in ("n", "flag", "f", "key"))
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
@@ -151,18 +151,18 @@ def test_cosines_and_norm_test_at_any_magnitude(scale):
         return scale * (jnp.sum(params["a"] * x) + 0.01 * jnp.sum(params["b"] * x**2))
 
     params, x = {"a": jnp.ones(3), "b": jnp.ones(3)}, 1 + jax.random.normal(jax.random.key(1), (4, 3))
-    seen, plain = (
+    found, plain = (
         gf.per_example.grad_cosines(loss)(params, x),
         gf.per_example.grad_cosines(lambda p, x: loss(p, x) / scale)(params, x),
     )
-    np.testing.assert_allclose(seen.total, plain.total, atol=1e-6)
-    np.testing.assert_allclose(seen.leaves["b"], plain.leaves["b"], atol=1e-6)
-    seen, plain = (
+    np.testing.assert_allclose(found.total, plain.total, atol=1e-6)
+    np.testing.assert_allclose(found.leaves["b"], plain.leaves["b"], atol=1e-6)
+    found, plain = (
         gf.per_example.norm_test(loss)(params, x),
         gf.per_example.norm_test(lambda p, x: loss(p, x) / scale)(params, x),
     )
-    np.testing.assert_allclose(seen.ratio, plain.ratio, rtol=1e-4)
-    assert float(seen.examples) == float(plain.examples)
+    np.testing.assert_allclose(found.ratio, plain.ratio, rtol=1e-4)
+    assert float(found.examples) == float(plain.examples)
 
 
 def test_a_variance_within_rounding_is_zero_and_said():
@@ -175,8 +175,8 @@ def test_a_variance_within_rounding_is_zero_and_said():
     for dtype in (jnp.float32, jnp.bfloat16):
         params = {"w": jax.random.normal(jax.random.key(2), (7, 5)).astype(dtype)}
         of_dtype = lambda params, i: loss({"w": params["w"].astype(jnp.float32)}, i)  # noqa: E731
-        seen = gf.per_example.noise_scale(of_dtype)(params, jnp.arange(64))
-        assert float(seen.variance) == 0
-        assert float(seen.scale) == 0
-        assert "equal up to rounding" in str(seen)
-        assert seen.to_dict()["snr"] == {"w": None}
+        found = gf.per_example.noise_scale(of_dtype)(params, jnp.arange(64))
+        assert float(found.variance) == 0
+        assert float(found.scale) == 0
+        assert "equal up to rounding" in str(found)
+        assert found.to_dict()["snr"] == {"w": None}

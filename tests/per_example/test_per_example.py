@@ -32,21 +32,21 @@ def check(loss, params, *batch, rtol=1e-5, fallback=()):
         expected = jax.vmap(jax.value_and_grad(loss), (None, *[0] * len(batch)))
         return gf.per_example.norms(loss)(params, *batch), expected(params, *batch)
 
-    seen, (values, grads) = both(params, *batch)
-    np.testing.assert_allclose(seen.values, values, rtol=rtol)
+    found, (values, grads) = both(params, *batch)
+    np.testing.assert_allclose(found.values, values, rtol=rtol)
     flat = [np.asarray(g, np.float64).reshape(len(g), -1) for g in jax.tree.leaves(grads)]
     norms = [np.linalg.norm(g, axis=1) for g in flat]
     total = np.linalg.norm(norms, axis=0)
-    np.testing.assert_allclose(seen.total, total, rtol=rtol)
+    np.testing.assert_allclose(found.total, total, rtol=rtol)
     atol = rtol * 1e-2 * total.max()
-    assert jax.tree.structure(seen.norms) == jax.tree.structure(params) == jax.tree.structure(seen.grads)
-    leaves = zip(seen.methods, jax.tree.leaves(seen.norms), norms, jax.tree.leaves(seen.grads), flat)
+    assert jax.tree.structure(found.norms) == jax.tree.structure(params) == jax.tree.structure(found.grads)
+    leaves = zip(found.methods, jax.tree.leaves(found.norms), norms, jax.tree.leaves(found.grads), flat)
     for (path, _), norm, its, mean, g in leaves:
         np.testing.assert_allclose(norm, its, rtol=rtol, atol=atol, err_msg=path)
         of_mean = np.asarray(mean, np.float64).ravel()
         np.testing.assert_allclose(of_mean, g.mean(0), rtol=10 * rtol, atol=atol, err_msg=path)
-    assert seen.fallback == fallback
-    return dict(seen.methods)
+    assert found.fallback == fallback
+    return dict(found.methods)
 
 
 def test_mlp():
@@ -57,9 +57,9 @@ def test_mlp():
 
 def test_the_mean_square_is_what_noise_is_computed_from():
     loss = lambda w, x: w @ x  # noqa: E731
-    seen = gf.per_example.norms(loss)(jnp.ones(2), jnp.array([[3.0, 4.0], [0.0, 1.0]]))
-    assert float(seen.mean_square) == 13.0
-    np.testing.assert_allclose(seen.grads, [1.5, 2.5])
+    found = gf.per_example.norms(loss)(jnp.ones(2), jnp.array([[3.0, 4.0], [0.0, 1.0]]))
+    assert float(found.mean_square) == 13.0
+    np.testing.assert_allclose(found.grads, [1.5, 2.5])
 
 
 def many_positions(p, x):
@@ -196,9 +196,9 @@ def test_rows_looked_up_in_any_order_and_beyond_the_ends(ids, seed):
     params = {"W": jax.random.normal(jax.random.key(seed), (7, 200))}
     batch = jnp.array(ids).reshape(3, 4), jax.random.normal(jax.random.key(seed + 1), (3, 4, 200))
     ours, theirs = norms_of_rows()
-    seen, grads = ours(params, *batch), theirs(params, *batch)["W"]
-    assert seen.methods == (("W", "2 uses: rows"),)
-    np.testing.assert_allclose(seen.total, jnp.linalg.norm(grads.reshape(3, -1), axis=1), rtol=1e-5)
+    found, grads = ours(params, *batch), theirs(params, *batch)["W"]
+    assert found.methods == (("W", "2 uses: rows"),)
+    np.testing.assert_allclose(found.total, jnp.linalg.norm(grads.reshape(3, -1), axis=1), rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -219,15 +219,15 @@ def test_unused_parameters_integers_and_aux():
         return jnp.sum(x @ p["W"]) * p["n"].astype(jnp.float32), {"x": x, "W": p["W"]}
 
     params = {"W": normal(0, 40, 30), "unused": normal(1, 40, 30), "n": jnp.array(2)}
-    seen = gf.per_example.norms(loss)(params, normal(2, 3, 40))
-    assert seen.methods == (("W", "dense, |a||g|"), ("unused", "unused"))
-    assert seen.norms["n"] is None
-    assert seen.aux["W"].shape == (3, 40, 30)
-    np.testing.assert_array_equal(seen.norms["unused"], jnp.zeros(3))
-    np.testing.assert_array_equal(seen.grads["unused"], jnp.zeros((40, 30)))
+    found = gf.per_example.norms(loss)(params, normal(2, 3, 40))
+    assert found.methods == (("W", "dense, |a||g|"), ("unused", "unused"))
+    assert found.norms["n"] is None
+    assert found.aux["W"].shape == (3, 40, 30)
+    np.testing.assert_array_equal(found.norms["unused"], jnp.zeros(3))
+    np.testing.assert_array_equal(found.grads["unused"], jnp.zeros((40, 30)))
     grads = gf.per_example.grads(loss, chunk=2)(params, normal(2, 3, 40))
     assert grads["n"] is None
-    np.testing.assert_allclose(seen.total, jnp.linalg.norm(grads["W"].reshape(3, -1), axis=1), rtol=1e-5)
+    np.testing.assert_allclose(found.total, jnp.linalg.norm(grads["W"].reshape(3, -1), axis=1), rtol=1e-5)
 
 
 def test_stopped_gradients_do_not_count():
@@ -243,11 +243,11 @@ def test_several_models_at_once():
     loss, shapes, batch = CASES["many positions"]
     params, x = inputs(shapes, batch)
     both = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), params)
-    seen = compiled(jax.vmap(gf.per_example.norms(loss), (0, None)))(both, x)
+    found = compiled(jax.vmap(gf.per_example.norms(loss), (0, None)))(both, x)
     second = compiled(gf.per_example.norms(loss))(jax.tree.map(lambda a: 2 * a, params), x)
-    np.testing.assert_allclose(seen.total[1], second.total, rtol=1e-5)
+    np.testing.assert_allclose(found.total[1], second.total, rtol=1e-5)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-4, atol=1e-7), seen.grads, second.grads
+        lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-4, atol=1e-7), found.grads, second.grads
     )
 
 
@@ -257,9 +257,9 @@ def test_keys_are_examples_too():
         return jnp.sum(w * x * jax.random.normal(key, x.shape))
 
     x, keys = normal(0, 4, 3), jax.random.split(KEY, 4)
-    seen = gf.per_example.norms(loss)(jnp.ones(3), x, keys)
+    found = gf.per_example.norms(loss)(jnp.ones(3), x, keys)
     noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
-    np.testing.assert_allclose(seen.total, jnp.linalg.norm(x * noise, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(found.total, jnp.linalg.norm(x * noise, axis=1), rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -371,8 +371,8 @@ def test_gpt_in_bfloat16():
     params = jax.tree.map(lambda a: 5 * a, net.init(KEY))
     loss = gf.next_token_loss(net)
     both = compiled(lambda *args: (gf.per_example.norms(loss)(*args), gf.per_example.grads(loss)(*args)))
-    seen, grads = both(params, tokens())
-    for norm, g in zip(jax.tree.leaves(seen.norms), jax.tree.leaves(grads)):
+    found, grads = both(params, tokens())
+    for norm, g in zip(jax.tree.leaves(found.norms), jax.tree.leaves(grads)):
         np.testing.assert_allclose(norm, jnp.linalg.norm(g.reshape(3, -1), axis=1), rtol=0.02)
 
 
