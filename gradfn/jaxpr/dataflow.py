@@ -88,11 +88,13 @@ class Dataflow(Generic[V]):
         """Analyze a body of a program; return what is known of its results."""
         known = enumerate(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
         env = {var: self.bind(prefix, -1 - k, var, value, None) for k, (var, value) in known}
+        uses = type(self).use is not Dataflow.use
 
         def read(path: Path, atoms: Sequence[Var | Literal], eqn: JaxprEqn | None = None) -> list[V]:
-            for k, atom in enumerate(atoms):
-                if not isinstance(atom, Literal):
-                    env[atom] = self.use(path, k, atom, env[atom], eqn)
+            if uses:
+                for k, atom in enumerate(atoms):
+                    if not isinstance(atom, Literal):
+                        env[atom] = self.use(path, k, atom, env[atom], eqn)
             return [self.constant(a.val) if isinstance(a, Literal) else env[a] for a in atoms]
 
         for i, eqn in enumerate(jaxpr.eqns):

@@ -204,8 +204,8 @@ class _Analysis(Dataflow[_Value]):
         self.reach = reach
         # Choices that have met data since: the site is there.
         self.moved: set[Origin] = set()
-        # Where each variable was produced, by which equation, and as which activation function.
-        self.produced: dict[Var, tuple[Path, int, JaxprEqn, str]] = {}
+        # Where each variable was produced, in which scope, and as which activation function.
+        self.produced: dict[Var, tuple[Path, int, str, str]] = {}
         # Containers of the backward pass, and calls of activation functions.
         self.backward: set[Path] = set()
         self.calls: dict[Path, str] = {}
@@ -218,7 +218,7 @@ class _Analysis(Dataflow[_Value]):
 
     def bind(self, path: Path, k: int, var: Any, value: _Value, eqn: Any | None) -> _Value:
         if eqn is not None:
-            self.produced[var] = (path, k, eqn, value.kind)
+            self.produced[var] = (path, k, scope_of(eqn), value.kind)
             value = value if value.origin else value._replace(origin=(path, k))
         return value if value.sample else value._replace(sample=fresh((path, k), var.aval))
 
@@ -227,8 +227,7 @@ class _Analysis(Dataflow[_Value]):
         needed = self.reach.operands.get(path, ()) if eqn else self.reach.results.get(path, ())
         if not needed or not needed[k] or var not in self.produced:
             return value
-        at, output, producer, kind = self.produced[var]
-        scope = scope_of(producer)
+        at, output, scope, kind = self.produced[var]
         if not scope or not _is_inexact(var) or not (value.data or self.everything):
             return value
         if eqn is not None and f"{scope_of(eqn)}/".startswith(f"{scope}/"):
