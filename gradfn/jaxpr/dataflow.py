@@ -145,7 +145,8 @@ class Dataflow(Generic[V]):
                 return [*carry, *outs[n_carry:]]
             del self.records[mark:]
             for k, (old, new) in enumerate(zip(carry, joined, strict=True)):
-                self.grew(path, first + k, old, new)
+                if old != new:
+                    self.grew(path, first + k, old, new)
             mark = len(self.records)
             known[first:after] = joined
 
