@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import PyTree
 
 from gradfn.jaxpr import Equation
 from gradfn.jaxpr.interpreter import Path, operation, params_of
