@@ -27,6 +27,20 @@ CLEAN = [
         "tests/test_laws.py",
         "tests/test_benchmarks.py",
     ),
+    *("gradfn/display.py", "docs/inspection.md", "tests/test_display.py"),
+    *(
+        f"gradfn/inspection/{name}.py"
+        for name in (
+            "_capture",
+            "_chain_rule",
+            "_inspect",
+            "_patch",
+            "_sites",
+            "flow",
+            "observe",
+            "summaries",
+        )
+    ),
     *("README.md", "CONTRIBUTING.md", "docs/story.md", "docs/transformers.md"),
 ]
 # History keeps its words, and this file has to spell what it bans.

@@ -23,7 +23,7 @@ from gradfn.jaxpr.sites import Selection
 )
 @dataclass(frozen=True, repr=False)
 class Capture(ByName, ShowsTable):
-    """The output of a function and the values on the way to it; a pytree of arrays. `print` shows a table.
+    """The output of a function and the values computed for it; a pytree of arrays. `print` shows a table.
 
     `captured["a1"].value` and `captured["a1"].stats` are what was recorded at the site `a1`: see `Observation`.
 

@@ -22,10 +22,20 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from gradfn.core.names import ParameterError
+from gradfn.core.precision import norm
+from gradfn.display import ROWS, ShowsTable, TextTable
 
 
-class ChainRule(NamedTuple):
-    """What the chain rule gives for one example; layers count from 1, as in `W1`.
+class _ChainRule(NamedTuple):
+    value: Float[Array, ""]
+    z: dict[int, jax.Array]
+    a: dict[int, jax.Array]
+    deltas: dict[int, jax.Array]
+    grads: dict[str, jax.Array]
+
+
+class ChainRule(ShowsTable, _ChainRule):
+    """The result of the chain rule for one example. `print` shows a table; layers count from 1, as in `W1`.
 
     Attributes:
         value: the cost C.
@@ -35,11 +45,16 @@ class ChainRule(NamedTuple):
         grads: gradients in the tree of the parameters: `W1`, `b1`, ...
     """
 
-    value: Float[Array, ""]
-    z: dict[int, jax.Array]
-    a: dict[int, jax.Array]
-    deltas: dict[int, jax.Array]
-    grads: dict[str, jax.Array]
+    def table(self, rows: int | None = ROWS) -> TextTable:
+        """Return a table with one row per layer: the norms of its values, errors and gradients."""
+        out = TextTable(f"C = {float(self.value.mean()):.6g}", "Norms, layer by layer.")
+        out.add_column("layer")
+        for header in ("z", "a", "δ", "∂C/∂W", "∂C/∂b"):
+            out.add_column(header)
+        for l in sorted(self.deltas):
+            arrays = (self.z[l], self.a[l], self.deltas[l], self.grads[f"W{l}"], self.grads[f"b{l}"])
+            out.add_row(l, *[float(norm(array)) for array in arrays])
+        return out.folded(rows, "result.table(rows=None)")
 
 
 def chain_rule(cost: Literal["cross_entropy", "quadratic"] = "cross_entropy") -> Callable[..., ChainRule]:

@@ -52,7 +52,7 @@ class Inspection(ByName, ShowsTable):
     Attributes:
         value: the loss.
         aux: the second thing that the loss returned, or None.
-        grads: gradients of the parameters, in their tree; None where a leaf has none (integers, functions).
+        grads: gradients of the parameters, in their tree; None where a leaf has no gradient (integers, functions).
         input_grads: a tuple with one tree per further argument, None where a leaf is not floating.
         stats: statistics (`Stats`) of the values by site name.
         grad_stats: statistics of the gradients of the loss with respect to the values, by site name.

@@ -1,4 +1,4 @@
-"""`gf.patch`: the same function with named values replaced on their way."""
+"""`gf.patch`: the same function with named intermediate values replaced."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from gradfn.jaxpr.varying import as_varying, varying_axes
 
 
 def patch(f: Callable, edits: Mapping[str, Any]) -> Callable:
-    """Return the same function with values replaced or edited on their way.
+    """Return the same function with named intermediate values replaced.
 
     For ablation (`{"a1": 0.0}`), activation patching (`{"a1": the activation from another input}`) and
     editing (`{"a1": lambda a: a.at[3].set(0)}`). The result is differentiable and works in `jit`, `vmap` and
@@ -22,16 +22,16 @@ def patch(f: Callable, edits: Mapping[str, Any]) -> Callable:
 
     Args:
         f: any JAX function; its first argument counts as the parameters.
-        edits: for each site (a name or glob of `gf.sites(f)(*args)`), a function of the value, or what to put
-            in its place: an array that broadcasts to the value's shape. In a scan, an array with the
-            iterations in front gives each iteration its own; without, all get the same.
+        edits: for each site (a name or glob of `gf.sites(f)(*args)`), a function of the value, or its replacement:
+            an array that broadcasts to the value's shape. In a scan, an array with a leading axis over the
+            iterations replaces each iteration's value by its own; without that axis, all by the same.
 
     Returns:
         A function with the signature of `f`.
 
     Raises:
-        ValueError: a site that the function does not have (near names are listed), a site that no output of
-            the function is computed from, or a replacement of a shape that does not broadcast to the value's.
+        ValueError: a site that the function does not have (similar names are listed), a site that no output of
+            the function depends on, or a replacement of a shape that does not broadcast to the value's.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -52,8 +52,8 @@ def patch(f: Callable, edits: Mapping[str, Any]) -> Callable:
             for site in select(offered, name, "patch"):
                 if site.reaches == "nothing":
                     raise ValueError(
-                        f"patch: nothing that the function returns is computed from site {site.name!r} "
-                        f"({site.line}), so a patch there would change nothing. Use what gf.tap returns: "
+                        f"patch: no output of the function depends on site {site.name!r} "
+                        f"({site.line}), so a patch there would have no effect. Use what gf.tap returns: "
                         f"x = gf.tap(x, ...)."
                     )
                 at.setdefault(site.path, []).append((site, edit))
@@ -79,7 +79,7 @@ def patch(f: Callable, edits: Mapping[str, Any]) -> Callable:
 
 
 def _stacked(site: Site, value: PyTree) -> jax.Array:
-    """Give every iteration of the loops around a site its own value, as tokens have it."""
+    """Return a replacement with one value per iteration of the loops around its site, as tokens have them."""
     value = jnp.asarray(value)
     if value.shape != site.axes + site.shape:
         _check(site, value.shape)
@@ -99,8 +99,12 @@ def _check(site: Site, shape: tuple[int, ...]) -> None:
     except ValueError:
         fits = False
     if not fits:
-        stacked = f", or with the iterations in front, {list(site.axes + site.shape)}" if site.axes else ""
+        stacked = (
+            f", or one with a leading axis over the iterations, {list(site.axes + site.shape)}"
+            if site.axes
+            else ""
+        )
         raise ValueError(
-            f"patch: site {site.name!r} is {site.dtype}{list(site.shape)}; the patch gives {list(shape)}. "
-            f"Give that shape, or one that broadcasts to it{stacked}."
+            f"patch: site {site.name!r} has shape {site.dtype}{list(site.shape)}, got {list(shape)}. "
+            f"Pass that shape, or one that broadcasts to it{stacked}."
         )

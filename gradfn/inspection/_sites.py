@@ -11,7 +11,7 @@ from gradfn.jaxpr.interpreter import bodies
 
 
 class SiteList(ShowsTable, list[Site]):
-    """A list of sites that shows itself as a table; `notes` say what is not in it, and why."""
+    """A list of sites that prints as a table; `notes` explain which values it does not contain, and why."""
 
     notes: tuple[str, ...] = ()
 
@@ -50,18 +50,18 @@ def number_note(sites: Iterable[Site]) -> list[str]:
 
 
 def shape_text(site: Site) -> str:
-    """Return a site's shape as text; the iterations of loops stand in front: ``4 × [32, 16]``."""
+    """Return a site's shape as text; the iterations of loops stand in front: `4 × [32, 16]`."""
     return "".join(f"{n} × " for n in site.axes) + str(list(site.shape))
 
 
 def short_line(line: str) -> str:
-    """Return a source line with no more of its file than the last folder: ``linen/linear.py:294 (f)``."""
+    """Return a source line with no more of its file than the last folder: `linen/linear.py:294 (f)`."""
     file, _, rest = line.replace(".<locals>", "").partition(":")
     return ":".join(["/".join(file.split("/")[-2:]), rest])
 
 
 def sites(f: Callable) -> Callable[..., SiteList]:
-    """List the values inside a function that can be inspected and patched by name.
+    """Return a function that lists the values inside `f` that can be inspected and patched by name.
 
     Args:
         f: any JAX function; its first argument counts as the parameters.
@@ -69,10 +69,10 @@ def sites(f: Callable) -> Callable[..., SiteList]:
     Returns:
         A function of the same arguments (arrays, or anything that has a shape and dtype) that returns the
         sites in the order of computation, each with name, shape, dtype, source line, and which source named
-        it: ``name`` (``gf.tap``), ``scope`` (``jax.named_scope``: the modules of Linen and Haiku) or
-        ``parameter`` (the first place where the parameter of that path meets data). Nothing is computed. Of
-        a function that returns ``(scalar, aux)``, what only aux is computed from is not listed, except for
-        values named with ``gf.tap``: their gradient is zero.
+        it: `name` (`gf.tap`), `scope` (`jax.named_scope`: the modules of Linen and Haiku) or
+        `parameter` (the first place where the parameter of that path meets data). Nothing is computed. Of
+        a function that returns `(scalar, aux)`, what only aux is computed from is not listed, except for
+        values named with `gf.tap`: their gradient is zero.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -1,14 +1,13 @@
-"""How the gradient flows through the sites: the table of `print(seen)`, its flags, and the dict for logs.
+"""How the gradient flows through the sites: the table of an inspection, its flags, and the dict for logs.
 
-Thresholds, each with its reason:
+The thresholds of the flags and their reasons:
 
-- *vanishing*, *exploding*: the norm of a site's gradient is below 1e-3, above 1e3, of that at the last site
-  before the loss. A thousandfold is what ten layers make that each halve or double it (2^10 = 1024). That
-  gradients shrink or grow exponentially with depth is shown in Bengio, Simard and Frasconi (1994) and
-  Pascanu, Mikolov and Bengio (2013). Norms, not root mean squares: He's initialisation keeps the norm from
-  layer to layer whatever their widths.
+- *vanishing*, *exploding*: the norm of a site's gradient is below 1e-3, or above 1e3, times that at the last
+  site before the loss. Ten layers that each halve or double it reach that (2^10 = 1024). Gradients shrink or
+  grow exponentially with depth: Bengio, Simard and Frasconi (1994), Pascanu, Mikolov and Bengio (2013). It is
+  the norm and not the root mean square because He initialization preserves the norm across layers of any width.
 - *saturated*: more than half of a sigmoid's or tanh's values have a slope below a tenth of the largest
-  (Glorot and Bengio, 2010, look at the same: activations piled up at their bounds).
+  (Glorot and Bengio, 2010, study the same quantity: activations close to their bounds).
 - *dead*: more than half of a relu's units are zero for every row of the batch (Lu et al., 2019, "Dying
   ReLU").
 - *non-finite*: any NaN or infinity, forward or backward.
@@ -49,12 +48,12 @@ class Row(NamedTuple):
     norm: float | None
     """The norm of the gradient, None where there is none."""
     factor: float | None
-    """That norm over the norm at the next row towards the loss."""
+    """That norm over the norm at the next row toward the loss."""
     flags: list[str]
 
 
 def _numbers(stats: Stats | None, index: tuple[int, ...], depth: int) -> dict[str, float]:
-    """Return one iteration's statistics as numbers; of inspections stacked in front, the last."""
+    """Return one iteration's statistics as Python floats; of stacked inspections, the last one's."""
     if stats is None:
         return {}
     out = {}
@@ -64,19 +63,20 @@ def _numbers(stats: Stats | None, index: tuple[int, ...], depth: int) -> dict[st
             array = np.asarray(value)
             array = array[(-1,) * (array.ndim - depth)]
             out[name] = float(array[index])
-    if out["count"] == 0:  # never computed, or not reached by the gradient: nothing to tell
+    if out["count"] == 0:
+        # Never computed, or no gradient reaches it.
         return {"count": 0.0}
     return out
 
 
-def rows_of(seen: "ByName") -> list[Row]:
+def rows_of(inspection: "ByName") -> list[Row]:
     """Return the rows of the table, from the inputs to the loss."""
-    seen = jax.device_get(seen)
+    inspection = jax.device_get(inspection)
     entries = []
-    for site in seen.sites:
+    for site in inspection.sites:
         for index in itertools.product(*[range(n) for n in site.axes]):
-            stats = _numbers(seen.stats[site.name], index, len(site.axes))
-            grads = _numbers(seen.grad_stats.get(site.name), index, len(site.axes))
+            stats = _numbers(inspection.stats[site.name], index, len(site.axes))
+            grads = _numbers(inspection.grad_stats.get(site.name), index, len(site.axes))
             reached = grads.get("count", 0) > 0 and "rms" in grads
             norm = grads["rms"] * math.sqrt(grads["count"]) if reached else None
             entries.append((_order(site, index), site, index, stats, grads, norm))
@@ -123,32 +123,34 @@ def _flags(stats: dict[str, float], grads: dict[str, float], ratio: float) -> li
     return found
 
 
-def flags(seen: "Inspection") -> dict[str, list[str]]:
+def flags(inspection: "Inspection") -> dict[str, list[str]]:
     """Return the flags by site name; those of a loop's iterations together."""
     out: dict[str, list[str]] = {}
-    for row in rows_of(seen):
+    for row in rows_of(inspection):
         for flag in row.flags:
             if flag not in out.setdefault(row.site.name, []):
                 out[row.site.name].append(flag)
     return {name: found for name, found in out.items() if found}
 
 
-def to_dict(seen: "Inspection") -> dict[str, Any]:
+def to_dict(inspection: "Inspection") -> dict[str, Any]:
     """Return the inspection as plain numbers by name."""
-    seen = jax.device_get(seen)
-    # The order of computation: a dict that comes out of a compiled function is sorted.
-    in_order = [site.name for site in seen.sites]
+    inspection = jax.device_get(inspection)
+    # A dict that a compiled function returns is sorted; this is the order of computation.
+    in_order = [site.name for site in inspection.sites]
     out: dict[str, Any] = {
-        "value": np.asarray(seen.value).tolist(),
-        "sites": {name: seen.stats[name].to_dict() for name in in_order if name in seen.stats},
-        "site_grads": {name: seen.grad_stats[name].to_dict() for name in in_order if name in seen.grad_stats},
-        "grads": {name: _of_array(g) for name, g in _leaves(seen.grads)},
-        "param_order": list(seen.param_order),
+        "value": np.asarray(inspection.value).tolist(),
+        "sites": {name: inspection.stats[name].to_dict() for name in in_order if name in inspection.stats},
+        "site_grads": {
+            name: inspection.grad_stats[name].to_dict() for name in in_order if name in inspection.grad_stats
+        },
+        "grads": {name: _of_array(g) for name, g in _leaves(inspection.grads)},
+        "param_order": list(inspection.param_order),
     }
-    if seen.update_ratios is not None:
-        out["update_ratios"] = {name: np.asarray(r).tolist() for name, r in _leaves(seen.update_ratios)}
-    if np.ndim(seen.value) == 0:
-        out["flags"] = flags(seen)
+    if inspection.update_ratios is not None:
+        out["update_ratios"] = {name: np.asarray(r).tolist() for name, r in _leaves(inspection.update_ratios)}
+    if np.ndim(inspection.value) == 0:
+        out["flags"] = flags(inspection)
     return out
 
 
@@ -166,27 +168,27 @@ def _of_array(x: PyTree) -> dict[str, Any]:
     return {"rms": unit * float(np.sqrt(np.mean((sizes / unit) ** 2))), "max": largest, "nonfinite": bad}
 
 
-def table(seen: "ByName", rows: int | None, rest: str) -> TextTable:
+def table(inspection: "ByName", rows: int | None, rest: str) -> TextTable:
     """Return one row per site and iteration, from the inputs to the loss.
 
     Where that is more than `rows`, all iterations of a site share one row, and the rows that stay are those with
     flags, then those where the gradient's norm changes most. `rest` is the call that returns all rows.
     """
     title = ""
-    if hasattr(seen, "value"):
-        stacked = np.shape(seen.value)
-        title = f"value {float(np.asarray(seen.value)[(-1,) * len(stacked)]):.6g}"
+    if hasattr(inspection, "value"):
+        stacked = np.shape(inspection.value)
+        title = f"value {float(np.asarray(inspection.value)[(-1,) * len(stacked)]):.6g}"
         title += f" (the last of {stacked} inspections)" if stacked else ""
     caption = []
-    if seen.grad_stats:
-        caption.append("grad ×: the norm of the gradient here over that at the next site towards the loss")
-    shown = rows_of(seen)
+    if inspection.grad_stats:
+        caption.append("grad ×: the norm of the gradient here over that at the next site toward the loss")
+    shown = rows_of(inspection)
     if rows is not None and len(shown) > rows and any(row.iteration for row in shown):
         shown = _one_row_per_site(shown)
         caption.append(
             "[0:N]: N iterations in one row; there, grad × is the first iteration's norm over the last's"
         )
-    caption += number_note(seen.sites)
+    caption += number_note(inspection.sites)
     out = TextTable(title, "\n".join(caption))
     out.add_column("site", shorten=True)
     out.add_column("shape", drop=3)
@@ -261,12 +263,12 @@ def _over_iterations(of_each: list[dict[str, float]]) -> dict[str, float]:
     return out
 
 
-def parameter_table(seen: "Inspection", rows: int | None = ROWS) -> TextTable:
+def parameter_table(inspection: "Inspection", rows: int | None = ROWS) -> TextTable:
     """Return one row per parameter: its gradient's size, and the update's size over the parameter's.
 
     Of more than `rows`, those that are not finite stay, then those with the largest gradients.
     """
-    ratios = dict(_leaves(seen.update_ratios)) if seen.update_ratios is not None else {}
+    ratios = dict(_leaves(inspection.update_ratios)) if inspection.update_ratios is not None else {}
     out = TextTable(caption="update/weight: about 1e-3 is usual" if ratios else "")
     out.add_column("parameter", shorten=True)
     out.add_column("shape", drop=2)
@@ -275,8 +277,8 @@ def parameter_table(seen: "Inspection", rows: int | None = ROWS) -> TextTable:
     out.add_column("non-finite")
     if ratios:
         out.add_column("update/weight")
-    stacked = np.ndim(seen.value)
-    for name, leaf in _leaves(seen.grads):
+    stacked = np.ndim(inspection.value)
+    for name, leaf in _leaves(inspection.grads):
         g = np.asarray(leaf)[(-1,) * stacked]
         found = _of_array(g)
         cells = [found["rms"], found["max"], found["nonfinite"]]

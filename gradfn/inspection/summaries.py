@@ -1,8 +1,8 @@
-"""Statistics of an array, cheap enough to take of every activation and every cotangent of a training step.
+"""Statistics of an array, cheap enough for every activation and every cotangent of a training step.
 
-What XLA's CPU backend compiles well decided the forms: plain ``jnp`` reductions (one variadic reduce took five
-times as long), and non-zeros as ``sum(sign(x)**2)`` (counting booleans does not vectorise). Sums are taken in
-float32 (float64 for float64), also for bfloat16. Where the sum of squares over- or underflows, mean and rms are
+What XLA's CPU backend compiles well decided the forms: plain `jnp` reductions (one variadic reduce took five
+times as long), and non-zeros as `sum(sign(x)**2)` (counting booleans does not vectorize). Sums are computed
+in float32 (float64 for float64), also for bfloat16. Where the sum of squares over- or underflows, mean and rms are
 computed again, scaled, and non-finite values are counted: one test decides both.
 """
 
@@ -23,25 +23,23 @@ from gradfn.core.precision import in_units, is_safe, magnitudes_squared, real_pa
 STATS = ("mean", "rms", "max", "zeros", "saturated", "dead", "nonfinite", "histogram")
 DEFAULT_STATS = STATS[:-1]
 
-# A sigmoid or tanh is called saturated where its slope is below a tenth of its largest: tanh' = 1 - tanh^2 <
-# 0.1.
+# A sigmoid or tanh is saturated where its slope is below a tenth of the largest: tanh' = 1 - tanh^2 < 0.1.
 SATURATED = math.sqrt(0.9)
-# Units are judged dead over at least this many rows: on one example, half of the units of a healthy relu are
-# zero.
+# The fewest rows over which units count as dead: on one example, half of the units of a healthy relu are zero.
 DEAD_ROWS = 8
-# Bin k of a histogram counts 2^(k + FIRST_EXPONENT) <= |x| < twice that; the ends take what lies beyond, bin
-# 0 zeros too.
+# Bin k of a histogram counts 2^(k + FIRST_EXPONENT) <= |x| < twice that; the first and last bins include what
+# lies beyond, the first also zeros.
 FIRST_EXPONENT, N_BINS, SAMPLE = -32, 48, 1024
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "histogram"], meta_fields=["names"])
 @dataclass(frozen=True)
 class Stats:
-    """Statistics of one value; None for those that were not asked for or do not apply.
+    """Statistics of one value; None for those that were not requested or do not apply.
 
     Of complex values, all are statistics of the modulus, but for the mean. Each is a real scalar, with leading
     axes where the value sits in a scan (iterations) or a shard_map (devices). They are kept in one array: a
-    compiled step that returns hundreds of scalars spends its time on returning them.
+    compiled step that returned hundreds of scalars would spend its time on that.
 
     Attributes:
         count: number of elements (0 where the value was never computed, or no gradient reached it).
@@ -76,12 +74,13 @@ class Stats:
 
 @partial(jax.jit, static_argnames=("stats", "kind"))
 def summarize(x: jax.Array, stats: tuple[str, ...], kind: str = "") -> Stats:
-    """Return statistics of an array; `kind` is the activation function that made it, if one did."""
+    """Return statistics of an array; `kind` is the activation function that computed it, if any."""
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         x = x.astype(jnp.float32)
     is_real = not jnp.iscomplexobj(x)
     values = widen(x)
-    magnitudes = values if is_real else jnp.abs(values)  # of real values, only the squares and signs are used
+    # Of real values, only squares and signs are used.
+    magnitudes = values if is_real else jnp.abs(values)
     accumulate = magnitudes.dtype
     n_units = x.shape[-1] if x.ndim else 1
     n_rows = x.size // max(n_units, 1)
@@ -113,7 +112,7 @@ def summarize(x: jax.Array, stats: tuple[str, ...], kind: str = "") -> Stats:
 
 
 def _mean(x: jax.Array, unit: jax.Array | float = 1.0) -> jax.Array:
-    """Return the mean, of complex values its modulus; sums are taken in multiples of `unit`."""
+    """Return the mean, of complex values its modulus; sums are computed in multiples of `unit`."""
     means = [jnp.sum(part / unit) / max(x.size, 1) for part in real_parts(x)]
     return unit * (means[0] if len(means) == 1 else jnp.abs(lax.complex(*means)))
 
@@ -135,6 +134,7 @@ def _carefully(names: tuple[str, ...], x: jax.Array) -> dict[str, jax.Array]:
 def _histogram(x: jax.Array) -> jax.Array:
     flat = x.reshape(-1)
     sample = flat[:: max(1, -(-flat.size // SAMPLE))]
-    _, exponent = jnp.frexp(sample)  # |x| = m 2^exponent, 0.5 <= m < 1
+    # |x| = m 2^exponent, 0.5 <= m < 1
+    _, exponent = jnp.frexp(sample)
     bins = jnp.where(sample == 0, 0, jnp.clip(exponent - 1 - FIRST_EXPONENT, 0, N_BINS - 1))
     return jnp.sum((bins[:, None] == jnp.arange(N_BINS)[None]).astype(x.dtype), axis=0)

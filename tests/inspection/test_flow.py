@@ -36,21 +36,21 @@ def setup(widths, scale, bias=0.0):
 
 @pytest.mark.slow
 def test_a_deep_sigmoid_network_vanishes_visibly():
-    seen = jax.jit(inspect(network(jax.nn.sigmoid), stats=["rms"]))(*setup([32] * 10 + [10], 1.0))
-    flags = seen.flags()
+    inspection = jax.jit(inspect(network(jax.nn.sigmoid), stats=["rms"]))(*setup([32] * 10 + [10], 1.0))
+    flags = inspection.flags()
     assert flags["0/0"] == ["vanishing"]
     assert "9/0" not in flags
-    norms = [float(seen.grad_stats[f"{i}/0"].rms) for i in range(10)]
+    norms = [float(inspection.grad_stats[f"{i}/0"].rms) for i in range(10)]
     assert all(a < b for a, b in itertools.pairwise(norms))
-    text = str(seen)
+    text = str(inspection)
     assert text.count("vanishing") > 5
     assert "0/1:sigmoid" in text
 
 
 @pytest.mark.slow
 def test_he_initialised_relu_raises_no_flag():
-    seen = jax.jit(inspect(network(jax.nn.relu), sites="*/1*"))(*setup([32] * 10 + [10], 2.0))
-    assert seen.flags() == {}
+    inspection = jax.jit(inspect(network(jax.nn.relu), sites="*/1*"))(*setup([32] * 10 + [10], 2.0))
+    assert inspection.flags() == {}
 
 
 def test_biases_far_below_zero_are_dead():
@@ -72,10 +72,10 @@ def test_non_finite_values_are_counted_and_flagged():
         return jnp.sum(jnp.log(x @ w))
 
     x = jnp.array([[0.0], [1.0], [jnp.inf], [2.0]])
-    seen = inspect(f)(jnp.ones((1, 1)), x)
-    assert float(seen.stats["params"].nonfinite) == 1
-    assert float(seen.grad_stats["params"].nonfinite) == 1  # 1 / 0
-    assert seen.flags() == {"params": ["non-finite"]}
+    inspection = inspect(f)(jnp.ones((1, 1)), x)
+    assert float(inspection.stats["params"].nonfinite) == 1
+    assert float(inspection.grad_stats["params"].nonfinite) == 1  # 1 / 0
+    assert inspection.flags() == {"params": ["non-finite"]}
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -114,18 +114,18 @@ def test_update_ratios_and_dict():
 
     @jax.jit
     def step(params):
-        seen = inspect(network(jax.nn.relu))(params, x, y)
-        updates, _ = optimizer.update(seen.grads, optimizer.init(params))
-        return seen.with_updates(params, updates)
+        inspection = inspect(network(jax.nn.relu))(params, x, y)
+        updates, _ = optimizer.update(inspection.grads, optimizer.init(params))
+        return inspection.with_updates(params, updates)
 
-    seen = step(params)
+    inspection = step(params)
     w = np.asarray(params[0][0])
-    expected = 0.1 * np.sqrt(np.mean(np.asarray(seen.grads[0][0]) ** 2)) / np.sqrt(np.mean(w**2))
-    np.testing.assert_allclose(seen.update_ratios[0][0], expected, rtol=1e-5)
-    assert "update/weight" in str(seen)
-    report = json.loads(json.dumps(seen.to_dict()))
-    assert report["value"] == pytest.approx(float(seen.value))
-    assert report["sites"]["0/0"]["rms"] == pytest.approx(float(seen.stats["0/0"].rms))
+    expected = 0.1 * np.sqrt(np.mean(np.asarray(inspection.grads[0][0]) ** 2)) / np.sqrt(np.mean(w**2))
+    np.testing.assert_allclose(inspection.update_ratios[0][0], expected, rtol=1e-5)
+    assert "update/weight" in str(inspection)
+    report = json.loads(json.dumps(inspection.to_dict()))
+    assert report["value"] == pytest.approx(float(inspection.value))
+    assert report["sites"]["0/0"]["rms"] == pytest.approx(float(inspection.stats["0/0"].rms))
     assert report["update_ratios"]["0/0"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -133,14 +133,14 @@ def test_long_loops_share_one_row_per_site_unless_all_rows_are_requested():
     def f(w, x):
         return jnp.sum(jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, None, length=100)[0])
 
-    seen = inspect(f)(jnp.eye(3), jnp.ones((2, 3)))
-    assert "params:tanh[0:100]" in str(seen)
-    assert "params:tanh[99]" not in str(seen)
-    everything = seen.table(rows=None)
+    inspection = inspect(f)(jnp.eye(3), jnp.ones((2, 3)))
+    assert "params:tanh[0:100]" in str(inspection)
+    assert "params:tanh[99]" not in str(inspection)
+    everything = inspection.table(rows=None)
     assert len(everything.rows) == 200
     assert "params:tanh[99]" in str(everything)
-    summary = seen.table().to_dataframe().set_index("site").loc["params:tanh[0:100]"]
-    stats, grads = jax.device_get((seen.stats["params:tanh"], seen.grad_stats["params:tanh"]))
+    summary = inspection.table().to_dataframe().set_index("site").loc["params:tanh[0:100]"]
+    stats, grads = jax.device_get((inspection.stats["params:tanh"], inspection.grad_stats["params:tanh"]))
     np.testing.assert_allclose(summary["rms"], np.sqrt(np.mean(stats.rms**2)), rtol=1e-5)
     np.testing.assert_allclose(summary["mean"], np.mean(stats.mean), rtol=1e-5)
     np.testing.assert_allclose(summary["max"], np.max(stats.max), rtol=1e-6)

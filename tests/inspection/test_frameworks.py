@@ -22,15 +22,15 @@ def their_promotion():
 
 def report(f, model, x):
     """Inspect under jit; check the gradients against plain ones, and that each site has both of its sides."""
-    seen = jax.jit(inspect(f, stats=["rms"]))(model, x)
+    inspection = jax.jit(inspect(f, stats=["rms"]))(model, x)
     grads = jax.jit(jax.grad(f))(model, x)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)  # noqa: E731
-    jax.tree.map(close, seen.grads, grads)
-    for site in seen.sites:
-        assert float(seen.stats[site.name].count) > 0
-        assert float(seen.grad_stats[site.name].count) > 0
-    assert str(seen)
-    return seen
+    jax.tree.map(close, inspection.grads, grads)
+    for site in inspection.sites:
+        assert float(inspection.stats[site.name].count) > 0
+        assert float(inspection.grad_stats[site.name].count) > 0
+    assert str(inspection)
+    return inspection
 
 
 @pytest.mark.slow
@@ -117,11 +117,11 @@ def test_equinox():
     def loss(model, x):
         return jnp.mean(jax.vmap(model)(x) ** 2)
 
-    seen = eqx.filter_jit(inspect(loss, stats=["rms"]))(model, X[0])
+    inspection = eqx.filter_jit(inspect(loss, stats=["rms"]))(model, X[0])
     grads = eqx.filter_grad(loss)(model, X[0])
-    np.testing.assert_allclose(seen.grads.layers[1].weight, grads.layers[1].weight, rtol=1e-5)
-    assert seen.grads.activation is None
-    names = [site.name for site in seen.sites]
+    np.testing.assert_allclose(inspection.grads.layers[1].weight, grads.layers[1].weight, rtol=1e-5)
+    assert inspection.grads.activation is None
+    names = [site.name for site in inspection.sites]
     assert names == [
         *("layers/0/weight", "layers/0/bias", "layers/0/bias:relu"),
         *("layers/1/weight", "layers/1/bias", "layers/1/bias:relu"),
@@ -163,8 +163,8 @@ def test_the_site_of_linens_batch_norm_in_training_is_its_output():
         out, new = model.apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
         return jnp.mean(out**2), new
 
-    seen = jax.jit(inspect(loss, keep=None, stats="rms"))(params, x)
-    names = [site.name for site in seen.sites]
+    inspection = jax.jit(inspect(loss, keep=None, stats="rms"))(params, x)
+    names = [site.name for site in inspection.sites]
     assert [n for n in names if n.startswith("Net")] == [
         *("Net/Dense_0", "Net/BatchNorm_0", "Net/BatchNorm_0:gelu", "Net/Dense_1"),
     ]
@@ -177,7 +177,7 @@ def test_the_site_of_linens_batch_norm_in_training_is_its_output():
     truth = captured["intermediates"]
     for layer in ("Dense_0", "BatchNorm_0", "Dense_1"):
         np.testing.assert_allclose(
-            seen[f"Net/{layer}"].value, truth[layer]["__call__"][0], rtol=1e-4, atol=1e-6
+            inspection[f"Net/{layer}"].value, truth[layer]["__call__"][0], rtol=1e-4, atol=1e-6
         )
     normed = truth["BatchNorm_0"]["__call__"][0]
 
@@ -185,7 +185,9 @@ def test_the_site_of_linens_batch_norm_in_training_is_its_output():
         head = params["Dense_1"]
         return jnp.mean((jax.nn.gelu(normed) @ head["kernel"] + head["bias"]) ** 2)
 
-    np.testing.assert_allclose(seen["Net/BatchNorm_0"].grad, jax.grad(rest)(normed), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        inspection["Net/BatchNorm_0"].grad, jax.grad(rest)(normed), rtol=1e-4, atol=1e-6
+    )
     patched, new = patch(loss, {"Net/BatchNorm_0": 0.5})(params, x)
     np.testing.assert_allclose(patched, rest(jnp.full_like(normed, 0.5)), rtol=1e-5)
     jax.tree.map(np.testing.assert_allclose, new["batch_stats"], captured["batch_stats"])  # not patched
@@ -205,14 +207,14 @@ def test_equinox_is_named_by_the_parameters_whether_a_class_is_entered_once_or_t
         return jnp.mean(jax.vmap(model["second"])(h) ** 2)
 
     assert sites(once)({"first": first}, x).names == ["first/weight", "first/bias", "first/bias:gelu"]
-    seen = jax.jit(inspect(twice, keep=None, stats="rms"))({"first": first, "second": second}, x)
-    assert [site.name for site in seen.sites] == [
+    inspection = jax.jit(inspect(twice, keep=None, stats="rms"))({"first": first, "second": second}, x)
+    assert [site.name for site in inspection.sites] == [
         *("first/weight", "first/bias", "first/bias:gelu", "second/weight", "second/bias")
     ]
     h = jax.vmap(first)(x)
-    np.testing.assert_allclose(seen["first/bias"].value, h, rtol=1e-5)
+    np.testing.assert_allclose(inspection["first/bias"].value, h, rtol=1e-5)
     np.testing.assert_allclose(
-        seen["second/bias"].value, jax.vmap(second)(jax.nn.gelu(h)), rtol=1e-5, atol=1e-6
+        inspection["second/bias"].value, jax.vmap(second)(jax.nn.gelu(h)), rtol=1e-5, atol=1e-6
     )
 
 
@@ -225,11 +227,11 @@ def test_equinox_batch_norm_in_training_is_its_output():
         out, new = jax.vmap(norm, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
         return jnp.mean(jnp.sin(out)), new
 
-    seen = eqx.filter_jit(inspect(loss, keep=None, stats="rms"))(norm, X[0])
+    inspection = eqx.filter_jit(inspect(loss, keep=None, stats="rms"))(norm, X[0])
     out, _ = jax.vmap(norm, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(X[0], state)
-    assert [site.name for site in seen.sites] == ["weight", "bias"]
-    np.testing.assert_allclose(seen["bias"].value, out, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(seen["bias"].grad, jnp.cos(out) / out.size, rtol=1e-4, atol=1e-6)
+    assert [site.name for site in inspection.sites] == ["weight", "bias"]
+    np.testing.assert_allclose(inspection["bias"].value, out, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(inspection["bias"].grad, jnp.cos(out) / out.size, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow

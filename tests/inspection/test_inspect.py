@@ -39,29 +39,29 @@ def as_users_write():
 
 
 def test_gradients_are_those_of_value_and_grad_bit_for_bit(mlp_args):
-    seen = jax.jit(inspect(mlp, keep=None))(*mlp_args)
+    inspection = jax.jit(inspect(mlp, keep=None))(*mlp_args)
     value, grads = jax.jit(jax.value_and_grad(mlp, argnums=(0, 1, 2)))(*mlp_args)
-    assert_same((seen.value, seen.grads, *seen.input_grads), (value, *grads))
-    assert seen.aux is None
+    assert_same((inspection.value, inspection.grads, *inspection.input_grads), (value, *grads))
+    assert inspection.aux is None
 
 
 @pytest.mark.slow
 def test_activation_gradients_are_those_of_the_function_split_by_hand(mlp_args):
     params, x, y = mlp_args
-    seen = inspect(mlp, keep=["a1", "b1"])(*mlp_args)
+    inspection = inspect(mlp, keep=["a1", "b1"])(*mlp_args)
 
     def tail(a1):
         return jnp.mean((a1 @ params["W2"] + params["b2"] - y) ** 2)
 
     z1 = x @ params["W1"] + params["b1"]
-    np.testing.assert_allclose(seen["b1"].value, z1, rtol=1e-6)
-    np.testing.assert_allclose(seen["a1"].value, jax.nn.sigmoid(z1), rtol=1e-6)
-    np.testing.assert_allclose(seen["a1"].grad, jax.grad(tail)(jax.nn.sigmoid(z1)), rtol=1e-6)
+    np.testing.assert_allclose(inspection["b1"].value, z1, rtol=1e-6)
+    np.testing.assert_allclose(inspection["a1"].value, jax.nn.sigmoid(z1), rtol=1e-6)
+    np.testing.assert_allclose(inspection["a1"].grad, jax.grad(tail)(jax.nn.sigmoid(z1)), rtol=1e-6)
     np.testing.assert_allclose(
-        seen["b1"].grad, jax.grad(lambda z: tail(jax.nn.sigmoid(z)))(z1), rtol=1e-5, atol=1e-8
+        inspection["b1"].grad, jax.grad(lambda z: tail(jax.nn.sigmoid(z)))(z1), rtol=1e-5, atol=1e-8
     )
-    g = np.asarray(seen["a1"].grad)
-    stats = seen.grad_stats["a1"]
+    g = np.asarray(inspection["a1"].grad)
+    stats = inspection.grad_stats["a1"]
     np.testing.assert_allclose(stats.rms, np.sqrt(np.mean(g**2)), rtol=1e-6)
     np.testing.assert_allclose(stats.mean, np.mean(g), rtol=1e-5)
     np.testing.assert_allclose(stats.max, np.max(np.abs(g)), rtol=1e-6)

@@ -62,8 +62,8 @@ def test_cosines_of_gradients_whose_squares_are_no_numbers(unit):
 
 def test_filters_whose_squares_are_no_numbers_have_their_length_in_the_landscape():
     weights = 1e-25 * jnp.array([[3.0, 4.0], [0.0, 1.0]])
-    seen = gf.curvature.loss_landscape(lambda w: jnp.sum(w), dims=1, points=2)(weights)
-    np.testing.assert_allclose(jnp.linalg.norm(seen.directions[0] * 1e25, axis=1), [5.0, 1.0], rtol=1e-5)
+    landscape = gf.curvature.loss_landscape(lambda w: jnp.sum(w), dims=1, points=2)(weights)
+    np.testing.assert_allclose(jnp.linalg.norm(landscape.directions[0] * 1e25, axis=1), [5.0, 1.0], rtol=1e-5)
 
 
 def spectral(params, x):

@@ -26,8 +26,8 @@ def test_a_value_or_a_function_takes_the_place_of_a_site():
 
 
 def test_the_activation_of_another_input_gives_its_result():
-    seen = inspect(f, keep="a")(PARAMS, 3 * X)
-    moved, _ = patch(f, {"a": seen["a"].value})(PARAMS, X)
+    inspection = inspect(f, keep="a")(PARAMS, 3 * X)
+    moved, _ = patch(f, {"a": inspection["a"].value})(PARAMS, X)
     np.testing.assert_allclose(moved, f(PARAMS, 3 * X)[0], rtol=1e-6)
 
 
@@ -72,9 +72,9 @@ def test_integers_and_half_precision_keep_their_type():
 
 
 def test_errors_say_what_fits():
-    with pytest.raises(ValueError, match=r"site 'a' is float32\[2, 3\]; the patch gives \[4\]"):
+    with pytest.raises(ValueError, match=r"site 'a' has shape float32\[2, 3\], got \[4\]"):
         patch(f, {"a": jnp.ones(4)})(PARAMS, X)
-    with pytest.raises(ValueError, match=r"site 'a' is float32\[2, 3\]; the patch gives \[2\]"):
+    with pytest.raises(ValueError, match=r"site 'a' has shape float32\[2, 3\], got \[2\]"):
         patch(f, {"a": lambda a: a.sum(1)})(PARAMS, X)
     with pytest.raises(ValueError, match="patch: there is no site 'b'"):
         patch(f, {"b": 0.0})(PARAMS, X)

@@ -25,7 +25,7 @@ def rms(x):
     return jnp.sqrt(jnp.mean(jnp.square(x)))
 
 
-def look(w, x, f=loss):
+def inspected(w, x, f=loss):
     return gf.inspect(f, keep="h")(w, x)
 
 
@@ -34,26 +34,26 @@ def at_site(w, x):
 
 
 PENALTIES = {
-    "value": (lambda w, x: look(w, x).value ** 2, lambda w, x: loss(w, x) ** 2),
+    "value": (lambda w, x: inspected(w, x).value ** 2, lambda w, x: loss(w, x) ** 2),
     "grads": (
-        lambda w, x: jnp.sum(look(w, x).grads ** 2),
+        lambda w, x: jnp.sum(inspected(w, x).grads ** 2),
         lambda w, x: jnp.sum(jax.grad(loss)(w, x) ** 2),
     ),
     "input_grads": (
-        lambda w, x: jnp.sum(look(w, x).input_grads[0] ** 2),
+        lambda w, x: jnp.sum(inspected(w, x).input_grads[0] ** 2),
         lambda w, x: jnp.sum(jax.grad(loss, 1)(w, x) ** 2),
     ),
-    "kept": (lambda w, x: jnp.sum(look(w, x)["h"].value ** 3), lambda w, x: jnp.sum((x @ w) ** 3)),
-    "rms": (lambda w, x: look(w, x).stats["h"].rms, lambda w, x: rms(x @ w)),
-    "mean": (lambda w, x: look(w, x).stats["h"].mean, lambda w, x: jnp.mean(x @ w)),
-    "max": (lambda w, x: look(w, x).stats["h"].max, lambda w, x: jnp.max(jnp.abs(x @ w))),
+    "kept": (lambda w, x: jnp.sum(inspected(w, x)["h"].value ** 3), lambda w, x: jnp.sum((x @ w) ** 3)),
+    "rms": (lambda w, x: inspected(w, x).stats["h"].rms, lambda w, x: rms(x @ w)),
+    "mean": (lambda w, x: inspected(w, x).stats["h"].mean, lambda w, x: jnp.mean(x @ w)),
+    "max": (lambda w, x: inspected(w, x).stats["h"].max, lambda w, x: jnp.max(jnp.abs(x @ w))),
     "kept_grads": (
-        lambda w, x: jnp.sum(look(w, x)["h"].grad ** 2),
+        lambda w, x: jnp.sum(inspected(w, x)["h"].grad ** 2),
         lambda w, x: jnp.sum(at_site(w, x) ** 2),
     ),
-    "grad_rms": (lambda w, x: look(w, x).grad_stats["h"].rms, lambda w, x: rms(at_site(w, x))),
+    "grad_rms": (lambda w, x: inspected(w, x).grad_stats["h"].rms, lambda w, x: rms(at_site(w, x))),
     "to_the_loss": (  # a regularizer beside the loss, as it is trained with
-        lambda w, x: look(w, x).value + 0.1 * look(w, x).stats["h"].rms,
+        lambda w, x: inspected(w, x).value + 0.1 * inspected(w, x).stats["h"].rms,
         lambda w, x: loss(w, x) + 0.1 * rms(x @ w),
     ),
 }
@@ -92,11 +92,11 @@ def scanned(w, x):
 
 
 def unrolled(w, x, offsets):
-    seen = []
+    sites = []
     for offset in offsets:
-        seen.append(x @ w + offset)
-        x = jnp.tanh(seen[-1])
-    return jnp.sum(x**2), jnp.stack(seen)
+        sites.append(x @ w + offset)
+        x = jnp.tanh(sites[-1])
+    return jnp.sum(x**2), jnp.stack(sites)
 
 
 @pytest.mark.parametrize("compiled", [pytest.param(False, marks=pytest.mark.slow), True])
@@ -104,8 +104,12 @@ def test_differentiating_the_iterations_of_a_scan_is_right(compiled):
     zeros = jnp.zeros((3, *X.shape))
 
     def of_inspect(w):
-        seen = gf.inspect(scanned, keep="h")(w, X)
-        return jnp.sum(seen["h"].value[0] ** 3) + seen.stats["h"].rms[1] + seen.grad_stats["h"].rms[2]
+        inspection = gf.inspect(scanned, keep="h")(w, X)
+        return (
+            jnp.sum(inspection["h"].value[0] ** 3)
+            + inspection.stats["h"].rms[1]
+            + inspection.grad_stats["h"].rms[2]
+        )
 
     def plain(w):
         sites = unrolled(w, X, zeros)[1]
@@ -119,7 +123,7 @@ def test_differentiating_the_iterations_of_a_scan_is_right(compiled):
 
 def test_differentiating_through_values_that_the_loss_closes_over_is_right():
     def penalty(s):
-        return look(W, X, lambda w, x: loss(w, s * x)).stats["h"].rms
+        return inspected(W, X, lambda w, x: loss(w, s * x)).stats["h"].rms
 
     np.testing.assert_allclose(jax.grad(penalty)(2.0), rms(X @ W), rtol=1e-6)
 
@@ -141,7 +145,7 @@ def test_a_loss_with_effects_is_differentiated_right():
         jax.debug.callback(lambda h: None, x)
         return loss(w, x)
 
-    got = jax.jit(jax.grad(lambda w: look(w, X, printed).stats["h"].rms))(W)
+    got = jax.jit(jax.grad(lambda w: inspected(w, X, printed).stats["h"].rms))(W)
     np.testing.assert_allclose(got, jax.grad(lambda w: rms(X @ w))(W), rtol=1e-5)
 
 

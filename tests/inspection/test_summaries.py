@@ -57,15 +57,15 @@ def test_squares_that_under_or_overflow_mixed_with_others():
 def test_nan_and_infinity_are_counted_beside_values_of_any_size(n, scale):
     x = np.full(n, scale, np.float32)
     x[3] = np.nan
-    seen = summarize(jnp.asarray(x), DEFAULT_STATS)
-    assert float(seen.nonfinite) == 1
-    assert np.isnan(float(seen.rms))
-    assert np.isnan(float(seen.mean))
+    stats = summarize(jnp.asarray(x), DEFAULT_STATS)
+    assert float(stats.nonfinite) == 1
+    assert np.isnan(float(stats.rms))
+    assert np.isnan(float(stats.mean))
     x[3] = -np.inf
-    seen = summarize(jnp.asarray(x), DEFAULT_STATS)
-    assert float(seen.nonfinite) == 1
-    assert float(seen.rms) == np.inf
-    assert float(seen.mean) == -np.inf
+    stats = summarize(jnp.asarray(x), DEFAULT_STATS)
+    assert float(stats.nonfinite) == 1
+    assert float(stats.rms) == np.inf
+    assert float(stats.mean) == -np.inf
     assert float(summarize(jax.lax.complex(*[jnp.asarray(x)] * 2), DEFAULT_STATS).nonfinite) == 1
 
 
@@ -87,10 +87,10 @@ def test_constants_of_any_size_have_the_right_norm(value):
 
 
 def test_complex_numbers_use_the_modulus():
-    seen = summarize(jnp.full((4,), 2j), DEFAULT_STATS)
-    assert [float(v) for v in (seen.mean, seen.rms, seen.max, seen.zeros)] == [2, 2, 2, 0]
+    stats = summarize(jnp.full((4,), 2j), DEFAULT_STATS)
+    assert [float(v) for v in (stats.mean, stats.rms, stats.max, stats.zeros)] == [2, 2, 2, 0]
     assert float(summarize(jnp.array([3 + 4j]), ("rms", "histogram")).rms) == 5
-    assert seen.values.dtype == jnp.float32
+    assert stats.values.dtype == jnp.float32
     opposite = summarize(jnp.array([1j, -1j, 0j, 0j]), STATS)
     assert [float(v) for v in (opposite.mean, opposite.zeros)] == [0, 0.5]
     histogram = summarize(jnp.array([3 + 4j]), ("histogram",)).histogram
@@ -116,17 +116,17 @@ def test_complex_sites_are_shown_with_their_gradient():
     )
     z = jnp.fft.fft(x) @ w.astype(jnp.complex64)
     for inspected in (gf.inspect(spectral, keep="z"), jax.jit(gf.inspect(spectral, keep="z"))):
-        seen = inspected(w, x)
-        assert seen.sites[-1].differentiable
-        np.testing.assert_allclose(seen["z"].value, z, rtol=1e-5)
+        inspection = inspected(w, x)
+        assert inspection.sites[-1].differentiable
+        np.testing.assert_allclose(inspection["z"].value, z, rtol=1e-5)
         # The convention of jax.grad: d/d Re - i d/d Im, here of |z|^2.
-        np.testing.assert_allclose(seen["z"].grad, 2 * jnp.conj(z), rtol=1e-5)
-        check(z, seen.stats["z"], rtol=1e-5)
-        check(2 * z, seen.grad_stats["z"], rtol=1e-5)
-        assert seen.grads.dtype == jnp.float32
-        np.testing.assert_allclose(seen.grads, jax.grad(spectral)(w, x), rtol=1e-5)
-    assert "z" in str(seen)
-    assert seen.to_dict()["site_grads"]["z"]["rms"] > 0
+        np.testing.assert_allclose(inspection["z"].grad, 2 * jnp.conj(z), rtol=1e-5)
+        check(z, inspection.stats["z"], rtol=1e-5)
+        check(2 * z, inspection.grad_stats["z"], rtol=1e-5)
+        assert inspection.grads.dtype == jnp.float32
+        np.testing.assert_allclose(inspection.grads, jax.grad(spectral)(w, x), rtol=1e-5)
+    assert "z" in str(inspection)
+    assert inspection.to_dict()["site_grads"]["z"]["rms"] > 0
 
 
 def test_complex_parameters_in_reports_have_the_modulus():
@@ -135,10 +135,12 @@ def test_complex_parameters_in_reports_have_the_modulus():
     def f(params):
         return jnp.sum(jnp.real(params["w"] * (3 - 4j)) + params["a"])
 
-    seen = gf.inspect(f)(params)
-    assert seen.to_dict()["grads"]["w"] == {"rms": 5.0, "max": 5.0, "nonfinite": 0}
-    np.testing.assert_allclose(seen.with_updates(params, seen.grads).update_ratios["w"], 1, rtol=1e-6)
-    ratios = seen.with_updates(params, jax.tree.map(lambda p: 1e-25 * p, params)).update_ratios
+    inspection = gf.inspect(f)(params)
+    assert inspection.to_dict()["grads"]["w"] == {"rms": 5.0, "max": 5.0, "nonfinite": 0}
+    np.testing.assert_allclose(
+        inspection.with_updates(params, inspection.grads).update_ratios["w"], 1, rtol=1e-6
+    )
+    ratios = inspection.with_updates(params, jax.tree.map(lambda p: 1e-25 * p, params)).update_ratios
     np.testing.assert_allclose([ratios["w"], ratios["a"]], 1e-25, rtol=1e-6)
     steps = gf.backprop(f, keep=True)(params)
     found = [c for step in steps for c in step.outgoing if c.name == "w"]
@@ -152,12 +154,12 @@ def test_gradients_that_vanish_in_many_layers_have_the_right_rms_and_norm():
         return jnp.sum(x)
 
     w, x = jnp.array(1e-3), jnp.ones(3)
-    seen = jax.jit(gf.inspect(deep, keep="h0"))(w, x)
-    first = float(seen.grad_stats["h0"].max)
+    inspection = jax.jit(gf.inspect(deep, keep="h0"))(w, x)
+    first = float(inspection.grad_stats["h0"].max)
     assert 0 < first < 1e-28
-    np.testing.assert_allclose(seen.grad_stats["h0"].rms, first, rtol=1e-5)
-    assert seen.to_dict()["site_grads"]["h0"]["rms"] > 0
-    assert "vanishing" in seen.flags()["h0"]
+    np.testing.assert_allclose(inspection.grad_stats["h0"].rms, first, rtol=1e-5)
+    assert inspection.to_dict()["site_grads"]["h0"]["rms"] > 0
+    assert "vanishing" in inspection.flags()["h0"]
     assert gf.backprop(deep)(w, x)[-1].outgoing[-1].norm > 0
 
 
