@@ -1,7 +1,8 @@
-"""Reachability: which values of a program its outputs are computed from.
+"""Reachability: the values of a program that some of its outputs depend on.
 
-One backward pass over the equations: an equation counts if one of its outputs is needed, and then its operands
-are needed too. In loops, what the carry needs is repeated until it no longer grows.
+One pass over the equations, from the last to the first (`gradfn.jaxpr.dataflow` runs from the first to the last): if
+an output of an equation is needed, so are its operands. Loops are repeated until what their carry needs no longer
+grows.
 """
 
 from collections.abc import Sequence
@@ -16,11 +17,13 @@ Needed = Sequence[bool]
 
 @dataclass(frozen=True)
 class Reach:
-    """What some outputs of a program are computed from.
+    """The values that some outputs of a program depend on.
 
-    By the path of an equation: which of its `outputs` are needed (equations that are not needed are absent)
-    and which of its `operands`. By the path of a container's body (that of the container and the body's
-    number; empty for the program): which of the body's `results`.
+    Attributes:
+        outputs: by the path of an equation, which of its outputs are needed; without equations that are not needed.
+        operands: likewise, which of its operands are needed.
+        results: by the path of a body (the container's path and the body's index; empty for the program), which of
+            its results are needed.
     """
 
     outputs: dict[Path, Needed] = field(default_factory=dict)
@@ -34,14 +37,14 @@ class Reach:
 
 
 def reaching(closed: ClosedJaxpr, wanted: Needed) -> Reach:
-    """Return what those outputs of a program that are `wanted` are computed from."""
+    """Return the values that the `wanted` outputs of a program depend on."""
     reach = Reach()
     _body(reach, closed.jaxpr, (), wanted)
     return reach
 
 
 def _body(reach: Reach, jaxpr: Jaxpr, prefix: Path, wanted: Needed) -> Needed:
-    """Go through a body from its results to its inputs; return which inputs are needed."""
+    """Follow a body from its results to its inputs; return which inputs are needed."""
     reach.results[prefix] = wanted
     needed = {v for v, w in zip(jaxpr.outvars, wanted, strict=True) if w and not isinstance(v, Literal)}
     for i in reversed(range(len(jaxpr.eqns))):
@@ -87,7 +90,7 @@ def _scan(reach: Reach, eqn: JaxprEqn, jaxpr: Jaxpr, path: Path, outputs: Needed
 
 def _while(reach: Reach, eqn: JaxprEqn, jaxpr: Jaxpr, path: Path, outputs: Needed) -> Needed:
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    # What the condition reads decides how often the body runs.
+    # What the condition reads determines the number of iterations.
     condition = eqn.params["cond_jaxpr"].jaxpr
     of_condition = _body(Reach(), condition, (), [True] * len(condition.outvars))
     carry = _either(outputs, of_condition[n_cond:])

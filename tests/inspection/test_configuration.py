@@ -194,7 +194,7 @@ def test_static_python_floats_are_configuration_in(name):
 
 
 @pytest.mark.slow
-def test_static_python_floats_are_told_from_those_that_jax_grad_would_differentiate():
+def test_static_python_floats_are_not_those_that_jax_grad_would_differentiate():
     """Issue 11, A2: of `gain`, `rate` and the like, in modules of three frameworks and in plain containers."""
     net = build()
     traced = dict(zip(["w", "gain", "depth", "p", "inference", "act"], traced_leaves(net), strict=True))

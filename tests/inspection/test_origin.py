@@ -164,7 +164,7 @@ def test_a_row_that_is_masked_everywhere():
 
 
 @pytest.mark.slow
-def test_an_infinity_that_is_made_is_told_from_a_mask():
+def test_a_computed_infinity_is_not_a_mask():
     def f(p, x):
         a = attention(p, x)
         return a + jnp.exp(100.0 * a)

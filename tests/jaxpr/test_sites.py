@@ -19,7 +19,7 @@ def names(f, *args):
     return [site.name for site in find_sites(trace(f, *args))]
 
 
-def test_parameters_name_the_places_where_they_meet_data():
+def test_parameters_name_the_equations_where_they_meet_data():
     def f(p, x):
         h = jax.nn.sigmoid(x @ p["W1"] + p["b1"][None])
         w2 = (2.0 * p["W2"]).astype(jnp.float32).T  # still a parameter
@@ -73,7 +73,7 @@ def test_scopes_give_what_leaves_them():
     assert names(jax.jit(f), {"W": W}, X) == ["encoder/dense", "encoder"]
 
 
-def test_repeated_names_take_their_scope_or_a_number():
+def test_repeated_names_get_their_scope_or_a_number():
     def twice(w, x):
         return checkpoint_name(checkpoint_name(jnp.sin(x * 2), "h") * 2, "h").sum()
 
@@ -338,7 +338,7 @@ def every_activation(cases):
     return loss, dict.fromkeys(cases, W)
 
 
-def test_activation_functions_are_told_by_what_they_compute():
+def test_activation_functions_are_recognized_by_what_they_compute():
     loss, params = every_activation(CASES)
     with jax.numpy_rank_promotion("allow"):
         found = {s.name: s.kind for s in find_sites(trace(loss, params, Z))}

@@ -174,7 +174,7 @@ def test_a_weight_used_twice_that_was_reshaped(turn):
     check(loss, normal(0, 40, 30), normal(1, 4, 40), clip=False)
 
 
-def test_a_square_weight_turned_by_a_reshape_and_used_twice():
+def test_a_square_weight_transposed_by_a_reshape_and_used_twice():
     """The issue's: a permutation that leaves the shape as it was."""
 
     def loss(W, x):

@@ -54,7 +54,7 @@ def test_sums_and_running_averages():
     np.testing.assert_allclose(running.variance, (0.5 * one.variance + two.variance) / 1.5)
 
 
-def test_a_signal_below_zero_is_said():
+def test_a_signal_below_zero_is_reported():
     found = gf.per_example.noise_scale(distance)({"w": jnp.zeros(1)}, jnp.array([[1.0], [-1.0]]))
     assert float(found.gradient_square) == -1.0
     assert np.isnan(found.scale)
@@ -165,7 +165,7 @@ def test_cosines_and_norm_test_at_any_magnitude(scale):
     assert float(found.examples) == float(plain.examples)
 
 
-def test_a_variance_within_rounding_is_zero_and_said():
+def test_a_variance_within_rounding_is_zero_and_reported():
     """A loss that mixes examples, given as that of one: every example has the same gradient."""
     data = jax.random.normal(jax.random.key(0), (32, 7))
 

@@ -192,7 +192,7 @@ def norms_of_rows():
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(-3, 9), min_size=12, max_size=12), st.integers(0, 2**20))
 def test_rows_looked_up_in_any_order_and_beyond_the_ends(ids, seed):
-    """Rows that come twice add up; those out of range are dropped or brought in, as the look-up says."""
+    """Repeated rows add up; those out of range are dropped or clipped, depending on the mode of the look-up."""
     params = {"W": jax.random.normal(jax.random.key(seed), (7, 200))}
     batch = jnp.array(ids).reshape(3, 4), jax.random.normal(jax.random.key(seed + 1), (3, 4, 200))
     ours, theirs = norms_of_rows()
