@@ -18,8 +18,22 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Files and folders that are clean; `["."]` covers the whole tree.
 CLEAN = [
-    *("gradfn/core", "gradfn/jaxpr", "gradfn/curvature", "gradfn/attribution", "gradfn/layers", "gradfn/nets"),
-    *("gradfn/data", "gradfn/display.py", "benchmarks", "tests/attribution", "tests/test_display.py"),
+    *(
+        "gradfn/core",
+        "gradfn/jaxpr",
+        "gradfn/curvature",
+        "gradfn/attribution",
+        "gradfn/layers",
+        "gradfn/nets",
+    ),
+    *(
+        "gradfn/data",
+        "gradfn/display.py",
+        "gradfn/report/assets",
+        "benchmarks",
+        "tests/attribution",
+        "tests/test_display.py",
+    ),
     *(
         "tests/layers",
         "tests/nets",

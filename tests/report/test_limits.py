@@ -234,4 +234,4 @@ def test_a_digit_network_that_is_too_large_is_not_read(tmp_path):
     folder = write_run(tmp_path / "run")
     with (folder / "digit_net.safetensors").open("wb") as out:
         out.truncate(1 << 30)  # of which the disk holds nothing
-    assert "The network is too large to be computed with in the page." in text_of(page([read_run(folder)]))
+    assert "The network is too large to run in the page." in text_of(page([read_run(folder)]))

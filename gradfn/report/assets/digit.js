@@ -80,10 +80,10 @@ function resample(ink, side, left, top, wide, high, n) {
 // For each of n pixels, which of the pad's rows (or columns) are under it, and with which share.
 function shares(from, length, n, side) {
   return Array.from({ length: n }, (_, i) => {
-    const begin = from + i * length, end = begin + length;
+    const start = from + i * length, end = start + length;
     const found = [];
-    for (let k = Math.max(Math.floor(begin), 0); k < Math.min(end, side); k++)
-      found.push([k, (Math.min(k + 1, end) - Math.max(k, begin)) / length]);
+    for (let k = Math.max(Math.floor(start), 0); k < Math.min(end, side); k++)
+      found.push([k, (Math.min(k + 1, end) - Math.max(k, start)) / length]);
     return found;
   });
 }

@@ -2,7 +2,7 @@
 
 export const find = (id) => document.getElementById(id);
 
-// Make an element; attributes that begin with "on" are listeners.
+// Make an element; attributes that start with "on" are listeners.
 export function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -13,9 +13,9 @@ export function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-// Call `begun`, then `moved`, with the places of a pointer that went down on an element: [x, y] as shares of its
-// width and height. A mouse, a pen and a finger are alike.
-export function follow(target, begun, moved) {
+// Call `started`, then `moved`, with the positions of a pointer pressed on an element: [x, y] as fractions of its width and
+// height, for a mouse, a pen or a finger.
+export function follow(target, started, moved) {
   const place = (event) => {
     const box = target.getBoundingClientRect();
     return [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
@@ -34,11 +34,11 @@ export function follow(target, begun, moved) {
     });
     listen("pointerup", () => listening.abort());
     listen("pointercancel", () => listening.abort());
-    begun(place(event));
+    started(place(event));
   });
 }
 
-// A number with as many digits as are worth reading.
+// Format a number with a few significant digits.
 export function number(value) {
   if (value === 0) return "0";
   const size = Math.abs(value);
@@ -50,12 +50,12 @@ export function number(value) {
 export const sub = (text) => `<sub>${text}</sub>`;
 export const gradientOf = (name) => `<span class="whole">∂L/∂${name[0]}${name[1] ? sub(name.slice(1)) : ""}</span>`;
 
-// How many of n nodes stand in a row.
+// The number of nodes per row, for n nodes.
 export function perRow(n) {
   return n <= 12 ? Math.min(n, 5) : Math.ceil(Math.sqrt(n));
 }
 
-// Values as bars up and down, with their numbers under them where these are labels.
+// Draw values as bars up and down, with their indices below if these are labels.
 export function bars(values, labeled) {
   const largest = Math.max(...values.map(Math.abs)) || 1;
   const made = Array.from(values, (value, i) => {

@@ -1,16 +1,16 @@
-// The layers: a button for each node, with its weights as an image and how strongly it fires.
+// The layers: a button for each node, with its weights as an image and its activation as a bar.
 import { element, find, number, perRow } from "gradfn/dom.js";
 import { paint, scaleOf } from "gradfn/paint.js";
 import { PIXELS } from "gradfn/network.js";
 
-const HINT = "Picture: its weights, red excites, blue inhibits. Bar: how strongly it fires.";
+const HINT = "Image: its weights (red excites, blue inhibits). Bar: its activation.";
 
 // Call `clicked(layer, node)` for a click, `reached(layer, node)` for the arrow keys.
 export function makeLayers(model, clicked, reached) {
   const { net, trained } = model;
   const last = net.layers.length - 1;
   const scale = scaleOf(trained.layers[0].W);
-  const names = net.layers.map((_, l) => (l === last ? "Answer" : last > 1 ? `Hidden layer ${l + 1}` : "Hidden nodes"));
+  const names = net.layers.map((_, l) => (l === last ? "Output" : last > 1 ? `Hidden layer ${l + 1}` : "Hidden nodes"));
   const buttons = net.layers.map(({ nOut }, l) => Array.from({ length: nOut }, (_, i) => nodeButton(l, i)));
   buttons.forEach((of, l) => find("layers").append(column(of, l)));
 
@@ -24,7 +24,7 @@ export function makeLayers(model, clicked, reached) {
   }
 
   function column(of, l) {
-    const kind = l === last ? "answers" : "tiles";
+    const kind = l === last ? "outputs" : "tiles";
     const group = element("div", { class: kind, role: "group", "aria-label": names[l] }, ...of);
     group.style.setProperty("--per-row", perRow(of.length));
     group.style.setProperty("--tile", of.length > 40 ? "2.1rem" : of.length > 20 ? "3rem" : "3.9rem");
@@ -38,7 +38,7 @@ export function makeLayers(model, clicked, reached) {
     return made;
   }
 
-  // Arrow keys go from node to node; Tab leaves the layer.
+  // Arrow keys move between nodes; Tab leaves the layer.
   function move(event, l) {
     const wide = l === last ? 1 : perRow(buttons[l].length);
     const by = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -wide, ArrowDown: wide }[event.key];
@@ -65,7 +65,7 @@ export function makeLayers(model, clicked, reached) {
       if (l === last) {
         button.classList.toggle("best", i === best);
         button.querySelector("small").textContent = `${(100 * values[i]).toFixed(values[i] > 0.0995 ? 0 : 1)} %`;
-        button.setAttribute("aria-label", `Answer ${i}, ${(100 * values[i]).toFixed(1)} %`);
+        button.setAttribute("aria-label", `Output ${i}, ${(100 * values[i]).toFixed(1)} %`);
       } else button.setAttribute("aria-label", `${names[l]}, node ${i}, activation ${number(values[i])}`);
     });
   }

@@ -1,4 +1,4 @@
-// The network at work: an image goes in, every node shows what it makes of it, and the gradient comes back.
+// The running network: it computes every node's activation for an image, and the gradient of the loss.
 import { enlarge, prepare } from "gradfn/digit.js";
 import { element, find } from "gradfn/dom.js";
 import { makeLayers } from "gradfn/layers.js";
@@ -9,15 +9,15 @@ import { makePad } from "gradfn/pad.js";
 import { newPalette, paint } from "gradfn/paint.js";
 import { makeSteps } from "gradfn/steps.js";
 
-export function live(told) {
-  const { net: trained, arrays } = build(told);
+export function live(content) {
+  const { net: trained, arrays } = build(content);
   const model = changeable(trained);
   const { net } = model;
   const spline = arrays.spline ? arrays.spline.values : null;
   const pen = spline ? 0.13 : 0.08; // digits of 8x8 pixels have thick lines
-  const samples = told.labels.map((_, i) => arrays.samples.values.slice(784 * i, 784 * (i + 1)));
-  // `asked` is false while the right answer is only taken to be what the network says.
-  const state = { x: samples[0], sample: 0, label: told.labels[0], asked: true, layer: 0, node: 0 };
+  const samples = content.labels.map((_, i) => arrays.samples.values.slice(784 * i, 784 * (i + 1)));
+  // `asked` is false while no label was chosen: then the label is the network's own prediction.
+  const state = { x: samples[0], sample: 0, label: content.labels[0], asked: true, layer: 0, node: 0 };
   let now = compute(net, state.x, state.label);
 
   const prepared = (ink, side) => prepare(ink, side, spline);
@@ -47,7 +47,7 @@ export function live(told) {
   const steps = makeSteps(net, setLabel);
 
   const buttons = samples.map((_, i) => {
-    const name = `Test digit, a ${told.labels[i]}${i < 10 ? "" : ", which the network takes for another"}`;
+    const name = `Test digit, a ${content.labels[i]}${i < 10 ? "" : ", which the network misclassifies"}`;
     const canvas = element("canvas", { class: "pixels" });
     return element("button", { type: "button", "aria-label": name, onclick: () => pick(i) }, canvas);
   });
@@ -55,7 +55,7 @@ export function live(told) {
 
   function pick(i) {
     pad.empty();
-    change({ x: samples[i], sample: i, label: told.labels[i], asked: true });
+    change({ x: samples[i], sample: i, label: content.labels[i], asked: true });
   }
 
   function setBias(layer, i, value) {
@@ -72,10 +72,10 @@ export function live(told) {
   function change(what) {
     Object.assign(state, what);
     now = compute(net, state.x, state.label);
-    const said = now.probabilities.indexOf(Math.max(...now.probabilities));
-    if (!state.asked && said !== state.label) {
-      state.label = said;
-      now = compute(net, state.x, said);
+    const predicted = now.probabilities.indexOf(Math.max(...now.probabilities));
+    if (!state.asked && predicted !== state.label) {
+      state.label = predicted;
+      now = compute(net, state.x, predicted);
     }
     show();
   }
@@ -96,17 +96,17 @@ export function live(told) {
     show();
   }
 
-  // Begin with the node that says most about the first digit.
+  // Select the node that contributes most to the output for the first digit.
   if (net.layers.length > 1) {
     const { nIn, W } = net.layers[1];
-    const said = net.layers.length === 2 ? state.label : 0;
-    const says = now.pass.a[0].map((a, i) => W[said * nIn + i] * a);
-    state.node = says.indexOf(Math.max(...says));
+    const predicted = net.layers.length === 2 ? state.label : 0;
+    const contributions = now.pass.a[0].map((a, i) => W[predicted * nIn + i] * a);
+    state.node = contributions.indexOf(Math.max(...contributions));
   }
   document.documentElement.addEventListener("theme", paintAll);
   paintAll();
 
-  // For tests, and for the curious at the console.
+  // For tests, and for use in the browser's console.
   const tools = { build, compute, gradients, prepare: prepared, enlarge: (gray) => enlarge(gray, spline) };
   const controls = { pick, select, setBias, setRegion, setLabel, step: steps.next };
   return { ...tools, ...controls, net, samples, state, now: () => now };

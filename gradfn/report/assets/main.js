@@ -1,4 +1,4 @@
-// The page: its light or dark, its pictures and, where it holds a network, the network at work.
+// The page: its light or dark theme, its pictures and, if it contains one, the running network.
 import { liveCurves } from "gradfn/curves.js";
 import { live } from "gradfn/live.js";
 
@@ -9,7 +9,7 @@ function isDark() {
   return root.style.colorScheme ? root.style.colorScheme === "dark" : dark.matches;
 }
 
-// What colors alone cannot do (exchange light and dark in a picture) the style sheet does by this attribute.
+// The style sheet uses this attribute to invert pictures in dark mode, which colors alone cannot do.
 function showTheme() {
   root.dataset.theme = isDark() ? "dark" : "light";
   root.dispatchEvent(new Event("theme"));
@@ -22,7 +22,7 @@ document.getElementById("theme").addEventListener("click", () => {
 dark.addEventListener("change", showTheme);
 showTheme();
 
-// A picture, as large as it is.
+// Show a picture in its original size.
 const large = document.getElementById("large");
 for (const button of document.querySelectorAll(".enlarge")) {
   button.addEventListener("click", () => {
@@ -36,5 +36,5 @@ large.addEventListener("click", (event) => {
 
 liveCurves();
 
-const told = document.getElementById("net");
-if (told) window.gradfn = live(JSON.parse(told.textContent));
+const content = document.getElementById("net");
+if (content) window.gradfn = live(JSON.parse(content.textContent));

@@ -1,12 +1,12 @@
 // A multilayer perceptron on plain arrays: forward, loss and backward, in double precision.
 //
 // A network is { layers: [{ nIn, nOut, W, b, squash }], loss }, W an array [nOut * nIn], row after row.
-// What it computes has the names it has in Python: z1 = W1 a0 + b1, a1 = squash(z1), ...; a0 is the input x.
+// Values have the names that they have in Python: z1 = W1 a0 + b1, a1 = squash(z1), ...; a0 is the input x.
 
 const GELU = Math.sqrt(2 / Math.PI);
 const sigmoid = (z) => 1 / (1 + Math.exp(-z));
 
-// What a node makes of its weighted sum z, and the slope of that at z, where it made a.
+// The activation of a node for its weighted sum z, and its slope at z, where the activation is a.
 const squashes = {
   none: { of: (z) => z, slope: () => 1 },
   sigmoid: { of: sigmoid, slope: (z, a) => a * (1 - a) },
@@ -35,7 +35,7 @@ export function forward(net, x) {
     input = sums.map(squashes[squash].of);
     a.push(input);
   }
-  return { x, z, a, answer: input };
+  return { x, z, a, output: input };
 }
 
 export function softmax(z) {
@@ -45,28 +45,28 @@ export function softmax(z) {
   return powers.map((power) => power / sum);
 }
 
-// How sure the network is of each label: what its loss compares with the right one.
+// The probability of each label, which the loss compares with the correct one.
 export function probabilities(net, pass) {
-  return net.loss === "cross-entropy" ? softmax(pass.answer) : Array.from(pass.answer);
+  return net.loss === "cross-entropy" ? softmax(pass.output) : Array.from(pass.output);
 }
 
 export function lossOf(net, pass, label) {
   if (net.loss === "cross-entropy") {
-    const top = Math.max(...pass.answer);
-    const sum = pass.answer.reduce((total, value) => total + Math.exp(value - top), 0);
-    return top + Math.log(sum) - pass.answer[label];
+    const top = Math.max(...pass.output);
+    const sum = pass.output.reduce((total, value) => total + Math.exp(value - top), 0);
+    return top + Math.log(sum) - pass.output[label];
   }
-  return pass.answer.reduce((total, value, i) => total + 0.5 * (value - (i === label)) ** 2, 0);
+  return pass.output.reduce((total, value, i) => total + 0.5 * (value - (i === label)) ** 2, 0);
 }
 
 // The chain rule, step by step from the loss to the input: [{ name, layer, kind, values }].
-// kind is "a" (what came out of a layer), "z" (its weighted sums), "W" (its weights; with its biases) or "x".
+// kind is "a" (the output of a layer), "z" (its weighted sums), "W" (its weights; with its biases) or "x".
 export function backward(net, pass, label) {
   const steps = [];
   const add = (kind, layer, values, more = {}) => {
     steps.push({ name: kind === "x" ? "x" : `${kind}${layer + 1}`, kind, layer, values, ...more });
   };
-  // Both losses have the same slope: what was said less what is right.
+  // Both losses have the same derivative: prediction minus target.
   let out = Float64Array.from(probabilities(net, pass), (share, i) => share - (i === label));
   for (let l = net.layers.length - 1; l >= 0; l--) {
     const { nIn, nOut, W, squash } = net.layers[l];
@@ -91,7 +91,7 @@ export function backward(net, pass, label) {
   return steps;
 }
 
-// The gradients by the names of what they belong to.
+// The gradients by name.
 export function gradients(steps) {
   const found = {};
   for (const { name, kind, layer, values, bias } of steps) {

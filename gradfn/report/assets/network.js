@@ -1,9 +1,9 @@
-// The network of the page: as it was trained, and as it is now, with biases moved and regions cut out.
+// The network of the page: as it was trained, and as it is now, with changed biases and regions.
 import { backward, forward, lossOf, probabilities } from "gradfn/mlp.js";
 
 export const PIXELS = 28; // of an image, in each direction
 
-// Arrays come as base64 of little-endian float32.
+// Decode an array from base64 of little-endian float32.
 function decode({ data, shape }) {
   const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
   const view = new DataView(bytes.buffer);
@@ -11,34 +11,34 @@ function decode({ data, shape }) {
   return { values, shape };
 }
 
-// Return the network that the page was told, and all arrays that came with it.
-export function build(told) {
-  const arrays = Object.fromEntries(Object.entries(told.arrays).map(([name, each]) => [name, decode(each)]));
+// Return the network that the page contains, and all its arrays.
+export function build(content) {
+  const arrays = Object.fromEntries(Object.entries(content.arrays).map(([name, each]) => [name, decode(each)]));
   const n = Object.keys(arrays).filter((name) => /^W\d+$/.test(name)).length;
   const layers = Array.from({ length: n }, (_, l) => ({
     nIn: arrays[`W${l + 1}`].shape[1],
     nOut: arrays[`W${l + 1}`].shape[0],
     W: arrays[`W${l + 1}`].values,
     b: arrays[`b${l + 1}`].values,
-    squash: (l < n - 1 ? told.activation : told.output) || "none",
+    squash: (l < n - 1 ? content.activation : content.output) || "none",
   }));
-  return { net: { layers, loss: told.loss }, arrays };
+  return { net: { layers, loss: content.loss }, arrays };
 }
 
-// Everything there is to know of a network and an image: forward, loss, backward.
+// The forward pass, the loss and the backward pass for an image.
 export function compute(net, x, label) {
   const pass = forward(net, x);
   const steps = backward(net, pass, label);
   return { pass, probabilities: probabilities(net, pass), loss: lossOf(net, pass, label), steps };
 }
 
-// A copy of a trained network that can be changed, and changed back.
+// A copy of a trained network that can be changed and restored.
 export function changeable(trained) {
   const copied = ({ W, b, ...rest }) => ({ ...rest, W: W.slice(), b: b.slice() });
   const net = { loss: trained.loss, layers: trained.layers.map(copied) };
   const regions = new Map(); // by node of the first layer: { left, top, right, bottom }, all included
 
-  // Keep only the weights of a node of the first layer that lie within a region; null brings back all.
+  // Keep only the weights of a node of the first layer that are inside a region; null restores all.
   function setRegion(i, region) {
     const { W, nIn } = net.layers[0];
     if (region) regions.set(i, region);

@@ -4,7 +4,7 @@ import { gradients } from "gradfn/mlp.js";
 import { PIXELS } from "gradfn/network.js";
 import { paint, scaleOf } from "gradfn/paint.js";
 
-// Call `biasMoved(value)` and `regionDrawn(region or null)` for the node that is shown.
+// Call `biasMoved(value)` and `regionDrawn(region or null)` for the shown node.
 export function makeNode(model, biasMoved, regionDrawn, undone) {
   const { net, trained, regions } = model;
   const last = net.layers.length - 1;
@@ -15,22 +15,22 @@ export function makeNode(model, biasMoved, regionDrawn, undone) {
   slider.addEventListener("input", () => biasMoved(Number(slider.value)));
   find("undo").addEventListener("click", undone);
 
-  // A region is dragged on the weights; a click brings the whole image back.
+  // Dragging on the weights selects a region; a click restores the whole image.
   const canHaveRegion = () => chosen.layer === 0;
   const region = () => (canHaveRegion() ? regions.get(chosen.node) : undefined);
   const pixel = ([x, y]) => [x, y].map((share) => Math.min(Math.max(Math.floor(share * PIXELS), 0), PIXELS - 1));
   let corner = null;
-  const begin = (place) => {
+  const start = (place) => {
     corner = pixel(place);
     if (region()) regionDrawn(null);
   };
-  follow(weights, begin, (place) => {
+  follow(weights, start, (place) => {
     const [x, y] = pixel(place), [u, v] = corner;
     if (!canHaveRegion() || (x === u && y === v)) return;
     regionDrawn({ left: Math.min(x, u), right: Math.max(x, u), top: Math.min(y, v), bottom: Math.max(y, v) });
   });
 
-  // By keys: Enter makes a region, arrows move it, with Shift they resize it, Escape takes it away.
+  // By keys: Enter makes a region, arrows move it, with Shift they resize it, Escape removes it.
   const arrows = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
   weights.addEventListener("keydown", (event) => {
     const before = region();
@@ -56,7 +56,7 @@ export function makeNode(model, biasMoved, regionDrawn, undone) {
     const gradient = grads[`W${layer + 1}`].subarray(i * nIn, (i + 1) * nIn);
     const columns = layer ? perRow(nIn) : PIXELS;
     const hidden = last > 1 ? `Node ${i} of hidden layer ${layer + 1}` : `Hidden node ${i}`;
-    find("node-title").textContent = layer === last ? `Answer ${i}` : hidden;
+    find("node-title").textContent = layer === last ? `Output ${i}` : hidden;
     find("undo").hidden = !model.anyChanged();
     paint(weights, row, columns, scales[layer]);
     paint(find("node-signal"), signal, columns, scaleOf(signal));
@@ -86,23 +86,23 @@ export function makeNode(model, biasMoved, regionDrawn, undone) {
     const sums = `z = ${number(sum)} ${bias < 0 ? "−" : "+"} ${number(Math.abs(bias))} = <b>${number(z)}</b>`;
     find("node-out").innerHTML = plain ? sums : `${sums}<br>a = ${squash}(z) = <b>${number(a)}</b>`;
     const names = plain ? [`z${layer + 1}`] : [`a${layer + 1}`, `z${layer + 1}`];
-    const told = names.map((name) => `${gradientOf(name)} = ${number(grads[name][node])}`);
-    find("node-gradients").innerHTML = `Gradient of the loss: ${told.join(", ")} = ${gradientOf("b")}`;
+    const gradientTexts = names.map((name) => `${gradientOf(name)} = ${number(grads[name][node])}`);
+    find("node-gradients").innerHTML = `Gradient of the loss: ${gradientTexts.join(", ")} = ${gradientOf("b")}`;
   }
 
-  // What the node adds to each node that it leads to.
+  // The node's contribution to each node of the next layer.
   function showVotes(a) {
     const { layer, node } = chosen;
     find("votes").hidden = layer === last;
     if (layer === last) return;
     const { nIn, nOut, W } = net.layers[layer + 1];
     const added = Array.from({ length: nOut }, (_, k) => W[k * nIn + node] * a);
-    const toAnswers = layer + 1 === last;
-    const title = toAnswers ? "What it adds to each answer" : "What it adds to each node of the next layer";
-    find("votes").replaceChildren(element("p", { class: "hint" }, title), bars(added, toAnswers));
+    const toOutputs = layer + 1 === last;
+    const title = toOutputs ? "Its contribution to each output" : "Its contribution to each node of the next layer";
+    find("votes").replaceChildren(element("p", { class: "hint" }, title), bars(added, toOutputs));
   }
 
-  // Darken what is outside of a region.
+  // Darken the pixels outside of a region.
   function shade(region) {
     if (!region) return;
     const context = weights.getContext("2d");

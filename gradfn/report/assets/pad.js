@@ -27,11 +27,11 @@ export function makePad(pen, drawn) {
   }
 
   const scaled = (place) => place.map((share) => share * side);
-  const begin = (place) => {
+  const start = (place) => {
     strokes.push([scaled(place)]);
     changed();
   };
-  follow(pad, begin, (place) => {
+  follow(pad, start, (place) => {
     strokes[strokes.length - 1].push(scaled(place));
     changed();
   });

@@ -30,7 +30,7 @@ export function paint(canvas, values, columns, scale) {
   paintTiles(canvas, [values], columns, scale, 1);
 }
 
-// Paint tiles of values side by side, so many in a row, with a gap of a few pixels between them.
+// Paint tiles of values side by side, `perRow` in a row, with a gap of a few pixels between them.
 export function paintTiles(canvas, tiles, columns, scale, perRow, gap = 2) {
   const rows = Math.ceil(tiles[0].length / columns);
   canvas.width = perRow * (columns + gap) - gap;

@@ -1,17 +1,17 @@
-// The gradient on its way back from the loss, one step at a time, each with its equation and its picture.
+// The backward pass, one step at a time, each with its equation and its picture.
 import { bars, element, find, gradientOf, number, perRow, sub } from "gradfn/dom.js";
 import { PIXELS } from "gradfn/network.js";
 import { paint, paintTiles } from "gradfn/paint.js";
 
-// Call `asked(label)` when another right answer is chosen.
-export function makeSteps(net, asked) {
+// Call `chosen(label)` when another correct label is chosen.
+export function makeSteps(net, chosen) {
   const last = net.layers.length - 1;
   const entropy = net.loss === "cross-entropy";
   let steps = [];
   let shown = 1;
 
   const labels = Array.from({ length: net.layers[last].nOut }, (_, label) => {
-    const input = element("input", { type: "radio", name: "label", value: label, onchange: () => asked(label) });
+    const input = element("input", { type: "radio", name: "label", value: label, onchange: () => chosen(label) });
     find("labels").append(element("label", {}, input, element("span", {}, `${label}`)));
     return input;
   });
@@ -24,27 +24,27 @@ export function makeSteps(net, asked) {
   find("previous").addEventListener("click", () => reveal(shown - 1));
   find("every").addEventListener("click", () => reveal(steps.length));
 
-  // The formula of a step, as HTML, and what it means.
+  // The formula of a step, as HTML, and its explanation.
   function explained({ name, kind, layer, values }, first) {
     const l = layer + 1;
     const own = gradientOf(name), ofSums = gradientOf(`z${l}`), ofNext = gradientOf(`z${l + 1}`);
     if (first) {
-      const said = entropy ? `softmax(${name[0]}${sub(l)})` : `a${sub(l)}`;
-      return [`${own} = ${said} − y`, "What it said, less what is right (y is 1 at the right answer, else 0)."];
+      const predicted = entropy ? `softmax(${name[0]}${sub(l)})` : `a${sub(l)}`;
+      return [`${own} = ${predicted} − y`, "Prediction minus target (y is 1 for the correct label, else 0)."];
     }
     if (kind === "W") {
-      const many = values.length.toLocaleString("en");
+      const count = values.length.toLocaleString("en");
       const input = layer ? `a${sub(layer)}` : "x";
-      const text = `Each weight: the gradient of its node times what came in. ${many} of them.`;
+      const text = `Each weight: the gradient of its node times its input. ${count} weights.`;
       return [`${own} = ${ofSums} ${input}ᵀ<br>${gradientOf(`b${l}`)} = ${ofSums}`, text];
     }
     if (kind === "z") {
       const formula = `${own} = ${gradientOf(`a${l}`)} ⊙ ${net.layers[layer].squash}′(z${sub(l)})`;
-      return [formula, "Through the activation: its slope lets pass much, little or nothing."];
+      return [formula, "Through the activation: times its slope."];
     }
     const formula = `${own} = W${sub(l + 1)}ᵀ ${ofNext}`;
-    const toPixels = "Back to the pixels: ink at red makes the loss grow, ink at blue makes it fall.";
-    const toNodes = "Back through the weights: what each node did to all that it leads to.";
+    const toPixels = "To the pixels: darkening a red pixel increases the loss, darkening a blue one decreases it.";
+    const toNodes = "Through the weights: the sum over all nodes that a node feeds.";
     return [formula, kind === "x" ? toPixels : toNodes];
   }
 
@@ -54,10 +54,10 @@ export function makeSteps(net, asked) {
     if (i >= shown) return element("li", { class: "unknown" }, title);
     const largest = step.values.reduce((top, value) => Math.max(top, Math.abs(value)), 0);
     const [formula, meaning] = explained(step, i === 0);
-    const told = element("p", { class: "formula" });
-    told.innerHTML = formula;
+    const equation = element("p", { class: "formula" });
+    equation.innerHTML = formula;
     const hint = element("p", { class: "hint" }, `${meaning} Largest: ${number(largest)}.`);
-    return element("li", {}, title, element("div", { class: "view" }, picture(step, largest)), told, hint);
+    return element("li", {}, title, element("div", { class: "view" }, picture(step, largest)), equation, hint);
   }
 
   function picture({ name, kind, layer, values }, largest) {
@@ -65,7 +65,7 @@ export function makeSteps(net, asked) {
     const canvas = element("canvas", { class: "pixels", role: "img", "aria-label": `Gradient of ${name}` });
     if (kind === "x") paint(canvas, values, PIXELS, largest);
     else if (kind === "W") {
-      // A tile for each node: its weights, arranged as the pixels or the nodes are that they come from.
+      // A tile for each node: its weights, arranged like the pixels or nodes of its input.
       const { nIn, nOut } = net.layers[layer];
       const rows = Array.from({ length: nOut }, (_, i) => values.subarray(nIn * i, nIn * (i + 1)));
       paintTiles(canvas, rows, layer ? perRow(nIn) : PIXELS, largest, perRow(nOut), layer ? 1 : 2);
