@@ -29,7 +29,7 @@ def pytest_configure(config):
     compile are cached in a temporary folder. Tests marked `optimized` check the optimized program. Both kinds do
     not mix in one process, because compiled operations are kept between tests.
     """
-    if "not optimised" in config.option.markexpr:
+    if "not optimized" in config.option.markexpr:
         jax.config.update("jax_disable_most_optimizations", True)
         folder = tempfile.TemporaryDirectory(prefix="gradfn-compiled-")
         config.add_cleanup(folder.cleanup)

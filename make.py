@@ -23,12 +23,12 @@ CHECKS = {
         ["-m", "ruff", "check", "."],
         ["-m", "ruff", "format", "--check", "."],
         ["-m", "mypy"],
-        [*PYTEST, "-m", "not optimised and not attack"],
-        [*PYTEST, "-m", "optimised", "tests"],
+        [*PYTEST, "-m", "not optimized and not attack"],
+        [*PYTEST, "-m", "optimized", "tests"],
     ],
     "quick": [
-        [*PYTEST, "-m", "not slow and not optimised"],
-        [*PYTEST, "-m", "optimised and not slow", "tests"],
+        [*PYTEST, "-m", "not slow and not optimized"],
+        [*PYTEST, "-m", "optimized and not slow", "tests"],
     ],
 }
 # A later jax will use other primitives for jax.checkpoint and checkpoint_name; jax 0.12 has them behind this flag.
@@ -84,7 +84,7 @@ def remat():
         print("Python 3.12 or newer not found: skipping the tests with jax's next remat")
         return 0
     python = environment(".venv-" + name, "test,frameworks", found[name])
-    return run([python, *PYTEST, "-m", "not slow and not optimised", *TRACED_PROGRAMS], NEXT_REMAT)
+    return run([python, *PYTEST, "-m", "not slow and not optimized", *TRACED_PROGRAMS], NEXT_REMAT)
 
 
 def usable(name):

@@ -133,7 +133,7 @@ def test_gradients_equal_finite_differences(name, x64):
     check_grads(jax.jit(net.apply), (params, x), order=1, modes=["rev", "fwd"], rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.optimised
+@pytest.mark.optimized
 def test_inspected_gradients_equal_value_and_grad(name):
     """Compiled, XLA may fuse operations differently, within the documented bound; uncompiled they are equal."""
     net, params, xs = case(name)

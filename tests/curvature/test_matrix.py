@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gradfn.inspection import inspect
 
-pytestmark = pytest.mark.optimised
+pytestmark = pytest.mark.optimized
 
 X = jax.random.normal(jax.random.key(1), (16, 8))
 FEW = X[:4]

@@ -7,7 +7,7 @@ import gradfn as gf
 from gradfn.flatten import flat_products
 from gradfn.jaxpr import walk
 
-pytestmark = pytest.mark.optimised
+pytestmark = pytest.mark.optimized
 
 
 def ranks(f, *args):

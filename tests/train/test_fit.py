@@ -18,7 +18,7 @@ import gradfn as gf
 from gradfn.train.log import Log
 from gradfn.train.source import Source, take_rows
 
-pytestmark = pytest.mark.optimised
+pytestmark = pytest.mark.optimized
 
 module = sys.modules["gradfn.train._fit"]
 net = gf.mlp([3, 4, 2])
