@@ -24,6 +24,7 @@ from rich.table import Table
 from gradfn.files import replace_file
 from gradfn.train import checkpoint
 from gradfn.train.log import Log
+from gradfn.train.notes import Notes, Settings
 from gradfn.train.saver import Saver
 
 ARRAYS = 100
@@ -64,10 +65,10 @@ def costs(folder: Path, size: int, chunk: float) -> Iterator[Cost]:
         return time.monotonic() - began
 
     def in_background() -> float:
-        log = Log(folder, {"steps": 1, "batch_size": 1, "seed": 0, "eval_every": 1}, None, False, None)
-        with Saver(log, 0.0) as saver:
+        notes = Notes(settings=Settings(steps=1, batch_size=1, seed=0, eval_every=1), finished=False)
+        with Saver(Log(folder, 1, None, progress=False), 0.0) as saver:
             began = time.monotonic()
-            saver.save(1, state)  # type: ignore[arg-type]
+            saver.save(1, state, notes)  # type: ignore[arg-type]
             time.sleep(chunk)
             saver.wait()
             return time.monotonic() - began - chunk

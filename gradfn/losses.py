@@ -1,4 +1,4 @@
-"""Losses: a net and a way to compare its answer, as `loss(params, (x, y)) -> scalar` for one example."""
+"""Losses that compare the output of a net with a target: `loss(params, (x, y)) -> scalar`, of one example."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ class NetLoss:
 
 
 def classification_loss(net: Net) -> ExampleLoss:
-    """Return the cross-entropy of a net's logits with an integer label, for one example.
+    """Return the cross-entropy between a net's logits and an integer label, the loss of one example.
 
     Args:
-        net: answers with one logit a class, `[classes]` or `[classes, 1]`.
+        net: returns one logit per class, `[classes]` or `[classes, 1]`.
 
     Returns:
-        `loss(params, (x, label)) -> scalar`, in nats; `label` is an integer scalar in [0, classes), or `[1]`. A
-        label outside of that range, which compiled code cannot raise for, gives NaN; `gf.fit` refuses it.
+        `loss(params, (x, label)) -> scalar`, in nats; `label` is an integer scalar in [0, classes), or `[1]`. In
+        compiled code, which cannot raise an error, a label outside this range gives NaN; `gf.fit` refuses it.
 
     Raises:
-        ValueError: several labels for one example (one-hot vectors), a net with one output.
+        ValueError: several labels for one example (a one-hot vector), or a net with one output.
         TypeError: a label that is not an integer.
 
     >>> import jax, jax.numpy as jnp, gradfn as gf
@@ -63,27 +63,27 @@ def classification_loss(net: Net) -> ExampleLoss:
     >>> gf.classification_loss(net)(zeros, (jnp.zeros(784), 3))  # the logarithm of 10
     Array(2.3025851, dtype=float32)
     """
-    what = "classification_loss"
+    name = "classification_loss"
 
     def compare(logits: jax.Array, y: PyTree) -> jax.Array:
-        logits = widen(_vector(logits, what))
-        label, zero = label_of(y, logits.size, what)
+        logits = widen(_vector(logits, name))
+        label, zero = label_of(y, logits.size, name)
         return optax.softmax_cross_entropy_with_integer_labels(logits + zero.astype(logits.dtype), label)
 
-    return _on_net(what, net, compare, functools.partial(_check_labels, what=what))
+    return _on_net(name, net, compare, functools.partial(_check_labels, name=name))
 
 
 def regression_loss(net: Net) -> ExampleLoss:
-    """Return the squared error of a net's answer, meant over its outputs, for one example.
+    """Return the mean squared error over the outputs of a net, the loss of one example.
 
     Args:
-        net: answers with `[n]`, one value a target.
+        net: returns `[n]`, one value per target.
 
     Returns:
         `loss(params, (x, y)) -> scalar`, in squared units of `y`; `y` is `[n]`, or a scalar where `n` is 1.
 
     Raises:
-        ValueError: `y` has another shape than the answer, axes of size 1 aside (either may be flat).
+        ValueError: `y` and the output have different shapes. Axes of size 1 do not count, and either may be flat.
 
     >>> import jax.numpy as jnp, gradfn as gf
     >>> net = gf.mlp([2, 1])
@@ -91,26 +91,28 @@ def regression_loss(net: Net) -> ExampleLoss:
     Array(9., dtype=float32)
     """
 
-    def compare(answer: jax.Array, y: PyTree) -> jax.Array:
-        return optax.squared_error(*_alike(answer, y, "regression_loss")).mean()
+    name = "regression_loss"
 
-    return _on_net("regression_loss", net, compare, functools.partial(_check_values, what="regression_loss"))
+    def compare(output: jax.Array, y: PyTree) -> jax.Array:
+        return optax.squared_error(*_alike(output, y, name)).mean()
+
+    return _on_net(name, net, compare, functools.partial(_check_values, name=name))
 
 
 def quadratic_loss(net: Net) -> ExampleLoss:
-    """Return the quadratic cost of a net's activations, half the squared distance, for one example.
+    """Return the quadratic cost, half the squared distance between output and target, the loss of one example.
 
-    Nielsen, *Neural Networks and Deep Learning*, 2015, equation (6): what the sigmoid era trained with.
+    Nielsen, *Neural Networks and Deep Learning*, 2015, equation (6): the usual cost for sigmoid networks.
 
     Args:
-        net: answers with activations, one a class: `gf.mlp(sizes, output="sigmoid")`.
+        net: returns one activation per class: `gf.mlp(sizes, output="sigmoid")`.
 
     Returns:
         `loss(params, (x, y)) -> scalar`; `y` is an integer label as in `gf.classification_loss`, which stands for
-        the vector with a 1 at the label, or such a vector of floats.
+        its one-hot vector, or a vector of floats.
 
     Raises:
-        ValueError: a vector `y` of another size than the answer, an integer label for a net with one output.
+        ValueError: `y` and the output have different sizes, or an integer label for a net with one output.
 
     >>> import jax.numpy as jnp, gradfn as gf
     >>> net = gf.mlp([2, 3])
@@ -118,37 +120,38 @@ def quadratic_loss(net: Net) -> ExampleLoss:
     >>> gf.quadratic_loss(net)(params, (jnp.ones(2), 1))
     Array(2., dtype=float32)
     """
-    what = "quadratic_loss"
+    name = "quadratic_loss"
 
-    def compare(answer: jax.Array, y: PyTree) -> jax.Array:
+    def compare(output: jax.Array, y: PyTree) -> jax.Array:
         y = jnp.asarray(y)
         if not jnp.issubdtype(y.dtype, jnp.floating):
-            answer = _vector(answer, what)
-            label, zero = label_of(y, answer.size, what)
-            y = jax.nn.one_hot(label, answer.size, dtype=answer.dtype)
-            answer = answer + zero.astype(answer.dtype)
-        return optax.l2_loss(*_alike(answer, y, what)).sum()
+            output = _vector(output, name)
+            label, zero = label_of(y, output.size, name)
+            y = jax.nn.one_hot(label, output.size, dtype=output.dtype)
+            output = output + zero.astype(output.dtype)
+        return optax.l2_loss(*_alike(output, y, name)).sum()
 
-    def check(outputs: jax.ShapeDtypeStruct, y: PyTree) -> None:
+    def check(output: jax.ShapeDtypeStruct, y: PyTree) -> None:
         floats = jnp.issubdtype(y.dtype, jnp.floating)
-        (_check_values if floats else _check_labels)(outputs, y, what=what)
+        (_check_values if floats else _check_labels)(output, y, name=name)
 
-    return _on_net(what, net, compare, check)
+    return _on_net(name, net, compare, check)
 
 
 def next_token_loss(net: Net) -> ExampleLoss:
-    """Return the mean cross-entropy of a language model's next tokens, for one sequence.
+    """Return the cross-entropy of the next token, averaged over a sequence, the loss of one sequence.
 
     Args:
         net: from tokens `[T]` to logits `[T, vocab]`: `gf.gpt`, `gf.rnn`.
 
     Returns:
-        `loss(params, (tokens, targets)) -> scalar`, in nats a token; both are integers `[T]`, `targets[t]` what
-        comes after `tokens[t]`. Negative targets are padding: they do not count. Targets from `vocab` up, which
-        compiled code cannot raise for, give NaN; `gf.fit` refuses them.
+        `loss(params, (tokens, targets)) -> scalar`, in nats per token; both are integers `[T]`, and `targets[t]`
+        follows `tokens[t]`. Negative targets are padding and do not count. In compiled code, which cannot raise an
+        error, targets of `vocab` or more give NaN; `gf.fit` refuses them.
 
     Raises:
-        ValueError: targets of another shape than the logits' `[T]`; TypeError: targets that are not integers.
+        ValueError: the shape of the targets is not the `[T]` of the logits.
+        TypeError: targets that are not integers.
 
     >>> import jax, jax.numpy as jnp, gradfn as gf
     >>> net = gf.gpt(gf.GPTConfig(vocab=65, context=8, n_layers=1, n_heads=2, width=4))
@@ -157,12 +160,14 @@ def next_token_loss(net: Net) -> ExampleLoss:
     Array(4.1743875, dtype=float32)
     """
 
+    name = "next_token_loss"
+
     def check_form(logits: PyTree, targets: PyTree) -> None:
         if not jnp.issubdtype(targets.dtype, jnp.integer):
-            raise TypeError(f"next_token_loss: targets must be integers, got {targets.dtype}")
+            raise TypeError(f"{name}: targets must be integers, got {targets.dtype}")
         if targets.shape != logits.shape[:-1]:
             raise ValueError(
-                f"next_token_loss: expected targets {list(logits.shape[:-1])} for logits {list(logits.shape)}, got "
+                f"{name}: expected targets {list(logits.shape[:-1])} for logits {list(logits.shape)}, got "
                 f"{list(targets.shape)}"
             )
 
@@ -179,24 +184,24 @@ def next_token_loss(net: Net) -> ExampleLoss:
 
     def check(logits: jax.ShapeDtypeStruct, targets: PyTree) -> None:
         check_form(logits, jax.ShapeDtypeStruct(targets.shape[1:], targets.dtype))
-        check_range(targets, logits.shape[-1], "next_token_loss", padding=True)
+        check_range(targets, logits.shape[-1], name, padding=True)
 
-    return _on_net("next_token_loss", net, compare, check)
+    return _on_net(name, net, compare, check)
 
 
 def accuracy(net: Net) -> Callable[[PyTree, PyTree], jax.Array]:
-    """Return the share of examples whose largest output is the label's.
+    """Return a function that computes the accuracy: the share of examples whose largest output is the label's.
 
     Args:
-        net: answers with one value a class.
+        net: returns one value per class.
 
     Returns:
         `(params, (x, labels)) -> scalar` in [0, 1]; `x` is `[batch, ...]`, `labels` `[batch]` (or `[batch, 1]`)
-        integers in [0, classes). In compiled code, which cannot raise, a label outside of that range gives NaN, and
-        so does an output that is NaN.
+        integers in [0, classes). In compiled code, which cannot raise an error, a label outside this range gives
+        NaN. So does an output that is NaN.
 
     Raises:
-        ValueError: labels outside of that range, one-hot, or not one per example; a net with one output.
+        ValueError: labels outside this range, one-hot, or not one per example; a net with one output.
         TypeError: labels that are not integers.
 
     >>> import jax.numpy as jnp, gradfn as gf
@@ -207,13 +212,11 @@ def accuracy(net: Net) -> Callable[[PyTree, PyTree], jax.Array]:
 
     def share(params: PyTree, batch: PyTree) -> jax.Array:
         x, labels = _pair(as_arrays(batch, "batch"), "accuracy")
-        answers = jnp.asarray(
-            jax.vmap(lambda x: _vector(net.apply(params, x), "accuracy"))(x)
-        )  # [batch, classes]
-        n, classes = answers.shape
+        outputs = jax.vmap(lambda x: _vector(net.apply(params, x), "accuracy"))(x)  # [batch, classes]
+        n, classes = outputs.shape
         labels = labels_of(labels, n, classes, "accuracy")
-        known = (labels >= 0) & (labels < classes) & ~jnp.isnan(answers).any(-1)
-        largest = answers.argmax(-1)
+        known = (labels >= 0) & (labels < classes) & ~jnp.isnan(outputs).any(-1)
+        largest = outputs.argmax(-1)
         hits = largest == labels.astype(largest.dtype)
         return jnp.where(known, hits.astype(jnp.float32), jnp.nan).mean()
 
@@ -221,14 +224,14 @@ def accuracy(net: Net) -> Callable[[PyTree, PyTree], jax.Array]:
 
 
 def check_targets(loss: Loss, batch: PyTree) -> None:
-    """Check the targets of a batch whose values are known, where the loss is the mean of one of gradfn's own.
+    """Check the targets of a batch of concrete arrays, where the loss is the mean of one of gradfn's own.
 
     Args:
-        loss: any; only gradfn's own say what their targets are.
-        batch: what the loss takes after the parameters, with a leading axis of examples.
+        loss: any; only the targets of gradfn's own losses are known.
+        batch: the argument of the loss, with a leading axis of examples.
 
     Raises:
-        ValueError: targets that the loss would not be right for, with their range and shape.
+        ValueError: targets that do not fit the loss; it names their range and shape.
         TypeError: labels that are not integers.
     """
     one = loss_of_example(loss)
@@ -242,7 +245,7 @@ def _on_net(
     compare: Callable[[jax.Array, PyTree], jax.Array],
     check: Callable[[jax.ShapeDtypeStruct, PyTree], None],
 ) -> NetLoss:
-    """Return a loss that compares a net's output with a target; `check` is for known targets `[examples, ...]`."""
+    """Return a loss that compares a net's output with a target; `check` is for concrete targets `[examples, ...]`."""
 
     def loss(params: PyTree, example: PyTree) -> jax.Array:
         x, y = example
@@ -269,37 +272,40 @@ def _pair(batch: PyTree, what: str) -> tuple[PyTree, PyTree]:
     return batch[0], batch[1]
 
 
-def _vector(answer: jax.Array, what: str) -> jax.Array:
-    """Return a net's answer, one value a class, as `[classes]`."""
-    if answer.size != max(answer.shape, default=1):
-        raise ValueError(f"{what}: expected a net with outputs [classes], got {list(answer.shape)}")
-    return answer.reshape(-1)
+def _vector(output: PyTree, name: str) -> jax.Array:
+    """Return a net's output, one value per class, as `[classes]`."""
+    output = jnp.asarray(output)
+    if output.size != max(output.shape, default=1):
+        raise ValueError(f"{name}: expected a net with outputs [classes], got {list(output.shape)}")
+    return output.reshape(-1)
 
 
-def _check_labels(outputs: jax.ShapeDtypeStruct, y: PyTree, what: str) -> None:
-    labels_of(y, y.shape[0], outputs.size, what)
+def _check_labels(output: jax.ShapeDtypeStruct, y: PyTree, name: str) -> None:
+    labels_of(y, y.shape[0], output.size, name)
 
 
-def _check_values(outputs: jax.ShapeDtypeStruct, y: PyTree, what: str) -> None:
-    _same_shape(outputs, jax.ShapeDtypeStruct(y.shape[1:], y.dtype), what)
+def _check_values(output: jax.ShapeDtypeStruct, y: PyTree, name: str) -> None:
+    _same_shape(output, jax.ShapeDtypeStruct(y.shape[1:], y.dtype), name)
     known = not isinstance(y, jax.core.Tracer) and getattr(y, "is_fully_addressable", True)
     if known and jnp.issubdtype(y.dtype, jnp.floating) and (n := int(np.isnan(np.asarray(y)).sum())):
-        raise ValueError(f"{what}: {n:,} of {y.size:,} target values are NaN")
+        raise ValueError(f"{name}: {n:,} of {y.size:,} target values are NaN")
 
 
-def _alike(answer: jax.Array, y: PyTree, what: str) -> tuple[jax.Array, jax.Array]:
+def _alike(output: jax.Array, y: PyTree, name: str) -> tuple[jax.Array, jax.Array]:
+    """Return an output and its target as vectors of floats."""
     y = jnp.asarray(y)
-    _same_shape(answer, y, what)
+    _same_shape(output, y, name)
     if not jnp.issubdtype(y.dtype, jnp.floating):
-        y = y.astype(wide(answer.dtype))
-    return widen(answer).reshape(-1), y.reshape(-1)  # both [n]
+        y = y.astype(wide(output.dtype))
+    return widen(output).reshape(-1), y.reshape(-1)  # both [n]
 
 
-def _same_shape(answer: PyTree, y: PyTree, what: str) -> None:
-    """Compare the shapes of an answer and its target, axes of size 1 aside; one of them may be flat."""
-    shapes = [tuple(size for size in a.shape if size != 1) for a in (answer, y)]
-    if answer.size == y.size and (shapes[0] == shapes[1] or min(map(len, shapes)) == 1):
+def _same_shape(output: PyTree, y: PyTree, name: str) -> None:
+    """Compare the shapes of an output and its target without axes of size 1; one of them may be flat."""
+    shapes = [tuple(size for size in a.shape if size != 1) for a in (output, y)]
+    if output.size == y.size and (shapes[0] == shapes[1] or min(map(len, shapes)) == 1):
         return
     raise ValueError(
-        f"{what}: target: expected {answer.size} values, as the net answers {list(answer.shape)}, got {list(y.shape)}"
+        f"{name}: expected a target of {output.size} values, like the net's output {list(output.shape)}, got "
+        f"{list(y.shape)}"
     )

@@ -34,7 +34,7 @@ def fit(data=(X, Y), optimizer=None, **options):
     ],
 )
 def test_a_number_or_a_name_as_optimizer(optimizer, remedy):
-    with pytest.raises(TypeError, match=rf"optimizer must be one of optax's, got .*{remedy[4:]}"):
+    with pytest.raises(TypeError, match=rf"optimizer must be an optax optimizer, got .*{remedy[4:]}"):
         fit(optimizer=optimizer)
 
 

@@ -51,7 +51,9 @@ def test_quadratic_loss_of_labels_and_of_vectors():
 
 
 def test_a_target_of_another_size_is_refused():
-    with pytest.raises(ValueError, match=r"expected 4 values, as the net answers \[4\], got \[3\]"):
+    with pytest.raises(
+        ValueError, match=r"expected a target of 4 values, like the net's output \[4\], got \[3\]"
+    ):
         gf.regression_loss(net)(params, (x[0], jnp.ones(3)))
 
 

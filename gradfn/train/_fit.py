@@ -1,8 +1,8 @@
 """`fit`: whole chunks of steps compiled into one call, with the data on the device.
 
-What a step computes depends on its number alone (its batch, its key), and a chunk's length is a traced number:
-one program runs every chunk, so that how steps are grouped, where a run was interrupted and how fast the machine
-is change no bit of the outcome.
+What a step computes depends on its number alone (its batch, its key, whether it is inspected), and a chunk's length is
+a traced number: one program runs every chunk. So neither the grouping of steps into chunks, nor an interruption, nor
+the speed of the machine changes a bit of the result.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,31 +27,33 @@ from gradfn.train import checkpoint
 from gradfn.train.chunk import CAPACITY, chunks
 from gradfn.train.fault import fault
 from gradfn.train.folder import own, prepare
-from gradfn.train.identity import identity
-from gradfn.train.log import Log, Notes, Settings
+from gradfn.train.identity import Identity, identity
+from gradfn.train.log import Log, refuse_names
+from gradfn.train.notes import Notes, Settings, Totals, check_same_run, of_another_run
 from gradfn.train.rows import Row, Rows
 from gradfn.train.saver import Saver
 from gradfn.train.source import Source, source_of
 from gradfn.train.step import TrainState, train_state
 from gradfn.train.stopping import deferred
+from gradfn.versions import versions
 
-CHUNK_SECONDS = (
-    0.2  # what a chunk should take: often enough for the progress bar, seldom enough to cost nothing
-)
+# A chunk should take this long: short enough for the progress bar to move, long enough for calls to cost nothing.
+CHUNK_SECONDS = 0.2
 
 
 class Fit(NamedTuple):
-    """What training gave: parameters, the whole state, a row for each evaluation, inspection, measure of noise.
+    """The result of `fit`: the trained parameters, the whole state, and the rows that the run recorded.
 
     Rows are lists where there is no folder. Where there is one they are `gradfn.train.rows.Rows`, which read like
     lists: the last ones (up to 4 MB as JSON) are in memory, older ones are read from the folder's files.
 
     Attributes:
-        params: of the type that was given.
-        state: all that training carries from step to step.
-        history: a row for each evaluation: see `fit`.
-        inspections: `{"step": ...}` and what `Inspection.to_dict` says.
-        noise: `{"step": ...}`, what `NoiseScale.to_dict` says, and the `running_scale`.
+        params: the trained parameters, of the type that `fit` was given.
+        state: everything that training carries from step to step.
+        history: one row per evaluation: see `fit`.
+        inspections: one row per inspection: `{"step": ...}` and the fields of `Inspection.to_dict`.
+        noise: one row per measurement of the noise scale: `{"step": ...}`, the fields of `NoiseScale.to_dict`, and
+            the `running_scale`.
     """
 
     params: PyTree
@@ -92,64 +95,67 @@ def fit(
     Args:
         loss: of a batch, `(params, batch) -> scalar` or `(scalar, aux)`, with `key=` where it has noise in it; for a
             loss of one example, such as `gf.classification_loss(net)`, pass `gf.batch_mean(loss)`. With `state`,
-            `(params, batch, state) -> (scalar, {"state": new_state, ...})`.
-        params: any pytree, left as it is. Its floating arrays are trained; all else is configuration, so an Equinox
-            model will do. Of a Flax NNX module the `nnx.Param`s are trained, and its other variables (running
+            `(params, batch, state) -> (scalar, {"state": new_state, ...})`. `docs/losses.md` compares both kinds.
+        params: any pytree; it is not modified. Its floating arrays are trained, the rest is configuration, so an
+            Equinox model works. Of a Flax NNX module the `nnx.Param`s are trained, and its other variables (running
             means, counters of random numbers) are carried from step to step.
         data: a pytree of arrays with one leading axis of examples, which is shuffled each epoch; or a function
             `(key) -> batch` that can be compiled; or batches made on the host, see `gf.train.from_host`.
         optimizer: from optax.
-        steps: how many to take in all.
+        steps: the total number of steps.
         state: a pytree of arrays that the loss gets, and returns changed, at each step: Linen's `batch_stats`,
             Equinox's `State`. `docs/state.md` shows each.
-        batch_size: examples a step, where `data` is arrays. What does not fill a batch waits for another epoch.
+        batch_size: examples per step, where `data` is arrays. The last partial batch of an epoch is dropped;
+            reshuffling changes which examples it holds.
         seed: decides the order of the examples and the keys of noise.
         evaluate: `(params) -> {name: scalar}`, called every `eval_every` steps and at the end; with `state`, `(params,
             state) -> {name: scalar}`.
-        eval_every: in steps; once an epoch by default (a tenth of all steps where `data` is a function).
-        inspect_every: look at all gradients and activations each so many steps, with `gf.inspect`.
-        noise_every: measure the gradient's noise scale each so many steps, with `gf.per_example.noise_scale`,
-            on the step's own batch; the loss must be a `gf.batch_mean`. The running scale is of the last fifty or so.
-        stop: `(history) -> bool`, asked after each evaluation; True ends the run. See `gf.stalled`.
+        eval_every: in steps; by default an epoch (a tenth of all steps where `data` is a function).
+        inspect_every: inspect all gradients and activations every so many steps, with `gf.inspect`. The update of an
+            inspected step uses the gradients of the inspection.
+        noise_every: measure the gradient's noise scale every so many steps, with `gf.per_example.noise_scale`,
+            on the step's own batch; the loss must be a `gf.batch_mean`. The running scale averages over about fifty
+            measurements.
+        stop: `(history) -> bool`, called after each evaluation; True ends the run. See `gf.stalled`.
         folder: where to write `metrics.jsonl`, `inspections.jsonl`, `noise.jsonl`, TensorBoard events and the
-            checkpoint; None for nowhere. A run owns its folder: unless it resumes, what an earlier run of `fit`
-            wrote there is removed (other files stay). `gradfn report FOLDER` makes a page of it. The checkpoint holds
-            the state, and how far each file of rows reaches; a run that resumes cuts them to that.
+            checkpoint; None writes nothing. A run owns its folder: unless it resumes, files that an earlier run of
+            `fit` wrote there are removed (other files stay). `gradfn report FOLDER` makes a page of it. The checkpoint
+            holds the state and how far each file of rows reaches; a run that resumes truncates them to that.
         checkpoint_seconds: write a checkpoint when this much time has passed since the last (more where
-            writing one takes over a twentieth of it), and at the end. It is written while the next steps are taken.
-        keep_every: also keep the parameters each so many steps and at the end, which `gf.train.kept` reads. They
+            writing one takes over a twentieth of it), and at the end. It is written while the next steps run.
+        keep_every: also keep the parameters every so many steps and at the end, which `gf.train.kept` reads. They
             stay in the folder.
-        resume: continue from the folder's checkpoint, where there is one, to the bit as if never interrupted.
-            The data, the loss, the parameters to start from, `batch_size`, `seed`, `eval_every` and the structure
-            of the optimizer's state must be those that the run began with (`gradfn.train.identity` says how that
-            is told); nothing is written before that is checked. `steps` may be larger, unless `stop` ended the
-            run; the row of the step where it ended before stays in the history. A learning rate schedule is the
-            optimizer's: give it the steps that it is to last.
-        mesh: devices to share each batch, along the mesh's first axis; parameters are on all of them.
-        progress: show a progress bar (in a terminal) or a line for each evaluation (elsewhere).
+        resume: continue from the folder's checkpoint, if there is one: the result has the same bits as that of a run
+            that was never interrupted. The data, the loss, the initial parameters, `batch_size`, `seed`, `eval_every`
+            and the structure of the optimizer's state must be those of the run (`gradfn.train.identity` says how they
+            are compared); nothing is written before that is checked. `steps` may be larger, unless `stop` ended the
+            run; the row of the step where it ended before stays in the history. A learning rate schedule belongs to
+            the optimizer: give it the total number of steps from the start.
+        mesh: devices that share each batch, along the mesh's first axis; each device holds all parameters.
+        progress: show a progress bar (in a terminal) or a line per evaluation (elsewhere).
 
     Returns:
-        `Fit(params, state, history, inspections, noise)`, and `.model_state`. `params` is of the type that was
-        given. A row of `history` has `step`, `epoch`, `loss` (the mean
-        since the row before), `examples_per_second` (and `tokens_per_second`, padding counted, where examples
-        are whole numbers `[tokens]`), `seconds`, aux's scalars and what `evaluate` said.
+        `Fit(params, state, history, inspections, noise)`, and `.model_state`. `params` has the type of the argument.
+        A row of `history` has `step`, `epoch`, `loss` (averaged over the steps since the row before),
+        `examples_per_second` (and `tokens_per_second`, padding included, where examples are integers `[tokens]`),
+        `seconds`, the scalars of aux and what `evaluate` returned.
 
-    With a folder and in the main thread, SIGINT (Ctrl-C, a notebook's interrupt) and SIGTERM let the steps that are
-    being taken end, and an evaluation that is due. Then a checkpoint is written, a line says where it is, and
+    With a folder and in the main thread, SIGINT (Ctrl-C, a notebook's interrupt) and SIGTERM let the running steps
+    finish, and an evaluation that is due. Then a checkpoint is written, a line says where it is, and
     KeyboardInterrupt or SystemExit(143) is raised. A second signal raises it at once.
 
     Raises:
-        ValueError: data that are not numbers or arrays of unlike length, targets that gradfn's own loss is not
-            right for (labels outside of the classes, NaN), a batch that is larger than the data, numbers below 1;
-            `noise_every` with a loss that is not a `gf.batch_mean`, or with a state that is carried; a scalar of aux or
-            of `evaluate` with a name that the row has already.
+        ValueError: data that are not numbers, or arrays of different lengths; targets that do not fit gradfn's own
+            loss (labels outside the classes, NaN); a batch larger than the data; numbers below 1; `noise_every` with
+            a loss that is not a `gf.batch_mean`, or with a state that is carried; a scalar of aux or of `evaluate`
+            with a name that the row has already.
         TypeError: a loss of one example; labels that are not integers; an optimizer that is not one; an iterable of
             batches; nothing in `params` can be trained, or it holds state that must not be (it says what to write); a
             loss that does not return the state that it takes.
         FileError: another run trains in the folder; or something in it is a link, which is not followed.
-        OSError: a file in the folder cannot be written (the disk is full, say); it names the file. The last good
-            checkpoint is kept, and `resume` continues from it.
-        CheckpointError: `resume` finds the checkpoint of another run, or one that cannot be read; it says what
+        OSError: a file in the folder cannot be written (the disk is full, for instance); it names the file. The last
+            good checkpoint is kept, and `resume` continues from it.
+        CheckpointError: `resume` finds a checkpoint of another run, or one that cannot be read; it says what
             differs.
         FloatingPointError: the loss or a gradient is no longer finite; it says where that began, as
             `gf.nan_origin` finds it. The last good checkpoint is kept.
@@ -163,7 +169,7 @@ def fit(
     >>> print(fitted.params["W1"].round(3))
     [[ 1. -2.]]
     """
-    _positive(
+    _check_positive(
         steps=steps,
         eval_every=eval_every,
         inspect_every=inspect_every,
@@ -179,31 +185,23 @@ def fit(
         source = source_of(data, batch_size, seed)
         if not callable(source.content):  # a function's batches are known only inside the program
             check_targets(loss, source.content)
-        apart = state is not None  # the user's state, beside the model
-        state = train_state(params, optimizer, jax.random.key(seed), state)
-        if noise_every and state.model_state is not None:
+        settings = Settings(steps=steps, batch_size=batch_size, seed=seed, eval_every=eval_every)
+        run = _Run(settings, train_state(params, optimizer, jax.random.key(seed), state))
+        if noise_every and run.state.model_state is not None:
             raise ValueError("fit: noise_every must be None where a state is carried from step to step")
-        settings: Settings = {
-            "steps": steps,
-            "batch_size": batch_size,
-            "seed": seed,
-            "eval_every": eval_every,
-        }
-        who = None if folder is None else identity(state, source, loss)
-        log = Log(None if folder is None else Path(folder), settings, who, progress, source.tokens)
+        if folder is not None:
+            run.identity = identity(run.state, source, loss)
+        log = Log(None if folder is None else Path(folder), steps, source.tokens, progress)
         stack.enter_context(own(log.folder))
         if log.folder:
-            going_on = resume and (log.folder / CHECKPOINT).exists()
-            if going_on:
-                like = _shapes(state)
-                del state  # its memory is for the one that is loaded
-                state, notes = checkpoint.load(log.folder / CHECKPOINT, like, form=Notes)
-                log.restore(notes, int(state.step))
-            if log.finished:
-                return Fit(state.model, state, log.history, log.inspections, log.noise)
-            prepare(log.folder, resume=going_on, keep=keep_every is not None)
-        eval_every = log.settings["eval_every"] or min(source.epoch_steps or max(steps // 10, 1), steps)
-        log.settings["eval_every"] = eval_every
+            resumes = resume and (log.folder / CHECKPOINT).exists()
+            if resumes:
+                run.resume(log, log.folder)
+            if run.finished:
+                return run.result(log)
+            prepare(log.folder, resume=resumes, keep=keep_every is not None)
+        eval_every = settings["eval_every"] or min(source.epoch_steps or max(steps // 10, 1), steps)
+        settings["eval_every"] = eval_every
         periods = [
             every
             for every in (eval_every, inspect_every, noise_every, keep_every, source.order_steps)
@@ -213,59 +211,129 @@ def fit(
             # Automatic axes: the compiler shares the work, the loss knows nothing of devices.
             auto = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
             mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=auto)
-            state = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+            everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+            run.state = jax.device_put(run.state, everywhere)
             source = source.placed(mesh)
-        run = chunks(loss, optimizer, source, mesh)
+        programs = chunks(loss, optimizer, source, mesh)
 
-        step = int(state.step)
-        with log.open(step), Saver(log, checkpoint_seconds) as saver:
+        with log.open(run.step), Saver(log, checkpoint_seconds) as saver:
             if stopping.signal is None:  # compile, and take no step
-                jax.block_until_ready(run.advance(state, source.order(source.epoch(step)), 0, 0))
-            log.begin(step)
-            length = 1  # the first chunk is one step, to learn what a step takes
-            while step < steps and not log.finished and stopping.signal is None:
-                here = state, source.order(source.epoch(step)), source.row(step)
-                if inspect_every and step % inspect_every == 0:
-                    log.inspection(step, run.look(*here))
+                order = source.order(source.epoch(run.step))
+                jax.block_until_ready(programs.advance(run.state, order, 0, 0))
+                if inspect_every:
+                    jax.block_until_ready(programs.inspect(run.state, order, 0))
+            log.begin(run.step)
+            length = 1  # the first chunk is one step, to learn how long a step takes
+            while run.step < steps and not run.finished and stopping.signal is None:
+                step = run.step
+                here = run.state, source.order(source.epoch(step)), source.row(step)
                 if noise_every and step % noise_every == 0:
-                    log.noise_scale(step, run.measure(*here))
-                boundaries = ((step // every + 1) * every for every in periods)
-                end = min(step + length, steps, *boundaries)
+                    run.totals, noise = run.totals.after_noise(programs.measure(*here))
+                    log.noise_scale(step, noise)
                 began = time.monotonic()
-                after, columns, finite = run.advance(*here, end - step)
+                if inspect_every and step % inspect_every == 0:
+                    end = step + 1
+                    after, columns, finite, inspection = programs.inspect(*here)
+                else:
+                    end = min(step + length, steps, *((step // every + 1) * every for every in periods))
+                    after, columns, finite = programs.advance(*here, end - step)
+                    inspection = None
                 source.order(source.epoch(end))  # a new epoch's is shuffled while the device works
                 columns, finite = jax.device_get((columns, finite))
                 metrics = {name: column[: end - step] for name, column in columns.items()}
                 took = time.monotonic() - began
+                if inspection is not None:
+                    log.inspection(step, inspection)
                 if not (finite and np.isfinite(metrics["loss"]).all()):
-                    raise fault(loss, run, *here, metrics["loss"])
-                log.steps(metrics, source.batch_size, took)
-                if end - step == length:  # not cut short by a boundary, so its time is telling
+                    raise fault(loss, programs, *here, metrics["loss"])
+                run.totals = run.totals.after_steps(metrics, source.batch_size, took)
+                run.state, run.step = after, end
+                log.advance(end, float(metrics["loss"][-1]), run.totals)
+                if inspection is None and end - step == length:  # not cut short, so its time is telling
                     aim = length * CHUNK_SECONDS / max(took, 1e-9)
                     length = int(np.clip(aim, max(length // 2, 1), min(length * 8, CAPACITY)))
-                state, step = after, end
-                if step % eval_every == 0 or step == steps:
-                    carried = [state.model_state] if apart else []
-                    answers = {} if evaluate is None else evaluate(state.model, *carried)
-                    epoch = step / source.epoch_steps if source.epoch_steps else None
-                    log.row(step, epoch, {name: float(value) for name, value in answers.items()})
-                    log.finished = step == steps or (stop is not None and stop(log.history))
-                if log.folder and keep_every and (step % keep_every == 0 or log.finished):
-                    checkpoint.keep(log.folder, step, state.params, state.model_state)
+                if end % eval_every == 0 or end == steps:
+                    carried = [] if state is None else [run.state.model_state]
+                    evaluated = {} if evaluate is None else evaluate(run.state.model, *carried)
+                    refuse_names(evaluated, "evaluate", run.totals.sums)
+                    epoch = end / source.epoch_steps if source.epoch_steps else None
+                    evaluated = {name: float(value) for name, value in evaluated.items()}
+                    log.row(run.totals.row(end, epoch, source.tokens, evaluated))
+                    run.totals = run.totals.after_row()
+                    run.finished = end == steps or (stop is not None and stop(log.history))
+                if log.folder and keep_every and (end % keep_every == 0 or run.finished):
+                    checkpoint.keep(log.folder, end, run.state.params, run.state.model_state)
                 del here, after  # the state that the checkpoint being written does not need
                 saver.wait()
-                if log.finished or saver.due():
-                    saver.save(step, state)
-            if stopping.signal is not None and saver.step != step:
-                saver.save(step, state)
+                if run.finished or saver.due():
+                    saver.save(end, run.state, run.notes(log))
+            if stopping.signal is not None and saver.step != run.step:
+                saver.save(run.step, run.state, run.notes(log))
         if log.folder:
             file = log.folder / CHECKPOINT
-            stopping.message = f"stopped at step {step:,} of {steps:,}; resume=True continues from {file}"
-        return Fit(state.model, state, log.history, log.inspections, log.noise)
+            stopping.message = f"stopped at step {run.step:,} of {steps:,}; resume=True continues from {file}"
+        return run.result(log)
+
+
+@dataclass
+class _Run:
+    """The state of a run of `fit`: what a checkpoint holds, beside the rows.
+
+    Attributes:
+        settings: the arguments of `fit` that decide what the run computes.
+        state: after `step` steps.
+        step: how many steps were taken.
+        finished: whether the run has ended: it took all its steps, or `stop` ended it.
+        totals: what it has counted.
+        identity: what tells it from other runs; None where there is no folder.
+    """
+
+    settings: Settings
+    state: TrainState
+    step: int = 0
+    finished: bool = False
+    totals: Totals = field(default_factory=Totals)
+    identity: Identity | None = None
+
+    def resume(self, log: Log, folder: Path) -> None:
+        """Continue from the checkpoint in a folder, with the rows up to there; nothing is written.
+
+        Raises:
+            CheckpointError: it is of another run, or cannot be read.
+        """
+        assert self.identity
+        self.state = _shapes(self.state)  # its memory is for the one that is loaded
+        self.state, notes = checkpoint.load(folder / CHECKPOINT, self.state, form=Notes)
+        self.step = int(self.state.step)
+        log.restore(check_same_run(notes, self.settings, self.identity, folder), self.step)
+        last = log.history[-1]["step"] if log.history else 0
+        if last + notes.n_steps != self.step or notes.n_steps < 0:
+            found = f"{last:,} in the last row and {notes.n_steps:,} since"
+            raise of_another_run(folder, f"is of step {self.step:,}, but counts {found}; it is damaged")
+        self.totals = notes.totals
+        # A run that took all its steps may take more; one that `stop` ended has ended.
+        longer = last == notes.settings["steps"] < self.settings["steps"]
+        self.finished = notes.finished and not longer
+        self.settings["eval_every"] = self.settings["eval_every"] or notes.settings["eval_every"]
+
+    def notes(self, log: Log) -> Notes:
+        """Return what a checkpoint holds beside the state."""
+        return Notes(
+            **vars(self.totals),
+            settings=self.settings,
+            finished=self.finished,
+            logs=log.extents,
+            identity=self.identity,
+            versions=versions(),
+        )
+
+    def result(self, log: Log) -> Fit:
+        """Return what `fit` returns."""
+        return Fit(self.state.model, self.state, log.history, log.inspections, log.noise)
 
 
 def _shapes(state: TrainState) -> TrainState:
-    """Return what tells how a state is built, without its arrays; keys, which are small, stay."""
+    """Return the structure of a state without its arrays; keys, which are small, stay."""
     is_key = lambda leaf: jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noqa: E731
     return jax.tree.map(
         lambda leaf: leaf if is_key(leaf) else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state
@@ -275,13 +343,13 @@ def _shapes(state: TrainState) -> TrainState:
 def stalled(
     name: str, evaluations: int, better: Callable[[float, float], float] = min
 ) -> Callable[..., bool]:
-    """Return a `stop` for `fit`: a metric has not become better for some evaluations.
+    """Return a `stop` for `fit`, which ends a run when a metric has not improved for some evaluations.
 
     Prechelt, *Early Stopping, But When?*, 1998.
 
     Args:
-        name: of a metric in the history's rows.
-        evaluations: how many to wait.
+        name: a metric in the rows of the history.
+        evaluations: how many evaluations to wait for an improvement.
         better: `min` for losses, `max` for accuracies. NaN is worse than any number.
 
     >>> import gradfn as gf
@@ -290,11 +358,8 @@ def stalled(
     (False, True)
     """
 
-    known: tuple[PyTree, int, list[float]] = (
-        None,
-        0,
-        [],
-    )  # a history, how many of its rows, and the best of these
+    # A history, how many of its rows have been read, and the best value in them.
+    known: tuple[PyTree, int, list[float]] = (None, 0, [])
 
     def valid(rows: Iterable[Row]) -> list[float]:
         return [row[name] for row in rows if row[name] is not None and row[name] == row[name]]
@@ -304,7 +369,7 @@ def stalled(
         n = len(history) - evaluations
         if n <= 0 or not evaluations:
             return False
-        # The rows of a run only grow in number, so older ones, which may be in a file, need be read but once.
+        # Rows are only ever appended, so older ones, which may be in a file, are read once.
         of, start, before = known
         if not (isinstance(history, Rows) and of is history and start <= n):
             start, before = 0, []
@@ -319,23 +384,23 @@ def stalled(
     return stop
 
 
-def _positive(**numbers: int | None) -> None:
+def _check_positive(**numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None and number < 1:
-            raise ValueError(f"fit: {name} is 1 or more, came {number}")
+            raise ValueError(f"fit: {name} must be an integer >= 1, got {number}")
 
 
 def _check_arguments(data: PyTree, optimizer: Any) -> None:
-    """Raise a TypeError for a learning rate in place of an optimizer, and for an iterable of batches."""
+    """Raise a TypeError for a learning rate instead of an optimizer, and for an iterable of batches."""
     if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
         rate = f"{optimizer:g}" if isinstance(optimizer, (int, float)) else "1e-3"
         got = f"{getattr(optimizer, '__name__', optimizer)!s:.60}"
-        raise TypeError(f"fit: optimizer must be one of optax's, got {got}. Pass optax.adam({rate})")
+        raise TypeError(f"fit: optimizer must be an optax optimizer, got {got}. Pass optax.adam({rate})")
     is_data = callable(data) or hasattr(data, "__array__") or isinstance(data, (Sequence, Mapping, Source))
     if isinstance(data, Iterator) or (
         isinstance(data, Iterable) and not is_data and jax.tree_util.all_leaves([data])
     ):
         raise TypeError(
-            f"fit: data must be arrays or a function, got a {type(data).__name__}, whose batches have no numbers to "
-            "resume by. Pass them joined into arrays, or gf.train.from_host(lambda step: batch)"
+            f"fit: data must be arrays or a function, got a {type(data).__name__}, whose batches cannot be looked up "
+            "by step. Pass them joined into arrays, or gf.train.from_host(lambda step: batch)"
         )

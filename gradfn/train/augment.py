@@ -1,4 +1,4 @@
-"""Training images that are moved a little, each time otherwise."""
+"""Training images that are shifted at random."""
 
 from __future__ import annotations
 
@@ -13,35 +13,34 @@ from gradfn.flatten import Loss
 
 
 def shift_images(images: jax.Array, key: jax.Array, shape: Sequence[int], pixels: int = 2) -> jax.Array:
-    """Return images that are moved by up to some pixels down or up, right or left, each by its own draw.
+    """Return images shifted by up to some pixels along each axis, each image by a random shift of its own.
 
-    What is moved in from outside is 0, paper.
+    Pixels that enter at an edge are 0.
 
     Args:
         images: `[batch, height * width]`.
         key: from `jax.random.key`.
         shape: height and width.
-        pixels: the most that an image moves each way.
+        pixels: the largest shift along an axis.
 
     >>> import jax, jax.numpy as jnp
     >>> shift_images(jnp.ones([2, 784]), jax.random.key(0), (28, 28)).shape
     (2, 784)
     """
-    padded = jnp.pad(
-        images.reshape(-1, *shape), [(0, 0), (pixels, pixels), (pixels, pixels)]
-    )  # [batch, h, w]
+    margins = [(0, 0), (pixels, pixels), (pixels, pixels)]
+    padded = jnp.pad(images.reshape(-1, *shape), margins)  # [batch, h + 2 pixels, w + 2 pixels]
     corners = jax.random.randint(key, (len(images), 2), 0, 2 * pixels + 1)
     cut = jax.vmap(lambda image, corner: jax.lax.dynamic_slice(image, corner, tuple(shape)))
     return cut(padded, corners).reshape(images.shape)  # [batch, h, w] -> [batch, h * w]
 
 
 def shifted(loss: Loss, shape: Sequence[int], pixels: int = 2) -> Loss:
-    """Return a loss over a batch of images and labels whose images are moved first: see `shift_images`.
+    """Return a loss of a batch of images and labels that shifts the images first: see `shift_images`.
 
     Args:
         loss: of a batch of images and labels.
         shape: the images' height and width.
-        pixels: the most that an image moves each way.
+        pixels: the largest shift along an axis.
 
     Returns:
         `(params, (images [batch, height * width], labels), key) -> scalar`.

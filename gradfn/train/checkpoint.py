@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file that is replaced in one go, so that a readable one is always there."""
+"""Checkpoints: one safetensors file that is replaced atomically, so that a readable one always exists."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from gradfn.layout import DIGITS, KEPT
 from gradfn.tensors import CHECKSUM, NAMES, Tensor, is_stored, open_tensors, verify, write_tensors
 from gradfn.train.model import take_apart
 
-Number = float | Literal["nan", "inf", "-inf"]  # in notes; `float` makes the number of it
+Number = float | Literal["nan", "inf", "-inf"]  # in notes; `float` converts it
 
 
 class CheckpointError(FileError):
-    """A checkpoint that cannot be read, or that is of another run."""
+    """A checkpoint that cannot be read, or that belongs to another run."""
 
 
 def save(file: Path, state: PyTree, notes: Mapping[str, Any]) -> None:
-    """Write a state and some JSON notes to a file; whatever interrupts it, the old file or the new one is there.
+    """Write a state and some JSON notes to a file; after any interruption either the old or the new file exists.
 
-    One array at a time is made ready to be written.
+    Arrays are copied from the device one at a time.
 
     Args:
-        file: where to, `checkpoint.safetensors`.
+        file: the path, `checkpoint.safetensors`.
         state: a pytree of arrays and typed keys.
-        notes: what JSON can hold; NaN and infinities become `"nan"`, `"inf"` and `"-inf"`.
+        notes: JSON values; NaN and infinities become `"nan"`, `"inf"` and `"-inf"`.
 
     Raises:
         OSError: it cannot be written; it names the file.
@@ -49,14 +49,14 @@ def save(file: Path, state: PyTree, notes: Mapping[str, Any]) -> None:
 def load(file: Path, like: PyTree, rest: bool = False, form: type = dict) -> tuple[PyTree, PyTree]:
     """Read a state and its notes back.
 
-    Arrays are read and put on the device one at a time.
+    Arrays are read and copied to the device one at a time.
 
     Args:
-        file: what `save` wrote.
-        like: a state of the same structure, whose shapes and dtypes the file must have (keys apart,
-            `jax.ShapeDtypeStruct` will do).
+        file: written by `save`.
+        like: a state of the same structure, whose shapes and dtypes the file must have; except for keys,
+            `jax.ShapeDtypeStruct` suffices.
         rest: whether the file may hold more than that, which is not read.
-        form: what the notes must be, a type: see `gradfn.files.read_json`.
+        form: the type of the notes: see `gradfn.files.read_json`.
 
     Returns:
         The state, and the notes.
@@ -72,14 +72,16 @@ def load(file: Path, like: PyTree, rest: bool = False, form: type = dict) -> tup
             names = set(content.keys()) - {CHECKSUM}
             for name, leaf in wanted.items():
                 if name not in names:
-                    raise CheckpointError(f"{file}: holds no {name}; it is of another network or optimizer")
+                    raise CheckpointError(
+                        f"{file}: does not contain {name}; it is of another network or optimizer"
+                    )
                 _check(file, name, content.get_slice(name), leaf)
             if not rest and (more := sorted(names - wanted.keys())):
                 few = ", ".join(f"{name!r:.100}" for name in more[:3]) + ", ..." * (len(more) > 3)
-                raise CheckpointError(f"{file}: holds {few} too; it is of another network or optimizer")
+                raise CheckpointError(f"{file}: also contains {few}; it is of another network or optimizer")
 
             def restore(path: tuple[PyTree, ...], leaf: PyTree) -> jax.Array:
-                # Waited for, so that its copy from the file goes before the next one comes.
+                # Wait, so that the host's copy is freed before the next array is read.
                 return jax.block_until_ready(_restored(content.get_tensor(path_name(path)), leaf))
 
             return jax.tree_util.tree_map_with_path(restore, like), notes
@@ -91,7 +93,7 @@ def load(file: Path, like: PyTree, rest: bool = False, form: type = dict) -> tup
 
 
 def keep(folder: Path, step: int, params: PyTree, state: PyTree = None) -> None:
-    """Keep the parameters after a step, and a model's state, among those of a run, `kept/<step>.safetensors`."""
+    """Write the parameters after a step, and a model's state, to `kept/<step>.safetensors` in a run's folder."""
     save(folder / KEPT / f"{step:0{DIGITS}}.safetensors", _together(params, state), {"step": step})
 
 
@@ -99,12 +101,12 @@ def kept(folder: str | os.PathLike[str], like: PyTree, state: PyTree = None) -> 
     """Read the parameters that `gf.fit(keep_every=...)` kept.
 
     Args:
-        folder: that of the run.
+        folder: the folder of the run.
         like: parameters (a model) of the same structure, shapes and dtypes.
-        state: where `gf.fit` had one, one like that.
+        state: a state like the one that `gf.fit` was given, if it was.
 
     Returns:
-        The parameters by the number of steps taken, in that order; pairs with the state where there is one.
+        The parameters by the number of steps taken, in that order; pairs `(params, state)` where there is a state.
 
     Raises:
         CheckpointError: there are none, or they do not fit `like`.
@@ -119,7 +121,9 @@ def kept(folder: str | os.PathLike[str], like: PyTree, state: PyTree = None) -> 
     """
     files = sorted((Path(folder) / KEPT).glob(f"{'[0-9]' * DIGITS}.safetensors"))
     if not files:
-        raise CheckpointError(f"{folder}: holds no kept parameters; train with gf.fit(..., keep_every=100)")
+        raise CheckpointError(
+            f"{folder}: does not contain kept parameters; train with gf.fit(..., keep_every=100)"
+        )
     params, rest, carried = take_apart(like)
     carried = carried if state is None else state
     expected = _together(params, carried)
@@ -137,7 +141,7 @@ def _together(params: PyTree, state: PyTree) -> PyTree:
 
 
 def tensors(state: PyTree) -> dict[str, Tensor]:
-    """Return what a file of a state has to hold: its arrays by path, each made ready when it is written."""
+    """Return the arrays of a state by path, each copied from the device when it is written."""
     found = {}
     for name, leaf in named_leaves(state):
         leaf = _without_type(leaf)
@@ -147,12 +151,12 @@ def tensors(state: PyTree) -> dict[str, Tensor]:
 
 
 def metadata(notes: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a file has to hold of notes."""
+    """Return the metadata of a file with these notes."""
     return {"notes": json.dumps(_finite(notes), allow_nan=False)}
 
 
 def _stored_as(leaf: PyTree) -> tuple[np.dtype, tuple[int, ...]]:
-    """Return the dtype and shape of an array in a file, which has complex numbers as pairs, odd dtypes as bytes."""
+    """Return the dtype and shape of an array in a file: complex numbers are pairs, dtypes unknown to it bytes."""
     dtype = np.dtype(leaf.dtype)
     if dtype.kind == "c":
         return np.dtype(f"f{dtype.itemsize // 2}"), (*leaf.shape, 2)
@@ -160,27 +164,24 @@ def _stored_as(leaf: PyTree) -> tuple[np.dtype, tuple[int, ...]]:
 
 
 def _stored(leaf: PyTree) -> np.ndarray:
-    """Return an array as it is in a file; on a CPU it shares the memory."""
+    """Return an array in the form that a file holds; on a CPU it shares the memory."""
     if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
-        leaf = leaf.addressable_data(
-            0
-        )  # jax would keep the host's copy for as long as it keeps `leaf` itself
+        # Of `leaf` itself jax would keep the host's copy as long as `leaf` lives.
+        leaf = leaf.addressable_data(0)
     dtype, shape = _stored_as(leaf)
     return np.asarray(leaf).reshape(-1).view(dtype).reshape(shape)  # [...] -> [..., 2] where it is complex
 
 
 def _restored(array: np.ndarray, like: PyTree) -> jax.Array:
-    """Return an array of a file as one like another."""
+    """Return an array of a file with the dtype and shape of `like`; keys are wrapped again."""
     like = like if hasattr(like, "dtype") else np.asarray(like)
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
-    return jnp.asarray(
-        array.reshape(-1).view(like.dtype).reshape(like.shape)
-    )  # [..., 2] -> [...] where it is complex
+    return jnp.asarray(array.reshape(-1).view(like.dtype).reshape(like.shape))  # [..., 2] -> [...] if complex
 
 
 def _check(file: Path, name: str, found: PyTree, like: PyTree) -> None:
-    """Raise a CheckpointError for an array of another dtype or shape."""
+    """Raise a CheckpointError for an array of a different dtype or shape."""
     dtype, shape = _stored_as(_without_type(like))
     actual = (tuple(found.get_shape()), found.get_dtype())
     if actual != (shape, NAMES[dtype.name]):
@@ -190,7 +191,7 @@ def _check(file: Path, name: str, found: PyTree, like: PyTree) -> None:
 
 
 def _without_type(leaf: PyTree) -> PyTree:
-    """Return a key's data, anything else that has no dtype as an array, and the rest as it is."""
+    """Return the data of a key, a Python number as an array, and an array as it is."""
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.key_data(leaf)
     return leaf if hasattr(leaf, "dtype") and hasattr(leaf, "shape") else np.asarray(leaf)

@@ -1,7 +1,8 @@
-"""Many steps in one compiled call, and a look at a single one of them."""
+"""The compiled functions of a training run: many steps in one call, and one step that is inspected."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,10 +13,11 @@ from jaxtyping import PyTree
 
 from gradfn.core.net import takes_key
 from gradfn.flatten import Loss, loss_of_example
+from gradfn.jaxpr.call import value_and_aux
 from gradfn.train.log import refuse_names
 from gradfn.train.model import batch_loss
 from gradfn.train.source import Source
-from gradfn.train.step import TrainState, step_key, step_keywords, train_step, update, value_and_aux
+from gradfn.train.step import TrainState, apply_gradients, step_key, step_keywords, train_step
 
 if TYPE_CHECKING:
     from gradfn.inspection import Inspection
@@ -25,16 +27,16 @@ CAPACITY = 4096  # steps in a chunk at most
 
 
 class Chunks(NamedTuple):
-    """What `fit` calls. Each takes the state, the epoch's order, and the row of it that is the next batch."""
+    """The compiled functions. Each takes the state, the epoch's order, and the row of the order for the next batch."""
 
     advance: Callable[..., tuple[TrainState, dict[str, jax.Array], jax.Array]]
     """`(state, order, row, n) -> (state, metrics [CAPACITY] each, whether all parameters are finite)`"""
-    look: Callable[..., Inspection]
-    """`(state, order, row) -> Inspection` of the step that comes next"""
+    inspect: Callable[..., tuple[TrainState, dict[str, jax.Array], jax.Array, Inspection]]
+    """`(state, order, row) -> (state, metrics [1] each, whether all parameters are finite, Inspection)`: one step"""
     measure: Callable[..., NoiseScale]
-    """`(state, order, row) -> NoiseScale` of the step that comes next; the loss must be a `BatchMean`"""
+    """`(state, order, row) -> NoiseScale` of the next step; the loss must be a `BatchMean`"""
     arguments: Callable[..., tuple[Any, dict[str, Any]]]
-    """`(state, order, row) -> (batch, keywords)`: what the loss gets in the step that comes next"""
+    """`(state, order, row) -> (batch, keywords)`: the arguments of the loss in the next step"""
 
 
 def chunks(
@@ -47,7 +49,7 @@ def chunks(
     one_step = train_step(loss, optimizer)
 
     def batch_of(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> PyTree:
-        # One more fold keeps the batch's key apart from that of the loss's noise in the same step.
+        # One more fold separates the key of the batch from the key of the loss's noise in the same step.
         batch = source.batch(arrays, order, row, jax.random.fold_in(step_key(state), 1))
         if mesh is None:
             return batch
@@ -56,8 +58,8 @@ def chunks(
             for axes in (mesh.axis_names[:1], ())
         )
         examples = source.batch_size
-        places = [shared if leaf.shape[:1] == (examples,) else alone for leaf in jax.tree.leaves(batch)]
-        return jax.lax.with_sharding_constraint(batch, jax.tree.unflatten(jax.tree.structure(batch), places))
+        shardings = jax.tree.map(lambda leaf: shared if leaf.shape[:1] == (examples,) else alone, batch)
+        return jax.lax.with_sharding_constraint(batch, shardings)
 
     @jax.jit
     def advance(arrays: PyTree, state: TrainState, order: Any, row: jax.Array, n: jax.Array) -> PyTree:
@@ -73,13 +75,16 @@ def chunks(
         return state, columns, all_finite(state.params)
 
     @jax.jit
-    def look(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> Inspection:
+    def inspected(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> Any:
         batch, keywords = batch_of(arrays, state, order, row), step_keywords(loss, state)
         f = batch_loss(loss, state.rest)
-        seen = inspect(f, input_grads=False)(state.params, batch, **keywords)
+        found = inspect(f, input_grads=False)(state.params, batch, **keywords)
         value_fn = lambda params: value_and_aux(f(params, batch, **keywords))[0]  # noqa: E731
-        updates, _ = update(optimizer, state, seen.value, seen.grads, value_fn)
-        return seen.with_updates(state.params, updates)
+        after, metrics, updates = apply_gradients(
+            optimizer, state, found.value, found.aux, found.grads, value_fn
+        )
+        columns = {name: value[None] for name, value in metrics.items()}
+        return after, columns, all_finite(after.params), found.with_updates(state.params, updates)
 
     @jax.jit
     def measure(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> NoiseScale:
@@ -96,12 +101,8 @@ def chunks(
     ) -> tuple[Any, dict[str, Any]]:
         return batch_of(arrays, state, order, row), step_keywords(loss, state)
 
-    return Chunks(
-        *(
-            lambda *args, f=function: f(source.arrays, *args)
-            for function in (advance, look, measure, arguments)
-        )
-    )
+    functions = (advance, inspected, measure, arguments)
+    return Chunks(*(functools.partial(function, source.arrays) for function in functions))
 
 
 def all_finite(tree: PyTree) -> jax.Array:

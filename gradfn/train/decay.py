@@ -1,4 +1,4 @@
-"""Which parameters decay: matrices and what has more axes; not biases and norms, nor vectors of stacked layers."""
+"""Which parameters decay: arrays of rank 2 and more, but not biases, norms, and vectors of stacked layers."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from jaxtyping import PyTree
 from gradfn.core.params import Param, path_name
 from gradfn.display import TextTable
 
-# Names that vectors have in gradfn, Flax, Equinox, Haiku and PyTorch, whatever their number of axes.
+# Names of vectors in gradfn, Flax, Equinox, Haiku and PyTorch, regardless of their number of axes.
 _VECTOR = re.compile(r"(b|bias|biases)(_\w*)?|bn|beta|gamma|gain|scale|offset|shift", re.IGNORECASE)
-_NORM = re.compile(r".*norms?|ln(_\w+)?", re.IGNORECASE)  # a layer whose parameters are a norm's
+_NORM = re.compile(r".*norms?|ln(_\w+)?", re.IGNORECASE)  # a normalization layer
 
 
 class _Leaf(NamedTuple):
     path: tuple[PyTree, ...]
     value: PyTree
     vector: bool  # by its name, or as a parameter of a norm
-    stacked: int  # how many of its axes count layers
+    stacked: int  # how many of its leading axes are axes of layers
 
 
 def weight_decay_mask(params: PyTree) -> PyTree:
-    """Tell which parameters weight decay applies to: floating arrays of rank 2 and more.
+    """Return which parameters weight decay applies to: floating arrays of rank 2 and more.
 
-    Embeddings are such arrays and decay, as in nanoGPT. Biases and the parameters of norms do not, whatever their
-    rank: they are told by their name (`b`, `bias`, `scale`, `gain`, ...) or that of their layer (`LayerNorm_0`,
-    `ln_1`). Nor does the rank count axes of stacked layers (`gf.repeat`, `nn.scan`): a spec declares them; among
-    arrays they are the leading sizes that all arrays of a layer share where one of its biases has them too.
-    `gf.train.weight_decay_table` shows the outcome.
+    Embeddings are such arrays and decay, as in nanoGPT. Biases and the parameters of norms do not decay, whatever
+    their rank: they are recognized by their name (`b`, `bias`, `scale`, `gain`, ...) or by that of their layer
+    (`LayerNorm_0`, `ln_1`). The rank does not include axes of stacked layers (`gf.repeat`, `nn.scan`): a spec declares
+    them; among arrays they are the leading sizes that all arrays of a layer share, if one of its biases has them too.
+    `gf.train.weight_decay_table` shows the result.
 
     Args:
         params: a tree of arrays, or a spec.
@@ -47,7 +47,7 @@ def weight_decay_mask(params: PyTree) -> PyTree:
 
 
 def weight_decay_table(params: PyTree) -> TextTable:
-    """Return a table of which parameters decay, and why: see `gf.train.weight_decay_mask`.
+    """Return a table of which parameters decay and why: see `gf.train.weight_decay_mask`.
 
     Args:
         params: a tree of arrays, or a spec.
@@ -72,16 +72,14 @@ def weight_decay_table(params: PyTree) -> TextTable:
 
 
 def _leaves(params: PyTree) -> list[_Leaf]:
+    other = jax.ShapeDtypeStruct((), jnp.int32)  # stands for a Python number or a function
     pairs = [
-        (
-            path,
-            leaf if hasattr(leaf, "shape") else jax.ShapeDtypeStruct((), jnp.int32),
-        )  # a number, a function
+        (path, leaf if hasattr(leaf, "shape") else other)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     ]
     vectors = [_is_vector(path) for path, _ in pairs]
     stacked = [0] * len(pairs)
-    # From the whole tree to single layers: what shares leading sizes below one node is one stack.
+    # From the whole tree to single layers: arrays below one node that share leading sizes are one stack.
     prefixes = sorted({path[:i] for path, _ in pairs for i in range(len(path))}, key=len)
     for prefix in prefixes:
         below = [i for i, (path, _) in enumerate(pairs) if path[: len(prefix)] == prefix]
@@ -97,7 +95,7 @@ def _leaves(params: PyTree) -> list[_Leaf]:
 
 
 def _stack_of(shapes: list[tuple[int, ...]], vectors: list[bool]) -> int:
-    """Return how many leading axes of some arrays count layers: those that a vector has beside its own."""
+    """Return how many leading axes of some arrays are axes of layers: those that a vector has beside its own."""
     ranks = [
         sum(size != 1 for size in shape) for shape, vector in zip(shapes, vectors, strict=True) if vector
     ]
@@ -109,7 +107,7 @@ def _is_vector(path: tuple[PyTree, ...]) -> bool:
     names = [part.rstrip("0123456789").rstrip("_") for part in path_name(path).split("/")]
     names = [
         name for name in names if name not in ("", "value", "raw_value")
-    ]  # places in a list, NNX's variables
+    ]  # list indices, NNX's variables
     return bool(names and _VECTOR.fullmatch(names[-1])) or bool(len(names) > 1 and _NORM.fullmatch(names[-2]))
 
 

@@ -1,7 +1,7 @@
 """Scalars for TensorBoard, written at once.
 
-tensorboardX's own writer has a queue and a thread, which end in tracebacks, and in a program that hangs, where the disk
-is full. So only its form of events is used here: https://www.tensorflow.org/tensorboard.
+The writer of tensorboardX has a queue and a thread, which end in tracebacks, and in a program that hangs, when the disk
+is full. So only its format of events is used here: https://www.tensorflow.org/tensorboard.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from jaxtyping import PyTree
 
 
 class Events:
-    """A new file of events in a folder; TensorBoard forgets what older files have of `step` and of later ones."""
+    """A new file of events in a folder; TensorBoard ignores events of `step` and later steps in older files."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        # TensorBoard reads files in the order of their names.
+        # TensorBoard reads files in alphabetical order.
         self.file = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self._out = self.file.open("xb")
         try:
@@ -34,10 +34,10 @@ class Events:
             raise
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a scalar for each name.
+        """Append a scalar for each name.
 
         Raises:
-            OSError: they cannot be written; it names the file.
+            OSError: they cannot be written; the error names the file.
         """
         from tensorboardX.proto.summary_pb2 import Summary
         from tensorboardX.summary import scalar
@@ -47,7 +47,7 @@ class Events:
 
     def close(self) -> None:
         """Close the file; all events are in it already."""
-        with contextlib.suppress(OSError):  # of events that could not be written, which was raised then
+        with contextlib.suppress(OSError):  # of events that could not be written, which raised one already
             self._out.close()
 
     def _append(self, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""What to say when training breaks: which step, and where the first number that is not finite came from."""
+"""The error for a step that is not finite: which step, and the origin of the first number that is not finite."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from gradfn.train.step import TrainState
 def fault(
     loss: Loss, run: Chunks, state: TrainState, order: Any, row: int, losses: np.ndarray
 ) -> FloatingPointError:
-    """Replay a chunk of steps up to the one that broke, and return the error that explains it.
+    """Repeat a chunk of steps up to the one that broke, and return the error that explains it.
 
     Args:
-        loss: what was trained.
-        run: its compiled functions.
+        loss: the loss that was trained on.
+        run: the compiled functions of the run.
         state: at the start of the chunk, with finite parameters.
         order: of the epoch.
         row: of the chunk's first batch.

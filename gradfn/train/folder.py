@@ -1,4 +1,4 @@
-"""The folder of a run of `fit`: who owns it, and what an earlier run left in it."""
+"""The folder of a run of `fit`: its owner, and the files that an earlier run left in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gradfn.layout import CHECKPOINT, DIGITS, EVENTS, KEPT, LOGS
 
 @contextlib.contextmanager
 def own(folder: Path | None) -> Iterator[None]:
-    """Make a folder, and own it while the block runs: see `gradfn.files.owned`."""
+    """Create a folder, and own it while the block runs: see `gradfn.files.owned`."""
     if folder is None:
         yield
         return
@@ -22,11 +22,11 @@ def own(folder: Path | None) -> Iterator[None]:
 
 
 def prepare(folder: Path, resume: bool, keep: bool) -> None:
-    """Make a folder ready for a run: remove what an earlier one left there, all of it or what it left half done.
+    """Prepare a folder for a run: remove the files of an earlier one, or only its unfinished ones to resume it.
 
     Args:
-        folder: that of the run, which this process owns.
-        resume: whether the run goes on from the folder's checkpoint.
+        folder: of the run, owned by this process.
+        resume: whether the run continues from the folder's checkpoint.
         keep: whether the run keeps parameters.
 
     Raises:
@@ -43,7 +43,7 @@ def prepare(folder: Path, resume: bool, keep: bool) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove what an earlier run of `fit` left in a folder, the checkpoint first; other files stay."""
+    """Remove the files of an earlier run of `fit` from a folder, the checkpoint first; other files stay."""
     for name in (CHECKPOINT, *LOGS):
         (folder / name).unlink(missing_ok=True)
     patterns = {EVENTS: "events.out.tfevents.*", KEPT: f"{'[0-9]' * DIGITS}.safetensors"}
@@ -53,5 +53,5 @@ def clear(folder: Path) -> None:
 
 
 def _within(folder: Path, inner: str, pattern: str) -> list[Path]:
-    """Return files in a folder inside of a run's; none where that is a link, which may lead anywhere."""
+    """Return files in a folder inside a run's; none if that folder is a link, which may lead anywhere."""
     return [] if (folder / inner).is_symlink() else list((folder / inner).glob(pattern))

@@ -1,12 +1,12 @@
-"""What makes a run the run it is, as text that a checkpoint holds: its data, its loss, where it started.
+"""The identity of a run, as text in its checkpoint: its data, its loss, and its initial parameters.
 
-A run that resumes must be the run that stopped, or the result of one is taken for that of the other. What each
-part is told by:
+A run that resumes must be the run that stopped; otherwise the result of one would be taken for that of the other. What
+is compared:
 
-- *data*: shape, dtype and a hash of each array's bytes (of evenly spaced rows, 16 MiB in all, where it is
-  larger). Of data made by a function: its program, and the arrays in it. Of data made on the host: the first batch.
-- *loss*: the program that it traces to, and the arrays in that; so a loss may move, and be renamed, but not change.
-- *start*: a few values of each parameter, to three digits, since a CPU of another kind rounds otherwise.
+- *data*: shape, dtype and a hash of each array's bytes (of evenly spaced rows, at most 16 MiB). Of data made by a
+  function: its program, and the arrays in it. Of data made on the host: the first batch.
+- *loss*: the program that it traces to, and the arrays in that; so a loss may be moved and renamed, but not changed.
+- *start*: a few values of each parameter, to three digits, since CPUs of different kinds round differently.
 
 Programs depend on the version of JAX and on the platform, and are compared only where both are the same.
 """
@@ -31,13 +31,13 @@ from gradfn.train.model import batch_loss
 from gradfn.train.source import Source
 from gradfn.train.step import TrainState, step_keywords
 
-HASHED = 1 << 24  # bytes of an array that are hashed, at most
-SAMPLES = 4  # values of a parameter that are kept
-CLOSE = 1e-3  # relative to the largest of them
+HASHED = 1 << 24  # at most so many bytes of an array are hashed
+SAMPLES = 4  # so many values of a parameter are stored
+CLOSE = 1e-3  # tolerance, relative to the largest of them
 
 
 class Programs(TypedDict):
-    """Hashes of what a run computes, and by which version of JAX they were made."""
+    """Hashes of the programs of a run, and the version of JAX that traced them."""
 
     jax: str
     batch: str
@@ -45,7 +45,7 @@ class Programs(TypedDict):
 
 
 class Identity(TypedDict):
-    """What makes a run the run it is: of data and parameters by path."""
+    """The identity of a run; data and parameters by path."""
 
     data: dict[str, str]
     start: dict[str, Sequence[Number]]
@@ -69,29 +69,28 @@ def identity(state: TrainState, source: Source, loss: Loss) -> Identity:
 
 
 def difference(was: Identity, now: Identity) -> str | None:
-    """Say in what two runs differ; None where nothing tells them apart."""
+    """Return a description of the first difference between two runs; None if there is none."""
     for name in dict.fromkeys((*was["data"], *now["data"])):
         before, after = was["data"].get(name, "nothing"), now["data"].get(name, "nothing")
         if before != after:
             return f"data: expected {name} {before}, got {after}"
     for name, values in now["start"].items():
         expected = was["start"].get(name, [])
-        old, new = (
-            np.array(list(map(float, some))) for some in (expected, values)
-        )  # also of "nan" and "inf"
+        # JSON has no NaN and no infinities: they are stored as text.
+        old, new = (np.array([float(value) for value in some]) for some in (expected, values))
         margin = CLOSE * np.max(np.abs(old[np.isfinite(old)]), initial=0)
         if old.shape != new.shape or not np.allclose(old, new, rtol=0, atol=margin, equal_nan=True):
             return f"params: expected {name} to start from {expected}, got {values}"
     programs, others = was["programs"], now["programs"]
     if programs["jax"] == others["jax"] and programs["batch"] != others["batch"]:
-        return "data: batches are made in another way than when the run began"
+        return "data: batches are computed differently than when the run began"
     if programs["jax"] == others["jax"] and programs["loss"] != others["loss"]:
-        return "loss: it computes something else than when the run began"
+        return "loss: it computes something different than when the run began"
     return None
 
 
 def content(array: PyTree) -> str:
-    """Return an array's shape, dtype and a hash of its bytes, of those of some rows where it is large.
+    """Return an array's dtype, shape and a hash of its bytes, of evenly spaced rows if it is large.
 
     >>> content(np.arange(6).reshape(2, 3))
     'int64[2, 3] 5f7424ae9fade42d'
@@ -120,7 +119,7 @@ def samples(array: PyTree) -> list[float]:
 
 
 def program(f: Callable, *args: PyTree, **kwargs: PyTree) -> str:
-    """Return a hash of what a function computes: its equations, and the arrays that it closes over."""
+    """Return a hash of a function's program: its equations, and the arrays that it closes over."""
     with as_written(True):
         traced = jax.make_jaxpr(f)(*args, **kwargs)
     lines = hashlib.blake2b(digest_size=8)
@@ -130,30 +129,30 @@ def program(f: Callable, *args: PyTree, **kwargs: PyTree) -> str:
 
 
 def _lines(traced: ClosedJaxpr | Jaxpr) -> Iterator[str]:
-    """Yield a line for each constant, equation and result; variables go by number, names and places are left out."""
+    """Yield a line per constant, equation and result, with variables numbered, without names and source lines."""
     jaxpr, consts = (traced.jaxpr, traced.consts) if isinstance(traced, ClosedJaxpr) else (traced, ())
     numbers: dict[PyTree, int] = {}
 
-    def told(atom: Any) -> str:
+    def text(atom: Any) -> str:
         if isinstance(atom, Literal):
             return f"{np.asarray(atom.val).tolist()}:{atom.aval.str_short()}"
         return f"{numbers.setdefault(atom, len(numbers))}:{atom.aval.str_short()}"
 
     yield from map(content, consts)
-    yield " ".join(map(told, (*jaxpr.constvars, *jaxpr.invars)))
+    yield " ".join(map(text, (*jaxpr.constvars, *jaxpr.invars)))
     for eqn in jaxpr.eqns:
         settings = {name: value for name, value in eqn.params.items() if name != "name" and _plain(value)}
-        inputs, outputs = (" ".join(map(told, atoms)) for atoms in (eqn.invars, eqn.outvars))
+        inputs, outputs = (" ".join(map(text, atoms)) for atoms in (eqn.invars, eqn.outvars))
         yield f"{eqn.primitive.name} {sorted(settings.items())} {inputs} = {outputs}"
         for value in eqn.params.values():
             for inner in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(inner, (ClosedJaxpr, Jaxpr)):
                     yield from _lines(inner)
-    yield " ".join(map(told, jaxpr.outvars))
+    yield " ".join(map(text, jaxpr.outvars))
 
 
 def _plain(value: PyTree) -> bool:
-    """Tell settings whose text is the same in every process: no functions, no addresses, no sets."""
+    """Return whether the text of a parameter is the same in every process: no functions, no addresses, no sets."""
     if isinstance(value, (tuple, list)):
         return all(map(_plain, value))
     return value is None or isinstance(value, (bool, int, float, complex, str, np.dtype, Enum))

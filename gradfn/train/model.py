@@ -1,8 +1,8 @@
-"""A model taken apart: what is trained, what is carried from step to step, and what stays as it is.
+"""A model taken apart: what is trained, what is carried from step to step, and what stays constant.
 
-Floating (and complex) arrays are trained. Other arrays, and all that is not an array (functions, strings, the Python
-numbers that a module holds), are configuration: an Equinox model is trained whole. Of a Flax NNX module the
-`nnx.Param`s are trained and all other variables, such as running means and counters of random numbers, are carried.
+Floating (and complex) arrays are trained. Other arrays, and everything that is not an array (functions, strings, the
+Python numbers that a module holds), are configuration: an Equinox model can be trained as it is. Of a Flax NNX module
+the `nnx.Param`s are trained and all other variables, such as running means and counters of random numbers, are carried.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from jaxtyping import PyTree
 
 from gradfn.core.params import named_leaves
 from gradfn.flatten import BatchMean, Loss, batch_mean, flat_products
+from gradfn.jaxpr.call import MEAN, scalar_and_aux, value_and_aux, with_hint
 from gradfn.jaxpr.program import traced_leaves
 from gradfn.losses import NetLoss
 
-ADVICE = "Pass gf.batch_mean(loss)"
 SPLIT = (
-    "Write graphdef, params, rest = nnx.split(model, nnx.Param, ...), train params, and give rest as state: "
+    "Write graphdef, params, rest = nnx.split(model, nnx.Param, ...), train params, and pass rest as state: "
     "fit(loss, params, ..., state=rest), where loss(params, batch, state) returns (value, {'state': new rest})"
 )
 
 
 class Fixed(tuple[PyTree, ...]):
-    """Things of any kind that compiled programs may depend on."""
+    """Objects of any kind that compiled programs may depend on."""
 
     def __hash__(self) -> int:
         return hash(tuple(map(type, self)))
@@ -46,13 +46,13 @@ class Fixed(tuple[PyTree, ...]):
 )
 @dataclass(frozen=True)
 class Rest:
-    """What of a tree is not trained.
+    """The part of a tree that is not trained.
 
     Attributes:
         arrays: integers, booleans, keys.
-        structure: the tree's.
+        structure: of the tree.
         trained: for each leaf, whether it is trained.
-        fixed: what is not an array; None for each leaf that is one.
+        fixed: the leaves that are not arrays; None for each leaf that is one.
     """
 
     arrays: list[PyTree]
@@ -61,7 +61,7 @@ class Rest:
     fixed: Fixed
 
     def model(self, params: PyTree, state: PyTree = None) -> PyTree:
-        """Put the tree together again."""
+        """Return the whole tree, with these trained arrays."""
         leaves = self.structure.flatten_up_to(params)
         arrays = iter(self.arrays)
         for i, (trained, fixed) in enumerate(zip(self.trained, self.fixed, strict=True)):
@@ -70,7 +70,7 @@ class Rest:
         return jax.tree.unflatten(self.structure, leaves)
 
     def loss(self, loss: Loss) -> Loss:
-        """Return a loss of what is trained."""
+        """Return a loss as a function of the trained arrays."""
 
         @functools.wraps(loss)
         def of_trained(params: PyTree, *args: PyTree, **kwargs: PyTree) -> PyTree:
@@ -82,24 +82,25 @@ class Rest:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["graphdef"])
 @dataclass(frozen=True)
 class Graph:
-    """What of a Flax NNX module is neither trained nor carried: how it is built."""
+    """The part of a Flax NNX module that is neither trained nor carried: its structure."""
 
     graphdef: Any
 
     def model(self, params: PyTree, state: PyTree = None) -> PyTree:
-        """Make a module of these variables; they are copied, and may be changed in place."""
+        """Return a module with copies of these variables, which may be changed in place."""
         from flax import nnx
 
         return nnx.merge(self.graphdef, params, state, copy=True)
 
     def loss(self, loss: Loss) -> Loss:
-        """Return a loss of what is trained that returns the other variables, as the forward pass left them, as aux."""
+        """Return a loss as a function of the `Param`s, whose aux holds the other variables after the forward pass."""
         from flax import nnx
 
         @functools.wraps(loss)
         def of_variables(params: PyTree, *args: PyTree, state: PyTree, **kwargs: PyTree) -> PyTree:
             model = self.model(params, state)
             value, aux = value_and_aux(loss(model, *args, **kwargs))
+            aux = {} if aux is None else aux
             if not isinstance(aux, Mapping):
                 raise TypeError(f"aux beside an NNX module must be a dict, got {type(aux).__name__}")
             parts: PyTree = nnx.split(model, nnx.Param, ...)
@@ -109,10 +110,10 @@ class Graph:
 
 
 def take_apart(model: PyTree) -> tuple[PyTree, Rest | Graph | None, PyTree]:
-    """Return what of a model is trained, the rest (None where there is none), and what is carried.
+    """Return the trained part of a model, the constant part (None if there is none), and the part that is carried.
 
     Raises:
-        TypeError: nothing in it can be trained, or it holds state that must not be.
+        TypeError: nothing in it can be trained, or it holds state that must not be trained.
     """
     nnx: Any = sys.modules.get("flax.nnx")
     if nnx is not None and any(isinstance(node, nnx.Module) for node in _nodes(model, nnx.Module)):
@@ -139,16 +140,16 @@ def take_apart(model: PyTree) -> tuple[PyTree, Rest | Graph | None, PyTree]:
 
 
 def strong(leaf: PyTree) -> PyTree:
-    """Return a number or an array as one of its own dtype, as which a checkpoint restores it."""
+    """Return a number or an array as an array that is not weakly typed, like those restored from a checkpoint."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     array = jnp.asarray(leaf)
-    # Python's numbers make arrays that promote like Python's numbers; what comes out of a file does not.
+    # Arrays made of Python numbers promote like Python numbers; arrays from a file do not.
     return array.astype(array.dtype) if getattr(array, "weak_type", False) else array
 
 
 def batch_loss(loss: Loss, rest: Rest | Graph | None) -> Loss:
-    """Return a loss of a batch, as a function of what is trained.
+    """Return a loss of a batch as a function of the trained part of a model.
 
     Its matrix products are two-dimensional, so that models of other frameworks train faster too.
 
@@ -156,61 +157,34 @@ def batch_loss(loss: Loss, rest: Rest | Graph | None) -> Loss:
         TypeError: the loss is of one example; the returned loss raises it too, where that shows only in a call.
     """
     if isinstance(loss, NetLoss):
-        raise TypeError(f"expected the loss of a batch, got gf.{loss.name}(net), of one example. {ADVICE}")
+        raise TypeError(
+            f"training takes the loss of a batch, got gf.{loss.name}(net), of one example. {MEAN}"
+        )
     if isinstance(loss, BatchMean):
         if rest is None:
             return loss
         if isinstance(rest, Rest):
             return batch_mean(rest.loss(loss.example))
-    return flat_products(_of_batch(loss if rest is None else rest.loss(loss)))
+    return flat_products(_scalar(with_hint(loss if rest is None else rest.loss(loss))))
 
 
-def _of_batch(loss: Loss) -> Loss:
-    """Return the loss, which raises an error that says what to do if it turns out to be of one example."""
+def _scalar(loss: Loss) -> Loss:
+    """Return the loss, which raises a TypeError where it does not return a scalar or (scalar, aux)."""
 
-    def checked(params: PyTree, batch: PyTree, **keywords: PyTree) -> PyTree:
-        try:
-            out = loss(params, batch, **keywords)
-        except Exception as error:
-            if _is_of_example(loss, params, batch, keywords):
-                text = str(error).strip().splitlines() or [""]
-                raise TypeError(
-                    f"expected the loss of a batch, got one that fails on a batch ({type(error).__name__}: "
-                    f"{text[0]:.200}) but not on one example. {ADVICE}"
-                ) from error
-            raise
-        shape = jnp.shape(value_and_aux(out)[0])
-        if shape and _is_of_example(loss, params, batch, keywords):
-            raise TypeError(
-                f"expected the loss of a batch, got one that returns shape {list(shape)} for a batch and a scalar "
-                f"for one example. {ADVICE}"
-            )
+    @functools.wraps(loss)
+    def checked(*args: PyTree, **kwargs: PyTree) -> PyTree:
+        out = loss(*args, **kwargs)
+        scalar_and_aux(out, "training", "loss")
         return out
 
-    return functools.wraps(loss)(checked)
-
-
-def _is_of_example(loss: Loss, params: PyTree, batch: PyTree, keywords: dict[str, Any]) -> bool:
-    """Tell whether a loss returns a scalar for each example of a batch."""
-    try:
-        value = jax.eval_shape(
-            lambda *args: value_and_aux(batch_mean(loss)(*args, **keywords))[0], params, batch
-        )
-    except Exception:
-        return False
-    return value.shape == ()
-
-
-def value_and_aux(out: PyTree) -> tuple[PyTree, PyTree]:
-    """Return what a loss returned as `(value, aux)`, with an empty aux where there is none."""
-    return out if isinstance(out, tuple) else (out, {})
+    return checked
 
 
 def carry(state: PyTree, aux: PyTree) -> tuple[PyTree, PyTree]:
     """Return a model's new state, which a loss returned in its aux, and the rest of aux.
 
     Raises:
-        TypeError: there is none, or it is of another structure, shape or dtype than the one before.
+        TypeError: there is none, or its structure, shapes or dtypes differ from those of the state before.
     """
     if state is None:
         return None, aux
@@ -235,7 +209,7 @@ def _refuse_state(model: PyTree, nnx: Any) -> None:
                 raise TypeError(f"{name}: {type(node).__name__} must not be trained. {SPLIT}")
     if any(map(_is_linen, jax.tree.leaves(model, is_leaf=_is_linen))):
         raise TypeError(
-            "batch_stats must not be trained. Train variables['params'] and give the rest as state: fit(loss, "
+            "batch_stats must not be trained. Train variables['params'] and pass the rest as state: fit(loss, "
             "variables['params'], ..., state={'batch_stats': variables['batch_stats']}), where loss(params, batch, "
             "state) returns (value, {'state': new state})"
         )

@@ -1,4 +1,4 @@
-"""The optimizer that transformers are trained with, put together from optax's parts."""
+"""The usual optimizer for transformers, composed of parts of optax."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def adamw_warmup_cosine(
     """Return AdamW with warm-up, a cosine, clipped gradients, and decay on matrices only, embeddings included.
 
     Loshchilov and Hutter, *Decoupled Weight Decay Regularization*, 2019 and *SGDR*, 2017. The defaults are those
-    that nanoGPT trains with on a processor.
+    of nanoGPT on a CPU.
 
     Args:
-        steps: updates in all. With `accumulate`, train for `steps * accumulate` batches.
+        steps: the total number of updates. With `accumulate`, train for `steps * accumulate` batches.
         rate: the learning rate after warm-up.
-        final_rate: that at the end of the cosine.
-        warmup: updates in which the rate grows from nearly nothing.
-        b1: decay of the mean of gradients.
-        b2: decay of the mean of their squares.
+        final_rate: the learning rate at the end of the cosine.
+        warmup: the number of updates in which the rate grows from almost zero.
+        b1: decay of the running mean of gradients.
+        b2: decay of the running mean of their squares.
         decay: weight decay, of arrays of rank 2 and more: `gf.train.weight_decay_table(params)` shows which.
-        clip: longest gradient, over all parameters together.
-        accumulate: batches an update, whose gradients are meant.
+        clip: maximum global gradient norm.
+        accumulate: batches per update, whose gradients are averaged.
 
     Raises:
         ValueError: a warm-up that is not shorter than the training.
@@ -43,7 +43,7 @@ def adamw_warmup_cosine(
     >>> state = adamw_warmup_cosine(1000).init(params)
     """
     if not 0 <= warmup < steps:
-        raise ValueError(f"warmup: from 0 up and below the {steps} steps, came {warmup}")
+        raise ValueError(f"warmup must be in [0, {steps}), the number of steps, got {warmup}")
     rates = optax.warmup_cosine_decay_schedule(rate / (warmup + 1), rate, warmup, steps, final_rate)
     optimizer = optax.chain(
         optax.clip_by_global_norm(clip),

@@ -1,8 +1,8 @@
-"""The rows of a run: each is a line of JSON at the end of a file, and the most recent ones are in memory too.
+"""The rows of a run: each is a line of JSON appended to a file, and the most recent ones are in memory too.
 
-JSON has no NaN and no infinities. A row has null in their place, as every reader expects, and a list `not_finite` with
-the value and the path of each of them, `[["-inf", "low"], ["nan", "sites", "a1", "mean"]]`; without any it has no
-such list. So a row that comes back from the file is equal to the one that was written.
+JSON has no NaN and no infinities. A row has null instead, as every reader expects, and a list `not_finite` with the
+value and the path of each of them, `[["-inf", "low"], ["nan", "sites", "a1", "mean"]]`; a row without any has no such
+list. So a row read from the file equals the row that was written.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from gradfn.files import JSON_LIMIT, FileError, open_regular, open_to_append, pa
 from gradfn.layout import NOT_FINITE
 
 Row = dict[str, Any]
-RECENT = 4 << 20  # bytes of JSON whose rows are kept in memory, at most
-BLOCK = 1 << 20  # bytes of older rows that are read at a time, where a row is no larger
+RECENT = 4 << 20  # rows of at most so many bytes of JSON are kept in memory
+BLOCK = 1 << 20  # at most so many bytes of older rows are read at a time, unless one row is larger
 
 
 class Extent(TypedDict):
-    """How far a file of rows reaches; a checkpoint holds this, and not the rows."""
+    """How far a file of rows reaches; a checkpoint holds this instead of the rows."""
 
     rows: int
     bytes: int
@@ -37,10 +37,10 @@ class Extent(TypedDict):
 
 
 class Rows(Sequence[Row]):
-    """Rows that are appended to a file, and can be read like a list.
+    """Rows that are appended to a file and can be read like a list.
 
-    Older rows are read from the file when they are used. Once another run has replaced the file, they are gone, and
-    using them is a FileError.
+    Older rows are read from the file when they are used. Once another run has replaced the file they are gone, and
+    reading them raises a FileError.
 
     >>> import tempfile
     >>> rows = Rows(Path(tempfile.mkdtemp(), "metrics.jsonl"))
@@ -56,7 +56,7 @@ class Rows(Sequence[Row]):
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._ends = array("q", [0])  # where each row ends, behind a 0: row i is [ends[i], ends[i + 1])
+        self._ends = array("q", [0])  # row i is the bytes [ends[i], ends[i + 1])
         self._recent: deque[Row] = deque()
         self._out: IO[bytes] | None = None
         self._inode: tuple[int, int] | None = None  # of the file that the rows are in
@@ -69,11 +69,11 @@ class Rows(Sequence[Row]):
         return {"rows": len(self), "bytes": self._ends[-1], "crc": self._crc}
 
     def restore(self, extent: Extent, check: Callable[[Row], None]) -> None:
-        """Read back the rows up to an extent, as another process left them; what comes after it does not count.
+        """Read the rows that another process wrote, up to an extent; later ones are ignored.
 
         Args:
             extent: how far to read.
-            check: raises a ValueError for a row that cannot be one.
+            check: raises a ValueError for an invalid row.
 
         Raises:
             FileError: there are fewer rows, or one cannot be read; it names the file.
@@ -105,16 +105,16 @@ class Rows(Sequence[Row]):
             raise FileError(f"{self.file}: damaged: its rows do not match the checksum in the checkpoint")
 
     def open(self) -> None:
-        """Open the file to append to, and cut it to the rows that there are."""
+        """Open the file for appending, truncated to the rows that there are."""
         self._out = open_to_append(self.file, self._ends[-1])
         found = os.fstat(self._out.fileno())
         self._inode = found.st_dev, found.st_ino
 
     def append(self, row: Row) -> None:
-        """Append a row, which is in the file when this returns (though not on the disk: see `sync`).
+        """Append a row, which is in the file when this returns, though not yet on the disk: see `sync`.
 
         Raises:
-            OSError: it cannot be written; it names the file.
+            OSError: the row cannot be written; the error names the file.
         """
         assert self._out
         line = _line(row)
@@ -138,12 +138,12 @@ class Rows(Sequence[Row]):
     def close(self) -> None:
         """Close the file; each row is in it already."""
         if self._out:
-            with contextlib.suppress(OSError):  # of a row that could not be written, which was raised then
+            with contextlib.suppress(OSError):  # of a row that could not be written, which raised one already
                 self._out.close()
             self._out = None
 
     def _name(self, error: OSError) -> NoReturn:
-        """Raise an error of writing, which does not name the file, with the file's name."""
+        """Raise an error of writing again, with the name of the file."""
         raise OSError(error.errno, error.strerror, str(self.file)) from error
 
     def _remember(self, row: Row, line: bytes) -> None:
@@ -172,11 +172,11 @@ class Rows(Sequence[Row]):
         return self._from(0, len(self))
 
     def _from(self, start: int, stop: int) -> Iterator[Row]:
-        """Yield the rows from `start` to `stop`: the older ones in one pass over the file."""
+        """Yield the rows from `start` to `stop`, the older ones in one pass over the file."""
         in_file = min(len(self) - len(self._recent), stop)
         if start < in_file:
             yield from self._read(start, in_file)
-        # By number: rows may be appended, and leave memory, while this waits.
+        # By index: between two of them, rows may be appended and others leave memory.
         for i in range(max(start, in_file), stop):
             oldest = len(self) - len(self._recent)
             yield self._recent[i - oldest] if i >= oldest else self[i]
@@ -210,7 +210,7 @@ class Rows(Sequence[Row]):
         return f"<{len(self):,} rows in {self.file}, the last of them {self[-1]}>"
 
     def __reduce__(self) -> PyTree:
-        return list, (list(self),)  # a copy, or another process, has all of them
+        return list, (list(self),)  # a copy, or another process, gets all rows
 
 
 def _line(row: Row) -> bytes:
@@ -231,7 +231,7 @@ def _not_finite(value: PyTree, path: tuple[PyTree, ...]) -> Iterator[tuple[tuple
 
 
 def _parsed(line: bytes, name: str) -> Row:
-    """Parse a line of a file of rows; `name` is what to call it in a FileError."""
+    """Parse a line of a file of rows; `name` names it in a FileError."""
     row = parse_json(line, Row, name)
     try:
         for value, *path, last in row.pop(NOT_FINITE, ()):

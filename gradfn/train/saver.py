@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on."""
+"""Checkpoints that are written while training continues."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from gradfn.layout import CHECKPOINT
 from gradfn.tensors import Tensor, write_tensors
 from gradfn.train.checkpoint import metadata, tensors
 from gradfn.train.log import Log
+from gradfn.train.notes import Notes
 from gradfn.train.step import TrainState
 
-SHARE = 20  # a checkpoint may take this part of the time between two
-PIECE = 1 << 28  # bytes that are written, and put on the disk, at a time
+SHARE = 20  # a checkpoint takes at most one part in so many of the time between two
+PIECE = 1 << 28  # bytes written, and flushed to the disk, at a time
 
 
 class Saver:
-    """Writes a run's checkpoints in a thread, one at a time, and seldom enough to cost little.
+    """Writes a run's checkpoints in a thread, one at a time, and rarely enough to cost little.
 
-    While a state is being written it stays in memory. So `fit` lets one chunk of steps run meanwhile, and waits before
-    the one after it, which would make a third state.
+    A state stays in memory while it is being written. So `fit` runs one chunk of steps meanwhile, and waits before the
+    next one, which would need memory for a third state.
 
     Args:
-        log: of the run; where it has no folder nothing is written.
-        seconds: from one checkpoint to the next, at least.
+        log: of the run; if it has no folder, nothing is written.
+        seconds: the shortest time from one checkpoint to the next.
     """
 
     def __init__(self, log: Log, seconds: float) -> None:
-        self.step: int | None = None  # of the last checkpoint that was begun
+        self.step: int | None = None  # of the last checkpoint that was started
         self._log, self._seconds = log, seconds
         self._ended, self._pause = time.monotonic(), seconds
         self._writing: threading.Event | None = None  # set when the checkpoint that is being written is done
@@ -41,16 +42,16 @@ class Saver:
         self._cancelled = threading.Event()
 
     def due(self) -> bool:
-        """Tell whether it is time for the next checkpoint."""
+        """Return whether it is time for the next checkpoint."""
         return self._writing is None and time.monotonic() - self._ended >= self._pause
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Begin to write a checkpoint, when the one before it is written."""
+    def save(self, step: int, state: TrainState, notes: Notes) -> None:
+        """Start to write a checkpoint, once the one before it is written."""
         self.wait()
         if self._log.folder is None:
             return
         self.step = step
-        content = tensors(state), metadata(self._log.notes())
+        content = tensors(state), metadata(vars(notes))
         self._writing = threading.Event()
         arguments = (self._writing, *content)
         self._thread = threading.Thread(target=self._write, args=arguments, name="gradfn checkpoint")
@@ -60,7 +61,7 @@ class Saver:
         """Wait until the checkpoint that is being written is on the disk.
 
         Raises:
-            OSError: it could not be written; the one before it is still there.
+            OSError: it could not be written; the one before it still exists.
         """
         self._finish()
         if self._error is not None:
@@ -77,7 +78,7 @@ class Saver:
                 return
             if not issubclass(kind, Exception):  # a second signal
                 self._cancelled.set()
-            self._finish()  # its own error comes after the one that ended the run
+            self._finish()  # an error of its own comes second to the one that ended the run
         except BaseException:
             self._cancelled.set()
             self._finish()
@@ -86,8 +87,8 @@ class Saver:
     def _finish(self) -> None:
         """Wait for the thread, if there is one.
 
-        Its own `join` will not do: where a signal interrupts that, Python takes the thread for ended. And a signal may
-        have come before the thread began.
+        `Thread.join` is not enough: if a signal interrupts it, Python considers the thread finished. And a signal may
+        arrive before the thread has started.
         """
         if self._writing is not None:
             while not self._writing.wait(timeout=1.0) and self._thread.is_alive():
@@ -98,7 +99,7 @@ class Saver:
         assert self._log.folder
         began = time.monotonic()
         try:
-            self._log.sync()  # the rows that it refers to must not come after it
+            self._log.sync()  # the rows that the checkpoint refers to must be on the disk before it
             with replacing(self._log.folder / CHECKPOINT) as out:
                 write_tensors(_Pieces(out, self._cancelled), arrays, notes, checksum=True)  # type: ignore[arg-type]
         except BaseException as error:
@@ -109,15 +110,15 @@ class Saver:
 
 
 class _CancelledError(Exception):
-    """A checkpoint that nobody waits for."""
+    """A checkpoint that is no longer needed."""
 
 
 class _Pieces:
-    """A file that is written to the disk in pieces, so that what is cancelled ends soon, in its last step too."""
+    """A file that is flushed to the disk in pieces, so that writing can be cancelled soon at any time."""
 
     def __init__(self, out: IO[bytes], cancelled: threading.Event) -> None:
         self._out, self._cancelled = out, cancelled
-        self._since = 0  # bytes since the last that were put on the disk
+        self._since = 0  # bytes since the last flush to the disk
 
     def write(self, data: bytes | memoryview) -> None:
         for start in range(0, len(data), PIECE):

@@ -16,7 +16,8 @@ from jaxtyping import PyTree
 from gradfn.data._arrays import as_arrays, on_device
 from gradfn.data._batches import epoch_order, n_examples
 
-HOST_STEPS, HOST_BYTES = 64, 1 << 24  # how many steps' batches the host makes at a time, at most
+# The host makes the batches of at most so many steps, and bytes, at a time.
+HOST_STEPS, HOST_BYTES = 64, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,11 @@ class Source:
 
     @property
     def content(self) -> PyTree:
-        """The arrays that tell these data from others."""
+        """The arrays that distinguish these data from others."""
         return self.arrays if self.first is None else self.first
 
     def epoch(self, step: int) -> int:
-        """Return the number of the order (of the epoch) that a step belongs to."""
+        """Return the number of the order (the epoch) that a step belongs to."""
         return step // self.order_steps if self.order_steps else 0
 
     def row(self, step: int) -> int:
@@ -57,7 +58,7 @@ class Source:
         return step % self.order_steps if self.order_steps else 0
 
     def placed(self, mesh: jax.sharding.Mesh) -> Source:
-        """Return the source with its arrays on all devices of a mesh, once and not in each chunk of steps."""
+        """Return the source with its arrays on all devices of a mesh, so that no chunk of steps has to copy them."""
         everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         devices = everywhere.device_set
 
@@ -72,10 +73,10 @@ class Source:
 
 
 def source_of(data: PyTree, batch_size: int, seed: int) -> Source:
-    """Return the source that `fit`'s data stand for.
+    """Return the source of the batches for the `data` argument of `fit`.
 
     Raises:
-        ValueError: arrays of unlike length, or a batch that is larger than the data.
+        ValueError: arrays of different lengths, or a batch larger than the data.
     """
     if isinstance(data, Source):
         return data
@@ -83,16 +84,16 @@ def source_of(data: PyTree, batch_size: int, seed: int) -> Source:
 
 
 def from_host(batch: Callable[[int], Any]) -> Source:
-    """Return data for `fit` that the host makes, for what does not fit on the device.
+    """Return data for `fit` that the host makes, for data that do not fit on the device.
 
-    Batches go to the device some at a time, and the next ones are made while the device works.
+    Several batches at a time go to the device, and the next ones are made while the device works.
 
     Args:
         batch: `step -> batch`, a pytree of numpy arrays with a leading axis of examples; a pure function of the
-            step's number (from 0), so that a run that goes on meets the batches it would have met.
+            step's number (from 0), so that a resumed run gets the same batches.
 
     Returns:
-        What `fit` takes for `data`.
+        The `data` argument of `fit`.
 
     >>> import jax.numpy as jnp, numpy as np, optax, gradfn as gf
     >>> data = gf.train.from_host(lambda step: np.random.default_rng(step).normal(3.0, 1.0, [8]).astype("float32"))
@@ -105,7 +106,7 @@ def from_host(batch: Callable[[int], Any]) -> Source:
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(shapes))
     n = max(1, min(HOST_STEPS, HOST_BYTES // max(size, 1)))
 
-    @functools.lru_cache(maxsize=2)  # the batches that are in use, and the next ones
+    @functools.lru_cache(maxsize=2)  # the batches in use, and the next ones
     def order(epoch: int) -> PyTree:
         batches = [
             as_arrays(batch(step), "batch", scalars=True) for step in range(epoch * n, (epoch + 1) * n)
@@ -120,30 +121,21 @@ def from_host(batch: Callable[[int], Any]) -> Source:
 
 def _from_function(make: Callable[[jax.Array], Any]) -> Source:
     batch = jax.eval_shape(make, jax.random.key(0))
-    # The arrays of a jax.tree_util.Partial are the program's arguments and not, as a closure's, a part of it.
+    # The arrays of a jax.tree_util.Partial are arguments of the program; those of a closure would be constants in it.
     arrays = make if isinstance(make, jax.tree_util.Partial) else jax.tree_util.Partial(make)
-    return Source(
-        _batch_size(batch),
-        None,
-        None,
-        arrays,
-        lambda epoch: None,
-        lambda arrays, order, row, key: arrays(key),
-        _tokens(batch),
-    )
+    draw = lambda arrays, order, row, key: arrays(key)  # noqa: E731
+    return Source(_batch_size(batch), None, None, arrays, lambda epoch: None, draw, _tokens(batch))
 
 
 def _from_arrays(data: PyTree, batch_size: int, seed: int) -> Source:
     arrays = on_device(data)
     n = n_examples(arrays)
     if not 1 <= batch_size <= n:
-        raise ValueError(
-            f"fit: batch_size is 1 or more and at most the {n} examples there are, came {batch_size}"
-        )
+        raise ValueError(f"fit: batch_size must be in [1, {n}], the number of examples, got {batch_size}")
 
-    @functools.lru_cache(maxsize=2)  # this epoch's and the next one's
+    @functools.lru_cache(maxsize=2)  # of this epoch and of the next one
     def order(epoch: int) -> jax.Array:
-        return jnp.asarray(epoch_order(n, batch_size, seed, epoch))  # int32 [steps an epoch, batch]
+        return jnp.asarray(epoch_order(n, batch_size, seed, epoch))  # int32 [steps per epoch, batch]
 
     def batch(arrays: PyTree, order: jax.Array, row: jax.Array, key: jax.Array) -> PyTree:
         return jax.tree.map(lambda array: take_rows(array, order[row]), arrays)
@@ -152,22 +144,22 @@ def _from_arrays(data: PyTree, batch_size: int, seed: int) -> Source:
 
 
 def _batch_size(batch: PyTree) -> int:
-    """Return the number of examples: the length of the first array that has one, 1 where none has."""
+    """Return the number of examples: the length of the first array with axes, 1 where there is none."""
     return next((leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.ndim), 1)
 
 
 def _tokens(batch: PyTree) -> int | None:
-    """Return how many tokens a sequence has, where the first array is of integers `[batch, tokens]`."""
+    """Return the number of tokens per sequence, where the first array holds integers `[batch, tokens]`."""
     first = next((leaf for leaf in jax.tree.leaves(batch) if leaf.ndim), None)
     tokens = first is not None and first.ndim == 2 and jnp.issubdtype(first.dtype, jnp.integer)
     return first.shape[1] if tokens else None  # type: ignore[union-attr]
 
 
 def take_rows(array: jax.Array, index: jax.Array) -> jax.Array:
-    """Return `array[index]`: rows `[batch, ...]` of `[examples, ...]`, quickly on every platform.
+    """Return `array[index]`: rows `[batch, ...]` of `[examples, ...]`, fast on every platform.
 
-    XLA:CPU splits a gather over its threads and pays more for that than the copy costs; a loop of row copies
-    keeps to one. Where a row is one number, and on accelerators, the gather is the quicker one.
+    XLA:CPU splits a gather over its threads, which costs more than the copy; a loop of row copies uses one thread.
+    Where a row is a scalar, and on accelerators, the gather is faster.
     """
     if array.ndim == 1:
         return array[index]

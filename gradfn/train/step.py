@@ -14,7 +14,8 @@ from jaxtyping import PyTree
 from gradfn.core.net import takes_key
 from gradfn.core.params import named_leaves
 from gradfn.flatten import Loss
-from gradfn.train.model import Graph, Rest, batch_loss, carry, strong, take_apart, value_and_aux
+from gradfn.jaxpr.call import value_and_aux
+from gradfn.train.model import Graph, Rest, batch_loss, carry, strong, take_apart
 
 
 class TrainState(NamedTuple):
@@ -38,18 +39,18 @@ class TrainState(NamedTuple):
 
     @property
     def model(self) -> PyTree:
-        """The model as it was given, with the arrays of this state."""
+        """The model, of the type that was given, with the arrays of this state."""
         return self.params if self.rest is None else self.rest.model(self.params, self.model_state)
 
 
 def train_state(
     params: PyTree, optimizer: optax.GradientTransformation, key: jax.Array, state: PyTree = None
 ) -> TrainState:
-    """Make the state that training begins with.
+    """Return the state that training starts from.
 
     Args:
-        params: any pytree: its floating arrays are trained, all else is configuration, so an Equinox model will
-            do. Of a Flax NNX module the `nnx.Param`s are trained and its other variables carried.
+        params: any pytree: its floating arrays are trained, the rest is configuration, so an Equinox model works.
+            Of a Flax NNX module the `nnx.Param`s are trained and its other variables are carried.
         optimizer: from optax.
         key: from `jax.random.key`; for losses with noise in them.
         state: a pytree of arrays that the loss changes at each step, such as Linen's `batch_stats` and Equinox's
@@ -73,7 +74,7 @@ def train_state(
 def train_step(
     loss: Loss, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, PyTree], tuple[TrainState, dict[str, jax.Array]]]:
-    """Return the compiled step `(state, batch) -> (state, metrics)`, for those who own their loop.
+    """Return a compiled function that takes one step, for training loops of your own.
 
     Args:
         loss: of a batch, `(params, batch) -> scalar` or `(scalar, aux)`, with `key=` where it has noise in it and
@@ -82,7 +83,7 @@ def train_step(
             `optax.contrib.reduce_on_plateau` need.
 
     Returns:
-        A jitted function; `metrics` holds `loss` and the scalars of aux.
+        `(state, batch) -> (state, metrics)`; `metrics` holds `loss` and the scalars of aux.
 
     Raises:
         ValueError: a scalar of aux has the name `loss`, or two have the same.
@@ -99,40 +100,53 @@ def train_step(
     @jax.jit
     def step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, jax.Array]]:
         keywords = step_keywords(loss, state)
-        f = scalar_and_aux(batch_loss(loss, state.rest))
-        (value, aux), grads = jax.value_and_grad(f, has_aux=True)(state.params, batch, **keywords)
-        model_state, aux = carry(state.model_state, aux)
-        updates, opt_state = update(
-            optimizer, state, value, grads, lambda params: f(params, batch, **keywords)[0]
-        )
-        with jax.numpy_dtype_promotion("standard"):
-            params = optax.apply_updates(state.params, updates)
-        _check_types(state.opt_state, opt_state)
-        after = TrainState(params, opt_state, state.step + 1, state.key, model_state, state.rest)
-        return after, {"loss": value, **scalars(aux)}
+        f = batch_loss(loss, state.rest)
+        pair = lambda *args: value_and_aux(f(*args, **keywords))  # noqa: E731
+        (value, aux), grads = jax.value_and_grad(pair, has_aux=True)(state.params, batch)
+        value_fn = lambda params: pair(params, batch)[0]  # noqa: E731
+        after, metrics, _ = apply_gradients(optimizer, state, value, aux, grads, value_fn)
+        return after, metrics
 
     return step
 
 
-def update(
+def apply_gradients(
     optimizer: optax.GradientTransformation,
     state: TrainState,
     value: jax.Array,
+    aux: Any,
     grads: PyTree,
     value_fn: Callable[[PyTree], jax.Array],
-) -> tuple[PyTree, PyTree]:
-    """Return an optimizer's updates and its new state; `value_fn` is the loss on this batch, of parameters."""
+) -> tuple[TrainState, dict[str, jax.Array], Any]:
+    """Take a step, given the loss and its gradients.
+
+    Args:
+        optimizer: from optax.
+        state: before the step.
+        value: the loss on the step's batch.
+        aux: what the loss returned beside it.
+        grads: the gradients, in the tree of `state.params`.
+        value_fn: from parameters to the loss on the step's batch.
+
+    Returns:
+        The state after the step, the step's metrics, and the updates of the parameters.
+    """
+    model_state, aux = carry(state.model_state, aux)
     # The gradient that jax gives of a complex number is the conjugate of the direction of steepest ascent.
     grads = jax.tree.map(jnp.conj, grads)
-    # optax mixes integers and floats, whatever the user asks of us.
+    # optax mixes integers and floats, whatever promotion the user chose.
     with jax.numpy_dtype_promotion("standard"):
-        return optax.with_extra_args_support(optimizer).update(
+        updates, opt_state = optax.with_extra_args_support(optimizer).update(
             grads, state.opt_state, state.params, value=value, grad=grads, value_fn=value_fn
         )
+        params = optax.apply_updates(state.params, updates)
+    _check_types(state.opt_state, opt_state)
+    after = TrainState(params, opt_state, state.step + 1, state.key, model_state, state.rest)
+    return after, {"loss": value, **scalars(aux)}, updates
 
 
 def step_keywords(loss: Loss, state: TrainState) -> dict[str, Any]:
-    """Return what a loss takes beside its parameters and its batch, in the step that comes next.
+    """Return the keyword arguments of the loss in the next step.
 
     Raises:
         TypeError: the loss takes a state and there is none, or the other way round.
@@ -145,20 +159,15 @@ def step_keywords(loss: Loss, state: TrainState) -> dict[str, Any]:
         )
     if not given and parameter is not None and parameter.default is parameter.empty:
         raise TypeError(
-            "the loss takes state: give the initial one, fit(..., state=...) or train_state(..., state=...)"
+            "the loss takes state: pass the initial one, fit(..., state=...) or train_state(..., state=...)"
         )
     keywords = {"state": state.model_state} if given else {}
     return keywords | ({"key": step_key(state)} if takes_key(loss) else {})
 
 
 def step_key(state: TrainState) -> jax.Array:
-    """Return the key of the step that comes next."""
+    """Return the key of the next step."""
     return jax.random.fold_in(state.key, state.step)
-
-
-def scalar_and_aux(loss: Loss) -> Loss:
-    """Return a loss that always returns `(scalar, aux)`, with an empty aux where there is none."""
-    return lambda *args, **kwargs: value_and_aux(loss(*args, **kwargs))
 
 
 def scalars(aux: PyTree) -> dict[str, jax.Array]:
@@ -170,7 +179,7 @@ def scalars(aux: PyTree) -> dict[str, jax.Array]:
     named = {name: jnp.asarray(leaf) for name, leaf in named_leaves(aux)}
     found = {name: leaf for name, leaf in named.items() if leaf.ndim == 0}
     if "loss" in found:
-        raise ValueError("aux: loss is the name of the loss itself. Give the scalar in aux another name")
+        raise ValueError("aux: loss is the name of the loss itself. Rename the scalar in aux")
     return found
 
 
@@ -178,9 +187,8 @@ def _number(leaf: PyTree) -> jax.Array:
     try:
         return strong(leaf)
     except TypeError:
-        raise TypeError(
-            f"the optimizer's state must be numbers and arrays, got {type(leaf).__name__}"
-        ) from None
+        message = f"the optimizer's state must be numbers and arrays, got {type(leaf).__name__}"
+        raise TypeError(message) from None
 
 
 def _check_types(before: Any, after: Any) -> None:

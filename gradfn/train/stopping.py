@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C, a notebook's interrupt), SIGTERM and SIGHUP, at a moment when a run can stop."""
+"""SIGINT (Ctrl-C, a notebook's interrupt), SIGTERM and SIGHUP, deferred until a run can stop."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from gradfn import console
 
 
 class Stop:
-    """Whether a signal came.
+    """Whether a signal arrived.
 
     Attributes:
-        signal: its number; None where none came.
-        message: what to say when the block has ended because of it.
+        signal: its number; None if none arrived.
+        message: printed when the block has ended because of it.
     """
 
     def __init__(self) -> None:
@@ -34,18 +34,18 @@ class Stop:
 
 @contextlib.contextmanager
 def deferred(active: bool) -> Iterator[Stop]:
-    """Let the first signal be known to the block, which ends when it can, and the second one end it at once.
+    """Report the first signal to the block, which ends when it can; a second signal ends it at once.
 
-    Handlers are those of the main thread, and are restored at the end. Signals that are ignored, or that other
-    software handles outside of Python, are left to that.
+    Handlers are set in the main thread, and restored at the end. Signals that are ignored, or that are handled
+    outside Python, are left alone.
 
     Args:
-        active: whether to do so at all.
+        active: whether to defer signals at all.
 
     Raises:
-        KeyboardInterrupt: at the block's end, for SIGINT.
-        SystemExit: for SIGTERM and SIGHUP, with 128 more than their number; the program's own handler is called
-            first, where it has one.
+        KeyboardInterrupt: at the end of the block, for SIGINT.
+        SystemExit: for SIGTERM and SIGHUP, with 128 plus their number; the program's own handler, if any, is called
+            first.
     """
     stop, previous = Stop(), {}
     main = threading.current_thread() is threading.main_thread()
@@ -60,16 +60,18 @@ def deferred(active: bool) -> Iterator[Stop]:
         for number, handler in previous.items():
             signal.signal(number, handler)
     if stop.signal is not None:
-        # The command line tells how to go on in its own words.
+        # The command line prints its own message.
         if stop.message and previous[stop.signal] is not console.stop:
-            with contextlib.suppress(OSError, ValueError):  # a closed pipe must not replace the signal
+            with contextlib.suppress(
+                OSError, ValueError
+            ):  # an error of a closed pipe must not replace the signal
                 print(stop.message, file=sys.stderr, flush=True)
         _call(previous[stop.signal], stop.signal)
         raise _end(stop.signal)
 
 
 def _call(handler: Any, number: int) -> None:
-    """Call the handler that the program itself has for a signal, if any."""
+    """Call the program's own handler for a signal, if any."""
     if callable(handler) and handler is not signal.default_int_handler:
         handler(number, inspect.currentframe())
 

@@ -190,11 +190,11 @@ def test_regression_targets_do_not_broadcast():
     assert ints == floats
     assert gf.regression_loss(image)({}, (x[0], jnp.ones(6))) == 0  # flat, in the order of rows
     for turned in (jnp.ones([3, 2]), jnp.ones([1, 5])):
-        with pytest.raises(ValueError, match=r"as the net answers \[2, 3\], got"):
+        with pytest.raises(ValueError, match=r"like the net's output \[2, 3\], got"):
             gf.regression_loss(image)({}, (x[0], turned))
     with pytest.raises(ValueError, match="1 of 8 target values are NaN"):
         fit(gf.regression_loss(one), np.where(y == y[0], np.nan, y), start)
-    with pytest.raises(ValueError, match="expected 1 values"):
+    with pytest.raises(ValueError, match="expected a target of 1 values"):
         fit(gf.regression_loss(one), x, start)
 
 

@@ -407,5 +407,5 @@ def test_only_matrices_decay():
     np.testing.assert_allclose(updates["W"], -0.05)
     assert not updates["b"].any()
     assert not updates["norm"]["gain"].any()
-    with pytest.raises(ValueError, match="warmup: from 0 up and below the 10 steps, came 10"):
+    with pytest.raises(ValueError, match=r"warmup must be in \[0, 10\), the number of steps, got 10"):
         adamw_warmup_cosine(10, warmup=10)

@@ -14,6 +14,7 @@ from gradfn.files import FileError, owned
 from gradfn.runs import RunError
 from gradfn.train import checkpoint
 from gradfn.train.log import Log
+from gradfn.train.notes import Notes, Settings
 
 X = np.random.default_rng(0).normal(size=[24, 3]).astype("float32")
 DATA = {"x": X, "y": X @ np.array([1.0, -2.0, 0.5], "float32")}
@@ -97,13 +98,13 @@ OTHER["x"][0, 0] += 1
         ({}, {"data": OTHER}, r"data: expected x float32\[24, 3\] \w+, got float32\[24, 3\]"),
         ({}, {"data": jax.tree.map(lambda a: a[:20], DATA)}, r"expected x float32\[24, 3\] \w+, got float32\[20, 3\]"),
         ({}, {"data": {**DATA, "z": DATA["y"]}}, "expected z nothing, got float32"),
-        ({"data": drawn(ON_DEVICE)}, {"data": drawn(jax.tree.map(jnp.asarray, OTHER))}, "data: batches are made"),
+        ({"data": drawn(ON_DEVICE)}, {"data": drawn(jax.tree.map(jnp.asarray, OTHER))}, "data: batches are computed"),
         ({"data": jax.tree_util.Partial(lambda rows, key: drawn(rows)(key), ON_DEVICE)},
          {"data": jax.tree_util.Partial(lambda rows, key: drawn(rows)(key), jax.tree.map(jnp.asarray, OTHER))},
          "data: expected .*x float32"),
         ({"data": host(DATA)}, {"data": host(OTHER)}, "data: expected x float32"),
         ({}, {"params": {"w": START["w"] + 0.01}}, "params: expected w to start from"),
-        ({"loss": smoothed(0.1)}, {"loss": smoothed(0.2)}, "loss: it computes something else"),
+        ({"loss": smoothed(0.1)}, {"loss": smoothed(0.2)}, "loss: it computes something different"),
         ({"loss": closing_over(np.ones(4, "float32"))}, {"loss": closing_over(np.full(4, 2, "float32"))}, "loss: it"),
         ({}, {"optimizer": optax.sgd(0.1)}, "of another network or optimizer"),
     ],
@@ -143,7 +144,7 @@ def test_b2_a_checkpoint_that_does_not_say_of_what_it_is(tmp_path):
     file = tmp_path / "checkpoint.safetensors"
     state, notes = checkpoint.load(file, gf.train_state(START, optax.adam(0.1), jax.random.key(0)))
     checkpoint.save(file, state, {name: note for name, note in notes.items() if name != "identity"})
-    with pytest.raises(gf.CheckpointError, match="does not say of which data it is"):
+    with pytest.raises(gf.CheckpointError, match="does not describe its data"):
         train(tmp_path, resume=True)
 
 
@@ -389,11 +390,16 @@ def test_b10_tensorboard_keeps_every_row_and_inspection_once(tmp_path, eval_ever
 def test_a_checkpoint_is_as_large_after_many_rows_as_after_none(tmp_path):
     sizes = {}
     for n in (0, 100_000):
-        log = Log(tmp_path, {"steps": 10**6, "batch_size": 1, "seed": 0, "eval_every": 1}, None, False, None)
+        settings = Settings(steps=10**6, batch_size=1, seed=0, eval_every=1)
+        log = Log(tmp_path, 10**6, None, False)
         log.history.open()
         for step in range(n):
             log.history.append({"step": step, "loss": 0.5})
-        checkpoint.save(tmp_path / "x", {"w": jnp.zeros(3)}, log.notes())
+        checkpoint.save(
+            tmp_path / "x",
+            {"w": jnp.zeros(3)},
+            vars(Notes(settings=settings, finished=False, logs=log.extents)),
+        )
         sizes[n] = (tmp_path / "x").stat().st_size
         log.history.close()
     assert (tmp_path / "metrics.jsonl").stat().st_size > 2_000_000
@@ -433,7 +439,7 @@ def test_rows_that_do_not_fit_the_checkpoint_are_named(tmp_path, name, content, 
     ("changes", "message"),
     [
         ({"n_steps": 1}, "is of step 6, but counts 6 in the last row and 1 since; it is damaged"),
-        ({"logs": None}, "does not say how many rows there are; an earlier version"),
+        ({"logs": None}, "does not count its rows; an earlier version"),
         ({"logs": {}}, "is of step 6, but counts 0 in the last row"),
         ({"logs": {"metrics.jsonl": {"rows": 3, "bytes": -7, "crc": 0}}}, "expected 3 rows in -7 bytes"),
         (

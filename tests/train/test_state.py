@@ -287,7 +287,7 @@ def test_a11_a_loss_that_loses_its_state_is_refused(change, message):
 
 
 def test_a11_a_state_that_is_missing_or_that_nobody_takes_is_refused():
-    with pytest.raises(TypeError, match="the loss takes state: give the initial one"):
+    with pytest.raises(TypeError, match="the loss takes state: pass the initial one"):
         train(counting, W)
     with pytest.raises(TypeError, match=r"the loss must be \(params, batch, state\)"):
         train(lambda params, batch: params["w"].sum(), W, state=STATE)

@@ -122,7 +122,7 @@ def test_a_signal_at_any_moment_of_the_loop_resumes_to_the_bit(tmp_path, monkeyp
         return wrapped
 
     for owner, name in (
-        (Log, "steps"),
+        (Log, "advance"),
         (Log, "row"),
         (Log, "inspection"),
         (Rows, "append"),
