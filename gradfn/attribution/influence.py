@@ -12,7 +12,8 @@ from gradfn.core.precision import norm, widen
 from gradfn.core.signature import transform_of
 from gradfn.curvature.directional import slope_of_scalar
 from gradfn.flatten import loss_of_example
-from gradfn.jaxpr.call import floating_leaves, jit_arrays, value_and_aux
+from gradfn.jaxpr.call import floating_leaves, jit_arrays, value_and_aux, with_hint
+from gradfn.per_example.traced_loss import REMEDY
 
 
 def tracin(
@@ -61,7 +62,7 @@ def tracin(
     """
     if batch_size < 1:
         raise ValueError(f"tracin: batch_size must be an integer >= 1, got {batch_size}")
-    loss = loss_of_example(loss)
+    loss = with_hint(loss_of_example(loss), REMEDY)
 
     @jit_arrays
     def products(params: PyTree, train: PyTree, test: PyTree) -> jax.Array:

@@ -15,7 +15,8 @@ from gradfn.core.precision import widen
 from gradfn.core.signature import keys_for, transform_of
 from gradfn.curvature.directional import linear_matrix, linearized, slope, slope_by_gradient
 from gradfn.flatten import flat_products, loss_of_example
-from gradfn.jaxpr.call import Leaves, floating_leaves, scalar, tangents
+from gradfn.jaxpr.call import Leaves, floating_leaves, scalar, tangents, with_hint
+from gradfn.per_example.traced_loss import REMEDY
 
 CHUNK = 16  # examples whose gradients are computed at a time, if there is no forward mode
 Product = Callable[..., PyTree]  # (params, vector, *args) -> matrix times vector, a tree like the parameters
@@ -184,7 +185,7 @@ def fisher_vp(loss: Callable) -> Product:
     >>> gf.curvature.fisher_vp(lambda w, x: w @ x)(jnp.zeros(2), jnp.ones(2), jnp.array([[1.0, 0.0], [0.0, 3.0]]))
     Array([0.5, 4.5], dtype=float32)
     """
-    loss = loss_of_example(loss)
+    loss = with_hint(loss_of_example(loss), REMEDY)
 
     @transform_of(loss, "fisher_vp", own=2)
     def product(params: PyTree, vector: PyTree, batch: PyTree, /, **kwargs: PyTree) -> PyTree:

@@ -65,7 +65,9 @@ def with_hint(f: Callable, hint: str = MEAN) -> Callable:
         try:
             return f(*args, **kwargs)
         except (TypeError, ValueError, IndexError) as error:
-            if hint not in getattr(error, "__notes__", ()) and any(word in str(error) for word in _OF_SHAPES):
+            of_shapes = isinstance(error, IndexError) or any(word in str(error) for word in _OF_SHAPES)
+            hinted_already = any("gf.batch_mean" in note for note in getattr(error, "__notes__", ()))
+            if of_shapes and not hinted_already:
                 error.add_note(hint)
             raise
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 import gradfn as gf
 from gradfn.train.log import Log
-from gradfn.train.source import Source, take_rows
+from gradfn.train.source import Source, source_of, take_rows
 
 pytestmark = pytest.mark.optimized
 
@@ -432,8 +432,21 @@ def test_inspections_are_those_of_the_steps(tmp_path):
     assert rows == fitted.inspections
 
 
+def test_an_inspected_step_is_differentiated_once():
+    state = gf.train_state(start, optax.adam(0.05), jax.random.key(3))
+    source = source_of(data, 8, 3)
+    programs = module.chunks(loss, optax.adam(0.05), source, None)
+    batch = jax.tree.map(lambda array: array[:8], data)
+
+    def products(f, *args):
+        return str(jax.make_jaxpr(f)(*args)).count("dot_general")
+
+    inspected = products(lambda state: programs.inspect(state, source.order(0), 0), state)
+    assert inspected == products(gf.inspect(loss, input_grads=False), start, batch) > 0
+
+
 @pytest.mark.slow
-def test_looking_changes_no_bit():
+def test_inspecting_changes_no_bit():
     assert_same(train(20, inspect_every=3).params, train(20).params)
 
 
