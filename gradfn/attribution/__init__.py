@@ -1,4 +1,4 @@
-"""Which inputs, regions and training examples an output rests on."""
+"""Attribution: which inputs, regions or training examples explain an output."""
 
 from typing import TYPE_CHECKING
 

@@ -95,7 +95,8 @@ def load_pretrained(
     config = family.read(fields)
     try:
         gpt(dataclasses.replace(config, n_layers=1))
-    except ValueError as error:  # sizes that do not fit together
+    except ValueError as error:
+        # Sizes that do not fit together.
         raise FileError(f"{file}: {error}") from error
     with _opened(folder) as tensors:
         tensors = _without_buffers(tensors, family, config, file)
@@ -120,18 +121,17 @@ def save_pretrained(folder: str | os.PathLike[str], config: GPTConfig, params: P
     """Write a model as a Hugging Face folder that `transformers` reads, as GPT-2 or as Llama.
 
     Args:
-        folder: made where it does not exist. A model that is in it is replaced, its shards and their index
-            (`model-00001-of-00002.safetensors`, ...) included.
-        config: GPT-2's choices (learned positions, layer norms, no shared heads; absent biases are written as
-            zeros) or Llama's (RoPE, RMS norms, SwiGLU).
+        folder: created if it does not exist. A model in it is replaced, including its shards and their index
+            (`model-00001-of-00002.safetensors`, ...). Config and weights are written completely before they
+            replace existing ones.
+        config: with the features of GPT-2 (learned positions, layer norms, no shared heads; absent biases are
+            written as zeros) or of Llama (RoPE, RMS norms, SwiGLU).
         params: of `gf.gpt(config)`; they are written in their own dtype, one tensor at a time.
 
-    Config and weights are written in full before they replace those that are there.
-
     Raises:
-        ParameterError: parameters that are not those of the config.
-        ValueError: a config that is neither, the message names the field; a folder whose `config.json` or
-            `model.safetensors` is not of such a model.
+        ParameterError: parameters that do not fit the config.
+        ValueError: a config that is neither of the two (the message names the field); a folder whose `config.json`
+            or `model.safetensors` does not belong to such a model.
 
     >>> import jax, tempfile, gradfn as gf, os
     >>> config = gf.GPTConfig(vocab=65, context=8, n_layers=1, n_heads=2, width=4)
@@ -145,10 +145,9 @@ def save_pretrained(folder: str | os.PathLike[str], config: GPTConfig, params: P
     fields = family.write(config)
     given = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     dtype = next(iter(given.values())).dtype
-    if family.name == "gpt2":  # it always has biases
-        spec = gpt(dataclasses.replace(config, bias=True, scan=False)).spec
-    else:
-        spec = gpt(dataclasses.replace(config, scan=False)).spec
+    # GPT-2 always has biases.
+    bias = config.bias or family.name == "gpt2"
+    spec = gpt(dataclasses.replace(config, bias=bias, scan=False)).spec
     shapes = {_name(path): param.shape for path, param in jax.tree_util.tree_leaves_with_path(spec)}
 
     def leaf(path: str) -> PyTree:
@@ -208,7 +207,7 @@ def _name(path: Any) -> str:
 
 
 def _shown(name: str) -> str:
-    """Return a name that was read from a file as an error may show it: on one line, and not too long."""
+    """Return a name from a file in a form that is safe to show in an error: on one line, and not too long."""
     return name if name.isprintable() and len(name) <= 200 else f"{name!r:.200}"
 
 
@@ -435,9 +434,9 @@ def _read_gpt2(fields: _Fields) -> GPTConfig:
         add_cross_attention=False,
         is_encoder_decoder=False,
     )
-    squash = fields.take("activation_function", "gelu_new", str)
-    if squash not in _ACTIVATIONS:
-        raise FileError(f"{fields.file}: activation_function: not supported, got {reprlib.repr(squash)}")
+    activation = fields.take("activation_function", "gelu_new", str)
+    if activation not in _ACTIVATIONS:
+        raise FileError(f"{fields.file}: activation_function: not supported, got {reprlib.repr(activation)}")
     width, hidden = fields.size("n_embd", 768), fields.size("n_inner", None)
     config = GPTConfig(
         vocab=fields.size("vocab_size", 50257),
@@ -446,7 +445,7 @@ def _read_gpt2(fields: _Fields) -> GPTConfig:
         n_heads=fields.size("n_head", 12),
         width=width,
         hidden=None if hidden == 4 * width else hidden,
-        feed=_ACTIVATIONS[squash],
+        feed=_ACTIVATIONS[activation],
         tied=fields.take("tie_word_embeddings", True, bool),
         norm_epsilon=fields.positive("layer_norm_epsilon", fields.take("layer_norm_epsilon", 1e-5)),
     )
@@ -477,20 +476,20 @@ def _write_gpt2(config: GPTConfig) -> dict[str, Any]:
 
 def _read_llama(fields: _Fields) -> GPTConfig:
     fields.expect(hidden_act="silu", is_encoder_decoder=False, rope_interleaved=False)
-    turning: dict[str, Any] = {}
+    rope: dict[str, Any] = {}
     for name, does in (("rope_scaling", "None only, or "), ("rope_parameters", "")):
-        asked = fields.take(name, None, (dict, type(None))) or {}
-        kind = asked.get("rope_type", asked.get("type", "default"))
+        given = fields.take(name, None, (dict, type(None))) or {}
+        kind = given.get("rope_type", given.get("type", "default"))
         rest = {
             key
-            for key, value in asked.items()
+            for key, value in given.items()
             if key not in ("rope_type", "type", "rope_theta") and value != 1
         }
         if kind != "default" or rest:
             raise FileError(
-                f"{fields.file}: {name}: gf.gpt does {does}rope_type 'default' only, got {reprlib.repr(asked)}"
+                f"{fields.file}: {name}: gf.gpt does {does}rope_type 'default' only, got {reprlib.repr(given)}"
             )
-        turning |= asked
+        rope |= given
     base = fields.take("rope_theta", 10_000.0)
     bias, feed_bias = fields.take("attention_bias", False, bool), fields.take("mlp_bias", False, bool)
     if bias != feed_bias:
@@ -515,7 +514,7 @@ def _read_llama(fields: _Fields) -> GPTConfig:
         bias=bias,
         tied=fields.take("tie_word_embeddings", False, bool),
         norm_epsilon=fields.positive("rms_norm_eps", fields.take("rms_norm_eps", 1e-6)),
-        rope_base=fields.positive("rope_theta", turning.get("rope_theta", base)),
+        rope_base=fields.positive("rope_theta", rope.get("rope_theta", base)),
     )
     fields.end()
     return config

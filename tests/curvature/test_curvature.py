@@ -14,7 +14,7 @@ LOSS = gf.batch_mean(gf.classification_loss(NET))
 
 
 def task():
-    """Return parameters, some vector like them and a batch, in the default precision."""
+    """Return parameters, a vector like them and a batch, in the default precision."""
     params = jax.tree.map(lambda a: 0.7 * jnp.asarray(a, float), NET.init(jax.random.key(0)))
     rng = np.random.default_rng(0)
     vector = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), params)
@@ -83,8 +83,8 @@ def test_ggn_is_the_jacobian_around_the_hessian_of_the_outputs(x64, known, name)
     np.testing.assert_allclose(flat(product(params, vector, (x, y))), expected, rtol=1e-11, atol=1e-14)
 
 
-def test_softmax_ggn_of_sequences_leaves_padding_out(x64):
-    """The head is linear in its one matrix, so there the Gauss-Newton matrix is the Hessian."""
+def test_softmax_ggn_of_sequences_ignores_padding(x64):
+    """The net is linear in its only matrix, so the Gauss-Newton matrix is the Hessian."""
     net = gf.Net({"W": gf.Param((4, 3))}, lambda params, x: x @ params["W"].T)  # [T, 3] -> [T, 4]
     rng = np.random.default_rng(1)
     x, y = jnp.asarray(rng.normal(size=[2, 5, 3])), jnp.asarray(rng.integers(0, 4, [2, 5])).at[0, 3:].set(-1)
@@ -106,7 +106,7 @@ def test_fisher_is_the_mean_of_the_gradients_outer_products(x64, known):
         np.testing.assert_allclose(flat(product), expected, rtol=1e-11)
 
 
-def test_products_name_what_does_not_fit():
+def test_errors_of_products_name_the_parameter():
     product = gf.curvature.hvp(lambda params: params["W"].sum() ** 2)
     params = {"W": jnp.ones([2, 3]), "steps": jnp.int32(3)}
     with pytest.raises(
@@ -129,7 +129,7 @@ def test_products_name_what_does_not_fit():
         gf.curvature.ggn_vp(NET.apply)(*task()[:2], (jnp.ones([2, 3]), jnp.ones([2])))
 
 
-def test_what_is_no_floating_array_stays_out_and_aux_is_left_aside():
+def test_only_floating_arrays_take_part_and_aux_is_ignored():
     params = {"W": jnp.array([2.0, 3.0]), "steps": jnp.int32(3), "half": jnp.ones(2, jnp.bfloat16)}
 
     def loss(params):
@@ -141,7 +141,7 @@ def test_what_is_no_floating_array_stays_out_and_aux_is_left_aside():
     assert product["half"].dtype == jnp.bfloat16
     np.testing.assert_allclose(product["W"], [12.0, 18.0])
     eigs = gf.curvature.hessian_eigs(loss, k=2)(params)
-    np.testing.assert_allclose(eigs.values, [18.0, 12.0], rtol=1e-3)  # vectors are rounded to bfloat16
+    np.testing.assert_allclose(eigs.values, [18.0, 12.0], rtol=1e-3)  # the vectors are rounded to bfloat16
     assert eigs.vectors["steps"] is None
 
 
@@ -169,7 +169,7 @@ def symmetric(eigenvalues):
 
 
 @pytest.mark.slow
-def test_residuals_tell_the_truth_in_float32_through_restarts():
+def test_residuals_are_correct_in_float32_after_restarts():
     spectrum = np.random.default_rng(0).uniform(0.9, 1, 300)  # no gaps: the basis of 30 vectors fills up
     A = symmetric(spectrum)
     A32 = jnp.asarray(A, jnp.float32)
@@ -186,7 +186,7 @@ def test_residuals_tell_the_truth_in_float32_through_restarts():
 
 
 @pytest.mark.slow
-def test_eigenvalues_where_the_process_ends_early():
+def test_eigenvalues_if_the_process_ends_early():
     eigs_of = gf.curvature.hessian_eigs(quadratic, k=5)
     for spectrum in ([0.0] * 5, [2.0] * 5, [3.0, -1.0, 0.0, 0.0, 0.0]):
         eigs = eigs_of(jnp.ones(5), jnp.asarray(symmetric(spectrum), jnp.float32))
@@ -206,17 +206,17 @@ def test_eigenvalues_of_other_matrices_and_inside_jit(x64, known):
 
 
 @pytest.mark.slow
-def test_sharpness_beside_two_over_the_learning_rate():
+def test_sharpness_and_its_limit():
     A = jnp.asarray(symmetric([3.0, 1.0, -5.0, 0.1]), jnp.float32)
-    seen = gf.curvature.sharpness(quadratic, learning_rate=0.5)(jnp.ones(4), A)
-    np.testing.assert_allclose([seen.value, seen.limit, seen.ratio], [3.0, 4.0, 0.75], rtol=1e-5)
-    assert seen.vector.shape == (4,)
-    assert seen.converged
+    result = gf.curvature.sharpness(quadratic, learning_rate=0.5)(jnp.ones(4), A)
+    np.testing.assert_allclose([result.value, result.limit, result.ratio], [3.0, 4.0, 0.75], rtol=1e-5)
+    assert result.vector.shape == (4,)
+    assert result.converged
     with pytest.raises(ValueError, match="above 0"):
         gf.curvature.sharpness(quadratic, learning_rate=0.0)
 
 
-def test_eigenvalues_want_a_number_and_an_order_that_there_are():
+def test_eigenvalues_refuse_unknown_settings():
     with pytest.raises(ValueError, match="at most the number of parameters, 2, got 3"):
         gf.curvature.hessian_eigs(quadratic, k=3)(jnp.ones(2), jnp.eye(2))
     with pytest.raises(ValueError, match="k must be an integer >= 1, got 0"):
@@ -269,7 +269,7 @@ def test_trace_and_diagonal_agree_with_the_dense_hessian_and_their_errors_are_ca
 def test_the_spectrum_has_the_moments_of_the_dense_one(x64, known):
     params, _, batch, H = known
     eigenvalues = np.linalg.eigvalsh(H)
-    # From 31 steps each row is exact along its direction; directions are what is left to chance.
+    # With 31 steps each row is exact for its direction; only the directions are random.
     spectrum = gf.curvature.hessian_spectrum(LOSS, samples=400, steps=40)(params, batch)
     np.testing.assert_allclose(spectrum.weights.sum(1), 1.0, rtol=1e-10)
     assert spectrum.size == len(eigenvalues)
@@ -297,7 +297,7 @@ def test_a_few_steps_have_the_exact_low_moments_of_their_direction(x64):
         np.testing.assert_allclose((spectrum.weights * spectrum.nodes**power).sum(1), exact, rtol=1e-9)
 
 
-def test_estimates_want_enough_samples():
+def test_estimates_need_enough_samples():
     with pytest.raises(ValueError, match="samples must be >= 2 for a standard error, got 1"):
         gf.curvature.hessian_trace(quadratic, samples=1)
     with pytest.raises(ValueError, match="steps >= 2, got samples=8, steps=1"):
@@ -306,21 +306,21 @@ def test_estimates_want_enough_samples():
 
 def test_landscape_is_the_loss_at_the_moved_parameters():
     params, _, batch = task()
-    seen = gf.curvature.loss_landscape(LOSS, points=3, span=0.5)(params, batch)
-    assert seen.losses.shape == (3, 3)
-    np.testing.assert_allclose(seen.steps, [-0.5, 0.0, 0.5])
-    moved = jax.tree.map(lambda p, d: p + 0.5 * d[0] - 0.5 * d[1], params, seen.directions)
-    np.testing.assert_allclose(seen.losses[2, 0], jax.jit(LOSS)(moved, batch), rtol=1e-5)
+    result = gf.curvature.loss_landscape(LOSS, points=3, span=0.5)(params, batch)
+    assert result.losses.shape == (3, 3)
+    np.testing.assert_allclose(result.steps, [-0.5, 0.0, 0.5])
+    moved = jax.tree.map(lambda p, d: p + 0.5 * d[0] - 0.5 * d[1], params, result.directions)
+    np.testing.assert_allclose(result.losses[2, 0], jax.jit(LOSS)(moved, batch), rtol=1e-5)
     for name, p in params.items():
-        lengths = np.linalg.norm(np.asarray(seen.directions[name]).reshape(2, len(p), -1), axis=2)
+        lengths = np.linalg.norm(np.asarray(result.directions[name]).reshape(2, len(p), -1), axis=2)
         expected = np.linalg.norm(p, axis=1) if p.ndim == 2 else np.zeros(len(p))
         np.testing.assert_allclose(lengths, np.stack([expected] * 2), rtol=1e-5)
 
 
-def test_landscape_along_given_directions_and_filters_that_lie_last():
+def test_landscape_along_given_directions_and_with_filters_on_the_last_axis():
     along = jnp.array([[1.0, 0.0], [0.0, 2.0]])
-    seen = gf.curvature.loss_landscape(lambda w: w[0] ** 2 + w[1], points=3)(jnp.zeros(2), directions=along)
-    np.testing.assert_allclose(seen.losses, [[-1.0, 1.0, 3.0], [-2.0, 0.0, 2.0], [-1.0, 1.0, 3.0]])
+    result = gf.curvature.loss_landscape(lambda w: w[0] ** 2 + w[1], points=3)(jnp.zeros(2), directions=along)
+    np.testing.assert_allclose(result.losses, [[-1.0, 1.0, 3.0], [-2.0, 0.0, 2.0], [-1.0, 1.0, 3.0]])
     kernel = jnp.array([[3.0, 1.0], [4.0, 0.0]])  # [in, out], as Flax has it
     last = gf.curvature.loss_landscape(lambda w: w.sum(), 1, points=2, filter_axis=-1)(kernel).directions
     np.testing.assert_allclose(np.linalg.norm(last[0], axis=0), [5.0, 1.0], rtol=1e-5)
@@ -338,7 +338,7 @@ def test_models_of_equinox_and_flax_have_the_eigenvalues_of_their_dense_hessians
     def loss(answers):
         return optax.softmax_cross_entropy_with_integer_labels(answers, y).mean()
 
-    model = eqx.nn.MLP(3, 3, 2, 1, key=jax.random.key(0))  # its leaves hold functions, too
+    model = eqx.nn.MLP(3, 3, 2, 1, key=jax.random.key(0))  # some of its leaves are functions
     graph, state = nnx.split(nnx.Linear(3, 3, param_dtype=jnp.float64, rngs=nnx.Rngs(0)))
     arrays, static = eqx.partition(model, eqx.is_array)
     for params, f, rest in [

@@ -106,8 +106,8 @@ def plain(f, params, x):
 
 
 def everything(f, params, x):
-    seen = inspect(f, keep=None)(params, x)
-    return seen.value, seen.aux, seen.grads, seen.input_grads[0]
+    inspection = inspect(f, keep=None)(params, x)
+    return inspection.value, inspection.aux, inspection.grads, inspection.input_grads[0]
 
 
 @pytest.mark.slow
@@ -140,7 +140,7 @@ def test_compiled_the_same(name, dtype):
 @pytest.mark.slow
 def test_activations_of_an_rnn_are_those_of_the_loop_unrolled_by_hand():
     _, params = CASES["rnn"]
-    seen = jax.jit(inspect(rnn, keep="h"))(params, FEW)
+    inspection = jax.jit(inspect(rnn, keep="h"))(params, FEW)
     offsets = jnp.zeros((4, 8))
 
     def unrolled(offsets):
@@ -151,18 +151,18 @@ def test_activations_of_an_rnn_are_those_of_the_loop_unrolled_by_hand():
         return jnp.mean(jnp.stack(out) ** 2), jnp.stack(out)
 
     (_, states), grads = jax.jit(jax.value_and_grad(unrolled, has_aux=True))(offsets)
-    np.testing.assert_allclose(seen["h"].value, states, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(seen["h"].grad, grads, rtol=1e-4, atol=1e-7)
-    np.testing.assert_allclose(seen.grad_stats["h"].rms, np.sqrt(np.mean(grads**2, 1)), rtol=1e-4)
+    np.testing.assert_allclose(inspection["h"].value, states, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(inspection["h"].grad, grads, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(inspection.grad_stats["h"].rms, np.sqrt(np.mean(grads**2, 1)), rtol=1e-4)
 
 
 def test_keys_among_the_arguments_and_integer_parameters():
     params = {"W": W, "key": jax.random.key(3), "n": jnp.arange(3)}
-    seen = jax.jit(inspect(with_key))(params, X)
+    inspection = jax.jit(inspect(with_key))(params, X)
     expected = jax.jit(jax.grad(lambda w: with_key({"W": w, "key": params["key"]}, X)))(W)
-    np.testing.assert_array_equal(seen.grads["W"], expected)
-    assert seen.grads["key"] is None
-    assert seen.grads["n"] is None
+    np.testing.assert_array_equal(inspection.grads["W"], expected)
+    assert inspection.grads["key"] is None
+    assert inspection.grads["n"] is None
 
 
 def test_integer_and_empty_sites_and_sites_no_gradient_reaches():
@@ -170,17 +170,17 @@ def test_integer_and_empty_sites_and_sites_no_gradient_reaches():
         best = checkpoint_name(jnp.argmax(x @ w, -1), "best")
         return jnp.sum(checkpoint_name(x @ w, "cut")[:0]) + jnp.sum(checkpoint_name(w[:0], "none")), best
 
-    seen = inspect(f)(W, X)
-    assert "best" not in seen.grad_stats
-    np.testing.assert_allclose(seen.stats["best"].mean, np.mean(np.argmax(X @ W, -1)), rtol=1e-6)
-    assert float(seen.stats["none"].count) == 0
-    assert "nan" not in str(seen)
+    inspection = inspect(f)(W, X)
+    assert "best" not in inspection.grad_stats
+    np.testing.assert_allclose(inspection.stats["best"].mean, np.mean(np.argmax(X @ W, -1)), rtol=1e-6)
+    assert float(inspection.stats["none"].count) == 0
+    assert "nan" not in str(inspection)
 
 
 def test_branches_tell_which_of_them_ran():
-    seen = inspect(branches)(W, X)
-    np.testing.assert_array_equal(seen.stats["odd"].count, [0, 128, 0, 128])
-    np.testing.assert_array_equal(seen.grad_stats["params"].count, [128, 0, 128, 0])
+    inspection = inspect(branches)(W, X)
+    np.testing.assert_array_equal(inspection.stats["odd"].count, [0, 128, 0, 128])
+    np.testing.assert_array_equal(inspection.grad_stats["params"].count, [128, 0, 128, 0])
 
 
 def test_inside_vmap_and_scan():
@@ -192,8 +192,8 @@ def test_inside_vmap_and_scan():
         jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5), many, one)
 
     def step(w, x):
-        seen = inspect(vmapped)(w, x)
-        return w - 0.1 * seen.grads, seen
+        inspection = inspect(vmapped)(w, x)
+        return w - 0.1 * inspection.grads, inspection
 
     _, steps = jax.jit(lambda: lax.scan(step, W, jnp.stack([X] * 3)))()
     np.testing.assert_allclose(steps.value[0], f(W, X).value, rtol=1e-6)
@@ -202,8 +202,8 @@ def test_inside_vmap_and_scan():
 
 def test_donated_parameters():
     def step(w, x):
-        seen = inspect(vmapped)(w, x)
-        return w - 0.1 * seen.grads, seen
+        inspection = inspect(vmapped)(w, x)
+        return w - 0.1 * inspection.grads, inspection
 
     w, _ = jax.jit(step, donate_argnums=0)(W + 0, X)
     np.testing.assert_allclose(w, W - 0.1 * jax.grad(vmapped)(W, X), rtol=1e-5, atol=1e-6)
@@ -219,12 +219,12 @@ def test_shardings_are_those_of_the_plain_function(mesh):
         return jnp.mean(jax.nn.relu(x @ w) ** 2)
 
     w, x = (jax.device_put(a, NamedSharding(mesh, PartitionSpec(*s))) for a, s in ((W, ()), (X, ("d",))))
-    seen = jax.jit(inspect(f, keep=None))(w, x)
+    inspection = jax.jit(inspect(f, keep=None))(w, x)
     grads = jax.jit(jax.grad(f, argnums=(0, 1)))(w, x)
-    for ours, theirs in ((seen.grads, grads[0]), (seen.input_grads[0], grads[1])):
+    for ours, theirs in ((inspection.grads, grads[0]), (inspection.input_grads[0], grads[1])):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-8)
         assert ours.sharding.is_equivalent_to(theirs.sharding, 2)
-    for raw in (seen["params"].value, seen["params"].grad):
+    for raw in (inspection["params"].value, inspection["params"].grad):
         assert raw.sharding.is_equivalent_to(x.sharding, 2)
 
 
@@ -239,9 +239,9 @@ def test_shardings_in_types():
     with jax.set_mesh(mesh):
         w = jax.device_put(jnp.stack([W] * 3), PartitionSpec())
         x = jax.device_put(X, PartitionSpec("d"))
-        seen = jax.jit(inspect(f, keep=None))(w, x)
-        np.testing.assert_allclose(seen.grads, jax.jit(jax.grad(f))(w, x), rtol=1e-5, atol=1e-7)
-        assert jax.typeof(seen["params"].grad).sharding.spec == PartitionSpec(None, "d", None)
+        inspection = jax.jit(inspect(f, keep=None))(w, x)
+        np.testing.assert_allclose(inspection.grads, jax.jit(jax.grad(f))(w, x), rtol=1e-5, atol=1e-7)
+        assert jax.typeof(inspection["params"].grad).sharding.spec == PartitionSpec(None, "d", None)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -256,8 +256,10 @@ def test_shard_map(mesh, check_vma):
             local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=check_vma
         )(w, x)
 
-    seen = jax.jit(inspect(f, keep=None))(W, X)
-    np.testing.assert_allclose(seen.grads, jax.jit(jax.grad(f))(W, X), rtol=1e-6)
-    assert seen["h"].value.shape == (8, 2, 8)
-    np.testing.assert_allclose(seen["h"].value.reshape(16, 8), jax.nn.relu(X @ W), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(seen["h"].grad.reshape(16, 8), 2 * jax.nn.relu(X @ W), rtol=1e-5, atol=1e-6)
+    inspection = jax.jit(inspect(f, keep=None))(W, X)
+    np.testing.assert_allclose(inspection.grads, jax.jit(jax.grad(f))(W, X), rtol=1e-6)
+    assert inspection["h"].value.shape == (8, 2, 8)
+    np.testing.assert_allclose(inspection["h"].value.reshape(16, 8), jax.nn.relu(X @ W), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        inspection["h"].grad.reshape(16, 8), 2 * jax.nn.relu(X @ W), rtol=1e-5, atol=1e-6
+    )
