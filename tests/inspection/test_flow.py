@@ -129,7 +129,7 @@ def test_update_ratios_and_dict():
     assert report["update_ratios"]["0/0"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_long_loops_share_one_row_per_site_unless_all_rows_are_requested():
+def test_long_loops_share_one_row_per_site_unless_all_rows_are_requested(monkeypatch):
     def f(w, x):
         return jnp.sum(jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, None, length=100)[0])
 
@@ -146,7 +146,24 @@ def test_long_loops_share_one_row_per_site_unless_all_rows_are_requested():
     np.testing.assert_allclose(summary["max"], np.max(stats.max), rtol=1e-6)
     np.testing.assert_allclose(summary["grad norm"], np.sqrt(np.sum(grads.rms**2 * 6)), rtol=1e-5)
     np.testing.assert_allclose(summary["grad ×"], grads.rms[0] / grads.rms[-1], rtol=1e-5)
+    for width in (60, 80, 120, 200):
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert max(map(len, str(inspection).splitlines())) <= width
+        assert f"{summary['grad norm']:.3g}" in str(inspection)
     assert "100 × [2, 3]" in str(sites(f)(jnp.eye(3), jnp.ones((2, 3))))
+
+
+def test_long_tables_keep_flagged_sites_and_large_changes_and_say_how_to_see_the_rest():
+    inspection = inspect(network(jnp.tanh))(*setup([32] * 4 + [10], 100.0))
+    flagged = [name for name in inspection if name in inspection.flags()]
+    assert 3 <= len(flagged) < len(inspection.sites)
+    folded = inspection.table(rows=len(flagged))
+    assert list(folded.to_dataframe()["site"]) == flagged
+    left = len(inspection.sites) - len(flagged)
+    note = f"{left} of {len(inspection.sites)} rows are not shown: inspection.table(rows=None) lists them"
+    assert note in " ".join(str(folded).split())
+    largest = max(range(4), key=lambda i: float(jnp.linalg.norm(inspection.grads[i][0])))
+    assert inspection.parameter_table(rows=1).to_dataframe()["parameter"][0].startswith(f"{largest}/")
 
 
 def test_printing_while_traced_says_so():
