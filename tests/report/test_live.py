@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from html import unescape
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -350,10 +351,14 @@ def test_in_dark_mode_pictures_are_dark_and_every_variable_is_defined(tmp_path):
       out.push(look());
       const style = [...document.styleSheets[0].cssRules].map((rule) => rule.cssText).join(" ");
       const used = new Set([...style.matchAll(/var\\((--[\\w-]+)/g)].map((found) => found[1]));
-      const all = document.documentElement.outerHTML;
+      const all = document.documentElement.outerHTML + asked.scripts;
       const undefined = [...used].filter((name) => !new RegExp(`${name}["]?[:,]`).test(all));
       return { out, undefined, used: used.size }; };"""
-    told = in_page(tmp_path, [run], script)
+    # In the page the scripts are encoded.
+    scripts = "".join(
+        file.read_text() for file in (Path(gf.__file__).parent / "report" / "assets").glob("*.js")
+    )
+    told = in_page(tmp_path, [run], script, scripts=scripts)
     assert told["out"] == [["none", "none"], ["invert(0.92) hue-rotate(180deg)", "block"]]
     assert told["used"] > 20
     assert told["undefined"] == []
