@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from gradfn.core.precision import norm
 from gradfn.core.signature import transform_of
@@ -194,7 +194,7 @@ class Backward(ShowsTable):
         infos: the equations (static).
     """
 
-    value: PyTree
+    value: Float[Array, ""]
     aux: PyTree
     cotangents: tuple[PyTree, ...]
     infos: tuple[_Info, ...]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from gradfn.core.precision import norm
 from gradfn.core.signature import transform_of
@@ -64,15 +64,15 @@ class Inspection(ByName, ShowsTable):
         param_order: the names of the parameters, in the order in which the loss first uses each (static).
     """
 
-    value: PyTree
+    value: Float[Array, ""]
     aux: PyTree
     grads: PyTree
-    input_grads: Any
+    input_grads: tuple[PyTree, ...]
     stats: dict[str, Stats]
     grad_stats: dict[str, Stats]
     values: dict[str, jax.Array]
     value_grads: dict[str, jax.Array]
-    update_ratios: Any
+    update_ratios: PyTree
     sites: tuple[Site, ...]
     param_order: tuple[str, ...] = ()
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
-from jaxtyping import PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from gradfn.core.signature import transform_of
 from gradfn.inspection.causes import ELEMENTWISE, Operand, explain
@@ -171,10 +171,10 @@ class NanRecord:
         input_names: names of the inputs (static).
     """
 
-    value: PyTree
-    nonfinite_grads: Any
-    nonfinite_inputs: Any
-    keys: Any
+    value: Float[Array, ""]
+    nonfinite_grads: Bool[Array, " leaves"]
+    nonfinite_inputs: Bool[Array, "inputs 2"]
+    keys: Int[Array, "3 levels"]
     spots: tuple[Spot, ...]
     leaf_names: tuple[str, ...]
     input_names: tuple[str, ...]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from gradfn.core.precision import norm, norm_of_norms, widen
 from gradfn.core.signature import transform_of
@@ -44,10 +44,10 @@ class ExampleNorms(ShowsTable):
         methods: `(path, method)` per leaf: how its norms were found (static).
     """
 
-    values: PyTree
+    values: Float[Array, " B"]
     aux: PyTree
-    norms: Any
-    total: Any
+    norms: PyTree[Float[Array, " B"]]
+    total: Float[Array, " B"]
     grads: PyTree
     methods: tuple[tuple[str, str], ...]
 
@@ -92,13 +92,13 @@ class ClippedGrads(NamedTuple):
     """
 
     grads: PyTree
-    values: PyTree
+    values: Float[Array, " B"]
     aux: PyTree
-    total: Any
-    clipped: Any
+    total: Float[Array, " B"]
+    clipped: Float[Array, ""]
 
 
-def grads(loss: Callable, chunk: int | None = None) -> Callable:
+def grads(loss: Callable, chunk: int | None = None) -> Callable[..., PyTree]:
     """Return a function that computes the gradient of every single example.
 
     It is `jax.vmap(jax.grad(loss))`, and takes memory of the size of the parameters for each example. If you only need

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from gradfn.core.params import path_name
 from gradfn.core.precision import divided, magnitudes_squared, sum_of, unit_of, widen
@@ -48,9 +48,9 @@ class NoiseScale(ShowsTable):
         weight: the number of batches that the sums are over.
     """
 
-    signals: Any
-    noises: Any
-    weight: jax.Array
+    signals: PyTree[Float[Array, ""]]
+    noises: PyTree[Float[Array, ""]]
+    weight: Float[Array, ""]
 
     @property
     def gradient_square(self) -> jax.Array:
@@ -190,9 +190,9 @@ class NormTest(NamedTuple):
         examples: the estimated size of the smallest batch that passes.
     """
 
-    passed: jax.Array
-    ratio: jax.Array
-    examples: jax.Array
+    passed: Bool[Array, ""]
+    ratio: Float[Array, ""]
+    examples: Float[Array, ""]
 
 
 def norm_test(loss: Callable, theta: float = 0.9) -> Callable[..., NormTest]:

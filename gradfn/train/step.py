@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, Int, Key, PyTree
 
 from gradfn.core.net import takes_key
 from gradfn.core.params import named_leaves
@@ -31,10 +31,10 @@ class TrainState(NamedTuple):
     """
 
     params: PyTree
-    opt_state: Any
-    step: jax.Array
-    key: jax.Array
-    model_state: Any = None
+    opt_state: PyTree
+    step: Int[Array, ""]
+    key: Key[Array, ""]
+    model_state: PyTree = None
     rest: Rest | Graph | None = None
 
     @property
