@@ -127,7 +127,7 @@ class Dataflow(Generic[V]):
             return [self.choose(path, index, values) for values in zip(*branches, strict=True)]
         if kind not in ("scan", "while"):
             return run(0, operands)
-        skipped, n_consts, n_carry = _split(kind, eqn)
+        skipped, n_consts, n_carry = loop_split(kind, eqn)
         first, after = skipped + n_consts, skipped + n_consts + n_carry
         roles: list[Role] = ["const"] * first + ["carry"] * n_carry + ["slice"] * (len(operands) - after)
         known = [
@@ -151,7 +151,7 @@ class Dataflow(Generic[V]):
             known[first:after] = joined
 
 
-def _split(kind: str, eqn: JaxprEqn) -> tuple[int, int, int]:
+def loop_split(kind: str, eqn: JaxprEqn) -> tuple[int, int, int]:
     """Return how many operands only a loop's condition reads, its constants and its carries."""
     if kind == "while":
         return eqn.params["cond_nconsts"], eqn.params["body_nconsts"], len(eqn.outvars)

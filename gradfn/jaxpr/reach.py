@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from gradfn.jaxpr.interpreter import Path, bodies, scan_split
+from gradfn.jaxpr.dataflow import loop_split
+from gradfn.jaxpr.interpreter import Path, bodies
 
 Needed = Sequence[bool]
 
@@ -68,37 +69,26 @@ def _equation(reach: Reach, eqn: JaxprEqn, path: Path, outputs: Needed) -> Neede
     if kind == "cond":
         branches = [_body(reach, jaxpr, (*path, k), outputs) for k, (jaxpr, _) in enumerate(inner)]
         return [True, *_either(*branches)]
-    if kind == "scan":
-        return _scan(reach, eqn, inner[0][0], path, outputs)
-    if kind == "while":
-        return _while(reach, eqn, inner[0][0], path, outputs)
+    if kind in ("scan", "while"):
+        return _loop(reach, kind, eqn, inner[0][0], path, outputs)
     if kind:
         return _body(reach, inner[0][0], (*path, 0), outputs)
     return [True] * len(eqn.invars)
 
 
-def _scan(reach: Reach, eqn: JaxprEqn, jaxpr: Jaxpr, path: Path, outputs: Needed) -> Needed:
-    n_consts, n_carry = scan_split(eqn)
-    carry, ys = outputs[:n_carry], outputs[n_carry:]
+def _loop(reach: Reach, kind: str, eqn: JaxprEqn, jaxpr: Jaxpr, path: Path, outputs: Needed) -> Needed:
+    n_cond, n_consts, n_carry = loop_split(kind, eqn)
+    carry, stacks, of_condition = list(outputs[:n_carry]), outputs[n_carry:], list[bool]()
+    if kind == "while":
+        # What the condition reads determines the number of iterations.
+        condition = eqn.params["cond_jaxpr"].jaxpr
+        of_condition = list(_body(Reach(), condition, (), [True] * len(condition.outvars)))
+        carry = _either(carry, of_condition[n_cond:])
     while True:
-        inputs = _body(reach, jaxpr, (*path, 0), [*carry, *ys])
+        inputs = _body(reach, jaxpr, (*path, 0), [*carry, *stacks])
         grown = _either(carry, inputs[n_consts : n_consts + n_carry])
-        if grown == list(carry):
-            return [*inputs[:n_consts], *grown, *inputs[n_consts + n_carry :]]
-        carry = grown
-
-
-def _while(reach: Reach, eqn: JaxprEqn, jaxpr: Jaxpr, path: Path, outputs: Needed) -> Needed:
-    n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    # What the condition reads determines the number of iterations.
-    condition = eqn.params["cond_jaxpr"].jaxpr
-    of_condition = _body(Reach(), condition, (), [True] * len(condition.outvars))
-    carry = _either(outputs, of_condition[n_cond:])
-    while True:
-        inputs = _body(reach, jaxpr, (*path, 0), carry)
-        grown = _either(carry, inputs[n_body:])
-        if grown == list(carry):
-            return [*of_condition[:n_cond], *inputs[:n_body], *grown]
+        if grown == carry:
+            return [*of_condition[:n_cond], *inputs[:n_consts], *carry, *inputs[n_consts + n_carry :]]
         carry = grown
 
 

@@ -143,9 +143,9 @@ class Plan:
     ) -> tuple[dict[int, jax.Array], dict[int, jax.Array]]:
         """Return the norms `[B]` of the covered parameters, and the sums of gradients that strategies compute."""
         norms, totals, measures = {}, {}, {}
-        left = {path: (token, captures.get(path)) for path, token in of_tokens.items()}
+        recorded = {path: (token, captures.get(path)) for path, token in of_tokens.items()}
         for i in self.covered:
-            found = self.strategies[i].found(self.loss.floating[i], grads[i], left, self.loss.size)
+            found = self.strategies[i].found(self.loss.floating[i], grads[i], recorded, self.loss.size)
             if isinstance(found.norms, Measure):
                 measures[i] = found.norms
             else:

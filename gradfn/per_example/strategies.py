@@ -1,6 +1,6 @@
 """How the norms of one parameter's gradients are found: one strategy per parameter.
 
-A strategy defines what the pass over the batch differentiates with respect to (`argument`), what the pass leaves at
+A strategy defines what the pass over the batch differentiates with respect to (`argument`), what the pass records at
 the equations that use the parameter (`probed`), and what follows from it: norms `[B]` and the sum of the gradients
 (`found`, `total`).
 """
@@ -47,7 +47,7 @@ FALLBACK = "vmap(grad), in chunks"
 
 
 class Use(NamedTuple):
-    """An equation where a rule makes the gradient of a parameter, its operand."""
+    """An equation where a rule gives the gradient of a parameter, one of its operands."""
 
     equation: Equation
     operand: int
@@ -68,8 +68,8 @@ class Found(NamedTuple):
     total: jax.Array | None = None
 
 
-# What the pass left at each use: the gradient of its token, and its capture.
-Left = Mapping[Path, tuple[PyTree, PyTree]]
+# What the pass recorded at each use: the gradient of its token, and its capture.
+Recorded = Mapping[Path, tuple[PyTree, PyTree]]
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Strategy:
         """Tell whether the probe computes the gradient itself."""
         return False
 
-    def found(self, x: jax.Array, grad: jax.Array, left: Left, n: int) -> Found:
+    def found(self, x: jax.Array, grad: jax.Array, recorded: Recorded, n: int) -> Found:
         """Return the norms, after the pass."""
         return Found(jnp.zeros(n, real_dtype(x.dtype)))
 
@@ -138,7 +138,7 @@ class _Direct(Strategy):
     def argument(self, x: jax.Array, n: int) -> jax.Array:
         return jnp.broadcast_to(x, (n, *x.shape))
 
-    def found(self, x: jax.Array, grad: jax.Array, left: Left, n: int) -> Found:
+    def found(self, x: jax.Array, grad: jax.Array, recorded: Recorded, n: int) -> Found:
         return Found(measure_gradients(grad))
 
     def total(self, grad: jax.Array, n: int) -> jax.Array:
@@ -177,9 +177,9 @@ class _InPlace(Strategy):
 
         return probe(norm, y, token, left), None
 
-    def found(self, x: jax.Array, grad: jax.Array, left: Left, n: int) -> Found:
+    def found(self, x: jax.Array, grad: jax.Array, recorded: Recorded, n: int) -> Found:
         # The norm of the parts, and of the layers of a scan.
-        return Found(norm_of_norms([left[path][0] for path in self.uses]))
+        return Found(norm_of_norms([recorded[path][0] for path in self.uses]))
 
 
 class _Gathered(Strategy):
@@ -193,8 +193,8 @@ class _Gathered(Strategy):
         (use,) = self.uses.values()
         return f"{rules[0].kind}, in a loop" if shared_axes(use) else how(rules[0])
 
-    def found(self, x: jax.Array, grad: jax.Array, left: Left, n: int) -> Found:
-        return Found(measure_each(self.factors, [left[path] for path in self.uses]))
+    def found(self, x: jax.Array, grad: jax.Array, recorded: Recorded, n: int) -> Found:
+        return Found(measure_each(self.factors, [recorded[path] for path in self.uses]))
 
     def factors(self, gathered: Sequence[tuple[PyTree, PyTree]]) -> list[Factors]:
         """Return one example's gradient as a sum of outer products."""
@@ -208,8 +208,8 @@ class _Multiplied(_Gathered):
 
     makes_total = True
 
-    def found(self, x: jax.Array, grad: jax.Array, left: Left, n: int) -> Found:
-        gathered = [left[path] for path in self.uses]
+    def found(self, x: jax.Array, grad: jax.Array, recorded: Recorded, n: int) -> Found:
+        gathered = [recorded[path] for path in self.uses]
 
         def products(start: PyTree, count: int) -> list[jax.Array]:
             some = jax.tree.map(lambda a: at(a, start, count), gathered)
