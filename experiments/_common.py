@@ -238,8 +238,8 @@ def train_classifier(
     probabilities = np.asarray(test_probabilities(net, fitted.params, data))
     accuracy = float((probabilities.argmax(1) == data.test[1]).mean())
     outcome = judge_classifier(config, expected, accuracy)
-    drawn = figures(loss, fitted.params) | classifier_figures(fitted.history, data, probabilities)
-    conclude(folder, outcome, drawn, data.name, test_accuracy=accuracy)
+    all_figures = figures(loss, fitted.params) | classifier_figures(fitted.history, data, probabilities)
+    conclude(folder, outcome, all_figures, data.name, test_accuracy=accuracy)
     return ClassifierResult(fitted.params, fitted.history, accuracy, folder, outcome)
 
 

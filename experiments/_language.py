@@ -28,7 +28,7 @@ def loss_per_token(loss: Any, batch: tuple[Any, Any]) -> Callable[[Any], jax.Arr
         batch: tokens and targets, `[N, T]` each; negative targets do not count.
 
     Returns:
-        `params -> scalar`, in nats a token.
+        `params -> scalar`, in nats per token.
 
     >>> net = gf.Net({"z": gf.Param([2])}, lambda params, tokens: jnp.tile(params["z"], [len(tokens), 1]))
     >>> batch = np.zeros([3, 4], int), np.array([[0, 0, 0, 0], [1, -1, -1, -1], [1, -1, -1, -1]])
@@ -73,14 +73,14 @@ def language_figures(
     """
     tokens, targets = map(np.asarray, examples)
     vocabulary = [tokenizer.decode([token]) for token in range(tokenizer.size)]
-    read, came, probabilities = expectations(net, params, tokens, targets)
+    read, actual, probabilities = expectations(net, params, tokens, targets)
     longest = int((targets[:20] >= 0).sum(1).argmax())
     n = min(int((targets[longest] >= 0).sum()), ATTENTION_TOKENS)
     shown = tokens[longest, :n], targets[longest, :n]
     figures = {
-        "curves": curves(history, "nats a token", ends),
+        "curves": curves(history, "nats per token", ends),
         "probabilities": token_probabilities(
-            [vocabulary[token] for token in read], came, probabilities, vocabulary
+            [vocabulary[token] for token in read], actual, probabilities, vocabulary
         ),
     }
     weights = attention_of(loss, params, shown)
@@ -108,8 +108,8 @@ def expectations(
     logits = jax.jit(jax.vmap(net.apply, (None, 0)))(params, jnp.asarray(tokens[:n]))
     probabilities = np.asarray(jax.nn.softmax(logits))  # [n, T, vocab]
     of_all = (tokens[:n][counted[:n]], targets[:n][counted[:n]], probabilities[counted[:n]])
-    read, came, p = (part[:MAX_TOKENS] for part in of_all)
-    return read.tolist(), came.tolist(), p
+    read, actual, p = (part[:MAX_TOKENS] for part in of_all)
+    return read.tolist(), actual.tolist(), p
 
 
 def attention_of(loss: Any, params: Any, example: Any) -> dict[str, np.ndarray]:

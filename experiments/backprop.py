@@ -53,7 +53,7 @@ class Config(DigitOptions):
 
 
 class Result(NamedTuple):
-    """What came of a run."""
+    """The result of a run."""
 
     grads: dict[str, dict[str, np.ndarray]]  # by way and parameter
     errors: dict[str, dict[str, float]]  # by way and parameter, against the chain rule by hand
@@ -62,7 +62,7 @@ class Result(NamedTuple):
 
 
 def run(config: Config) -> Result:
-    """Take the gradient in each way, compare, and draw; what it writes is in the result's folder."""
+    """Take the gradient in each way, compare, and draw; it writes into the folder of the result."""
     config = runs.settle("backprop", config)
     data = load_digits(config)
     images, labels = data.train
@@ -177,7 +177,7 @@ def equations(by_hand: Any, W2: Any, label: int, shape: Sequence[int] = (28, 28)
     bp1, bp2 = above.subfigures(1, 2, width_ratios=[1, 2.1])
     bp3, bp4 = below.subfigures(1, 2, width_ratios=[1, 3.7])
     panels = bp1.subplots(1, 3)
-    _vector(panels[0], answer, "a²\nthe answer", range(len(answer)))
+    _vector(panels[0], answer, "a²\nthe prediction", range(len(answer)))
     _vector(panels[1], -target.astype(float), "− y\nthe truth")
     _vector(panels[2], error, "= δ²\nthe error")
     panels = bp2.subplots(1, 5, width_ratios=[2.4, 1, 1, 1, 1])
@@ -257,12 +257,12 @@ def agreement(
             if name == "W1":
                 of_first, of_way = of_first[node], of_way[node].reshape(shape)
             limit = float(np.abs(of_first).max()) or 1.0
-            drawn = panel.imshow(of_way, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+            mapped = panel.imshow(of_way, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
             _bare(panel)
             if way == next(iter(grads)):
                 panel.set_ylabel(f"∂C/∂W1 of node {node}" if name == "W1" else "∂C/∂W2", fontsize=9)
             if way == list(grads)[-1]:
-                pictures.colorbar(drawn, ax=panel, fraction=0.05, pad=0.03)
+                pictures.colorbar(mapped, ax=panel, fraction=0.05, pad=0.03)
         column[0].set_title(way, fontsize=10)
 
     panel = numbers.subplots()

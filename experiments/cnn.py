@@ -39,9 +39,11 @@ class Config(DigitOptions):
     window: int = runs.option(5, "height and width of the filters", at_least=1)
     hidden: int = runs.option(64, "nodes in the hidden dense layer", at_least=1)
     epochs: int | None = runs.option(
-        None, "how often to go through the training digits (else 30 times, 6 times with MNIST)", at_least=1
+        None,
+        "how often to go through the training digits (default: 30 times, 6 times with MNIST)",
+        at_least=1,
     )
-    batch: int = runs.option(32, "digits a step", at_least=1)
+    batch: int = runs.option(32, "digits per step", at_least=1)
     rate: float = runs.option(
         0.003, "AdamW's learning rate after warm-up; it falls to a hundredth on half a cosine", above=0
     )
@@ -65,8 +67,8 @@ def maps(loss: Any, params: Any, data: gf.data.Dataset) -> Figure:
     """Draw where each filter of the first convolution is active, for six digits."""
     images, labels = six_digits(data)
     batch = jnp.asarray(images), jnp.asarray(labels)
-    seen = gf.inspect(gf.batch_mean(loss), sites="a1", keep="a1", input_grads=False)(params, batch)
-    fired = np.asarray(seen["a1"].value)  # [digits, 28, 28, filters]
+    inspection = gf.inspect(gf.batch_mean(loss), sites="a1", keep="a1", input_grads=False)(params, batch)
+    fired = np.asarray(inspection["a1"].value)  # [digits, 28, 28, filters]
     columns = {f"filter {i}": fired[..., i] for i in range(min(fired.shape[-1], 10))}
     pictures = images.reshape(fired.shape[:3])  # [digits, 28, 28]
     on_ink, on_paper = fired[pictures > 0.5].mean(0), fired[pictures < 0.1].mean(0)  # [filters] each

@@ -53,7 +53,7 @@ class Config(SeededOptions):
         above=0,
     )
     steps: int = runs.option(4000, "steps, each with all training digits", at_least=1)
-    every: int = runs.option(40, "look at the sharpness each so many steps", at_least=1)
+    every: int = runs.option(40, "examine the sharpness every N steps", at_least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,7 +62,7 @@ class Config(SeededOptions):
 
 
 class Result(NamedTuple):
-    """What came of a run."""
+    """The result of a run."""
 
     histories: dict[float, list[dict[str, Any]]]  # by rate: step, loss, sharpness
     accuracies: dict[float, float]  # by rate, on the test digits, in [0, 1]
@@ -73,7 +73,7 @@ class Result(NamedTuple):
 
 
 def run(config: Config) -> Result:
-    """Train with each rate, measure and draw; what it writes is in the result's folder."""
+    """Train with each rate, measure and draw; it writes into the folder of the result."""
     config = runs.settle("curvature", config)
     data = gf.data.digits()
     print(f"{data}\n(8x8 pixels, resized: this is not MNIST)")
@@ -338,8 +338,8 @@ def landscape(
     bar.ax.yaxis.set_major_formatter("{x:.2g}")
     bar.ax.yaxis.set_minor_formatter("")
     times = rises[0] / rises[-1] if rises[-1] > 0 else float("inf")
-    told = f"{times:.0f}" if times < 1e6 else "many"
+    texts = f"{times:.0f}" if times < 1e6 else "many"
     figure.suptitle(
-        f"A step along the sharpest direction raises the loss {told} times as much as one along a random direction"
+        f"A step along the sharpest direction raises the loss {texts} times as much as one along a random direction"
     )
     return figure

@@ -38,14 +38,14 @@ class Config(DigitOptions):
 
     hidden: int = runs.option(16, "nodes in the hidden layer", at_least=1)
     epochs: int = runs.option(40, "how often to go through the training digits", at_least=1)
-    batch: int = runs.option(32, "digits a step", at_least=1)
+    batch: int = runs.option(32, "digits per step", at_least=1)
     rate: float = runs.option(
         0.003, "Adam's learning rate at the start; it falls to zero on half a cosine", above=0
     )
 
 
 def run(config: Config) -> ClassifierResult:
-    """Train, measure and draw; what it writes is in the result's folder."""
+    """Train, measure and draw; it writes into the folder of the result."""
     config, data, folder = start_on_digits("digits", config)
 
     net = gf.mlp([784, config.hidden, 10], activation="sigmoid")
@@ -61,7 +61,7 @@ def run(config: Config) -> ClassifierResult:
         batch_size=config.batch,
         seed=config.seed,
         evaluate=classifier_measures(net, loss, data),
-        inspect_every=steps // 20 or None,  # a run of a few steps is not looked at
+        inspect_every=steps // 20 or None,  # a run of a few steps is not inspected
         folder=folder,
         resume=config.resume,
     )

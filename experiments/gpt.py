@@ -50,21 +50,21 @@ SHOWN = 200  # characters of a sample
 
 @dataclass(frozen=True)
 class Config(SeededOptions):
-    """Options of a run; the defaults are nanoGPT's for a processor, but for the positions."""
+    """Options of a run; the defaults are nanoGPT's for a CPU, but for the positions."""
 
     data: str | None = runs.option(
         None,
-        "a text in UTF-8, or the .npy of tokens that gf.data.tokenize wrote (else what Python's help() has to say)",
+        "a text in UTF-8, or the .npy of tokens that gf.data.tokenize wrote (default: what Python's help() has to say)",
     )
     tokens: str = runs.option("characters", "characters, bytes, or tiktoken:<encoding>")
     lines: bool = runs.option(False, "each line is a text of its own (names): none is in both parts")
     steps: int = runs.option(2000, "updates", at_least=1)
-    batch: int = runs.option(12, "sequences a step", at_least=1)
-    accumulate: int = runs.option(1, "steps an update, whose gradients are meant", at_least=1)
+    batch: int = runs.option(12, "sequences per step", at_least=1)
+    accumulate: int = runs.option(1, "steps per update, whose gradients are averaged", at_least=1)
     context: int = runs.option(64, "tokens a sequence (lines: as many as the longest needs)", at_least=1)
     layers: int = runs.option(4, "blocks", at_least=1)
     heads: int | None = runs.option(
-        None, "attention heads per block (else 4, or as many below that as divide the width)", at_least=1
+        None, "attention heads per block (default: 4, or as many below that as divide the width)", at_least=1
     )
     width: int = runs.option(128, "features of a position", at_least=1)
     positions: Literal["rope", "learned", "sinusoidal"] = runs.option(
@@ -76,7 +76,7 @@ class Config(SeededOptions):
         1e-3, "AdamW's learning rate after warm-up; it falls to a tenth on half a cosine", above=0
     )
     warmup: int | None = runs.option(
-        None, "updates in which the rate grows (else 100, or a tenth of the updates where that is less)"
+        None, "updates in which the rate grows (default: 100, or a tenth of the updates where that is less)"
     )
     b2: float = runs.option(0.99, "decay of the mean of squared gradients")
     decay: float = runs.option(0.1, "weight decay, of matrices only")
@@ -95,17 +95,17 @@ class Config(SeededOptions):
 
 
 class Result(NamedTuple):
-    """What came of a run."""
+    """The result of a run."""
 
     params: dict[str, Any]
     history: Sequence[dict[str, Any]]
-    validation_loss: float  # nats a token, over the whole validation part
+    validation_loss: float  # nats per token, over the whole validation part
     folder: Path
     outcome: runs.Outcome
 
 
 def run(config: Config) -> Result:
-    """Train, measure, write and draw; what it writes is in the result's folder."""
+    """Train, measure, write and draw; it writes into the folder of the result."""
     config = runs.settle("gpt", config)
     data = gf.data.lines(config.data) if config.lines else gf.data.text(config.data, config.tokens)
     print(data)
@@ -157,7 +157,7 @@ def run(config: Config) -> Result:
         seed=config.seed,
         evaluate=evaluate,
         eval_every=max(steps // 8, 1),
-        inspect_every=steps // 20 or None,  # a run of a few steps is not looked at
+        inspect_every=steps // 20 or None,  # a run of a few steps is not inspected
         folder=folder,
         resume=config.resume,
     )
@@ -195,7 +195,7 @@ def sequences(data: Any, config: Config, context: int) -> tuple[Any, Any, Any]:
 
 
 def written(model: sample.Model, characters: int = SHOWN) -> str:
-    """Return the beginning of what a model writes; lines side by side."""
+    """Return the start of what a model writes; lines side by side."""
     tokens = sample.write(model, sample.Config(n=characters))
     text = "".join(islice(model.tokenizer.stream(tokens), characters))
     return text.replace("\n", "  ") if model.lines else text.strip("\n")

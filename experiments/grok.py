@@ -1,4 +1,4 @@
-"""Let a network learn to add modulo 59 by heart, wait, and see it understand; watch gradients, weights and waves."""
+"""Train on addition modulo 59 until the network, having memorized, generalizes; draw gradients, weights and waves."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Config(SeededOptions):
     hidden: int = runs.option(128, "nodes in the hidden layer", at_least=1)
     steps: int = runs.option(8000, "training steps, each on all training pairs", at_least=1)
     rate: float = runs.option(0.003, "AdamW's learning rate", above=0)
-    decay: float = runs.option(0.2, "weight decay of the first network; the second has none", above=0)
+    decay: float = runs.option(0.2, "weight decay of the first network; the second has 0", above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,7 +63,7 @@ class Config(SeededOptions):
 
 
 class Result(NamedTuple):
-    """What came of a run; dicts are by network, `decay` and `no decay`."""
+    """The result of a run; dicts are by network, `decay` and `no decay`."""
 
     params: dict[str, dict[str, jax.Array]]
     histories: dict[str, Sequence[dict[str, Any]]]
@@ -74,7 +74,7 @@ class Result(NamedTuple):
 
 
 def run(config: Config) -> Result:
-    """Train with and without weight decay, measure and draw; what it writes is in the result's folder."""
+    """Train with and without weight decay, measure and draw; it writes into the folder of the result."""
     config = runs.settle("grok", config)
     folder = runs.begin("grok", config)
     train, test = sums(config.modulus, config.share, config.seed)
@@ -129,7 +129,7 @@ def adder(modulus: int, hidden: int) -> gf.Net:
 
     Gromov, *Grokking modular arithmetic*, 2023, whose squares make the waves that it finds easy to read.
     """
-    normal = jax.nn.initializers.normal(0.3)  # large: learning by heart is the easy way from here
+    normal = jax.nn.initializers.normal(0.3)  # large: memorizing is the easy way from here
     spec = {
         "A": gf.Param((modulus, hidden), normal),
         "B": gf.Param((modulus, hidden), normal),
@@ -184,7 +184,7 @@ def wave_share(A: jax.Array) -> jax.Array:
 
 
 def first(history: Sequence[dict[str, Any]], name: str, level: float) -> int | None:
-    """Return the first step that was looked at with a metric at a level or above."""
+    """Return the first step that was inspected with a metric at a level or above."""
     return next((row["step"] for row in history if row[name] >= level), None)
 
 
@@ -207,7 +207,7 @@ def grokking(histories: Mapping[str, History], memorized: int | None, generalize
     """Draw accuracies, norms and the purity of waves over training, on a logarithmic scale of steps.
 
     Args:
-        histories: by network, a dict an evaluation with `step`, `train_accuracy`, `test_accuracy`, `weight_norm`,
+        histories: by network, one dict per evaluation with `step`, `train_accuracy`, `test_accuracy`, `weight_norm`,
             `gradient_norm` and `wave_share`.
         memorized: the first network's step at which the training examples are known.
         generalized: that at which the others are.
@@ -263,15 +263,15 @@ def grokking(histories: Mapping[str, History], memorized: int | None, generalize
                 color="0.3",
             )
     if memorized is None:
-        said = "Not even the training sums were memorized"
+        title = "Not even the training sums were memorized"
     elif generalized is None:
-        said = f"Memorized at step {memorized:,}, not generalized"
+        title = f"Memorized at step {memorized:,}, not generalized"
     else:
         times = generalized / memorized
-        said = (
+        title = (
             f"Memorized at step {memorized:,}, generalized at step {generalized:,}: {times:.0f} times as late"
         )
-    figure.suptitle(said)
+    figure.suptitle(title)
     return figure
 
 
@@ -294,7 +294,7 @@ def waves(weights: Mapping[str, Any]) -> Figure:
     """
     figure = new_figure(11.5, 2.6 * len(weights) + 0.8)
     panels = figure.subplots(len(weights), 2, squeeze=False, width_ratios=[1.25, 1])
-    told = []
+    texts = []
     for (left, right), (name, A) in zip(panels, weights.items(), strict=True):
         A = np.asarray(A, np.float64)
         numbers = np.arange(len(A))
@@ -310,14 +310,14 @@ def waves(weights: Mapping[str, Any]) -> Figure:
         left.set_ylabel(name, fontsize=11)
         left.spines[["top", "right", "left"]].set_visible(False)
         order = np.argsort(shares.argmax(0) - 1e-3 * shares.max(0), kind="stable")
-        drawn = right.imshow(
+        mapped = right.imshow(
             100 * shares[:, order], cmap="cividis", vmin=0, vmax=100, aspect="auto", origin="lower",
             extent=(0, A.shape[1], 0.5, len(power) + 0.5), interpolation="nearest",
         )  # fmt: skip
         right.set_ylabel("waves in all\nnumbers (frequency)")
-        told.append(f"{name} {100 * power.max(0).sum() / max(power.sum(), 1e-30):.0f} %")
+        texts.append(f"{name} {100 * power.max(0).sum() / max(power.sum(), 1e-30):.0f} %")
     panels[-1, 0].set_xlabel("first number (its weight into each node, drawn to one height)")
     panels[-1, 1].set_xlabel("nodes, sorted by their frequency")
-    figure.colorbar(drawn, ax=panels[:, 1].tolist(), label="share of the node's power (%)", pad=0.02)
-    figure.suptitle(f"Of the weights of a node, one wave makes up: {'; '.join(told)}")
+    figure.colorbar(mapped, ax=panels[:, 1].tolist(), label="share of the node's power (%)", pad=0.02)
+    figure.suptitle(f"Of the weights of a node, one wave makes up: {'; '.join(texts)}")
     return figure

@@ -118,10 +118,10 @@ class Config(SeededOptions):
     )
     seeds: int = runs.option(1, "how many times to train, each with another seed")
     epochs: int | None = runs.option(
-        None, "how often to go through the 50,000 training images (else as often as the recipe says)"
+        None, "how often to go through the 50,000 training images (default: as often as the recipe says)"
     )
     data_path: str | None = runs.option(
-        None, "folder with MNIST's four files (else $GRADFN_MNIST, else a download into the cache)"
+        None, "folder with MNIST's four files (default: $GRADFN_MNIST, else a download into the cache)"
     )
 
     def __post_init__(self) -> None:
@@ -130,11 +130,11 @@ class Config(SeededOptions):
 
 
 class Result(NamedTuple):
-    """What came of a run; parameters and history are of the seed with the best test accuracy."""
+    """The result of a run; parameters and history are of the seed with the best test accuracy."""
 
     params: dict[str, jax.Array]
     history: Sequence[dict[str, Any]]
-    test_accuracies: list[float]  # in [0, 1], one a seed
+    test_accuracies: list[float]  # in [0, 1], one per seed
     folder: Path
     outcome: runs.Outcome
 
@@ -163,7 +163,7 @@ def run(config: Config) -> Result:
             batch_size=recipe.batch,
             seed=seed,
             evaluate=classifier_measures(recipe.net, recipe.clean_loss, data),
-            inspect_every=steps // 20 or None,  # a run of a few steps is not looked at
+            inspect_every=steps // 20 or None,  # a run of a few steps is not inspected
             folder=inner_folder(folder, f"seed-{seed}"),
             resume=config.resume,
         )

@@ -54,7 +54,7 @@ class Config(SeededOptions):
 
 
 class Result(NamedTuple):
-    """What came of a run."""
+    """The result of a run."""
 
     params: dict[str, jax.Array]
     steps: np.ndarray  # [frames]
@@ -65,7 +65,7 @@ class Result(NamedTuple):
 
 
 def run(config: Config) -> Result:
-    """Train, keep the parameters of some moments, and draw; what it writes is in the result's folder."""
+    """Train, keep the parameters of some moments, and draw; it writes into the folder of the result."""
     config = runs.settle("moons", config)
     folder = runs.begin("moons", config)
     train, test = moons(config)
@@ -110,7 +110,7 @@ def moons(config: Config) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarr
 
 
 def moments(steps: int) -> np.ndarray:
-    """Return the steps at which to look: dense in the beginning, where most happens; the last one is `steps`."""
+    """Return the steps at which to look: dense at the start, where most happens; the last one is `steps`."""
     return np.unique(np.round(np.geomspace(1, steps + 1, 48)).astype(int)) - 1
 
 
@@ -127,7 +127,7 @@ def trained(net: gf.Net, params: Any, points: Any, config: Config) -> tuple[Any,
         def one(carry: Any, looking: jax.Array) -> tuple[Any, None]:
             state, kept, losses, i = carry
             after, metrics = step(state, batch)
-            # What is kept at a moment that is not looked at is written over at the next.
+            # What is kept at a moment that is not inspected is written over at the next.
             kept = jax.tree.map(lambda frames, leaf: frames.at[i].set(leaf), kept, state.params)
             return (after, kept, losses.at[i].set(metrics["loss"]), i + looking), None
 
@@ -146,7 +146,7 @@ def judge(config: Config, accuracy: float) -> runs.Outcome:
 
 COLOURS = ("#0072b2", "#d55e00")  # of the two classes, Okabe and Ito's
 N_SHOWN = 8
-LAST_FRAMES = 12  # how often a film shows its end, before it begins again
+LAST_FRAMES = 12  # how often a film shows its end, before it starts again
 
 
 def strip(steps: Any, frames: Any, accuracies: Any, axes: Sequence[Any], points: tuple[Any, Any]) -> Figure:
@@ -172,12 +172,12 @@ def strip(steps: Any, frames: Any, accuracies: Any, axes: Sequence[Any], points:
     figure = new_figure(3.1 * n_columns + 1.0, 5.4)
     panels = figure.subplots(2, n_columns, squeeze=False, sharex=True, sharey=True).ravel()
     for panel, i in zip(panels, shown, strict=False):
-        drawn = _plane(panel, frames[i], axes, points)
+        mapped = _plane(panel, frames[i], axes, points)
         panel.set_title(f"step {steps[i]:,}: {100 * accuracies[i]:.1f} % right", fontsize=10)
     for panel in panels[len(shown) :]:
         panel.set_axis_off()
     bar = figure.colorbar(
-        drawn, ax=list(panels), label="probability of the orange moon (black: 50 %)", pad=0.01
+        mapped, ax=list(panels), label="probability of the orange moon (black: 50 %)", pad=0.01
     )
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     figure.supxlabel("first input", fontsize=10)
@@ -235,7 +235,7 @@ def _plane(panel: Any, frame: Any, axes: Sequence[Any], points: tuple[Any, Any])
 
     colors = LinearSegmentedColormap.from_list("classes", [COLOURS[0], "white", COLOURS[1]])
     extent = (axes[0][0], axes[0][-1], axes[1][0], axes[1][-1])
-    drawn = panel.imshow(
+    mapped = panel.imshow(
         frame, cmap=colors, vmin=0, vmax=1, origin="lower", extent=extent, aspect="auto", alpha=0.75
     )
     if np.min(frame) < 0.5 < np.max(frame):
@@ -247,4 +247,4 @@ def _plane(panel: Any, frame: Any, axes: Sequence[Any], points: tuple[Any, Any])
             x[of_class, 0], x[of_class, 1], marker, color=color, markersize=3, markeredgecolor="white",
             markeredgewidth=0.4,
         )  # fmt: skip
-    return drawn
+    return mapped

@@ -42,8 +42,10 @@ class Config(DigitOptions):
 
     top: int = runs.option(11, "first row of the region of interest", at_least=0, at_most=27)
     left: int = runs.option(0, "its first column", at_least=0, at_most=27)
-    height: int | None = runs.option(None, "its rows (else 5, or what is left below the first)")
-    width: int | None = runs.option(None, "its columns (else 16, or what is left to the right of the first)")
+    height: int | None = runs.option(None, "its rows (default: 5, or what is left below the first)")
+    width: int | None = runs.option(
+        None, "its columns (default: 16, or what is left to the right of the first)"
+    )
     ring: int = runs.option(3, "how far the negative surround reaches; 0 for none", at_least=0, at_most=28)
     bias: int = runs.option(-10, "the bias for inactivity that is drawn in detail, beside none")
 
@@ -55,7 +57,7 @@ class Config(DigitOptions):
 
 
 class Result(NamedTuple):
-    """What came of a run."""
+    """The result of a run."""
 
     weights: np.ndarray  # [28, 28]
     sums: np.ndarray  # [digits], weighted, without a bias
@@ -65,9 +67,9 @@ class Result(NamedTuple):
 
 
 def run(config: Config) -> Result:
-    """Make the node, show it every digit under every bias, and draw; what it writes is in the result's folder."""
+    """Make the node, show it every digit under every bias, and draw; it writes into the folder of the result."""
     config, data, folder = start_on_digits("neuron", config)
-    # Nothing is learned here, so all of the digits may be looked at.
+    # Nothing is learned here, so all of the digits may be inspected.
     images, labels = (np.concatenate(parts) for parts in zip(*data[:3], strict=True))
 
     weights = node(config)
@@ -140,7 +142,7 @@ def what_a_node_sees(weights: Any, images: Any, labels: Any, bias: float) -> Fig
         bias: what to fire over is its negative.
 
     Returns:
-        A figure with the weights and a column an image: the image, the image times the weights, and the sum.
+        A figure with the weights and one column per image: the image, the image times the weights, and the sum.
 
     >>> figure = what_a_node_sees(np.ones([2, 2]), [np.zeros([2, 2]), np.ones([2, 2])], [0, 1], -3)
     >>> figure.get_suptitle()
@@ -155,7 +157,7 @@ def what_a_node_sees(weights: Any, images: Any, labels: Any, bias: float) -> Fig
     grid = figure.add_gridspec(2, n + 2, width_ratios=[0.9, 0.9, *[1] * n])
     of_weights = figure.add_subplot(grid[:, :2])
     scale: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "interpolation": "nearest"}
-    drawn = of_weights.imshow(weights, **scale)
+    mapped = of_weights.imshow(weights, **scale)
     of_weights.set_title("its weights", fontsize=10)
     panels = [of_weights]
     for i in range(n):
@@ -176,7 +178,7 @@ def what_a_node_sees(weights: Any, images: Any, labels: Any, bias: float) -> Fig
         panel.set_xticks([])
         panel.set_yticks([])
         panel.spines[:].set_color("0.8")
-    figure.colorbar(drawn, ax=panels, label="weight; below, pixel × weight", pad=0.01, aspect=30)
+    figure.colorbar(mapped, ax=panels, label="weight; below, pixel × weight", pad=0.01, aspect=30)
     over = ", ".join(f"the {label}" for label, total in zip(labels, sums, strict=True) if total > -bias)
     figure.suptitle(
         f"Pixels times weights, added up: of these {n} typical digits, {over or 'none'} comes to more than {-bias:g}"

@@ -44,13 +44,13 @@ class Config(DigitOptions):
 
     hidden: int = runs.option(16, "nodes in the hidden layer", at_least=1)
     epochs: int = runs.option(20, "how often to go through the training digits", at_least=1)
-    batch: int = runs.option(32, "digits a step", at_least=2)
-    every: int = runs.option(1, "measure the noise each so many steps", at_least=1)
+    batch: int = runs.option(32, "digits per step", at_least=2)
+    every: int = runs.option(1, "measure the noise every N steps", at_least=1)
     rate: float = runs.option(0.1, "learning rate of stochastic gradient descent", above=0)
 
 
 class Result(NamedTuple):
-    """What came of a run."""
+    """The result of a run."""
 
     noise: Sequence[dict[str, Any]]  # one row per measurement, see gf.fit
     first: float  # noise scale before training, from all training digits
@@ -61,7 +61,7 @@ class Result(NamedTuple):
 
 
 def run(config: Config) -> Result:
-    """Train, measure and draw; what it writes is in the result's folder."""
+    """Train, measure and draw; it writes into the folder of the result."""
     config, data, folder = start_on_digits("noise", config)
 
     net = gf.mlp([784, config.hidden, 10], activation="sigmoid")
@@ -71,8 +71,8 @@ def run(config: Config) -> Result:
     measure = jax.jit(gf.per_example.noise_scale(loss))
 
     def exact(params: Any) -> dict[str, jax.Array]:
-        seen = measure(params, (images, labels))
-        return {"gradient_square": seen.gradient_square, "variance": seen.variance}
+        inspection = measure(params, (images, labels))
+        return {"gradient_square": inspection.gradient_square, "variance": inspection.variance}
 
     steps = config.epochs * (len(data.train[1]) // config.batch)
     fitted = gf.fit(
@@ -201,7 +201,7 @@ def largest_gradients(
     Args:
         images: `[B, pixels]`.
         labels: integers `[B]`.
-        predictions: integers `[B]`, the network's answers.
+        predictions: integers `[B]`, the network's predictions.
         norms: `[B]`, of the examples' gradients.
         shape: of an image, in pixels.
         n: how many to show.
@@ -212,12 +212,12 @@ def largest_gradients(
     >>> import numpy as np
     >>> figure = largest_gradients(np.zeros([3, 784]), [0, 1, 2], [0, 1, 1], [0.1, 0.1, 9.0], n=2)
     >>> figure.axes[1].get_title()
-    '2, said 1\\n|g| 9'
+    '2, predicted 1\\n|g| 9'
     """
     images, labels, predictions, norms = map(np.asarray, (images, labels, predictions, norms))
     if not len(images) == len(labels) == len(predictions) == len(norms):
-        came = ", ".join(str(len(part)) for part in (images, labels, predictions, norms))
-        raise ValueError(f"largest_gradients: one label, answer and norm an image, came {came}")
+        got = ", ".join(str(len(part)) for part in (images, labels, predictions, norms))
+        raise ValueError(f"largest_gradients: one label, prediction and norm per image, got {got}")
     order = np.argsort(-norms, kind="stable")[:n]
     n_columns = min(5, len(order))
     n_rows = -(-len(order) // n_columns)
@@ -241,8 +241,8 @@ def largest_gradients(
         cell.set_axis_off()
     for cell, i in zip(cells, order, strict=False):
         cell.imshow(images[i].reshape(shape), cmap="gray_r", interpolation="nearest")
-        said = f"said {predictions[i]}" if predictions[i] != labels[i] else "right"
-        cell.set_title(f"{labels[i]}, {said}\n|g| {norms[i]:.2g}", fontsize=9)
+        predicted = f"predicted {predictions[i]}" if predictions[i] != labels[i] else "right"
+        cell.set_title(f"{labels[i]}, {predicted}\n|g| {norms[i]:.2g}", fontsize=9)
     share = np.square(norms[order]).sum() / max(np.square(norms).sum(), 1e-300)
     figure.suptitle(
         f"{len(order)} of {len(norms):,} examples make {100 * share:.0f} % of the squared gradients"
@@ -259,14 +259,14 @@ def agreement(cosines: Any, names: Sequence[str], what: str = "classes") -> Figu
         what: what is compared.
 
     Raises:
-        ValueError: not a square matrix with a name a row.
+        ValueError: not a square matrix with one name per row.
 
     >>> agreement([[1.0, -0.5], [-0.5, 1.0]], ["3", "8"]).get_suptitle()
     'Gradients of 3 and 8 disagree most (cosine -0.50)'
     """
     matrix = np.asarray(cosines, np.float64)
     if matrix.shape != (len(names), len(names)):
-        raise ValueError(f"agreement: expected [{len(names)}, {len(names)}], came {list(matrix.shape)}")
+        raise ValueError(f"agreement: expected [{len(names)}, {len(names)}], got {list(matrix.shape)}")
     figure = new_figure(0.5 * len(names) + 2.2, 0.5 * len(names) + 1.2)
     panel = figure.subplots()
     shown = panel.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)

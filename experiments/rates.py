@@ -52,7 +52,7 @@ class Config(DigitOptions):
     )
     hidden: int = runs.option(16, "nodes in the hidden layer", at_least=1)
     steps: int = runs.option(600, "training steps of plain gradient descent", at_least=1)
-    batch: int = runs.option(32, "digits a step", at_least=1)
+    batch: int = runs.option(32, "digits per step", at_least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,7 +61,7 @@ class Config(DigitOptions):
 
 
 class Result(NamedTuple):
-    """What came of a run."""
+    """The result of a run."""
 
     rates: np.ndarray  # [rates]
     losses: np.ndarray  # [rates, seeds, steps], of each step's batch, in nats
@@ -72,7 +72,7 @@ class Result(NamedTuple):
 
 
 def run(config: Config) -> Result:
-    """Train all networks in one compiled program, measure and draw; what it writes is in the result's folder."""
+    """Train all networks in one compiled program, measure and draw; it writes into the folder of the result."""
     config, data, folder = start_on_digits("rates", config)
 
     net = gf.mlp([784, config.hidden, 10], activation="sigmoid")
@@ -177,7 +177,7 @@ def fan(rates: Any, losses: Any, states: Sequence[str], guess: float) -> Figure:
         guess: the loss of a guess.
 
     Returns:
-        A figure with a line a rate (the median of the seeds) in a band from the smallest to the largest.
+        A figure with one line per rate (the median of the seeds) in a band from the smallest to the largest.
 
     >>> fan([0.1, 1.0], np.ones([2, 3, 50]), ["stuck", "learning"], 2.3).get_suptitle()
     'One network, 2 learning rates: 1 stuck, 1 learning'
@@ -211,8 +211,8 @@ def fan(rates: Any, losses: Any, states: Sequence[str], guess: float) -> Figure:
     panel.grid(color="0.92")
     panel.spines[["top", "right"]].set_visible(False)
     figure.colorbar(scale, ax=panel, label="learning rate", pad=0.01)
-    told = [f"{len(of_state)} {name}" for name, of_state in ends.items()]
-    figure.suptitle(f"One network, {len(rates)} learning rates: {', '.join(told)}")
+    texts = [f"{len(of_state)} {name}" for name, of_state in ends.items()]
+    figure.suptitle(f"One network, {len(rates)} learning rates: {', '.join(texts)}")
     return figure
 
 
@@ -274,11 +274,11 @@ def valley(rates: Any, losses: Any, accuracies: Any, states: Sequence[str], gues
     medians = np.median(accuracies, 1)
     best = int(medians.argmax())
     learning = [rate for rate, name in zip(rates, states, strict=True) if name == "learning"]
-    said = (
+    text = (
         f"Rates from {_told(min(learning))} to {_told(max(learning))} learn" if learning else "No rate learns"
     )
     figure.suptitle(
-        f"{said}; the best is {_told(rates[best])} ({100 * medians[best]:.1f} % of the test examples right)"
+        f"{text}; the best is {_told(rates[best])} ({100 * medians[best]:.1f} % of the test examples right)"
     )
     return figure
 

@@ -47,7 +47,7 @@ class Config(DigitOptions):
     hidden: int = runs.option(16, "nodes in the dense net's hidden layer", at_least=1)
     steps: int | None = runs.option(
         None,
-        "of the dense net's training, 32 digits each (else 2,400; with MNIST 12,000); the other takes a third of them",
+        "of the dense net's training, 32 digits each (default: 2,400; MNIST: 12,000); the other takes a third",
         at_least=1,
     )
     noise: float = runs.option(
@@ -58,7 +58,7 @@ class Config(DigitOptions):
     climb: int = runs.option(256, "steps up the score of a class", at_least=1)
 
 
-class Drawn(NamedTuple):
+class Drawings(NamedTuple):
     """What a net drew, a row each class, and how like a digit it is."""
 
     images: np.ndarray  # [classes, height, width]
@@ -69,10 +69,10 @@ class Drawn(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What came of a run."""
+    """The result of a run."""
 
     params: dict[str, Any]  # by the name of the net
-    drawn: dict[str, Drawn]
+    drawings: dict[str, Drawings]
     history: Sequence[dict[str, Any]]
     test_accuracy: float  # of the dense net, in [0, 1]
     folder: Path
@@ -93,7 +93,7 @@ def run(config: Config) -> Result:
             inner_folder(folder, "conv"),
         ),
     }
-    params, drawn, histories = {}, {}, []
+    params, drawings, histories = {}, {}, []
     for name, (net, loss, n_steps, where) in ways.items():
         print(f"{name}: {gf.count(net.spec):,} parameters")
         fitted = gf.fit(
@@ -106,18 +106,18 @@ def run(config: Config) -> Result:
             folder=where,
             resume=config.resume,
         )
-        params[name], drawn[name] = fitted.params, draw(net, fitted.params, data, config)
+        params[name], drawings[name] = fitted.params, draw(net, fitted.params, data, config)
         histories.append(fitted.history)
 
-    outcome = judge(config, drawn["dense net"].of_own_class)
-    for name, one in drawn.items():
+    outcome = judge(config, drawings["dense net"].of_own_class)
+    for name, one in drawings.items():
         likeness = f"{one.of_own_class} of {N_CLASSES} drawings are most like a digit of their class"
         print(f"{name}: test accuracy {100 * one.test_accuracy:.1f} %, {likeness}")
-    accuracy = drawn["dense net"].test_accuracy
-    counts = {name: one.of_own_class for name, one in drawn.items()}
-    figures = {"wanted": wanted_figure(drawn, data)}
+    accuracy = drawings["dense net"].test_accuracy
+    counts = {name: one.of_own_class for name, one in drawings.items()}
+    figures = {"wanted": wanted_figure(drawings, data)}
     conclude(folder, outcome, figures, data.name, test_accuracy=accuracy, of_own_class=counts)
-    return Result(params, drawn, histories[0], accuracy, folder, outcome)
+    return Result(params, drawings, histories[0], accuracy, folder, outcome)
 
 
 def noisy(loss: Any, sd: float) -> Any:
@@ -134,7 +134,7 @@ def noisy(loss: Any, sd: float) -> Any:
     return gf.batch_mean(noisy_loss)
 
 
-def draw(net: gf.Net, params: Any, data: gf.data.Dataset, config: Config) -> Drawn:
+def draw(net: gf.Net, params: Any, data: gf.data.Dataset, config: Config) -> Drawings:
     """Let a net draw each class, and compare with the training digits."""
     # From gray, not from paper: there all units of a relu net may be off, and no slope shows the way.
     key, gray = jax.random.key(config.seed), jnp.full(784, 0.5)
@@ -148,7 +148,7 @@ def draw(net: gf.Net, params: Any, data: gf.data.Dataset, config: Config) -> Dra
     images, sure = jax.lax.map(climb, jnp.arange(N_CLASSES))
     digits, labels = data.train
     nearest = correlations(np.asarray(images), digits).argmax(1)
-    return Drawn(
+    return Drawings(
         images=np.asarray(images).reshape(-1, *data.shape),
         sure=np.asarray(sure),
         nearest=nearest,
@@ -174,13 +174,13 @@ def correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return a @ b.T
 
 
-def wanted_figure(drawn: dict[str, Drawn], data: gf.data.Dataset) -> Any:
+def wanted_figure(drawings: dict[str, Drawings], data: gf.data.Dataset) -> Any:
     """Draw what each class wants to see, beside the class's mean and the nearest training digit."""
     digits, labels = data.train
     as_images = lambda part: part.reshape(-1, *data.shape)  # noqa: E731
     rows = {"class mean": as_images(np.stack([digits[labels == k].mean(0) for k in range(N_CLASSES)]))}
     notes = {}
-    for name, one in drawn.items():
+    for name, one in drawings.items():
         # Each drawing is shown from paper to its own darkest ink: some are pale.
         darkest = one.images.max((1, 2), keepdims=True)
         drawing, nearest = f"{name}\ndraws", f"nearest digit\n({name.split()[0]})"
@@ -190,7 +190,7 @@ def wanted_figure(drawn: dict[str, Drawn], data: gf.data.Dataset) -> Any:
         }
         notes[drawing] = [f"{100 * sure:.0f} % sure" for sure in one.sure]
         notes[nearest] = [f"a {label}" for label in labels[one.nearest]]
-    counts = [f"{one.of_own_class} of the {name}'s" for name, one in drawn.items()]
+    counts = [f"{one.of_own_class} of the {name}'s" for name, one in drawings.items()]
     title = (
         f"What each class wants to see: for {' and '.join(counts)} ten drawings\n"
         "the training digit that is most like it is of its class"
@@ -207,7 +207,7 @@ def judge(config: Config, of_own_class: int) -> runs.Outcome:
 def image_rows(
     rows: Mapping[str, Any], columns: Sequence[str], title: str, notes: Mapping[str, Sequence[str]] = {}
 ) -> Figure:
-    """Draw rows of images of the same things side by side, from 0 (paper) to 1 (ink).
+    """Draw rows of images of the same things side by side, from 0 (background) to 1 (ink).
 
     Args:
         rows: by what each row is called, `[n, height, width]`.
@@ -219,7 +219,7 @@ def image_rows(
         A figure with `n` columns.
 
     Raises:
-        ValueError: a row without one image a column.
+        ValueError: a row without one image per column.
 
     >>> figure = image_rows({"mean": np.zeros([2, 8, 8])}, "01", "Two means", {"mean": ["a", "b"]})
     >>> figure.axes[0].get_title(), figure.axes[1].get_xlabel()
@@ -229,7 +229,7 @@ def image_rows(
     panels = figure.subplots(len(rows), len(columns), squeeze=False)
     for line, (name, images) in zip(panels, rows.items(), strict=True):
         if len(images) != len(columns):
-            raise ValueError(f"image_rows: {name}: one image a column, {len(columns)}, came {len(images)}")
+            raise ValueError(f"image_rows: {name}: one image per column, {len(columns)}, got {len(images)}")
         for i, (panel, image) in enumerate(zip(line, np.asarray(images), strict=True)):
             bare(panel)
             panel.imshow(image, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")

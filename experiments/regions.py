@@ -1,4 +1,4 @@
-"""Set the weights outside a region to zero: what remains of each answer, and which region decides which digit."""
+"""Set the weights outside a region to zero: what remains of each prediction, and which region decides which digit."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ EXPECTED = (
 )
 
 EPOCHS = {"digits": 40, "mnist": 10}
-GRID = 4  # regions a side: of 7 x 7 pixels
+GRID = 4  # regions per side: of 7 x 7 pixels
 
 
 @dataclass(frozen=True)
 class Config(DigitOptions):
-    """Options of a run; the defaults look at a 784-16-10 net on the built-in digits."""
+    """Options of a run; the defaults examine a 784-16-10 net on the built-in digits."""
 
     hidden: int = runs.option(16, "nodes in the hidden layer")
     epochs: int | None = runs.option(
-        None, "how often to go through the training digits (else 40 times, 10 times with MNIST)"
+        None, "how often to go through the training digits (default: 40 times, 10 times with MNIST)"
     )
 
     def __post_init__(self) -> None:
@@ -54,20 +54,21 @@ class Config(DigitOptions):
 
 
 class Result(NamedTuple):
-    """What came of a run; shares are of all test digits, in [0, 1]."""
+    """The result of a run; shares are of all test digits, in [0, 1]."""
 
     params: dict[str, jax.Array]
     history: Sequence[dict[str, Any]]
     test_accuracy: float
-    right_from: dict[str, float]  # by region: the share that is answered right from it alone
-    falls: np.ndarray  # [classes, rows, columns], the fall of the right answer's probability without a region
+    right_from: dict[str, float]  # by region: the share that is predicted correctly from it alone
+    # [classes, rows, columns]: how far the probability of the right class falls without a region.
+    falls: np.ndarray
     error: float  # of the sums over regions, as a share of the largest weighted sum
     folder: Path
     outcome: runs.Outcome
 
 
 def run(config: Config) -> Result:
-    """Train, look at the net region by region, and draw."""
+    """Train, examine the net region by region, and draw."""
     config, data, folder = start_on_digits("regions", config)
     net = gf.mlp([784, config.hidden, 10])
     steps = (config.epochs or EPOCHS[config.data]) * (len(data.train[1]) // 32)
@@ -90,7 +91,7 @@ def run(config: Config) -> Result:
     everything = jax.nn.softmax(of_cells.output)  # [n, classes]
     accuracy = float((everything.argmax(1) == labels).mean())
     right = lambda answers: (answers.argmax(-1) == labels[:, None]).mean(0)  # noqa: E731
-    from_cells, from_parts = (np.asarray(right(seen.outputs)) for seen in (of_cells, of_parts))
+    from_cells, from_parts = (np.asarray(right(inspection.outputs)) for inspection in (of_cells, of_parts))
     right_from = dict(zip(parts, map(float, from_parts), strict=True)) | {
         f"region {i}": float(share) for i, share in enumerate(from_cells)
     }
@@ -143,7 +144,7 @@ def look(net: gf.Net, params: Any, images: jax.Array, masks: np.ndarray) -> gf.a
 
 
 def class_falls(everything: Any, without: Any, labels: Any, classes: int = 10) -> np.ndarray:
-    """Return by how much the right answer's probability falls without each region, the mean of each class.
+    """Return by how much the right prediction's probability falls without each region, the mean of each class.
 
     Args:
         everything: `[n, classes]`, probabilities with all weights.
@@ -159,13 +160,13 @@ def class_falls(everything: Any, without: Any, labels: Any, classes: int = 10) -
     return np.stack([fall[np.asarray(labels) == k].mean(0).reshape(side, side) for k in range(classes)])
 
 
-def remains_figure(seen: Any, everything: Any, parts: dict[str, Any], data: Any, shares: Any) -> Any:
-    """Draw what is answered from each part of five digits, the first of each of five classes that is read right."""
+def remains_figure(inspection: Any, everything: Any, parts: dict[str, Any], data: Any, shares: Any) -> Any:
+    """Draw what is predicted from each part of five digits, the first of each of five classes that is read right."""
     labels = data.test[1]
-    said = np.asarray(everything.argmax(1))
-    right = [np.flatnonzero((said == k) & (labels == k)) for k in (2, 3, 4, 5, 7)]
+    predicted = np.asarray(everything.argmax(1))
+    right = [np.flatnonzero((predicted == k) & (labels == k)) for k in (2, 3, 4, 5, 7)]
     chosen = [int(found[0]) for found in right if len(found)]
-    probabilities = np.asarray(jax.nn.softmax(seen.outputs[np.array(chosen)]))  # [5, parts, classes]
+    probabilities = np.asarray(jax.nn.softmax(inspection.outputs[np.array(chosen)]))  # [5, parts, classes]
     best = max(list(parts)[1:5], key=lambda name: shares[list(parts).index(name)])
     title = (
         f"With the weights outside a region set to zero, the {best} reads {100 * max(shares[1:5]):.0f} % of the test "
@@ -185,17 +186,17 @@ def deciding_figure(falls: np.ndarray, data: Any) -> Any:
     names = [f"{k}: up to {100 * falls[k].max():.0f} points" for k in range(10)]
     title = (
         f"Which region decides which digit: without its darkest one, the {most} loses {100 * falls.max():.0f} points "
-        "of the right answer's probability\n(outline: the class's mean image; mean over its test digits)"
+        "of the right prediction's probability\n(outline: the class's mean image; mean over its test digits)"
     )
     label = "fall without the region (percentage points)"
     return heat_over_images(means, 100 * falls, names, title, label)
 
 
-def sums_figure(net: gf.Net, params: Any, seen: Any, data: Any) -> Any:
+def sums_figure(net: gf.Net, params: Any, inspection: Any, data: Any) -> Any:
     """Draw the weighted sums of one digit, region by region, for each hidden node."""
     i = int(np.flatnonzero(data.test[1] == 3)[0]) if 3 in data.test[1] else 0
-    sums = np.asarray(seen.sums[i]).T.reshape(-1, GRID, GRID)[:20]  # [nodes, rows, columns]
-    inputs = np.asarray(seen.total[i] + params["b1"])[:20]
+    sums = np.asarray(inspection.sums[i]).T.reshape(-1, GRID, GRID)[:20]  # [nodes, rows, columns]
+    inputs = np.asarray(inspection.total[i] + params["b1"])[:20]
     names = [f"node {k}: {z:+.1f}, fires {1 / (1 + np.exp(-z)):.2f}" for k, z in enumerate(inputs)]
     image = data.test[0][i].reshape(data.shape)
     title = (
@@ -227,7 +228,7 @@ def heat_over_images(
     """Draw signed heat maps over the outlines of images, all on one scale.
 
     Args:
-        images: `[n, height, width]`, from 0 (paper) to 1 (ink).
+        images: `[n, height, width]`, from 0 (background) to 1 (ink).
         heat: `[n, rows, columns]`, of a grid of regions that covers the image.
         names: what to call each.
         title: the figure's.
@@ -235,10 +236,10 @@ def heat_over_images(
         columns: images side by side.
 
     Returns:
-        A figure with a panel an image, and a color bar.
+        A figure with one panel per image, and a color bar.
 
     Raises:
-        ValueError: not one map and one name an image.
+        ValueError: not one map and one name per image.
 
     >>> figure = heat_over_images(np.ones([2, 8, 8]), np.ones([2, 4, 4]), "ab", "Two", "fall (%)")
     >>> [panel.get_title() for panel in figure.axes][:2]
@@ -246,8 +247,8 @@ def heat_over_images(
     """
     images, heat = np.asarray(images), np.asarray(heat)
     if not len(images) == len(heat) == len(names):
-        came = f"{len(images)} images, {len(heat)} maps, {len(names)} names"
-        raise ValueError(f"heat_over_images: one map and one name an image, came {came}")
+        got = f"{len(images)} images, {len(heat)} maps, {len(names)} names"
+        raise ValueError(f"heat_over_images: one map and one name per image, got {got}")
     n_rows = -(-len(images) // columns)
     figure = new_figure(1.75 * columns + 1.0, 1.95 * n_rows + 0.7, "compressed")
     panels = figure.subplots(n_rows, columns, squeeze=False).ravel()
@@ -256,9 +257,9 @@ def heat_over_images(
         panel.set_axis_off()
     for panel, image, values, name in zip(panels, images, heat, names, strict=False):
         bare(panel)
-        drawn = signed_image(panel, values, image, limit)
+        mapped = signed_image(panel, values, image, limit)
         panel.set_title(name, fontsize=9)
-    figure.colorbar(drawn, ax=panels.tolist(), label=label, pad=0.02, aspect=30)
+    figure.colorbar(mapped, ax=panels.tolist(), label=label, pad=0.02, aspect=30)
     figure.suptitle(title)
     return figure
 
@@ -266,43 +267,43 @@ def heat_over_images(
 def remains(
     images: Any,
     masks: Mapping[str, Any],
-    said: Any,
+    predicted: Any,
     sure: Any,
     labels: Any,
     shares: Sequence[float],
     title: str,
 ) -> Figure:
-    """Draw what a network answers from one region of each image alone.
+    """Draw what a network predicts from one region of each image alone.
 
     Args:
-        images: `[n, height, width]`, from 0 (paper) to 1 (ink).
+        images: `[n, height, width]`, from 0 (background) to 1 (ink).
         masks: by what each region is called, bool `[height, width]`.
-        said: `[n, regions]`, the class it answered.
+        predicted: `[n, regions]`, the class it predicted.
         sure: `[n, regions]`, how sure it was, in [0, 1].
         labels: `[n]`, the true classes.
-        shares: `[regions]`, of all test images, how many are answered right from the region, in [0, 1].
+        shares: `[regions]`, of all test images, how many are predicted correctly from the region, in [0, 1].
         title: the figure's.
 
     Returns:
-        A figure with a row an image and a column a region; frames are blue where the answer is right and orange
-        where it is not.
+        A figure with one row per image and one column per region; frames are blue where the
+        prediction is right and orange where it is not.
 
     >>> masks = {"all": np.ones([8, 8], bool)}
     >>> figure = remains(np.ones([1, 8, 8]), masks, [[3]], [[0.9]], [3], [0.97], "One")
     >>> figure.axes[0].get_title(), figure.axes[0].get_xlabel()
     ('all\\n97 % right', '3 (90 %)')
     """
-    images, said, sure = np.asarray(images), np.asarray(said), np.asarray(sure)
+    images, predicted, sure = np.asarray(images), np.asarray(predicted), np.asarray(sure)
     figure = new_figure(1.2 * len(masks) + 0.5, 1.35 * len(images) + 0.9, "compressed")
     panels = figure.subplots(len(images), len(masks), squeeze=False)
     for i, line in enumerate(panels):
         for j, (panel, mask) in enumerate(zip(line, masks.values(), strict=True)):
             bare(panel)
-            # What is covered is light gray, so that paper and cover are told apart.
+            # What is covered is light gray, so that paper and cover are distinguished.
             shown = np.where(mask, images[i], 0.18)
             panel.imshow(shown, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
-            right = said[i, j] == labels[i]
-            panel.set_xlabel(f"{said[i, j]} ({100 * sure[i, j]:.0f} %)", fontsize=8, labelpad=2)
+            right = predicted[i, j] == labels[i]
+            panel.set_xlabel(f"{predicted[i, j]} ({100 * sure[i, j]:.0f} %)", fontsize=8, labelpad=2)
             for spine in panel.spines.values():
                 spine.set(color="#0072b2" if right else "#d55e00", linewidth=2.5, visible=True)
     for panel, (name, share) in zip(panels[0], zip(masks, shares, strict=True), strict=True):

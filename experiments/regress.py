@@ -45,7 +45,7 @@ class Config(SeededOptions):
     """Options of a run."""
 
     hidden: int | None = runs.option(
-        None, "nodes in the hidden layer (else the mean of inputs and outputs, which is 5)", at_least=1
+        None, "nodes in the hidden layer (default: the mean of inputs and outputs, which is 5)", at_least=1
     )
     nets: int = runs.option(
         10, "networks from different first weights; their mean is what is predicted", at_least=1
@@ -60,7 +60,7 @@ class Config(SeededOptions):
 
 
 class Result(NamedTuple):
-    """What came of a run."""
+    """The result of a run."""
 
     params: dict[str, jax.Array]  # [nets, ...]
     predictions: dict[str, np.ndarray]  # by model, of the test patients, on the scale from 25 to 346
@@ -71,7 +71,7 @@ class Result(NamedTuple):
 
 
 def run(config: Config) -> Result:
-    """Train, predict, compare and draw; what it writes is in the result's folder."""
+    """Train, predict, compare and draw; it writes into the folder of the result."""
     from sklearn.linear_model import LinearRegression
 
     config = runs.settle("regress", config)
@@ -140,7 +140,7 @@ def original(data: gf.data.Dataset, values: np.ndarray) -> np.ndarray:
 
 
 def r2(truth: np.ndarray, answers: np.ndarray) -> float:
-    """Return the share of the variance that is explained: 1 for all of it, 0 for answering the mean."""
+    """Return the share of the variance that is explained: 1 for all of it, 0 for predicting the mean."""
     return float(1 - np.square(truth - answers).sum() / np.square(truth - truth.mean()).sum())
 
 
@@ -156,15 +156,15 @@ def judge(config: Config, r2: dict[str, float]) -> runs.Outcome:
 
 
 def predictions(truth: Any, answers: Mapping[str, Any], r2: Mapping[str, float]) -> Figure:
-    """Draw the answers of some models over the truth, and what they miss of it.
+    """Draw the predictions of some models over the truth, and what they miss of it.
 
     Args:
         truth: `[n]`.
-        answers: by model, `[n]`.
+        predictions: by model, `[n]`.
         r2: by model, the share of the variance that it explains.
 
     Returns:
-        A figure with a column a model: above the predictions, below the residuals.
+        A figure with one column per model: above the predictions, below the residuals.
 
     >>> predictions([1.0, 2.0], {"net": [1.0, 2.0]}, {"net": 1.0}).get_suptitle()
     'Of what sets patients apart (the variance), explained by net 100 %'
@@ -193,8 +193,8 @@ def predictions(truth: Any, answers: Mapping[str, Any], r2: Mapping[str, float])
             panel.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_ylabel("prediction (index; line: as the truth)")
     panels[1, 0].set_ylabel("prediction minus truth")
-    told = ", ".join(f"{name} {100 * share:.0f} %" for name, share in r2.items())
-    figure.suptitle(f"Of what sets patients apart (the variance), explained by {told}")
+    texts = ", ".join(f"{name} {100 * share:.0f} %" for name, share in r2.items())
+    figure.suptitle(f"Of what sets patients apart (the variance), explained by {texts}")
     return figure
 
 
@@ -207,7 +207,7 @@ def slopes(gradients: Any, coefficients: Any, names: Sequence[str]) -> Figure:
         names: of the inputs.
 
     Returns:
-        A figure with a row an input, the steepest on top.
+        A figure with one row per input, the steepest on top.
 
     >>> slopes([[1.0, 2.0], [1.0, 4.0]], [1.0, 2.5], ["age", "sex"]).get_suptitle()
     'What moves the prediction: the gradient by each input; the steepest on average is sex (+3)'

@@ -38,7 +38,7 @@ class Config(SeededOptions):
 
     digits: int = runs.option(16, "how many to reverse", at_least=2)
     steps: int = runs.option(500, "training steps", at_least=2)
-    batch: int = runs.option(64, "sequences a step", at_least=1)
+    batch: int = runs.option(64, "sequences per step", at_least=1)
     width: int = runs.option(64, "features of a position", at_least=1)
     heads: int = runs.option(1, "attention heads", at_least=1)
     rate: float = runs.option(
@@ -51,7 +51,7 @@ class Config(SeededOptions):
 
 
 class Result(NamedTuple):
-    """What came of a run."""
+    """The result of a run."""
 
     params: dict[str, Any]
     history: Sequence[dict[str, Any]]
@@ -61,7 +61,7 @@ class Result(NamedTuple):
 
 
 def run(config: Config) -> Result:
-    """Train, measure and draw; what it writes is in the result's folder."""
+    """Train, measure and draw; it writes into the folder of the result."""
     config = runs.settle("reverse", config)
     folder = runs.begin("reverse", config)
     n = config.digits
@@ -81,14 +81,14 @@ def run(config: Config) -> Result:
         config.steps,
         seed=config.seed,
         evaluate=lambda params: {"test_accuracy": all_right(answer(params, test[0]), test[1])},
-        inspect_every=config.steps // 20 or None,  # a run of a few steps is not looked at
+        inspect_every=config.steps // 20 or None,  # a run of a few steps is not inspected
         folder=folder,
         resume=config.resume,
     )
 
     accuracy = float(all_right(answer(fitted.params, test[0]), test[1]))
     written = gf.generate(net, fitted.params, test[0][0, : n + 1], n, temperature=0)
-    print(f"{told(test[0][0, :n])} backwards, it writes: {told(written)}")
+    print(f"{as_text(test[0][0, :n])} backwards, it writes: {as_text(written)}")
     figures = {"curves": curves(fitted.history), "attention": attention(loss, fitted.params, test, n)}
     outcome = judge(config, accuracy)
     conclude(folder, outcome, figures, accuracy=accuracy)
@@ -96,10 +96,10 @@ def run(config: Config) -> Result:
 
 
 def reversals(key: jax.Array, batch: int, n: int) -> tuple[jax.Array, jax.Array]:
-    """Draw digits at random: what is read, `1 2 3 = 3 2`, and what is to be answered, `- - - 3 2 1`.
+    """Draw digits at random: what is read, `1 2 3 = 3 2`, and what is to be predicted, `- - - 3 2 1`.
 
     Returns:
-        Tokens and targets, `[batch, 2 * n]` int32 each; while it reads, nothing is asked of it (-1).
+        Tokens and targets, `[batch, 2 * n]` int32 each; while it reads, nothing is required of it (-1).
     """
     digits = jax.random.randint(key, (batch, n), 0, 10)
     backwards = digits[:, ::-1]
@@ -109,10 +109,9 @@ def reversals(key: jax.Array, batch: int, n: int) -> tuple[jax.Array, jax.Array]
 
 
 def all_right(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Return the share of sequences `[batch, T, vocab]` whose every answer is right.
+    """Return the share of sequences `[batch, T, vocab]` whose every prediction is right.
 
-    Each answer is given after the right ones before it. A sequence that has none wrong so is written right by
-    itself, too.
+    Each prediction follows the correct ones before it. A sequence without an error here is also generated without one.
     """
     right = (logits.argmax(-1) == targets) | (targets < 0)  # [batch, T]
     return right.all(-1).mean()
@@ -124,11 +123,11 @@ def attention(loss: Any, params: Any, test: tuple[jax.Array, jax.Array], n: int)
     rows = {name: layer[:, n:, :] for name, layer in weights.items()}  # [heads, T, T] -> [heads, n, T]
     tokens = [SYMBOLS[token] for token in test[0][0].tolist()]
     figure = attention_maps(rows, tokens, tokens[n:])
-    figure.suptitle("While it writes (rows, downwards), it looks at the digits from the last to the first")
+    figure.suptitle("While it writes (rows, downwards), it attends to the digits from the last to the first")
     return figure
 
 
-def told(tokens: Any) -> str:
+def as_text(tokens: Any) -> str:
     """Return digits as text."""
     return "".join(SYMBOLS[token] for token in np.asarray(tokens).tolist())
 

@@ -53,7 +53,7 @@ class Config(SeededOptions):
     """Options of a run."""
 
     data: str | None = runs.option(
-        None, "a file of names, a line each (else the words of the Python documentation)"
+        None, "a file of names, a line each (default: the words of the Python documentation)"
     )
     width: int = runs.option(64, "features of the states", at_least=1)
     steps: int = runs.option(3000, "training steps of each network", at_least=2)
@@ -64,17 +64,17 @@ class Config(SeededOptions):
 
 
 class Result(NamedTuple):
-    """What came of a run, by cell."""
+    """The result of a run, by cell."""
 
     params: dict[str, Any]
-    validation_losses: dict[str, float]  # nats a letter
+    validation_losses: dict[str, float]  # nats per letter
     gradients: dict[str, np.ndarray]  # rms of the state's gradient at each of 50 letters, after training
     folder: Path
     outcome: runs.Outcome
 
 
 def run(config: Config) -> Result:
-    """Train a network with each cell, measure and draw; what it writes is in the result's folder."""
+    """Train a network with each cell, measure and draw; it writes into the folder of the result."""
     config = runs.settle("rnn", config)
     data = gf.data.lines(config.data)
     print(data)
@@ -119,7 +119,7 @@ def run(config: Config) -> Result:
     net = gf.rnn(data.tokenizer.size, config.width, "lstm")
     figures = {
         "gradients": gradient_through_time(after, before, "last letter"),
-        "curves": curves(joined(histories), "nats a letter"),
+        "curves": curves(joined(histories), "nats per letter"),
         "probabilities": drawn_expectations(net, params["lstm"], data),
     }
     figures["curves"].axes[0].autoscale(axis="y")  # the lines lie close together, far from zero
@@ -135,7 +135,7 @@ def measured(measure: Callable[[Any], jax.Array]) -> Callable[[Any], dict[str, j
 
 
 def long_sequences(data: gf.data.Lines, most: int = 64) -> tuple[jax.Array, jax.Array]:
-    """Return validation lines, joined without their ends, of which the last letter alone is asked for.
+    """Return validation lines, joined without line ends; only the last letter of each has a target.
 
     Returns:
         Tokens and targets, `[n, 50]` each; all targets but the last are -1.
@@ -144,7 +144,7 @@ def long_sequences(data: gf.data.Lines, most: int = 64) -> tuple[jax.Array, jax.
         RunError: there is too little of it.
     """
     tokens, targets = data.validation
-    letters = tokens[:, 1:][targets[:, 1:] >= 0]  # without the line's end at the beginning of each
+    letters = tokens[:, 1:][targets[:, 1:] >= 0]  # without the line's end at the start of each
     n = min(most, (len(letters) - 1) // LONG)
     if n < 1:
         raise runs.RunError(f"data: the validation lines have {len(letters)} letters, {LONG + 1} are needed")
@@ -157,7 +157,9 @@ def gradients(loss: Any, cell: str, params: Any, batch: Any) -> np.ndarray:
     """Return the rms of the gradient of the last letter's loss with respect to the state at each letter."""
     name = STATE[cell]
     look = gf.inspect(gf.batch_mean(loss), sites=name, stats=["rms"], input_grads=False)
-    return np.asarray(jax.jit(look)(params, batch).grad_stats[name].rms)  # [50], a value a step of the scan
+    return np.asarray(
+        jax.jit(look)(params, batch).grad_stats[name].rms
+    )  # [50], one value per step of the scan
 
 
 def joined(histories: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -175,11 +177,11 @@ def joined(histories: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def drawn_expectations(net: gf.Net, params: Any, data: gf.data.Lines) -> Any:
     """Draw what a network expects after each letter of a few validation lines."""
-    read, came, probabilities = expectations(net, params, *data.validation)
+    read, actual, probabilities = expectations(net, params, *data.validation)
     symbols = data.tokenizer.symbols
-    figure = token_probabilities([symbols[token] for token in read], came, probabilities, symbols)
+    figure = token_probabilities([symbols[token] for token in read], actual, probabilities, symbols)
     figure.axes[0].set_title(
-        f"what the LSTM has read ({visible(chr(10))} begins and ends a line)", fontsize=10
+        f"what the LSTM has read ({visible(chr(10))} starts and ends a line)", fontsize=10
     )
     return figure
 
@@ -201,7 +203,7 @@ def judge(
 def gradient_through_time(
     norms: Mapping[str, Any], untrained: Mapping[str, Any] | None = None, what: str = "last step"
 ) -> Figure:
-    """Draw how large the gradient still is, so many steps before the loss that it comes from.
+    """Draw how large the gradient still is, N steps before the loss that it comes from.
 
     Bengio, Simard and Frasconi, *Learning Long-Term Dependencies with Gradient Descent is Difficult*, 1994.
 
@@ -212,7 +214,7 @@ def gradient_through_time(
         what: what to call the last step.
 
     Returns:
-        A figure with a line a network, as a share of the gradient at the last step, on a logarithmic scale.
+        A figure with one line per network, as a share of the gradient at the last step, on a logarithmic scale.
 
     Raises:
         ValueError: nothing to draw, or a gradient that is zero at the last step.
@@ -224,7 +226,7 @@ def gradient_through_time(
         raise ValueError("gradient_through_time: there is no network to draw")
     figure = new_figure(8.0, 4.6)
     panel = figure.subplots()
-    told = []
+    texts = []
     for (name, sizes), color, style in zip(
         norms.items(), cycle(LINE_COLORS), cycle(LINE_STYLES[:3]), strict=False
     ):
@@ -233,7 +235,7 @@ def gradient_through_time(
         panel.plot(back, shares, style, color=color, label=name)
         if untrained is not None:
             panel.plot(back, _shares(name, untrained[name]), ":", color=color, label=f"{name}, untrained")
-        told.append(f"{name} {_ratio(shares[0])}")
+        texts.append(f"{name} {_ratio(shares[0])}")
     panel.set_yscale("log")
     panel.invert_xaxis()
     panel.set_xlabel(f"steps back from the {what}")
@@ -242,7 +244,7 @@ def gradient_through_time(
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False)
     n_back = len(shares) - 1
-    figure.suptitle(f"The gradient {n_back} steps back, of what it is at the {what}: {', '.join(told)}")
+    figure.suptitle(f"The gradient {n_back} steps back, of what it is at the {what}: {', '.join(texts)}")
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Explain a digit network's answers: which ink speaks for them, can such maps be believed, which digits taught it."""
+"""Explain a digit network: which pixels its predictions rest on, whether to trust such maps, which digits taught it."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ EXPECTED = (
 
 STEPS = {"digits": 1560, "mnist": 15_600}
 RATE = 0.5  # of plain gradient descent, which is what TracIn's formula is of
-# So many hidden nodes learn so many digits by heart in so many steps.
-WIDE, BY_HEART, STEPS_BY_HEART = 64, 300, 1500
-N_TESTED = 30  # test digits that the randomization tests look at
-N_TRACED = 100  # test digits whose answers are traced back
+# For the test of labels: hidden nodes, digits and steps that suffice to memorize random labels.
+WIDE, MEMORIZED, STEPS_MEMORIZED = 64, 300, 1500
+N_TESTED = 30  # test digits that the randomization tests examine
+N_TRACED = 100  # test digits whose predictions are traced back
 
 Method = Callable[[Any, Any], jax.Array]  # (params, (image, class)) -> map
 
@@ -52,9 +52,9 @@ class Config(DigitOptions):
     """Options of a run; the defaults explain a 784-16-10 net on the built-in digits."""
 
     hidden: int = runs.option(16, "nodes in the hidden layer")
-    steps: int | None = runs.option(None, "of training, 32 digits each (else 1,560; with MNIST 15,600)")
+    steps: int | None = runs.option(None, "of training, 32 digits each (default: 1,560; with MNIST 15,600)")
     path: int = runs.option(
-        64, "gradients taken on the way from paper to the digit, for the integrated gradients"
+        64, "gradients along the path from a blank image to the digit, for the integrated gradients"
     )
 
     def __post_init__(self) -> None:
@@ -63,20 +63,20 @@ class Config(DigitOptions):
 
 
 class Result(NamedTuple):
-    """What came of a run."""
+    """The result of a run."""
 
     params: dict[str, jax.Array]
     history: Sequence[dict[str, Any]]
     test_accuracy: float  # in [0, 1]
     gap: float  # of the integrated gradients: the largest of all test digits, as a share of the score
     tests: dict[str, tuple[Randomized, Randomized]]  # by method: weights random, labels shuffled
-    same_label: float  # of the five training digits that helped an answer most, the share with its label
+    same_label: float  # of the five training digits that helped a prediction most, the share with its label
     folder: Path
     outcome: runs.Outcome
 
 
 def run(config: Config) -> Result:
-    """Train, explain, test the explanations, and trace the answers back to training digits; draw all of it."""
+    """Train, explain, test the explanations, and trace the predictions back to training digits; draw all of it."""
     config, data, folder = start_on_digits("saliency", config)
     net = gf.mlp([784, config.hidden, 10])
     steps = config.steps or STEPS[config.data]
@@ -92,20 +92,20 @@ def run(config: Config) -> Result:
         resume=config.resume,
     )
     images, labels = (jnp.asarray(part) for part in data.test)
-    said = jax.vmap(net.apply, (None, 0))(fitted.params, images).argmax(1)
-    accuracy = float((said == labels).mean())
+    predicted = jax.vmap(net.apply, (None, 0))(fitted.params, images).argmax(1)
+    accuracy = float((predicted == labels).mean())
 
-    gap = largest_gap(net, fitted.params, (images, said), config.path)
-    tests = believable(net, fitted.params, data, (images[:N_TESTED], said[:N_TESTED]), config)
+    gap = largest_gap(net, fitted.params, (images, predicted), config.path)
+    tests = believable(net, fitted.params, data, (images[:N_TESTED], predicted[:N_TESTED]), config)
     print(table(tests))
     kept = list(gf.train.kept(folder, like=fitted.params).values())
     traced = gf.attribution.tracin(gf.classification_loss(net))(
-        kept, data.train, (images[:N_TRACED], said[:N_TRACED]), RATE
+        kept, data.train, (images[:N_TRACED], predicted[:N_TRACED]), RATE
     )
     best = np.argsort(-np.asarray(traced), 1)[:, :5]
-    same_label = float((data.train[1][best] == np.asarray(said[:N_TRACED])[:, None]).mean())
+    same_label = float((data.train[1][best] == np.asarray(predicted[:N_TRACED])[:, None]).mean())
 
-    print(f"of the 5 training digits that helped an answer most, {100 * same_label:.0f} % have its label")
+    print(f"of the 5 training digits that helped a prediction most, {100 * same_label:.0f} % have its label")
     figures = {
         "maps": maps_figure(net, fitted.params, data, tests, config.path),
         "tests": tests_figure(tests, data),
@@ -126,7 +126,7 @@ def run(config: Config) -> Result:
 
 
 def explanations(net: gf.Net, path: int = 64) -> dict[str, Method]:
-    """Return methods to explain the answer `class` to an image; the last looks at the image alone."""
+    """Return methods to explain the prediction `class` to an image; the last attends to the image alone."""
     f, key = net.apply, jax.random.key(0)
     return {
         "saliency": lambda params, example: gf.attribution.saliency(f, example[1])(params, example[0]),
@@ -168,7 +168,7 @@ def believable(
     """Run both randomization tests on all methods."""
     key_weights, key_labels = jax.random.split(jax.random.key(config.seed + 1))
     wide = gf.mlp([784, WIDE, 10])
-    part = tuple(half[:BY_HEART] for half in data.train)
+    part = tuple(half[:MEMORIZED] for half in data.train)
     learned: dict[bytes, Any] = {}  # the two networks are the same for all methods
 
     def train(examples: Any, key: jax.Array) -> Any:
@@ -184,7 +184,7 @@ def believable(
             )
             learned[labels] = fitted.params
             share = gf.accuracy(wide)(fitted.params, jax.tree.map(jnp.asarray, examples))
-            print(f"for the test of labels: {100 * share:.0f} % of {BY_HEART} digits learned by heart")
+            print(f"for the test of labels: {100 * share:.0f} % of {MEMORIZED} digits memorized")
         return learned[labels]
 
     of_net, of_wide = explanations(net, config.path), explanations(wide, config.path)
@@ -210,21 +210,22 @@ def table(tests: dict[str, tuple[Randomized, Randomized]]) -> TextTable:
 
 
 def maps_figure(net: gf.Net, params: Any, data: gf.data.Dataset, tests: Any, path: int) -> Any:
-    """Draw what each method makes of five digits, the first of each of five classes that is answered right."""
+    """Draw what each method makes of five digits, the first of each of five classes that is predicted correctly."""
     images, labels = data.test
     probabilities = np.asarray(jax.nn.softmax(jax.vmap(net.apply, (None, 0))(params, jnp.asarray(images))))
-    said = probabilities.argmax(1)
-    right = [np.flatnonzero((said == k) & (labels == k)) for k in range(10)]
+    predicted = probabilities.argmax(1)
+    right = [np.flatnonzero((predicted == k) & (labels == k)) for k in range(10)]
     chosen = [int(found[0]) for found in right if len(found)][::2][:5]
-    examples = jnp.asarray(images[chosen]), jnp.asarray(said[chosen])
+    examples = jnp.asarray(images[chosen]), jnp.asarray(predicted[chosen])
     columns = {}
     for name, method in explanations(net, path).items():
         maps = np.asarray(jax.jit(jax.vmap(method, (None, 0)))(params, examples))
         maps = maps if maps.ndim == 3 else maps.reshape(-1, *data.shape)
         columns[f"{name}\n{'passes' if passes(tests[name]) else 'FAILS'}"] = maps
-    names = [f"{said[i]} ({100 * probabilities[i].max():.0f} %)" for i in chosen]
+    names = [f"{predicted[i]} ({100 * probabilities[i].max():.0f} %)" for i in chosen]
     good = [name for name, both in tests.items() if passes(both)]
-    title = f"Six maps of what speaks for five answers; {' and '.join(good) or 'none'} rest{'s' * (len(good) == 1)} on"
+    names_of_good = " and ".join(good) or "none"
+    title = f"Six maps of what speaks for five predictions; {names_of_good} rest{'s' * (len(good) == 1)} on"
     title += " what was learned, the others show the digit whatever was learned"
     return signed_maps(images[chosen].reshape(-1, *data.shape), columns, title, names)
 
@@ -247,8 +248,8 @@ def tests_figure(tests: dict[str, tuple[Randomized, Randomized]], data: gf.data.
     columns = [
         "trained net",
         *(f"{name}\nrandom" for name in tests["saliency"][0].names),
-        f"{BY_HEART} digits,\ntrue labels",
-        f"{BY_HEART} digits,\nshuffled labels",
+        f"{MEMORIZED} digits,\ntrue labels",
+        f"{MEMORIZED} digits,\nshuffled labels",
     ]
     needs = [name for name in rows if passes(tests[name])]
     title = (
@@ -260,24 +261,24 @@ def tests_figure(tests: dict[str, tuple[Randomized, Randomized]], data: gf.data.
 
 
 def influence_figure(net: gf.Net, params: Any, data: gf.data.Dataset, scores: np.ndarray) -> Any:
-    """Draw which training digits taught the net four answers: two mistakes, or doubtful answers, and two sure ones."""
+    """Draw which training digits taught the net two mistaken or doubtful predictions, and two sure ones."""
     images, labels = (part[: len(scores)] for part in data.test)
     probabilities = np.asarray(jax.nn.softmax(jax.vmap(net.apply, (None, 0))(params, jnp.asarray(images))))
-    said, sure = probabilities.argmax(1), probabilities.max(1)
-    order = np.lexsort((sure, said == labels))  # mistakes first, then the doubtful answers
+    predicted, sure = probabilities.argmax(1), probabilities.max(1)
+    order = np.lexsort((sure, predicted == labels))  # mistakes first, then the doubtful predictions
     chosen = [*order[:2], *order[len(order) // 2 : len(order) // 2 + 2]]
-    names = [f"said {said[i]} ({100 * sure[i]:.0f} %)\nit is {labels[i]}" for i in chosen]
+    names = [f"predicted {predicted[i]} ({100 * sure[i]:.0f} %)\nit is {labels[i]}" for i in chosen]
     as_images = lambda part: part.reshape(-1, *data.shape)  # noqa: E731
     helped = np.argsort(-scores[chosen], 1)[:, :5]
-    share = (data.train[1][helped] == said[chosen][:, None]).mean()
+    share = (data.train[1][helped] == predicted[chosen][:, None]).mean()
     return influences(
         as_images(images[chosen]),
         names,
         as_images(data.train[0]),
         data.train[1],
         scores[chosen],
-        f"Which training digits taught the net these answers: {100 * share:.0f} % of those that helped most bear the "
-        "label it gave\n(under each: its label and its TracIn score over 5 checkpoints)",
+        f"Training digits that taught the net these predictions: {100 * share:.0f} % of those that helped most "
+        "have the label it gave\n(under each: its label and its TracIn score over 5 checkpoints)",
     )
 
 
@@ -300,19 +301,19 @@ def signed_maps(
     maps: Mapping[str, Any],
     title: str,
     names: Sequence[str] = (),
-    label: str = "share of the map's largest value (red speaks for the answer, blue against it)",
+    label: str = "share of the map's largest value (red speaks for the prediction, blue against it)",
 ) -> Figure:
     """Draw images and, beside each, signed maps of it over the outline of its ink.
 
     Args:
-        images: `[n, height, width]`, from 0 (paper) to 1 (ink).
+        images: `[n, height, width]`, from 0 (background) to 1 (ink).
         maps: by what each column is called, `[n, height', width']` of any sign and resolution.
         title: the figure's.
         names: what to call each row; nothing where empty.
         label: of the color bar.
 
     Returns:
-        A figure with a row an image; each map has a scale of its own, as their units differ.
+        A figure with one row per image; each map has a scale of its own, as their units differ.
 
     Raises:
         ValueError: not one map, or one name, an image.
@@ -324,11 +325,11 @@ def signed_maps(
     images = np.asarray(images)
     for name, values in {**maps, **({"names": names} if len(names) else {})}.items():
         if len(values) != len(images):
-            raise ValueError(f"signed_maps: {name}: one an image, {len(images)}, came {len(values)}")
+            raise ValueError(f"signed_maps: {name}: one per image, {len(images)}, got {len(values)}")
     n_columns = 1 + len(maps)
     figure = new_figure(1.45 * n_columns + 0.9, 1.45 * len(images) + 0.9, "compressed")
     panels = figure.subplots(len(images), n_columns, squeeze=False)
-    drawn = None
+    mapped = None
     for i, row in enumerate(panels):
         for panel in row:
             bare(panel)
@@ -336,11 +337,11 @@ def signed_maps(
         if len(names):
             row[0].set_ylabel(names[i], fontsize=9)
         for panel, values in zip(row[1:], maps.values(), strict=True):
-            drawn = signed_image(panel, np.asarray(values[i]) / robust_limit(values[i]), images[i])
+            mapped = signed_image(panel, np.asarray(values[i]) / robust_limit(values[i]), images[i])
     for panel, name in zip(panels[0], ("image", *maps), strict=True):
         panel.set_title(name, fontsize=9)
-    if drawn is not None:
-        figure.colorbar(drawn, ax=panels.ravel().tolist(), label=label, pad=0.02, extend="both", aspect=30)
+    if mapped is not None:
+        figure.colorbar(mapped, ax=panels.ravel().tolist(), label=label, pad=0.02, extend="both", aspect=30)
     figure.suptitle(title)
     return figure
 
@@ -355,14 +356,14 @@ def randomized_maps(
     """Draw what becomes of each method's map of one image as what the network learned is taken away.
 
     Args:
-        image: `[height, width]`, from 0 (paper) to 1 (ink).
+        image: `[height, width]`, from 0 (background) to 1 (ink).
         maps: by the name of the method, `[columns, height, width]`; each map has a scale of its own.
         columns: what is random in each.
         notes: by the name of the method, what to write under each map.
         title: the figure's.
 
     Returns:
-        A figure with a row a method.
+        A figure with one row per method.
 
     >>> image = np.ones([8, 8])
     >>> figure = randomized_maps(image, {"saliency": image[None]}, ["trained"], {"saliency": ["1.00"]}, "One")
@@ -374,13 +375,13 @@ def randomized_maps(
     for line, (name, values) in zip(panels, maps.items(), strict=True):
         for panel, one, note in zip(line, np.asarray(values), notes[name], strict=True):
             bare(panel)
-            drawn = signed_image(panel, one / robust_limit(one), np.asarray(image))
+            mapped = signed_image(panel, one / robust_limit(one), np.asarray(image))
             panel.set_xlabel(note, fontsize=9, labelpad=2)
         line[0].set_ylabel(name, fontsize=9)
     for panel, column in zip(panels[0], columns, strict=True):
         panel.set_title(column, fontsize=9)
     label = "share of the map's largest value"
-    figure.colorbar(drawn, ax=panels.ravel().tolist(), label=label, pad=0.02, extend="both", aspect=30)
+    figure.colorbar(mapped, ax=panels.ravel().tolist(), label=label, pad=0.02, extend="both", aspect=30)
     figure.suptitle(title)
     return figure
 
@@ -394,19 +395,19 @@ def influences(
     title: str,
     n_best: int = 5,
 ) -> Figure:
-    """Draw test images and, beside each, the training images that helped and harmed its answer most.
+    """Draw test images and, beside each, the training images that helped and harmed its prediction most.
 
     Args:
         tests: `[n, height, width]`.
         test_names: what to write under each test image.
         train: `[m, height, width]`.
-        train_labels: `[m]`, what the training images are said to be.
+        train_labels: `[m]`, what the training images are predicted to be.
         scores: `[n, m]`, from `gf.attribution.tracin`.
         title: the figure's.
-        n_best: how many training images a side.
+        n_best: how many training images per side.
 
     Returns:
-        A figure with a row a test image: it, then the helpful ones, the most helpful first, then the harmful
+        A figure with one row per test image: it, then the helpful ones, the most helpful first, then the harmful
         ones, the most harmful first; under each stand its label and score.
 
     >>> images = np.zeros([4, 8, 8])

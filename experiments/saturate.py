@@ -56,24 +56,23 @@ class Config(DigitOptions):
 
     width: int = runs.option(32, "nodes in each hidden layer", at_least=1)
     steps: int = runs.option(300, "training steps of each network", at_least=1)
-    batch: int = runs.option(64, "digits a step", at_least=1)
+    batch: int = runs.option(64, "digits per step", at_least=1)
     rate: float = runs.option(0.02, "learning rate of SGD with momentum 0.9", above=0)
 
 
 class Outcome(NamedTuple):
-    """What came of the networks with one activation and one wiring, by start and depth."""
+    """The result of the networks with one activation and one wiring, by start and depth."""
 
-    norms: (
-        np.ndarray
-    )  # [starts, layers], of the gradient with respect to the weighted sums, ten layers, untrained
-    off: (
-        np.ndarray | None
-    )  # [starts, layers], share of saturated values or dead nodes; None where neither is a thing
-    accuracies: np.ndarray  # [starts, depths], on the test digits after training
+    # [starts, layers]: of the gradient with respect to the weighted sums, ten layers, untrained.
+    norms: np.ndarray
+    # [starts, layers]: share of saturated values or dead nodes; None where neither is defined.
+    off: np.ndarray | None
+    # [starts, depths]: on the test digits after training.
+    accuracies: np.ndarray
 
 
 class Result(NamedTuple):
-    """What came of a run."""
+    """The result of a run."""
 
     outcomes: dict[tuple[str, str], Outcome]  # by activation and wiring
     folder: Path
@@ -81,7 +80,7 @@ class Result(NamedTuple):
 
 
 def run(config: Config) -> Result:
-    """Look at every network, train it, and draw; what it writes is in the result's folder."""
+    """Examine every network, train it, and draw; it writes into the folder of the result."""
     config, data, folder = start_on_digits("saturate", config, size=8)
     outcomes = {}
     for activation in ACTIVATIONS:
@@ -110,7 +109,7 @@ def run(config: Config) -> Result:
             off,
             list(STARTS),
             {"sigmoid": "saturated values", "tanh": "saturated values", "relu": "dead nodes"},
-            f"Weights from N(0, 1) shut {100 * shut:.0f} % of all tanh values before training begins",
+            f"Weights from N(0, 1) shut {100 * shut:.0f} % of all tanh values before training starts",
         ),
         "learned": learned(
             {kind: found.accuracies for kind, found in outcomes.items()},
@@ -162,16 +161,16 @@ def start(net: gf.Net, std: Callable[[int], float], key: jax.Array) -> Any:
     """Return first parameters with hidden weights of that standard deviation."""
     params = net.init(key)
 
-    def drawn(name: str, W: jax.Array) -> jax.Array:
+    def sampled(name: str, W: jax.Array) -> jax.Array:
         return std(W.shape[-1]) * jax.random.normal(jax.random.fold_in(key, len(name)), W.shape)
 
-    first = params["first"] | {"W": drawn("first", params["first"]["W"])}
-    dense = params["more"]["dense"] | {"W": drawn("dense", params["more"]["dense"]["W"])}
+    first = params["first"] | {"W": sampled("first", params["first"]["W"])}
+    dense = params["more"]["dense"] | {"W": sampled("dense", params["more"]["dense"]["W"])}
     return params | {"first": first, "more": params["more"] | {"dense": dense}}
 
 
 def outcome(config: Config, data: gf.data.Dataset, activation: str, wiring: str) -> Outcome:
-    """Look at and train the networks with one activation and one wiring: every start, every depth, all at once."""
+    """Examine and train the networks with one activation and one wiring: every start, every depth, all at once."""
     train, test = jax.tree.map(jnp.asarray, (data.train, data.test))
     net, sites = deep(train[0].shape[1], config.width, activation, wiring)
     one = gf.classification_loss(net)
@@ -188,11 +187,11 @@ def outcome(config: Config, data: gf.data.Dataset, activation: str, wiring: str)
     some = jax.tree.map(lambda part: part[:256], train)
     stats = ["rms", "saturated", "dead"]
     look = jax.jit(jax.vmap(gf.inspect(loss, sites=sites, stats=stats, input_grads=False), (0, None, None)))
-    seen = jax.device_get(look(of_starts, some, jnp.int32(DEPTHS[-1])))
+    inspection = jax.device_get(look(of_starts, some, jnp.int32(DEPTHS[-1])))
     rms = np.concatenate(
-        [seen.grad_stats["z1"].rms[:, None], seen.grad_stats["z"].rms], 1
+        [inspection.grad_stats["z1"].rms[:, None], inspection.grad_stats["z"].rms], 1
     )  # [starts, layers]
-    first, more = seen.stats["a1"], seen.stats["a"]
+    first, more = inspection.stats["a1"], inspection.stats["a"]
     off = None
     for name in ("saturated", "dead"):
         if getattr(first, name) is not None:
@@ -303,7 +302,7 @@ def saturation(shares: Mapping[str, Any], rows: Sequence[str], what: Mapping[str
         title: the figure's.
 
     Returns:
-        A figure with a panel an activation.
+        A figure with one panel per activation.
 
     >>> saturation({"relu": [[0.0, 0.5]]}, ["He"], {"relu": "dead nodes"}, "Half").axes[0].get_title()
     'relu: dead nodes'
@@ -311,19 +310,19 @@ def saturation(shares: Mapping[str, Any], rows: Sequence[str], what: Mapping[str
     figure = new_figure(4.2 * len(shares) + 1.6, 0.5 * len(rows) + 1.9)
     panels = figure.subplots(1, len(shares), squeeze=False, sharey=True)[0]
     for panel, (name, values) in zip(panels, shares.items(), strict=True):
-        drawn = _shares(panel, np.asarray(values, np.float64))
+        mapped = _shares(panel, np.asarray(values, np.float64))
         panel.set_title(f"{name}: {what[name]}", fontsize=11)
         panel.set_xticks(range(np.shape(values)[1]), range(1, np.shape(values)[1] + 1))
         panel.set_yticks(range(len(rows)), rows)
         panel.set_xlabel("layer")
     panels[0].set_ylabel("first weights")
-    figure.colorbar(drawn, ax=list(panels), label="share of the layer (%)", pad=0.01)
+    figure.colorbar(mapped, ax=list(panels), label="share of the layer (%)", pad=0.01)
     figure.suptitle(title)
     return figure
 
 
 def learned(accuracies: Kinds, rows: Sequence[str], depths: Sequence[int], title: str) -> Figure:
-    """Draw which networks have learned: a panel a wiring, a group of rows an activation, a column a depth.
+    """Draw which networks have learned: one panel per wiring, a group of rows per activation, one column per depth.
 
     Args:
         accuracies: by activation and wiring, `[rows, depths]` in [0, 1].
@@ -332,7 +331,7 @@ def learned(accuracies: Kinds, rows: Sequence[str], depths: Sequence[int], title
         title: the figure's.
 
     Returns:
-        A figure with a panel a wiring.
+        A figure with one panel per wiring.
 
     >>> learned({("relu", "plain"): [[0.5, 0.9]]}, ["He"], [1, 2], "Two").axes[0].get_title()
     'plain'
@@ -342,7 +341,9 @@ def learned(accuracies: Kinds, rows: Sequence[str], depths: Sequence[int], title
     figure = new_figure(3.1 * len(wirings) + 2.8, 0.27 * n * len(activations) + 1.8)
     panels = figure.subplots(1, len(wirings), squeeze=False, sharey=True)[0]
     for panel, wiring in zip(panels, wirings, strict=True):
-        drawn = _shares(panel, np.concatenate([np.asarray(accuracies[name, wiring]) for name in activations]))
+        mapped = _shares(
+            panel, np.concatenate([np.asarray(accuracies[name, wiring]) for name in activations])
+        )
         for group in range(1, len(activations)):
             panel.axhline(n * group - 0.5, color="white", linewidth=4)
         panel.set_title(wiring, fontsize=11)
@@ -354,7 +355,7 @@ def learned(accuracies: Kinds, rows: Sequence[str], depths: Sequence[int], title
             -0.36, n * (group + 0.5) - 0.5, name, rotation=90, va="center", ha="center", fontsize=11,
             transform=panels[0].get_yaxis_transform(),
         )  # fmt: skip
-    figure.colorbar(drawn, ax=list(panels), label="test digits right (%)", pad=0.01)
+    figure.colorbar(mapped, ax=list(panels), label="test digits right (%)", pad=0.01)
     figure.supxlabel("10 %: it guesses; 0 %: its numbers are no longer finite", fontsize=10)
     figure.suptitle(title)
     return figure
@@ -362,7 +363,7 @@ def learned(accuracies: Kinds, rows: Sequence[str], depths: Sequence[int], title
 
 def _shares(panel: Any, values: np.ndarray) -> Any:
     """Draw shares as colored cells with their percentages in them."""
-    drawn = panel.imshow(
+    mapped = panel.imshow(
         100 * values, cmap="cividis", vmin=0, vmax=100, aspect="auto", interpolation="nearest"
     )
     for row, column in np.ndindex(*values.shape):
@@ -370,4 +371,4 @@ def _shares(panel: Any, values: np.ndarray) -> Any:
         text = f"{100 * values[row, column]:.0f}"
         panel.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
     panel.tick_params(length=0)
-    return drawn
+    return mapped

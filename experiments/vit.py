@@ -47,14 +47,16 @@ class Config(DigitOptions):
     patch: int = runs.option(7, "height and width of a patch", at_least=1)
     layers: int = runs.option(3, "blocks", at_least=1)
     heads: int | None = runs.option(
-        None, "attention heads per block (else 4, or as many below that as divide the width)", at_least=1
+        None, "attention heads per block (default: 4, or as many below that as divide the width)", at_least=1
     )
     width: int = runs.option(64, "features of a patch", at_least=1)
     hidden: int = runs.option(128, "nodes of the feed-forward layers", at_least=1)
     epochs: int | None = runs.option(
-        None, "how often to go through the training digits (else 40 times, 10 times with MNIST)", at_least=1
+        None,
+        "how often to go through the training digits (default: 40 times, 10 times with MNIST)",
+        at_least=1,
     )
-    batch: int = runs.option(64, "digits a step", at_least=1)
+    batch: int = runs.option(64, "digits per step", at_least=1)
     rate: float = runs.option(
         0.002, "AdamW's learning rate after warm-up; it falls to a hundredth on half a cosine", above=0
     )
@@ -103,6 +105,6 @@ def attention(loss: Any, params: Any, data: gf.data.Dataset, side: int) -> Figur
         shares = weights.mean(2).reshape(len(images), -1, side, side)  # over those that look
         inked.append((weights.mean((1, 2)) * ink).sum(1).mean())
         columns |= {f"{block}\nhead {head}": shares[:, head] for head in range(shares.shape[1])}
-    told = " and ".join(f"{100 * share:.0f} %" for share in inked)
-    title = f"Patches with ink, {100 * ink.mean():.0f} % of all, get {told} of the attention of these blocks"
+    texts = " and ".join(f"{100 * share:.0f} %" for share in inked)
+    title = f"Patches with ink, {100 * ink.mean():.0f} % of all, get {texts} of the attention of these blocks"
     return image_maps(images.reshape(-1, *data.shape), columns, title, "attention")

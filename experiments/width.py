@@ -61,7 +61,7 @@ class Config(DigitOptions):
         at_least=1,
     )
     epochs: int = runs.option(12, "how often to go through the training digits", at_least=1)
-    batch: int = runs.option(32, "digits a step", at_least=1)
+    batch: int = runs.option(32, "digits per step", at_least=1)
     rate: float = runs.option(
         0.003, "AdamW's learning rate at the start; it falls to zero on half a cosine", above=0
     )
@@ -72,18 +72,18 @@ class Config(DigitOptions):
 
 
 class Tried(NamedTuple):
-    """What came of the networks of one shape."""
+    """The result of the networks of one shape."""
 
     width: int
     depth: int
     parameters: int
     seconds: float  # to train one of them, compiling left out
-    validation: np.ndarray  # accuracy in [0, 1], one a seed
+    validation: np.ndarray  # accuracy in [0, 1], one per seed
     test: np.ndarray
 
 
 class Result(NamedTuple):
-    """What came of a run."""
+    """The result of a run."""
 
     tried: list[Tried]
     base: Tried  # one hidden layer, as wide as the mean of inputs and outputs
@@ -93,7 +93,7 @@ class Result(NamedTuple):
 
 
 def run(config: Config) -> Result:
-    """Train every shape with every seed, compare, and draw; what it writes is in the result's folder."""
+    """Train every shape with every seed, compare, and draw; it writes into the folder of the result."""
     config, data, folder = start_on_digits("width", config)
     base_width = gf.hidden_width(784, 10)
     tried = []
@@ -196,11 +196,11 @@ def trade(rows: Rows) -> Figure:
     """Draw what accuracy costs: in parameters, and in time to train.
 
     Args:
-        rows: a dict a shape: `width`, `depth`, `parameters`, `seconds`, `test` (accuracies, one a seed), and
+        rows: one dict per shape: `width`, `depth`, `parameters`, `seconds`, `test` (accuracies, one per seed), and
             whether it is the `base` case, the `best` by validation, the smallest that is nearly as good (`small`).
 
     Returns:
-        A figure with two panels, a line a depth; base case, best and smallest are marked.
+        A figure with two panels, one line per depth; base case, best and smallest are marked.
 
     >>> row = {"width": 8, "depth": 1, "parameters": 90, "seconds": 0.1, "test": [0.9], "base": True, "best": True}
     >>> small = {**row, "width": 4, "parameters": 45, "base": False, "small": True}
@@ -256,10 +256,10 @@ def trade(rows: Rows) -> Figure:
     panels[0].set_ylabel("test examples wrong (mean over the seeds)")
     panels[1].legend(frameon=False, loc="upper right")
     base, best, small = (next(row for row in rows if row[which]) for which in marks)
-    told = [f"{100 - _wrong(row):.1f} %" for row in (base, best, small)]
+    texts = [f"{100 - _wrong(row):.1f} %" for row in (base, best, small)]
     figure.suptitle(
-        f"The base case ({_name(base)}) reads {told[0]}, the best of {len(rows)} ({_name(best)}) {told[1]}, "
-        f"{_name(small)} with 1/{base['parameters'] / small['parameters']:.0f} of the parameters {told[2]}"
+        f"The base case ({_name(base)}) reads {texts[0]}, the best of {len(rows)} ({_name(best)}) {texts[1]}, "
+        f"{_name(small)} with 1/{base['parameters'] / small['parameters']:.0f} of the parameters {texts[2]}"
     )
     return figure
 
@@ -287,10 +287,10 @@ def search_map(rows: Rows) -> Figure:
         values[depths.index(row["depth"]), widths.index(row["width"])] = 100 * np.mean(row["test"])
     low, high = np.nanmin(values), np.nanmax(values)
     # Most shapes differ by little: the colors begin where the better half does.
-    drawn = panel.imshow(
+    mapped = panel.imshow(
         values, cmap="cividis", vmin=2 * np.nanmedian(values) - high, vmax=high, aspect="auto"
     )
-    middle = sum(drawn.get_clim()) / 2
+    middle = sum(mapped.get_clim()) / 2
     for (i, j), value in np.ndenumerate(values):
         if np.isfinite(value):
             panel.text(
@@ -308,8 +308,8 @@ def search_map(rows: Rows) -> Figure:
         "nodes in each hidden layer (orange: the base case; black: best by validation; blank: too many parameters)"
     )
     panel.set_ylabel("hidden layers")
-    extend = "min" if low < drawn.get_clim()[0] else "neither"
-    figure.colorbar(drawn, ax=panel, label="test examples right (%)", extend=extend, pad=0.02)
+    extend = "min" if low < mapped.get_clim()[0] else "neither"
+    figure.colorbar(mapped, ax=panel, label="test examples right (%)", extend=extend, pad=0.02)
     worst, top = (pick(rows, key=lambda row: np.mean(row["test"])) for pick in (min, max))
     figure.suptitle(
         f"All {len(rows)} shapes: from {low:.1f} % ({_name(worst)}) to {high:.1f} % ({_name(top)}) "

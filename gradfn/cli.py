@@ -43,7 +43,7 @@ gradfn: networks as pure functions over plain dicts of arrays, with every gradie
   gradfn report RUN [B]       write one HTML page that shows a run (or a folder of gf.fit), or two side by side
   gradfn sample RUN [options] write with the language model of a run; gradfn sample --help shows the options
   gradfn list                 say which experiments there are, and what to expect of them
-  gradfn table 784 16 10      show the parameters of a network with so many nodes a layer
+  gradfn table 784 16 10      show the parameters of a network with N nodes per layer
   gradfn --version            say which version this is
 """
 
@@ -91,7 +91,7 @@ def _guarded(command: Callable[[], int]) -> int:
         except OSError as error:  # gradfn list > /dev/full
             discard(sys.stdout)
             output = f"the output cannot be written ({error.strerror})"
-            return _fail(f"gradfn: {_told(error) if error.filename else output}", 1)
+            return _fail(f"gradfn: {_message(error) if error.filename else output}", 1)
         except (KeyboardInterrupt, SystemExit) as end:
             code = exit_code(end)
             return _fail(f"gradfn: {ENDED[code]}", code) if code in ENDED else code
@@ -126,7 +126,7 @@ def _command(words: list[str]) -> int:
         case ["list"]:
             _list()
         case ["list", extra, *_]:
-            raise UserError(f"list takes nothing more, came {extra}")
+            raise UserError(f"list takes nothing more, got {extra}")
         case ["table", *sizes]:
             _table(sizes)
         case ["run"]:
@@ -206,9 +206,9 @@ def _table(words: list[str]) -> None:
 
     sizes = [int(word) for word in words if word.isascii() and word.isdigit() and int(word) > 0]
     if len(sizes) != len(words) or len(sizes) < 2:
-        came = " ".join(words) or "nothing"
+        got = " ".join(words) or "nothing"
         raise UserError(
-            f"table wants two or more numbers of nodes from 1 up, inputs first (784 16 10), came {came}"
+            f"table needs two or more integers >= 1, nodes per layer, inputs first (784 16 10), got {got}"
         )
     print(gf.table(gf.mlp(sizes).spec))
 
@@ -234,13 +234,13 @@ def _report(words: list[str]) -> int:
         if not 1 <= len(runs) <= 2:
             raise UserError(
                 "it wants a run's folder, or an experiment's name for its latest run; or two of them, to compare; "
-                f"came {' '.join(runs) or 'nothing'}"
+                f"got {' '.join(runs) or 'nothing'}"
             )
         about = {name: _about(file) for name, file in experiments().items()}
         with handling(stop):
             file = write_report(runs, out, about)
     except (UserError, FileError, ImportError, OSError) as error:
-        return _fail(f"gradfn report: {_told(error)}", 2)
+        return _fail(f"gradfn report: {_message(error)}", 2)
     with optional("stdout"):
         print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB): open it in a browser")
     return 0
@@ -268,7 +268,7 @@ def _sample(words: list[str]) -> int:
     except (UserError, ImportError, OSError, ValueError, MemoryError) as error:
         if isinstance(error, OSError) and error.filename is None:  # of the output
             raise
-        return _fail(f"{command}: {_told(error)}", 2)
+        return _fail(f"{command}: {_message(error)}", 2)
     return 0
 
 
@@ -298,7 +298,7 @@ def _run(file: Path, words: list[str], command: str) -> int:
                 raise
             return _fail(f"{command}: {error}", 2)  # options that do not go together
         except (FloatingPointError, OSError) as error:  # the loss became nan; the disk is full
-            return _fail(f"{command}: {_told(error)}", 1)
+            return _fail(f"{command}: {_message(error)}", 1)
         except (KeyboardInterrupt, SystemExit) as end:
             code = exit_code(end)
             if code not in ENDED:  # --help
@@ -313,7 +313,7 @@ def _run(file: Path, words: list[str], command: str) -> int:
     return 0
 
 
-def _told(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     """Return an error's message; of one of the system, the file and the reason."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"

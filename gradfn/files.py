@@ -245,7 +245,7 @@ def read_rows(
     Args:
         file: its path.
         form: of a row, as in `read_json`.
-        start: the byte to begin at, where a row begins.
+        start: the byte to start at, where a row starts.
         limit: bytes that one row may have.
 
     Raises:
@@ -278,7 +278,7 @@ def read_blocks_of_rows(
 def _decoded_rows(
     decoder: msgspec.json.Decoder[T], whole: bytes, file: str | os.PathLike[str], number: int, limit: int
 ) -> list[T]:
-    """Return the rows in some lines of a file, after so many others."""
+    """Return the rows in some lines of a file, after N others."""
     import msgspec
 
     if len(whole) <= limit:  # then all are; together they are decoded in half the time

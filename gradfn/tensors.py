@@ -111,7 +111,7 @@ def open_tensors(file: str | os.PathLike[str]) -> Iterator[Any]:
     """
     from safetensors import SafetensorError, safe_open
 
-    open_regular(file).close()  # a pipe would wait for ever
+    open_regular(file).close()  # a pipe would wait forever
     try:
         with safe_open(Path(file), "numpy") as content:
             yield content

@@ -50,7 +50,7 @@ def run(config):
     if config.hidden == 13:
         raise KeyboardInterrupt
     if config.hidden == 14:
-        raise FloatingPointError("the loss became nan at step 3")
+        raise FloatingPointError("the loss begot nan at step 3")
     runs.finish(folder, runs.judge(EXPECTED, {"depth": 2}))
     print(f"hidden={config.hidden} rate={config.rate} data={config.data}")
 '''
@@ -121,15 +121,15 @@ def test_table_counts(capsys, sizes, caption):
         ("run echo --data cifar", "--data: expected one of digits, mnist, got cifar"),
         ("run echo --hidden 0", "gradfn run echo: hidden must be an integer >= 1, got 0"),
         ("run echo --folder experiments/echo.py", "experiments/echo.py: cannot become a run's folder"),
-        ("list all", "gradfn: list takes nothing more, came all"),
+        ("list all", "gradfn: list takes nothing more, got all"),
         (
             "table",
-            "gradfn: table wants two or more numbers of nodes from 1 up, inputs first (784 16 10), came nothing",
+            "gradfn: table needs two or more integers >= 1, nodes per layer, inputs first (784 16 10), got nothing",
         ),
-        ("table 784", "came 784"),
-        ("table a b", "came a b"),
-        ("table 784 -1 10", "came 784 -1 10"),
-        ("table 784 0", "came 784 0"),
+        ("table 784", "got 784"),
+        ("table a b", "got a b"),
+        ("table 784 -1 10", "got 784 -1 10"),
+        ("table 784 0", "got 784 0"),
     ],
 )
 @pytest.mark.usefixtures("echo")
@@ -205,7 +205,7 @@ def test_ctrl_c_says_how_to_go_on(capsys):
 @pytest.mark.usefixtures("echo")
 def test_a_run_that_fails_gets_one_line_and_exit_code_1(capsys):
     code, _, err = said(capsys, "run", "echo", "--hidden", "14")
-    assert (code, err) == (1, "gradfn run echo: the loss became nan at step 3\n")
+    assert (code, err) == (1, "gradfn run echo: the loss begot nan at step 3\n")
 
 
 @pytest.mark.slow

@@ -66,8 +66,8 @@ def line_chart(
     (1, True)
     """
     scale = 100.0 if percent else 1.0
-    drawn = [[_scaled(bucket, scale) for bucket in line.curve.buckets(MAX_POINTS)] for line in lines]
-    finite = [bucket for buckets in drawn for bucket in buckets if bucket.n_finite]
+    buckets_of = [[_scaled(bucket, scale) for bucket in line.curve.buckets(MAX_POINTS)] for line in lines]
+    finite = [bucket for buckets in buckets_of for bucket in buckets if bucket.n_finite]
     last = max(0, *(bucket.last for bucket in finite))
     x_ticks = ticks(0.0, last, 5 if last < 1_000_000 else 3)  # as many as their labels leave room for
     low, high = min(bucket.low for bucket in finite), max(bucket.high for bucket in finite)
@@ -96,26 +96,27 @@ def line_chart(
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">{x_name}</text>'
     )
     unit = " %" if percent else ""
-    legend, told = [], {}
-    for line, buckets in zip(lines, drawn, strict=True):
+    legend, texts = [], {}
+    for line, buckets in zip(lines, buckets_of, strict=True):
         pieces = _pieces(buckets)
         if len(buckets) < line.curve.n:
-            # Means do not reach the points where the line begins and ends.
+            # Means do not reach the points where the line starts and ends.
             first, end = ((x, _drawable(scale * y)) for x, y in line.curve.ends)
             pieces = [[first, *pieces[0]], *pieces[1:]]
             pieces[-1] = [*pieces[-1], end]
             parts.append(_band(buckets, line, at))
         parts.append(_path(pieces, line, at))
         name, end_y = short(line.name), f"{number(scale * line.curve.ends[-1][1])}{unit}"
-        told[name] = end_y
+        texts[name] = end_y
         legend.append(_entry(line, name, [point for piece in pieces for point in piece], end_y))
-    ends = "; ".join(f"{name} ends at {end}" for name, end in told.items())
+    ends = "; ".join(f"{name} ends at {end}" for name, end in texts.items())
     return (
         f'<figure class="chart" data-unit="{unit}" data-left="{LEFT}" data-right="{WIDTH - RIGHT}" '
         f'data-last="{last}"><figcaption>{escape(title)} <small></small></figcaption>'
         f'<ul class="legend">{"".join(legend)}</ul>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}: {escape(ends)}">'
-        f'{"".join(parts)}<line class="here" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg>{_notes(drawn, note)}</figure>'
+        f'{"".join(parts)}<line class="here" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg>'
+        f"{_notes(buckets_of, note)}</figure>"
     )
 
 
@@ -180,15 +181,15 @@ def _notes(lines: Sequence[Sequence[Bucket]], note: str) -> str:
     """Return a note with how many rows one point of a line stands for, if it is more than one."""
     most = max(bucket.n_finite + bucket.n_other for buckets in lines for bucket in buckets)
     thinned = f"The line is the mean of up to {most:,} rows, the band their range." if most > 1 else ""
-    told = " ".join(filter(None, [thinned, note]))
-    return f'<p class="note">{escape(told)}</p>' if told else ""
+    texts = " ".join(filter(None, [thinned, note]))
+    return f'<p class="note">{escape(texts)}</p>' if texts else ""
 
 
 def _entry(line: Line, name: str, points: Sequence[Point], end: str) -> str:
     """Return a line's entry in the legend, with its points, so that the page can tell its value at any step."""
-    told = json.dumps([[x, float(f"{y:.4g}")] for x, y in points])
+    texts = json.dumps([[x, float(f"{y:.4g}")] for x, y in points])
     key = f"key c{line.color % 8}{' dashed' if line.dashed else ''}"
-    return f'<li data-points="{told}"><i class="{key}"></i>{escape(name)} <b>{end}</b></li>'
+    return f'<li data-points="{texts}"><i class="{key}"></i>{escape(name)} <b>{end}</b></li>'
 
 
 def heat_map(
@@ -215,7 +216,7 @@ def heat_map(
     columns = next(iter(cells.values()), [])
     n = max((bucket.n_finite + bucket.n_other for bucket in columns), default=1)
     thinned = f" <small>each column is the largest of up to {n:,} inspections</small>" if n > 1 else ""
-    told = [
+    texts = [
         f'<span>{name}</span><div class="cells">{"".join(_cell(name, bucket, bounds) for bucket in buckets)}</div>'
         for name, buckets in ((escape(short(name)), buckets) for name, buckets in cells.items())
     ]
@@ -224,7 +225,7 @@ def heat_map(
     return (
         f'<figure class="heat"><figcaption>{escape(title)}{thinned}</figcaption>'
         f'<div class="rows" role="img" aria-label="{escape(title)}, {len(rows)} rows, '
-        f'{len(columns)} steps">{"".join(told)}'
+        f'{len(columns)} steps">{"".join(texts)}'
         f'<span></span><div class="axis"><small>step {first:,}</small><small>{last:,}</small></div></div>'
         f'<div class="scale"><small>{low:.0e}</small><i></i><small>{high:.0e}</small></div></figure>'
     )
@@ -235,12 +236,12 @@ def _cell(name: str, bucket: Bucket, bounds: tuple[float, float]) -> str:
     low, high = bounds
     n = bucket.n_finite + bucket.n_other
     if n == 1:
-        said = f"{name}, step {bucket.first:,}: {bucket.high if bucket.n_finite else math.nan:.2e}"
+        text = f"{name}, step {bucket.first:,}: {bucket.high if bucket.n_finite else math.nan:.2e}"
     else:
         at_most = (
             f"not finite in {bucket.n_other:,} of {n:,}" if bucket.n_other else f"at most {bucket.high:.2e}"
         )
-        said = f"{name}, steps {bucket.first:,} to {bucket.last:,}: {at_most}"
+        text = f"{name}, steps {bucket.first:,} to {bucket.last:,}: {at_most}"
     if bucket.n_other:
         look = 'class="bad"'
     elif bucket.high <= 0:
@@ -248,7 +249,7 @@ def _cell(name: str, bucket: Bucket, bounds: tuple[float, float]) -> str:
     else:
         share = math.log10(max(bucket.high / low, 1 / LARGEST)) / (math.log10(high / low) or 1.0)
         look = f'style="--p:{100 * min(max(share, 0.0), 1.0):.0f}%"'
-    return f'<i {look} title="{said}"></i>'
+    return f'<i {look} title="{text}"></i>'
 
 
 def log_bounds(values: Sequence[float]) -> tuple[float, float]:
@@ -268,7 +269,7 @@ def log_bounds(values: Sequence[float]) -> tuple[float, float]:
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:
-    """Return round numbers from `low` to `high`, about so many.
+    """Return round numbers from `low` to `high`, about N.
 
     >>> ticks(0, 1560, 5)
     [0.0, 500.0, 1000.0, 1500.0]

@@ -21,13 +21,13 @@ from gradfn.files import replace_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-History = Sequence[dict[str, Any]]  # one dict an evaluation, as `gf.fit` returns them
+History = Sequence[dict[str, Any]]  # one dict per evaluation, as `gf.fit` returns them
 Layout = Literal["constrained", "compressed"]  # compressed: for grids of images
 
 MAX_WEIGHT_IMAGES = 100  # more would be too small to read
 MAX_MISTAKES = 24
 LINE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito's, safe for color-blind readers
-LINE_STYLES = ("-", "--", "-.", ":")  # so that the lines are told apart in black and white, too
+LINE_STYLES = ("-", "--", "-.", ":")  # so that the lines are distinguished in black and white, too
 
 
 def weight_images(W: Any, shape: Sequence[int] = (28, 28), name: str = "W1", what: str = "node") -> Figure:
@@ -55,7 +55,7 @@ def weight_images(W: Any, shape: Sequence[int] = (28, 28), name: str = "W1", wha
     W = np.asarray(W, np.float64)
     if W.ndim != 2 or W.shape[1] != math.prod(shape):
         expected = f"{list(shape)} images need [out, {math.prod(shape)}]"
-        raise ValueError(f"weight_images: {expected}, came {list(W.shape)}")
+        raise ValueError(f"weight_images: {expected}, got {list(W.shape)}")
     n_shown = min(len(W), MAX_WEIGHT_IMAGES)
     shown = W[:n_shown].reshape(n_shown, *shape)  # [n, in] -> [n, height, width]
     # The largest weights of all, often of inputs that are hardly ever on, would make the others pale.
@@ -85,7 +85,7 @@ def curves(history: History, loss_unit: str = "nats", ends: Mapping[str, float] 
     """Draw how the loss and the accuracy went.
 
     Args:
-        history: a dict an evaluation with `step`, `loss`, and other losses and accuracies, which are the
+        history: one dict per evaluation with `step`, `loss`, and other losses and accuracies, which are the
             names that end so: `test_loss`, `train_accuracy`. Accuracies are shares in [0, 1].
         loss_unit: of the losses.
         ends: by name, what the title reports instead of the last row, where the run measured it anew at the end
@@ -121,18 +121,18 @@ def curves(history: History, loss_unit: str = "nats", ends: Mapping[str, float] 
 
 
 def confusion(labels: Any, predictions: Any, what: str = "examples") -> Figure:
-    """Draw which class was taken for which: counts, one row a true class.
+    """Draw which class was taken for which: counts, one row per true class.
 
     Args:
         labels: integers `[n]`, the true classes.
-        predictions: integers `[n]`, the answers.
+        predictions: integers `[n]`, the predictions.
         what: what to call the examples: `"test digits"`.
 
     Returns:
         A figure with one panel; its title says how many are right and what the most frequent mistake is.
 
     Raises:
-        ValueError: no example, or not one answer a label.
+        ValueError: no example, or not one prediction per label.
 
     >>> from gradfn.report.figures import confusion
     >>> confusion([0, 1, 1, 1], [0, 1, 0, 0]).get_suptitle()
@@ -140,8 +140,8 @@ def confusion(labels: Any, predictions: Any, what: str = "examples") -> Figure:
     """
     labels, predictions = np.asarray(labels), np.asarray(predictions)
     if labels.shape != predictions.shape or labels.ndim != 1 or not len(labels):
-        came = f"{list(predictions.shape)} for {list(labels.shape)}"
-        raise ValueError(f"confusion: one answer a label and at least one of them, came {came}")
+        got = f"{list(predictions.shape)} for {list(labels.shape)}"
+        raise ValueError(f"confusion: one prediction per label and at least one of them, got {got}")
     n_classes = int(max(labels.max(), predictions.max())) + 1
     counts = np.zeros([n_classes, n_classes], int)
     np.add.at(counts, (labels, predictions), 1)
@@ -152,13 +152,13 @@ def confusion(labels: Any, predictions: Any, what: str = "examples") -> Figure:
     panel = figure.subplots()
     # The square root lets one mistake in a hundred be seen beside what is right.
     panel.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for true, said in np.ndindex(*counts.shape):
-        if counts[true, said]:
-            color = "white" if shares[true, said] > 0.4 else "black"
-            panel.text(said, true, str(counts[true, said]), ha="center", va="center", color=color)
+    for true, predicted in np.ndindex(*counts.shape):
+        if counts[true, predicted]:
+            color = "white" if shares[true, predicted] > 0.4 else "black"
+            panel.text(predicted, true, str(counts[true, predicted]), ha="center", va="center", color=color)
     panel.set_xticks(range(n_classes))
     panel.set_yticks(range(n_classes))
-    panel.set_xlabel("what the network said it is")
+    panel.set_xlabel("what the network predicted it is")
     panel.set_ylabel("what it is")
     right_side = panel.secondary_yaxis("right")
     right = [f"{100 * counts[i, i] / totals[i]:.0f} %" if totals[i] else "-" for i in range(n_classes)]
@@ -173,8 +173,8 @@ def confusion(labels: Any, predictions: Any, what: str = "examples") -> Figure:
     title = f"{100 * (labels == predictions).mean():.1f} % of {len(labels):,} {what} right"
     wrong = counts - np.diag(np.diag(counts))
     if wrong.max() > 1:
-        true, said = np.unravel_index(wrong.argmax(), wrong.shape)
-        title += f"; {true} is most often taken for {said} ({wrong.max()} times)"
+        true, predicted = np.unravel_index(wrong.argmax(), wrong.shape)
+        title += f"; {true} is most often taken for {predicted} ({wrong.max()} times)"
     elif wrong.any():
         title += "; no two mistakes are alike"
     figure.suptitle(title)
@@ -186,7 +186,7 @@ def mistakes(
 ) -> Figure:
     """Draw some images that were taken for something else, the surest mistakes first.
 
-    Where there is no mistake it draws the right answers that were least sure.
+    Where there is no mistake it draws the right predictions that were least sure.
 
     Args:
         images: `[n, height * width]` or `[n, height, width]`.
@@ -196,11 +196,11 @@ def mistakes(
         what: what to call the examples: `"test digits"`.
 
     Returns:
-        A figure with a panel an image, 24 at most; each says what the network said, what it is, and how sure
+        A figure with one panel per image, 24 at most; each says what the network predicted, what it is, and how sure
         the network was of both.
 
     Raises:
-        ValueError: not one label and one row of probabilities an image.
+        ValueError: not one label and one row of probabilities per image.
 
     >>> from gradfn.report.figures import mistakes
     >>> mistakes(np.zeros([2, 784]), [0, 1], [[0.1, 0.9], [0.2, 0.8]]).get_suptitle()
@@ -208,11 +208,11 @@ def mistakes(
     """
     images, labels, probabilities = np.asarray(images), np.asarray(labels), np.asarray(probabilities)
     if not len(images) == len(labels) == len(probabilities):
-        came = f"{len(images)} images, {len(labels)} labels, {len(probabilities)} rows of probabilities"
-        raise ValueError(f"mistakes: one label and one row of probabilities an image, came {came}")
-    said = probabilities.argmax(1)
+        got = f"{len(images)} images, {len(labels)} labels, {len(probabilities)} rows of probabilities"
+        raise ValueError(f"mistakes: one label and one row of probabilities per image, got {got}")
+    predicted = probabilities.argmax(1)
     sure = probabilities.max(1)
-    wrong = np.flatnonzero(said != labels)
+    wrong = np.flatnonzero(predicted != labels)
     if len(wrong):
         chosen = wrong[np.argsort(-sure[wrong], kind="stable")][:MAX_MISTAKES]
         title = f"{len(wrong):,} of {len(labels):,} {what} taken for another"
@@ -231,7 +231,7 @@ def mistakes(
         panel.set_axis_off()
     for panel, i in zip(panels, chosen, strict=False):
         panel.imshow(images[i].reshape(shape), cmap="gray_r", interpolation="nearest")
-        said_text = f"said {said[i]} ({_percent(sure[i])})"
+        said_text = f"said {predicted[i]} ({_percent(sure[i])})"
         second_text = f"{second_word} {second[i]} ({_percent(probabilities[i, second[i]])})"
         panel.set_title(f"{said_text}\n{second_text}", fontsize=9)
     figure.suptitle(title)
@@ -270,7 +270,7 @@ def save_all(figures: Mapping[str, Figure], folder: Path, data: str = "") -> lis
     Args:
         figures: by name.
         folder: where to put them.
-        data: what they are of; nothing is said of it where that is empty.
+        data: what they are of; nothing is predicted of it where that is empty.
 
     Returns:
         The files, in order.
@@ -333,12 +333,12 @@ def _finding(history: History, names: Sequence[str], measured: Mapping[str, floa
     """Say where it ended: the accuracies, or the losses where there are none."""
     ends = {name: row[name] for row in history for name in names if name in row}
     ends |= {name: measured[name] for name in ends if name in measured}
-    said = [
+    predicted = [
         f"{_words(name)} {f'{100 * end:.1f} %' if name.endswith('accuracy') else f'{end:.3g}'}"
         for name, end in ends.items()
     ]
     n_steps = history[-1]["step"]
-    return f"After {n_steps:,} step{'s' if n_steps > 1 else ''}: {', '.join(said)}"
+    return f"After {n_steps:,} step{'s' if n_steps > 1 else ''}: {', '.join(predicted)}"
 
 
 def _percent(share: float) -> str:

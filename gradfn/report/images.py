@@ -1,4 +1,4 @@
-"""Figures of networks that see: what inside them answers to which part of an image."""
+"""Figures of networks that see: what inside them predictions to which part of an image."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def filter_images(W: Any, name: str) -> Figure:
     W = np.asarray(W)
     n_out, size = len(W), round(W[0].size ** 0.5)
     if size * size != W[0].size:
-        raise ValueError(f"filter_images: expected square filters of one channel, came {list(W.shape)}")
+        raise ValueError(f"filter_images: expected square filters of one channel, got {list(W.shape)}")
     figure = weight_images(W.reshape(n_out, -1), (size, size), name, "filter")
     figure.suptitle(f"{name}: what each of the {n_out} filters looks for in windows of {size}x{size} pixels")
     return figure
@@ -48,10 +48,10 @@ def image_maps(images: Any, maps: Mapping[str, Any], title: str, label: str) -> 
         label: what the values are.
 
     Returns:
-        A figure with a row an image; each column of maps has a scale of its own, from 0 to its largest value.
+        A figure with one row per image; each column of maps has a scale of its own, from 0 to its largest value.
 
     Raises:
-        ValueError: not one map an image.
+        ValueError: not one map per image.
 
     >>> figure = image_maps(np.zeros([2, 28, 28]), {"filter 0": np.ones([2, 14, 14])}, "Two", "activation")
     >>> [panel.get_title() for panel in figure.axes][:2]
@@ -60,7 +60,7 @@ def image_maps(images: Any, maps: Mapping[str, Any], title: str, label: str) -> 
     images = np.asarray(images)
     for name, values in maps.items():
         if len(values) != len(images):
-            raise ValueError(f"image_maps: {name}: one map an image, {len(images)}, came {len(values)}")
+            raise ValueError(f"image_maps: {name}: one map per image, {len(images)}, got {len(values)}")
     n_columns = 1 + len(maps)
     figure = new_figure(1.25 * n_columns + 0.8, 1.25 * len(images) + 0.8, "compressed")
     panels = figure.subplots(len(images), n_columns, squeeze=False)
@@ -70,14 +70,14 @@ def image_maps(images: Any, maps: Mapping[str, Any], title: str, label: str) -> 
         row[0].imshow(images[i], cmap="gray_r", interpolation="nearest")
         for panel, values in zip(row[1:], maps.values(), strict=True):
             top = float(np.max(values)) or 1.0
-            drawn = panel.imshow(
+            mapped = panel.imshow(
                 np.asarray(values[i]) / top, cmap="Blues", vmin=0, vmax=1, interpolation="nearest"
             )
     for panel, name in zip(panels[0], ("image", *maps), strict=True):
         panel.set_title(name, fontsize=9)
     if maps:
         figure.colorbar(
-            drawn, ax=panels.ravel().tolist(), label=f"{label}, of the column's largest", pad=0.02
+            mapped, ax=panels.ravel().tolist(), label=f"{label}, of the column's largest", pad=0.02
         )
     figure.suptitle(title)
     return figure
@@ -101,10 +101,10 @@ def signed_image(panel: Any, values: np.ndarray, image: np.ndarray, limit: float
     """Draw a map stretched over an image, and the outline of the image's ink."""
     height, width = image.shape
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    drawn = panel.imshow(
+    mapped = panel.imshow(
         values, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest", extent=extent
     )
     if image.max() > image.min():
         level = (float(image.max()) + float(image.min())) / 2
         panel.contour(image, levels=[level], colors="0.15", linewidths=0.8)
-    return drawn
+    return mapped

@@ -123,11 +123,11 @@ def page(kept: Sequence[Kept], about: Mapping[str, About] = {}) -> str:
     )
     shapes, shapes_left_out = _shared_shapes(kept)
     content: dict[str, Any] = {
-        "runs": [_told(run, about.get(run.experiment, About())) for run in kept],
+        "runs": [_described(run, about.get(run.experiment, About())) for run in kept],
         "title": short(" and ".join(dict.fromkeys(run.experiment or _name(run) for run in kept)), VALUE),
         "options": options,
         "options_left_out": options_left_out,
-        "meanings": {name: said for run in kept for name, (said, _) in _options_of(about, run).items()},
+        "meanings": {name: meaning for run in kept for name, (meaning, _) in _options_of(about, run).items()},
         "versions": versions,
         "versions_left_out": versions_left_out,
         "shapes": shapes,
@@ -143,15 +143,15 @@ def page(kept: Sequence[Kept], about: Mapping[str, About] = {}) -> str:
     def room() -> int:
         return LIMIT - _size(template.render(**content))
 
-    drawn = charts(kept)
-    content["charts"] = _that_fit(drawn, _size, min(CHARTS_ROOM, room()))
-    content["charts_left_out"] = len(drawn) - len(content["charts"])
+    all_charts = charts(kept)
+    content["charts"] = _that_fit(all_charts, _size, min(CHARTS_ROOM, room()))
+    content["charts_left_out"] = len(all_charts) - len(content["charts"])
     if len(kept) == 1 and (net := kept[0].net):
         n_bytes = sum(array.nbytes for array in (*net.params.values(), net.samples, net.labels))
-        told = _net(net) if n_bytes <= NET_LIMIT else None
+        described = _net(net) if n_bytes <= NET_LIMIT else None
         # Something is left for the heat maps and the pictures.
-        fits = told is not None and _size(told) <= room() - 400_000
-        content |= {"net": told, "live": _live(net)} if fits else {"too_large": True}
+        fits = described is not None and _size(described) <= room() - 400_000
+        content |= {"net": described, "live": _live(net)} if fits else {"too_large": True}
     content["flows"] = flows(kept, room() // 2)
     content["pictures"], content["pictures_left_out"] = _pictures(kept, room() - NOTES_ROOM)
     return template.render(**content)
@@ -248,7 +248,7 @@ def charts(kept: Sequence[Kept]) -> list[str]:
     for name in dict.fromkeys(name for _, part, _ in trainings for name in part.history.curves):
         group = next((kind for kind in ("loss", "accuracy") if name.endswith(kind)), words(name))
         groups.setdefault(group, []).append(name)
-    drawn = [
+    all_charts = [
         _chart(_capital(group), lines, percent=group == "accuracy")
         for group, metrics in groups.items()
         if (lines := _lines(trainings, metrics))
@@ -258,7 +258,7 @@ def charts(kept: Sequence[Kept]) -> list[str]:
         for i, (name, part, _) in enumerate(trainings)
         if part.noise.ends
     ]
-    return drawn + ([_chart("Noise scale of the gradient (examples)", scales)] if scales else [])
+    return all_charts + ([_chart("Noise scale of the gradient (examples)", scales)] if scales else [])
 
 
 def _chart(title: str, lines: Sequence[Line], percent: bool = False) -> str:
@@ -276,7 +276,7 @@ def _lines(trainings: Sequence[tuple[str, Part, Mapping[str, Any]]], metrics: Se
             if curve and curve.ends:
                 label = f"{name}, {words(metric)}" if several else words(metric)
                 if result.get(metric, curve.ends[-1][1]) != curve.ends[-1][1]:
-                    label += " on the way"  # the run measured it anew at the end, on all examples
+                    label += " during training"  # the run measured it anew at the end, on all examples
                 dashed = several and j < len(metrics) - 1
                 lines.append(Line(label, i if several else j, dashed, curve))
     return lines
@@ -287,29 +287,29 @@ def flows(kept: Sequence[Kept], room: int = LIMIT) -> list[list[dict[str, Any]]]
 
     Args:
         kept: the runs.
-        room: bytes. The maps have so many columns that they fit; those that do not fit even so are empty.
+        room: bytes. The maps have N columns that they fit; those that do not fit even so are empty.
 
     Returns:
         For each run a list with, for each of its trainings, `name`, `params` and `values` (heat maps of the
-        gradient's rms at the parameters and at the values on the way, both from the inputs to the loss),
+        gradient's rms at the parameters and at the values inside the network, both from the inputs to the loss),
         `left_out` and `values_left_out` (how many rows they lack) and `flags` (what was wrong, and where).
     """
     parts = [part for run in kept for part in run.parts.values() if part.inspections.n]
     bounds = _bounds(curve for part in parts for curve in part.inspections.grads.values())
     on_the_way = _bounds(curve for part in parts for curve in part.inspections.site_grads.values())
 
-    def told(name: str, part: Part, columns: int) -> dict[str, Any]:
-        seen = part.inspections
+    def described(name: str, part: Part, columns: int) -> dict[str, Any]:
+        inspections = part.inspections
         return {
             "name": short(name),
-            "params": heat_map("Gradient of each parameter (rms)", seen.grads, bounds, columns),
+            "params": heat_map("Gradient of each parameter (rms)", inspections.grads, bounds, columns),
             "values": heat_map(
-                "Gradient at each value on the way (rms)", seen.site_grads, on_the_way, columns
+                "Gradient at each value inside the network (rms)", inspections.site_grads, on_the_way, columns
             ),
-            "left_out": seen.left_out,
-            "values_left_out": seen.sites_left_out,
-            "flags": [(short(site), short(flag), n) for site, flag, n in seen.flags],
-            "looks": seen.n,
+            "left_out": inspections.left_out,
+            "values_left_out": inspections.sites_left_out,
+            "flags": [(short(site), short(flag), n) for site, flag, n in inspections.flags],
+            "looks": inspections.n,
         }
 
     # The first training of each run, then the second ones, ...: so both runs have something to show.
@@ -324,7 +324,7 @@ def flows(kept: Sequence[Kept], room: int = LIMIT) -> list[list[dict[str, Any]]]
     )
     columns = MAX_COLUMNS
     while True:
-        maps = (told(name, part, columns) for _, _, name, part in trainings)
+        maps = (described(name, part, columns) for _, _, name, part in trainings)
         found = _that_fit(maps, _size_of_maps, room)
         if len(found) == len(trainings) or columns // 2 < MIN_COLUMNS:
             break
@@ -340,9 +340,9 @@ def _bounds(curves: Iterable[Curve]) -> tuple[float, float]:
     return log_bounds([bucket.high for curve in curves for bucket in curve.buckets(MAX_COLUMNS)])
 
 
-def _size_of_maps(told: Mapping[str, Any]) -> int:
-    flags = sum(60 + _size(escape(site + flag)) for site, flag, _ in told["flags"])
-    return _size(told["params"]) + _size(told["values"]) + flags + 1000
+def _size_of_maps(described: Mapping[str, Any]) -> int:
+    flags = sum(60 + _size(escape(site + flag)) for site, flag, _ in described["flags"])
+    return _size(described["params"]) + _size(described["values"]) + flags + 1000
 
 
 def differences(tables: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str], bool]]:
@@ -365,7 +365,7 @@ def words(name: str) -> str:
     return "training loss" if name == "loss" else name.replace("train_", "training_").replace("_", " ")
 
 
-def _told(run: Kept, about: About) -> dict[str, Any]:
+def _described(run: Kept, about: About) -> dict[str, Any]:
     last = next((part.history.last for part in run.parts.values() if part.history.n), None)
     counts = {sum(map(math.prod, part.shapes.values())) for part in run.parts.values() if part.shapes}
     facts = {}
@@ -402,7 +402,7 @@ def command(run: Kept, about: About) -> str:
     """Return what to type to run it again: the options that are not at their defaults; "" for one of `gf.fit`."""
     if not run.experiment:
         return ""
-    told = ["gradfn", "run", run.experiment]
+    described = ["gradfn", "run", run.experiment]
     for name, value in run.options.items():
         _, default = about.options.get(name, ("", ...))
         plain = tuple(value) if isinstance(value, list) else value
@@ -410,10 +410,10 @@ def command(run: Kept, about: About) -> str:
             continue
         option = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
-            told += [option] if value else []
+            described += [option] if value else []
         else:
-            told += [option, *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(told)
+            described += [option, *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(described)
 
 
 def _options_of(about: Mapping[str, About], run: Kept) -> Mapping[str, tuple[str, Any]]:
@@ -480,7 +480,7 @@ def _pictures(kept: Sequence[Kept], room: int) -> tuple[list[dict[str, Any]], li
     """Return the pictures that fit in `room` bytes, and a line for each that is left out.
 
     Returns:
-        By name, for each run the picture (None where it has none); and the lines.
+        By name, for each run the picture (None where it has no such); and the lines.
     """
     live = DRAWN_LIVE if any(part.history.n for run in kept for part in run.parts.values()) else ()
     names = dict.fromkeys(name for run in kept for name in run.pictures if name not in live)
@@ -506,9 +506,9 @@ def _pictures(kept: Sequence[Kept], room: int) -> tuple[list[dict[str, Any]], li
         f"{f'{chr(65 + i)} ' if len(kept) > 1 else ''}{short(name)}: {short(why, VALUE)}"
         for (name, i), why in (unread | left_out | no_room).items()
     ]
-    told = _that_fit(lines, lambda line: 50 + _size(escape(line)), NOTES_ROOM - 1000)
-    more = len(lines) - len(told)
-    return found, told + ([f"and {more:,} more"] if more else [])
+    described = _that_fit(lines, lambda line: 50 + _size(escape(line)), NOTES_ROOM - 1000)
+    more = len(lines) - len(described)
+    return found, described + ([f"and {more:,} more"] if more else [])
 
 
 def _live(net: DigitNet) -> dict[str, Any]:
@@ -525,7 +525,7 @@ def _live(net: DigitNet) -> dict[str, Any]:
 def _net(net: DigitNet) -> str:
     """Return the network as JSON: arrays as base64 of little-endian float32."""
     arrays = net.params | {"samples": net.samples} | ({} if net.spline is None else {"spline": net.spline})
-    told = net.about | {
+    described = net.about | {
         "labels": net.labels.tolist(),
         "arrays": {
             name: {
@@ -535,7 +535,7 @@ def _net(net: DigitNet) -> str:
             for name, array in arrays.items()
         },
     }
-    return json.dumps(told).replace("<", "\\u003c")
+    return json.dumps(described).replace("<", "\\u003c")
 
 
 def _value(value: Any) -> str:

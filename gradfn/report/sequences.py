@@ -19,18 +19,18 @@ MAX_TOKENS = 40  # more columns would be too narrow to read
 def attention_maps(
     probabilities: Mapping[str, Any], tokens: Sequence[str], answers: Sequence[str] | None = None
 ) -> Figure:
-    """Draw how much each position of a sequence attends to each other one, a panel a head.
+    """Draw how much each position of a sequence attends to each other one, one panel per head.
 
     Args:
         probabilities: the weights of each layer by its name, `[heads, T, S]`; each row sums to 1.
-        tokens: what stands at the S positions that are looked at.
-        answers: what stands at the T positions that look; the same as `tokens` unless told.
+        tokens: what stands at the S positions that are inspected.
+        predictions: what stands at the T positions that look; the same as `tokens` by default.
 
     Returns:
         A figure with a row of panels a layer, all on one color scale from 0 to 1.
 
     Raises:
-        ValueError: weights of other shapes than tokens and answers have.
+        ValueError: weights of other shapes than tokens and predictions have.
 
     >>> from gradfn.report.sequences import attention_maps
     >>> figure = attention_maps({"block 0": np.full([2, 3, 3], 1 / 3)}, "abc")
@@ -45,7 +45,7 @@ def attention_maps(
     for name, weights in layers.items():
         if weights.ndim != 3 or weights.shape[1:] != (len(answers), len(tokens)):
             expected = f"[heads, {len(answers)}, {len(tokens)}]"
-            raise ValueError(f"attention_maps: {name}: expected {expected}, came {list(weights.shape)}")
+            raise ValueError(f"attention_maps: {name}: expected {expected}, got {list(weights.shape)}")
     n_columns = max(len(weights) for weights in layers.values())
     cell = min(max(0.125 * max(len(tokens), len(answers)), 2.0), 4.5)  # inches
     figure = new_figure(cell * n_columns + 1.2, (cell + 0.35) * len(layers) + 0.8, "compressed")
@@ -79,7 +79,7 @@ def attention_maps(
     name, head = max(sharp, key=lambda which: sharp[which])
     share = f"{100 * sharp[name, head]:.0f} %"
     finding = f"{name}, head {head} looks most sharply: {share} of its attention is at one place"
-    figure.suptitle(f"{finding}\n(the row's position looks at the column's)")
+    figure.suptitle(f"{finding}\n(the row's position attends to the column's)")
     return figure
 
 
@@ -90,7 +90,7 @@ def token_probabilities(
     vocabulary: Sequence[str],
     n_best: int = 5,
 ) -> Figure:
-    """Draw what a language model expects after each token: the likeliest ones, and what came.
+    """Draw what a language model expects after each token: the likeliest ones, and what actual.
 
     Args:
         tokens: what it read, T of them; the first 40 are drawn.
@@ -100,23 +100,23 @@ def token_probabilities(
         n_best: how many of the likeliest to draw.
 
     Returns:
-        A figure with a column a token; what came has a frame, and its probability at the bottom.
+        A figure with one column per token; what actual has a frame, and its probability at the bottom.
 
     Raises:
-        ValueError: not one target and one row of probabilities a token.
+        ValueError: not one target and one row of probabilities per token.
 
     >>> from gradfn.report.sequences import token_probabilities
     >>> token_probabilities("ab", [1, 0], [[0.25, 0.75], [0.5, 0.5]], "ab", n_best=2).get_suptitle()
-    'Of 2 tokens, 100 % were the likeliest or second; what came had a probability of 61 % (geometric mean)'
+    'Of 2 tokens, 100 % were the likeliest or second; what actual had a probability of 61 % (geometric mean)'
     """
     p = np.asarray(probabilities, np.float64)
     if not len(tokens) == len(targets) == len(p) or p.ndim != 2:
         shapes = f"{len(tokens)} tokens, {len(targets)} targets, probabilities {list(p.shape)}"
         raise ValueError(
-            f"token_probabilities: one target and one row of probabilities a token, came {shapes}"
+            f"token_probabilities: one target and one row of probabilities per token, got {shapes}"
         )
-    came = p[np.arange(len(p)), list(targets)]  # [T]
-    rank = (p > came[:, None]).sum(1)
+    actual = p[np.arange(len(p)), list(targets)]  # [T]
+    rank = (p > actual[:, None]).sum(1)
     n = min(len(tokens), MAX_TOKENS)
     n_best = min(n_best, p.shape[1])
     best = np.argsort(-p[:n], axis=1, kind="stable")[:, :n_best]  # [n, n_best]
@@ -138,16 +138,16 @@ def token_probabilities(
     panel.set_title("what it has read", fontsize=10)
     panel.set_ylabel("what it expects next")
     below = panel.secondary_xaxis("bottom")
-    came_text = [visible(vocabulary[target]) for target in targets[:n]]
-    labels = [f"{text}\n{_share(share)}" for text, share in zip(came_text, came, strict=False)]
+    actual_text = [visible(vocabulary[target]) for target in targets[:n]]
+    labels = [f"{text}\n{_share(share)}" for text, share in zip(actual_text, actual, strict=False)]
     below.set_xticks(range(n), labels, fontsize=8, family="monospace")
     below.tick_params(length=0)
-    below.set_xlabel("what came, and how probable it was in % (a frame where it is among the likeliest)")
+    below.set_xlabel("what actual, and how probable it was in % (a frame where it is among the likeliest)")
     figure.colorbar(image, ax=panel, label="probability", pad=0.01)
-    mean = math.exp(float(np.log(np.maximum(came, 1e-12)).mean()))
+    mean = math.exp(float(np.log(np.maximum(actual, 1e-12)).mean()))
     figure.suptitle(
         f"Of {len(p)} tokens, {100 * (rank < 2).mean():.0f} % were the likeliest or second; "
-        f"what came had a probability of {100 * mean:.0f} % (geometric mean)"
+        f"what actual had a probability of {100 * mean:.0f} % (geometric mean)"
     )
     return figure
 

@@ -40,7 +40,7 @@ class DigitNet(NamedTuple):
         samples: test images `[n, 784]` float32 in [0, 1].
         labels: what they are, `[n]` int32.
         spline: `[28, 8]`, which enlarged the 8x8 images of `gf.data.digits` in each direction; None where the
-            images had 28x28 pixels from the beginning.
+            images had 28x28 pixels from the start.
         about: `activation` of the hidden layers, `output` of the last (or None), `loss` and the `data`'s name.
     """
 
@@ -156,8 +156,8 @@ def _check(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 def _samples(labels: np.ndarray, probabilities: np.ndarray) -> list[int]:
     """Return the first test example of each label that the network gets right, then its surest mistakes."""
-    said, sure = probabilities.argmax(1), probabilities.max(1)
-    right, wrong = np.flatnonzero(said == labels), np.flatnonzero(said != labels)
+    predicted, sure = probabilities.argmax(1), probabilities.max(1)
+    right, wrong = np.flatnonzero(predicted == labels), np.flatnonzero(predicted != labels)
     firsts = []
     for label in np.unique(labels):
         known = right[labels[right] == label]

@@ -101,7 +101,7 @@ def begin(experiment: str, config: RunConfig) -> Path:
 
 
 def _refuse_files(folder: Path) -> None:
-    """Raise a RunError where a run might overwrite somebody else's files: it writes under many names."""
+    """Raise a RunError where a run might overwrite another program's files: it writes under many names."""
     refuse_a_run(folder)
     found = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
     if found and not (found == [VERSIONS] and "gradfn" in read_versions(folder)):

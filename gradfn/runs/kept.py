@@ -76,7 +76,7 @@ class Kept(NamedTuple):
     Attributes:
         folder: where it is.
         experiment: whose run it is; "" for one of `gf.fit(..., folder=...)` alone.
-        options: what was asked.
+        options: what was requested.
         versions: what it ran on, and its seed.
         result: what it measured, among it its `outcome`; None where it has not finished.
         parts: its trainings, by the folders that they are in; "" for the run's own.

@@ -1,6 +1,6 @@
 """The rows of a training, read one at a time and reduced to what a page shows.
 
-However many rows there are, what is left has a bounded size: curves of at most so many metrics, and for the heat maps a
+However many rows there are, what is left has a bounded size: curves of at most N metrics, and for the heat maps a
 curve for each of the first parameters and values.
 """
 
@@ -40,7 +40,7 @@ MetricsRow = dict[str, Number | list[Any] | None]
 
 
 class Stats(TypedDict):
-    """Statistics of a value or a gradient, of which the page shows one; of a value in a loop, one for each turn."""
+    """Statistics of a value or a gradient, of which the page shows one; in a loop, one for each iteration."""
 
     rms: NotRequired[Number | list[Any] | None]
 
@@ -83,7 +83,7 @@ class Inspections(NamedTuple):
     Attributes:
         n: how many rows there are.
         grads: the rms of each parameter's gradient over the steps, from the inputs to the loss; the first `HEAT_ROWS`.
-        site_grads: the same of the values on the way.
+        site_grads: the same of the values inside the network.
         left_out: how many more parameters there are.
         sites_left_out: how many more values there are.
         flags: site, flag, and at how many inspections it was raised; the first `MAX_FLAGS` of them.
@@ -121,11 +121,11 @@ def metrics(blocks: Iterable[Sequence[Mapping[str, Any]]], name: str = "metrics"
             right = (steps >= 0) & (steps <= LAST_STEP) & (steps == np.floor(steps))
             if len(steps) < len(rows) or not right.all():
                 raise ValueError("a row without an integer as its step")
-            for metric, (places, numbers) in columns.items():
+            for metric, (indices, numbers) in columns.items():
                 if metric not in curves and len(curves) < MAX_METRICS:
                     curves[metric] = Curve()
                 if metric in curves:
-                    curves[metric].extend(steps[places], numbers)
+                    curves[metric].extend(steps[indices], numbers)
         except ValueError as error:
             raise FileError(_fault(rows, n, name)) from error
         n, last = n + len(rows), rows[-1] if rows else last
@@ -271,5 +271,5 @@ def _depth(param: str, sites: Sequence[Sequence[str]]) -> int:
 
 
 def _n_shared(a: Sequence[str], b: Sequence[str]) -> int:
-    """Return how many parts two paths share from their beginning."""
+    """Return how many parts two paths share from their start."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -53,12 +53,12 @@ class RNNSettings(TypedDict):
 class Config:
     """Options of `gradfn sample RUN`."""
 
-    prompt: str = option("", "what the text goes on from (else the beginning of a line)")
+    prompt: str = option("", "what the text continues from (default: the start of a line)")
     n: int = option(500, "how many tokens to write", at_least=1)
     temperature: float = option(
         0.8, "below 1 the likely becomes likelier; 0 always takes the likeliest token", at_least=0
     )
-    top_k: int | None = option(None, "draw from so many of the likeliest tokens only", at_least=1)
+    top_k: int | None = option(None, "draw from N of the likeliest tokens only", at_least=1)
     seed: int = option(0, "the same seed writes the same text", at_least=0, at_most=2**32 - 1)
 
     def __post_init__(self) -> None:
@@ -88,11 +88,11 @@ def save_model(folder: Path, net: str, settings: dict[str, Any], tokenizer: Toke
         RunError: the folder holds another model, or one of another text.
         FileError: it holds one that cannot be read.
     """
-    told = {"net": net, "settings": settings, "tokenizer": tokenizer.to_dict(), "lines": lines}
+    content = {"net": net, "settings": settings, "tokenizer": tokenizer.to_dict(), "lines": lines}
     file = inside(folder, MODEL)
-    if os.path.lexists(file) and read_json(file, ModelFile) != told:
+    if os.path.lexists(file) and read_json(file, ModelFile) != content:
         raise RunError(f"{file} is of another model or text than this run's. Use another folder")
-    write_json(file, told)
+    write_json(file, content)
 
 
 def load_model(run: str | Path) -> Model:
@@ -206,7 +206,7 @@ def write(model: Model, config: Config) -> Iterator[int]:
                 break
         if not left:
             return
-        # A line that did not end of itself ends where there is no more room; the next begins as this one did.
+        # A line that did not end on its own ends where there is no more room; the next starts as this one did.
         yield from ([] if token == end else [end])
         yield from prompt[1:].tolist()
         line += 1
@@ -227,7 +227,7 @@ def run(model: Model, config: Config) -> None:
     print()
     n = len(times) - 1
     first = min(2, n)  # these compile: the step that reads the prompt, and that of a single token
-    told = f"{n:,} tokens, the first {first} in {times[first] - times[0]:.1f} s (compiled)"
+    content = f"{n:,} tokens, the first {first} in {times[first] - times[0]:.1f} s (compiled)"
     if n > first:
-        told += f", then {(n - first) / max(times[-1] - times[first], 1e-9):,.0f} tokens/s"
-    print(told, file=sys.stderr)
+        content += f", then {(n - first) / max(times[-1] - times[first], 1e-9):,.0f} tokens/s"
+    print(content, file=sys.stderr)

@@ -69,7 +69,7 @@ def test_correlations_do_not_see_how_much_ink_there_is():
 
 @pytest.mark.slow
 def test_reduced_runs_learn_and_draw(tmp_path, monkeypatch):
-    monkeypatch.setattr(saliency, "STEPS_BY_HEART", 200)
+    monkeypatch.setattr(saliency, "STEPS_MEMORIZED", 200)
     few, methods = ("saliency", "gradient x input", "edge detector"), saliency.explanations
     monkeypatch.setattr(saliency, "explanations", lambda *args: {name: methods(*args)[name] for name in few})
     small = gf.mlp([784, 8, 10])  # convolutions take long to compile, and are climbed in test_maximize

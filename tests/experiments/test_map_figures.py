@@ -25,9 +25,9 @@ def test_each_map_is_on_its_own_diverging_scale_with_paper_at_zero():
         assert tuple(panel.images[0].get_extent()) == (-0.5, 7.5, 7.5, -0.5)  # stretched over the image
     np.testing.assert_allclose(shown(panels[1]), shown(panels[2]))
     np.testing.assert_array_equal(np.sign(shown(panels[4])), np.sign(maps[1]))
-    with pytest.raises(ValueError, match="b: one an image, 3, came 2"):
+    with pytest.raises(ValueError, match="b: one per image, 3, got 2"):
         signed_maps(IMAGES, {"b": maps[:2]}, "Three")
-    with pytest.raises(ValueError, match="names: one an image, 3, came 1"):
+    with pytest.raises(ValueError, match="names: one per image, 3, got 1"):
         signed_maps(IMAGES, {"b": maps}, "Three", ["x"])
 
 
@@ -38,7 +38,7 @@ def test_heat_is_on_one_scale_for_all():
     np.testing.assert_array_equal(shown(figure.axes[1]), heat[1])
     assert not figure.axes[3].axison
     assert figure.axes[-1].get_ylabel() == "fall (points)"
-    with pytest.raises(ValueError, match="came 3 images, 2 maps, 3 names"):
+    with pytest.raises(ValueError, match="got 3 images, 2 maps, 3 names"):
         heat_over_images(IMAGES, heat[:2], "abc", "Three", "fall")
 
 
@@ -46,7 +46,7 @@ def test_rows_of_images_and_of_randomized_maps():
     figure = image_rows({"mean": IMAGES, "drawn": 1 - IMAGES}, "012", "Six", {"drawn": ["p", "q", "r"]})
     assert [panel.get_xlabel() for panel in figure.axes] == ["", "", "", "p", "q", "r"]
     np.testing.assert_array_equal(shown(figure.axes[4]), 1 - IMAGES[1])
-    with pytest.raises(ValueError, match="mean: one image a column, 2, came 3"):
+    with pytest.raises(ValueError, match="mean: one image per column, 2, got 3"):
         image_rows({"mean": IMAGES}, "01", "Six")
     figure = randomized_maps(IMAGES[0], {"m": IMAGES[:2]}, ["trained", "random"], {"m": ["", "0.5"]}, "Two")
     assert [panel.get_xlabel() for panel in figure.axes[:2]] == ["", "0.5"]

@@ -32,9 +32,9 @@ def test_hidden_gradients_are_counted():
 def test_the_largest_are_first():
     norms = np.array([1.0, 3.0, 2.0])
     figure = largest_gradients(np.zeros([3, 4]), [0, 1, 2], [0, 1, 0], norms, (2, 2), n=2)
-    assert [panel.get_title() for panel in figure.axes[1:]] == ["1, right\n|g| 3", "2, said 0\n|g| 2"]
+    assert [panel.get_title() for panel in figure.axes[1:]] == ["1, right\n|g| 3", "2, predicted 0\n|g| 2"]
     assert "2 of 3 examples make 93 % of the squared gradients" in figure.get_suptitle()
-    with pytest.raises(ValueError, match="one label, answer and norm an image"):
+    with pytest.raises(ValueError, match="one label, prediction and norm per image"):
         largest_gradients(np.zeros([3, 4]), [0, 1], [0, 1, 0], norms, (2, 2))
 
 

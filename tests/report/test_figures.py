@@ -36,7 +36,7 @@ def test_weight_images_of_nothing_but_zeros_and_of_broken_weights():
 
 
 def test_weight_images_say_which_shape_they_want():
-    with pytest.raises(ValueError, match=r"need \[out, 784\], came \[784, 16\]"):
+    with pytest.raises(ValueError, match=r"need \[out, 784\], got \[784, 16\]"):
         weight_images(np.zeros([784, 16]))
 
 
@@ -76,7 +76,7 @@ def test_confusion_counts_with_the_true_class_as_row():
 def test_confusion_without_mistakes_and_without_examples():
     assert confusion([0, 1], [0, 1]).get_suptitle() == "100.0 % of 2 examples right"
     assert confusion([0, 1], [0, 0]).get_suptitle().endswith("no two mistakes are alike")
-    with pytest.raises(ValueError, match="one answer a label"):
+    with pytest.raises(ValueError, match="one prediction per label"):
         confusion([0, 1], [0])
     with pytest.raises(ValueError, match="at least one"):
         confusion([], [])

@@ -200,7 +200,7 @@ def test_the_digit_net_comes_back_as_it_was_kept(tmp_path):
     ("words", "message"),
     [
         ("", "it wants a run's folder, or an experiment's name"),
-        ("a b c", "came a b c"),
+        ("a b c", "got a b c"),
         ("nowhere", "nowhere: neither a run's folder nor an experiment with a run in runs/nowhere"),
         ("empty", "empty: no run's folder (it has no config.json)"),
         ("run/part", "run/part: only a part of a run; name the run's folder, run"),
@@ -311,9 +311,9 @@ def test_a_run_without_rows_shows_its_picture_of_the_curves_and_its_film(tmp_pat
 def test_a_metric_that_was_measured_anew_at_the_end_is_named_so(tmp_path):
     folder = write_run(tmp_path / "run")
     write_json(folder / "result.json", {"verdict": "done", "validation_accuracy": 0.53})
-    assert "validation accuracy on the way 50 %" in text_of(page([read_run(folder)]))
+    assert "validation accuracy during training 50 %" in text_of(page([read_run(folder)]))
     write_json(folder / "result.json", {"verdict": "done", "validation_accuracy": 0.5})
-    assert "on the way" not in text_of(report.charts([read_run(folder)])[1])
+    assert "during training" not in text_of(report.charts([read_run(folder)])[1])
 
 
 def test_a_folder_of_fit_gets_a_page(tmp_path, monkeypatch, capsys):

@@ -28,7 +28,7 @@ def test_attention_has_a_panel_a_head_on_one_scale():
 def test_attention_of_some_rows_names_them_and_misfits_are_told():
     figure = attention_maps({"block 0": causal(1, 5)[:, 3:]}, "12=21", "21")
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["2", "1"]
-    with pytest.raises(ValueError, match=r"block 0: expected \[heads, 5, 5\], came \[1, 4, 4\]"):
+    with pytest.raises(ValueError, match=r"block 0: expected \[heads, 5, 5\], got \[1, 4, 4\]"):
         attention_maps({"block 0": causal(1, 4)}, "to be")
 
 
