@@ -66,11 +66,11 @@ def test_noise_is_each_examples_own():
     noisy = gf.serial(drop=gf.layers.dropout(0.5), out=gf.layers.dense(3, 1, bias=False))
     start = {"out": {"W": jnp.ones([1, 3])}}
     loss = gf.classification_loss(noisy)
-    inspection = []
-    gf.batch_mean(lambda params, example, key: inspection.append(key.shape) or jnp.zeros([]))(
+    shapes = []
+    gf.batch_mean(lambda params, example, key: shapes.append(key.shape) or jnp.zeros([]))(
         start, (x, labels), key=jax.random.key(0)
     )
-    assert inspection == [()]
+    assert shapes == [()]
     values = jax.vmap(
         lambda key: gf.batch_mean(gf.regression_loss(noisy))(
             start, (jnp.ones([64, 3]), jnp.ones(64)), key=key
