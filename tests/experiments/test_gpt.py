@@ -77,7 +77,7 @@ def test_sampling_on_the_command_line(of_text, monkeypatch, capsys):
     assert main([*words[:-1], "5"]) == 0
     assert capsys.readouterr().out != said[0]
     # The name of an experiment is its latest run.
-    monkeypatch.setattr(runs, "RUNS", of_text.folder.parent.parent)
+    monkeypatch.setattr(runs.folder, "RUNS", of_text.folder.parent.parent)
     assert main(["sample", of_text.folder.parent.name, *words[2:]]) == 0
     assert capsys.readouterr().out == said[0]
 

@@ -58,7 +58,7 @@ def test_a_run_goes_on_and_draws(tmp_path):
     config = grok.Config(modulus=7, hidden=16, steps=200, folder=str(tmp_path / "run"))
     result = grok.run(config)
     assert {"grok.png", "waves.png", "result.json"} <= {file.name for file in result.folder.iterdir()}
-    assert result.by_heart is not None
+    assert result.memorized is not None
     last = {name: history[-1] for name, history in result.histories.items()}
     norm = np.sqrt(sum(np.square(leaf).sum() for leaf in result.params["decay"].values()))
     assert last["decay"]["weight_norm"] == pytest.approx(float(norm), rel=1e-5)
