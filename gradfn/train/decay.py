@@ -105,9 +105,8 @@ def _stack_of(shapes: list[tuple[int, ...]], vectors: list[bool]) -> int:
 
 def _is_vector(path: tuple[PyTree, ...]) -> bool:
     names = [part.rstrip("0123456789").rstrip("_") for part in path_name(path).split("/")]
-    names = [
-        name for name in names if name not in ("", "value", "raw_value")
-    ]  # list indices, NNX's variables
+    skipped = ("", "value", "raw_value")  # list indices, the variables of NNX
+    names = [name for name in names if name not in skipped]
     return bool(names and _VECTOR.fullmatch(names[-1])) or bool(len(names) > 1 and _NORM.fullmatch(names[-2]))
 
 
