@@ -83,7 +83,7 @@ def load_digits(config: DigitOptions, **options: Any) -> gf.data.Dataset:
 
 
 def start_on_digits(name: str, config: D, **options: Any) -> tuple[D, gf.data.Dataset, Path]:
-    """Begin a run on digits.
+    """Start a run on digits.
 
     Args:
         name: of the experiment.
@@ -100,7 +100,7 @@ def start_on_digits(name: str, config: D, **options: Any) -> tuple[D, gf.data.Da
     data = load_digits(config, **options)
     if hasattr(config, "batch"):
         batch_for(config, len(data.train[1]), "training digits")
-    return config, data, runs.begin(name, config)
+    return config, data, runs.start(name, config)
 
 
 def defaults(config: RunOptions, *free: str) -> bool:
@@ -215,7 +215,7 @@ def train_classifier(
     """
     n_train = len(data.train[1])
     batch = batch_for(config, n_train, "training digits")
-    folder = runs.begin(name, config)
+    folder = runs.start(name, config)
     print(gf.table(net.spec))
     loss = gf.classification_loss(net)
     steps = epochs * (n_train // batch)

@@ -70,7 +70,7 @@ def run(config: Config) -> Result:
         raise runs.RunError(
             f"example: there are {len(labels):,} training digits, got number {config.example}"
         )
-    folder = runs.begin("backprop", config)
+    folder = runs.start("backprop", config)
 
     net = gf.mlp([784, config.hidden, 10], activation="sigmoid")
     loss = gf.classification_loss(net)

@@ -77,7 +77,7 @@ def run(config: Config) -> Result:
     config = runs.settle("curvature", config)
     data = gf.data.digits()
     print(f"{data}\n(8x8 pixels, resized: this is not MNIST)")
-    folder = runs.begin("curvature", config)
+    folder = runs.start("curvature", config)
 
     # With the mean digit left in, one direction alone would have ten times the curvature of all others.
     mean = data.train[0].mean(0)

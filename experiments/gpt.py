@@ -68,7 +68,8 @@ class Config(SeededOptions):
     )
     width: int = runs.option(128, "features of a position", at_least=1)
     positions: Literal["rope", "learned", "sinusoidal"] = runs.option(
-        "rope", "how a position is told; nanoGPT's are learned, which in 2,000 steps end some 0.1 higher"
+        "rope",
+        "how positions are encoded; nanoGPT learns them, which after 2,000 steps gives a loss about 0.1 higher",
     )
     bias: bool = runs.option(False, "whether products and norms have biases")
     dropout: float = runs.option(0.0, "share of the embedding's and the blocks' outputs that is dropped")
@@ -124,7 +125,7 @@ def run(config: Config) -> Result:
         bias=config.bias,
         dropout=config.dropout,
     )
-    folder = runs.begin("gpt", config)
+    folder = runs.start("gpt", config)
     sample.save_model(folder, "gpt", dataclasses.asdict(model), data.tokenizer, config.lines)
 
     net = gf.gpt(model)

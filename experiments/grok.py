@@ -76,7 +76,7 @@ class Result(NamedTuple):
 def run(config: Config) -> Result:
     """Train with and without weight decay, measure and draw; it writes into the folder of the result."""
     config = runs.settle("grok", config)
-    folder = runs.begin("grok", config)
+    folder = runs.start("grok", config)
     train, test = sums(config.modulus, config.share, config.seed)
     print(f"{len(train[1]):,} sums modulo {config.modulus} to train on, {len(test[1]):,} others")
     net = adder(config.modulus, config.hidden)
@@ -251,7 +251,7 @@ def grokking(histories: Mapping[str, History], memorized: int | None, generalize
     panels[1, 1].set_ylim(0, 100)
     for panel in panels[1]:
         panel.set_xlabel("training step")
-    for step, text in ((memorized, "known\nby heart"), (generalized, "understood")):
+    for step, text in ((memorized, "memorized"), (generalized, "generalized")):
         if step is not None:
             panels[0, 0].annotate(
                 text,

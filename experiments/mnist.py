@@ -144,7 +144,7 @@ def run(config: Config) -> Result:
     config = runs.settle("mnist", config)
     data = gf.data.mnist(config.data_path)
     print(data)
-    folder = runs.begin("mnist", config)
+    folder = runs.start("mnist", config)
 
     recipe = RECIPES[config.recipe]()
     print(gf.table(recipe.net.spec))

@@ -67,7 +67,7 @@ class Result(NamedTuple):
 def run(config: Config) -> Result:
     """Train, keep the parameters of some moments, and draw; it writes into the folder of the result."""
     config = runs.settle("moons", config)
-    folder = runs.begin("moons", config)
+    folder = runs.start("moons", config)
     train, test = moons(config)
     net = gf.mlp([2, *config.hidden, 2], activation=config.activation)
     print(gf.table(net.spec))

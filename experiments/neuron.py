@@ -91,8 +91,8 @@ def run(config: Config) -> Result:
 def node(config: Config) -> np.ndarray:
     """Return the weights `[28, 28]`: 1 in the region, 0 far from it, and below 0 in a ring around it.
 
-    The ring takes off what the region adds, so that paper covered with ink is no signal: only a stroke with
-    paper beside it is.
+    The weights of the ring and of the region cancel, so that a uniform area gives 0: the node responds to a stroke
+    with background beside it.
     """
     height = config.height or min(5, 28 - config.top)
     width = config.width or min(16, 28 - config.left)

@@ -234,7 +234,7 @@ def largest_gradients(
     panel.set_xscale("log")
     panel.set_xlabel("norm of an example's gradient")
     panel.set_ylabel("examples")
-    panel.legend(frameon=False, title="answered")
+    panel.legend(frameon=False, title="prediction")
     panel.spines[["top", "right"]].set_visible(False)
     cells = right.subplots(n_rows, n_columns, squeeze=False).ravel()
     for cell in cells:

@@ -77,7 +77,7 @@ def run(config: Config) -> Result:
     config = runs.settle("regress", config)
     data = gf.data.diabetes()
     print(data)
-    folder = runs.begin("regress", config)
+    folder = runs.start("regress", config)
     net = gf.mlp([10, config.hidden or gf.hidden_width(10, 1), 1], activation="sigmoid")
     print(gf.table(net.spec))
     params, history = trained(net, data, config)

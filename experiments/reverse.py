@@ -63,7 +63,7 @@ class Result(NamedTuple):
 def run(config: Config) -> Result:
     """Train, measure and draw; it writes into the folder of the result."""
     config = runs.settle("reverse", config)
-    folder = runs.begin("reverse", config)
+    folder = runs.start("reverse", config)
     n = config.digits
     net = gf.gpt(gf.GPTConfig(len(SYMBOLS), 2 * n, n_layers=1, n_heads=config.heads, width=config.width))
     print(gf.table(net.spec))

@@ -80,7 +80,7 @@ def run(config: Config) -> Result:
     print(data)
     not_empty(training=data.train[0], validation=data.validation[0])
     batch = batch_for(config, len(data.train[0]), "lines")
-    folder = runs.begin("rnn", config)
+    folder = runs.start("rnn", config)
     letters = long_sequences(data)
 
     params: dict[str, Any] = {}
@@ -157,9 +157,8 @@ def gradients(loss: Any, cell: str, params: Any, batch: Any) -> np.ndarray:
     """Return the rms of the gradient of the last letter's loss with respect to the state at each letter."""
     name = STATE[cell]
     look = gf.inspect(gf.batch_mean(loss), sites=name, stats=["rms"], input_grads=False)
-    return np.asarray(
-        jax.jit(look)(params, batch).grad_stats[name].rms
-    )  # [50], one value per step of the scan
+    # [50], one value per step of the scan
+    return np.asarray(jax.jit(look)(params, batch).grad_stats[name].rms)
 
 
 def joined(histories: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

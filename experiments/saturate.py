@@ -188,9 +188,8 @@ def outcome(config: Config, data: gf.data.Dataset, activation: str, wiring: str)
     stats = ["rms", "saturated", "dead"]
     look = jax.jit(jax.vmap(gf.inspect(loss, sites=sites, stats=stats, input_grads=False), (0, None, None)))
     inspection = jax.device_get(look(of_starts, some, jnp.int32(DEPTHS[-1])))
-    rms = np.concatenate(
-        [inspection.grad_stats["z1"].rms[:, None], inspection.grad_stats["z"].rms], 1
-    )  # [starts, layers]
+    # [starts, layers]
+    rms = np.concatenate([inspection.grad_stats["z1"].rms[:, None], inspection.grad_stats["z"].rms], 1)
     first, more = inspection.stats["a1"], inspection.stats["a"]
     off = None
     for name in ("saturated", "dead"):

@@ -286,7 +286,7 @@ def search_map(rows: Rows) -> Figure:
     for row in rows:
         values[depths.index(row["depth"]), widths.index(row["width"])] = 100 * np.mean(row["test"])
     low, high = np.nanmin(values), np.nanmax(values)
-    # Most shapes differ by little: the colors begin where the better half does.
+    # Most shapes differ little, so the colors start at the median.
     mapped = panel.imshow(
         values, cmap="cividis", vmin=2 * np.nanmedian(values) - high, vmax=high, aspect="auto"
     )

@@ -143,7 +143,7 @@ def _command(words: list[str]) -> int:
         case [name, *_]:
             commands = ("run", "report", "sample", "list", "table", "--help", "--version")
             raise UserError(f"no command {name!r}{near(name, commands)}; there are {', '.join(commands)}")
-    sys.stdout.flush()  # here, so that what cannot be written is told of
+    sys.stdout.flush()  # Here, a failed write is still reported.
     return 0
 
 
@@ -281,7 +281,7 @@ def _run(file: Path, words: list[str], command: str) -> int:
     keep_freed_memory()
     config: Any = None
 
-    def has_begun() -> bool:
+    def has_started() -> bool:
         return bool(config and config.folder and (Path(config.folder) / runs.CONFIG).exists())
 
     with optional("stdout"):
@@ -294,7 +294,7 @@ def _run(file: Path, words: list[str], command: str) -> int:
         except (UserError, FileError, ImportError) as error:
             return _fail(f"{command}: {error}", 2)
         except ValueError as error:
-            if has_begun():
+            if has_started():
                 raise
             return _fail(f"{command}: {error}", 2)  # options that do not go together
         except (FloatingPointError, OSError) as error:  # the loss became nan; the disk is full
@@ -303,10 +303,10 @@ def _run(file: Path, words: list[str], command: str) -> int:
             code = exit_code(end)
             if code not in ENDED:  # --help
                 return code
-            if not has_begun():
-                return _fail(f"{command}: {ENDED[code]} before the run began", code)
+            if not has_started():
+                return _fail(f"{command}: {ENDED[code]} before the run started", code)
             folder = shlex.quote(str(config.folder))
-            return _fail(f"{ENDED[code]}; to go on: {command} --resume --folder {folder}", code)
+            return _fail(f"{ENDED[code]}; to resume: {command} --resume --folder {folder}", code)
         finally:
             if config and config.folder:
                 runs.disown(config.folder)

@@ -1,4 +1,4 @@
-"""The process around a command: signals end it in one line, and its output is not its master."""
+"""The process around a command: a signal ends it with one line, and a failing output does not stop it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     Handler = Callable[[int, FrameType | None], Any]
 
-# What may end a command, and how it then says so. The exit code is 128 more than a signal's number.
+# The signals that may end a command, and the message for each. The exit code is 128 plus the signal's number.
 SIGNALS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
-ENDED = {128 + getattr(signal, name): said for name, said in SIGNALS.items() if hasattr(signal, name)}
+ENDED = {128 + getattr(signal, name): message for name, message in SIGNALS.items() if hasattr(signal, name)}
 
 
 def numbers() -> list[int]:

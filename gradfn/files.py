@@ -35,7 +35,7 @@ IDLE = 3600.0  # seconds after which nobody can be writing an unfinished file an
 class FileError(ValueError):
     """A file that cannot be used; the message names it and says what is wrong, in one line.
 
-    Names and contents that somebody else chose may be in it, so it is made printable: a terminal obeys what it is sent.
+    It may quote names and contents from untrusted files, so characters that could control a terminal are replaced.
 
     >>> print(FileError("a.json: expected a name, got 'b\\n\\x1b[2J'"))
     a.json: expected a name, got 'b  [2J'

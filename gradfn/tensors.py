@@ -26,7 +26,7 @@ NAMES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
     "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
 }  # fmt: skip
-CHECKSUM = "/checksum"  # no array has this name: paths in a tree do not begin so
+CHECKSUM = "/checksum"  # no array has this name: paths in a tree do not start with a slash
 BLOCK = 1 << 20  # bytes that are read at a time
 HEADER_LIMIT = 100_000_000  # bytes, the format's
 

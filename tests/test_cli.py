@@ -13,8 +13,8 @@ from gradfn.cli import main
 
 ROOT = Path(__file__).parents[1]
 
-# An experiment that only says what it was asked.
-EXPERIMENT = '''"""Say what it was asked.
+# An experiment that only prints its options.
+EXPERIMENT = '''"""Print the options it gets.
 
 More of it.
 """
@@ -42,7 +42,7 @@ def run(config):
     config = runs.settle("echo", config)
     if config.hidden == 11:
         raise ValueError("hidden: not with this data")
-    folder = runs.begin("echo", config)
+    folder = runs.start("echo", config)
     if config.hidden == 12:
         raise OSError(28, "No space left on device", f"{folder}/result.json")
     if config.hidden == 10:
@@ -66,8 +66,8 @@ def echo(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def said(capsys, *words):
-    """Return the exit code, and what was said on stdout and stderr."""
+def run_cli(capsys, *words):
+    """Return the exit code, and the text on stdout and stderr."""
     code = main(words)
     captured = capsys.readouterr()
     return code, captured.out, captured.err
@@ -75,7 +75,7 @@ def said(capsys, *words):
 
 def test_help_names_every_command(capsys):
     for words in ([], ["--help"], ["run", "--help"], ["table", "-h"]):
-        code, out, err = said(capsys, *words)
+        code, out, err = run_cli(capsys, *words)
         assert (code, err) == (0, "")
         assert all(
             f"gradfn {command}" in out
@@ -84,7 +84,7 @@ def test_help_names_every_command(capsys):
 
 
 def test_version(capsys):
-    assert re.fullmatch(r"gradfn \d+\.\d+\.\d+\n", said(capsys, "--version")[1])
+    assert re.fullmatch(r"gradfn \d+\.\d+\.\d+\n", run_cli(capsys, "--version")[1])
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_version(capsys):
     ],
 )
 def test_table_counts(capsys, sizes, caption):
-    code, out, _ = said(capsys, "table", *sizes.split())
+    code, out, _ = run_cli(capsys, "table", *sizes.split())
     assert code == 0
     assert out.splitlines()[-1] == caption
 
@@ -134,7 +134,7 @@ def test_table_counts(capsys, sizes, caption):
 )
 @pytest.mark.usefixtures("echo")
 def test_a_mistake_gets_one_line_and_exit_code_2(capsys, words, message):
-    code, out, err = said(capsys, *words.split())
+    code, out, err = run_cli(capsys, *words.split())
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
@@ -142,14 +142,14 @@ def test_a_mistake_gets_one_line_and_exit_code_2(capsys, words, message):
 
 @pytest.mark.usefixtures("echo")
 def test_options_reach_the_experiment(capsys):
-    code, out, _ = said(capsys, "run", "echo", "--hidden", "30", "--rate=0.5", "--data", "mnist")
+    code, out, _ = run_cli(capsys, "run", "echo", "--hidden", "30", "--rate=0.5", "--data", "mnist")
     assert code == 0
     assert out.splitlines()[-1] == "hidden=30 rate=0.5 data=mnist"
 
 
 @pytest.mark.usefixtures("echo")
 def test_help_of_an_experiment_shows_its_options_and_what_to_expect(capsys):
-    code, out, err = said(capsys, "run", "echo", "--help")
+    code, out, err = run_cli(capsys, "run", "echo", "--help")
     assert (code, err) == (0, "")
     assert all(
         text in out for text in ("--hidden INT", "nodes in the hidden layer", "Expected: depth at least 3 m.")
@@ -159,12 +159,12 @@ def test_help_of_an_experiment_shows_its_options_and_what_to_expect(capsys):
 def test_list_says_what_there_is_without_running_any_of_it(tmp_path, monkeypatch, capsys):
     (tmp_path / "echo.py").write_text(EXPERIMENT + "\nraise AssertionError('imported')\n")
     monkeypatch.setattr(cli, "experiments", lambda: {"echo": tmp_path / "echo.py"})
-    code, out, _ = said(capsys, "list")
-    assert (code, out) == (0, "echo  Say what it was asked.\n      Expected: depth at least 3 m.\n")
+    code, out, _ = run_cli(capsys, "list")
+    assert (code, out) == (0, "echo  Print the options it gets.\n      Expected: depth at least 3 m.\n")
 
 
 def test_every_experiment_says_what_it_does_and_what_to_expect(capsys):
-    _, out, _ = said(capsys, "list")
+    _, out, _ = run_cli(capsys, "list")
     lines = out.splitlines()
     assert len(lines) == 2 * len(cli.experiments())
     assert {"digits", "mnist"} <= set(cli.experiments())
@@ -173,13 +173,13 @@ def test_every_experiment_says_what_it_does_and_what_to_expect(capsys):
 
 @pytest.mark.usefixtures("echo")
 def test_resume_takes_the_stored_options_and_refuses_others(capsys):
-    said(capsys, "run", "echo", "--hidden", "30")
-    code, out, _ = said(capsys, "run", "echo", "--resume")
+    run_cli(capsys, "run", "echo", "--hidden", "30")
+    code, out, _ = run_cli(capsys, "run", "echo", "--resume")
     assert (code, out.splitlines()[-1]) == (0, "hidden=30 rate=None data=digits")
     assert "has finished: computing" in out
-    assert said(capsys, "run", "echo", "--resume", "--hidden", "30")[0] == 0
-    # 16 is the experiment's default, yet it was said, and it is not what the run has.
-    code, out, err = said(capsys, "run", "echo", "--resume", "--hidden", "16")
+    assert run_cli(capsys, "run", "echo", "--resume", "--hidden", "30")[0] == 0
+    # 16 is the experiment's default, but it was given explicitly and differs from the run's.
+    code, out, err = run_cli(capsys, "run", "echo", "--resume", "--hidden", "16")
     assert (code, out) == (2, "")
     assert re.fullmatch(
         r"gradfn run echo: hidden 16: the run in runs/echo/\S+ has hidden 30. "
@@ -190,21 +190,21 @@ def test_resume_takes_the_stored_options_and_refuses_others(capsys):
 
 @pytest.mark.usefixtures("echo")
 def test_resume_with_nothing_there_starts_a_new_run_and_says_so(capsys):
-    code, out, _ = said(capsys, "run", "echo", "--resume", "--hidden", "3")
+    code, out, _ = run_cli(capsys, "run", "echo", "--resume", "--hidden", "3")
     assert code == 0
     assert "no run to resume in runs/echo: starting a new one\nrunning in runs/echo/" in out
     assert out.splitlines()[-1] == "hidden=3 rate=None data=digits"
 
 
 @pytest.mark.usefixtures("echo")
-def test_ctrl_c_says_how_to_go_on(capsys):
-    code, _, err = said(capsys, "run", "echo", "--hidden", "13", "--folder", "here")
-    assert (code, err) == (130, "interrupted; to go on: gradfn run echo --resume --folder here\n")
+def test_ctrl_c_says_how_to_resume(capsys):
+    code, _, err = run_cli(capsys, "run", "echo", "--hidden", "13", "--folder", "here")
+    assert (code, err) == (130, "interrupted; to resume: gradfn run echo --resume --folder here\n")
 
 
 @pytest.mark.usefixtures("echo")
 def test_a_run_that_fails_gets_one_line_and_exit_code_1(capsys):
-    code, _, err = said(capsys, "run", "echo", "--hidden", "14")
+    code, _, err = run_cli(capsys, "run", "echo", "--hidden", "14")
     assert (code, err) == (1, "gradfn run echo: the loss begot nan at step 3\n")
 
 
@@ -245,22 +245,22 @@ def test_sampling_says_what_is_not_a_language_model(tmp_path, monkeypatch, capsy
     for cell in ("lstm", "gru"):
         (tmp_path / "runs/rnn/a" / cell).mkdir()
         (tmp_path / "runs/rnn/a" / cell / "model.json").write_text("{}")
-    code, out, err = said(capsys, "sample", name)
+    code, out, err = run_cli(capsys, "sample", name)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert f"gradfn sample {name}: {message}" in err
 
 
 @pytest.mark.usefixtures("echo")
 def test_the_advice_after_ctrl_c_can_be_pasted(capsys):
-    code, _, err = said(capsys, "run", "echo", "--hidden", "13", "--folder", "my run")
-    assert (code, err) == (130, "interrupted; to go on: gradfn run echo --resume --folder 'my run'\n")
+    code, _, err = run_cli(capsys, "run", "echo", "--hidden", "13", "--folder", "my run")
+    assert (code, err) == (130, "interrupted; to resume: gradfn run echo --resume --folder 'my run'\n")
 
 
 @pytest.mark.usefixtures("echo")
 def test_a_full_disk_and_options_that_do_not_go_together_get_one_line(capsys):
-    code, _, err = said(capsys, "run", "echo", "--hidden", "12", "--folder", "here")
+    code, _, err = run_cli(capsys, "run", "echo", "--hidden", "12", "--folder", "here")
     assert (code, err) == (1, "gradfn run echo: here/result.json: No space left on device\n")
-    code, _, err = said(capsys, "run", "echo", "--hidden", "11")
+    code, _, err = run_cli(capsys, "run", "echo", "--hidden", "11")
     assert (code, err) == (2, "gradfn run echo: hidden: not with this data\n")
-    with pytest.raises(ValueError, match="the experiment's own"):  # which is no mistake of the user's
+    with pytest.raises(ValueError, match="the experiment's own"):  # which is not the user's mistake
         main(["run", "echo", "--hidden", "10"])

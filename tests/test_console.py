@@ -24,7 +24,7 @@ from tests.test_cli import EXPERIMENT
 
 
 class Console(io.TextIOWrapper):
-    """A stream of an encoding that raises at what it lacks, as Python opens it; a terminal where it is told so."""
+    """A stream as Python opens it, which raises where its encoding lacks a character; optionally a terminal."""
 
     def __init__(self, encoding, terminal=False):
         super().__init__(io.BytesIO(), encoding=encoding, errors="strict", write_through=True)
@@ -39,7 +39,7 @@ class Console(io.TextIOWrapper):
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1251", "cp932", "cp437", "latin-1"])
 @pytest.mark.parametrize(
-    ("words", "said", "code"),
+    ("words", "expected", "code"),
     [
         ("--help", "gradfn run NAME [options]", 0),
         ("list", "regress", 0),
@@ -53,14 +53,14 @@ class Console(io.TextIOWrapper):
         ("列表", "no command", 2),
     ],
 )
-def test_what_a_console_lacks_is_replaced(tmp_path, monkeypatch, encoding, words, said, code):
+def test_what_a_console_lacks_is_replaced(tmp_path, monkeypatch, encoding, words, expected, code):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "run", name="R² →")
     out, err = Console(encoding), Console(encoding)
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
     assert cli.main(words.split()) == code
-    assert said in (err if code else out).text()
+    assert expected in (err if code else out).text()
 
 
 def test_tables_have_a_frame_that_the_console_has(monkeypatch):
@@ -80,8 +80,8 @@ def test_a_terminal_that_cannot_redraw_gets_a_line_per_evaluation(monkeypatch, t
     monkeypatch.setattr(sys, "stdout", console)
     loss = lambda params, x: jnp.square(params - x).mean()  # noqa: E731
     gf.fit(loss, jnp.array(0.0), jnp.ones(8), optax.sgd(0.1), 8, batch_size=4, eval_every=2)
-    told = [line for line in console.text().splitlines() if line.startswith("step ")]
-    assert len(told) == lines
+    printed = [line for line in console.text().splitlines() if line.startswith("step ")]
+    assert len(printed) == lines
     assert (lines == 0) == ("\x1b[" in console.text())  # the bar
 
 
@@ -190,9 +190,9 @@ def test_processes_end_with_their_exit_code_whatever_their_output(tmp_path, redi
     command = ["bash", "-c", f"{python} {redirected}; exit ${{PIPESTATUS[0]}}"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == code
-    said = done.stdout + done.stderr
-    assert not re.search("Traceback|Exception ignored", said)
-    assert ours(root, said) == []
+    output = done.stdout + done.stderr
+    assert not re.search("Traceback|Exception ignored", output)
+    assert ours(root, output) == []
     if "--folder" in redirected:
         result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
         assert result["test_accuracy"] > 0.1

@@ -1,4 +1,4 @@
-"""Run folders: where a run takes place, what it holds, and what --resume goes on with."""
+"""Run folders: where a run is stored, what it contains, and which run --resume continues."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def _stand_in_an_empty_folder(tmp_path, monkeypatch):
 
 def start(config):
     config = runs.settle("toy", config)
-    return runs.begin("toy", config)
+    return runs.start("toy", config)
 
 
 def test_a_run_has_a_folder_with_its_options_and_versions():
@@ -63,23 +63,23 @@ def test_runs_started_together_have_folders_of_their_own():
 def test_settling_a_settled_config_changes_nothing():
     config = runs.settle("toy", Config())
     assert runs.settle("toy", config) == config
-    runs.begin("toy", config)
+    runs.start("toy", config)
     resumed = runs.settle("toy", Config(resume=True))
     assert resumed == Config(resume=True, folder=config.folder)
     assert runs.settle("toy", resumed) == resumed
 
 
-def test_resume_goes_on_with_the_latest_that_has_begun(capsys):
+def test_resume_continues_the_latest_run_that_started(capsys):
     start(Config(hidden=1))
     latest = start(Config(hidden=2, rate=0.30000000000000004, sizes=(3,)))
     (runs.RUNS / "toy" / "99991231T000000.000000Z").mkdir()  # killed before it had written its config
     config = runs.settle("toy", Config(resume=True))
     assert config == Config(2, (3,), 0.30000000000000004, resume=True, folder=str(latest))
     capsys.readouterr()
-    runs.begin("toy", config)
+    runs.start("toy", config)
     assert capsys.readouterr().out == f"resuming in {latest}\n"
     runs.finish(latest, runs.Outcome({"accuracy": 1.0}))
-    runs.begin("toy", config)
+    runs.start("toy", config)
     assert "has finished: computing" in capsys.readouterr().out
 
 
@@ -88,7 +88,7 @@ def test_resume_in_a_folder_that_was_killed_before_its_config_starts_anew(tmp_pa
     (tmp_path / "here" / ".config.json.part").write_text('{"experi')
     config = runs.settle("toy", Config(hidden=5, resume=True, folder="here"))
     assert config == Config(hidden=5, resume=False, folder="here")
-    runs.begin("toy", config)
+    runs.start("toy", config)
     assert runs.settle("toy", Config(resume=True, folder="here")).hidden == 5
 
 
@@ -146,14 +146,14 @@ def test_the_latest_run_is_the_one_that_began_last_whatever_its_name():
     later = start(Config())
     assert runs.latest("toy") == find_run("toy") == later
     assert runs.settle("toy", Config(resume=True)).folder == str(later)
-    # What happens in a folder later does not make its run begin later.
+    # Later changes in a folder do not change when its run started.
     (named / "versions.json").touch()
     runs.finish(named, runs.Outcome())
     assert runs.latest("toy") == later
-    # Runs of an earlier version have not kept it: when their options were written counts.
+    # Without the stored time, the time when the options were written counts.
     for folder, time in ((named, 2e9), (later, 1e9)):
         versions = json.loads((folder / "versions.json").read_text())
-        del versions["begun"]
+        del versions["started"]
         (folder / "versions.json").write_text(json.dumps(versions))
         os.utime(folder / "config.json", (time, time))
     assert find_run("toy") == named
@@ -162,9 +162,9 @@ def test_the_latest_run_is_the_one_that_began_last_whatever_its_name():
     assert runs.latest("other") is None
 
 
-def test_the_page_tells_when_a_run_began_as_a_time_and_not_as_a_version():
+def test_the_page_shows_when_a_run_started_as_a_time_and_not_as_a_version():
     folder = start(Config())
-    (folder / "versions.json").write_text('{"gradfn": "0.1.0", "begun": "2026-03-01T12:34:56+02:00"}')
+    (folder / "versions.json").write_text('{"gradfn": "0.1.0", "started": "2026-03-01T12:34:56+02:00"}')
     html = page([read_run(folder)])
     assert "1 March 2026, 10:34 UTC" in html
     assert re.findall(r'<th scope="row">([^<]*)</th>', html.partition('id="versions"')[2]) == ["gradfn"]
@@ -194,24 +194,24 @@ def test_a_folder_has_one_run_at_a_time_and_none_once_its_process_is_dead(tmp_pa
         assert owner.stdout.readline() == b"owned\n"
         before = snapshot(folder)
         with pytest.raises(FileError, match=r"^here: is in use by another run; wait for its end, or name"):
-            runs.begin("toy", Config(folder="here", resume=True))
+            runs.start("toy", Config(folder="here", resume=True))
         with pytest.raises(FileError, match=r"^fresh: is in use by another run"):
             start(Config(folder="fresh"))
         assert snapshot(folder) == before
         assert [file.name for file in (tmp_path / "fresh").iterdir()] == [".lock"]
         owner.kill()
-    assert runs.begin("toy", Config(folder="here", resume=True)) == folder
-    assert runs.begin("toy", Config(folder="here", resume=True)) == folder  # once more in one process
+    assert runs.start("toy", Config(folder="here", resume=True)) == folder
+    assert runs.start("toy", Config(folder="here", resume=True)) == folder  # once more in one process
     runs.disown("here")
 
 
 def test_a_run_lets_go_of_its_folder_at_its_end():
     folder = start(Config(folder="here"))
     with pytest.raises(FileError, match="in use"), ThreadPoolExecutor() as pool:
-        pool.submit(runs.begin, "toy", Config(folder="here", resume=True)).result()
+        pool.submit(runs.start, "toy", Config(folder="here", resume=True)).result()
     runs.finish(folder, runs.Outcome())
     with ThreadPoolExecutor() as pool:
-        pool.submit(lambda: runs.disown(runs.begin("toy", Config(folder="here", resume=True)))).result()
+        pool.submit(lambda: runs.disown(runs.start("toy", Config(folder="here", resume=True)))).result()
 
 
 def test_a_run_that_another_process_began_meanwhile_is_not_written_over(tmp_path):
@@ -219,11 +219,11 @@ def test_a_run_that_another_process_began_meanwhile_is_not_written_over(tmp_path
     runs.finish(start(Config(hidden=3, folder="here")), runs.Outcome())
     before = snapshot(tmp_path / "here")
     with pytest.raises(runs.RunError, match="here already contains a run"):
-        runs.begin("toy", config)
+        runs.start("toy", config)
     assert snapshot(tmp_path / "here") == before
 
 
-def test_options_that_could_not_be_read_back_are_not_begun(tmp_path):
+def test_a_run_does_not_start_with_options_that_cannot_be_read_back(tmp_path):
     for sizes in (({"a": 1},), (((1,),),), ("\udcff",)):
         with pytest.raises(FileError, match=r"config\.json"):
             start(Config(sizes=sizes, folder="here"))
@@ -231,7 +231,7 @@ def test_options_that_could_not_be_read_back_are_not_begun(tmp_path):
 
 
 def test_no_write_into_a_run_follows_a_link(tmp_path):
-    """Files under the names that a run writes, and their unfinished forms, may be links that somebody has put there."""
+    """The names that a run writes, and those of its unfinished files, may be links that another user put there."""
     folder = start(Config(folder="here"))
     mine = tmp_path / "mine.txt"
     mine.write_text("mine", encoding="utf-8")

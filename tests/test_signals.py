@@ -1,4 +1,4 @@
-"""Signals at any moment of a command: one line, the exit code of the signal, and the run can go on."""
+"""Signals at any moment of a command: one line, the exit code of the signal, and a run that can be resumed."""
 
 import os
 import re
@@ -71,20 +71,20 @@ def test_signals_at_any_moment(tmp_path, name, number):
         process = started(COMMANDS[name], tmp_path / f"run{i}", "--epochs", "100000")
         time.sleep(seconds)
         process.send_signal(number)
-        said = {130: "interrupted", 143: "terminated", 129: "hung up"}[CODES[number]]
+        reason = {130: "interrupted", 143: "terminated", 129: "hung up"}[CODES[number]]
         line = ended(process, number)
-        assert said in line
-        assert ("; to go on: " in line) == (tmp_path / f"run{i}" / "config.json").exists()
+        assert reason in line
+        assert ("; to resume: " in line) == (tmp_path / f"run{i}" / "config.json").exists()
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_as_the_line_says(tmp_path):
+def test_a_run_resumes_with_the_command_in_the_line(tmp_path):
     process = started(COMMANDS["module"], tmp_path / "run", "--epochs", "100000")
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     line = ended(process, signal.SIGTERM)
-    words = re.fullmatch(r"terminated; to go on: (gradfn run digits --resume --folder \S+)\n", line)[1]
+    words = re.fullmatch(r"terminated; to resume: (gradfn run digits --resume --folder \S+)\n", line)[1]
     assert words.split()[-1] == str(tmp_path / "run")
     process = started([sys.executable, "-m", *words.split()[:-2]], tmp_path / "run")
     assert f"resuming in {tmp_path / 'run'}\n" in iter(process.stdout.readline, "")
@@ -94,7 +94,7 @@ def test_a_run_goes_on_as_the_line_says(tmp_path):
 
 @pytest.mark.parametrize("number", CODES)
 def test_signals_in_each_command(tmp_path, monkeypatch, capsys, number):
-    """In a process that goes on: the exit code, one line, and the handlers that it had before."""
+    """In a process that continues: the exit code, one line, and the handlers from before."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "echo.py").write_text(
         EXPERIMENT.replace("raise KeyboardInterrupt", KILL % number), encoding="utf-8"
@@ -103,7 +103,7 @@ def test_signals_in_each_command(tmp_path, monkeypatch, capsys, number):
     monkeypatch.setattr(page, "write_report", lambda *_: signal.raise_signal(number))
     monkeypatch.setattr(sample, "load_model", lambda *_: signal.raise_signal(number))
     before = [signal.getsignal(each) for each in CODES]
-    said = {130: "interrupted", 143: "terminated", 129: "hung up"}[CODES[number]]
+    reason = {130: "interrupted", 143: "terminated", 129: "hung up"}[CODES[number]]
     for words, line in {
         (
             "run",
@@ -112,23 +112,27 @@ def test_signals_in_each_command(tmp_path, monkeypatch, capsys, number):
             "13",
             "--folder",
             "a",
-        ): f"{said}; to go on: gradfn run echo --resume --folder a\n",
-        ("report", "run"): f"gradfn: {said}\n",
-        ("sample", "run"): f"gradfn: {said}\n",
+        ): f"{reason}; to resume: gradfn run echo --resume --folder a\n",
+        ("report", "run"): f"gradfn: {reason}\n",
+        ("sample", "run"): f"gradfn: {reason}\n",
     }.items():
         assert cli.main(words) == CODES[number]
         assert capsys.readouterr().err == line
     assert [signal.getsignal(each) for each in CODES] == before
 
 
-def test_an_exit_code_of_an_experiment_is_that_of_the_process(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("argument", "code", "err"), [("None", 0, ""), ("3", 3, ""), ("'no luck'", 1, "no luck\n")]
+)
+def test_the_exit_code_of_an_experiment_is_that_of_the_process(
+    tmp_path, monkeypatch, capsys, argument, code, err
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "experiments", lambda: {"echo": tmp_path / "echo.py"})
-    for code, expected in (("None", 0), ("3", 3), ("'no luck'", 1)):
-        text = EXPERIMENT.replace("raise KeyboardInterrupt", f"raise SystemExit({code})")
-        (tmp_path / "echo.py").write_text(text, encoding="utf-8")
-        assert cli.main(["run", "echo", "--hidden", "13"]) == expected
-    assert capsys.readouterr().err == "no luck\n"
+    text = EXPERIMENT.replace("raise KeyboardInterrupt", f"raise SystemExit({argument})")
+    (tmp_path / "echo.py").write_text(text, encoding="utf-8")
+    assert cli.main(["run", "echo", "--hidden", "13"]) == code
+    assert capsys.readouterr().err == err
 
 
 def test_an_ignored_signal_stays_ignored(tmp_path):

@@ -22,7 +22,7 @@ from gradfn.report.charts import MAX_COLUMNS, Line, heat_map, line_chart, log_bo
 from gradfn.report.pictures import Picture, PictureError, fitting, read_picture
 from gradfn.runs.curve import Curve
 from gradfn.runs.digit_net import DigitNet
-from gradfn.runs.folder import BEGUN, RunError, begun
+from gradfn.runs.folder import STARTED, RunError, started
 from gradfn.runs.kept import Kept, Part, read_run
 from gradfn.runs.outcome import Expectation, Outcome, listed
 
@@ -85,7 +85,7 @@ def write_report(
     Args:
         runs: one or two of them: folders, or experiments' names for their latest runs.
         out: the file; by default `report.html` in the run's folder, or `against-<B>.html` in the first one's.
-        about: what the experiments say of themselves, by name.
+        about: descriptions of the experiments, by name.
 
     Returns:
         The file.
@@ -119,7 +119,7 @@ def page(kept: Sequence[Kept], about: Mapping[str, About] = {}) -> str:
     template = _environment().get_template("template.html")
     options, options_left_out = _differences([run.options for run in kept], OPTIONS_ROOM)
     versions, versions_left_out = _differences(
-        [{k: v for k, v in run.versions.items() if k != BEGUN} for run in kept], VERSIONS_ROOM
+        [{k: v for k, v in run.versions.items() if k != STARTED} for run in kept], VERSIONS_ROOM
     )
     shapes, shapes_left_out = _shared_shapes(kept)
     content: dict[str, Any] = {
@@ -287,7 +287,7 @@ def flows(kept: Sequence[Kept], room: int = LIMIT) -> list[list[dict[str, Any]]]
 
     Args:
         kept: the runs.
-        room: bytes. The maps have N columns that they fit; those that do not fit even so are empty.
+        room: bytes. The maps get as many columns as fit in it; maps that do not fit at all are empty.
 
     Returns:
         For each run a list with, for each of its trainings, `name`, `params` and `values` (heat maps of the
@@ -296,7 +296,7 @@ def flows(kept: Sequence[Kept], room: int = LIMIT) -> list[list[dict[str, Any]]]
     """
     parts = [part for run in kept for part in run.parts.values() if part.inspections.n]
     bounds = _bounds(curve for part in parts for curve in part.inspections.grads.values())
-    on_the_way = _bounds(curve for part in parts for curve in part.inspections.site_grads.values())
+    value_bounds = _bounds(curve for part in parts for curve in part.inspections.site_grads.values())
 
     def described(name: str, part: Part, columns: int) -> dict[str, Any]:
         inspections = part.inspections
@@ -304,7 +304,10 @@ def flows(kept: Sequence[Kept], room: int = LIMIT) -> list[list[dict[str, Any]]]
             "name": short(name),
             "params": heat_map("Gradient of each parameter (rms)", inspections.grads, bounds, columns),
             "values": heat_map(
-                "Gradient at each value inside the network (rms)", inspections.site_grads, on_the_way, columns
+                "Gradient at each value inside the network (rms)",
+                inspections.site_grads,
+                value_bounds,
+                columns,
             ),
             "left_out": inspections.left_out,
             "values_left_out": inspections.sites_left_out,
@@ -378,8 +381,8 @@ def _described(run: Kept, about: About) -> dict[str, Any]:
     if run.versions.get("seed") is not None:
         facts["seed"] = short(str(run.versions["seed"]))
     if run.experiment:
-        began = begun(run.folder)
-        facts["begun"] = f"{began.day} {began:%B %Y, %H:%M} UTC"
+        start = started(run.folder)
+        facts["started"] = f"{start.day} {start:%B %Y, %H:%M} UTC"
     again = command(run, about)
     return {
         "experiment": short(run.experiment or _name(run), VALUE),

@@ -1,4 +1,4 @@
-"""Figures of networks that read sequences: where they look, what they expect, how far back the gradient reaches."""
+"""Figures of networks that read sequences: attention, predictions, and how far back the gradient reaches."""
 
 from __future__ import annotations
 
@@ -17,54 +17,53 @@ MAX_TOKENS = 40  # more columns would be too narrow to read
 
 
 def attention_maps(
-    probabilities: Mapping[str, Any], tokens: Sequence[str], answers: Sequence[str] | None = None
+    probabilities: Mapping[str, Any], tokens: Sequence[str], queries: Sequence[str] | None = None
 ) -> Figure:
     """Draw how much each position of a sequence attends to each other one, one panel per head.
 
     Args:
         probabilities: the weights of each layer by its name, `[heads, T, S]`; each row sums to 1.
-        tokens: what stands at the S positions that are inspected.
-        predictions: what stands at the T positions that look; the same as `tokens` by default.
+        tokens: the text at the S positions that are attended to.
+        queries: the text at the T positions that attend; the same as `tokens` by default.
 
     Returns:
-        A figure with a row of panels a layer, all on one color scale from 0 to 1.
+        A figure with one row of panels per layer, all on one color scale from 0 to 1.
 
     Raises:
-        ValueError: weights of other shapes than tokens and predictions have.
+        ValueError: a shape of weights does not match the tokens and queries.
 
     >>> from gradfn.report.sequences import attention_maps
     >>> figure = attention_maps({"block 0": np.full([2, 3, 3], 1 / 3)}, "abc")
     >>> [panel.get_title() for panel in figure.axes][:2]
     ['block 0, head 0', 'block 0, head 1']
     >>> print(figure.get_suptitle())
-    block 0, head 0 looks most sharply: 33 % of its attention is at one place
-    (the row's position looks at the column's)
+    block 0, head 0 attends most sharply: 33 % of its attention is on one position
+    (the row's position attends to the column's)
     """
-    answers = tokens if answers is None else answers
+    queries = tokens if queries is None else queries
     layers = {name: np.asarray(weights, np.float64) for name, weights in probabilities.items()}
     for name, weights in layers.items():
-        if weights.ndim != 3 or weights.shape[1:] != (len(answers), len(tokens)):
-            expected = f"[heads, {len(answers)}, {len(tokens)}]"
+        if weights.ndim != 3 or weights.shape[1:] != (len(queries), len(tokens)):
+            expected = f"[heads, {len(queries)}, {len(tokens)}]"
             raise ValueError(f"attention_maps: {name}: expected {expected}, got {list(weights.shape)}")
     n_columns = max(len(weights) for weights in layers.values())
-    cell = min(max(0.125 * max(len(tokens), len(answers)), 2.0), 4.5)  # inches
+    cell = min(max(0.125 * max(len(tokens), len(queries)), 2.0), 4.5)  # inches
     figure = new_figure(cell * n_columns + 1.2, (cell + 0.35) * len(layers) + 0.8, "compressed")
     panels = figure.subplots(len(layers), n_columns, squeeze=False)
-    size = min(
-        9.0, 52 * cell / max(len(tokens), len(answers))
-    )  # points, so that the labels stand side by side
+    # In points, so that the labels fit side by side.
+    size = min(9.0, 52 * cell / max(len(tokens), len(queries)))
     for row, (name, weights) in zip(panels, layers.items(), strict=True):
         for head, panel in enumerate(row):
             if head >= len(weights):
                 panel.set_axis_off()
                 continue
-            # The square root lets a tenth be seen beside a whole.
+            # The square root keeps small weights visible.
             image = panel.imshow(
                 np.sqrt(weights[head]), cmap="Blues", vmin=0, vmax=1, interpolation="nearest"
             )
             panel.set_title(f"{name}, head {head}", fontsize=9)
             panel.set_xticks(range(len(tokens)), map(visible, tokens), fontsize=size, family="monospace")
-            panel.set_yticks(range(len(answers)), map(visible, answers), fontsize=size, family="monospace")
+            panel.set_yticks(range(len(queries)), map(visible, queries), fontsize=size, family="monospace")
             panel.tick_params(length=0, pad=1)
     bar = figure.colorbar(
         image, ax=panels.ravel().tolist(), label="share of the attention", aspect=40, pad=0.02
@@ -78,7 +77,7 @@ def attention_maps(
     }
     name, head = max(sharp, key=lambda which: sharp[which])
     share = f"{100 * sharp[name, head]:.0f} %"
-    finding = f"{name}, head {head} looks most sharply: {share} of its attention is at one place"
+    finding = f"{name}, head {head} attends most sharply: {share} of its attention is on one position"
     figure.suptitle(f"{finding}\n(the row's position attends to the column's)")
     return figure
 
@@ -90,24 +89,24 @@ def token_probabilities(
     vocabulary: Sequence[str],
     n_best: int = 5,
 ) -> Figure:
-    """Draw what a language model expects after each token: the likeliest ones, and what actual.
+    """Draw what a language model expects after each token: the likeliest ones, and the one that follows.
 
     Args:
-        tokens: what it read, T of them; the first 40 are drawn.
-        targets: the number in the vocabulary of what came after each.
-        probabilities: `[T, vocab]`, of each next token.
+        tokens: the T tokens that the model read; the first 40 are drawn.
+        targets: the index in the vocabulary of the token that follows each.
+        probabilities: `[T, vocab]`, the distribution of each next token.
         vocabulary: the text of each token.
         n_best: how many of the likeliest to draw.
 
     Returns:
-        A figure with one column per token; what actual has a frame, and its probability at the bottom.
+        A figure with one column per token; the target has a frame, and its probability is at the bottom.
 
     Raises:
-        ValueError: not one target and one row of probabilities per token.
+        ValueError: there is not one target and one row of probabilities per token.
 
     >>> from gradfn.report.sequences import token_probabilities
     >>> token_probabilities("ab", [1, 0], [[0.25, 0.75], [0.5, 0.5]], "ab", n_best=2).get_suptitle()
-    'Of 2 tokens, 100 % were the likeliest or second; what actual had a probability of 61 % (geometric mean)'
+    'Of 2 tokens, 100 % were the likeliest or second; the targets had a probability of 61 % (geometric mean)'
     """
     p = np.asarray(probabilities, np.float64)
     if not len(tokens) == len(targets) == len(p) or p.ndim != 2:
@@ -135,25 +134,25 @@ def token_probabilities(
     panel.set_yticks(range(n_best), [f"{i + 1}." for i in range(n_best)])
     panel.xaxis.tick_top()
     panel.tick_params(length=0)
-    panel.set_title("what it has read", fontsize=10)
-    panel.set_ylabel("what it expects next")
+    panel.set_title("tokens that the model read", fontsize=10)
+    panel.set_ylabel("most probable next tokens")
     below = panel.secondary_xaxis("bottom")
     actual_text = [visible(vocabulary[target]) for target in targets[:n]]
     labels = [f"{text}\n{_share(share)}" for text, share in zip(actual_text, actual, strict=False)]
     below.set_xticks(range(n), labels, fontsize=8, family="monospace")
     below.tick_params(length=0)
-    below.set_xlabel("what actual, and how probable it was in % (a frame where it is among the likeliest)")
+    below.set_xlabel("the target and its probability in % (framed above where it is among the likeliest)")
     figure.colorbar(image, ax=panel, label="probability", pad=0.01)
     mean = math.exp(float(np.log(np.maximum(actual, 1e-12)).mean()))
     figure.suptitle(
         f"Of {len(p)} tokens, {100 * (rank < 2).mean():.0f} % were the likeliest or second; "
-        f"what actual had a probability of {100 * mean:.0f} % (geometric mean)"
+        f"the targets had a probability of {100 * mean:.0f} % (geometric mean)"
     )
     return figure
 
 
 def visible(token: str) -> str:
-    """Return a token as it is shown in a figure: white space as a sign of its own.
+    """Return a token as it is shown in a figure: white space as a visible symbol.
 
     >>> visible("a b\\n")
     'a␣b↵'

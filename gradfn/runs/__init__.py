@@ -10,10 +10,10 @@ from gradfn.runs.folder import (
     RUNS,
     VERSIONS,
     RunError,
-    begin,
     disown,
     keep_training,
     latest,
+    start,
     write_json,
 )
 from gradfn.runs.outcome import Expectation, Outcome, finish, judge, listed
@@ -28,7 +28,6 @@ __all__ = [
     "Outcome",
     "RunConfig",
     "RunError",
-    "begin",
     "check",
     "disown",
     "finish",
@@ -40,6 +39,7 @@ __all__ = [
     "option",
     "options",
     "settle",
+    "start",
     "stored",
     "within",
     "write_json",

@@ -67,7 +67,7 @@ def check(config: Any) -> None:
 
 
 def within(low: int, high: int | None, **numbers: int | None) -> None:
-    """Raise a ValueError that names the first option outside of `low` to `high`; None is no bound, or not checked.
+    """Raise a ValueError that names the first option outside of `low` to `high`; None means unbounded, or not checked.
 
     >>> within(1, None, epochs=3, hidden=0)
     Traceback (most recent call last):

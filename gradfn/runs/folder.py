@@ -1,7 +1,7 @@
 """Run folders: where an experiment stores its options, its results and its pictures.
 
 A run is a folder that contains a `config.json`, which is written last and atomically: a run that is interrupted while
-it starts is there as a whole or not at all. One process owns the folder from `begin` until `finish`, or until it ends.
+it starts is there as a whole or not at all. One process owns the folder from `start` until `finish`, or until it ends.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CONFIG, VERSIONS, RESULT = "config.json", "versions.json", "result.json"
 # Bytes of the first two files.
 CONFIG_LIMIT = 1 << 20
 # The key of the starting time in versions.json.
-BEGUN = "begun"
+STARTED = "started"
 # The folders that this process owns, by their real paths.
 _OWNED: dict[str, contextlib.ExitStack] = {}
 
@@ -44,7 +44,7 @@ class ConfigFile(TypedDict):
     options: dict[str, Option | list[Option]]
 
 
-# versions.json: versions of the packages, the platform, the seed, and BEGUN.
+# versions.json: versions of the packages, the platform, the seed, and STARTED.
 VersionsFile = dict[str, bool | Integer | Number | str | None]
 
 
@@ -58,7 +58,7 @@ def refuse_a_run(folder: Path) -> None:
         raise RunError(f"{folder} already contains a run: resume it (--resume), or name another folder")
 
 
-def begin(experiment: str, config: RunConfig) -> Path:
+def start(experiment: str, config: RunConfig) -> Path:
     """Make the folder of a settled run, write its options and versions, and print where it is.
 
     The process owns the folder until `finish`, or until it ends.
@@ -89,7 +89,7 @@ def begin(experiment: str, config: RunConfig) -> Path:
         try:
             _refuse_files(folder)  # another process may have written some since
             now = datetime.now(UTC).isoformat()
-            write_json(folder / VERSIONS, versions() | {"seed": getattr(config, "seed", None), BEGUN: now})
+            write_json(folder / VERSIONS, versions() | {"seed": getattr(config, "seed", None), STARTED: now})
             replace_file(folder / CONFIG, content.encode())
         except BaseException:
             disown(folder)
@@ -158,13 +158,13 @@ def latest(experiment: str | Path, holding: str = CONFIG) -> Path | None:
         holding: the name of a file that the run must have.
     """
     folders = [file.parent for file in (RUNS / experiment).glob(f"*/{holding}")]
-    return max(folders, key=lambda folder: (begun(folder), folder.name), default=None)
+    return max(folders, key=lambda folder: (started(folder), folder.name), default=None)
 
 
-def begun(folder: Path) -> datetime:
+def started(folder: Path) -> datetime:
     """Return when a run started; for one without that entry, when its options were written."""
     try:
-        return datetime.fromisoformat(str(read_versions(folder)[BEGUN])).astimezone(UTC)
+        return datetime.fromisoformat(str(read_versions(folder)[STARTED])).astimezone(UTC)
     except (ValueError, KeyError, OSError, OverflowError):
         file = folder / CONFIG
         seconds = (file if os.path.lexists(file) else folder).lstat().st_mtime

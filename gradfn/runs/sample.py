@@ -178,7 +178,7 @@ def _no_model(run: str | Path) -> str:
 
 
 def write(model: Model, config: Config) -> Iterator[int]:
-    """Yield the tokens of a text; lines that are texts of their own each begin with the prompt again.
+    """Yield the tokens of a text; where each line is a text of its own, every line starts with the prompt.
 
     Raises:
         ValueError: options that the model cannot take.

@@ -111,9 +111,9 @@ def fit(
         evaluate: `(params) -> {name: scalar}`, called every `eval_every` steps and at the end; with `state`, `(params,
             state) -> {name: scalar}`.
         eval_every: in steps; by default an epoch (a tenth of all steps where `data` is a function).
-        inspect_every: inspect all gradients and activations every so many steps, with `gf.inspect`. The update of an
+        inspect_every: inspect all gradients and activations every N steps, with `gf.inspect`. The update of an
             inspected step uses the gradients of the inspection.
-        noise_every: measure the gradient's noise scale every so many steps, with `gf.per_example.noise_scale`,
+        noise_every: measure the gradient's noise scale every N steps, with `gf.per_example.noise_scale`,
             on the step's own batch; the loss must be a `gf.batch_mean`. The running scale averages over about fifty
             measurements.
         stop: `(history) -> bool`, called after each evaluation; True ends the run. See `gf.stalled`.
@@ -123,7 +123,7 @@ def fit(
             holds the state and how far each file of rows reaches; a run that resumes truncates them to that.
         checkpoint_seconds: write a checkpoint when this much time has passed since the last (more where
             writing one takes over a twentieth of it), and at the end. It is written while the next steps run.
-        keep_every: also keep the parameters every so many steps and at the end, which `gf.train.kept` reads. They
+        keep_every: also keep the parameters every N steps and at the end, which `gf.train.kept` reads. They
             stay in the folder.
         resume: continue from the folder's checkpoint, if there is one: the result has the same bits as that of a run
             that was never interrupted. The data, the loss, the initial parameters, `batch_size`, `seed`, `eval_every`
@@ -157,7 +157,7 @@ def fit(
             good checkpoint is kept, and `resume` continues from it.
         CheckpointError: `resume` finds a checkpoint of another run, or one that cannot be read; it says what
             differs.
-        FloatingPointError: the loss or a gradient is no longer finite; it says where that began, as
+        FloatingPointError: the loss or a gradient is no longer finite; the message gives its origin, as
             `gf.nan_origin` finds it. The last good checkpoint is kept.
 
     >>> import jax, jax.numpy as jnp, optax, gradfn as gf
@@ -222,7 +222,7 @@ def fit(
                 jax.block_until_ready(programs.advance(run.state, order, 0, 0))
                 if inspect_every:
                     jax.block_until_ready(programs.inspect(run.state, order, 0))
-            log.begin(run.step)
+            log.start(run.step)
             length = 1  # the first chunk is one step, to learn how long a step takes
             while run.step < steps and not run.finished and stopping.signal is None:
                 step = run.step

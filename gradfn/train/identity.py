@@ -31,9 +31,12 @@ from gradfn.train.model import batch_loss
 from gradfn.train.source import Source
 from gradfn.train.step import TrainState, step_keywords
 
-HASHED = 1 << 24  # at most so many bytes of an array are hashed
-SAMPLES = 4  # so many values of a parameter are stored
-CLOSE = 1e-3  # tolerance, relative to the largest of them
+# The most bytes of an array that are hashed.
+HASHED = 1 << 24
+# How many values of each parameter are stored.
+SAMPLES = 4
+# The tolerance, relative to the largest of them.
+CLOSE = 1e-3
 
 
 class Programs(TypedDict):
@@ -83,9 +86,9 @@ def difference(was: Identity, now: Identity) -> str | None:
             return f"params: expected {name} to start from {expected}, got {values}"
     programs, others = was["programs"], now["programs"]
     if programs["jax"] == others["jax"] and programs["batch"] != others["batch"]:
-        return "data: batches are computed differently than when the run began"
+        return "data: batches are computed differently than when the run started"
     if programs["jax"] == others["jax"] and programs["loss"] != others["loss"]:
-        return "loss: it computes something different than when the run began"
+        return "loss: it computes something different than when the run started"
     return None
 
 

@@ -29,7 +29,7 @@ class Log:
 
     Args:
         folder: where the files are; None for rows in memory alone.
-        steps: how many the run takes in all.
+        steps: the total number of steps of the run.
         tokens: per example, where examples are sequences of tokens.
         progress: whether to show a progress bar, or lines where there is no terminal.
 
@@ -45,7 +45,8 @@ class Log:
         self._steps, self._progress = steps, progress
         self._events: Events | None = None
         self._bar: tuple[Progress, TaskID] | None = None
-        self._began: tuple[float, int] | None = None  # when this process began to train, and at which step
+        # When this process started training, and at which step.
+        self._started: tuple[float, int] | None = None
 
     @property
     def files(self) -> list[Rows]:
@@ -70,16 +71,16 @@ class Log:
             except FileError as error:
                 raise CheckpointError(str(error)) from error
 
-    def begin(self, step: int) -> None:
-        """Start the clock that estimates the time left: everything is compiled, and training begins at a step."""
-        self._began = time.monotonic(), step
+    def start(self, step: int) -> None:
+        """Start the clock that estimates the time left: everything is compiled, and training starts at `step`."""
+        self._started = time.monotonic(), step
 
     def left(self, step: int) -> float:
         """Return how many seconds are left at a step, evaluations, inspections and checkpoints included."""
-        if self._began is None or step == self._began[1]:
+        if self._started is None or step == self._started[1]:
             return math.nan
-        began, first = self._began
-        return (time.monotonic() - began) / (step - first) * (self._steps - step)
+        started, first = self._started
+        return (time.monotonic() - started) / (step - first) * (self._steps - step)
 
     def row(self, row: Row) -> None:
         """Append a row of metrics, and print it where there is no progress bar."""

@@ -27,7 +27,7 @@ def keep_freed_memory() -> bool:
     """
     if not sys.platform.startswith("linux"):
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries of Linux have none
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
     if mallopt is None:
         return False
     return all(mallopt(option, AT_MOST) == 1 for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD))

@@ -37,7 +37,7 @@ class Totals:
         n_steps: steps since the last row.
         examples: examples since the last row.
         row_seconds: time spent in steps since the last row.
-        seconds: time spent in steps since the run began.
+        seconds: time spent in steps since the run started.
         noise_sums: decayed sums of the gradient's signal and of its noise.
     """
 
@@ -153,5 +153,5 @@ def check_same_run(notes: Notes, settings: Settings, identity: Identity, folder:
 
 def of_another_run(folder: Path, why: str) -> CheckpointError:
     """Return the error for a checkpoint that does not fit the run that is to be resumed."""
-    remedy = "Resume with the arguments that the run began with, or use another folder"
+    remedy = "Resume with the arguments that the run started with, or use another folder"
     return CheckpointError(f"{folder}: its checkpoint {why}. {remedy}")

@@ -24,8 +24,10 @@ from gradfn.files import JSON_LIMIT, FileError, open_regular, open_to_append, pa
 from gradfn.layout import NOT_FINITE
 
 Row = dict[str, Any]
-RECENT = 4 << 20  # rows of at most so many bytes of JSON are kept in memory
-BLOCK = 1 << 20  # at most so many bytes of older rows are read at a time, unless one row is larger
+# The most recent rows stay in memory, up to this many bytes of JSON.
+RECENT = 4 << 20
+# Older rows are read in blocks of at most this many bytes, unless one row is larger.
+BLOCK = 1 << 20
 
 
 class Extent(TypedDict):

@@ -17,7 +17,8 @@ from gradfn.train.log import Log
 from gradfn.train.notes import Notes
 from gradfn.train.step import TrainState
 
-SHARE = 20  # a checkpoint takes at most one part in so many of the time between two
+# Writing checkpoints takes at most one part in this many of the time.
+SHARE = 20
 PIECE = 1 << 28  # bytes written, and flushed to the disk, at a time
 
 
@@ -39,7 +40,7 @@ class Saver:
         self._writing: threading.Event | None = None  # set when the checkpoint that is being written is done
         self._thread = threading.Thread()
         self._error: BaseException | None = None
-        self._cancelled = threading.Event()
+        self._canceled = threading.Event()
 
     def due(self) -> bool:
         """Return whether it is time for the next checkpoint."""
@@ -77,10 +78,10 @@ class Saver:
                 self.wait()
                 return
             if not issubclass(kind, Exception):  # a second signal
-                self._cancelled.set()
+                self._canceled.set()
             self._finish()  # an error of its own comes second to the one that ended the run
         except BaseException:
-            self._cancelled.set()
+            self._canceled.set()
             self._finish()
             raise
 
@@ -101,7 +102,7 @@ class Saver:
         try:
             self._log.sync()  # the rows that the checkpoint refers to must be on the disk before it
             with replacing(self._log.folder / CHECKPOINT) as out:
-                write_tensors(_Pieces(out, self._cancelled), arrays, notes, checksum=True)  # type: ignore[arg-type]
+                write_tensors(_Pieces(out, self._canceled), arrays, notes, checksum=True)  # type: ignore[arg-type]
         except BaseException as error:
             self._error = error
         self._ended = time.monotonic()
@@ -114,10 +115,10 @@ class _CancelledError(Exception):
 
 
 class _Pieces:
-    """A file that is flushed to the disk in pieces, so that writing can be cancelled soon at any time."""
+    """A file that is flushed to the disk in pieces, so that a write can be canceled at any time without delay."""
 
-    def __init__(self, out: IO[bytes], cancelled: threading.Event) -> None:
-        self._out, self._cancelled = out, cancelled
+    def __init__(self, out: IO[bytes], canceled: threading.Event) -> None:
+        self._out, self._canceled = out, canceled
         self._since = 0  # bytes since the last flush to the disk
 
     def write(self, data: bytes | memoryview) -> None:
@@ -129,5 +130,5 @@ class _Pieces:
                 self._out.flush()
                 os.fsync(self._out.fileno())
                 self._since = 0
-            if self._cancelled.is_set():
+            if self._canceled.is_set():
                 raise _CancelledError

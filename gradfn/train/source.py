@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 from gradfn.data._arrays import as_arrays, on_device
 from gradfn.data._batches import epoch_order, n_examples
 
-# The host makes the batches of at most so many steps, and bytes, at a time.
+# How many steps, and bytes, of batches the host makes at a time at most.
 HOST_STEPS, HOST_BYTES = 64, 1 << 24
 
 

@@ -77,7 +77,7 @@ def make(kind, folder):
     if kind == "fit":
         train(str(folder), hash_file=folder / "fingerprint")
     elif kind == "run":
-        runs.begin("digits", runs.settle("digits", digits.Config(folder=str(folder))))
+        runs.start("digits", runs.settle("digits", digits.Config(folder=str(folder))))
         train(str(folder))
         net = gf.mlp([784, 4, 10])
         data = gf.data.digits()

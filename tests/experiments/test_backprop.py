@@ -1,4 +1,4 @@
-"""One gradient in four ways: they agree, and where one does not it is said."""
+"""One gradient in four ways: they agree, and a disagreement is reported."""
 
 import jax
 import jax.numpy as jnp

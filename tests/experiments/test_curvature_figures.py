@@ -13,9 +13,9 @@ def test_edge_of_stability_names_the_rates_that_end_at_their_limit():
     figure = edge_of_stability({0.1: history(12.0), 0.4: history(4.8)})
     assert figure.get_suptitle().endswith("sharpness 4.8 of 2 / 0.4 = 5")
     upper, lower = figure.axes
-    drawn = {tuple(line.get_ydata()) for line in upper.lines}
-    assert (20.0, 20.0) in drawn  # the limit of rate 0.1
-    assert (5.0, 5.0) in drawn
+    lines = {tuple(line.get_ydata()) for line in upper.lines}
+    assert (20.0, 20.0) in lines  # the limit of rate 0.1
+    assert (5.0, 5.0) in lines
     assert len(lower.lines) == 2
     assert "No sharpness" in edge_of_stability({0.1: history(12.0)}).get_suptitle()
     with pytest.raises(ValueError, match="rows for each"):

@@ -1,4 +1,4 @@
-"""A default never makes a sensible option an error: what an option alone gets wrong is told of that option."""
+"""Defaults adapt to valid options, and an error names the option that is wrong on its own."""
 
 import dataclasses
 import importlib
@@ -38,7 +38,7 @@ def test_few_steps_warm_up_for_fewer(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(gpt, "adamw_warmup_cosine", optimizer)
-    monkeypatch.setattr(runs, "begin", lambda name, config: None)
+    monkeypatch.setattr(runs, "start", lambda name, config: None)
     monkeypatch.setattr(gpt.sample, "save_model", lambda *args: None)
     for options in ({"steps": 60}, {"steps": 1}, {"steps": 2000}, {"steps": 60, "warmup": 59}):
         with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""The digit network end to end: learns, draws, and goes on after kill -9 to the very same parameters."""
+"""The digit network end to end: it learns, draws, and resumes after kill -9 to exactly the same parameters."""
 
 import json
 import os

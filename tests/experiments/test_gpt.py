@@ -1,4 +1,4 @@
-"""The language model end to end: it trains, draws, goes on writing, and says what was promised for it."""
+"""The language model end to end: it trains, draws, continues a text, and compares its loss with what is expected."""
 
 import json
 
@@ -64,22 +64,22 @@ def test_the_model_of_a_run_is_the_one_that_was_trained(of_text):
 def test_sampling_on_the_command_line(of_text, monkeypatch, capsys):
     folder = str(of_text.folder)
     words = ["sample", folder, "--prompt", "to be", "--n", "12", "--top-k", "3", "--seed", "4"]
-    said = []
+    outputs = []
     for _ in range(2):
         assert main(words) == 0
         captured = capsys.readouterr()
-        said.append(captured.out)
+        outputs.append(captured.out)
         assert "12 tokens, the first 2 in" in captured.err
         assert captured.err.endswith("tokens/s\n")
-    assert said[0] == said[1]
-    assert said[0].startswith("to be")
-    assert len(said[0]) == len("to be") + 12 + 1
+    assert outputs[0] == outputs[1]
+    assert outputs[0].startswith("to be")
+    assert len(outputs[0]) == len("to be") + 12 + 1
     assert main([*words[:-1], "5"]) == 0
-    assert capsys.readouterr().out != said[0]
+    assert capsys.readouterr().out != outputs[0]
     # The name of an experiment is its latest run.
     monkeypatch.setattr(runs.folder, "RUNS", of_text.folder.parent.parent)
     assert main(["sample", of_text.folder.parent.name, *words[2:]]) == 0
-    assert capsys.readouterr().out == said[0]
+    assert capsys.readouterr().out == outputs[0]
 
 
 @pytest.mark.slow

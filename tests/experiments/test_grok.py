@@ -1,4 +1,4 @@
-"""Grokking: what is asked, what is measured, and what is said of it."""
+"""Grokking: the task, the measurements, and the outcome."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def test_waves_are_waves():
 
 
 def test_waves_add_modulo():
-    """The network can do it: cosines of frequency k in A, B and W answer with the sum, as Gromov says."""
+    """The network can represent the sum by cosines of frequency k in A, B and W, as Gromov shows."""
     modulus, rng = 7, np.random.default_rng(0)
     k, phase, other = rng.integers(1, 4, 3000), *rng.uniform(0, 2 * np.pi, [2, 3000])
     angles = 2 * np.pi * k * np.arange(modulus)[:, None] / modulus  # [numbers, nodes]
@@ -33,8 +33,8 @@ def test_waves_add_modulo():
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
     everything, _ = grok.sums(modulus, 0.99, 0)
     net = grok.adder(modulus, 3000)
-    answers = jax.vmap(net.apply, (None, 0))(params, everything[0]).argmax(-1)
-    np.testing.assert_array_equal(answers, everything[1])
+    predictions = jax.vmap(net.apply, (None, 0))(params, everything[0]).argmax(-1)
+    np.testing.assert_array_equal(predictions, everything[1])
 
 
 def test_the_first_step_at_a_level():

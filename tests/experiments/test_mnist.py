@@ -26,12 +26,12 @@ def test_nielsens_parameters_are_all_from_a_standard_normal():
 def test_shifted_moves_each_image_by_at_most_a_pixel_each_way():
     image = jnp.zeros([28, 28]).at[10, 20].set(1.0).reshape(784)
 
-    def where(params, example):  # the one pixel's number
+    def where(params, example):  # the index of the one pixel
         return jnp.argmax(example[0]).astype(jnp.float32)
 
     keys = jax.random.split(jax.random.key(0), 200)
-    seen = jax.vmap(lambda key: shifted(where)({}, (image[None], jnp.zeros(1)), key=key))(keys)
-    assert set(np.asarray(seen, int)) == {
+    positions = jax.vmap(lambda key: shifted(where)({}, (image[None], jnp.zeros(1)), key=key))(keys)
+    assert set(np.asarray(positions, int)) == {
         28 * (10 + down) + 20 + right for down in (-1, 0, 1) for right in (-1, 0, 1)
     }
 

@@ -1,4 +1,4 @@
-"""One node by hand: its weights, its bias, and what is said of it."""
+"""One node by hand: its weights, its bias, and the outcome."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,17 +7,17 @@ import pytest
 from gradfn.experiments import neuron
 
 
-def test_the_ring_takes_off_what_the_region_adds():
+def test_the_ring_cancels_the_region():
     weights = neuron.node(neuron.Config(top=10, left=8, height=2, width=3, ring=1))
     assert weights.sum() == pytest.approx(0, abs=1e-5)
     np.testing.assert_array_equal(weights[10:12, 8:11], 1)
     around = weights[9:13, 7:12].copy()
     around[1:3, 1:4] = -1
     assert (around < 0).all()
-    assert np.count_nonzero(weights) == 4 * 5  # what is far away is not looked at
+    assert np.count_nonzero(weights) == 4 * 5  # pixels far away have no weight
 
 
-def test_without_a_ring_there_is_the_region_alone():
+def test_without_a_ring_only_the_region_has_weights():
     weights = neuron.node(neuron.Config(ring=0))
     assert set(np.unique(weights)) == {0.0, 1.0}
     assert weights.sum() == 5 * 16

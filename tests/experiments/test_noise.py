@@ -13,8 +13,8 @@ def test_a_reduced_run(tmp_path, capsys):
     files = {file.name for file in result.folder.iterdir()}
     assert {"noise.png", "largest.png", "agreement.png", "noise.jsonl", "result.json"} <= files
     assert [row["step"] for row in result.noise] == list(range(0, 18, 3))
-    said = json.loads((result.folder / "result.json").read_text())
-    np.testing.assert_allclose(said["second"], result.second)
+    stored = json.loads((result.folder / "result.json").read_text())
+    np.testing.assert_allclose(stored["second"], result.second)
     assert result.outcome.state == "open"
     assert str(result.outcome) in capsys.readouterr().out
 

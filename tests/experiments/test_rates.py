@@ -1,4 +1,4 @@
-"""Learning rates: that all at once is each alone, how they are told apart, and what is said of it."""
+"""Learning rates: trainings in parallel equal single ones, how rates are compared, and the outcome."""
 
 import jax
 import jax.numpy as jnp

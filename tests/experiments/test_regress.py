@@ -1,4 +1,4 @@
-"""The regression: what is predicted, its gradients, and what is said of it."""
+"""The regression: its predictions, their gradients, and the outcome."""
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +31,9 @@ def test_what_it_predicts_and_its_slopes(tmp_path):
     assert {"predictions.png", "slopes.png", "curves.png"} <= {file.name for file in result.folder.iterdir()}
     data, net = gf.data.diabetes(), gf.mlp([10, 5, 1])
     x, _ = data.test
-    answers = jax.vmap(jax.vmap(net.apply, (None, 0)), (0, None))(
-        result.params, jnp.asarray(x)
-    )  # [nets, patients, 1]
-    expected = np.asarray(answers).mean((0, 2)) * data.target_std + data.target_mean
+    # [nets, patients, 1]
+    predictions = jax.vmap(jax.vmap(net.apply, (None, 0)), (0, None))(result.params, jnp.asarray(x))
+    expected = np.asarray(predictions).mean((0, 2)) * data.target_std + data.target_mean
     np.testing.assert_allclose(result.predictions["network"], expected, rtol=1e-4)
     assert result.r2["network"] > 0.1  # it has learned
 

@@ -1,4 +1,4 @@
-"""Digits backwards: what is asked of the network, and that it learns it."""
+"""Digits in reverse order: the task, and that the network learns it."""
 
 import jax
 import jax.numpy as jnp

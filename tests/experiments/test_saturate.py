@@ -1,4 +1,4 @@
-"""Deep networks: that one program stands for all depths, what is measured, and what is said of it."""
+"""Deep networks: one program covers all depths, the measurements, and the outcome."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The search over widths: what is tried, what is chosen, and what is said of it."""
+"""The search over widths: the candidates, the choice, and the outcome."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Charts of any numbers: none fails or goes on for ever, all coordinates are finite, few points are all drawn."""
+"""Charts of any numbers: none fails or runs forever, all coordinates are finite, and a few points are all drawn."""
 
 import json
 import math
@@ -96,13 +96,13 @@ def test_ticks_of_small_numbers_are_not_all_zero():
     st.booleans(),
     st.sampled_from([1, 30]),
 )
-def test_a_line_chart_of_any_numbers_has_finite_coordinates(lines, percent, repeats):
-    curves = [Curve(points * repeats) for points in lines]
-    drawn = [Line(f"<{i}>", i, i > 1, curve) for i, curve in enumerate(curves) if curve.ends]
-    if drawn:
-        chart = line_chart("a & b", drawn, percent=percent)
+def test_a_line_chart_of_any_numbers_has_finite_coordinates(series, percent, repeats):
+    curves = [Curve(points * repeats) for points in series]
+    lines = [Line(f"<{i}>", i, i > 1, curve) for i, curve in enumerate(curves) if curve.ends]
+    if lines:
+        chart = line_chart("a & b", lines, percent=percent)
         in_the_picture(chart)
-        assert len(chart) < 20_000 + 40 * 3 * MAX_POINTS * len(drawn)
+        assert len(chart) < 20_000 + 40 * 3 * MAX_POINTS * len(lines)
         for points in re.findall('data-points="([^"]*)"', chart):
             assert all(math.isfinite(value) for point in json.loads(unescape(points)) for value in point)
 

@@ -43,8 +43,8 @@ def test_buckets_say_the_truth_of_all_points(values, repeats, limit, chunks):
             scale = np.abs(finite).max()
             assert bucket.low <= bucket.mean <= bucket.high
             assert abs(bucket.mean - math.fsum(finite / len(finite))) <= 1e-12 * scale + 1e-300
-    places = np.flatnonzero(np.isfinite(y))
-    assert curve.ends == ([(int(i), y[i]) for i in places[[0, -1]]] if len(places) else [])
+    indices = np.flatnonzero(np.isfinite(y))
+    assert curve.ends == ([(int(i), y[i]) for i in indices[[0, -1]]] if len(indices) else [])
 
 
 @pytest.mark.parametrize("n", [1, 2, 299, 300])

@@ -178,16 +178,16 @@ CASES = [(name, i) for name, contents in DAMAGED.items() for i in range(len(cont
 
 
 def one_line(capsys, words, name):
-    """Hold a command to exit code 2 and one line that names a file."""
+    """Assert that a command exits with code 2 and prints one line that names a file."""
     capsys.readouterr()
     assert cli.main(words) == 2
-    said = capsys.readouterr()
-    assert said.err.endswith("\n")
-    assert_short(said.err[:-1], name)
+    err = capsys.readouterr().err
+    assert err.endswith("\n")
+    assert_short(err[:-1], name)
 
 
 def refused(read, name):
-    """Hold a function to what the command line makes one line of."""
+    """Assert that a function raises an error that the command line prints as one line."""
     with pytest.raises(FileError) as error:
         read()
     assert_short(" ".join(str(error.value).split()), name)
@@ -258,7 +258,7 @@ def test_a_picture_that_is_no_file_is_named_in_the_page_and_not_followed(folder)
 
 
 def no_files(file):
-    """Put in turn what is no file into the place of one, and then the file again."""
+    """Replace a file with one kind of non-file after another, and then restore it."""
     outside = file.parent.parent / "outside"
     file.rename(outside)
     makers = [

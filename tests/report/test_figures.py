@@ -69,7 +69,7 @@ def test_confusion_counts_with_the_true_class_as_row():
     figure = confusion([0, 4, 4, 4, 9], [0, 9, 9, 4, 9], "test digits")
     assert figure.get_suptitle() == "60.0 % of 5 test digits right; 4 is most often taken for 9 (2 times)"
     texts = {(text.get_position(), text.get_text()) for text in figure.axes[0].texts}
-    # (column, row) of each count: what was said, what it is
+    # (column, row) of each count: prediction, label
     assert texts == {((0, 0), "1"), ((9, 4), "2"), ((4, 4), "1"), ((9, 9), "1")}
 
 
@@ -96,7 +96,7 @@ def test_mistakes_say_what_they_are_and_show_the_surest_first():
     assert shown[0].images[0].get_array()[0, 0] == 1.0
 
 
-def test_no_mistake_shows_the_least_sure_answers():
+def test_no_mistake_shows_the_least_confident_predictions():
     figure = mistakes(np.zeros([2, 784]), [0, 1], [[0.9, 0.1], [0.45, 0.55]])
     assert figure.get_suptitle() == "No mistake in 2 examples; the 2 that the network was least sure of"
     shown = [panel.get_title() for panel in figure.axes if panel.images]

@@ -39,7 +39,7 @@ window.wrong = [];
 for (const kind of ["error", "unhandledrejection", "securitypolicyviolation"])
   addEventListener(kind, (event) => wrong.push(`${kind}: ${event.message || event.reason || event.violatedDirective}`));
 </script>"""
-# Helpers for what is run in the page; each ends with the result of the function `told`.
+# Helpers for the scripts that run in the page; each script defines a function `result`.
 HELPERS = """
 const at = (target, type, x, y) => {
   target.scrollIntoView();
@@ -90,12 +90,12 @@ def kept_run(tmp_path, net=None, pictures=None):
     return Kept(tmp_path, "toy", {"seed": 0}, {}, {"verdict": "done"}, {}, pictures or {}, net)
 
 
-def in_page(tmp_path, kept, script, **asked):
-    """Run a script in the page of some runs; return what its function `told` returns."""
-    asked = json.dumps(asked).replace("<", "\\u003c")
+def in_page(tmp_path, kept, script, **inputs):
+    """Run a script in the page of some runs; return what its function `result` returns."""
+    inputs = json.dumps(inputs).replace("<", "\\u003c")
     driver = (
-        f'<pre id="told"></pre><script type="module">const asked = {asked};{HELPERS}{script}\n'
-        'find("#told").textContent = JSON.stringify([told(), wrong]);</script>'
+        f'<pre id="result"></pre><script type="module">const inputs = {inputs};{HELPERS}{script}\n'
+        'find("#result").textContent = JSON.stringify([result(), wrong]);</script>'
     )
     html = page(kept).replace("<head>", f"<head>{LISTEN}", 1).replace("</body>", f"{driver}</body>")
     file = tmp_path / "page.html"
@@ -107,18 +107,18 @@ def in_page(tmp_path, kept, script, **asked):
         file.as_uri(),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert said == []
-    found = re.search(r'<pre id="told">(.*?)</pre>', done.stdout, re.DOTALL)
+    messages = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert messages == []
+    found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found, done.stderr[-2000:]
-    told, wrong = json.loads(unescape(found[1]))
+    result, wrong = json.loads(unescape(found[1]))
     assert wrong == []
-    return told
+    return result
 
 
 @functools.cache
 def compiled(loss):
-    """Return what JAX computes of a loss: all values inside and their gradients, those of parameters and input."""
+    """Return a compiled function: the inspection of a loss, and its gradients at the parameters and the input."""
     look, grad = (
         gf.inspect(loss, keep="*"),
         jax.grad(lambda params, x, label: loss(params, (x, label)), (0, 1)),
@@ -128,39 +128,39 @@ def compiled(loss):
 
 def jax_says(params, loss, x, label):
     """Return the values and gradients by name, and the loss."""
-    seen, (grads, grad_x) = compiled(loss)(params, x, label)
-    values = {name: value for name, value in seen.values.items() if name[0] in "az"}
-    return values, {name: seen[name].grad for name in values} | grads | {"x": grad_x}, seen.value
+    inspection, (grads, grad_x) = compiled(loss)(params, x, label)
+    values = {name: value for name, value in inspection.values.items() if name[0] in "az"}
+    return values, {name: inspection[name].grad for name in values} | grads | {"x": grad_x}, inspection.value
 
 
-def agree(came, params, loss, x, label):
+def agree(actual, params, loss, x, label):
     values, grads, value = jax_says(params, loss, x, label)
     close = {"atol": 1e-5, "rtol": 1e-5}
-    np.testing.assert_allclose(came["loss"], value, **close)
+    np.testing.assert_allclose(actual["loss"], value, **close)
     for name, expected in values.items():
-        np.testing.assert_allclose(came[name[0]][int(name[1:]) - 1], expected, err_msg=name, **close)
-    assert set(came["grads"]) == set(grads)
+        np.testing.assert_allclose(actual[name[0]][int(name[1:]) - 1], expected, err_msg=name, **close)
+    assert set(actual["grads"]) == set(grads)
     for name, expected in grads.items():
         np.testing.assert_allclose(
-            np.reshape(came["grads"][name], expected.shape), expected, err_msg=name, **close
+            np.reshape(actual["grads"][name], expected.shape), expected, err_msg=name, **close
         )
 
 
 def test_every_value_and_gradient_is_that_of_jax(tmp_path):
     nets = {name: digit_net(name) for name in NETS}
     x, label = np.linspace(-1, 1, 784, dtype=np.float32), 4
-    script = """const told = () => Object.fromEntries(Object.entries(asked.nets).map(([name, net]) =>
-        [name, numbers(gradfn.compute(gradfn.build(JSON.parse(net)).net, asked.x, asked.label))]));"""
-    told_nets = {name: _net(kept) for name, (kept, *_) in nets.items()}
-    told = in_page(
-        tmp_path, [kept_run(tmp_path, nets["sigmoid"][0])], script, nets=told_nets, x=x.tolist(), label=label
+    script = """const result = () => Object.fromEntries(Object.entries(inputs.nets).map(([name, net]) =>
+        [name, numbers(gradfn.compute(gradfn.build(JSON.parse(net)).net, inputs.x, inputs.label))]));"""
+    page_nets = {name: _net(kept) for name, (kept, *_) in nets.items()}
+    result = in_page(
+        tmp_path, [kept_run(tmp_path, nets["sigmoid"][0])], script, nets=page_nets, x=x.tolist(), label=label
     )
     for name, (_, params, loss) in nets.items():
-        agree(told[name], params, loss, x, label)
+        agree(result[name], params, loss, x, label)
 
 
 CONTROLS = """
-const told = () => {
+const result = () => {
   const out = {};
   const see = (name) => (out[name] = { ...numbers(gradfn.now()), label: gradfn.state.label, x: plain(gradfn.state.x) });
   see("first");
@@ -212,73 +212,73 @@ const told = () => {
 
 def test_every_control_does_what_it_says(tmp_path):
     kept, params, loss = digit_net("sigmoid")
-    told = in_page(tmp_path, [kept_run(tmp_path, kept)], CONTROLS)
+    result = in_page(tmp_path, [kept_run(tmp_path, kept)], CONTROLS)
     first, second = kept.samples
-    agree(told["first"], params, loss, first, 3)
-    agree(told["second"], params, loss, second, 8)
-    agree(told["label 5"], params, loss, second, 5)
-    assert told["node"] == "Hidden node 2"
-    assert told["next"] == ["Hidden node 3", True]
+    agree(result["first"], params, loss, first, 3)
+    agree(result["second"], params, loss, second, 8)
+    agree(result["label 5"], params, loss, second, 5)
+    assert result["node"] == "Hidden node 2"
+    assert result["next"] == ["Hidden node 3", True]
 
     region = np.zeros([28, 28])
     region[:, 7:14] = 1  # from 26 % to 49 % of the width
     inside = params | {"W1": params["W1"].at[3].multiply(jnp.asarray(region.ravel(), jnp.float32))}
-    agree(told["region"], inside, loss, second, 5)
-    assert told["caption"] == "Only this region; click for all"
-    assert told["moved"] == 8
-    agree(told["bias"], params | {"b1": params["b1"].at[3].set(-7.5)}, loss, second, 5)
-    assert told["fires"] == "It fires where the weighted sum is over 7.500."
-    agree(told["as trained"], params, loss, second, 5)
+    agree(result["region"], inside, loss, second, 5)
+    assert result["caption"] == "Only this region; click for all"
+    assert result["moved"] == 8
+    agree(result["bias"], params | {"b1": params["b1"].at[3].set(-7.5)}, loss, second, 5)
+    assert result["fires"] == "It fires where the weighted sum is over 7.500."
+    agree(result["as trained"], params, loss, second, 5)
 
-    assert told["steps"] == [1, 6, True, 5]
+    assert result["steps"] == [1, 6, True, 5]
     steps = [f"{i + 1}∂L/∂{name}" for i, name in enumerate(("z2", "W2", "a1", "z1", "W1", "x"))]
-    assert told["headings"] == steps
+    assert result["headings"] == steps
 
-    drawn = np.reshape(told["drawn"]["x"], [28, 28])
-    rows = np.flatnonzero(drawn.any(1))
+    image = np.reshape(result["drawn"]["x"], [28, 28])
+    rows = np.flatnonzero(image.any(1))
     assert len(rows) == rows[-1] - rows[0] + 1 == 20  # pixels high, as MNIST's are
     for axis in (0, 1):
-        center = (drawn.sum(axis) * np.arange(28)).sum() / drawn.sum()
+        center = (image.sum(axis) * np.arange(28)).sum() / image.sum()
         assert 13.5 - 1e-5 <= center <= 14.5
-    agree(told["drawn"], params, loss, drawn.ravel().astype(np.float32), told["drawn"]["label"])
-    assert told["drawn"]["label"] == np.argmax(told["drawn"]["probabilities"])  # until another is chosen
-    assert not np.any(told["cleared"]["x"])
-    assert told["scheme"] == "dark light"
-    assert told["unnamed"] == []
-    assert not told["wide"]
+    agree(result["drawn"], params, loss, image.ravel().astype(np.float32), result["drawn"]["label"])
+    assert result["drawn"]["label"] == np.argmax(result["drawn"]["probabilities"])  # until another is chosen
+    assert not np.any(result["cleared"]["x"])
+    assert result["scheme"] == "dark light"
+    assert result["unnamed"] == []
+    assert not result["wide"]
 
 
 def test_what_is_drawn_is_prepared_as_the_training_images_were(tmp_path):
     kept, *_ = digit_net("sigmoid")
     rng = np.random.default_rng(0)
-    script = "const told = () => plain(asked.pads.map((pad) => gradfn.prepare(pad, asked.side)));"
+    script = "const result = () => plain(inputs.pads.map((pad) => gradfn.prepare(pad, inputs.side)));"
     # An image as MNIST has them: 20 pixels high, its center of mass in the middle; and nothing.
     image = np.zeros([28, 28])
     image[4:24, 9:20] = rng.uniform(0.1, 1, [20, 11])
     # The same on a pad with 5 to each pixel of the image, not in the middle.
     pad = np.roll(np.kron(image, np.ones([5, 5])), (11, -17), (0, 1))
     pads = [pad.ravel().tolist(), [0] * pad.size]
-    told = in_page(tmp_path, [kept_run(tmp_path, kept)], script, pads=pads, side=len(pad))
-    np.testing.assert_allclose(np.reshape(told[0], [28, 28]), image, atol=1e-9)
-    assert told[1] is None
+    result = in_page(tmp_path, [kept_run(tmp_path, kept)], script, pads=pads, side=len(pad))
+    np.testing.assert_allclose(np.reshape(result[0], [28, 28]), image, atol=1e-9)
+    assert result[1] is None
 
     # Digits of 8x8 pixels fill the height, three quarters of the width, in 17 levels.
     half = rng.integers(1, 17, [8, 3]) / 16
     small = np.pad(np.concatenate([half, half[:, ::-1]], 1), ((0, 0), (1, 1)))
     pad = np.roll(np.pad(np.kron(small, np.ones([15, 15])), 20), (11, -17), (0, 1))
     run = kept_run(tmp_path, kept._replace(spline=spline(8, 28)))
-    told = in_page(tmp_path, [run], script, pads=[pad.ravel().tolist()], side=len(pad))
-    np.testing.assert_allclose(np.reshape(told[0], [28, 28]), enlarge(small[None], 28)[0], atol=1e-6)
+    result = in_page(tmp_path, [run], script, pads=[pad.ravel().tolist()], side=len(pad))
+    np.testing.assert_allclose(np.reshape(result[0], [28, 28]), enlarge(small[None], 28)[0], atol=1e-6)
 
 
-def test_pictures_grow_when_clicked_and_curves_tell_their_values(tmp_path):
+def test_pictures_grow_when_clicked_and_curves_show_their_values(tmp_path):
     out = io.BytesIO()
     curves([{"step": 1, "loss": 2.3}]).savefig(out, format="png")
     history = [{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.5}, {"step": 30, "loss": 1.0}]
     run = kept_run(tmp_path, pictures={"weights": out.getvalue()})
     part = Part(metrics([history]), Inspections(), {}, Curve())
     runs = [run._replace(parts={"": part}), run]
-    script = """const told = () => {
+    script = """const result = () => {
       const images = [...document.images].map((image) => image.naturalWidth > 100);
       find(".enlarge").click();
       const grown = find("#large").open && find("#large img").src === document.images[0].src;
@@ -289,8 +289,8 @@ def test_pictures_grow_when_clicked_and_curves_tell_their_values(tmp_path):
       find(".chart svg").dispatchEvent(new PointerEvent("pointerleave"));
       legend.push(text(".legend"));
       return { images, grown, open: find("#large").open, live: "gradfn" in window, legend }; };"""
-    told = in_page(tmp_path, runs, script)
-    assert told == {
+    result = in_page(tmp_path, runs, script)
+    assert result == {
         "images": [True, True],
         "grown": True,
         "open": False,
@@ -308,7 +308,7 @@ GPT_DEPTH = [
 
 
 def gpt_run(tmp_path):
-    """Return a run of a small GPT that was looked at twice, as `gf.fit` keeps it."""
+    """Return a run of a small GPT that was inspected twice, as `gf.fit` stores it."""
     net = gf.gpt(gf.GPTConfig(11, 8, n_layers=1, n_heads=2, width=8, positions="rope", bias=False))
     params, tokens = net.init(jax.random.key(0)), np.zeros([2, 8], int)
     look = gf.inspect(gf.batch_mean(gf.next_token_loss(net)), input_grads=False)
@@ -322,7 +322,7 @@ def gpt_run(tmp_path):
 
 def test_every_details_opens_on_something_and_the_rows_of_heat_maps_are_in_depth_order(tmp_path):
     run, sites = gpt_run(tmp_path)
-    script = """const told = () => {
+    script = """const result = () => {
       const maps = () => [...document.querySelectorAll(".heat .rows")].map((rows) =>
         [...rows.querySelectorAll(":scope > span")].map((row) => row.innerText.trim()).filter(Boolean));
       const folded = [...document.querySelectorAll("details")].map((each) => {
@@ -333,32 +333,32 @@ def test_every_details_opens_on_something_and_the_rows_of_heat_maps_are_in_depth
         return { grown: each.getBoundingClientRect().height - before, inside: inside.length };
       });
       return { folded, maps: maps(), text: document.body.innerText }; };"""
-    told = in_page(tmp_path, [run], script)
-    assert len(told["folded"]) == 2
-    assert all(each["grown"] > 100 and each["inside"] > 20 for each in told["folded"])
-    assert told["maps"] == [GPT_DEPTH, sites]
-    assert "method" not in told["text"]
+    result = in_page(tmp_path, [run], script)
+    assert len(result["folded"]) == 2
+    assert all(each["grown"] > 100 and each["inside"] > 20 for each in result["folded"])
+    assert result["maps"] == [GPT_DEPTH, sites]
+    assert "method" not in result["text"]
 
 
 def test_in_dark_mode_pictures_are_dark_and_every_variable_is_defined(tmp_path):
     white = io.BytesIO()
     curves([{"step": 1, "loss": 2.3}]).savefig(white, format="png")
     run = gpt_run(tmp_path)[0]._replace(pictures={"weights": white.getvalue()})
-    script = """const told = () => {
+    script = """const result = () => {
       const look = () => [getComputedStyle(document.images[0]).filter, getComputedStyle(find(".inverted")).display];
       const out = [look()];
       find("#theme").click();
       out.push(look());
       const style = [...document.styleSheets[0].cssRules].map((rule) => rule.cssText).join(" ");
       const used = new Set([...style.matchAll(/var\\((--[\\w-]+)/g)].map((found) => found[1]));
-      const all = document.documentElement.outerHTML + asked.scripts;
+      const all = document.documentElement.outerHTML + inputs.scripts;
       const undefined = [...used].filter((name) => !new RegExp(`${name}["]?[:,]`).test(all));
       return { out, undefined, used: used.size }; };"""
     # In the page the scripts are encoded.
     scripts = "".join(
         file.read_text() for file in (Path(gf.__file__).parent / "report" / "assets").glob("*.js")
     )
-    told = in_page(tmp_path, [run], script, scripts=scripts)
-    assert told["out"] == [["none", "none"], ["invert(0.92) hue-rotate(180deg)", "block"]]
-    assert told["used"] > 20
-    assert told["undefined"] == []
+    result = in_page(tmp_path, [run], script, scripts=scripts)
+    assert result["out"] == [["none", "none"], ["invert(0.92) hue-rotate(180deg)", "block"]]
+    assert result["used"] > 20
+    assert result["undefined"] == []

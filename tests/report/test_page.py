@@ -1,4 +1,4 @@
-"""The page of a run: what is in it, that it needs nothing but itself, and what it says where a run is no run."""
+"""The page of a run: its content, that it is self-contained, and the errors for folders that do not contain a run."""
 
 import base64
 import io
@@ -70,7 +70,7 @@ def test_the_page_holds_what_the_run_has_kept(tmp_path):
     folder = write_run(tmp_path / "run", hidden=30)
     html = write_report([folder], about=ABOUT).read_text()
     text = text_of(html)
-    for said in (
+    for expected in (
         "Accuracy 50 %",
         "Reached what was expected: accuracy at least 40 %",
         "Train a toy.",
@@ -83,7 +83,7 @@ def test_the_page_holds_what_the_run_has_kept(tmp_path):
         "saturated a1, in 1 of 2 looks",
         "gradfn 0.1.0",
     ):
-        assert said in text
+        assert expected in text
     # The curves are drawn in the page itself.
     assert pictures_of(html) == [(folder / "weights.png").read_bytes()]
     rows = [row.partition("<")[0] for row in html.split('class="rows"')[1].split("<span>")[1:]]
@@ -105,13 +105,13 @@ def test_two_runs_side_by_side(tmp_path):
     assert file == a / "against-toy-b.html"
     html = file.read_text()
     text = text_of(html)
-    for said in (
+    for expected in (
         "A toy Accuracy 50 %",
         "B toy Accuracy 30 %",
         "✗ Not reached",
         "The runs differ in hidden",
     ):
-        assert said in text
+        assert expected in text
     assert re.search(r'<tr class="differ"><th scope="row">hidden</th><td>4</td><td>5</td>', html)
     assert re.search(r'<tr><th scope="row">seed</th><td>0</td><td>0</td>', html)
     assert "A, training loss" in text
@@ -273,7 +273,7 @@ def test_an_item_of_a_dict_is_never_its_method(tmp_path):
     folder = write_run(tmp_path / "run")
     for html in (page([read_run(folder)]), page([read_run(folder)] * 2)):
         assert "method" not in html.replace('<form method="dialog">', "")
-        assert 'title="z1, step 0: 1.58e-01"' in html  # the values on the way
+        assert 'title="z1, step 0: 1.58e-01"' in html  # the values inside the network
 
 
 def test_rows_of_heat_maps_are_in_the_order_of_use(tmp_path):
@@ -328,7 +328,7 @@ def test_a_folder_of_fit_gets_a_page(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("wrote digits/report.html")
     html = (tmp_path / "digits" / "report.html").read_text()
     text = text_of(html)
-    for said in (
+    for expected in (
         *(
             "training loss 0.",
             "steps 12",
@@ -337,7 +337,7 @@ def test_a_folder_of_fit_gets_a_page(tmp_path, monkeypatch, capsys):
         ),
         *("batch_size 16", "seed 5", "W1 [2, 3] 6", "10 weights + 4 biases 14", f"jax {jax.__version__}"),
     ):
-        assert said in text
+        assert expected in text
     assert "To run it again" not in text
     rows = re.findall(r"<span>([^<]+)</span>", html.split('class="rows"')[1])
     assert rows == ["W1", "b1", "W2", "b2"]

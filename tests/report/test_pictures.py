@@ -30,7 +30,7 @@ def png(width, height, *more, pixels=b""):
 
 
 def gif(n_frames, width=20, height=20):
-    """Return a film of so many frames, each of the same few bytes."""
+    """Return an animation of `n_frames` identical frames of a few bytes each."""
     screen = b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
     frame = b"," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02D\x01\0"
     return screen + frame * n_frames + b";"

@@ -1,4 +1,4 @@
-"""Figures of networks that read sequences: what is in them, by their panels and titles."""
+"""Figures of networks that read sequences: their panels, data and titles."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +15,7 @@ def causal(heads, n):
     return weights / weights.sum(-1, keepdims=True)
 
 
-def test_attention_has_a_panel_a_head_on_one_scale():
+def test_attention_has_one_panel_per_head_on_one_scale():
     figure = attention_maps({"block 0": causal(2, 5), "block 1": causal(3, 5)}, "to be")
     panels = [panel for panel in figure.axes if panel.images]
     titles = [panel.get_title() for panel in panels]
@@ -25,14 +25,14 @@ def test_attention_has_a_panel_a_head_on_one_scale():
     assert [text.get_text() for text in panels[0].get_xticklabels()] == ["t", "o", "␣", "b", "e"]
 
 
-def test_attention_of_some_rows_names_them_and_misfits_are_told():
+def test_attention_of_some_rows_names_them_and_mismatches_are_reported():
     figure = attention_maps({"block 0": causal(1, 5)[:, 3:]}, "12=21", "21")
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["2", "1"]
     with pytest.raises(ValueError, match=r"block 0: expected \[heads, 5, 5\], got \[1, 4, 4\]"):
         attention_maps({"block 0": causal(1, 4)}, "to be")
 
 
-def test_token_probabilities_frame_what_came():
+def test_token_probabilities_frame_the_target():
     p = np.array([[0.7, 0.2, 0.1, 0.0], [0.1, 0.2, 0.3, 0.4]])
     figure = token_probabilities("ab", [1, 0], p, "abc\n", n_best=3)
     panel = figure.axes[0]
@@ -71,6 +71,6 @@ def test_the_loss_per_token_weighs_tokens_alike():
     np.testing.assert_allclose(found(params), -(3 * np.log(0.25) + 99 * np.log(0.75)) / 102, rtol=1e-5)
 
 
-def test_a_gradient_of_next_to_nothing_is_told_by_its_power_of_ten():
+def test_a_tiny_gradient_is_shown_by_its_power_of_ten():
     title = gradient_through_time({"vanilla": [9e-9, 1.0], "gru": [1e-3, 1.0]}).get_suptitle()
     assert title.endswith("vanilla 9e-09, gru 1/1,000")

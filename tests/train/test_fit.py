@@ -167,9 +167,8 @@ def test_data_are_placed_on_a_mesh_once(monkeypatch):
     shared = train(12, mesh=mesh)
     assert len(calls) >= 3
     assert all(len(leaf.devices()) == 2 for leaves in calls for leaf in leaves)
-    assert all(
-        a is b for leaves in calls for a, b in zip(leaves[:2], calls[0][:2], strict=True)
-    )  # the same arrays
+    # The same arrays, not copies.
+    assert all(a is b for leaves in calls for a, b in zip(leaves[:2], calls[0][:2], strict=True))
     monkeypatch.setattr(Source, "placed", lambda source, mesh: source)
     assert_same(train(12, mesh=mesh).state.params, shared.state.params)
 
@@ -355,12 +354,12 @@ def test_kill_9_at_any_moment_loses_nothing(tmp_path):
         run.stdout.close()
     resumed = start_run(tmp_path / "killed").communicate()[0].split()
     whole = start_run(tmp_path / "whole").communicate()[0].split()
-    assert resumed.count("row") < whole.count("row")  # it went on, it did not begin again
+    assert resumed.count("row") < whole.count("row")  # it resumed and did not start again
     assert len(whole[-1]) > 50
     assert resumed[-1] == whole[-1]
 
 
-# What it says on the way
+# What it prints
 
 
 def test_lines_where_there_is_no_terminal(capsys):
@@ -384,9 +383,8 @@ def test_what_is_left_includes_evaluations_and_the_rest(monkeypatch, capsys):
 
     look = Log.inspection
     monkeypatch.setattr(Log, "inspection", lambda *args: (clock.update(now=clock["now"] + 2.0), look(*args)))
-    monkeypatch.setattr(
-        Log, "begin", lambda log, step, begin=Log.begin: (clock.update(now=5000.0), begin(log, step))
-    )
+    start_clock = Log.start
+    monkeypatch.setattr(Log, "start", lambda log, step: (clock.update(now=5000.0), start_clock(log, step)))
     ends = []
     train(40, progress=True, eval_every=10, inspect_every=5, evaluate=evaluate)
     lines = capsys.readouterr().out.splitlines()
@@ -400,7 +398,7 @@ def test_what_is_left_is_told_by_this_process_alone(monkeypatch):
     monkeypatch.setattr("gradfn.train.log.time.monotonic", lambda: clock["now"])
     log = Log(None, steps=100, tokens=None, progress=False)
     assert np.isnan(log.left(60))
-    log.begin(60)  # where the process before left off
+    log.start(60)  # where the process before left off
     assert np.isnan(log.left(60))
     clock["now"] += 4.0
     assert log.left(68) == pytest.approx(4.0 / 8 * 32)
@@ -415,7 +413,7 @@ def test_a_bar_where_there_is_one(monkeypatch, capsys):
     assert "accuracy 0.5" in text
 
 
-# What it sees on the way
+# Inspections and noise
 
 
 @pytest.mark.slow
@@ -423,10 +421,10 @@ def test_inspections_are_those_of_the_steps(tmp_path):
     fitted = train(20, inspect_every=8, folder=tmp_path)
     assert [row["step"] for row in fitted.inspections] == [0, 8, 16]
     index = gf.data.epoch_order(50, 8, 3, 0)[0]
-    seen = gf.inspect(loss, input_grads=False)(start, (data[0][index], data[1][index]))
+    inspection = gf.inspect(loss, input_grads=False)(start, (data[0][index], data[1][index]))
     first = fitted.inspections[0]
-    np.testing.assert_allclose(first["value"], seen.value, rtol=1e-5)
-    np.testing.assert_allclose(first["sites"]["a1"]["mean"], seen.stats["a1"].mean, rtol=1e-5)
+    np.testing.assert_allclose(first["value"], inspection.value, rtol=1e-5)
+    np.testing.assert_allclose(first["sites"]["a1"]["mean"], inspection.stats["a1"].mean, rtol=1e-5)
     assert set(first["update_ratios"]) == {"W1", "b1", "W2", "b2"}
     rows = [json.loads(line) for line in (tmp_path / "inspections.jsonl").read_text().splitlines()]
     assert rows == fitted.inspections
@@ -455,8 +453,8 @@ def test_noise_is_that_of_the_steps(tmp_path):
     fitted = train(6, noise_every=2, folder=tmp_path)
     assert [row["step"] for row in fitted.noise] == [0, 2, 4]
     index = gf.data.epoch_order(50, 8, 3, 0)[0]
-    seen = gf.per_example.noise_scale(loss.example)(start, (data[0][index], data[1][index]))
-    np.testing.assert_allclose(fitted.noise[0]["variance"], seen.variance, rtol=1e-4)
+    noise = gf.per_example.noise_scale(loss.example)(start, (data[0][index], data[1][index]))
+    np.testing.assert_allclose(fitted.noise[0]["variance"], noise.variance, rtol=1e-4)
     signals, noises = ([row[name] for row in fitted.noise] for name in ("gradient_square", "variance"))
     weights = 0.98 ** np.array([2, 1, 0])
     signal = weights @ signals
@@ -610,8 +608,7 @@ def test_b8_stalled_takes_nan_for_worse_than_any_number(better):
     ]
     for values, expected in cases:
         rows = [{"m": sign * value} for value in values]
-        null = [
-            {"m": None if np.isnan(value) else sign * value} for value in values
-        ]  # as metrics.jsonl has it
+        # metrics.jsonl stores NaN as null.
+        null = [{"m": None if np.isnan(value) else sign * value} for value in values]
         assert gf.stalled("m", evaluations=2, better=better)(null) is expected, values
         assert gf.stalled("m", evaluations=2, better=better)(rows) is expected, values

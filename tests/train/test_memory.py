@@ -28,9 +28,9 @@ def pages(code):
 
 
 @pytest.mark.slow
-def test_freed_memory_is_taken_again_and_not_asked_for_anew():
+def test_freed_memory_is_reused():
     if platform.libc_ver()[0] != "glibc":
-        pytest.skip("this C library is not glibc, which alone can be asked")
+        pytest.skip("keep_freed_memory needs glibc")
     assert pages(KEEP + PAGES) < pages(PAGES) / 5
 
 

@@ -79,7 +79,7 @@ def smoothed(amount):
     return lambda params, batch: mean_square(params, batch) + amount * jnp.abs(params["w"]).sum()
 
 
-def drawn(rows):
+def sample(rows):
     return lambda key: jax.tree.map(lambda leaf: leaf[jax.random.randint(key, (4,), 0, 24)], rows)
 
 
@@ -98,9 +98,9 @@ OTHER["x"][0, 0] += 1
         ({}, {"data": OTHER}, r"data: expected x float32\[24, 3\] \w+, got float32\[24, 3\]"),
         ({}, {"data": jax.tree.map(lambda a: a[:20], DATA)}, r"expected x float32\[24, 3\] \w+, got float32\[20, 3\]"),
         ({}, {"data": {**DATA, "z": DATA["y"]}}, "expected z nothing, got float32"),
-        ({"data": drawn(ON_DEVICE)}, {"data": drawn(jax.tree.map(jnp.asarray, OTHER))}, "data: batches are computed"),
-        ({"data": jax.tree_util.Partial(lambda rows, key: drawn(rows)(key), ON_DEVICE)},
-         {"data": jax.tree_util.Partial(lambda rows, key: drawn(rows)(key), jax.tree.map(jnp.asarray, OTHER))},
+        ({"data": sample(ON_DEVICE)}, {"data": sample(jax.tree.map(jnp.asarray, OTHER))}, "data: batches are computed"),
+        ({"data": jax.tree_util.Partial(lambda rows, key: sample(rows)(key), ON_DEVICE)},
+         {"data": jax.tree_util.Partial(lambda rows, key: sample(rows)(key), jax.tree.map(jnp.asarray, OTHER))},
          "data: expected .*x float32"),
         ({"data": host(DATA)}, {"data": host(OTHER)}, "data: expected x float32"),
         ({}, {"params": {"w": START["w"] + 0.01}}, "params: expected w to start from"),
@@ -211,7 +211,7 @@ OPTIMIZERS = {
 
 
 def dying(evaluations):
-    """An `evaluate` that dies in the last of so many calls."""
+    """Return an `evaluate` that is interrupted in call number `evaluations`."""
     calls = []
 
     def evaluate(params):
@@ -340,7 +340,7 @@ def test_b10_a_run_is_lengthened_to_the_bit(tmp_path):
         train(tmp_path / "two", 11, resume=True, eval_every=2)
     # With data from a function the default of eval_every depends on steps; the run keeps its own.
     for steps in (10, 40):
-        run = train(tmp_path / "function", steps, data=drawn(ON_DEVICE), eval_every=None, resume=True)
+        run = train(tmp_path / "function", steps, data=sample(ON_DEVICE), eval_every=None, resume=True)
         assert len(run.history) == steps
 
 
@@ -491,14 +491,14 @@ def test_sums_that_are_not_finite_are_resumed(tmp_path):
 
 def test_old_rows_are_read_from_the_file_and_stop_sees_all(tmp_path, monkeypatch):
     monkeypatch.setattr("gradfn.train.rows.RECENT", 300)
-    seen = []
+    steps = []
 
     def stop(history):
-        seen.append([row["step"] for row in history])
+        steps.append([row["step"] for row in history])
         return len(history) == 15
 
     fitted = train(tmp_path, 100, eval_every=1, stop=stop)
-    assert seen == [list(range(1, n + 1)) for n in range(1, 16)]
+    assert steps == [list(range(1, n + 1)) for n in range(1, 16)]
     assert len(fitted.history._recent) < 5
     assert [row["loss"] for row in fitted.history] == [
         row["loss"] for row in train(None, 15, eval_every=1).history

@@ -90,11 +90,11 @@ def test_rows_may_be_appended_while_others_are_read(tmp_path, monkeypatch):
     rows = opened(tmp_path / "a.jsonl")
     for i in range(20):
         rows.append({"step": i})
-    seen = []
+    visited = []
     for row in rows:
-        seen.append(row["step"])
+        visited.append(row["step"])
         rows.append({"step": 99})
-    assert seen == list(range(20))
+    assert visited == list(range(20))
     rows.close()
 
 

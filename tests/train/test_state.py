@@ -108,11 +108,11 @@ def variables(model):
 def test_a11_an_nnx_module_trains_as_flax_trains_it():
     model = nnx_model()
     before = variables(model)
-    seen = []
+    classes = []
 
     def evaluate(model):
         model.eval()  # of a copy
-        seen.append(type(model).__name__)
+        classes.append(type(model).__name__)
         return {"validation_loss": nnx_loss(model, (X, Y))}
 
     optimizer = optax.sgd(0.01, momentum=0.9)
@@ -122,7 +122,7 @@ def test_a11_an_nnx_module_trains_as_flax_trains_it():
     assert_close(variables(fitted.params), variables(expected))
     assert float(jnp.abs(fitted.params.norm.mean[...]).min()) > 0.01
     assert int(fitted.params.drop.rngs.count[...]) == STEPS
-    assert seen == ["Model"] * 4
+    assert classes == ["Model"] * 4
     assert_same(variables(model), before)
     assert {"norm/scale", "first/kernel"} <= set(fitted.inspections[0]["grads"])
     assert "norm/mean" not in fitted.inspections[0]["grads"]
@@ -332,12 +332,12 @@ def test_a11_tools_refuse_a_module_that_the_loss_changes_and_take_its_state_as_a
         model = nnx.merge(graphdef, params, rest, copy=True)
         return nnx_loss(model, batch), nnx.split(model, nnx.Param, ...)[2]
 
-    seen = gf.inspect(loss, input_grads=False)(params, rest, batch)
+    inspection = gf.inspect(loss, input_grads=False)(params, rest, batch)
     _, expected = loss(params, rest, batch)
-    assert_close(seen.aux, expected)
+    assert_close(inspection.aux, expected)
     model.eval()
-    seen = gf.inspect(nnx_loss, input_grads=False)(model, batch)
-    assert_close(seen.grads.first.kernel[...], nnx.grad(nnx_loss)(model, batch)["first"]["kernel"][...])
+    inspection = gf.inspect(nnx_loss, input_grads=False)(model, batch)
+    assert_close(inspection.grads.first.kernel[...], nnx.grad(nnx_loss)(model, batch)["first"]["kernel"][...])
 
 
 # A15. Models with more in them than arrays, and batches with less

@@ -143,7 +143,7 @@ def test_a_second_signal_stops_at_once(tmp_path, capsys, number):
     def evaluate(params):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(number)
-        pytest.fail("it went on")
+        pytest.fail("the run continued")
 
     with pytest.raises(ENDS[number]) as end:
         train(tmp_path, evaluate=evaluate)
@@ -163,7 +163,7 @@ def test_a_second_signal_while_the_checkpoint_is_written_keeps_the_one_before(tm
     def slow(out, arrays, notes, checksum):
         out.write(b"half of it")
         started.set()
-        for _ in range(2000):  # far longer than the test, unless it is cancelled
+        for _ in range(2000):  # far longer than the test, unless it is canceled
             time.sleep(0.01)
             out.write(b"")
             out.write(b"more")
@@ -188,10 +188,10 @@ def test_a_second_signal_while_the_checkpoint_is_written_keeps_the_one_before(tm
 
 
 def test_the_programs_own_handler_is_called_when_the_checkpoint_is_there(tmp_path):
-    seen = []
+    calls = []
 
     def mine(number, frame):
-        seen.append(
+        calls.append(
             (number, (tmp_path / "checkpoint.safetensors").exists(), signal.getsignal(number) is mine)
         )
 
@@ -202,7 +202,7 @@ def test_the_programs_own_handler_is_called_when_the_checkpoint_is_there(tmp_pat
         assert signal.getsignal(signal.SIGTERM) is mine
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert seen == [(signal.SIGTERM, True, True)]
+    assert calls == [(signal.SIGTERM, True, True)]
 
 
 def test_signals_that_are_ignored_stay_so(tmp_path):
@@ -232,13 +232,13 @@ def test_handlers_are_restored_after_errors_and_left_alone_without_a_folder(tmp_
 
 
 def test_fit_runs_in_a_thread_that_is_not_the_main_one(tmp_path):
-    before, seen, fitted = handlers(), [], []
-    evaluate = lambda params: seen.append(handlers()) or {}  # noqa: E731
+    before, found, fitted = handlers(), [], []
+    evaluate = lambda params: found.append(handlers()) or {}  # noqa: E731
     thread = threading.Thread(target=lambda: fitted.append(train(tmp_path, evaluate=evaluate)))
     thread.start()
     thread.join()
     assert fitted[0].state.step == 12
-    assert all(found == before for found in seen)
+    assert all(inside == before for inside in found)
 
 
 def test_a_closed_stderr_does_not_replace_the_signal(monkeypatch):
