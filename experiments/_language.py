@@ -1,4 +1,4 @@
-"""What every run of a language model measures as it goes, and draws in the end."""
+"""What every run of a language model measures during training and draws at the end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-ATTENTION_TOKENS = 24  # more would leave no room for their labels
+ATTENTION_TOKENS = 24  # with more, the labels would not fit
 
 
 def loss_per_token(loss: Any, batch: tuple[Any, Any]) -> Callable[[Any], jax.Array]:
@@ -57,7 +57,7 @@ def language_figures(
     tokenizer: gf.data.Tokenizer,
     ends: Mapping[str, float] = {},
 ) -> dict[str, Figure]:
-    """Draw what a language model has learned: its curves, what it expects of a text, and where it looks.
+    """Draw what a language model has learned: its curves, its predictions for a text, and its attention.
 
     Args:
         net: from tokens `[T]` to logits `[T, vocab]`.
@@ -92,7 +92,7 @@ def language_figures(
 def expectations(
     net: gf.Net, params: Any, tokens: np.ndarray, targets: np.ndarray
 ) -> tuple[list[int], list[int], np.ndarray]:
-    """Return what a net expects in the first sequences, as many as it takes to have 40 tokens.
+    """Return the predictions of a net for the first sequences, up to 40 tokens.
 
     Args:
         net: from tokens `[T]` to logits `[T, vocab]`.

@@ -1,4 +1,4 @@
-"""Train a convolutional network to read handwritten digits, and draw its filters and what they fire on."""
+"""Train a convolutional network to read handwritten digits, and draw its filters and what activates them."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def maps(loss: Any, params: Any, data: gf.data.Dataset) -> Figure:
     fired = np.asarray(inspection["a1"].value)  # [digits, 28, 28, filters]
     columns = {f"filter {i}": fired[..., i] for i in range(min(fired.shape[-1], 10))}
     pictures = images.reshape(fired.shape[:3])  # [digits, 28, 28]
-    on_ink, on_paper = fired[pictures > 0.5].mean(0), fired[pictures < 0.1].mean(0)  # [filters] each
-    title = (
-        f"{(on_ink > on_paper).sum()} of {fired.shape[-1]} filters of conv1 fire more on ink than on paper"
-    )
+    # [filters] each
+    on_strokes, on_background = fired[pictures > 0.5].mean(0), fired[pictures < 0.1].mean(0)
+    n_more = (on_strokes > on_background).sum()
+    title = f"{n_more} of {fired.shape[-1]} filters of conv1 are more active on strokes than on background"
     return image_maps(images.reshape(-1, *data.shape), columns, title, "activation")

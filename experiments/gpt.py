@@ -1,4 +1,4 @@
-"""Train a small GPT on a text, let it write, and draw where it looks and what it expects."""
+"""Train a small GPT on a text, generate from it, and draw its attention and its predictions."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ SHOWN = 200  # characters of a sample
 
 @dataclass(frozen=True)
 class Config(SeededOptions):
-    """Options of a run; the defaults are nanoGPT's for a CPU, but for the positions."""
+    """Options of a run; the defaults are nanoGPT's for a CPU, except for the positions."""
 
     data: str | None = runs.option(
         None,
-        "a text in UTF-8, or the .npy of tokens that gf.data.tokenize wrote (default: what Python's help() has to say)",
+        "a text in UTF-8, or the .npy of tokens that gf.data.tokenize wrote (default: the texts of Python's help())",
     )
     tokens: str = runs.option("characters", "characters, bytes, or tiktoken:<encoding>")
     lines: bool = runs.option(False, "each line is a text of its own (names): none is in both parts")
@@ -81,7 +81,7 @@ class Config(SeededOptions):
     )
     b2: float = runs.option(0.99, "decay of the mean of squared gradients")
     decay: float = runs.option(0.1, "weight decay, of matrices only")
-    clip: float = runs.option(1.0, "longest gradient", above=0)
+    clip: float = runs.option(1.0, "maximum global gradient norm", above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -196,7 +196,7 @@ def sequences(data: Any, config: Config, context: int) -> tuple[Any, Any, Any]:
 
 
 def written(model: sample.Model, characters: int = SHOWN) -> str:
-    """Return the start of what a model writes; lines side by side."""
+    """Return the start of a generated text, with lines side by side."""
     tokens = sample.write(model, sample.Config(n=characters))
     text = "".join(islice(model.tokenizer.stream(tokens), characters))
     return text.replace("\n", "  ") if model.lines else text.strip("\n")

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _guarded(command: Callable[[], int]) -> int:
-    """Return a command's exit code, on any console; a reader that goes away ends it quietly."""
+    """Return a command's exit code, on any console; a closed pipe ends it quietly."""
     open_missing_streams()
     _replace_unknown_characters()
     with optional("stderr"):
@@ -109,7 +109,7 @@ def script(file: str) -> None:
 
 
 def _replace_unknown_characters() -> None:
-    """Print a question mark for what the console has no character for, and not a traceback."""
+    """Print question marks for characters that the console cannot encode."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -126,11 +126,11 @@ def _command(words: list[str]) -> int:
         case ["list"]:
             _list()
         case ["list", extra, *_]:
-            raise UserError(f"list takes nothing more, got {extra}")
+            raise UserError(f"list does not take arguments, got {extra}")
         case ["table", *sizes]:
             _table(sizes)
         case ["run"]:
-            raise UserError(f"run wants the name of an experiment: {', '.join(experiments())}")
+            raise UserError(f"run needs the name of an experiment: {', '.join(experiments())}")
         case ["run", name, *options]:
             found = experiments()
             if name not in found:
@@ -170,7 +170,7 @@ def _list() -> None:
 
 @functools.cache
 def _about(file: Path) -> About:
-    """Return what an experiment's file says about it and its options, without running it: its imports are slow."""
+    """Return the description of an experiment and its options, read from its file without the slow imports."""
     from gradfn.report.page import About
     from gradfn.runs import Expectation
 
@@ -226,14 +226,14 @@ def _report(words: list[str]) -> int:
             if option == "--out":
                 out = value if equals else next(rest, "")
                 if not out:
-                    raise UserError("--out wants a file's name")
+                    raise UserError("--out needs the name of a file")
             elif word.startswith("-"):
                 raise UserError(f"no option {word!r}{near(option, ['--out', '--help'])}; there is --out FILE")
             else:
                 runs.append(word)
         if not 1 <= len(runs) <= 2:
             raise UserError(
-                "it wants a run's folder, or an experiment's name for its latest run; or two of them, to compare; "
+                "expected a run's folder, or an experiment's name for its latest run; or two of them, to compare; "
                 f"got {' '.join(runs) or 'nothing'}"
             )
         about = {name: _about(file) for name, file in experiments().items()}
@@ -254,7 +254,7 @@ def _sample(words: list[str]) -> int:
     command = f"gradfn sample {run}".strip()
     try:
         if not run:
-            raise UserError("it wants a run's folder, or an experiment's name for its latest run")
+            raise UserError("expected a run's folder, or an experiment's name for its latest run")
         about = _about(Path(sample.__file__))
         config = read_options(sample.Config(), options, command, about.what)
         found = experiments()
@@ -296,7 +296,7 @@ def _run(file: Path, words: list[str], command: str) -> int:
         except ValueError as error:
             if has_started():
                 raise
-            return _fail(f"{command}: {error}", 2)  # options that do not go together
+            return _fail(f"{command}: {error}", 2)  # conflicting options
         except (FloatingPointError, OSError) as error:  # the loss became nan; the disk is full
             return _fail(f"{command}: {_message(error)}", 1)
         except (KeyboardInterrupt, SystemExit) as end:
@@ -314,14 +314,14 @@ def _run(file: Path, words: list[str], command: str) -> int:
 
 
 def _message(error: BaseException) -> str:
-    """Return an error's message; of one of the system, the file and the reason."""
+    """Return an error's message; for an error of the system, the file and the reason."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)
 
 
 def _load(file: Path) -> ModuleType:
-    """Import an experiment's file under the one name that experiments have."""
+    """Import an experiment's file under the name of its module."""
     import gradfn.experiments
 
     name = f"{gradfn.experiments.__name__}.{file.stem}"
@@ -354,7 +354,7 @@ def _config(module: ModuleType, words: list[str], command: str) -> Any:
 
 
 def _fail(message: str, code: int) -> int:
-    """Print an error in one line, without what a file may have put into it to control the terminal; return the code."""
+    """Print an error in one line, without characters that could control the terminal; return the code."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     line = " ".join(message.split())

@@ -27,7 +27,7 @@ def numbers() -> list[int]:
 
 
 def stop(number: int, frame: FrameType | None = None) -> NoReturn:
-    """Handle a signal as Python does Ctrl-C, by an exception (SystemExit for the others); the next one ends at once."""
+    """Handle a signal as Python does Ctrl-C, by an exception (SystemExit for others); the next one ends at once."""
     handle(stop_at_once)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
@@ -35,7 +35,7 @@ def stop(number: int, frame: FrameType | None = None) -> NoReturn:
 
 
 def stop_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
-    """Handle a signal where an exception could end up anywhere, as in an import: say so, and end the process."""
+    """Handle a signal where an exception could surface anywhere, as in an import: print a line, and end the process."""
     with contextlib.suppress(OSError):
         os.write(2, f"gradfn: {ENDED[128 + number]}\n".encode())
     os._exit(128 + number)
@@ -67,7 +67,7 @@ def handling(handler: Handler) -> Iterator[None]:
 
 
 def exit_code(end: KeyboardInterrupt | SystemExit) -> int:
-    """Return the exit code that an exception asks for; a text, which SystemExit may have, is printed."""
+    """Return the exit code of an exception; the text that a SystemExit may carry is printed."""
     if isinstance(end, KeyboardInterrupt):
         return 128 + signal.SIGINT
     if end.code is None or isinstance(end.code, int):
@@ -79,8 +79,8 @@ def exit_code(end: KeyboardInterrupt | SystemExit) -> int:
 def leave(code: int) -> NoReturn:
     """End the process with an exit code, after Ctrl-C at once.
 
-    Where Ctrl-C came while a string was executed, as in the making of a dataclass, Python would remember it and end
-    itself by SIGINT in the end, whatever became of it.
+    After a Ctrl-C while Python executed a string, as it does to make a dataclass, the interpreter would end itself by
+    SIGINT on exit, even where the exception was handled.
     """
     if code == 128 + signal.SIGINT:
         for stream in (sys.stdout, sys.stderr):
@@ -94,8 +94,8 @@ class Output:
     """A stream of text that replaces what it cannot encode, and drops what it cannot write.
 
     Attributes:
-        stream: the one that it stands for; None where there is none.
-        broken: whether writing has failed; nothing more is tried then.
+        stream: the wrapped stream; None where there is none.
+        broken: whether writing has failed; nothing more is written then.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -112,7 +112,7 @@ class Output:
             except UnicodeEncodeError:
                 encoding = self.stream.encoding or "ascii"
                 self.write(text.encode(encoding, "replace").decode(encoding))
-            except (OSError, ValueError):  # a reader that went away, a full disk; closed
+            except (OSError, ValueError):  # a closed pipe, a full disk; a closed stream
                 self.broken = True
         return len(text)
 
@@ -127,7 +127,7 @@ class Output:
 
 @contextlib.contextmanager
 def optional(name: str) -> Iterator[None]:
-    """Let what the block prints be dropped where it cannot be written; `name` is `"stdout"` or `"stderr"`."""
+    """Drop what the block prints where it cannot be written; `name` is `"stdout"` or `"stderr"`."""
     stream = getattr(sys, name)
     output = Output(stream)
     setattr(sys, name, output)
@@ -141,7 +141,7 @@ def optional(name: str) -> Iterator[None]:
 
 
 def discard(stream: Any) -> None:
-    """Let what Python still has of a stream that cannot be written go nowhere, so that it does not fail at its end."""
+    """Redirect a stream that cannot be written to the null device, so that flushing it on exit does not fail."""
     with contextlib.suppress(AttributeError, OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

@@ -1,4 +1,4 @@
-"""The one door to files: writing that replaces a file in one go, and reading that trusts nothing.
+"""Reading and writing files: writes replace a file atomically, and reads trust nothing.
 
 Whoever writes gets the whole new file under its name or, whatever interrupts the writing, the old one. Whoever reads
 gets content of the expected form, within a size that was set beforehand, or a `FileError` of one line that names the
@@ -27,13 +27,13 @@ JSON_LIMIT = 64 << 20  # bytes of a JSON file, or of one line of rows
 BLOCK = 1 << 20  # bytes of a file of rows that are read at once
 OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 MESSAGE_LIMIT = 2000  # characters
-LOCK = ".lock"  # the file by which a folder is owned
-PART = ".part"  # how names of unfinished files end
-IDLE = 3600.0  # seconds after which nobody can be writing an unfinished file any more
+LOCK = ".lock"  # the lock file of a folder that is owned
+PART = ".part"  # the suffix of unfinished files
+IDLE = 3600.0  # seconds after which an unfinished file counts as abandoned
 
 
 class FileError(ValueError):
-    """A file that cannot be used; the message names it and says what is wrong, in one line.
+    """A file that cannot be used; the message names it and the reason, in one line.
 
     It may quote names and contents from untrusted files, so characters that could control a terminal are replaced.
 
@@ -83,18 +83,18 @@ def replacing(file: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 
 def replace_file(file: str | os.PathLike[str], data: bytes) -> None:
-    """Write data into a file in one go: see `replacing`."""
+    """Write data into a file atomically: see `replacing`."""
     with replacing(file) as out:
         out.write(data)
 
 
 def remove_parts(folder: Path, name: str, idle: float = 0.0) -> None:
-    """Remove what killed processes left of a file while they were replacing it.
+    """Remove the unfinished files of processes that were killed while they replaced a file.
 
     Args:
         folder: where the file is.
         name: of the file.
-        idle: seconds for which nobody has written to what is removed; 0 where nobody else can be writing.
+        idle: seconds without a write after which a file is removed; 0 where no other process can be writing.
     """
     for part in folder.iterdir():
         if re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{16}}{re.escape(PART)}", part.name):
@@ -104,7 +104,7 @@ def remove_parts(folder: Path, name: str, idle: float = 0.0) -> None:
 
 
 def inner_folder(folder: Path, name: str) -> Path:
-    """Return a folder inside of another one, which is made if need be.
+    """Return a folder inside another one; it is created if necessary.
 
     Raises:
         FileError: the name is taken by a link, which may lead anywhere, or by a file.
@@ -156,7 +156,7 @@ def open_regular(file: str | os.PathLike[str], limit: int | None = None) -> IO[b
         handle = os.open(file, OPEN_FLAGS)
     except FileNotFoundError as error:
         raise FileError(f"{file}: there is no such file") from error
-    except (OSError, ValueError) as error:  # a name of 5,000 letters; a NUL in it
+    except (OSError, ValueError) as error:  # a name that is too long, or has a NUL in it
         raise FileError(f"{str(file)[:300]}: cannot be read ({getattr(error, 'strerror', error)})") from error
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode):
@@ -172,7 +172,9 @@ def read_bytes(file: str | os.PathLike[str], limit: int) -> bytes:
     """Read a file of at most `limit` bytes; errors are those of `open_regular`."""
     with open_regular(file, limit) as content:
         try:
-            size = os.fstat(content.fileno()).st_size  # a buffer of all the limit would be taken at once
+            size = os.fstat(
+                content.fileno()
+            ).st_size  # reading up to the limit would allocate a buffer of that size
             data = content.read(size + 1)
             if len(data) > size:  # it has grown
                 data += content.read(max(limit - size, 0))
@@ -196,7 +198,7 @@ def read_json(file: str | os.PathLike[str], form: type[T], limit: int = JSON_LIM
 
     Args:
         file: its path.
-        form: a type that says what the content must be: `dict[str, float]`, a `TypedDict`, a dataclass, ... Fields
+        form: the type of the content: `dict[str, float]`, a `TypedDict`, a dataclass, ... Fields
             that a `TypedDict` or a dataclass does not name are dropped.
         limit: bytes that the file may have.
 
@@ -204,7 +206,7 @@ def read_json(file: str | os.PathLike[str], form: type[T], limit: int = JSON_LIM
         The content, of that type.
 
     Raises:
-        FileError: as for `open_regular`; or it is not JSON of this form. The message says where in it.
+        FileError: as for `open_regular`; or it is not JSON of this form. The message gives the location.
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp(), "a.json")
@@ -224,7 +226,7 @@ def parse_json(data: bytes | str, form: type[T], name: str) -> T:
 
 
 def _decoded(decode: Callable[[Any], T], data: bytes | str, name: str) -> T:
-    """Decode JSON; what is wrong with it becomes a FileError."""
+    """Decode JSON; raise a FileError where it is invalid."""
     import msgspec
 
     try:
@@ -258,7 +260,7 @@ def read_rows(
 def read_blocks_of_rows(
     file: str | os.PathLike[str], form: type[T], start: int = 0, limit: int = JSON_LIMIT
 ) -> Iterator[list[T]]:
-    """Yield the rows of a file as `read_rows` does, in lists of those that were read at once: quicker for many rows."""
+    """Yield the rows of a file as `read_rows` does, in blocks, which is faster for many rows."""
     import msgspec
 
     decoder = msgspec.json.Decoder(form)
@@ -278,10 +280,10 @@ def read_blocks_of_rows(
 def _decoded_rows(
     decoder: msgspec.json.Decoder[T], whole: bytes, file: str | os.PathLike[str], number: int, limit: int
 ) -> list[T]:
-    """Return the rows in some lines of a file, after N others."""
+    """Return the rows in some lines of a file, which `number` others precede."""
     import msgspec
 
-    if len(whole) <= limit:  # then all are; together they are decoded in half the time
+    if len(whole) <= limit:  # so is each line, and together they are decoded in half the time
         with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             rows = decoder.decode_lines(whole)
             if len(rows) == whole.count(b"\n") + 1:
@@ -295,10 +297,10 @@ def _decoded_rows(
 
 
 def beside(file: Path, name: Any) -> Path:
-    """Return the path of a file that another one names, in the same folder.
+    """Return the path of a file that another file names; it must be in the same folder.
 
     Raises:
-        FileError: the name would lead elsewhere, or is not one that a file can have.
+        FileError: the name would lead elsewhere, or is not a valid file name.
 
     >>> beside(Path("runs/a/index.json"), "../../b")
     Traceback (most recent call last):
@@ -325,7 +327,7 @@ def inside(folder: str | os.PathLike[str], name: str) -> Path:
 
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Own a folder while the block runs: no other process can, and a process that dies owns nothing.
+    """Own a folder while the block runs: no other process can own it, and ownership ends with the process.
 
     A process may own a folder several times over, in one thread.
 
@@ -337,13 +339,13 @@ def owned(folder: Path) -> Iterator[None]:
 
     if (folder / LOCK).is_symlink():
         raise FileError(f"{folder / LOCK}: is a link, where a file is expected; remove it")
-    # By its real path: a relative one may name another folder once the process has changed its own.
+    # By its real path: the meaning of a relative path changes with the working directory.
     lock = filelock.FileLock(Path(os.path.realpath(folder)) / LOCK, timeout=0, is_singleton=True)
     try:
         lock.acquire()
     except filelock.Timeout as error:
         raise FileError(
-            f"{folder}: is in use by another run; wait for its end, or name another folder"
+            f"{folder}: is in use by another run; wait until it ends, or name another folder"
         ) from error
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder / LOCK)) from error

@@ -1,4 +1,4 @@
-"""Files of named arrays, in the safetensors format: written an array at a time, read with checks.
+"""Files of named arrays, in the safetensors format: written one array at a time, read with checks.
 
 The format is a length (8 bytes), a JSON header that says of each array its dtype, shape and place, and the arrays'
 bytes one after another: https://github.com/huggingface/safetensors. The library's own writer needs all bytes at once;
@@ -21,18 +21,18 @@ import numpy as np
 
 from gradfn.files import FileError, open_regular
 
-# What the format calls the dtypes that numpy (and ml_dtypes) have.
+# The names of dtypes in the format, by their names in numpy and ml_dtypes.
 NAMES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
     "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
 }  # fmt: skip
 CHECKSUM = "/checksum"  # no array has this name: paths in a tree do not start with a slash
 BLOCK = 1 << 20  # bytes that are read at a time
-HEADER_LIMIT = 100_000_000  # bytes, the format's
+HEADER_LIMIT = 100_000_000  # bytes, the limit of the format
 
 
 class Tensor(NamedTuple):
-    """An array to write: its dtype and shape, and a function that returns it when its turn comes."""
+    """An array to write: its dtype and shape, and a function that loads it."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -59,7 +59,7 @@ def write_tensors(
     >>> safetensors.numpy.load(out.getvalue())
     {'a': array([1., 1.], dtype=float32)}
     """
-    # The largest items first, so that every array lies at a multiple of its item's size, as maps of the file need it.
+    # The largest items first, so that every array is aligned to the size of its items, as memory maps need it.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -80,13 +80,13 @@ def write_tensors(
     for data in parts:
         out.write(data)
         crc = zlib.crc32(data, crc) if checksum else 0
-        del data  # the next array is loaded without this one
+        del data  # free it before the next array is loaded
     if checksum:
         out.write(struct.pack("<I", crc))
 
 
 def verify(file: str | os.PathLike[str]) -> None:
-    """Compare a file's bytes with the checksum at its end (CRC-32), which finds any damage of a disk or a copy.
+    """Compare a file's bytes with the checksum at its end (CRC-32), which detects damage by a disk or a copy.
 
     Raises:
         FileError: they do not match, or there is no checksum.
@@ -104,7 +104,7 @@ def verify(file: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def open_tensors(file: str | os.PathLike[str]) -> Iterator[Any]:
-    """Open a safetensors file, for `safetensors.safe_open`'s methods; what they raise becomes a FileError.
+    """Open a safetensors file as `safetensors.safe_open` does; its errors become FileErrors.
 
     Raises:
         FileError: the file is missing, not a regular file, damaged, or has arrays of a dtype that numpy lacks.
@@ -130,5 +130,5 @@ def open_tensors(file: str | os.PathLike[str]) -> Iterator[Any]:
 
 
 def is_stored(dtype: Any) -> bool:
-    """Tell whether the format has a dtype."""
+    """Return whether the format has a dtype."""
     return np.dtype(dtype).name in NAMES

@@ -109,7 +109,7 @@ def test_table_counts(capsys, sizes, caption):
             "gradfn: no command 'rnu' (did you mean run?); there are run, report, sample, list, table, "
             "--help, --version",
         ),
-        ("run", "gradfn: run wants the name of an experiment: echo"),
+        ("run", "gradfn: run needs the name of an experiment: echo"),
         ("run ecko", "gradfn: no experiment 'ecko' (did you mean echo?); there are echo"),
         ("run echo --hiden 3", "no option '--hiden' (did you mean --hidden?); there are --hidden, --rate"),
         ("run echo --hiden=3", "no option '--hiden' (did you mean --hidden?)"),
@@ -121,7 +121,7 @@ def test_table_counts(capsys, sizes, caption):
         ("run echo --data cifar", "--data: expected one of digits, mnist, got cifar"),
         ("run echo --hidden 0", "gradfn run echo: hidden must be an integer >= 1, got 0"),
         ("run echo --folder experiments/echo.py", "experiments/echo.py: cannot become a run's folder"),
-        ("list all", "gradfn: list takes nothing more, got all"),
+        ("list all", "gradfn: list does not take arguments, got all"),
         (
             "table",
             "gradfn: table needs two or more integers >= 1, nodes per layer, inputs first (784 16 10), got nothing",
@@ -231,7 +231,7 @@ def test_processes_end_with_the_exit_code(command):
         ),
         (
             "runs/digits/a",
-            "runs/digits/a: no run of a language model (it has no model.json); gradfn run gpt trains one",
+            "runs/digits/a: not a run of a language model (it has no model.json); gradfn run gpt trains one",
         ),
         ("rnn", "rnn: has several models; name one of runs/rnn/a/gru, runs/rnn/a/lstm"),
         ("runs/rnn/a", "runs/rnn/a: has several models; name one of runs/rnn/a/gru, runs/rnn/a/lstm"),

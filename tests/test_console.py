@@ -46,7 +46,7 @@ class Console(io.TextIOWrapper):
         ("table 784 16 10", "12,704 weights + 26 biases = 12,730 parameters", 0),
         ("run digits --help", "--hidden", 0),
         ("report run", "wrote run", 0),
-        ("report", "it wants a run's folder", 2),
+        ("report", "expected a run's folder", 2),
         ("sample λ", "neither a run's folder", 2),
         ("run ψ", "no experiment", 2),
         ("run digits --hidden ½", "expected an integer", 2),

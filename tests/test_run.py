@@ -131,7 +131,7 @@ def test_a_run_that_died_before_its_config_begins_again_in_its_folder(tmp_path):
         ("{", "Input data was truncated"),
         ("[]", "Expected `object`, got `array`"),
         ('{"experiment": "toy"}', "Object missing required field `options`"),
-        ('{"experiment": "toy", "options": {"depth": 3}}', "not the options that toy takes now"),
+        ('{"experiment": "toy", "options": {"depth": 3}}', "its options do not fit the current toy"),
     ],
 )
 def test_a_config_that_cannot_be_used_is_named(content, message):
@@ -193,7 +193,7 @@ def test_a_folder_has_one_run_at_a_time_and_none_once_its_process_is_dead(tmp_pa
     ) as owner:
         assert owner.stdout.readline() == b"owned\n"
         before = snapshot(folder)
-        with pytest.raises(FileError, match=r"^here: is in use by another run; wait for its end, or name"):
+        with pytest.raises(FileError, match=r"^here: is in use by another run; wait until it ends, or name"):
             runs.start("toy", Config(folder="here", resume=True))
         with pytest.raises(FileError, match=r"^fresh: is in use by another run"):
             start(Config(folder="fresh"))

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 from gradfn.runs.curve import LARGEST, Bucket, Curve
 
-WIDTH, HEIGHT = 360, 216  # units; a chart is shown in about as many pixels, so that its letters are as large
-LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 34  # of which these are for the labels
+WIDTH, HEIGHT = 360, 216  # units; about one pixel each on the page
+LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 34  # margins, for the labels
 MAX_POINTS = 300  # of a line
 MAX_COLUMNS = 120  # of a heat map
-DECADES = 6  # of a heat map's scale at most: what is smaller still looks like the smallest
+DECADES = 6  # of a heat map's scale at most; smaller values look like the smallest
 NAME = 80  # letters of a name
 DECIMALS = 300  # the largest exponent of ten on a scale, of either sign
 
@@ -56,7 +56,7 @@ def line_chart(
         lines: at least one.
         x_name: what x is.
         percent: whether the values are shares in [0, 1], to be shown in %.
-        note: what else there is to say, below the chart.
+        note: a text below the chart.
 
     Returns:
         A `<figure>`.
@@ -69,12 +69,12 @@ def line_chart(
     buckets_of = [[_scaled(bucket, scale) for bucket in line.curve.buckets(MAX_POINTS)] for line in lines]
     finite = [bucket for buckets in buckets_of for bucket in buckets if bucket.n_finite]
     last = max(0, *(bucket.last for bucket in finite))
-    x_ticks = ticks(0.0, last, 5 if last < 1_000_000 else 3)  # as many as their labels leave room for
+    x_ticks = ticks(0.0, last, 5 if last < 1_000_000 else 3)  # fewer where their labels are long
     low, high = min(bucket.low for bucket in finite), max(bucket.high for bucket in finite)
     if percent:
         high = max(high, 100.0)
     elif 0 <= low < 0.6 * high:
-        low = 0.0  # far from zero the lines would lie close together
+        low = 0.0  # unless the lines would lie close together
     y_ticks = ticks(low, high, 5)
     low, high = min(low, y_ticks[0]), max(high, y_ticks[-1])
 
@@ -120,7 +120,7 @@ def line_chart(
     )
 
 
-At = Callable[[float, float], tuple[float, float]]  # from what is drawn to where it is
+At = Callable[[float, float], tuple[float, float]]  # from values to coordinates
 Point = tuple[float, float]
 
 
@@ -269,14 +269,14 @@ def log_bounds(values: Sequence[float]) -> tuple[float, float]:
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:
-    """Return round numbers from `low` to `high`, about N.
+    """Return round numbers from `low` to `high`, approximately `about` of them.
 
     >>> ticks(0, 1560, 5)
     [0.0, 500.0, 1000.0, 1500.0]
     """
     low, high = _drawable(low), _drawable(high)
     span = (high - low) or abs(high) or 1.0
-    # Not so close together that two of them would be the same number.
+    # Wide enough that no two ticks are the same number.
     span = max(span, 1e-9 * max(abs(low), abs(high)), 1 / LARGEST)
     power = 10.0 ** math.floor(math.log10(span / about))
     step = min((power * factor for factor in (1, 2, 5, 10)), key=lambda step: abs(span / step - about))
@@ -285,7 +285,7 @@ def ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def number(value: float) -> str:
-    """Return a number as a reader wants it: three digits, and commas.
+    """Format a number for a reader: three significant digits, or commas.
 
     >>> number(1560.0), number(0.20421), number(96.39)
     ('1,560', '0.204', '96.4')
@@ -296,7 +296,7 @@ def number(value: float) -> str:
 
 
 def short(text: str, limit: int = NAME) -> str:
-    """Return a text, without its middle if it is long.
+    """Return a text, with an ellipsis instead of its middle if it is long.
 
     >>> short("blocks/0/attention/query/W", 11)
     'block…ery/W'

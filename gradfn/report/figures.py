@@ -42,7 +42,7 @@ def weight_images(W: Any, shape: Sequence[int] = (28, 28), name: str = "W1", wha
         what: what a row belongs to: a node, a filter.
 
     Returns:
-        A figure with an image a row, the first 100 where there are more, and a color bar.
+        A figure with one image per row of `W`, the first 100 at most, and a color bar.
 
     Raises:
         ValueError: the rows do not have as many weights as the images have pixels.
@@ -58,7 +58,7 @@ def weight_images(W: Any, shape: Sequence[int] = (28, 28), name: str = "W1", wha
         raise ValueError(f"weight_images: {expected}, got {list(W.shape)}")
     n_shown = min(len(W), MAX_WEIGHT_IMAGES)
     shown = W[:n_shown].reshape(n_shown, *shape)  # [n, in] -> [n, height, width]
-    # The largest weights of all, often of inputs that are hardly ever on, would make the others pale.
+    # The largest weights, often of inputs that are rarely on, would make the others pale.
     sizes = np.abs(shown[np.isfinite(shown)])
     limit = float(np.percentile(sizes, 99.5)) if sizes.any() else 1.0
     n_columns = _columns(n_shown)
@@ -82,11 +82,11 @@ def weight_images(W: Any, shape: Sequence[int] = (28, 28), name: str = "W1", wha
 
 
 def curves(history: History, loss_unit: str = "nats", ends: Mapping[str, float] = {}) -> Figure:
-    """Draw how the loss and the accuracy went.
+    """Draw the loss and the accuracy over training.
 
     Args:
         history: one dict per evaluation with `step`, `loss`, and other losses and accuracies, which are the
-            names that end so: `test_loss`, `train_accuracy`. Accuracies are shares in [0, 1].
+            names that end in these words: `test_loss`, `train_accuracy`. Accuracies are shares in [0, 1].
         loss_unit: of the losses.
         ends: by name, what the title reports instead of the last row, where the run measured it anew at the end
             (on all examples, say).
@@ -95,7 +95,7 @@ def curves(history: History, loss_unit: str = "nats", ends: Mapping[str, float] 
         A figure with a panel for the losses and, if there are any, one for the accuracies.
 
     Raises:
-        ValueError: an empty history.
+        ValueError: the history is empty.
 
     >>> from gradfn.report.figures import curves
     >>> figure = curves([{"step": 1, "loss": 2.3, "test_accuracy": 0.1}, {"step": 2, "loss": 2.0}])
@@ -132,7 +132,7 @@ def confusion(labels: Any, predictions: Any, what: str = "examples") -> Figure:
         A figure with one panel; its title says how many are right and what the most frequent mistake is.
 
     Raises:
-        ValueError: no example, or not one prediction per label.
+        ValueError: there are no examples, or there is not one prediction per label.
 
     >>> from gradfn.report.figures import confusion
     >>> confusion([0, 1, 1, 1], [0, 1, 0, 0]).get_suptitle()
@@ -150,7 +150,7 @@ def confusion(labels: Any, predictions: Any, what: str = "examples") -> Figure:
     shares = counts / np.maximum(totals, 1)[:, None]
     figure = new_figure(0.62 * n_classes + 2.4, 0.55 * n_classes + 1.7)
     panel = figure.subplots()
-    # The square root lets one mistake in a hundred be seen beside what is right.
+    # The square root makes even one mistake in a hundred visible.
     panel.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for true, predicted in np.ndindex(*counts.shape):
         if counts[true, predicted]:
@@ -158,8 +158,8 @@ def confusion(labels: Any, predictions: Any, what: str = "examples") -> Figure:
             panel.text(predicted, true, str(counts[true, predicted]), ha="center", va="center", color=color)
     panel.set_xticks(range(n_classes))
     panel.set_yticks(range(n_classes))
-    panel.set_xlabel("what the network predicted it is")
-    panel.set_ylabel("what it is")
+    panel.set_xlabel("predicted class")
+    panel.set_ylabel("true class")
     right_side = panel.secondary_yaxis("right")
     right = [f"{100 * counts[i, i] / totals[i]:.0f} %" if totals[i] else "-" for i in range(n_classes)]
     right_side.set_yticks(range(n_classes), right)
@@ -184,27 +184,27 @@ def confusion(labels: Any, predictions: Any, what: str = "examples") -> Figure:
 def mistakes(
     images: Any, labels: Any, probabilities: Any, shape: Sequence[int] = (28, 28), what: str = "examples"
 ) -> Figure:
-    """Draw some images that were taken for something else, the surest mistakes first.
+    """Draw misclassified images, the most confident mistakes first.
 
-    Where there is no mistake it draws the right predictions that were least sure.
+    Without mistakes, it draws the least confident correct predictions.
 
     Args:
         images: `[n, height * width]` or `[n, height, width]`.
         labels: integers `[n]`, the true classes.
-        probabilities: `[n, classes]`, how sure the network was of each class.
+        probabilities: `[n, classes]`, the predicted distribution.
         shape: the images' height and width in pixels.
         what: what to call the examples: `"test digits"`.
 
     Returns:
-        A figure with one panel per image, 24 at most; each says what the network predicted, what it is, and how sure
-        the network was of both.
+        A figure with one panel per image, 24 at most; each shows the predicted and the true class, and
+        the probability of both.
 
     Raises:
-        ValueError: not one label and one row of probabilities per image.
+        ValueError: there is not one label and one row of probabilities per image.
 
     >>> from gradfn.report.figures import mistakes
     >>> mistakes(np.zeros([2, 784]), [0, 1], [[0.1, 0.9], [0.2, 0.8]]).get_suptitle()
-    '1 of 2 examples taken for another, the surest mistakes first'
+    '1 of 2 examples misclassified, the most confident first'
     """
     images, labels, probabilities = np.asarray(images), np.asarray(labels), np.asarray(probabilities)
     if not len(images) == len(labels) == len(probabilities):
@@ -215,13 +215,13 @@ def mistakes(
     wrong = np.flatnonzero(predicted != labels)
     if len(wrong):
         chosen = wrong[np.argsort(-sure[wrong], kind="stable")][:MAX_MISTAKES]
-        title = f"{len(wrong):,} of {len(labels):,} {what} taken for another"
+        title = f"{len(wrong):,} of {len(labels):,} {what} misclassified"
         few = len(chosen) == len(wrong)
-        title += ", the surest mistakes first" if few else f"; the {len(chosen)} surest mistakes"
+        title += ", the most confident first" if few else f"; the {len(chosen)} most confident"
         second, second_word = labels, "is"
     else:
         chosen = np.argsort(sure, kind="stable")[:MAX_MISTAKES]
-        title = f"No mistake in {len(labels):,} {what}; the {len(chosen)} that the network was least sure of"
+        title = f"No mistake in {len(labels):,} {what}; the {len(chosen)} least confident predictions"
         second, second_word = np.argsort(probabilities, 1)[:, -2], "next was"
     n_columns = min(8, max(len(chosen), 4))
     n_rows = max(1, math.ceil(len(chosen) / n_columns))
@@ -231,19 +231,19 @@ def mistakes(
         panel.set_axis_off()
     for panel, i in zip(panels, chosen, strict=False):
         panel.imshow(images[i].reshape(shape), cmap="gray_r", interpolation="nearest")
-        said_text = f"said {predicted[i]} ({_percent(sure[i])})"
+        predicted_text = f"predicted {predicted[i]} ({_percent(sure[i])})"
         second_text = f"{second_word} {second[i]} ({_percent(probabilities[i, second[i]])})"
-        panel.set_title(f"{said_text}\n{second_text}", fontsize=9)
+        panel.set_title(f"{predicted_text}\n{second_text}", fontsize=9)
     figure.suptitle(title)
     return figure
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Write a figure as a picture; a reader never sees half of it.
+    """Write a figure as a picture, atomically.
 
     Args:
         figure: from the functions above.
-        path: its ending says the format: `.png`, `.svg`, `.pdf`.
+        path: the suffix determines the format: `.png`, `.svg`, `.pdf`.
 
     Returns:
         The path.
@@ -256,7 +256,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     out = io.BytesIO()
-    # The title goes along as text: a page has it as the description of the picture.
+    # The title is stored as metadata; a page shows it as the description of the picture.
     title = {"Title": figure.get_suptitle()}
     kind = path.suffix.removeprefix(".") or "png"
     figure.savefig(out, format=kind, dpi=130, bbox_inches="tight", pad_inches=0.12, metadata=title)
@@ -270,7 +270,7 @@ def save_all(figures: Mapping[str, Figure], folder: Path, data: str = "") -> lis
     Args:
         figures: by name.
         folder: where to put them.
-        data: what they are of; nothing is predicted of it where that is empty.
+        data: the name of the data; where it is empty, titles do not change.
 
     Returns:
         The files, in order.
@@ -308,7 +308,7 @@ def new_figure(width: float, height: float, layout: Layout = "constrained") -> F
 
 
 def _columns(n: int) -> int:
-    """Return a number of columns that fills n cells into something a little wider than high."""
+    """Return the number of columns of a grid of n cells that is slightly wider than high."""
     widest = max(1, math.ceil(math.sqrt(1.6 * n)))
     even = [columns for columns in range(math.ceil(math.sqrt(n)), 2 * widest) if n % columns == 0]
     return min([*even, widest], key=lambda columns: (columns not in even, abs(columns - widest)))
@@ -318,7 +318,7 @@ def _lines(panel: Any, history: History, names: Sequence[str], scale: float) -> 
     for name, color, style in zip(names, cycle(LINE_COLORS), cycle(LINE_STYLES), strict=False):
         rows = [row for row in history if name in row]
         steps, values = [row["step"] for row in rows], [scale * row[name] for row in rows]
-        marker = "o" if len(rows) < 3 else None  # two points make no curve
+        marker = "o" if len(rows) < 3 else None  # a curve of one or two points needs markers
         panel.plot(steps, values, style, color=color, marker=marker, label=_words(name), clip_on=False)
     panel.set_xlim(left=0)
     panel.locator_params(axis="x", nbins=6)
@@ -330,15 +330,15 @@ def _lines(panel: Any, history: History, names: Sequence[str], scale: float) -> 
 
 
 def _finding(history: History, names: Sequence[str], measured: Mapping[str, float]) -> str:
-    """Say where it ended: the accuracies, or the losses where there are none."""
+    """Return a sentence with the final accuracies, or with the final losses where there are none."""
     ends = {name: row[name] for row in history for name in names if name in row}
     ends |= {name: measured[name] for name in ends if name in measured}
-    predicted = [
+    texts = [
         f"{_words(name)} {f'{100 * end:.1f} %' if name.endswith('accuracy') else f'{end:.3g}'}"
         for name, end in ends.items()
     ]
     n_steps = history[-1]["step"]
-    return f"After {n_steps:,} step{'s' if n_steps > 1 else ''}: {', '.join(predicted)}"
+    return f"After {n_steps:,} step{'s' if n_steps > 1 else ''}: {', '.join(texts)}"
 
 
 def _percent(share: float) -> str:

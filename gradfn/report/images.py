@@ -1,4 +1,4 @@
-"""Figures of networks that see: what inside them predictions to which part of an image."""
+"""Figures of networks that read images: filters, and which part of an image activates them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 
 def filter_images(W: Any, name: str) -> Figure:
-    """Draw the filters of a layer that sees one channel, on one diverging color scale centered at zero.
+    """Draw the filters of a layer with one input channel, on one diverging color scale centered at zero.
 
     Args:
         W: `[out, 1, height, width]`, or `[out, height * width]` of square patches.
         name: what to call it.
 
     Returns:
-        A figure with an image a filter.
+        A figure with one image per filter.
 
     Raises:
-        ValueError: filters that see several channels, or are not square.
+        ValueError: the filters have several channels, or are not square.
 
     >>> filter_images(np.ones([8, 1, 5, 5]), "conv1").get_suptitle()
     'conv1: what each of the 8 filters looks for in windows of 5x5 pixels'
@@ -39,19 +39,19 @@ def filter_images(W: Any, name: str) -> Figure:
 
 
 def image_maps(images: Any, maps: Mapping[str, Any], title: str, label: str) -> Figure:
-    """Draw images and, beside each, maps of it: what a filter makes of it, where the attention lies.
+    """Draw images and, beside each, maps of it: the output of a filter, or the attention.
 
     Args:
         images: `[n, height, width]`.
-        maps: by what each column is called, `[n, height', width']` of values from 0 up; any resolution.
-        title: the figure's.
+        maps: by the name of each column, nonnegative values `[n, height', width']` at any resolution.
+        title: the title of the figure.
         label: what the values are.
 
     Returns:
         A figure with one row per image; each column of maps has a scale of its own, from 0 to its largest value.
 
     Raises:
-        ValueError: not one map per image.
+        ValueError: there is not one map per image.
 
     >>> figure = image_maps(np.zeros([2, 28, 28]), {"filter 0": np.ones([2, 14, 14])}, "Two", "activation")
     >>> [panel.get_title() for panel in figure.axes][:2]
@@ -92,13 +92,13 @@ def bare(panel: Any) -> None:
 
 
 def robust_limit(values: Any) -> float:
-    """Return the magnitude that few values are beyond, so that one spike does not make the others pale."""
+    """Return a magnitude that few values exceed, so that one outlier does not make the others pale."""
     sizes = np.abs(np.asarray(values))
     return float(np.percentile(sizes, 99.5)) or float(sizes.max()) or 1.0
 
 
 def signed_image(panel: Any, values: np.ndarray, image: np.ndarray, limit: float = 1.0) -> Any:
-    """Draw a map stretched over an image, and the outline of the image's ink."""
+    """Draw a map stretched over an image, and the outline of the image's stroke."""
     height, width = image.shape
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     mapped = panel.imshow(

@@ -1,7 +1,7 @@
-"""`gradfn report RUN`: one HTML file that shows a run, or two side by side, and needs nothing but itself.
+"""`gradfn report RUN`: one self-contained HTML file that shows a run, or two side by side.
 
 The file has at most `LIMIT` bytes, whatever the run holds: texts and tables are cut at a length of their own, and the
-charts, the network, the heat maps and the pictures, in this order, share the rest. The page says what it leaves out.
+charts, the network, the heat maps and the pictures, in this order, share the rest. The page lists what it leaves out.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ T = TypeVar("T")
 ASSETS = Path(__file__).parent / "assets"
 LIMIT = 5_000_000  # bytes, of the whole page
 NET_LIMIT = 2_500_000  # bytes of a network's parameters and samples in it
-DRAWN_LIVE = ("curves",)  # pictures whose content the page draws itself, where the run has kept it
-GENERATOR = b'<meta name="generator" content="gradfn">'  # in every page: no other file is written over
+DRAWN_LIVE = ("curves",)  # pictures that the page replaces by charts of its own, where the run has metrics
+GENERATOR = b'<meta name="generator" content="gradfn">'  # in every page: only such files are overwritten
 # Bytes that parts of the page may take, at most.
 CHARTS_ROOM, OPTIONS_ROOM, SHAPES_ROOM, VERSIONS_ROOM, NOTES_ROOM = (
     1_000_000,
@@ -48,7 +48,7 @@ VALUE, TEXT, COMMAND = 300, 1000, 2000  # letters of a value in a table, of a te
 
 
 class About(NamedTuple):
-    """What an experiment's file says about it.
+    """The description of an experiment, from its file.
 
     Attributes:
         what: its first line.
@@ -96,13 +96,13 @@ def write_report(
         FileError: a file of the run cannot be read; it names the file.
     """
     kept = [read_run(run) for run in runs]
-    if out is not None and os.path.lexists(out) and GENERATOR not in _beginning(Path(out)):
+    if out is not None and os.path.lexists(out) and GENERATOR not in _head(Path(out)):
         raise RunError(f"{out}: already exists and is not a page that gradfn wrote. Name another file")
     if out is None:
         name = "report.html" if len(kept) == 1 else f"against-{_name(kept[1])}.html"
         out = kept[0].folder / name
     file = Path(out)
-    html = page(kept, about).encode(errors="replace")  # names of files may hold what is not UTF-8
+    html = page(kept, about).encode(errors="replace")  # names of files may not be UTF-8
     try:
         replace_file(file, html)
     except OSError as error:
@@ -114,7 +114,7 @@ def page(kept: Sequence[Kept], about: Mapping[str, About] = {}) -> str:
     """Return the page of one run, or of two that are compared, as HTML.
 
     Raises:
-        ImportError: jinja2 is not there.
+        ImportError: jinja2 is not installed.
     """
     template = _environment().get_template("template.html")
     options, options_left_out = _differences([run.options for run in kept], OPTIONS_ROOM)
@@ -136,7 +136,7 @@ def page(kept: Sequence[Kept], about: Mapping[str, About] = {}) -> str:
         "import_map": import_map(),
         "too_large": len(kept) == 1 and kept[0].net_left_out,
     }
-    # What shares the rest.
+    # These parts share the remaining bytes.
     content |= {"charts": [], "charts_left_out": 0, "net": None, "live": None, "flows": []}
     content |= {"pictures": [], "pictures_left_out": []}
 
@@ -149,7 +149,7 @@ def page(kept: Sequence[Kept], about: Mapping[str, About] = {}) -> str:
     if len(kept) == 1 and (net := kept[0].net):
         n_bytes = sum(array.nbytes for array in (*net.params.values(), net.samples, net.labels))
         described = _net(net) if n_bytes <= NET_LIMIT else None
-        # Something is left for the heat maps and the pictures.
+        # Leave room for the heat maps and the pictures.
         fits = described is not None and _size(described) <= room() - 400_000
         content |= {"net": described, "live": _live(net)} if fits else {"too_large": True}
     content["flows"] = flows(kept, room() // 2)
@@ -157,8 +157,8 @@ def page(kept: Sequence[Kept], about: Mapping[str, About] = {}) -> str:
     return template.render(**content)
 
 
-def _beginning(file: Path) -> bytes:
-    """Return the first bytes of a file; none of what is not one, a folder or a device."""
+def _head(file: Path) -> bytes:
+    """Return the first bytes of a file; b"" where it is not a regular file."""
     if not file.is_file():
         return b""
     with open_regular(file) as content:
@@ -170,7 +170,7 @@ def _size(text: str) -> int:
 
 
 def _that_fit(things: Iterable[T], size: Callable[[T], int], room: int) -> list[T]:
-    """Return the first of some things, as many as have `room` bytes."""
+    """Return the first things, as many as fit in `room` bytes."""
     found = []
     for thing in things:
         room -= size(thing)
@@ -235,8 +235,8 @@ def verdict(result: Mapping[str, Any] | None) -> Verdict:
 def charts(kept: Sequence[Kept]) -> list[str]:
     """Return a chart of the losses, one of the accuracies, one for each other metric, and one of the noise scale.
 
-    Lines of one run have a color each. Where there are several runs, or several trainings in a run, these
-    have the colors, and all metrics but the last are dashed.
+    For a single training, each line has its own color. For several trainings, each training has its own color, and
+    all metrics but the last are dashed.
     """
     trainings = [
         (f"{chr(65 + i)} {name}".strip() if len(kept) > 1 else name, part, run.result or {})
@@ -276,7 +276,7 @@ def _lines(trainings: Sequence[tuple[str, Part, Mapping[str, Any]]], metrics: Se
             if curve and curve.ends:
                 label = f"{name}, {words(metric)}" if several else words(metric)
                 if result.get(metric, curve.ends[-1][1]) != curve.ends[-1][1]:
-                    label += " during training"  # the run measured it anew at the end, on all examples
+                    label += " during training"  # the run measured it again at the end, on all examples
                 dashed = several and j < len(metrics) - 1
                 lines.append(Line(label, i if several else j, dashed, curve))
     return lines
@@ -402,7 +402,7 @@ def _name(run: Kept) -> str:
 
 
 def command(run: Kept, about: About) -> str:
-    """Return what to type to run it again: the options that are not at their defaults; "" for one of `gf.fit`."""
+    """Return the command that repeats a run, with the options that differ from the defaults; "" for `gf.fit`."""
     if not run.experiment:
         return ""
     described = ["gradfn", "run", run.experiment]
@@ -426,7 +426,7 @@ def _options_of(about: Mapping[str, About], run: Kept) -> Mapping[str, tuple[str
 def _differences(
     tables: Sequence[Mapping[str, Any]], room: int
 ) -> tuple[list[tuple[str, list[str], bool]], int]:
-    """Return the rows of `differences`, long texts cut, that fit in `room` bytes; and how many do not."""
+    """Return the rows of `differences` that fit in `room` bytes, with long texts cut, and how many do not fit."""
     rows = differences(tables)
     cut = [(short(name), list(map(_cut, values)), differ) for name, values, differ in rows]
 
@@ -483,7 +483,7 @@ def _pictures(kept: Sequence[Kept], room: int) -> tuple[list[dict[str, Any]], li
     """Return the pictures that fit in `room` bytes, and a line for each that is left out.
 
     Returns:
-        By name, for each run the picture (None where it has no such); and the lines.
+        By name, the picture of each run (None where it does not have one); and the lines.
     """
     live = DRAWN_LIVE if any(part.history.n for run in kept for part in run.parts.values()) else ()
     names = dict.fromkeys(name for run in kept for name in run.pictures if name not in live)
@@ -515,7 +515,7 @@ def _pictures(kept: Sequence[Kept], room: int) -> tuple[list[dict[str, Any]], li
 
 
 def _live(net: DigitNet) -> dict[str, Any]:
-    """Return what the page says of the network that it holds."""
+    """Return the description of the network in the page."""
     n_layers = sum(1 for name in net.params if name.startswith("W"))
     sizes = [net.params["W1"].shape[1], *(len(net.params[f"W{i}"]) for i in range(1, n_layers + 1))]
     return {

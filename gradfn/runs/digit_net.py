@@ -155,12 +155,12 @@ def _check(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _samples(labels: np.ndarray, probabilities: np.ndarray) -> list[int]:
-    """Return the first test example of each label that the network gets right, then its surest mistakes."""
+    """Return the first correctly classified test example of each label, then the most confident mistakes."""
     predicted, sure = probabilities.argmax(1), probabilities.max(1)
     right, wrong = np.flatnonzero(predicted == labels), np.flatnonzero(predicted != labels)
     firsts = []
     for label in np.unique(labels):
         known = right[labels[right] == label]
         firsts.append(int(known[0] if len(known) else np.flatnonzero(labels == label)[0]))
-    surest = [int(i) for i in wrong[np.argsort(-sure[wrong], kind="stable")] if i not in firsts]
-    return firsts + surest[:MISTAKES]
+    confident = [int(i) for i in wrong[np.argsort(-sure[wrong], kind="stable")] if i not in firsts]
+    return firsts + confident[:MISTAKES]

@@ -1,7 +1,7 @@
 """Run folders: where an experiment stores its options, its results and its pictures.
 
 A run is a folder that contains a `config.json`, which is written last and atomically: a run that is interrupted while
-it starts is there as a whole or not at all. One process owns the folder from `start` until `finish`, or until it ends.
+it starts exists as a whole or not at all. One process owns the folder from `start` until `finish`, or until it ends.
 """
 
 from __future__ import annotations

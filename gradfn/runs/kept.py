@@ -149,10 +149,10 @@ def find_run(run: str | Path) -> Path:
     if found := latest(folder):
         return found
     if os.path.lexists(folder.parent / CONFIG):
-        raise RunError(f"{run}: only a part of a run; name the run's folder, {folder.parent}")
+        raise RunError(f"{run}: only a part of a run; name the folder of the run, {folder.parent}")
     if folder.is_dir():
         raise RunError(
-            f"{run}: no run's folder (it has no {CONFIG}), and none of gf.fit (it has no {METRICS})"
+            f"{run}: not the folder of a run (it has no {CONFIG}) or of gf.fit (it has no {METRICS})"
         )
     raise RunError(
         f"{run}: neither a run's folder nor an experiment with a run in {RUNS / folder}; "

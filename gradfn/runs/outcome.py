@@ -1,4 +1,4 @@
-"""What an experiment expects to measure, and what it measured, as data. Text is made from both where they are shown."""
+"""The expectations and the measurements of an experiment, as data; text is made from them where they are shown."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Expectation:
     given: str = ""
 
     def holds(self, value: float | None) -> bool:
-        """Tell whether a value lies within the bounds; NaN, and None for it, does not."""
+        """Return whether a value lies within the bounds; NaN and None do not."""
         if value is None or math.isnan(value):
             return False
         low, high = self.at_least, self.at_most
@@ -65,8 +65,8 @@ class Outcome:
 
     Attributes:
         measured: numbers by name; None stands for NaN in JSON.
-        expected: what to compare them with, in the order in which they are shown.
-        promised: whether the expectations hold for the run's options; if not, they only say how to show the numbers.
+        expected: the expectations, in the order in which they are shown.
+        promised: whether the expectations hold for the run's options; if not, they only format the numbers.
 
     >>> expected = [Expectation("test accuracy", at_least=0.93, unit="%")]
     >>> print(judge(expected, {"test accuracy": 0.5}))
@@ -103,12 +103,12 @@ class Outcome:
 
 
 def judge(expected: Sequence[Expectation], measured: Mapping[str, float], promised: bool = True) -> Outcome:
-    """Return what a run measured, as plain numbers, beside what was expected."""
+    """Return the outcome of a run: its measurements as plain numbers, and the expectations."""
     return Outcome({name: float(value) for name, value in measured.items()}, tuple(expected), promised)
 
 
 def listed(expected: Sequence[Expectation]) -> str:
-    """Return expectations as text, those of one set of options together.
+    """Return expectations as text, grouped by options.
 
     >>> listed([Expectation("error", at_most=0.1), Expectation("error", at_most=0.2, given="--data mnist")])
     'error at most 0.1. With --data mnist: error at most 0.2'
@@ -135,7 +135,7 @@ def finish(folder: Path, outcome: Outcome, **measured: Any) -> None:
 def read_result(folder: Path) -> dict[str, Any] | None:
     """Read the result of a run, its "outcome" as an `Outcome`; None where the run has not finished.
 
-    Runs of earlier versions have a text named "verdict" instead of an outcome.
+    Runs of earlier versions store a text named "verdict" instead of an outcome.
 
     Raises:
         FileError: the file leads out of the folder, or has another form.
@@ -145,7 +145,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         return None
     result = read_json(file, dict[str, Any])
     if not isinstance(verdict := result.get("verdict", ""), str):
-        raise FileError(f"{file}: expected a text as the verdict, got {type(verdict).__name__}")
+        raise FileError(f"{file}: expected a string as the verdict, got {type(verdict).__name__}")
     if "outcome" in result:
         try:
             result["outcome"] = msgspec.convert(result["outcome"], Outcome)

@@ -1,4 +1,4 @@
-"""Which folder a run has, and with which options an earlier one is resumed."""
+"""Choose the folder of a run, and the options with which an earlier run is resumed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def settle(experiment: str, config: C) -> C:
         print(f"no run to resume in {config.folder or RUNS / experiment}: starting a new one")
         return settle(experiment, dataclasses.replace(config, resume=False))
     if config.folder is None:
-        # To the microsecond, so that runs that are started together do not meet in one folder.
+        # In microseconds, so that runs that start together get different folders.
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
         return dataclasses.replace(config, folder=str(RUNS / experiment / stamp))
     refuse_a_run(Path(config.folder))
@@ -66,7 +66,7 @@ def stored(experiment: str, config: C) -> C | None:
         return msgspec.convert(content["options"] | {"folder": str(folder), "resume": True}, type(config))
     except (TypeError, ValueError) as error:
         raise RunError(
-            f"{folder / CONFIG}: not the options that {experiment} takes now ({error}); start a new run"
+            f"{folder / CONFIG}: its options do not fit the current {experiment} ({error}); start a new run"
         ) from error
 
 

@@ -1,7 +1,7 @@
 """The rows of a training, read one at a time and reduced to what a page shows.
 
-However many rows there are, what is left has a bounded size: curves of at most N metrics, and for the heat maps a
-curve for each of the first parameters and values.
+The result has a bounded size, however many rows there are: curves of the first `MAX_METRICS` metrics and, for the heat
+maps, of the first `HEAT_ROWS` parameters and values.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from gradfn.runs.folder import Number
 
 Shapes = dict[str, tuple[int, ...]]
 
-LAST_STEP = 2**53  # that a float64 tells from the one before
-# Bytes that a row may have: more than a block of rows, which is then decoded at once.
+LAST_STEP = 2**53  # float64 represents all integers up to here
+# The most bytes of a row; larger than a block of rows, so that a block is decoded at once.
 METRICS_ROW, INSPECTIONS_ROW = 2 << 20, 16 << 20
-WAITING = 1 << 15  # numbers that wait for being added to curves
+WAITING = 1 << 15  # numbers that are added to curves at a time
 MAX_METRICS = 48  # of a training
 HEAT_ROWS = 100  # of a heat map: more would be too many to read
 MAX_FLAGS = 200  # different ones of a training
 NO_CURVES = {*NOT_METRICS, NOT_FINITE} - {"step"}
-MAX_PAIRS = 2_000_000  # of a parameter and a value, whose names are compared
+MAX_PAIRS = 2_000_000  # pairs of a parameter and a value whose names are compared
 
 # The rows of a training's files; null is a number that was not finite.
 Step = Annotated[int, Meta(ge=0, le=LAST_STEP)]
-# Of a row by name, among them "step"; the only list is that of NOT_FINITE.
+# Numbers by name, among them "step"; only NOT_FINITE is a list.
 MetricsRow = dict[str, Number | list[Any] | None]
 
 
@@ -57,7 +57,7 @@ class InspectionRow(TypedDict):
 
 
 class NoiseRow(TypedDict):
-    """What the page shows of a measure of the gradient's noise."""
+    """What the page shows of a measurement of the gradient's noise."""
 
     step: Step
     running_scale: Number | None
@@ -120,7 +120,7 @@ def metrics(blocks: Iterable[Sequence[Mapping[str, Any]]], name: str = "metrics"
             _, steps = columns.pop("step", ([], np.zeros(0)))
             right = (steps >= 0) & (steps <= LAST_STEP) & (steps == np.floor(steps))
             if len(steps) < len(rows) or not right.all():
-                raise ValueError("a row without an integer as its step")
+                raise ValueError("expected an integer as the step of each row")
             for metric, (indices, numbers) in columns.items():
                 if metric not in curves and len(curves) < MAX_METRICS:
                     curves[metric] = Curve()
@@ -134,7 +134,7 @@ def metrics(blocks: Iterable[Sequence[Mapping[str, Any]]], name: str = "metrics"
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[slice | list[int], np.ndarray]]:
-    """Return for the step and for each metric which of the rows have it, and their numbers."""
+    """Return, for the step and each metric, the rows that have it and their numbers."""
     names = [name for name in rows[0] if name not in NO_CURVES] if rows else []
     if names and sum(map(len, rows)) == len(rows) * len(rows[0]):
         with contextlib.suppress(KeyError):  # rows of one length may still have other names
@@ -151,7 +151,7 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[slice | list[
 
 
 def _numbers(values: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
-    """Return numbers as an array of a shape, with NaN for None; a ValueError if a list is among them."""
+    """Return numbers as an array of a shape, with NaN for None; raise a ValueError if there is a list."""
     try:
         numbers = np.array(values, np.float64)
     except TypeError as error:
@@ -162,7 +162,7 @@ def _numbers(values: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _fault(rows: Sequence[Mapping[str, Any]], n: int, name: str) -> str:
-    """Return what is wrong with the first of some rows that is wrong, after `n` others."""
+    """Return a message about the first invalid row, where `n` rows precede `rows`."""
     for i, row in enumerate(rows, start=n + 1):
         for metric, value in row.items():
             if isinstance(value, list) and metric != NOT_FINITE:
@@ -174,7 +174,7 @@ def _fault(rows: Sequence[Mapping[str, Any]], n: int, name: str) -> str:
 
 
 def inspections(rows: Iterable[Mapping[str, Any]], shapes: Shapes, name: str = "inspections") -> Inspections:
-    """Reduce rows of `Inspection.to_dict()`; the names in the first of them are what is shown.
+    """Reduce rows of `Inspection.to_dict()`; the first row determines which names are shown.
 
     Raises:
         FileError: a row has an rms that is not made of numbers.
@@ -209,7 +209,7 @@ def inspections(rows: Iterable[Mapping[str, Any]], shapes: Shapes, name: str = "
 
 
 def noise(blocks: Iterable[Sequence[Mapping[str, Any]]]) -> Curve:
-    """Reduce measures of the gradient's noise, in lists of them, to the running noise scale where there is one."""
+    """Reduce blocks of measurements of the gradient's noise to a curve of the running noise scale."""
     curve = Curve()
     for rows in blocks:
         points = [(row["step"], row["running_scale"]) for row in rows if (row["running_scale"] or 0) > 0]
@@ -225,7 +225,7 @@ def _extend(curves: Mapping[str, Mapping[str, Curve]], waiting: list[list[float]
 
 
 def _rms(stats: Stats | None) -> float:
-    """Return the rms among statistics, of a loop over all its turns; 0 where there is none."""
+    """Return the rms among statistics, for a loop over all iterations; 0 where there is none."""
     value = 0.0 if stats is None else stats.get("rms", 0.0)
     if isinstance(value, float):
         return abs(value)
@@ -246,9 +246,9 @@ def _rms(stats: Stats | None) -> float:
 
 
 def _by_depth(row: Mapping[str, Any], shapes: Shapes) -> list[str]:
-    """Return the parameters in the order in which the loss uses them, from the inputs on.
+    """Return the parameters in the order in which the loss uses them, starting at the inputs.
 
-    Runs of earlier versions have not kept that order: it is guessed from the names there.
+    Runs of earlier versions do not store that order, so it is guessed from the names.
     """
     order = row.get("param_order")
     if not order:
@@ -264,12 +264,12 @@ def _by_depth(row: Mapping[str, Any], shapes: Shapes) -> list[str]:
 
 
 def _depth(param: str, sites: Sequence[Sequence[str]]) -> int:
-    """Return which value is the first whose name shares most of the parameter's path."""
+    """Return the index of the first value whose name shares the longest prefix with the parameter's path."""
     scopes = param.split("/")[:-1]
     shared = [_n_shared(scopes, site) for site in sites]
     return shared.index(max(shared)) if scopes and shared and max(shared) else 0
 
 
 def _n_shared(a: Sequence[str], b: Sequence[str]) -> int:
-    """Return how many parts two paths share from their start."""
+    """Return the length of the common prefix of two paths."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,4 +1,4 @@
-"""Write with a trained language model, as its tokens come: `gradfn sample RUN`."""
+"""Generate text with a trained language model, token by token: `gradfn sample RUN`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Config:
     temperature: float = option(
         0.8, "below 1 the likely becomes likelier; 0 always takes the likeliest token", at_least=0
     )
-    top_k: int | None = option(None, "draw from N of the likeliest tokens only", at_least=1)
+    top_k: int | None = option(None, "sample from the N most likely tokens only", at_least=1)
     seed: int = option(0, "the same seed writes the same text", at_least=0, at_most=2**32 - 1)
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class Config:
 
 
 class Model(NamedTuple):
-    """A language model and all that it takes to write with it."""
+    """A language model and all that is needed to generate text with it."""
 
     net: LanguageModel
     params: Params
@@ -85,13 +85,13 @@ def save_model(folder: Path, net: str, settings: dict[str, Any], tokenizer: Toke
         lines: whether that was lines that are texts of their own.
 
     Raises:
-        RunError: the folder holds another model, or one of another text.
-        FileError: it holds one that cannot be read.
+        RunError: the folder contains another model, or one trained on another text.
+        FileError: it contains one that cannot be read.
     """
     content = {"net": net, "settings": settings, "tokenizer": tokenizer.to_dict(), "lines": lines}
     file = inside(folder, MODEL)
     if os.path.lexists(file) and read_json(file, ModelFile) != content:
-        raise RunError(f"{file} is of another model or text than this run's. Use another folder")
+        raise RunError(f"{file} belongs to another model or text. Use another folder")
     write_json(file, content)
 
 
@@ -102,7 +102,7 @@ def load_model(run: str | Path) -> Model:
         run: its folder, or an experiment's name for its latest run.
 
     Raises:
-        RunError: there is no such run, or it is not one of a language model.
+        RunError: there is no such run, or it did not train a language model.
         FileError: a file of it is missing or cannot be read, or leads out of the folder.
     """
     folder = Path(run)
@@ -127,7 +127,7 @@ def load_model(run: str | Path) -> Model:
     state, _ = checkpoint.load(weights, like, rest=True)
     try:
         jax.eval_shape(net.apply, state["params"], jnp.zeros([1], jnp.int32))
-    except Exception as error:  # whatever a layer says of settings that it cannot compute with
+    except Exception as error:  # a layer may raise anything for settings that it does not support
         raise FileError(f"{file}: not a model that can be computed with ({error})") from error
     return Model(net, state["params"], tokenizer, content["lines"])
 
@@ -140,10 +140,10 @@ def _shapes(weights: Path) -> list[tuple[int, ...]]:
 
 
 def _net(kind: str, settings: dict[str, Any], vocab: int, shapes: list[tuple[int, ...]]) -> LanguageModel:
-    """Return the net of a `model.json`, once it is known that it is no larger than the parameters that there are.
+    """Return the net of a `model.json`, after checking that it is not larger than the stored parameters.
 
     Raises:
-        ValueError: settings that it does not take, or sizes that are not those of these parameters.
+        ValueError: unknown settings, or sizes that do not fit the parameters.
     """
     form: Any = GPTConfig if kind == "gpt" else RNNSettings
     known = form.__annotations__
@@ -154,7 +154,7 @@ def _net(kind: str, settings: dict[str, Any], vocab: int, shapes: list[tuple[int
     n_values = sum(map(math.prod, shapes))
     for name, size in sizes.items():
         most = len(shapes) if name == "n_layers" and not sizes.get("scan") else n_values
-        # A context needs no parameters, but memory of its length while the net writes.
+        # A context has no parameters, but generation needs memory proportional to it.
         most = CACHE_LIMIT // (sizes["n_layers"] * sizes["width"]) if name == "context" else most
         if type(size) is int and not 1 <= size <= most:
             raise ValueError(
@@ -166,7 +166,7 @@ def _net(kind: str, settings: dict[str, Any], vocab: int, shapes: list[tuple[int
 
 
 def _no_model(run: str | Path) -> str:
-    """Say why there is nothing to sample from: of an experiment's name, a run's folder, or neither."""
+    """Return the error for a run without a model to sample from."""
     parts = sorted(file.parent for file in Path(run).glob(f"*/{MODEL}"))
     if not parts and (last := latest(run)):
         parts = sorted(file.parent for file in last.glob(f"*/{MODEL}"))
@@ -174,7 +174,7 @@ def _no_model(run: str | Path) -> str:
         return f"{run}: has several models; name one of {', '.join(map(str, parts))}"
     if not Path(run).exists() and not latest(run):
         return f"{run}: neither a run's folder nor an experiment with a run in {RUNS / run}; gradfn run gpt makes one"
-    return f"{run}: no run of a language model (it has no {MODEL}); gradfn run gpt trains one"
+    return f"{run}: not a run of a language model (it has no {MODEL}); gradfn run gpt trains one"
 
 
 def write(model: Model, config: Config) -> Iterator[int]:
@@ -190,12 +190,12 @@ def write(model: Model, config: Config) -> Iterator[int]:
         prompt = model.tokenizer.encode(config.prompt or new_line)
         yield from stream(model.net, model.params, prompt, config.n, seed=config.seed, **options)
         return
-    begin = config.prompt.strip("\n")
-    prompt = model.tokenizer.encode(f"\n{begin}")
+    start = config.prompt.strip("\n")
+    prompt = model.tokenizer.encode(f"\n{start}")
     end = int(prompt[0])
     room = (model.net.context or len(prompt) + config.n) - len(prompt) + 1
     if room < 1:
-        raise DataError(f"a prompt of {len(begin)} characters, where lines have {model.net.context} at most")
+        raise DataError(f"a prompt of {len(start)} characters, where lines have {model.net.context} at most")
     left, line = config.n, 0
     while left:
         n = min(room, left)
@@ -206,14 +206,14 @@ def write(model: Model, config: Config) -> Iterator[int]:
                 break
         if not left:
             return
-        # A line that did not end on its own ends where there is no more room; the next starts as this one did.
+        # A line that fills the context ends there; the next one starts with the same prompt.
         yield from ([] if token == end else [end])
         yield from prompt[1:].tolist()
         line += 1
 
 
 def run(model: Model, config: Config) -> None:
-    """Write to the terminal as the tokens come; say on stderr how fast they came."""
+    """Print the tokens as they are generated, and their rate on stderr."""
     print(config.prompt.strip("\n") if model.lines else config.prompt, end="", flush=True)
     times: list[float] = [time.monotonic()]
 
@@ -226,7 +226,7 @@ def run(model: Model, config: Config) -> None:
         print(text, end="", flush=True)
     print()
     n = len(times) - 1
-    first = min(2, n)  # these compile: the step that reads the prompt, and that of a single token
+    first = min(2, n)  # these include compilation: of the prompt's step, and of a single token's
     content = f"{n:,} tokens, the first {first} in {times[first] - times[0]:.1f} s (compiled)"
     if n > first:
         content += f", then {(n - first) / max(times[-1] - times[first], 1e-9):,.0f} tokens/s"

@@ -98,9 +98,9 @@ def test_lines_begin_again_with_the_prompt(of_names):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "gradfn sample: it wants a run's folder"),
+        ([], "gradfn sample: expected a run's folder"),
         (["nowhere"], "nowhere: neither a run's folder nor an experiment with a run in runs/nowhere"),
-        (["."], "no run of a language model"),
+        (["."], "not a run of a language model"),
         (["RUN", "--prompt", "Ω"], "got 'Ω'. Leave it out"),
         (["RUN", "--top-k", "1000"], "top_k must be in"),
         (["RUN", "--n", "0"], "n must be an integer >= 1, got 0"),

@@ -82,15 +82,15 @@ def test_confusion_without_mistakes_and_without_examples():
         confusion([], [])
 
 
-def test_mistakes_say_what_they_are_and_show_the_surest_first():
+def test_mistakes_name_both_classes_and_start_with_the_most_confident():
     pictures = np.arange(4.0)[:, None] * np.ones(784)
     probabilities = [[0.4, 0.6, 0.0], [0.0, 0.9, 0.1], [0.2, 0.1, 0.7], [1.0, 0.0, 0.0]]
     figure = mistakes(pictures, [0, 2, 2, 0], probabilities, what="test digits")
-    assert figure.get_suptitle() == "2 of 4 test digits taken for another, the surest mistakes first"
+    assert figure.get_suptitle() == "2 of 4 test digits misclassified, the most confident first"
     shown = [panel for panel in figure.axes if panel.images]
     assert [panel.get_title() for panel in shown] == [
-        "said 1 (90 %)\nis 2 (10 %)",
-        "said 1 (60 %)\nis 0 (40 %)",
+        "predicted 1 (90 %)\nis 2 (10 %)",
+        "predicted 1 (60 %)\nis 0 (40 %)",
     ]
     assert shown[0].images[0].get_array().shape == (28, 28)
     assert shown[0].images[0].get_array()[0, 0] == 1.0
@@ -98,15 +98,15 @@ def test_mistakes_say_what_they_are_and_show_the_surest_first():
 
 def test_no_mistake_shows_the_least_confident_predictions():
     figure = mistakes(np.zeros([2, 784]), [0, 1], [[0.9, 0.1], [0.45, 0.55]])
-    assert figure.get_suptitle() == "No mistake in 2 examples; the 2 that the network was least sure of"
+    assert figure.get_suptitle() == "No mistake in 2 examples; the 2 least confident predictions"
     shown = [panel.get_title() for panel in figure.axes if panel.images]
-    assert shown == ["said 1 (55 %)\nnext was 0 (45 %)", "said 0 (90 %)\nnext was 1 (10 %)"]
+    assert shown == ["predicted 1 (55 %)\nnext was 0 (45 %)", "predicted 0 (90 %)\nnext was 1 (10 %)"]
 
 
 def test_many_mistakes_are_cut_to_what_can_be_read():
     figure = mistakes(np.zeros([100, 784]), np.zeros(100, int), np.eye(2)[np.ones(100, int)])
     assert len(images_in(figure)) == 24
-    assert figure.get_suptitle() == "100 of 100 examples taken for another; the 24 surest mistakes"
+    assert figure.get_suptitle() == "100 of 100 examples misclassified; the 24 most confident"
 
 
 def test_mistakes_want_as_many_labels_as_images():

@@ -226,7 +226,7 @@ def test_very_many_inspections_take_little_memory(tmp_path):
     assert peak(folder) < 60
     html = (folder / "report.html").read_text()
     assert len(html) < 200_000
-    assert "<b>dead</b> a, in 50,000 of 200,000 looks" in html
+    assert "<b>dead</b> a, in 50,000 of 200,000 inspections" in html
     assert "each column is the largest of up to" in html
 
 

@@ -80,7 +80,7 @@ def test_the_page_holds_what_the_run_has_kept(tmp_path):
         "23,820 weights + 40 biases 23,860",
         "training loss 0.1",
         "validation accuracy 50 %",
-        "saturated a1, in 1 of 2 looks",
+        "saturated a1, in 1 of 2 inspections",
         "gradfn 0.1.0",
     ):
         assert expected in text
@@ -186,7 +186,7 @@ def test_the_digit_net_comes_back_as_it_was_kept(tmp_path):
     net = load_digit_net(tmp_path / "digit_net.safetensors")
     assert net.about == {"activation": "relu", "output": "sigmoid", "loss": "quadratic", "data": "noise"}
     np.testing.assert_array_equal(net.params["W1"], params["W1"].astype(np.float32))
-    # The first of each that it knows (the 1 at 11, as that at 1 is taken for another), then the surest mistakes.
+    # The first correct one of each label (for 1 that at 11), then the most confident mistakes.
     assert net.labels.tolist() == [*range(10), 7, 1]
     np.testing.assert_array_equal(net.samples, images[[0, 11, *range(2, 10), 17, 21]])
     assert net.spline.shape == (28, 8)
@@ -199,14 +199,14 @@ def test_the_digit_net_comes_back_as_it_was_kept(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "it wants a run's folder, or an experiment's name"),
+        ("", "expected a run's folder, or an experiment's name"),
         ("a b c", "got a b c"),
         ("nowhere", "nowhere: neither a run's folder nor an experiment with a run in runs/nowhere"),
-        ("empty", "empty: no run's folder (it has no config.json)"),
-        ("run/part", "run/part: only a part of a run; name the run's folder, run"),
+        ("empty", "empty: not the folder of a run (it has no config.json)"),
+        ("run/part", "run/part: only a part of a run; name the folder of the run, run"),
         ("run --ot x", "no option '--ot' (did you mean --out?)"),
-        ("run --out", "--out wants a file's name"),
-        ("run --out=", "--out wants a file's name"),
+        ("run --out", "--out needs the name of a file"),
+        ("run --out=", "--out needs the name of a file"),
         ("run --out nowhere/x.html", "nowhere/x.html: cannot be written (No such file or directory)"),
         ("broken", "broken/config.json: Input data was truncated"),
         ("torn", "torn/metrics.jsonl: line 1: Expected `object`, got `int`"),

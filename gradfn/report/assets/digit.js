@@ -2,7 +2,7 @@
 
 const SIZE = 28;
 
-// Ink is [side * side], 0 (paper) to 1. Returns [784], or null where there is no ink.
+// `ink` is [side * side], from 0 (background) to 1. Returns [784], or null where the pad is empty.
 export function prepare(ink, side, spline) {
   const box = bounds(ink, side);
   if (!box) return null;
