@@ -1,4 +1,4 @@
-"""The command line: what it shows, and that a user's mistake gets one line and exit code 2."""
+"""The command line: its output, and one line and exit code 2 for a mistake of the user."""
 
 import os
 import re
@@ -58,7 +58,7 @@ def run(config):
 
 @pytest.fixture
 def echo(tmp_path, monkeypatch):
-    """Stand in an empty folder, with an experiment called echo."""
+    """Change to an empty folder, with an experiment called echo."""
     folder = tmp_path / "experiments"
     folder.mkdir()
     (folder / "echo.py").write_text(EXPERIMENT)

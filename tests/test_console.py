@@ -1,4 +1,4 @@
-"""Consoles that lack a character or cannot redraw, readers that go away, full disks: one line, no traceback."""
+"""Consoles that lack a character or cannot redraw, closed pipes, full disks: one line, no traceback."""
 
 import errno
 import io
@@ -85,7 +85,7 @@ def test_a_terminal_that_cannot_redraw_gets_a_line_per_evaluation(monkeypatch, t
     assert (lines == 0) == ("\x1b[" in console.text())  # the bar
 
 
-def test_a_reader_that_goes_away_ends_the_command_quietly(monkeypatch, capfd):
+def test_a_closed_pipe_ends_the_command_quietly(monkeypatch, capfd):
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as broken:
@@ -95,7 +95,7 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(monkeypatch, capfd):
 
 
 class Broken(io.StringIO):
-    """A stream that fails at every use, with an error of its own kind."""
+    """A stream that fails at every use with a given error."""
 
     def __init__(self, error, terminal=False):
         super().__init__()
@@ -121,8 +121,8 @@ BROKEN = {
 
 @pytest.mark.parametrize("why", [*BROKEN, "none"])
 @pytest.mark.parametrize("terminal", [False, True])
-def test_training_goes_on_without_its_output(monkeypatch, why, terminal):
-    """Of `fit` itself, with a line per evaluation or with a bar."""
+def test_training_continues_without_its_output(monkeypatch, why, terminal):
+    """`fit` alone, with a line per evaluation or with a bar."""
     monkeypatch.setenv("TERM", "xterm")
     output = None if why == "none" else Broken(BROKEN[why], terminal)
     monkeypatch.setattr(sys, "stdout", output)
@@ -134,21 +134,21 @@ def test_training_goes_on_without_its_output(monkeypatch, why, terminal):
 
 @pytest.mark.parametrize("why", [*BROKEN, "none"])
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_a_run_goes_on_without_its_output(tmp_path, monkeypatch, capsys, name, why):
+def test_a_run_continues_without_its_output(tmp_path, monkeypatch, capsys, name, why):
     (tmp_path / "echo.py").write_text(EXPERIMENT, encoding="utf-8")
     monkeypatch.setattr(cli, "experiments", lambda: {"echo": tmp_path / "echo.py"})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, name, None if why == "none" else Broken(BROKEN[why]))
     assert cli.main(["run", "echo", "--folder", "here"]) == 0
     assert (tmp_path / "here" / "result.json").exists()
-    assert cli.main(["run", "echo", "--folder", "here"]) == 2  # the exit code tells of a mistake all the same
+    assert cli.main(["run", "echo", "--folder", "here"]) == 2  # the exit code still reports the mistake
     write_run(tmp_path / "run")
     assert cli.main(["report", "run"]) == 0
     assert (tmp_path / "run" / "report.html").exists()
     getattr(sys, name).close()
 
 
-def test_a_command_that_prints_tells_of_a_full_disk(monkeypatch, capsys):
+def test_a_command_that_prints_reports_a_full_disk(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", Broken(BROKEN["a full disk"]))
     assert cli.main(["list"]) == 1
     assert capsys.readouterr().err == "gradfn: the output cannot be written (No space left on device)\n"
@@ -163,7 +163,7 @@ def test_errors_cannot_control_the_terminal(tmp_path, monkeypatch, capsys):
 
 
 def ours(root, text):
-    """Return the warnings of text in the locale's encoding that are of our own files."""
+    """Return the warnings about text in the locale's encoding that come from gradfn's files."""
     return re.findall(rf"{re.escape(str(root))}/(?:gradfn|experiments)/.*EncodingWarning.*", text)
 
 
@@ -183,7 +183,7 @@ def ours(root, text):
     ],
 )
 def test_processes_end_with_their_exit_code_whatever_their_output(tmp_path, redirected, code):
-    """Under an encoding of ASCII alone, and with text that is read or written in the locale's encoding reported."""
+    """The encoding is ASCII, and text in the locale's encoding raises a warning."""
     python = f"{sys.executable} -X warn_default_encoding -m gradfn"
     root = Path(cli.__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": str(root), "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
@@ -258,7 +258,7 @@ def test_a_report_on_a_full_disk_gets_one_line(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "gradfn report: run/report.html: cannot be written (No space left on device)\n"
     )
-    # Nor is a file that may not be read, or a name that cannot be one, an end in a traceback.
+    # An unreadable file or an invalid name does not end in a traceback either.
     for words in (["report", "x" * 5000], ["sample", "x" * 5000]):
         assert cli.main(words) == 2
         assert capsys.readouterr().err.count("\n") == 1

@@ -83,7 +83,7 @@ def test_resume_continues_the_latest_run_that_started(capsys):
     assert "has finished: computing" in capsys.readouterr().out
 
 
-def test_resume_in_a_folder_that_was_killed_before_its_config_starts_anew(tmp_path):
+def test_resume_after_a_kill_before_the_config_starts_a_new_run(tmp_path):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / ".config.json.part").write_text('{"experi')
     config = runs.settle("toy", Config(hidden=5, resume=True, folder="here"))
@@ -99,7 +99,7 @@ def test_options_other_than_the_stored_ones_are_refused():
         runs.settle("toy", asked)
 
 
-def test_a_folder_that_holds_a_run_is_not_written_over():
+def test_a_folder_that_contains_a_run_is_not_overwritten():
     folder = start(Config(folder="here"))
     with pytest.raises(runs.RunError, match=r"here already contains a run: resume it \(--resume\)"):
         start(Config(folder="here"))
@@ -108,7 +108,7 @@ def test_a_folder_that_holds_a_run_is_not_written_over():
 
 
 @pytest.mark.parametrize("name", ["curves.png", "result.json", "versions.json"])
-def test_no_file_of_somebody_else_is_written_over(tmp_path, name):
+def test_files_of_other_programs_are_not_overwritten(tmp_path, name):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / name).write_text("{}")
     with pytest.raises(runs.RunError, match=f"here: contains {name}, which does not belong to a run"):
@@ -116,7 +116,7 @@ def test_no_file_of_somebody_else_is_written_over(tmp_path, name):
     assert [(file.name, file.read_text()) for file in (tmp_path / "here").iterdir()] == [(name, "{}")]
 
 
-def test_a_run_that_died_before_its_config_begins_again_in_its_folder(tmp_path):
+def test_a_run_that_died_before_its_config_starts_again_in_its_folder(tmp_path):
     (start(Config(folder="here")) / "config.json").unlink()
     (tmp_path / "here" / ".DS_Store").touch()
     assert sorted(file.name for file in start(Config(folder="here")).iterdir())[-2:] == [
@@ -141,7 +141,7 @@ def test_a_config_that_cannot_be_used_is_named(content, message):
         runs.settle("toy", Config(resume=True))
 
 
-def test_the_latest_run_is_the_one_that_began_last_whatever_its_name():
+def test_the_latest_run_is_the_one_that_started_last_whatever_its_name():
     named = start(Config(folder="runs/toy/zz-baseline"))
     later = start(Config())
     assert runs.latest("toy") == find_run("toy") == later
@@ -205,7 +205,7 @@ def test_a_folder_has_one_run_at_a_time_and_none_once_its_process_is_dead(tmp_pa
     runs.disown("here")
 
 
-def test_a_run_lets_go_of_its_folder_at_its_end():
+def test_a_run_releases_its_folder_at_its_end():
     folder = start(Config(folder="here"))
     with pytest.raises(FileError, match="in use"), ThreadPoolExecutor() as pool:
         pool.submit(runs.start, "toy", Config(folder="here", resume=True)).result()
@@ -214,7 +214,7 @@ def test_a_run_lets_go_of_its_folder_at_its_end():
         pool.submit(lambda: runs.disown(runs.start("toy", Config(folder="here", resume=True)))).result()
 
 
-def test_a_run_that_another_process_began_meanwhile_is_not_written_over(tmp_path):
+def test_a_run_that_another_process_started_meanwhile_is_not_overwritten(tmp_path):
     config = runs.settle("toy", Config(folder="here"))
     runs.finish(start(Config(hidden=3, folder="here")), runs.Outcome())
     before = snapshot(tmp_path / "here")

@@ -45,7 +45,7 @@ def started(command, folder, *options):
 
 
 def ended(process, number):
-    """Hold a process to one line and the exit code of a signal; return the line."""
+    """Assert that a process ends with one line and the exit code of a signal; return the line."""
     out, err = process.communicate(timeout=60)
     assert process.returncode == CODES[number], err
     assert err.count("\n") == 1, err
@@ -136,7 +136,7 @@ def test_the_exit_code_of_an_experiment_is_that_of_the_process(
 
 
 def test_an_ignored_signal_stays_ignored(tmp_path):
-    """Under nohup the end of the terminal does not end a run."""
+    """Under nohup, closing the terminal does not end a run."""
     command = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *COMMANDS["module"]]
     process = started(command, tmp_path / "run", "--hidden", "x")
     process.send_signal(signal.SIGHUP)
@@ -145,7 +145,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
 
 
 def test_ctrl_c_while_a_string_is_executed_has_its_exit_code(tmp_path):
-    """As in the making of a dataclass; Python alone would end itself by SIGINT then."""
+    """As when Python makes a dataclass; the interpreter alone would end itself by SIGINT."""
     lines = [
         "from gradfn.console import exit_code, leave",
         "try:",

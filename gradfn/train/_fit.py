@@ -238,7 +238,7 @@ def fit(
                     end = min(step + length, steps, *((step // every + 1) * every for every in periods))
                     after, columns, finite = programs.advance(*here, end - step)
                     inspection = None
-                source.order(source.epoch(end))  # a new epoch's is shuffled while the device works
+                source.order(source.epoch(end))  # the order of a new epoch is shuffled while the device works
                 columns, finite = jax.device_get((columns, finite))
                 metrics = {name: column[: end - step] for name, column in columns.items()}
                 took = time.monotonic() - began
@@ -249,7 +249,8 @@ def fit(
                 run.totals = run.totals.after_steps(metrics, source.batch_size, took)
                 run.state, run.step = after, end
                 log.advance(end, float(metrics["loss"][-1]), run.totals)
-                if inspection is None and end - step == length:  # not cut short, so its time is telling
+                # A chunk that was cut short does not have a representative time.
+                if inspection is None and end - step == length:
                     aim = length * CHUNK_SECONDS / max(took, 1e-9)
                     length = int(np.clip(aim, max(length // 2, 1), min(length * 8, CAPACITY)))
                 if end % eval_every == 0 or end == steps:
@@ -284,8 +285,8 @@ class _Run:
         state: after `step` steps.
         step: how many steps were taken.
         finished: whether the run has ended: it took all its steps, or `stop` ended it.
-        totals: what it has counted.
-        identity: what tells it from other runs; None where there is no folder.
+        totals: its counters.
+        identity: what distinguishes it from other runs; None where there is no folder.
     """
 
     settings: Settings
@@ -302,7 +303,7 @@ class _Run:
             CheckpointError: it is of another run, or cannot be read.
         """
         assert self.identity
-        self.state = _shapes(self.state)  # its memory is for the one that is loaded
+        self.state = _shapes(self.state)  # frees its memory for the state that is loaded
         self.state, notes = checkpoint.load(folder / CHECKPOINT, self.state, form=Notes)
         self.step = int(self.state.step)
         log.restore(check_same_run(notes, self.settings, self.identity, folder), self.step)

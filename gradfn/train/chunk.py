@@ -106,6 +106,6 @@ def chunks(
 
 
 def all_finite(tree: PyTree) -> jax.Array:
-    """Tell whether a tree's floats are all finite; a bool scalar."""
+    """Return whether a tree's floats are all finite, as a bool scalar."""
     floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in floats] or [True]))

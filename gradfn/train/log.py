@@ -34,9 +34,9 @@ class Log:
         progress: whether to show a progress bar, or lines where there is no terminal.
 
     Attributes:
-        history: a row per evaluation.
-        inspections: a row per inspection.
-        noise: a row per measurement of the noise scale.
+        history: one row per evaluation.
+        inspections: one row per inspection.
+        noise: one row per measurement of the noise scale.
     """
 
     def __init__(self, folder: Path | None, steps: int, tokens: int | None, progress: bool) -> None:
@@ -130,20 +130,20 @@ class Log:
                 self._bar = None
 
     def _open_files(self, stack: contextlib.ExitStack, folder: Path, step: int) -> None:
-        # Rows that an interrupted run wrote after its last checkpoint are about to be made again.
+        # Rows that an interrupted run wrote after its last checkpoint are written again.
         for rows in self.files:
             rows.open()
             stack.callback(rows.close)
-        # TensorBoard forgets what it has of this step and of later ones.
+        # TensorBoard purges its events of this step and of later ones.
         self._events = Events(inner_folder(folder, EVENTS), step)
         stack.callback(self._events.close)
-        # Inspections come before their step, and are made again; the row after the last step is not.
+        # Inspections precede their step, and are repeated; the row after the last step is not.
         for row in self.history[-1:]:
             if row["step"] == step:
                 self._row_events(row)
 
     def advance(self, step: int, loss: float, totals: Totals) -> None:
-        """Move the progress bar, if there is one, to a step, whose loss it shows."""
+        """Move the progress bar, if there is one, to a step, and show its loss."""
         if self._bar is None:
             return
         bar, task = self._bar
@@ -177,7 +177,7 @@ def _rows(folder: Path | None, name: str) -> Rows | list[Row]:
 
 
 class _Checked:
-    """Raises a ValueError for a row of a log that none can be: called with each, in order."""
+    """Raises a ValueError for an invalid row of a log; it is called with each row, in order."""
 
     def __init__(self, name: str, step: int) -> None:
         self.metrics = name == METRICS
@@ -196,7 +196,7 @@ class _Checked:
 
 
 def refuse_names(names: Iterable[str], what: str, others: Iterable[str] = ()) -> None:
-    """Raise a ValueError for a name that a row of metrics has already."""
+    """Raise a ValueError for a name that a row of metrics already has."""
     taken = sorted({*NOT_METRICS, "loss", *others}.intersection(names))
     if taken:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the state: the run's settings, what it has counted, and what tells it from others."""
+"""What a checkpoint holds beside the state: the run's settings, its counters, and its identity."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Settings(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """What a run has counted, since its last row of metrics and in all.
+    """The counters of a run, since its last row of metrics and in total.
 
     Attributes:
         sums: of each metric since the last row.
@@ -82,13 +82,13 @@ class Totals:
         return row | ({"tokens_per_second": tokens * self.examples_per_second} if tokens else {})
 
     def after_row(self) -> Totals:
-        """Return the totals when a row has been closed: what counts from the last row is zero."""
+        """Return the totals after a row: its sums start again at zero."""
         return Totals(seconds=self.seconds, noise_sums=self.noise_sums)
 
     def after_noise(self, noise: NoiseScale) -> tuple[Totals, Row]:
         """Return the totals after a measurement of the noise scale, and its row."""
         row = noise.to_dict()
-        # Sums first, then their ratio: the ratio of a single batch is far off, and may not exist.
+        # The ratio of sums: that of a single batch is very noisy, and may not exist.
         signal, variance = (
             DECAY * float(total) + row[name]
             for total, name in zip(self.noise_sums, ("gradient_square", "variance"), strict=True)
@@ -105,7 +105,7 @@ class Notes(Totals):
         settings: of the run.
         finished: whether it ended.
         logs: how far each file of rows reaches, by its name; None in checkpoints of earlier versions.
-        identity: what tells the run from others; None in checkpoints of earlier versions.
+        identity: the identity of the run; None in checkpoints of earlier versions.
         versions: of the software that wrote it.
     """
 
@@ -117,7 +117,7 @@ class Notes(Totals):
 
     @property
     def totals(self) -> Totals:
-        """What the run has counted."""
+        """The counters of the run."""
         counted = {each.name: getattr(self, each.name) for each in fields(Totals)}
         # JSON has no NaN: a number may have been stored as text.
         sums = {name: float(total) for name, total in self.sums.items()}

@@ -79,7 +79,7 @@ class Saver:
                 return
             if not issubclass(kind, Exception):  # a second signal
                 self._canceled.set()
-            self._finish()  # an error of its own comes second to the one that ended the run
+            self._finish()  # its own error must not replace the one that ended the run
         except BaseException:
             self._canceled.set()
             self._finish()
@@ -110,7 +110,7 @@ class Saver:
         done.set()
 
 
-class _CancelledError(Exception):
+class _CanceledError(Exception):
     """A checkpoint that is no longer needed."""
 
 
@@ -131,4 +131,4 @@ class _Pieces:
                 os.fsync(self._out.fileno())
                 self._since = 0
             if self._canceled.is_set():
-                raise _CancelledError
+                raise _CanceledError

@@ -62,7 +62,7 @@ def deferred(active: bool) -> Iterator[Stop]:
     if stop.signal is not None:
         # The command line prints its own message.
         if stop.message and previous[stop.signal] is not console.stop:
-            # An error of a closed pipe must not replace the signal.
+            # The error of a closed pipe must not replace the signal.
             with contextlib.suppress(OSError, ValueError):
                 print(stop.message, file=sys.stderr, flush=True)
         _call(previous[stop.signal], stop.signal)

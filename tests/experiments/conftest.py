@@ -58,7 +58,7 @@ SHARED = {
 
 
 def figures_that_differ(experiment, folder, outcome):
-    """Return the numbers of titles that differ from the outcome's, as (picture, title's, outcome's)."""
+    """Return the numbers in titles that differ from the outcome, as (picture, title's, outcome's)."""
     found = []
     for picture, pattern, names in SHARED.get(experiment, []):
         with Image.open(Path(folder) / f"{picture}.png") as image:
@@ -75,7 +75,7 @@ def figures_that_differ(experiment, folder, outcome):
 
 
 def _same(text, value):
-    """Tell whether a number in a text is a value, rounded to the digits of the text."""
+    """Return whether a number in a text is a value rounded to the digits of the text."""
     text = text.replace(",", "")
     half = 0.5 * 10.0 ** -len(text.partition(".")[2])
     return value != value if text == "nan" else abs(float(text) - value) <= half + 1e-9

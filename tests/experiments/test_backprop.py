@@ -35,7 +35,7 @@ def test_the_outcome():
             assert backprop.judge(good | {way: {"W1": 0.0, "b1": wrong}}).state == "missed"
 
 
-def test_an_example_that_is_not_there_makes_no_run(tmp_path):
+def test_an_example_out_of_range_does_not_start_a_run(tmp_path):
     with pytest.raises(ValueError, match="example: there are 1,257 training digits, got number 1257"):
         backprop.run(backprop.Config(example=1257, folder=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()

@@ -28,7 +28,7 @@ def test_a_short_run_draws_and_finds_the_largest_eigenvalue(tmp_path):
         ((14.0, 9.8, 5.1), 0.5, "missed"),
     ],
 )
-def test_the_outcome_needs_all_that_was_promised(ends, accuracy, state):
+def test_the_outcome_needs_all_expectations(ends, accuracy, state):
     histories = {
         rate: [{"step": 0, "sharpness": end}] for rate, end in zip((0.1, 0.2, 0.4), ends, strict=True)
     }

@@ -1,4 +1,4 @@
-"""Pictures of curvature: what is in them, by their panels and titles."""
+"""Pictures of curvature: their panels and titles."""
 
 import numpy as np
 import pytest

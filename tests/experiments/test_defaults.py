@@ -30,7 +30,7 @@ def test_a_default_never_makes_an_option_an_error(name):
 
 
 def test_few_steps_warm_up_for_fewer(monkeypatch):
-    """`gradfn run gpt --steps 60` as far as its optimizer."""
+    """`gradfn run gpt --steps 60` until it makes its optimizer."""
     warmups = []
 
     def optimizer(steps, rate, warmup, **others):
@@ -46,7 +46,7 @@ def test_few_steps_warm_up_for_fewer(monkeypatch):
     assert warmups == [6, 0, 100, 59]
 
 
-def test_heads_are_as_many_as_divide_the_width():
+def test_the_default_number_of_heads_divides_the_width():
     for width in range(1, 70):
         for kind in (gpt.Config, vit.Config):
             more = {"positions": "learned"} if kind is gpt.Config else {}
@@ -58,7 +58,7 @@ def test_heads_are_as_many_as_divide_the_width():
         gpt.Config(width=25)
 
 
-def test_a_batch_by_default_is_all_there_are_at_most():
+def test_the_default_batch_is_at_most_all_examples():
     assert batch_for(gpt.Config(), 5, "lines") == 5
     assert batch_for(gpt.Config(), 50, "lines") == gpt.Config().batch
     assert batch_for(gpt.Config(batch=7), 50, "lines") == 7
@@ -76,7 +76,7 @@ def test_the_region_of_a_node_ends_with_the_image():
 
 
 @pytest.mark.parametrize("experiment", [gpt, rnn])
-def test_a_text_of_few_lines_is_refused_before_the_run_begins(experiment, tmp_path):
+def test_a_text_of_few_lines_is_refused_before_the_run_starts(experiment, tmp_path):
     (tmp_path / "names.txt").write_text("ab\ncd\nabc\n")
     options = {"lines": True} if experiment is gpt else {}
     with pytest.raises(runs.RunError, match="too few examples: none are left for validation"):

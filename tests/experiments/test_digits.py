@@ -35,7 +35,7 @@ def test_a_run_as_a_function(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_finished_run_gives_its_result_again(tmp_path, capsys):
+def test_a_finished_run_returns_its_result_again(tmp_path, capsys):
     result = run(Config(hidden=4, epochs=2, batch=128, folder=str(tmp_path / "run")))
     again = run(Config(resume=True, folder=str(tmp_path / "run")))
     assert "has finished: computing" in capsys.readouterr().out
@@ -59,21 +59,21 @@ def test_options_out_of_range_are_named(options, message):
         Config(**options)
 
 
-def test_a_batch_of_more_than_there_is_makes_no_run(tmp_path):
+def test_a_batch_larger_than_the_data_does_not_start_a_run(tmp_path):
     with pytest.raises(ValueError, match="batch: there are 1,257 training digits, got 1258"):
         run(Config(batch=1258, folder=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_the_defaults_reach_what_is_promised(tmp_path):
+def test_the_defaults_meet_their_expectation(tmp_path):
     result = run(Config(folder=str(tmp_path / "run")))
     assert result.test_accuracy >= 0.93
     assert str(result.outcome).endswith("Expected test accuracy at least 93 %: reached")
 
 
 def start(folder, *options):
-    """Start a run in a process of its own, which writes a checkpoint whenever it can."""
+    """Start a run in a separate process, which writes a checkpoint as often as possible."""
     code = (
         "import functools, sys, gradfn as gf; from gradfn.cli import main;"
         "gf.fit = functools.partial(gf.fit, checkpoint_seconds=0.0); sys.exit(main(sys.argv[1:]))"
@@ -105,7 +105,7 @@ def test_kill_9_and_resume_ends_with_the_parameters_of_an_uninterrupted_run(tmp_
     assert killed.returncode == -signal.SIGKILL
     assert not (folder / "result.json").exists()
 
-    # Where it was killed before its options were written, they are to be given again.
+    # If it was killed before its options were written, they have to be given again.
     known = (folder / "config.json").exists()
     resumed = start(folder, "--resume", *([] if known else ["--epochs", "60"]))
     out, _ = resumed.communicate()
@@ -114,6 +114,6 @@ def test_kill_9_and_resume_ends_with_the_parameters_of_an_uninterrupted_run(tmp_
     assert {file.name for file in folder.iterdir()} >= PICTURES | {"result.json"}
     ended = load_file(folder / "checkpoint.safetensors")
     assert set(ended) == set(uninterrupted)
-    # The checksum is of the seconds that it took, too.
+    # The checksum covers the elapsed seconds, too.
     for name in uninterrupted.keys() - {CHECKSUM}:
         np.testing.assert_array_equal(ended[name], uninterrupted[name], err_msg=name)

@@ -1,4 +1,4 @@
-"""What a net sees: the experiments saliency, reconstruct and regions; reduced runs, pictures, verdicts."""
+"""Explanations of a net: the experiments saliency, reconstruct and regions; reduced runs, pictures, verdicts."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +62,7 @@ def test_falls_are_means_over_the_digits_of_a_class():
     np.testing.assert_allclose(falls, [[[0.4, 0.4], [0.4, 0.4]], [[0.4, 0.4], [0.6, 0.4]]], rtol=1e-5)
 
 
-def test_correlations_do_not_see_how_much_ink_there_is():
+def test_correlations_do_not_depend_on_the_amount_of_ink():
     a = np.array([[0.0, 1.0, 2.0, 5.0], [1.0, 0.0, 0.0, 0.0]])
     np.testing.assert_allclose(reconstruct.correlations(a, 0.1 * a + 3), np.corrcoef(a), rtol=1e-6)
 

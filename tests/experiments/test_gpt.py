@@ -83,7 +83,7 @@ def test_sampling_on_the_command_line(of_text, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_lines_begin_again_with_the_prompt(of_names):
+def test_lines_start_with_the_prompt(of_names):
     model = sample.load_model(of_names.folder)
     assert model.lines
     tokens = list(sample.write(model, sample.Config(prompt="an", n=60, temperature=2.0)))
@@ -129,7 +129,7 @@ def test_options_out_of_range_are_named(options, message):
         gpt.Config(**options)
 
 
-def test_the_outcome_holds_for_what_was_promised_alone():
+def test_the_outcome_is_judged_for_the_default_options_alone():
     data, bound = gf.data.text(), gpt.EXPECTED[0].at_most
     assert gpt.judge(gpt.Config(), data, bound).state == "reached"
     assert gpt.judge(gpt.Config(seed=7), data, bound + 0.01).state == "missed"

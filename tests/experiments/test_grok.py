@@ -54,7 +54,7 @@ def test_the_outcome():
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_and_draws(tmp_path):
+def test_a_run_resumes_and_draws(tmp_path):
     config = grok.Config(modulus=7, hidden=16, steps=200, folder=str(tmp_path / "run"))
     result = grok.run(config)
     assert {"grok.png", "waves.png", "result.json"} <= {file.name for file in result.folder.iterdir()}

@@ -8,7 +8,7 @@ from gradfn.experiments import cnn, vit
 
 
 @pytest.mark.parametrize("experiment", [cnn, vit])
-def test_the_outcome_holds_for_what_was_promised_alone(experiment):
+def test_the_outcome_is_judged_for_the_default_options_alone(experiment):
     for data, expected in zip(("digits", "mnist"), experiment.EXPECTED, strict=True):
         config = experiment.Config(data=data, seed=3, data_path="somewhere")
         assert judge(config, experiment.EXPECTED, expected.at_least).state == "reached"

@@ -1,4 +1,4 @@
-"""Figures of what counts: what is in them, by their panels, titles and color scales."""
+"""Figures of attribution maps: their panels, titles and color scales."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def shown(panel):
     return np.asarray(panel.images[0].get_array())
 
 
-def test_each_map_is_on_its_own_diverging_scale_with_paper_at_zero():
+def test_each_map_is_on_its_own_diverging_scale_around_zero():
     maps = RNG.normal(size=[3, 4, 4])
     figure = signed_maps(IMAGES, {"a": maps, "b": 100 * maps}, "Three", ["x", "y", "z"])
     panels = figure.axes[:9]

@@ -9,7 +9,7 @@ from gradfn.experiments.mnist import RECIPES, Config, judge, run, shifted
 import gradfn as gf
 
 
-def test_the_recipes_have_the_networks_that_they_say():
+def test_the_recipes_have_the_documented_networks():
     sizes = {name: gf.count(make().net.spec) for name, make in RECIPES.items()}
     assert sizes == {"tutorial": 12_730, "nielsen": 23_860, "best": 79_510}
 
@@ -23,7 +23,7 @@ def test_nielsens_parameters_are_all_from_a_standard_normal():
     assert abs((biases**2).mean() - 1) < 5 * np.sqrt(2 / biases.size)
 
 
-def test_shifted_moves_each_image_by_at_most_a_pixel_each_way():
+def test_shifted_moves_an_image_by_at_most_a_pixel_in_each_direction():
     image = jnp.zeros([28, 28]).at[10, 20].set(1.0).reshape(784)
 
     def where(params, example):  # the index of the one pixel

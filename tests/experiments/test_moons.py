@@ -10,7 +10,7 @@ import gradfn as gf
 from gradfn.experiments import moons
 
 
-def test_moments_begin_at_0_and_end_with_the_last_step():
+def test_moments_start_at_0_and_end_with_the_last_step():
     for steps in (1, 7, 1000):
         found = moons.moments(steps)
         assert (found[0], found[-1]) == (0, steps)

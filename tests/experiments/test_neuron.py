@@ -60,7 +60,7 @@ def test_options_out_of_range_are_named(options, message):
 
 
 @pytest.mark.slow
-def test_the_defaults_reach_what_is_promised(tmp_path):
+def test_the_defaults_meet_their_expectation(tmp_path):
     result = neuron.run(neuron.Config(folder=str(tmp_path / "run")))
     assert result.outcome.state == "reached"
     assert result.rates.shape == (21, 10)

@@ -1,4 +1,4 @@
-"""The noise experiment, reduced, and what its verdict says."""
+"""The noise experiment: a reduced run, and its outcome."""
 
 import json
 

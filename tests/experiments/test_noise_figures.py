@@ -1,4 +1,4 @@
-"""Pictures of noise: what their titles say, and what they refuse."""
+"""Pictures of noise: their titles, and the errors for invalid input."""
 
 import numpy as np
 import pytest

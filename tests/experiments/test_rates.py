@@ -44,7 +44,7 @@ def test_options_out_of_range_are_named(options, message):
 
 
 @pytest.mark.slow
-def test_all_at_once_is_each_alone(tmp_path):
+def test_parallel_trainings_equal_single_ones(tmp_path):
     config = rates.Config(rates=3, seeds=2, hidden=3, steps=4, folder=str(tmp_path / "run"))
     result = rates.run(config)
     assert result.losses.shape == (3, 2, 4)

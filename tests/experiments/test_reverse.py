@@ -8,7 +8,7 @@ import pytest
 from gradfn.experiments import reverse
 
 
-def test_what_is_asked_is_the_digits_backwards():
+def test_the_targets_are_the_reversed_digits():
     tokens, targets = reverse.reversals(jax.random.key(0), 5, 4)
     assert tokens.shape == targets.shape == (5, 8)
     np.testing.assert_array_equal(targets[:, 4:], tokens[:, 3::-1])

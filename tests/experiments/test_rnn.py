@@ -1,4 +1,4 @@
-"""Recurrent networks on lines: what the gradient is taken of, and that all three learn."""
+"""Recurrent networks on lines: the gradient through time, and that all three learn."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def test_the_gradient_is_that_of_the_last_letter_alone(data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", rnn.CELLS)
-def test_the_gradient_through_time_is_what_jax_says(data, cell):
+def test_the_gradient_through_time_is_that_of_jax(data, cell):
     tokens, targets = rnn.long_sequences(data, most=2)
     net = gf.rnn(data.tokenizer.size, 8, cell)
     params = net.init(jax.random.key(0))
@@ -43,7 +43,7 @@ def test_the_gradient_through_time_is_what_jax_says(data, cell):
         state = net.step(params, tokens[:40], net.start(params))[1]["0"]
         if cell != "lstm":
             return jax.grad(rest)(state, tokens, targets)
-        # What an LSTM shows of the cell, h = o tanh(c), is of the same step and comes of it.
+        # The hidden state of an LSTM, h = o tanh(c), is computed from the cell state of the same step.
         o = state["h"] / jnp.tanh(state["c"])
         return jax.grad(lambda c: rest({"h": o * jnp.tanh(c), "c": c}, tokens, targets))(state["c"])
 

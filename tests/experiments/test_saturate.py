@@ -11,7 +11,7 @@ from gradfn.experiments import saturate
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wiring", saturate.WIRINGS)
-def test_a_depth_is_that_many_layers(wiring):
+def test_the_depth_is_the_number_of_layers(wiring):
     net, _ = saturate.deep(5, 4, "tanh", wiring)
     params = saturate.start(net, saturate.STARTS["LeCun"], jax.random.key(0))
     x = jnp.arange(5.0)
@@ -27,7 +27,7 @@ def test_a_depth_is_that_many_layers(wiring):
 
 
 @pytest.mark.slow
-def test_starts_have_the_spread_that_they_say():
+def test_initializers_have_the_documented_spread():
     net, _ = saturate.deep(64, 50, "relu", "plain")
     params = saturate.start(net, saturate.STARTS["He"], jax.random.key(1))
     for W, n_in in ((params["first"]["W"], 64), (params["more"]["dense"]["W"], 50)):
@@ -77,7 +77,7 @@ def test_a_run_measures_and_draws(tmp_path, monkeypatch):
 
 
 def of_few_activations(outcome):
-    """Measure sigmoids alone, and let the others be like them: it is the programs that take time to compile."""
+    """Measure only sigmoids and reuse them for the others, because most of the time is compilation."""
     measured = {}
 
     def of(config, data, activation, wiring):

@@ -44,7 +44,7 @@ FINITE = st.one_of(st.sampled_from(HOSTILE), st.floats(allow_nan=False, allow_in
 X = st.one_of(st.integers(-5, 50), st.sampled_from(HOSTILE), st.integers(-(10**400), 10**400))
 QUICK = settings(max_examples=80, deadline=None)
 
-# What was drawn before curves were thinned by ranges: a chart of few points is still this.
+# The drawing from before curves were thinned: a chart of few points is still the same.
 CHART = (
     '<figure class="chart" data-unit="" data-left="44" data-right="350" data-last="30"><figcaption>Loss <small>'
     '</small></figcaption><ul class="legend"><li data-points="[[10, 2.0], [20, 1.5], [30, 1.0]]"><i class="key c0">'
@@ -132,7 +132,7 @@ def test_bounds_are_powers_of_ten_in_order(values):
     assert 0.9 < math.log10(high / low) < 6.1
 
 
-def test_a_chart_of_few_points_is_drawn_as_it_always_was():
+def test_a_chart_of_few_points_does_not_change():
     chart = line_chart("Loss", [Line("a <b>", 0, False, Curve([(10, 2.0), (20, 1.5), (30, 1.0)]))])
     assert chart.startswith(CHART)
     assert PATH in chart
@@ -146,7 +146,7 @@ def test_a_line_has_a_gap_where_it_is_not_finite():
     [path] = re.findall('<path class="line c0" d="([^"]*)"', chart)
     assert path.count("M") == 2
     assert chart.count('r="1.5"') == 1  # the one between two gaps
-    # The same where many rows are one point: a million rows, of which 30,000 follow each other that are not finite.
+    # The same where many rows are one point: a million rows, of which 30,000 consecutive ones are not finite.
     many = Curve()
     many.extend(range(100_000), [None if 50_000 <= i < 53_000 else 1.0 for i in range(100_000)])
     [path] = re.findall('<path class="line c0" d="([^"]*)"', line_chart("Loss", [Line("a", 0, False, many)]))
@@ -155,7 +155,7 @@ def test_a_line_has_a_gap_where_it_is_not_finite():
     assert 0.02 < (begin - end) / (WIDTH - LEFT - RIGHT) < 0.05
 
 
-def test_a_spike_among_many_points_is_seen_and_the_ends_are_exact():
+def test_a_spike_among_many_points_is_visible_and_the_ends_are_exact():
     values = [1.0] * 50_000
     values[20_000], values[0], values[-1] = 9.0, 3.0, 2.0
     curve = Curve()

@@ -1,4 +1,4 @@
-"""Curves of any number of points: what is left of them is true of all of them."""
+"""Curves of any number of points: their buckets describe all points."""
 
 import math
 
@@ -19,7 +19,7 @@ Y = st.one_of(st.none(), st.floats(), st.floats(-10, 10), st.integers())
     st.integers(1, 700),
     st.lists(st.integers(1, 900)),
 )
-def test_buckets_say_the_truth_of_all_points(values, repeats, limit, chunks):
+def test_buckets_describe_all_points_exactly(values, repeats, limit, chunks):
     values = values * repeats
     curve = Curve()
     at = 0

@@ -23,7 +23,7 @@ from tests.test_cli import EXPERIMENT
 DEEP = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
 NUL, LATIN = b"\0" * 40, '{"verdict": "é"}'.encode("latin-1")
 
-# Of JSON with any content, then of each file's own.
+# Damage to any JSON file, then to each file.
 ANY_JSON = (b"", b"{", b"[]", b"3", b"null", b'"text"', b"{]", DEEP, NUL, LATIN, b"{} {}", b'{"a": NaN}')
 ROWS = (b"3\n", b"[]\n", b"{}\n", b"\n", b"{\n", DEEP + b"\n", NUL + b"\n", LATIN + b"\n", b'{"a": 1}\n')
 
@@ -45,7 +45,7 @@ HIDDEN = {"W1": np.ones([3, 784], np.float32), "b1": np.ones(3, np.float32)}
 
 
 def net(about=ABOUT, **changed):
-    """Return the file of a digit network with other arrays; those that are None are left out."""
+    """Return the file of a digit network with some arrays replaced, or left out where they are None."""
     arrays = {name: array for name, array in (ARRAYS | changed).items() if array is not None}
     text = about if isinstance(about, str) else json.dumps(about)
     return save(arrays, metadata={"about": text})
@@ -201,7 +201,7 @@ def assert_short(line, name):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Stand beside a whole run, of which a page can be made."""
+    """Change to the parent of an undamaged run, and return the run's folder."""
     monkeypatch.chdir(tmp_path)
     folder = write_run(tmp_path / "run")
     (folder / "noise.jsonl").write_text('{"step": 1, "running_scale": null}\n', encoding="utf-8")
@@ -231,15 +231,15 @@ def test_rows_of_one_kind_may_be_absent_or_null(folder):
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_what_is_no_file_gets_one_line(folder, name):
-    """A folder, a pipe that nobody writes to, a link to a device and one out of the run are refused, not followed."""
+def test_a_non_file_gets_one_line(folder, name):
+    """A folder, a pipe without a writer, a link to a device and one out of the run are refused, not followed."""
     for _ in no_files(folder / name):
         refused(lambda: read_run("run"), name)
     as_a_link(folder / name)
     assert cli.main(["report", "run"]) == 0
 
 
-def test_a_picture_that_is_no_file_is_named_in_the_page_and_not_followed(folder):
+def test_a_picture_that_is_not_a_file_is_named_in_the_page_and_not_followed(folder):
     data = (folder / "weights.png").read_bytes()
     whys = (
         "is not a regular file",
@@ -276,7 +276,7 @@ def no_files(file):
 
 
 def as_a_link(file):
-    """Make a file a link within the run, which is a file as others."""
+    """Replace a file by a link within the run, which is followed."""
     (file.parent / "real").mkdir()
     file.rename(file.parent / "real" / "file")
     file.symlink_to("real/file")
@@ -306,7 +306,7 @@ def test_notes_of_a_checkpoint_get_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_folders_in_a_run_lead_nowhere_else(folder, capsys):
-    """Parts are found however deep they lie, and never through links."""
+    """Parts are found at any depth, and never through links."""
     outside = folder.parent / "outside"
     outside.mkdir()
     (outside / "metrics.jsonl").write_text("no rows\n", encoding="utf-8")
@@ -322,8 +322,8 @@ def test_folders_in_a_run_lead_nowhere_else(folder, capsys):
     one_line(capsys, ["report", "run"], "metrics.jsonl")
 
 
-def test_names_that_others_chose_are_text_and_no_more(folder):
-    """Of parts and pictures, in bytes that are not UTF-8, in HTML, and of any length."""
+def test_untrusted_names_are_only_text(folder):
+    """Names of parts and pictures may have any length, contain HTML, and not be UTF-8."""
     names = [
         b"\xff\xfe",
         b"<script>alert(1)",
@@ -367,7 +367,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def model(tmp_path, monkeypatch, weights):
-    """Stand beside the folder of a language model; return what writes its `model.json`."""
+    """Change to the parent of a language model's folder; return a function that writes its `model.json`."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lm").mkdir()
 
@@ -427,7 +427,7 @@ def test_a_damaged_model_gets_one_line(model, capsys):
     one_line(capsys, ["sample", "lm"], "tiktoken")  # which may not be installed
 
 
-def test_settings_that_are_not_of_the_checkpoint_get_one_line(model):
+def test_settings_that_do_not_fit_the_checkpoint_get_one_line(model):
     for settings in BAD_GPTS:
         model(MODEL | {"net": "gpt", "settings": GPT | settings}, "gpt")
         refused(lambda: sample.load_model("lm"), "lm")

@@ -1,4 +1,4 @@
-"""Figures: what is in them, by their panels, titles and color scales, not by their pixels."""
+"""Figures: their panels, titles and color scales, not their pixels."""
 
 import matplotlib
 import matplotlib.image
@@ -35,7 +35,7 @@ def test_weight_images_of_nothing_but_zeros_and_of_broken_weights():
     assert images_in(weight_images(W))[0].get_clim() == (-1.0, 1.0)
 
 
-def test_weight_images_say_which_shape_they_want():
+def test_weight_images_report_the_expected_shape():
     with pytest.raises(ValueError, match=r"need \[out, 784\], got \[784, 16\]"):
         weight_images(np.zeros([784, 16]))
 
@@ -57,7 +57,7 @@ def test_curves_have_a_panel_for_losses_and_one_for_accuracies_in_percent():
     assert accuracies.get_ylabel() == "accuracy (%)"
 
 
-def test_curves_title_is_where_it_ended():
+def test_the_title_of_curves_is_the_final_row():
     ended = "After 20 steps: test accuracy 93.6 %, training accuracy 95.0 %"
     assert curves(HISTORY).get_suptitle() == ended
     assert curves([{"step": 1, "loss": 2.0}]).get_suptitle() == "After 1 step: training loss 2"
@@ -103,13 +103,13 @@ def test_no_mistake_shows_the_least_confident_predictions():
     assert shown == ["predicted 1 (55 %)\nnext was 0 (45 %)", "predicted 0 (90 %)\nnext was 1 (10 %)"]
 
 
-def test_many_mistakes_are_cut_to_what_can_be_read():
+def test_many_mistakes_are_cut_to_a_readable_number():
     figure = mistakes(np.zeros([100, 784]), np.zeros(100, int), np.eye(2)[np.ones(100, int)])
     assert len(images_in(figure)) == 24
     assert figure.get_suptitle() == "100 of 100 examples misclassified; the 24 most confident"
 
 
-def test_mistakes_want_as_many_labels_as_images():
+def test_mistakes_need_one_label_per_image():
     with pytest.raises(ValueError, match="2 images, 1 labels"):
         mistakes(np.zeros([2, 784]), [0], np.zeros([2, 10]))
 

@@ -1,4 +1,4 @@
-"""Nothing that a run holds becomes markup, an attribute or a script of its page."""
+"""No text in a run becomes markup, an attribute or a script of its page."""
 
 import io
 import json
@@ -44,7 +44,7 @@ def titled(title):
 
 
 def a_run(folder, text, n):
-    """Return a run with a text wherever a run can have one; of `n` rows."""
+    """Return a run of `n` rows with a text wherever a run can have one."""
     stats = {text: {"rms": 0.5}}
     look = {"sites": stats, "site_grads": stats, "grads": stats, "flags": {text: [text]}}
     shapes = {text: (2, 3)}
@@ -75,7 +75,7 @@ def a_run(folder, text, n):
 
 
 class Markup(HTMLParser):
-    """The tags of a page with the names of their attributes, and all that is not a text of the run."""
+    """The tags of a page, the names of their attributes, and everything that is not a text of the run."""
 
     def __init__(self, html):
         super().__init__()
@@ -101,7 +101,7 @@ class Markup(HTMLParser):
 
 
 def plain(markup):
-    """Return what of a page must not depend on texts: pictures hold their titles themselves."""
+    """Return the part of a page that must not depend on texts: pictures contain their own titles."""
     tags = [
         tag
         if isinstance(tag, str)

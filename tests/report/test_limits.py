@@ -73,7 +73,7 @@ def run(folder, n_parts, n_metrics, n_params, n_options, n_pictures, letters, hi
 @pytest.mark.parametrize(
     "sizes", [(0, 0, 0, 0, 0, 1, 0, 1), (8, 12, 120, 300, 6, 1000, 700, 3), (1, 1, 3, 3, 1, 100_000, 10, 1)]
 )
-def test_a_page_has_at_most_so_many_bytes(tmp_path, sizes, two):
+def test_a_page_has_at_most_limit_bytes(tmp_path, sizes, two):
     made = run(tmp_path, *sizes)
     html = page([made, made] if two else [made])
     assert len(html.encode(errors="replace")) <= LIMIT
@@ -85,12 +85,12 @@ def test_a_page_has_at_most_so_many_bytes(tmp_path, sizes, two):
 @given(st.tuples(SIZES, SIZES, SIZES, SIZES, PICTURES, LENGTHS, HIDDEN, ROWS), st.booleans())
 @example((40, 40, 300, 300, 30, 1000, 700, 30), False)
 @example((40, 40, 300, 300, 30, 1000, 700, 30), True)
-def test_the_page_of_any_run_ends_and_has_at_most_so_many_bytes(tmp_path, sizes, two):
-    test_a_page_has_at_most_so_many_bytes(tmp_path, sizes, two)
+def test_the_page_of_any_run_is_complete_and_has_at_most_limit_bytes(tmp_path, sizes, two):
+    test_a_page_has_at_most_limit_bytes(tmp_path, sizes, two)
 
 
 def whole(html):
-    """Hold a page to be complete, with nothing of a run in it that is markup."""
+    """Assert that a page is complete and that no text of a run in it is markup."""
     assert html.rstrip().endswith("</html>")
     markup = re.sub(r"<(style|script).*?</\1>", "", html, flags=re.DOTALL)
     assert LETTERS[:3] not in markup
@@ -180,7 +180,7 @@ print(code, before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def peak(*words):
-    """Return how many MB a report took beyond its imports."""
+    """Return the memory that a report needs beyond its imports, in MB."""
     command = [sys.executable, "-c", MEASURED, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -233,5 +233,5 @@ def test_very_many_inspections_take_little_memory(tmp_path):
 def test_a_digit_network_that_is_too_large_is_not_read(tmp_path):
     folder = write_run(tmp_path / "run")
     with (folder / "digit_net.safetensors").open("wb") as out:
-        out.truncate(1 << 30)  # of which the disk holds nothing
+        out.truncate(1 << 30)  # a sparse file
     assert "The network is too large to run in the page." in text_of(page([read_run(folder)]))

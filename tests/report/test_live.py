@@ -1,4 +1,4 @@
-"""The network in the page: Chromium computes what JAX computes, and every control does what it says."""
+"""The network in the page: Chromium computes the same values as JAX, and every control works."""
 
 import functools
 import io
@@ -33,7 +33,7 @@ NETS = {
     "relu": ([784, 7, 10], "relu", None, "cross-entropy"),
     "deep": ([784, 4, 3, 10], "gelu", "tanh", "quadratic"),
 }
-# What goes wrong is kept from the first moment on.
+# Errors are recorded from the start.
 LISTEN = """<script>
 window.wrong = [];
 for (const kind of ["error", "unhandledrejection", "securitypolicyviolation"])
@@ -72,7 +72,7 @@ pytestmark = [
 
 
 def digit_net(name, seed=0):
-    """Return a network that is not trained, with two samples, and its parameters and loss."""
+    """Return an untrained network with two samples, its parameters and its loss."""
     sizes, activation, output, loss_name = NETS[name]
     net = gf.mlp(sizes, activation, output)
     params = jax.tree.map(
@@ -126,7 +126,7 @@ def compiled(loss):
     return jax.jit(lambda params, x, label: (look(params, (x, label)), grad(params, x, label)))
 
 
-def jax_says(params, loss, x, label):
+def by_jax(params, loss, x, label):
     """Return the values and gradients by name, and the loss."""
     inspection, (grads, grad_x) = compiled(loss)(params, x, label)
     values = {name: value for name, value in inspection.values.items() if name[0] in "az"}
@@ -134,7 +134,7 @@ def jax_says(params, loss, x, label):
 
 
 def agree(actual, params, loss, x, label):
-    values, grads, value = jax_says(params, loss, x, label)
+    values, grads, value = by_jax(params, loss, x, label)
     close = {"atol": 1e-5, "rtol": 1e-5}
     np.testing.assert_allclose(actual["loss"], value, **close)
     for name, expected in values.items():
@@ -210,7 +210,7 @@ const result = () => {
 """
 
 
-def test_every_control_does_what_it_says(tmp_path):
+def test_every_control_works(tmp_path):
     kept, params, loss = digit_net("sigmoid")
     result = in_page(tmp_path, [kept_run(tmp_path, kept)], CONTROLS)
     first, second = kept.samples
@@ -299,7 +299,7 @@ def test_pictures_grow_when_clicked_and_curves_show_their_values(tmp_path):
     }
 
 
-# What the inputs of a GPT with one block meet, by hand.
+# The parameters of a GPT with one block in the order of use, written by hand.
 GPT_DEPTH = [
     *("embed/W", "blocks/0/attention_norm/gain"),
     *(f"blocks/0/attention/{name}/W" for name in ("query", "key", "value", "out")),

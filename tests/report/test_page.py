@@ -27,7 +27,7 @@ ABOUT = {"toy": About("Train a toy.", (), {"hidden": ("nodes <inside>", 16), "se
 
 
 def write_run(folder, hidden=4, accuracy=0.5, seed=0, name="accuracy"):
-    """Write what a run of a digit network keeps."""
+    """Write the files of a run of a digit network."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     shapes = {"W1": (hidden, 784), "b1": (hidden,), "W2": (10, hidden), "b2": (10,)}
@@ -66,7 +66,7 @@ def pictures_of(html):
     return [base64.b64decode(data) for data in re.findall(r'"data:image/png;base64,([^"]*)"', html)]
 
 
-def test_the_page_holds_what_the_run_has_kept(tmp_path):
+def test_the_page_shows_the_run(tmp_path):
     folder = write_run(tmp_path / "run", hidden=30)
     html = write_report([folder], about=ABOUT).read_text()
     text = text_of(html)
@@ -90,7 +90,7 @@ def test_the_page_holds_what_the_run_has_kept(tmp_path):
     assert rows[:4] == ["W1", "b1", "W2", "b2"]  # by layer, not by the alphabet
 
 
-def test_the_page_asks_for_nothing_from_elsewhere(tmp_path):
+def test_the_page_does_not_load_anything(tmp_path):
     html = write_report([write_run(tmp_path / "run")]).read_text()
     assert "default-src 'none'" in html
     addresses = re.findall(r'(?:src|href)="([^"]*)"', html)
@@ -131,7 +131,7 @@ def test_an_interrupted_run_shows_as_far_as_it_got(tmp_path):
     assert "No result yet" in text_of(page([read_run(folder)]))
 
 
-def test_a_loss_that_was_not_finite_leaves_the_rest_to_be_seen(tmp_path):
+def test_a_loss_that_was_not_finite_does_not_hide_the_rest(tmp_path):
     folder = write_run(tmp_path / "run")
     look = {"sites": {}, "site_grads": {}, "grads": {"W1": {"rms": None}, "b1": {"rms": 0.0}}}
     (folder / "inspections.jsonl").write_text(json.dumps(look | {"step": 0}) + "\n")
@@ -166,7 +166,7 @@ def test_a_page_is_smaller_than_its_limit_whatever_the_pictures(tmp_path, monkey
     assert len(pictures_of(file.read_text())) == 3
 
 
-def test_the_command_says_what_differs_from_the_defaults(tmp_path):
+def test_the_command_contains_what_differs_from_the_defaults(tmp_path):
     run = read_run(write_run(tmp_path / "run"))
     options = {"hidden": 16, "sizes": [1, 2], "b_1": 0.5, "lines": True, "data": None, "name": "a b"}
     assert command(run._replace(options=options), ABOUT["toy"]) == (
@@ -174,7 +174,7 @@ def test_the_command_says_what_differs_from_the_defaults(tmp_path):
     )
 
 
-def test_the_digit_net_comes_back_as_it_was_kept(tmp_path):
+def test_the_digit_net_is_read_back_unchanged(tmp_path):
     rng = np.random.default_rng(0)
     images = rng.random([30, 784], dtype=np.float32)
     labels = np.arange(30, dtype=np.int32) % 10
@@ -241,7 +241,7 @@ def test_the_command_line_writes_the_page_of_the_latest_run(tmp_path, monkeypatc
         find_run("nowhere")
 
 
-def test_no_file_of_somebody_else_is_written_over(tmp_path):
+def test_files_of_other_programs_are_not_overwritten(tmp_path):
     folder, mine = write_run(tmp_path / "run"), tmp_path / "thesis.html"
     mine.write_text("<html>mine</html>")
     with pytest.raises(RunError, match=r"thesis\.html: already exists and is not a page that gradfn wrote"):
@@ -258,7 +258,7 @@ def test_no_file_of_somebody_else_is_written_over(tmp_path):
 
 
 def test_an_item_of_a_dict_is_never_its_method(tmp_path):
-    """`part.values`, `.items`, `.keys`, `.copy`, `.count` in a template are what the dict holds, or an error."""
+    """`part.values`, `.items`, `.keys`, `.copy`, `.count` in a template are items of the dict, or an error."""
     import jinja2
 
     environment = report._environment()
@@ -287,7 +287,7 @@ def test_rows_of_heat_maps_are_in_the_order_of_use(tmp_path):
         html = report.flows([read_run(folder)])[0][0]["params"]
         return re.findall(r"<span>([^<]+)</span>", html)
 
-    # As runs keep it now; one that the loss does not use is last. Then a run of an earlier version: by names.
+    # First a current run, where a parameter that the loss does not use is last. Then a run of an earlier version.
     order = ["embed/W", "blocks/10/a/W", "blocks/1/b/W"]
     assert rows(look | {"param_order": order}) == [*order, "blocks/1/a/W"]
     assert rows(look) == ["embed/W", "blocks/1/a/W", "blocks/1/b/W", "blocks/10/a/W"]
@@ -308,7 +308,7 @@ def test_a_run_without_rows_shows_its_picture_of_the_curves_and_its_film(tmp_pat
         assert image.convert("RGB").getpixel((0, 0))[2] > 200  # the end of a film that does not fit
 
 
-def test_a_metric_that_was_measured_anew_at_the_end_is_named_so(tmp_path):
+def test_a_metric_that_was_measured_again_at_the_end_is_labeled(tmp_path):
     folder = write_run(tmp_path / "run")
     write_json(folder / "result.json", {"verdict": "done", "validation_accuracy": 0.53})
     assert "validation accuracy during training 50 %" in text_of(page([read_run(folder)]))
@@ -324,7 +324,7 @@ def test_a_folder_of_fit_gets_a_page(tmp_path, monkeypatch, capsys):
     options = {"batch_size": 16, "seed": 5, "inspect_every": 4, "noise_every": 2, "progress": False}
     loss = gf.batch_mean(gf.classification_loss(net))
     gf.fit(loss, start, (x, y), optax.sgd(0.1), 12, folder="digits", **options)
-    assert cli.main(["report", "digits"]) == 0  # a folder is meant before an experiment of that name
+    assert cli.main(["report", "digits"]) == 0  # a folder takes precedence over an experiment of that name
     assert capsys.readouterr().out.startswith("wrote digits/report.html")
     html = (tmp_path / "digits" / "report.html").read_text()
     text = text_of(html)
@@ -343,6 +343,6 @@ def test_a_folder_of_fit_gets_a_page(tmp_path, monkeypatch, capsys):
     assert rows == ["W1", "b1", "W2", "b2"]
     assert cli.main(["report", "digits", "digits"]) == 0
     assert (tmp_path / "digits" / "against-digits.html").exists()
-    # One that has not come to its first checkpoint.
+    # A run without a checkpoint yet.
     os.remove("digits/checkpoint.safetensors")
     assert "No result yet" in text_of(page([read_run("digits")]))

@@ -1,4 +1,4 @@
-"""Weight decay: what it reaches in plain trees, stacked layers and other frameworks, and by how much."""
+"""Weight decay: the parameters that decay in plain trees, stacked layers and other frameworks, and by how much."""
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,7 @@ def test_the_decayed_parameters_of_our_nets_are_their_matrices(name):
     assert decayed(arrays) == decayed(spec) == matrices  # the experiments were trained with these
 
 
-def test_a_spec_knows_what_arrays_cannot_tell():
+def test_a_spec_distinguishes_what_arrays_do_not():
     odd = gf.Net(
         {"alpha": gf.Param([8]), "M": gf.Param([8, 8])}, lambda params, x: params["M"] @ (params["alpha"] * x)
     )
@@ -149,7 +149,7 @@ def test_an_update_without_a_gradient_is_the_decay():
     plain.init(params)
 
 
-def test_the_table_tells_what_decays():
+def test_the_table_shows_what_decays():
     spec = gf.repeat(gf.serial(norm=gf.layers.layer_norm(8), lin=gf.layers.dense(8, 8)), 3).spec
     lines = {line.split()[0]: " ".join(line.split()) for line in str(weight_decay_table(spec)).splitlines()}
     assert lines["lin/W"] == "lin/W [3, 8, 8] yes rank 2 in stacked layers"

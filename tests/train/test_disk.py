@@ -1,4 +1,4 @@
-"""Whatever cannot be written: one OSError that names the file, the last good checkpoint, and the same end after all."""
+"""Failed writes: one OSError that names the file, the last good checkpoint, and a resumed run with the same result."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def step_in(folder):
 
 @pytest.fixture
 def limit():
-    """A function that limits the size of files, as a disk does that is full."""
+    """Return a function that limits the size of files, as a full disk does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -67,7 +67,7 @@ def at_call(n, act):
 
 
 def limit_at(monkeypatch, where, call, limit):
-    """Limit files just before a certain call of what writes them."""
+    """Limit files just before a given call of the function that writes them."""
     module, name = where.rsplit(".", 1)
     owner = pkgutil.resolve_name(module)
     write, calls = getattr(owner, name), []
@@ -94,14 +94,14 @@ def limit_at(monkeypatch, where, call, limit):
         ("0000000012.safetensors", "gradfn.train.checkpoint.write_tensors", 4),
     ],
 )
-def test_a_full_disk_is_one_error_and_the_run_resumes_to_the_bit(
+def test_a_full_disk_is_one_error_and_the_run_resumes_bit_for_bit(
     tmp_path, monkeypatch, limit, capfd, name, where, call
 ):
     monkeypatch.setattr(saver, "SHARE", 0)  # a checkpoint after each step
     every = {"keep_every": 3}
 
     def size():
-        """The bytes that a file may have: a few more than the log or the events, less than an array."""
+        """The size limit of files: slightly more than the log and the events, less than an array."""
         logs = [tmp_path / "metrics.jsonl", *(tmp_path / "events").iterdir()]
         return next((log.stat().st_size + 5 for log in logs if log.name.startswith(name)), 5_000)
 
@@ -134,7 +134,7 @@ def test_a_checkpoint_that_cannot_be_put_on_the_disk_at_the_end_is_an_error(tmp_
 
 
 @pytest.mark.parametrize("options", [{}, {"keep_every": 1}])
-def test_a_folder_that_is_deleted_is_not_made_anew(tmp_path, monkeypatch, capfd, options):
+def test_a_deleted_folder_is_not_created_again(tmp_path, monkeypatch, capfd, options):
     folder = tmp_path / "run"
     with pytest.raises(OSError, match="No such file or directory") as error:
         train(folder, evaluate=at_call(3, lambda: shutil.rmtree(folder)), **options)
@@ -146,7 +146,7 @@ def test_a_folder_that_is_deleted_is_not_made_anew(tmp_path, monkeypatch, capfd,
 
 @pytest.fixture
 def read_only(tmp_path):
-    """A folder that cannot be written into, by root neither."""
+    """A folder that is read-only, even for root."""
     folder = tmp_path / "read-only"
     folder.mkdir()
     mounted = False

@@ -66,7 +66,7 @@ def test_fit_is_the_plain_loop():
     assert fitted.state.step == 20
 
 
-def test_the_users_parameters_are_left_as_they_are():
+def test_the_users_parameters_do_not_change():
     before = jax.tree.map(np.array, start)
     train(3)
     assert_same(start, before)
@@ -105,7 +105,7 @@ def test_aux_and_noise():
         noisy, {"w": jnp.ones([])}, x, optax.sgd(0.1), 4, batch_size=2, eval_every=1, progress=False
     )
     draws = [row["draw"] for row in fitted.history]
-    assert len(set(draws)) == 4  # a key of its own each step
+    assert len(set(draws)) == 4  # each step has its own key
     assert "vector" not in fitted.history[0]
 
 
@@ -133,7 +133,7 @@ def test_stop_ends_early():
     assert len(fitted.history) == 3
 
 
-def test_stalled_waits_for_something_better():
+def test_stalled_waits_for_an_improvement():
     stop = gf.stalled("accuracy", evaluations=2, better=max)
     rows = [{"accuracy": value} for value in (0.5, 0.7, 0.7, 0.6)]
     assert [stop(rows[:n]) for n in range(5)] == [False, False, False, False, True]
@@ -150,7 +150,7 @@ def test_many_devices_share_a_batch():
 
 
 def test_data_are_placed_on_a_mesh_once(monkeypatch):
-    """Every chunk gets arrays that lie on all devices, which it need not copy; the result is that of before."""
+    """Every chunk gets arrays that are already on all devices; the result does not change."""
     mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
     calls, chunks = [], module.chunks
 
@@ -195,12 +195,12 @@ def test_take_rows_is_indexing(shape):
         ({"loss": lambda params, batch: jnp.ones(3)}, "scalar"),
     ],
 )
-def test_mistakes_are_named(options, message):
+def test_invalid_arguments_are_named(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         train(**options)
 
 
-# What a run leaves in its folder
+# The files of a run
 
 
 @pytest.mark.slow
@@ -227,7 +227,7 @@ class InterruptionError(Exception):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("noisy", [False, True])
-def test_an_interrupted_run_goes_on_to_the_bit(tmp_path, noisy):
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, noisy):
     dropping = gf.serial(drop=gf.layers.dropout(0.2), mlp=net)
     begin = {"mlp": start}
     options = {"batch_size": 8, "progress": False, "checkpoint_seconds": 0}
@@ -254,7 +254,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(tmp_path, noisy):
 
 
 @pytest.mark.slow
-def test_parameters_are_kept_and_an_earlier_run_of_the_folder_is_not_among_them(tmp_path):
+def test_parameters_are_kept_without_those_of_an_earlier_run_in_the_folder(tmp_path):
     train(20, folder=tmp_path, keep_every=4)
     fitted = train(10, folder=tmp_path, keep_every=5)
     kept = gf.train.kept(tmp_path, like=start)
@@ -266,7 +266,7 @@ def test_parameters_are_kept_and_an_earlier_run_of_the_folder_is_not_among_them(
         gf.train.kept(tmp_path / "kept", like=start)
 
 
-def test_resume_with_nothing_there_begins(tmp_path):
+def test_resume_without_a_checkpoint_starts(tmp_path):
     assert_same(train(5, folder=tmp_path / "new", resume=True).params, train(5).params)
 
 
@@ -371,8 +371,8 @@ def test_lines_where_there_is_no_terminal(capsys):
     assert lines[1].endswith("0.0 s left")
 
 
-def test_what_is_left_includes_evaluations_and_the_rest(monkeypatch, capsys):
-    """At the half of a run it is what then follows, to 30 %, though nearly all of the time goes beside the steps."""
+def test_the_time_left_includes_evaluations_and_inspections(monkeypatch, capsys):
+    """Half way, it is within 30 % of the time that the rest takes, although most time is spent outside the steps."""
     clock = {"now": 1000.0}
     monkeypatch.setattr("gradfn.train.log.time.monotonic", lambda: clock["now"])
 
@@ -393,18 +393,18 @@ def test_what_is_left_includes_evaluations_and_the_rest(monkeypatch, capsys):
     assert left[3] == 0
 
 
-def test_what_is_left_is_told_by_this_process_alone(monkeypatch):
+def test_the_time_left_is_estimated_from_this_process_alone(monkeypatch):
     clock = {"now": 50.0}
     monkeypatch.setattr("gradfn.train.log.time.monotonic", lambda: clock["now"])
     log = Log(None, steps=100, tokens=None, progress=False)
     assert np.isnan(log.left(60))
-    log.start(60)  # where the process before left off
+    log.start(60)  # where the previous process stopped
     assert np.isnan(log.left(60))
     clock["now"] += 4.0
     assert log.left(68) == pytest.approx(4.0 / 8 * 32)
 
 
-def test_a_bar_where_there_is_one(monkeypatch, capsys):
+def test_a_bar_in_a_terminal(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     train(20, progress=True, eval_every=10, evaluate=lambda params: {"accuracy": 0.5})
@@ -510,7 +510,7 @@ def test_a_gradient_that_breaks_is_traced_to_its_line(monkeypatch, chunk_seconds
 @pytest.mark.parametrize(
     "name", ["loss", "step", "epoch", "seconds", "examples_per_second", "tokens_per_second"]
 )
-def test_b6_a_metric_that_takes_the_name_of_the_rows_own_is_refused(name):
+def test_b6_a_metric_with_a_reserved_name_is_refused(name):
     def with_aux(params, batch):
         return jnp.square(params - batch).mean(), {"fine": jnp.float32(0), name: jnp.float32(7)}
 
@@ -560,7 +560,7 @@ def test_b6_files_are_json_whatever_the_numbers(tmp_path):
 
     with safe_open(tmp_path / "checkpoint.safetensors", "numpy") as content:
         json.loads(content.metadata()["notes"], parse_constant=refuse)
-    # In memory, and from there in a resumed run, numbers are what they were.
+    # In memory, and from there in a resumed run, numbers are unchanged.
     assert fitted.history[-1]["low"] == fit(3, resume=True).history[-1]["low"] == -np.inf
     again = fit(4, resume=True)
     assert np.isnan([row["nan"] for row in again.history]).all()
@@ -591,7 +591,7 @@ def test_b6_two_parameters_of_one_path_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("better", [min, max])
-def test_b8_stalled_takes_nan_for_worse_than_any_number(better):
+def test_b8_stalled_treats_nan_as_worse_than_any_number(better):
     nan, sign = float("nan"), 1 if better is min else -1
     cases = [
         ([1.0, nan, nan], True),

@@ -6,7 +6,7 @@ import pytest
 
 from gradfn.train import keep_freed_memory
 
-# Takes, fills and frees a block ten times, and prints how many pages the system had to hand out meanwhile.
+# Allocates, fills and frees a block ten times, and prints how many pages the system provided.
 PAGES = """
 import ctypes, resource
 libc = ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""A run owns its folder, and resumes as itself or not at all."""
+"""A run owns its folder, and only the same run resumes in it."""
 
 import dataclasses
 import threading
@@ -139,7 +139,7 @@ def test_b2_what_changes_nothing_resumes(tmp_path):
         np.testing.assert_array_equal(train(tmp_path, resume=True, **other).params["w"], done.params["w"])
 
 
-def test_b2_a_checkpoint_that_does_not_say_of_what_it_is(tmp_path):
+def test_b2_a_checkpoint_without_an_identity(tmp_path):
     train(tmp_path)
     file = tmp_path / "checkpoint.safetensors"
     state, notes = checkpoint.load(file, gf.train_state(START, optax.adam(0.1), jax.random.key(0)))
@@ -148,7 +148,7 @@ def test_b2_a_checkpoint_that_does_not_say_of_what_it_is(tmp_path):
         train(tmp_path, resume=True)
 
 
-def test_b2_large_arrays_are_told_by_rows(monkeypatch):
+def test_b2_large_arrays_are_identified_by_rows(monkeypatch):
     from gradfn.train import identity
 
     monkeypatch.setattr(identity, "HASHED", 64)
@@ -179,11 +179,11 @@ def test_b2_gpt_on_another_text_is_refused_and_its_model_stays(tmp_path, other):
     assert content_of(folder) == was
 
 
-# B10. What resumes, and how far
+# B10. Resuming with any optimizer, dtype and number of steps
 
 
 def with_python_numbers():
-    """Momentum whose state has Python numbers and one of float64."""
+    """Momentum whose state contains Python numbers and a float64."""
 
     def init(params):
         return {"count": 0, "rate": 0.1, "wide": np.float64(0.5), "m": jax.tree.map(jnp.zeros_like, params)}
@@ -224,7 +224,7 @@ def dying(evaluations):
 
 
 def run_in_two(folder, **options):
-    """A run that dies at its third evaluation, and resumes from its checkpoint."""
+    """Return a run that dies at its third evaluation and resumes from its checkpoint."""
     with pytest.raises(InterruptionError):
         train(folder, 12, eval_every=2, evaluate=dying(3), **options)
     assert (folder / "checkpoint.safetensors").exists()
@@ -244,7 +244,7 @@ def assert_same(one, other):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_b10_optimizers_run_and_resume_to_the_bit(tmp_path, name):
+def test_b10_optimizers_resume_bit_for_bit(tmp_path, name):
     options = {"optimizer": OPTIMIZERS[name], "inspect_every": 5}
     whole = train(None, 12, eval_every=2, **options)
     resumed = run_in_two(tmp_path, **options)
@@ -283,7 +283,7 @@ def test_b10_lbfgs_gets_the_value_the_gradient_and_the_function():
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "bfloat16", "float16", "complex64"])
-def test_b10_parameters_of_every_dtype_resume_to_the_bit(tmp_path, dtype):
+def test_b10_parameters_of_every_dtype_resume_bit_for_bit(tmp_path, dtype):
     def loss(params, batch):
         w = {"w": params["w"].real.astype(jnp.float32)}
         return mean_square(w, batch) + jnp.square(params["scalar"].real.astype(jnp.float32) - 3)
@@ -327,7 +327,7 @@ def test_b10_an_optimizer_state_that_cannot_be_carried_is_refused():
         train(None, optimizer=optax.GradientTransformation(lambda params: jnp.zeros(1), growing))
 
 
-def test_b10_a_run_is_lengthened_to_the_bit(tmp_path):
+def test_b10_a_run_is_extended_bit_for_bit(tmp_path):
     for name, every in {"epochs": None, "two": 2, "ragged": 5}.items():
         train(tmp_path / name, 7, eval_every=every)
         longer = train(tmp_path / name, 12, resume=True, eval_every=every)
@@ -353,7 +353,7 @@ def test_b10_a_run_that_stop_ended_has_ended(tmp_path):
 
 
 def tensorboard(folder):
-    """What TensorBoard shows of a folder: `{(tag, step): [values]}`, after what it purges."""
+    """Return what TensorBoard shows of a folder, `{(tag, step): [values]}`, without purged events."""
     from tensorboardX.proto import event_pb2
 
     shown = []
@@ -384,7 +384,7 @@ def test_b10_tensorboard_keeps_every_row_and_inspection_once(tmp_path, eval_ever
     assert {len(values) for values in shown.values()} == {1}
 
 
-# A checkpoint is small, and the rows are in files of their own
+# A checkpoint is small, because rows are in separate files
 
 
 def test_a_checkpoint_is_as_large_after_many_rows_as_after_none(tmp_path):

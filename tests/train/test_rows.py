@@ -1,4 +1,4 @@
-"""Rows of a run in files: equal to lists of rows, whatever is in memory, and read back as they were written."""
+"""Rows of a run in files: equal to lists of rows, whatever is in memory, and read back unchanged."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ def opened(file):
 
 
 def some_rows(n, seed=0):
-    """Rows like those of a run, with every kind of number in them, deep inside too."""
+    """Return rows like those of a run, with numbers of every kind at every depth."""
     rng = np.random.default_rng(seed)
     odd = [math.nan, math.inf, -math.inf, None, 0.1 + 0.2, 1e-320, -0.0, 3, 1.0, "name", True]
     pick = lambda: odd[rng.integers(len(odd))]  # noqa: E731
@@ -33,7 +33,7 @@ def some_rows(n, seed=0):
 
 
 def as_text(rows):
-    return repr(list(rows))  # tells 1 from 1.0, and has NaN equal to NaN
+    return repr(list(rows))  # distinguishes 1 from 1.0, and NaN equals NaN
 
 
 def restored(rows, check=lambda row: None):

@@ -1,4 +1,4 @@
-"""Models with state and with more in them than arrays: what is trained, what is carried, what stays."""
+"""Models with state, and models that contain more than arrays: what is trained, carried, and constant."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 
 import gradfn as gf
 
-# Other libraries promote ranks and dtypes, and warn, as they please.
+# Other libraries promote ranks and dtypes, and warn.
 pytestmark = pytest.mark.filterwarnings("default")
 
 X = np.random.default_rng(0).normal(1.0, 2.0, [16, 3]).astype("float32")
@@ -28,7 +28,7 @@ def train(loss, params, optimizer=None, steps=STEPS, data=(X, Y), **options):
 
 
 def batches(steps=STEPS):
-    """The batches that `fit` draws of X and Y."""
+    """The batches that `fit` makes of X and Y."""
     for step in range(steps):
         rows = gf.data.epoch_order(16, 8, 0, step // 2)[step % 2]
         yield X[rows], Y[rows]
@@ -150,7 +150,7 @@ def test_a11_train_step_carries_an_nnx_module():
 
 
 @pytest.mark.slow
-def test_a11_an_nnx_run_resumes_to_the_bit_and_is_kept_whole(tmp_path):
+def test_a11_an_nnx_run_resumes_bit_for_bit_and_is_kept_whole(tmp_path):
     def run(**options):
         return train(nnx_loss, nnx_model(), optax.adam(0.01), **options)
 
@@ -286,7 +286,7 @@ def test_a11_a_loss_that_loses_its_state_is_refused(change, message):
         train(loss, W, state=STATE)
 
 
-def test_a11_a_state_that_is_missing_or_that_nobody_takes_is_refused():
+def test_a11_a_missing_or_unused_state_is_refused():
     with pytest.raises(TypeError, match="the loss takes state: pass the initial one"):
         train(counting, W)
     with pytest.raises(TypeError, match=r"the loss must be \(params, batch, state\)"):
@@ -303,7 +303,7 @@ def test_a11_an_nnx_state_with_statistics_in_it_is_refused():
         TypeError, match=r"drop/rngs/count.* must not be trained.*nnx.split\(model, nnx.Param"
     ):
         train(lambda state, batch: nnx_loss(nnx.merge(graphdef, state), batch), state)
-    # The two lines that the message tells.
+    # The two lines that the message suggests.
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss(params, batch, state):
@@ -340,7 +340,7 @@ def test_a11_tools_refuse_a_module_that_the_loss_changes_and_take_its_state_as_a
     assert_close(inspection.grads.first.kernel[...], nnx.grad(nnx_loss)(model, batch)["first"]["kernel"][...])
 
 
-# A15. Models with more in them than arrays, and batches with less
+# A15. Models that contain more than arrays, and batches without leading axes
 
 
 @pytest.mark.slow
@@ -355,7 +355,7 @@ def test_a15_an_equinox_model_is_trained_whole(tmp_path):
         key: jax.Array
 
         def __call__(self, x):
-            assert self.gain == 2.0  # a setting, which code branches on
+            assert self.gain == 2.0  # a Python number, on which code branches
             return self.gain * self.drop(self.mlp(x[self.table]), inference=True)
 
     mlp = eqx.nn.MLP(3, 1, 4, depth=2, activation=jax.nn.tanh, key=jax.random.key(0))
@@ -421,7 +421,7 @@ def test_a15_nothing_to_train_is_refused():
 
 
 @pytest.mark.parametrize("mesh", [None, (8,)])
-def test_a15_a_batch_may_begin_with_a_scalar_or_a_key(mesh):
+def test_a15_a_batch_may_start_with_a_scalar_or_a_key(mesh):
     def batch(key):
         return {"a": jnp.float32(0.5), "b": key, "x": jax.random.normal(key, [8, 3])}
 

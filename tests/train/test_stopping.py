@@ -1,4 +1,4 @@
-"""A run that a signal stops writes a checkpoint, says where, and resumes to the bit."""
+"""A run that a signal stops writes a checkpoint, prints where, and resumes bit for bit."""
 
 import os
 import signal
@@ -48,7 +48,7 @@ def assert_same_run(one, other):
 
 
 def once(number, at=1):
-    """An `evaluate` in which a signal comes, in its call number `at`."""
+    """Return an `evaluate` that raises a signal in call number `at`."""
     calls = []
 
     def evaluate(params):
@@ -62,7 +62,7 @@ def once(number, at=1):
 
 @pytest.mark.parametrize("number", ENDS)
 @pytest.mark.parametrize("chunk_seconds", [0, 0.2])
-def test_a_signal_writes_a_checkpoint_and_resumes_to_the_bit(
+def test_a_signal_writes_a_checkpoint_and_resumes_bit_for_bit(
     tmp_path, monkeypatch, capsys, number, chunk_seconds
 ):
     monkeypatch.setattr(module, "CHUNK_SECONDS", chunk_seconds)
@@ -98,8 +98,8 @@ def test_a_signal_while_it_is_traced_and_compiled_is_not_lost(tmp_path, capsys, 
 
 
 @pytest.mark.slow
-def test_a_signal_at_any_moment_of_the_loop_resumes_to_the_bit(tmp_path, monkeypatch):
-    """The signal comes before the call number `at` of anything that writes, evaluates or measures."""
+def test_a_signal_at_any_moment_of_the_loop_resumes_bit_for_bit(tmp_path, monkeypatch):
+    """The signal arrives before call number `at` of the functions that write, evaluate or measure."""
     from gradfn.train.log import Log
     from gradfn.train.rows import Rows
 
@@ -228,7 +228,7 @@ def test_handlers_are_restored_after_errors_and_left_alone_without_a_folder(tmp_
     assert during[0] != before
     assert during[1] == before
     with pytest.raises(KeyboardInterrupt):
-        train(None, evaluate=once(signal.SIGINT))  # at once, as ever
+        train(None, evaluate=once(signal.SIGINT))  # immediately, as usual
 
 
 def test_fit_runs_in_a_thread_that_is_not_the_main_one(tmp_path):
