@@ -212,7 +212,9 @@ def accuracy(net: Net) -> Callable[[PyTree, PyTree], jax.Array]:
 
     def share(params: PyTree, batch: PyTree) -> jax.Array:
         x, labels = _pair(as_arrays(batch, "batch"), "accuracy")
-        outputs = jax.vmap(lambda x: _vector(net.apply(params, x), "accuracy"))(x)  # [batch, classes]
+        outputs = jax.vmap(lambda x: _vector(net.apply(params, x), "accuracy"))(x)
+        # vmap returns numpy arrays that the net passes through as they are, and numpy counts in int64.
+        outputs = jnp.asarray(outputs)  # [batch, classes]
         n, classes = outputs.shape
         labels = labels_of(labels, n, classes, "accuracy")
         known = (labels >= 0) & (labels < classes) & ~jnp.isnan(outputs).any(-1)

@@ -222,5 +222,5 @@ def test_ggn_vp_has_the_same_rule(sequence):
     leaves = jax.tree.leaves(jax.jit(product)(start, vector, (inputs, bad)))
     assert any(np.isnan(leaf).any() for leaf in leaves)
     if not sequence:
-        with pytest.raises(ValueError, match="2 classes or more"):
+        with pytest.raises(ValueError, match="needs >= 2 classes"):
             product(start, vector, (inputs, np.eye(4, dtype=int)[right]))
