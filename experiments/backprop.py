@@ -1,4 +1,4 @@
-"""Take one gradient in four ways: the chain rule by hand, jax.grad, gf.backprop by steps, finite differences."""
+"""Compute one gradient in four ways: the chain rule by hand, jax.grad, gf.backprop by steps, finite differences."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Result(NamedTuple):
 
 
 def run(config: Config) -> Result:
-    """Take the gradient in each way, compare, and draw; it writes into the folder of the result."""
+    """Compute the gradient in each way, compare, and draw; it writes into the folder of the result."""
     config = runs.settle("backprop", config)
     data = load_digits(config)
     images, labels = data.train
@@ -75,7 +75,7 @@ def run(config: Config) -> Result:
     net = gf.mlp([784, config.hidden, 10], activation="sigmoid")
     loss = gf.classification_loss(net)
     start = net.init(jax.random.key(config.seed))
-    # In float64, so that what is left between the four is a difference of method and not of rounding.
+    # In float64, so that differences come from the method and not from rounding.
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), start)
         example = jnp.asarray(images[config.example], jnp.float64), jnp.asarray(int(labels[config.example]))
@@ -114,7 +114,7 @@ def run(config: Config) -> Result:
 
 
 def finite_differences(loss: Any, params: Any, example: Any) -> Any:
-    """Return the gradient by changing each parameter a little, up and down: (C(w + h) - C(w - h)) / 2h."""
+    """Return the gradient by central differences of each parameter: (C(w + h) - C(w - h)) / 2h."""
     flat, unravel = ravel_pytree(params)
 
     @jax.jit
@@ -228,7 +228,7 @@ def agreement(
     node: int,
     shape: Sequence[int] = (28, 28),
 ) -> Figure:
-    """Draw a gradient as several ways have found it, and how far they lie from the first.
+    """Draw a gradient as computed in several ways, and the differences from the first.
 
     Args:
         grads: by way, then by parameter: `W1` `[hidden, pixels]` and `W2` `[out, hidden]` among them.
@@ -266,7 +266,7 @@ def agreement(
         column[0].set_title(way, fontsize=10)
 
     panel = numbers.subplots()
-    smallest = np.finfo(np.float64).eps / 4  # where a difference of nothing is drawn
+    smallest = np.finfo(np.float64).eps / 4  # where a difference of zero is drawn
     names = list(first)
     for (way, of_leaves), color, marker in zip(
         errors.items(), cycle(LINE_COLORS), cycle(MARKERS), strict=False

@@ -39,7 +39,7 @@ EXPECTED = (
 )
 
 LOSS_UNIT = "half the squared distance"
-BLUR = 0.03  # of a drawn eigenvalue, over the largest
+BLUR = 0.03  # width of a drawn eigenvalue, relative to the largest
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def run(config: Config) -> Result:
     print(f"{data}\n(8x8 pixels, resized: this is not MNIST)")
     folder = runs.start("curvature", config)
 
-    # With the mean digit left in, one direction alone would have ten times the curvature of all others.
+    # Without subtracting the mean digit, one direction would have ten times the curvature of all others.
     mean = data.train[0].mean(0)
     batch, test = ((jnp.asarray(x - mean), jnp.asarray(y)) for x, y in (data.train, data.test))
     net = gf.mlp([784, config.hidden, 10], activation="tanh")
@@ -162,11 +162,11 @@ def judge(
     return runs.judge(EXPECTED, ratios | {"worst test accuracy": worst}, defaults(config))
 
 
-EDGE = 0.1  # as near to its limit, relatively, a sharpness is at the edge
+EDGE = 0.1  # the relative distance from its limit within which a sharpness is at the edge
 
 
 def edge_of_stability(histories: Mapping[float, Sequence[dict[str, Any]]], loss_unit: str = "nats") -> Figure:
-    """Draw the sharpness over training beside `2 / rate`, and the loss below, a color a learning rate.
+    """Draw the sharpness over training beside `2 / rate`, and the loss below, one color per learning rate.
 
     Args:
         histories: by learning rate, rows with `step`, `sharpness` and `loss`.
@@ -235,7 +235,7 @@ def late_sharpness(rows: Sequence[dict[str, Any]]) -> float:
 def spectrum(
     densities: Mapping[str, tuple[Any, Any]], size: int, top: Any, curved: float, limit: float | None = None
 ) -> Figure:
-    """Draw how the eigenvalues are spread, on a logarithmic scale, and where the largest ones are.
+    """Draw the density of the eigenvalues on a logarithmic scale, and the largest ones.
 
     Args:
         densities: by when or of what, a grid `[n]` and the share of eigenvalues per unit `[n]`, as
@@ -256,7 +256,7 @@ def spectrum(
     top = np.sort(np.asarray(top, np.float64))[::-1]
     figure = new_figure(8.2, 4.4)
     panel = figure.subplots()
-    floor = 0.1  # a curve through less than that would only tell of the blur
+    floor = 0.1  # below this, a curve would only show the blur
     for (name, (grid, share)), color, style in zip(
         densities.items(), cycle(LINE_COLORS), cycle(("-", "--")), strict=False
     ):

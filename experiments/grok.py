@@ -1,4 +1,4 @@
-"""Train on addition modulo 59 until the network, having memorized, generalizes; draw gradients, weights and waves."""
+"""Train on addition modulo 59 until the network memorizes and then generalizes; draw gradients, weights and waves."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Config(SeededOptions):
     modulus: int = runs.option(
         59, "the numbers are 0 to this, without it; sums are taken modulo it", at_least=3
     )
-    share: float = runs.option(0.4, "of all pairs of numbers, what to train on")
+    share: float = runs.option(0.4, "share of all pairs of numbers to train on")
     hidden: int = runs.option(128, "nodes in the hidden layer", at_least=1)
     steps: int = runs.option(8000, "training steps, each on all training pairs", at_least=1)
     rate: float = runs.option(0.003, "AdamW's learning rate", above=0)
@@ -125,11 +125,11 @@ def run(config: Config) -> Result:
 
 
 def adder(modulus: int, hidden: int) -> gf.Net:
-    """Return a network of two numbers: a vector for each, added up, squared node by node, weighted.
+    """Return a network of two numbers: a vector for each; their sum is squared elementwise and multiplied by a matrix.
 
     Gromov, *Grokking modular arithmetic*, 2023, whose squares make the waves that it finds easy to read.
     """
-    normal = jax.nn.initializers.normal(0.3)  # large: memorizing is the easy way from here
+    normal = jax.nn.initializers.normal(0.3)  # large, which favors memorizing
     spec = {
         "A": gf.Param((modulus, hidden), normal),
         "B": gf.Param((modulus, hidden), normal),
@@ -156,7 +156,7 @@ def sums(
 
 
 def measures(net: gf.Net, loss: Any, train: Any, test: Any) -> Any:
-    """Return what `gf.fit` is to evaluate: accuracies, norms of weights and gradient, how pure the waves are."""
+    """Return what `gf.fit` evaluates: accuracies, norms of weights and gradient, purity of the waves."""
     right, mean_loss = gf.accuracy(net), gf.batch_mean(loss)
 
     @jax.jit
@@ -276,7 +276,7 @@ def grokking(histories: Mapping[str, History], memorized: int | None, generalize
 
 
 def waves(weights: Mapping[str, Any]) -> Figure:
-    """Draw what the weights of a few nodes are, number by number, and the frequencies in all of them.
+    """Draw the weights of a few nodes as functions of the number, and the frequencies of all nodes.
 
     Nanda et al., *Progress Measures for Grokking via Mechanistic Interpretability*, 2023: a network that adds
     modulo p turns numbers into angles.

@@ -1,4 +1,4 @@
-"""Train on MNIST as the classics did and as is done now, over several seeds, and compare with their figures."""
+"""Train on MNIST with classic and current recipes over several seeds, and compare with published accuracies."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ RECIPES = {"tutorial": tutorial, "nielsen": nielsen, "best": best}
 
 
 def shifted(loss: Any) -> Any:
-    """Return a loss over a batch whose images are moved by -1, 0 or 1 pixels down and right, all alike."""
+    """Return a loss over a batch whose images are all shifted by the same -1, 0 or 1 pixels down and right."""
     mean_loss = gf.batch_mean(loss)
 
     def shifted_loss(params: Any, batch: Any, key: jax.Array) -> jax.Array:
@@ -118,7 +118,7 @@ class Config(SeededOptions):
     )
     seeds: int = runs.option(1, "how many times to train, each with another seed")
     epochs: int | None = runs.option(
-        None, "how often to go through the 50,000 training images (default: as often as the recipe says)"
+        None, "how often to go through the 50,000 training images (default: that of the recipe)"
     )
     data_path: str | None = runs.option(
         None, "folder with MNIST's four files (default: $GRADFN_MNIST, else a download into the cache)"
@@ -140,7 +140,7 @@ class Result(NamedTuple):
 
 
 def run(config: Config) -> Result:
-    """Train with each seed, measure, and draw the best one's pictures."""
+    """Train with each seed, measure, and draw the pictures of the best."""
     config = runs.settle("mnist", config)
     data = gf.data.mnist(config.data_path)
     print(data)

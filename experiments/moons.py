@@ -44,7 +44,7 @@ class Config(SeededOptions):
     )
     activation: str = runs.option("tanh", "of the hidden nodes: a name from gf.layers.activations")
     points: int = runs.option(300, "points to train on", at_least=2)
-    noise: float = runs.option(0.15, "standard deviation of what is added to each coordinate", at_least=0)
+    noise: float = runs.option(0.15, "standard deviation of the noise added to each coordinate", at_least=0)
     steps: int = runs.option(1000, "training steps, each on all points", at_least=1)
     rate: float = runs.option(0.03, "Adam's learning rate", above=0)
 
@@ -65,7 +65,7 @@ class Result(NamedTuple):
 
 
 def run(config: Config) -> Result:
-    """Train, keep the parameters of some moments, and draw; it writes into the folder of the result."""
+    """Train, keep the parameters at some steps, and draw; it writes into the folder of the result."""
     config = runs.settle("moons", config)
     folder = runs.start("moons", config)
     train, test = moons(config)
@@ -98,7 +98,7 @@ def run(config: Config) -> Result:
 
 
 def moons(config: Config) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Return points of two half circles that reach into each other, to train on and to test on.
+    """Return training and test points of two interleaved half circles.
 
     Each is `[n, 2]` float32, and `[n]` which half circle they are of.
     """
@@ -110,7 +110,7 @@ def moons(config: Config) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarr
 
 
 def moments(steps: int) -> np.ndarray:
-    """Return the steps at which to look: dense at the start, where most happens; the last one is `steps`."""
+    """Return the steps to draw: dense at the start, where most changes; the last one is `steps`."""
     return np.unique(np.round(np.geomspace(1, steps + 1, 48)).astype(int)) - 1
 
 
@@ -127,7 +127,7 @@ def trained(net: gf.Net, params: Any, points: Any, config: Config) -> tuple[Any,
         def one(carry: Any, looking: jax.Array) -> tuple[Any, None]:
             state, kept, losses, i = carry
             after, metrics = step(state, batch)
-            # What is kept at a moment that is not inspected is written over at the next.
+            # The parameters of a step that is not drawn are overwritten at the next one.
             kept = jax.tree.map(lambda frames, leaf: frames.at[i].set(leaf), kept, state.params)
             return (after, kept, losses.at[i].set(metrics["loss"]), i + looking), None
 
@@ -144,9 +144,9 @@ def judge(config: Config, accuracy: float) -> runs.Outcome:
     return runs.judge(EXPECTED, {"test accuracy": accuracy}, defaults(config))
 
 
-COLOURS = ("#0072b2", "#d55e00")  # of the two classes, Okabe and Ito's
+COLORS = ("#0072b2", "#d55e00")  # of the two classes, Okabe and Ito's
 N_SHOWN = 8
-LAST_FRAMES = 12  # how often a film shows its end, before it starts again
+LAST_FRAMES = 12  # how many times an animation repeats its last frame
 
 
 def strip(steps: Any, frames: Any, accuracies: Any, axes: Sequence[Any], points: tuple[Any, Any]) -> Figure:
@@ -210,7 +210,7 @@ def animation(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure = new_figure(4.2, 3.3)
-    figure.set_layout_engine("none")  # a layout of its own for each frame would make the picture jump
+    figure.set_layout_engine("none")  # a layout of its own for each frame would make the animation jump
     FigureCanvasAgg(figure)
     panel = figure.add_axes((0.03, 0.03, 0.94, 0.85))
 
@@ -233,7 +233,7 @@ def animation(
 def _plane(panel: Any, frame: Any, axes: Sequence[Any], points: tuple[Any, Any]) -> Any:
     from matplotlib.colors import LinearSegmentedColormap
 
-    colors = LinearSegmentedColormap.from_list("classes", [COLOURS[0], "white", COLOURS[1]])
+    colors = LinearSegmentedColormap.from_list("classes", [COLORS[0], "white", COLORS[1]])
     extent = (axes[0][0], axes[0][-1], axes[1][0], axes[1][-1])
     mapped = panel.imshow(
         frame, cmap=colors, vmin=0, vmax=1, origin="lower", extent=extent, aspect="auto", alpha=0.75
@@ -241,7 +241,7 @@ def _plane(panel: Any, frame: Any, axes: Sequence[Any], points: tuple[Any, Any])
     if np.min(frame) < 0.5 < np.max(frame):
         panel.contour(axes[0], axes[1], frame, [0.5], colors="black", linewidths=1.5)
     x, y = points
-    for label, (color, marker) in enumerate(zip(COLOURS, "os", strict=True)):
+    for label, (color, marker) in enumerate(zip(COLORS, "os", strict=True)):
         of_class = y == label
         panel.plot(
             x[of_class, 0], x[of_class, 1], marker, color=color, markersize=3, markeredgecolor="white",

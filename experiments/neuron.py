@@ -1,4 +1,4 @@
-"""Make one node by hand: weights for a stroke, a bias for inactivity, and see which digits it fires for."""
+"""Make one node by hand, with weights for a stroke and a bias for inactivity, and draw which digits activate it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BIASES = tuple(range(0, -21, -1))
 
 @dataclass(frozen=True)
 class Config(DigitOptions):
-    """Options of a run; the region is counted in pixels of the 28x28 image."""
+    """Options of a run; the region is in pixels of the 28x28 image."""
 
     top: int = runs.option(11, "first row of the region of interest", at_least=0, at_most=27)
     left: int = runs.option(0, "its first column", at_least=0, at_most=27)
@@ -67,9 +67,9 @@ class Result(NamedTuple):
 
 
 def run(config: Config) -> Result:
-    """Make the node, show it every digit under every bias, and draw; it writes into the folder of the result."""
+    """Make the node, evaluate it on every digit with every bias, and draw; it writes into the folder of the result."""
     config, data, folder = start_on_digits("neuron", config)
-    # Nothing is learned here, so all of the digits may be inspected.
+    # Nothing is learned here, so all digits may be used.
     images, labels = (np.concatenate(parts) for parts in zip(*data[:3], strict=True))
 
     weights = node(config)
@@ -106,13 +106,13 @@ def node(config: Config) -> np.ndarray:
 
 
 def typical(sums: np.ndarray, index: np.ndarray) -> int:
-    """Return that of some digits whose weighted sum lies in the middle."""
+    """Return the digit whose weighted sum is the median."""
     return int(index[np.argsort(sums[index])[len(index) // 2]])
 
 
 @jax.jit
 def activation(W: jax.Array, images: jax.Array) -> jax.Array:
-    """Return what the node makes of each image `[n, 784]` under each bias, in [0, 1]: `[biases, n]`."""
+    """Return the activation of the node for each image `[n, 784]` and each bias, in [0, 1]: `[biases, n]`."""
 
     def of_one(bias: jax.Array, image: jax.Array) -> jax.Array:
         return jax.nn.sigmoid(gf.layers.affine(W, bias[None], image))[0]  # sigma(W a + b)
@@ -133,7 +133,7 @@ def judge(config: Config, labels: np.ndarray, fires: np.ndarray) -> runs.Outcome
 
 
 def what_a_node_sees(weights: Any, images: Any, labels: Any, bias: float) -> Figure:
-    """Draw a node's weights, and pixel by pixel what it adds up of some images.
+    """Draw a node's weights, and the terms of its weighted sum for some images, pixel by pixel.
 
     Args:
         weights: `[height, width]`.
@@ -209,7 +209,7 @@ def firing_rates(sums: Any, labels: Any, biases: Sequence[float], rates: Any, bi
     best = int(chosen.argmax())
     figure = new_figure(13.0, 4.8)
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.45])
-    rng = np.random.default_rng(0)  # spreads the dots of a row, which would hide each other
+    rng = np.random.default_rng(0)  # jitter, so that dots do not hide each other
     shown = rng.permutation(len(sums))[:4000]
     for color, of_color in (("0.6", labels != best), (LINE_COLORS[1], labels == best)):
         index = shown[of_color[shown]]

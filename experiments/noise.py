@@ -66,7 +66,7 @@ def run(config: Config) -> Result:
 
     net = gf.mlp([784, config.hidden, 10], activation="sigmoid")
     loss, start = gf.classification_loss(net), net.init(jax.random.key(config.seed))
-    # What batches estimate, all training digits tell (the first 10,000 of MNIST's).
+    # The exact values, from all training digits (the first 10,000 of MNIST's).
     images, labels = (jnp.asarray(part[:10_000]) for part in data.train)
     measure = jax.jit(gf.per_example.noise_scale(loss))
 
@@ -112,7 +112,7 @@ def run(config: Config) -> Result:
 
 
 def scale(rows: list[dict[str, Any]]) -> float:
-    """Return the noise scale of several measures: each sum first, then their ratio."""
+    """Return the noise scale of several measurements: the ratio of their sums."""
     signal, noise = (sum(row[name] for row in rows) for name in ("gradient_square", "variance"))
     return float(noise / signal) if signal > 0 else float("nan")
 
@@ -134,7 +134,7 @@ def noise_over_training(
     exact: Sequence[dict[str, Any]] = (),
     scales: tuple[float, float] | None = None,
 ) -> Figure:
-    """Draw how the noise scale went, beside the size of the batch that training used.
+    """Draw the noise scale over training, beside the batch size.
 
     Args:
         rows: from `gf.fit(..., noise_every=N).noise`.

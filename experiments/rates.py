@@ -35,7 +35,7 @@ EXPECTED = (
     runs.Expectation("best median test accuracy", at_least=0.9, unit="%"),
 )
 
-GUESS = math.log(10)  # the loss, in nats, of giving each digit the same chance
+GUESS = math.log(10)  # the loss, in nats, of a uniform prediction
 # Shares of that loss: below the first a network learns, above the second it is certainly broken.
 LEARNS, WORSE = 0.8, 1.5
 
@@ -47,9 +47,7 @@ class Config(DigitOptions):
     low: float = runs.option(0.001, "smallest learning rate", above=0)
     high: float = runs.option(100.0, "largest learning rate", above=0)
     rates: int = runs.option(16, "how many rates", at_least=2)
-    seeds: int = runs.option(
-        4, "how many networks with each rate, each with its own first weights", at_least=1
-    )
+    seeds: int = runs.option(4, "networks per rate, each with its own initial weights", at_least=1)
     hidden: int = runs.option(16, "nodes in the hidden layer", at_least=1)
     steps: int = runs.option(600, "training steps of plain gradient descent", at_least=1)
     batch: int = runs.option(32, "digits per step", at_least=1)
@@ -108,7 +106,7 @@ def run(config: Config) -> Result:
 
 
 def trainer(net: gf.Net, data: gf.data.Dataset, config: Config) -> Any:
-    """Return `(rate, key) -> (losses [steps], test accuracy)`: gradient descent from first weights of that key."""
+    """Return `(rate, key) -> (losses [steps], test accuracy)`, for gradient descent from random initial weights."""
     train, test = jax.tree.map(jnp.asarray, (data.train, data.test))
     n_epochs = -(-config.steps // (len(data.train[1]) // config.batch))
     orders = [gf.data.epoch_order(len(data.train[1]), config.batch, config.seed, e) for e in range(n_epochs)]
@@ -132,7 +130,7 @@ def final(losses: np.ndarray) -> np.ndarray:
 
 
 def states_of(losses: np.ndarray) -> list[str]:
-    """Say how each rate fares, `[rates, seeds, steps]`, by the median of its networks' losses in the end.
+    """Return the state of each rate, from losses `[rates, seeds, steps]`: by the median of its networks' final losses.
 
     What has not come clearly below a guess is stuck where the rate is smaller than the best one, and broken
     where it is larger.
@@ -149,7 +147,7 @@ def states_of(losses: np.ndarray) -> list[str]:
 
 
 def judge(config: Config, rates: np.ndarray, accuracies: np.ndarray, states: list[str]) -> runs.Outcome:
-    """Compare how the rates at both ends fare, and the best test accuracy, with what is expected."""
+    """Compare the states of the smallest and largest rates, and the best test accuracy, with what is expected."""
     medians = np.median(accuracies, axis=1)
     measured = {
         "smallest rates with stuck networks": _n_leading(states, "stuck"),
@@ -164,7 +162,7 @@ def _n_leading(states: Sequence[str], state: str) -> int:
     return sum(1 for _ in takewhile(lambda each: each == state, states))
 
 
-POINTS = 120  # of a curve: more would only be jitter
+POINTS = 120  # of a curve; more would only show noise
 
 
 def fan(rates: Any, losses: Any, states: Sequence[str], guess: float) -> Figure:

@@ -48,7 +48,7 @@ class Config(SeededOptions):
         None, "nodes in the hidden layer (default: the mean of inputs and outputs, which is 5)", at_least=1
     )
     nets: int = runs.option(
-        10, "networks from different first weights; their mean is what is predicted", at_least=1
+        10, "networks with different initial weights, whose predictions are averaged", at_least=1
     )
     steps: int = runs.option(
         1000, "training steps of each network, each on all training patients", at_least=1
@@ -139,9 +139,9 @@ def original(data: gf.data.Dataset, values: np.ndarray) -> np.ndarray:
     return values * data.target_std + data.target_mean
 
 
-def r2(truth: np.ndarray, answers: np.ndarray) -> float:
+def r2(truth: np.ndarray, predicted: np.ndarray) -> float:
     """Return the share of the variance that is explained: 1 for all of it, 0 for predicting the mean."""
-    return float(1 - np.square(truth - answers).sum() / np.square(truth - truth.mean()).sum())
+    return float(1 - np.square(truth - predicted).sum() / np.square(truth - truth.mean()).sum())
 
 
 def judge(config: Config, r2: dict[str, float]) -> runs.Outcome:

@@ -38,7 +38,7 @@ EXPECTED = (
 )
 
 STEPS = {"digits": 1560, "mnist": 15_600}
-RATE = 0.5  # of plain gradient descent, which is what TracIn's formula is of
+RATE = 0.5  # of plain gradient descent, for which TracIn is defined
 # For the test of labels: hidden nodes, digits and steps that suffice to memorize random labels.
 WIDE, MEMORIZED, STEPS_MEMORIZED = 64, 300, 1500
 N_TESTED = 30  # test digits that the randomization tests examine
@@ -126,7 +126,7 @@ def run(config: Config) -> Result:
 
 
 def explanations(net: gf.Net, path: int = 64) -> dict[str, Method]:
-    """Return methods to explain the prediction `class` to an image; the last attends to the image alone."""
+    """Return methods to explain the prediction `class` to an image; the last one uses only the image."""
     f, key = net.apply, jax.random.key(0)
     return {
         "saliency": lambda params, example: gf.attribution.saliency(f, example[1])(params, example[0]),
@@ -147,13 +147,13 @@ def explanations(net: gf.Net, path: int = 64) -> dict[str, Method]:
 
 
 def edges(image: jax.Array) -> jax.Array:
-    """Return how steep an image is at each pixel: an impostor among explanations, which needs no network."""
+    """Return the edges of an image: a baseline that does not use the network."""
     down, right = jnp.gradient(image)
     return jnp.hypot(down, right)
 
 
 def largest_gap(net: gf.Net, params: Any, examples: Any, path: int) -> float:
-    """Return by how much integrated gradients miss the score at worst, as a share of it."""
+    """Return the largest completeness gap of integrated gradients, relative to the score."""
     gap = jax.jit(
         lambda image, k: (
             gf.attribution.integrated_gradients(net.apply, k, steps=path)(params, image).relative_gap
@@ -198,8 +198,8 @@ def believable(
 
 
 def table(tests: dict[str, tuple[Randomized, Randomized]]) -> TextTable:
-    """Return what came of the randomization tests as a table."""
-    shown = TextTable(title="how alike the maps stay (rank correlation of magnitudes)")
+    """Return the results of the randomization tests as a table."""
+    shown = TextTable(title="similarity of the maps (rank correlation of magnitudes)")
     names = [name for test in next(iter(tests.values())) for name in test.names]
     for header in ("method", *(f"{name} random" for name in names), ""):
         shown.add_column(header)
@@ -210,7 +210,7 @@ def table(tests: dict[str, tuple[Randomized, Randomized]]) -> TextTable:
 
 
 def maps_figure(net: gf.Net, params: Any, data: gf.data.Dataset, tests: Any, path: int) -> Any:
-    """Draw what each method makes of five digits, the first of each of five classes that is predicted correctly."""
+    """Draw the map of each method for five digits, the first of each of five classes that is predicted correctly."""
     images, labels = data.test
     probabilities = np.asarray(jax.nn.softmax(jax.vmap(net.apply, (None, 0))(params, jnp.asarray(images))))
     predicted = probabilities.argmax(1)
@@ -231,12 +231,12 @@ def maps_figure(net: gf.Net, params: Any, data: gf.data.Dataset, tests: Any, pat
 
 
 def passes(both: tuple[Randomized, Randomized]) -> bool:
-    """Tell whether a method passed the test of weights and that of labels."""
+    """Return whether a method passed the test of weights and that of labels."""
     return all(test.passed for test in both)
 
 
 def tests_figure(tests: dict[str, tuple[Randomized, Randomized]], data: gf.data.Dataset) -> Any:
-    """Draw what becomes of the maps of one digit while what was learned is taken away."""
+    """Draw the maps of one digit while the learned weights are randomized."""
     images = data.test[0][:N_TESTED].reshape(-1, *data.shape)
     rows: dict[str, Any] = {}
     notes: dict[str, list[str]] = {}
@@ -261,11 +261,11 @@ def tests_figure(tests: dict[str, tuple[Randomized, Randomized]], data: gf.data.
 
 
 def influence_figure(net: gf.Net, params: Any, data: gf.data.Dataset, scores: np.ndarray) -> Any:
-    """Draw which training digits taught the net two mistaken or doubtful predictions, and two sure ones."""
+    """Draw which training digits taught the net two wrong or uncertain predictions, and two confident ones."""
     images, labels = (part[: len(scores)] for part in data.test)
     probabilities = np.asarray(jax.nn.softmax(jax.vmap(net.apply, (None, 0))(params, jnp.asarray(images))))
     predicted, sure = probabilities.argmax(1), probabilities.max(1)
-    order = np.lexsort((sure, predicted == labels))  # mistakes first, then the doubtful predictions
+    order = np.lexsort((sure, predicted == labels))  # mistakes first, then uncertain predictions
     chosen = [*order[:2], *order[len(order) // 2 : len(order) // 2 + 2]]
     names = [f"predicted {predicted[i]} ({100 * sure[i]:.0f} %)\nit is {labels[i]}" for i in chosen]
     as_images = lambda part: part.reshape(-1, *data.shape)  # noqa: E731
@@ -303,7 +303,7 @@ def signed_maps(
     names: Sequence[str] = (),
     label: str = "share of the map's largest value (red speaks for the prediction, blue against it)",
 ) -> Figure:
-    """Draw images and, beside each, signed maps of it over the outline of its ink.
+    """Draw images and, beside each, signed maps of it over the outline of its strokes.
 
     Args:
         images: `[n, height, width]`, from 0 (background) to 1 (ink).
@@ -353,7 +353,7 @@ def randomized_maps(
     notes: Mapping[str, Sequence[str]],
     title: str,
 ) -> Figure:
-    """Draw what becomes of each method's map of one image as what the network learned is taken away.
+    """Draw each method's map of one image while the learned weights are randomized.
 
     Args:
         image: `[height, width]`, from 0 (background) to 1 (ink).

@@ -1,4 +1,4 @@
-"""Make networks deeper, see their gradients vanish, explode, saturate and die, and see what repairs that."""
+"""Make networks deeper, measure vanishing, exploding and saturated gradients, and compare the remedies."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ DEPTHS = (1, 2, 3, 5, 7, 10)  # hidden layers
 # Standard deviation of a weight, given how many inputs its node has.
 STARTS: dict[str, Callable[[int], float]] = {
     "small": lambda n_in: 0.3 / math.sqrt(n_in),
-    "LeCun": lambda n_in: 1 / math.sqrt(n_in),  # keeps the size of what goes through straight
-    "He": lambda n_in: math.sqrt(2 / n_in),  # and of what goes through relus
+    "LeCun": lambda n_in: 1 / math.sqrt(n_in),  # keeps the scale through a linear layer
+    "He": lambda n_in: math.sqrt(2 / n_in),  # keeps the scale through relus
     "N(0, 1)": lambda n_in: 1.0,
 }
 
@@ -158,7 +158,7 @@ def deep(n_in: int, width: int, activation: str, wiring: str) -> tuple[gf.Net, l
 
 
 def start(net: gf.Net, std: Callable[[int], float], key: jax.Array) -> Any:
-    """Return first parameters with hidden weights of that standard deviation."""
+    """Return initial parameters with hidden weights of that standard deviation."""
     params = net.init(key)
 
     def sampled(name: str, W: jax.Array) -> jax.Array:
@@ -170,7 +170,7 @@ def start(net: gf.Net, std: Callable[[int], float], key: jax.Array) -> Any:
 
 
 def outcome(config: Config, data: gf.data.Dataset, activation: str, wiring: str) -> Outcome:
-    """Examine and train the networks with one activation and one wiring: every start, every depth, all at once."""
+    """Examine and train the networks with one activation and one wiring: all starts and depths at once."""
     train, test = jax.tree.map(jnp.asarray, (data.train, data.test))
     net, sites = deep(train[0].shape[1], config.width, activation, wiring)
     one = gf.classification_loss(net)
@@ -215,7 +215,7 @@ def outcome(config: Config, data: gf.data.Dataset, activation: str, wiring: str)
 
             (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), order)
             answers = jax.vmap(lambda x: net.apply(params, (x, depth)))(test[0])
-            # Where the parameters are no longer finite, nothing is right.
+            # Predictions of parameters that are not finite count as wrong.
             return ((answers.argmax(-1) == test[1]) & jnp.isfinite(answers).all(-1)).mean()
 
         return jax.vmap(jax.vmap(of_one, (None, 0)), (0, None))(params, depths)
@@ -268,7 +268,7 @@ def gradient_flow(norms: Kinds, lines: Sequence[str], title: str) -> Figure:
             lines, values, cycle(LINE_COLORS), cycle(LINE_STYLES), strict=False
         ):
             last = line[-1] if line[-1] > 0 else np.nan
-            shares = np.where(line > 0, line / last, np.nan)  # a logarithm has no place for zeros
+            shares = np.where(line > 0, line / last, np.nan)  # zeros are not defined on a logarithmic scale
             panel.plot(layers, shares, style, color=color, label=name, linewidth=1.8)
         panel.axhline(1e-3, color="0.6", linewidth=0.8)
         panel.set_yscale("log")
@@ -286,13 +286,13 @@ def gradient_flow(norms: Kinds, lines: Sequence[str], title: str) -> Figure:
     figure.supxlabel("layer (the loss is on the right, the gradient goes to the left)", fontsize=10)
     figure.supylabel("gradient of the weighted sums (norm), as a share of the last layer's", fontsize=10)
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", title="first weights", frameon=False)
+    figure.legend(handles, labels, loc="outside right center", title="initial weights", frameon=False)
     figure.suptitle(title)
     return figure
 
 
 def saturation(shares: Mapping[str, Any], rows: Sequence[str], what: Mapping[str, str], title: str) -> Figure:
-    """Draw which share of each layer is shut: values on the flat of a sigmoid or tanh, relus that never open.
+    """Draw the share of each layer that is saturated (sigmoid, tanh) or dead (relu).
 
     Args:
         shares: by activation, `[rows, layers]` in [0, 1].
@@ -314,7 +314,7 @@ def saturation(shares: Mapping[str, Any], rows: Sequence[str], what: Mapping[str
         panel.set_xticks(range(np.shape(values)[1]), range(1, np.shape(values)[1] + 1))
         panel.set_yticks(range(len(rows)), rows)
         panel.set_xlabel("layer")
-    panels[0].set_ylabel("first weights")
+    panels[0].set_ylabel("initial weights")
     figure.colorbar(mapped, ax=list(panels), label="share of the layer (%)", pad=0.01)
     figure.suptitle(title)
     return figure

@@ -1,4 +1,4 @@
-"""Train a vision transformer to read handwritten digits, and draw its patches and where it looks."""
+"""Train a vision transformer to read handwritten digits, and draw its patches and its attention."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def attention(loss: Any, params: Any, data: gf.data.Dataset, side: int) -> Figur
     inked = []
     for block in dict.fromkeys([min(of_each[0]), max(of_each[0])]):
         weights = np.stack([blocks[block] for blocks in of_each])  # [digits, heads, patches, patches]
-        shares = weights.mean(2).reshape(len(images), -1, side, side)  # over those that look
+        shares = weights.mean(2).reshape(len(images), -1, side, side)  # averaged over the queries
         inked.append((weights.mean((1, 2)) * ink).sum(1).mean())
         columns |= {f"{block}\nhead {head}": shares[:, head] for head in range(shares.shape[1])}
     texts = " and ".join(f"{100 * share:.0f} %" for share in inked)

@@ -1,4 +1,4 @@
-"""Search widths and depths of the hidden layers, and see where the base case of one layer of mean width stands.
+"""Search widths and depths of the hidden layers, and compare them with the base case, one layer of mean width.
 
 Some twenty shapes are few enough to try them all; a search library would have nothing to choose.
 """
@@ -46,7 +46,7 @@ NEARLY = 0.015
 
 @dataclass(frozen=True)
 class Config(DigitOptions):
-    """Options of a run; every width is tried with every depth, but for what has too many parameters."""
+    """Options of a run; every width is tried with every depth, except for networks with too many parameters."""
 
     widths: tuple[int, ...] = runs.option(
         (4, 8, 16, 32, 64, 128, 397, 794),
@@ -57,7 +57,7 @@ class Config(DigitOptions):
     most: int = runs.option(700_000, "leave out networks with more parameters")
     seeds: int = runs.option(
         3,
-        "networks of each shape, trained at once, each with its own first weights and order of digits",
+        "networks of each shape, trained at once, each with its own initial weights and order of digits",
         at_least=1,
     )
     epochs: int = runs.option(12, "how often to go through the training digits", at_least=1)
@@ -77,7 +77,7 @@ class Tried(NamedTuple):
     width: int
     depth: int
     parameters: int
-    seconds: float  # to train one of them, compiling left out
+    seconds: float  # to train one of them, without compilation
     validation: np.ndarray  # accuracy in [0, 1], one per seed
     test: np.ndarray
 
@@ -104,7 +104,7 @@ def run(config: Config) -> Result:
             f"test accuracy {100 * one.test.mean():.1f} %"
         )
     base = next(one for one in tried if (one.width, one.depth) == (base_width, 1))
-    # By validation, so that the test digits have no part in the choice.
+    # By validation accuracy, so that the test digits do not influence the choice.
     best = max(tried, key=lambda one: one.validation.mean())
 
     small = smallest(tried, best, NEARLY)
@@ -170,7 +170,7 @@ def trained(config: Config, data: gf.data.Dataset, width: int, depth: int) -> Tr
 
 
 def smallest(tried: list[Tried], best: Tried, within: float) -> Tried:
-    """Return the network with the fewest parameters whose test accuracy is so little below the best's."""
+    """Return the smallest network whose test accuracy is nearly as good as the best."""
     enough = [one for one in tried if one.test.mean() >= best.test.mean() - within]
     return min(enough, key=lambda one: one.parameters)
 
@@ -193,7 +193,7 @@ Rows = Sequence[dict[str, Any]]  # width, depth, parameters, seconds, test [seed
 
 
 def trade(rows: Rows) -> Figure:
-    """Draw what accuracy costs: in parameters, and in time to train.
+    """Draw the accuracy over its cost in parameters and in training time.
 
     Args:
         rows: one dict per shape: `width`, `depth`, `parameters`, `seconds`, `test` (accuracies, one per seed), and
@@ -222,7 +222,7 @@ def trade(rows: Rows) -> Figure:
             members = sorted((row for row in rows if row["depth"] == depth), key=lambda row: row["width"])
             costs, wrong = [row[cost] for row in members], [_wrong(row) for row in members]
             label = f"{depth} hidden layer{'s' if depth > 1 else ''}"
-            # Times of the smallest networks are noise, so that a line through them would be a tangle.
+            # Times of the smallest networks are too noisy for a line.
             line = style if cost == "parameters" else "none"
             panel.plot(costs, wrong, "o", linestyle=line, color=color, markersize=5, label=label)
             if cost == "parameters" and depth == depths[0]:
@@ -319,7 +319,7 @@ def search_map(rows: Rows) -> Figure:
 
 
 def _wrong(row: dict[str, Any]) -> float:
-    """Return the share of test examples that a shape has wrong, in percent; at least a hundredth, for a logarithm."""
+    """Return the test error of a shape in percent; at least 0.01, for the logarithmic scale."""
     return max(100 * (1 - float(np.mean(row["test"]))), 0.01)
 
 
