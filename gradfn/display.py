@@ -251,6 +251,29 @@ class ShowsTable:
         )
 
 
+def array_table(title: str, arrays: Any) -> TextTable:
+    """Return a table with one row per array of a tree: its shape, smallest and largest element."""
+    import jax
+
+    out = TextTable(title)
+    out.add_column("array", shorten=True)
+    for header in ("shape", "smallest", "largest"):
+        out.add_column(header)
+    for path, array in jax.tree_util.tree_leaves_with_path(arrays):
+        if hasattr(array, "shape"):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            out.add_row(name, array.shape, *extremes(array))
+    return out
+
+
+def extremes(array: Any) -> tuple[Any, Any]:
+    """Return the smallest and the largest element of an array; None where it has no order or no elements."""
+    import jax.numpy as jnp
+
+    ordered = any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
+    return (array.min().item(), array.max().item()) if ordered and array.size else (None, None)
+
+
 def _abstract(result: Any) -> str:
     """Return what to print of a result that has no values yet, empty for any other."""
     import jax

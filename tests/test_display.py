@@ -6,6 +6,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import gradfn as gf
@@ -153,3 +154,146 @@ def test_results_show_themselves_traced_and_untraced(name):
     assert len(result.to_dataframe()) >= 1
     jax.vmap(f)(jax.tree.map(lambda a: a[None], PARAMS))
     assert "being traced" in texts[-1]
+
+
+def curve(w):
+    return 1.5 * w[0] ** 2 - w[1] ** 2
+
+
+def linear(w, x):
+    return w @ x
+
+
+AT = jnp.array([3.0, -1.0])
+BATCH = jnp.array([[3.0, 4.0], [0.5, 0.0], [1.0, -1.0]])
+HALVES = jnp.eye(2, dtype=bool)
+# For each type, a function of parameters [2], and texts that its table shows.
+SHOWN = {
+    "Eigs": (gf.curvature.hessian_eigs(curve, k=2), ["3 ", "-2 ", "yes"]),
+    "Sharpness": (
+        gf.curvature.sharpness(curve, learning_rate=0.5),
+        ["3   ", "4   ", "0.75", "within the limit"],
+    ),
+    "Estimate": (gf.curvature.hessian_trace(curve, samples=2), ["1   ", "0"]),
+    "Spectrum": (
+        gf.curvature.hessian_spectrum(curve, samples=2),
+        ["2 eigenvalues", "-2 ", "3 ", "0.5 ", "1"],
+    ),
+    "Landscape": (
+        lambda w: gf.curvature.loss_landscape(curve, dims=1, points=3)(w, directions=jnp.ones([1, 2])),
+        ["losses", "[3]", "2 ", "24"],
+    ),
+    "IntegratedGradients": (
+        lambda w: gf.attribution.integrated_gradients(linear)(w, jnp.array([1.0, 5.0])),
+        ["-2 ", "0 ", "[2]", "-5 ", "3"],
+    ),
+    "Maximized": (
+        lambda w: gf.attribution.maximize(linear, steps=64)(w, jnp.full(2, 0.5), key=jax.random.key(0)),
+        ["64 steps", "1 ", "3 ", "[2]", "0 ", "1"],
+    ),
+    "Regions": (
+        lambda w: gf.attribution.regions(lambda params, x: params["W"] @ x, HALVES, "W")({"W": w[None]}, AT),
+        ["2 regions, 1 nodes", "sums", "[2, 1]", "1 ", "9", "total", "10"],
+    ),
+    "Cosines": (
+        lambda w: gf.per_example.grad_cosines(linear)(w, BATCH),
+        ["3 pairs", "-0.141", "0.707", "33.3%"],
+    ),
+    "ExampleNorms": (lambda w: gf.per_example.norms(linear)(w, BATCH), ["3 examples", "0.5", "5"]),
+    "NoiseScale": (
+        lambda w: gf.per_example.noise_scale(linear)(w, BATCH),
+        ["tr Σ", "0.333", "8.75", "0.0381"],
+    ),
+    "NormTest": (lambda w: gf.per_example.norm_test(linear)(w, BATCH), ["NO", "0.947", "4"]),
+    "ClippedGrads": (
+        lambda w: gf.per_example.clipped_grads(linear, max_norm=1.0)(w, BATCH),
+        ["3 clipped", "0.603", "66.7%", "0.5 to 5", "3.5"],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("Eigs", "Sharpness"))) for name in SHOWN]
+)
+def test_results_show_their_numbers_traced_batched_and_as_containers(name):
+    f, expected = SHOWN[name]
+    traced = []
+
+    def g(w):
+        result = f(w)
+        traced.append(repr(result))
+        return result
+
+    result = jax.jit(g)(AT)
+    assert traced == [f"{name} (being traced: return it from jit to print it)"]
+    assert repr(result) == str(result) == result._repr_mimebundle_()["text/plain"]
+    rest = str(result) + " "
+    for text in expected:
+        assert text in rest, f"{text!r} is not in the rest of\n{result}"
+        rest = rest[rest.index(text) + len(text) :]
+    assert len(result.to_dataframe()) >= 1
+    # Results are containers of arrays: transformations and unpacking return their type and fields.
+    doubled = jax.tree.map(lambda x: x + x, result)
+    assert type(doubled) is type(result)
+    if isinstance(result, tuple):
+        assert all(a is b for a, b in zip(result, [getattr(result, n) for n in result._fields], strict=True))
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), result)
+    text = str(stacked)
+    assert "[2" in text
+    assert "array" in text or name == "Estimate"
+
+
+def test_an_estimate_of_a_tree_has_one_row_per_parameter():
+    estimate = gf.curvature.hessian_diagonal(lambda p: p["a"] ** 2 + jnp.sum(3 * p["b"] ** 2), samples=2)(
+        {"a": jnp.ones([]), "b": jnp.ones(4)}
+    )
+    frame = estimate.to_dataframe()
+    assert list(frame["path"]) == ["a", "b"]
+    assert list(frame["mean"]) == [2, 6]
+    assert list(frame["shape"]) == [(), (4,)]
+
+
+def test_undefined_cosines_are_counted_and_left_out():
+    frame = gf.per_example.cosines({"w": jnp.array([[1.0, 0.0], [0.0, 0.0], [-1.0, 0.0]])}).to_dataframe()
+    assert list(frame["undefined"]) == [2, 2]
+    assert list(frame["mean"]) == [-1, -1]
+    assert "Cosines of 0 pairs" in str(gf.per_example.cosines({"w": jnp.ones([1, 2])}))
+
+
+@pytest.mark.slow
+def test_a_fit_shows_the_last_rows_of_its_history_and_no_parameters(tmp_path):
+    data = (jnp.ones([8, 3]), jnp.ones([8, 1]))
+    net = gf.mlp([3, 1])
+    fitted = gf.fit(
+        gf.batch_mean(gf.regression_loss(net)),
+        net.init(jax.random.key(0)),
+        data,
+        optax.sgd(0.1),
+        24,
+        batch_size=8,
+        eval_every=2,
+        folder=tmp_path,
+        progress=False,
+    )
+    text = repr(fitted)
+    assert text.startswith("Fit: 24 steps, 4 parameters")
+    assert "2 of 12 rows are not shown: fitted.table(rows=None) lists them" in text.replace("\n", " ")
+    assert "Array" not in text
+    frame = fitted.to_dataframe()
+    assert list(frame["loss"]) == [row["loss"] for row in fitted.history]
+    assert list(fitted.table().to_dataframe()["step"]) == list(range(6, 26, 2))
+    params, state, history, inspections, noise = fitted
+    assert (params, state, history, inspections, noise) == tuple(getattr(fitted, n) for n in fitted._fields)
+    assert fitted._replace(params=None).params is None
+
+
+def test_nan_reports_show_their_text_in_notebooks():
+    def f(x):
+        return jnp.sqrt(jnp.sum(x**2))
+
+    report, record = gf.nan_origin(f)(jnp.zeros(3)), jax.jit(gf.nan_guard(f))(jnp.zeros(3))[-1]
+    for result in (report, record):
+        # Notebooks show the repr of what has no other display method.
+        assert "0 × inf" in repr(result)
+        assert repr(result) == str(result)
+        assert not hasattr(result, "_repr_mimebundle_")

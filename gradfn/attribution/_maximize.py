@@ -13,10 +13,17 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from gradfn.attribution._score import Target, as_image, floating, score
 from gradfn.core.signature import transform_of
+from gradfn.display import ROWS, ShowsTable, TextTable, array_table, extremes
 
 
-class Maximized(NamedTuple):
-    """What `gf.attribution.maximize` returns.
+class _Maximized(NamedTuple):
+    x: Float[Array, " ..."]
+    score: Float[Array, ""]
+    scores: Float[Array, " steps"]
+
+
+class Maximized(ShowsTable, _Maximized):
+    """The result of `gf.attribution.maximize`. `print` shows a table.
 
     Attributes:
         x: the final input, of the shape of the initial one.
@@ -24,9 +31,17 @@ class Maximized(NamedTuple):
         scores: `[steps]`, the score before each step, of the shifted input.
     """
 
-    x: Float[Array, " ..."]
-    score: Float[Array, ""]
-    scores: Float[Array, " steps"]
+    def table(self, rows: int | None = ROWS) -> TextTable:
+        """Return a table of one row: the score at the start and at the end, and the range of the input."""
+        if jnp.ndim(self.score):
+            return array_table("Maximized, batched by vmap", self)
+        out = TextTable(f"Maximized in {len(self.scores)} steps")
+        for header in ("initial score", "final score"):
+            out.add_column(header, ".4g")
+        for header in ("shape of x", "smallest", "largest"):
+            out.add_column(header)
+        out.add_row(float(self.scores[0]), float(self.score), self.x.shape, *extremes(self.x))
+        return out
 
 
 def maximize(

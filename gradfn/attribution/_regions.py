@@ -14,10 +14,19 @@ from jaxtyping import Array, Bool, Float, PyTree
 from gradfn.attribution._score import PART, floating
 from gradfn.core.params import path_name
 from gradfn.core.signature import transform_of
+from gradfn.display import ROWS, ShowsTable, TextTable, array_table
 
 
-class Regions(NamedTuple):
-    """What `gf.attribution.regions` returns; regions are in the order of the masks.
+class _Regions(NamedTuple):
+    sums: Float[Array, "regions nodes"]
+    total: Float[Array, " nodes"]
+    outputs: PyTree
+    without: PyTree
+    output: PyTree
+
+
+class Regions(ShowsTable, _Regions):
+    """The result of `gf.attribution.regions`, in the order of the masks. `print` shows a table.
 
     Attributes:
         sums: `[regions, nodes]`, the weighted sum W x of each node of the first layer, over one region alone.
@@ -28,11 +37,10 @@ class Regions(NamedTuple):
         output: the output with all weights.
     """
 
-    sums: Float[Array, "regions nodes"]
-    total: Float[Array, " nodes"]
-    outputs: PyTree
-    without: PyTree
-    output: PyTree
+    def table(self, rows: int | None = ROWS) -> TextTable:
+        """Return a table with one row per array: its shape and range."""
+        count, nodes = self.sums.shape[-2:]
+        return array_table(f"{count} regions, {nodes} nodes", self).folded(rows, "result.table(rows=None)")
 
 
 def grid_regions(

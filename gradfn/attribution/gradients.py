@@ -20,10 +20,19 @@ from jaxtyping import Array, Float, Key, PyTree
 from gradfn.attribution._score import PART, Target, entry, floating, score
 from gradfn.core.precision import wide, widen
 from gradfn.core.signature import transform_of
+from gradfn.display import ROWS, ShowsTable, TextTable, array_table, extremes
 
 
-class IntegratedGradients(NamedTuple):
-    """What `gf.attribution.integrated_gradients` returns.
+class _IntegratedGradients(NamedTuple):
+    attributions: Float[Array, " ..."]
+    score: Float[Array, ""]
+    baseline_score: Float[Array, ""]
+    gap: Float[Array, ""]
+    relative_gap: Float[Array, ""]
+
+
+class IntegratedGradients(ShowsTable, _IntegratedGradients):
+    """The result of `gf.attribution.integrated_gradients`. `print` shows a table.
 
     Attributes:
         attributions: of the shape of the input or site, in units of the score.
@@ -33,11 +42,20 @@ class IntegratedGradients(NamedTuple):
         relative_gap: scalar, |gap| / |score - baseline_score|.
     """
 
-    attributions: Float[Array, " ..."]
-    score: Float[Array, ""]
-    baseline_score: Float[Array, ""]
-    gap: Float[Array, ""]
-    relative_gap: Float[Array, ""]
+    def table(self, rows: int | None = ROWS) -> TextTable:
+        """Return a table of the scores, and of the shape and range of the attributions."""
+        if jnp.ndim(self.score):
+            return array_table("IntegratedGradients, batched by vmap", self)
+        change = float(widen(self.score) - widen(self.baseline_score))
+        caption = f"gap to the change of the score: {float(self.gap):.3g} ({float(self.relative_gap):.2%})"
+        out = TextTable("IntegratedGradients", caption)
+        for header in ("score", "of the baseline", "change"):
+            out.add_column(header, ".4g")
+        for header in ("attributions", "smallest", "largest"):
+            out.add_column(header)
+        scores = float(self.score), float(self.baseline_score), change
+        out.add_row(*scores, self.attributions.shape, *extremes(self.attributions))
+        return out
 
 
 def saliency(

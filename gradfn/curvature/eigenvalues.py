@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from gradfn.core.signature import transform_of
 from gradfn.curvature.lanczos import Which, eigenpairs, small
 from gradfn.curvature.products import as_product, flat_matrix, keys_of
-from gradfn.display import ROWS, ShowsTable, TextTable
+from gradfn.display import ROWS, ShowsTable, TextTable, array_table
 from gradfn.jaxpr.call import floating_leaves, jit_arrays
 
 
@@ -38,6 +38,8 @@ class Eigs(ShowsTable, _Eigs):
 
     def table(self, rows: int | None = ROWS) -> TextTable:
         """Return a table with one row per eigenvalue."""
+        if jnp.ndim(self.products):
+            return array_table("Eigs, batched by vmap", self)
         out = TextTable(f"{len(self.values)} eigenvalues in {int(self.products)} products")
         out.add_column("eigenvalue", ".6g")
         out.add_column("residual", ".2g")
@@ -117,8 +119,17 @@ def hessian_eigs(
     return transform_of(loss, "hessian_eigs")(jit_arrays(eigs))
 
 
-class Sharpness(NamedTuple):
-    """The largest eigenvalue of the Hessian beside what the learning rate allows.
+class _Sharpness(NamedTuple):
+    value: Float[Array, ""]
+    limit: Float[Array, ""]
+    ratio: Float[Array, ""]
+    vector: PyTree
+    residual: Float[Array, ""]
+    converged: Bool[Array, ""]
+
+
+class Sharpness(ShowsTable, _Sharpness):
+    """The largest eigenvalue of the Hessian beside what the learning rate allows; `print` shows a table.
 
     Attributes:
         value: the sharpness: the most positive eigenvalue.
@@ -130,12 +141,19 @@ class Sharpness(NamedTuple):
         converged: whether the residual is within the tolerance.
     """
 
-    value: Float[Array, ""]
-    limit: Float[Array, ""]
-    ratio: Float[Array, ""]
-    vector: PyTree
-    residual: Float[Array, ""]
-    converged: Bool[Array, ""]
+    def table(self, rows: int | None = ROWS) -> TextTable:
+        """Return a table of one row: the sharpness, its limit and their ratio."""
+        if jnp.ndim(self.value):
+            return array_table("Sharpness, batched by vmap", self)
+        verdict = "above the limit: gradient descent is unstable" if self.ratio > 1 else "within the limit"
+        out = TextTable("Sharpness", verdict)
+        for header in ("largest eigenvalue", "2 / learning rate", "ratio"):
+            out.add_column(header, ".6g")
+        out.add_column("residual", ".2g")
+        out.add_column("converged")
+        numbers = (self.value, self.limit, self.ratio, self.residual)
+        out.add_row(*map(float, numbers), "yes" if self.converged else "NO")
+        return out
 
 
 def sharpness(

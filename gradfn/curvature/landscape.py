@@ -11,11 +11,18 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from gradfn.core.precision import norm, wide
 from gradfn.core.signature import keys_for, transform_of
+from gradfn.display import ROWS, ShowsTable, TextTable, array_table
 from gradfn.jaxpr.call import Leaves, floating_leaves, jit_arrays, scalar, tangents
 
 
-class Landscape(NamedTuple):
-    """The loss around given parameters.
+class _Landscape(NamedTuple):
+    losses: Float[Array, "*points"]
+    steps: Float[Array, " points"]
+    directions: PyTree
+
+
+class Landscape(ShowsTable, _Landscape):
+    """The loss around given parameters. `print` shows a table.
 
     Attributes:
         losses: `[points]` or `[points, points]`: `losses[i, j]` is at `params + steps[i] d0 + steps[j] d1`.
@@ -23,9 +30,12 @@ class Landscape(NamedTuple):
         directions: a tree like the parameters, with a leading axis of 1 or 2.
     """
 
-    losses: Float[Array, "*points"]
-    steps: Float[Array, " points"]
-    directions: PyTree
+    def table(self, rows: int | None = ROWS) -> TextTable:
+        """Return a table with one row per array: its shape and range."""
+        if self.steps.ndim > 1:
+            return array_table("Landscape, batched by vmap", self)
+        points = " x ".join(map(str, self.losses.shape))
+        return array_table(f"Loss at {points} points", self).folded(rows, "landscape.table(rows=None)")
 
 
 def loss_landscape(

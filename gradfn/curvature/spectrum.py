@@ -10,14 +10,21 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
+from gradfn.core.params import path_name
 from gradfn.core.signature import transform_of
 from gradfn.curvature.lanczos import begin, extend
 from gradfn.curvature.products import as_product, flat_matrix, keys_of
+from gradfn.display import ROWS, ShowsTable, TextTable, array_table, extremes
 from gradfn.jaxpr.call import Leaves, floating_leaves, jit_arrays
 
 
-class Estimate(NamedTuple):
-    """A mean over random vectors and its standard error.
+class _Estimate(NamedTuple):
+    value: PyTree
+    standard_error: PyTree
+
+
+class Estimate(ShowsTable, _Estimate):
+    """A mean over random vectors and its standard error. `print` shows a table.
 
     Attributes:
         value: the estimate, unbiased: a scalar, or a tree like the parameters; in units of the loss per squared
@@ -26,8 +33,32 @@ class Estimate(NamedTuple):
             of the same shape.
     """
 
-    value: PyTree
-    standard_error: PyTree
+    def table(self, rows: int | None = ROWS) -> TextTable:
+        """Return a table of a scalar and its standard error, or with one row per parameter."""
+        values = jax.tree_util.tree_leaves_with_path(self.value)
+        errors = jax.tree.leaves(self.standard_error)
+        out = TextTable("Estimate")
+        if isinstance(self.value, jax.Array) and self.value.ndim == 0:
+            out.add_column("value", ".6g")
+            out.add_column("standard error", ".2g")
+            out.add_row(float(self.value), float(self.standard_error))
+            return out
+        out.add_column("path", shorten=True)
+        for header in ("shape", "mean", "smallest", "largest", "mean standard error"):
+            out.add_column(header)
+        for (path, value), error in zip(values, errors, strict=True):
+            means = float(value.mean()), float(error.mean())
+            smallest, largest = extremes(value)
+            out.add_row(
+                path_name(path) or "value",
+                value.shape,
+                means[0],
+                smallest,
+                largest,
+                means[1],
+                weight=abs(means[0]),
+            )
+        return out.folded(rows, "estimate.table(rows=None)")
 
 
 def hessian_trace(loss: Callable, samples: int = 64) -> Callable[..., Estimate]:
@@ -90,7 +121,13 @@ def hessian_diagonal(loss: Callable, samples: int = 64) -> Callable[..., Estimat
     return _estimator(loss, samples, "hessian_diagonal", lambda v, Hv: v * Hv, in_tree)
 
 
-class Spectrum(NamedTuple):
+class _Spectrum(NamedTuple):
+    nodes: Float[Array, "samples steps"]
+    weights: Float[Array, "samples steps"]
+    size: Float[Array, ""]
+
+
+class Spectrum(ShowsTable, _Spectrum):
     """The spectral density of a matrix as weighted points, one row per random direction.
 
     Each row is a Gauss quadrature of the spectrum: `(weights * f(nodes)).sum(1)`, averaged over the rows,
@@ -103,9 +140,17 @@ class Spectrum(NamedTuple):
         size: the number of eigenvalues, which is the number of parameters.
     """
 
-    nodes: Float[Array, "samples steps"]
-    weights: Float[Array, "samples steps"]
-    size: Float[Array, ""]
+    def table(self, rows: int | None = ROWS) -> TextTable:
+        """Return a table of one row: the range of the points, and the moments and counts that they estimate."""
+        if jnp.ndim(self.size):
+            return array_table("Spectrum, batched by vmap", self)
+        samples, steps = self.nodes.shape
+        out = TextTable(f"Spectrum of {int(self.size):,} eigenvalues: {samples} directions of {steps} points")
+        for header in ("smallest", "largest", "mean", "trace", "number above 0"):
+            out.add_column(header)
+        mean = (self.weights * self.nodes).sum(1).mean()
+        out.add_row(*map(float, (self.nodes.min(), self.nodes.max(), mean, mean * self.size, self.above(0))))
+        return out
 
     def density(
         self, grid: ArrayLike | None = None, width: float | None = None

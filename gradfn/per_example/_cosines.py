@@ -13,16 +13,17 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
-from gradfn.core.params import describe
+from gradfn.core.params import describe, path_name
 from gradfn.core.precision import divided, sum_of, unit_of, widen
 from gradfn.core.signature import transform_of
+from gradfn.display import ROWS, ShowsTable, TextTable, array_table
 from gradfn.per_example.traced_loss import TracedLoss
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["total", "leaves"], meta_fields=[])
-@dataclass(frozen=True)
-class Cosines:
-    """Cosines between n gradients.
+@dataclass(frozen=True, repr=False)
+class Cosines(ShowsTable):
+    """Cosines between n gradients. `print` shows a table.
 
     Attributes:
         total: `[n, n]`, of whole gradients, in [-1, 1]; NaN beside a gradient that is zero.
@@ -31,6 +32,33 @@ class Cosines:
 
     total: Float[Array, "n n"]
     leaves: PyTree
+
+    def table(self, rows: int | None = ROWS) -> TextTable:
+        """Return a table with one row per parameter and one for whole gradients: the cosines of all pairs."""
+        if jnp.ndim(self.total) > 2:
+            return array_table("Cosines, batched by vmap", self)
+        n = len(self.total)
+        out = TextTable(f"Cosines of {n * (n - 1) // 2:,} pairs of {n:,} gradients")
+        out.add_column("path", shorten=True)
+        for header in ("mean", "smallest", "largest"):
+            out.add_column(header, ".3f")
+        out.add_column("negative", ".1%")
+        out.add_column("undefined", drop=1)
+        named = [(path_name(p), leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(self.leaves)]
+        for name, leaf in [*named, ("all", self.total)]:
+            pairs = np.asarray(leaf)[np.triu_indices(n, 1)]
+            # A gradient that is zero has no direction.
+            known = pairs[~np.isnan(pairs)]
+            numbers = (
+                (known.mean(), known.min(), known.max(), (known < 0).mean()) if known.size else [None] * 4
+            )
+            out.add_row(
+                name,
+                *numbers,
+                len(pairs) - len(known),
+                weight=2 if name == "all" else known.std() if known.size else 0,
+            )
+        return out.folded(rows, "cosines.table(rows=None)")
 
 
 def cosines(grads: PyTree) -> Cosines:

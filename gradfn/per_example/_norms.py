@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,9 +13,10 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
+from gradfn.core.params import path_name
 from gradfn.core.precision import norm, norm_of_norms, widen
 from gradfn.core.signature import transform_of
-from gradfn.display import ROWS, ShowsTable, TextTable
+from gradfn.display import ROWS, ShowsTable, TextTable, array_table, extremes
 from gradfn.jaxpr.program import show_objects
 from gradfn.per_example.ghost import add_up, norms_of_each
 from gradfn.per_example.plan import Plan, fall_back, weighted
@@ -63,6 +65,8 @@ class ExampleNorms(ShowsTable):
 
     def table(self, rows: int | None = ROWS) -> TextTable:
         """Return a table with one row per leaf: its norms over the examples, and how they were found."""
+        if jnp.ndim(self.total) > 1:
+            return array_table("ExampleNorms, batched by vmap", self)
         out = TextTable(f"Gradient norms of {len(self.total)} examples")
         out.add_column("leaf", shorten=True)
         for column in ("mean", "smallest", "largest", "of the mean"):
@@ -80,8 +84,16 @@ class ExampleNorms(ShowsTable):
         return out.folded(rows, "norms.table(rows=None)")
 
 
-class ClippedGrads(NamedTuple):
-    """The mean of per-example gradients, each clipped first.
+class _ClippedGrads(NamedTuple):
+    grads: PyTree
+    values: Float[Array, " B"]
+    aux: PyTree
+    total: Float[Array, " B"]
+    clipped: Float[Array, ""]
+
+
+class ClippedGrads(ShowsTable, _ClippedGrads):
+    """The mean of per-example gradients, each clipped first. `print` shows a table.
 
     Attributes:
         grads: in the tree of the parameters; None where a leaf has no gradient.
@@ -91,11 +103,25 @@ class ClippedGrads(NamedTuple):
         clipped: the fraction of examples whose gradient was clipped, a scalar in [0, 1].
     """
 
-    grads: PyTree
-    values: Float[Array, " B"]
-    aux: PyTree
-    total: Float[Array, " B"]
-    clipped: Float[Array, ""]
+    def table(self, rows: int | None = ROWS) -> TextTable:
+        """Return a table with one row per leaf: the norm of the mean of the clipped gradients."""
+        if jnp.ndim(self.clipped):
+            return array_table("ClippedGrads, batched by vmap", self)
+        smallest, largest = extremes(self.total)
+        caption = (
+            f"{float(self.clipped):.1%} were clipped; norms before it from {smallest:.3g} to {largest:.3g}; "
+            f"mean loss {float(self.values.mean()):.4g}"
+        )
+        out = TextTable(f"Mean of {len(self.total)} clipped gradients", caption)
+        out.add_column("leaf", shorten=True)
+        out.add_column("shape")
+        out.add_column("norm")
+        named = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(self.grads)]
+        sizes = [norm(leaf) for _, leaf in named]
+        for (name, leaf), size in zip(named, sizes, strict=True):
+            out.add_row(name, leaf.shape, float(size), weight=float(size))
+        out.add_row("all", None, float(norm_of_norms([size[None] for size in sizes])[0]), weight=math.inf)
+        return out.folded(rows, "clipped.table(rows=None)")
 
 
 def grads(loss: Callable, chunk: int | None = None) -> Callable[..., PyTree]:

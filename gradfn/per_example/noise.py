@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from gradfn.core.params import path_name
 from gradfn.core.precision import divided, magnitudes_squared, sum_of, unit_of, widen
 from gradfn.core.signature import transform_of
-from gradfn.display import ROWS, ShowsTable, TextTable
+from gradfn.display import ROWS, ShowsTable, TextTable, array_table
 from gradfn.per_example._norms import ExampleNorms
 from gradfn.per_example._norms import norms as example_norms
 
@@ -105,6 +105,8 @@ class NoiseScale(ShowsTable):
 
     def table(self, rows: int | None = ROWS) -> TextTable:
         """Return a table with one row per leaf: its signal, its noise and their ratio."""
+        if jnp.ndim(self.weight):
+            return array_table("NoiseScale, batched by vmap", self)
         out = TextTable(caption=self._summary())
         out.add_column("path", shorten=True)
         for header in ("|G|²", "tr Σ", "signal / noise"):
@@ -181,8 +183,14 @@ def noise_of(norms: ExampleNorms) -> NoiseScale:
     return NoiseScale(signals, noises, jnp.ones([], norms.total.dtype))
 
 
-class NormTest(NamedTuple):
-    """Whether a batch is large enough for its gradient to be reliable.
+class _NormTest(NamedTuple):
+    passed: Bool[Array, ""]
+    ratio: Float[Array, ""]
+    examples: Float[Array, ""]
+
+
+class NormTest(ShowsTable, _NormTest):
+    """Whether a batch is large enough for its gradient to be reliable. `print` shows a table.
 
     Attributes:
         passed: a bool scalar.
@@ -190,9 +198,15 @@ class NormTest(NamedTuple):
         examples: the estimated size of the smallest batch that passes.
     """
 
-    passed: Bool[Array, ""]
-    ratio: Float[Array, ""]
-    examples: Float[Array, ""]
+    def table(self, rows: int | None = ROWS) -> TextTable:
+        """Return a table of one row: the verdict, the ratio of noise to gradient, and the batch that would pass."""
+        if jnp.ndim(self.passed):
+            return array_table("NormTest, batched by vmap", self)
+        out = TextTable("Norm test")
+        for header in ("passed", "noise / gradient", "examples to pass"):
+            out.add_column(header)
+        out.add_row("yes" if self.passed else "NO", float(self.ratio), float(self.examples))
+        return out
 
 
 def norm_test(loss: Callable, theta: float = 0.9) -> Callable[..., NormTest]:

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
+from gradfn.display import ShowsTable, TextTable
 from gradfn.flatten import BatchMean, Loss
 from gradfn.layout import CHECKPOINT
 from gradfn.losses import check_targets
@@ -39,10 +40,20 @@ from gradfn.versions import versions
 
 # A chunk should take this long: short enough for the progress bar to move, long enough for calls to cost nothing.
 CHUNK_SECONDS = 0.2
+# How many rows of its history a result shows.
+LAST = 10
 
 
-class Fit(NamedTuple):
-    """The result of `fit`: the trained parameters, the whole state, and the rows that the run recorded.
+class _Fit(NamedTuple):
+    params: PyTree
+    state: TrainState
+    history: Sequence[Row]
+    inspections: Sequence[Row]
+    noise: Sequence[Row]
+
+
+class Fit(ShowsTable, _Fit):
+    """The result of `fit`: the trained parameters, the whole state, and the recorded rows. `print` shows a table.
 
     Rows are lists where there is no folder. Where there is one they are `gradfn.train.rows.Rows`, which read like
     lists: the last ones (up to 4 MB as JSON) are in memory, older ones are read from the folder's files.
@@ -56,11 +67,21 @@ class Fit(NamedTuple):
             the `running_scale`.
     """
 
-    params: PyTree
-    state: TrainState
-    history: Sequence[Row]
-    inspections: Sequence[Row]
-    noise: Sequence[Row]
+    def table(self, rows: int | None = LAST) -> TextTable:
+        """Return the last rows of the history as a table, at most that many; None for all."""
+        n = len(self.history)
+        shown = self.history[0 if rows is None else max(n - rows, 0) :]
+        hidden = n - len(shown)
+        note = f"{hidden:,} of {n:,} rows are not shown: fitted.table(rows=None) lists them" if hidden else ""
+        size = sum(map(np.size, jax.tree.leaves(self.state.params)))
+        out = TextTable(f"Fit: {int(self.state.step):,} steps, {size:,} parameters", note)
+        names = list(dict.fromkeys(name for row in shown for name in row))
+        for name in names:
+            rate = name == "seconds" or name.endswith("_per_second")
+            out.add_column(name, ",.1f" if rate else "", drop=2 if rate else 1 if name == "epoch" else 0)
+        for row in shown:
+            out.add_row(*[row.get(name) for name in names])
+        return out
 
     @property
     def model_state(self) -> PyTree:
