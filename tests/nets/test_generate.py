@@ -84,7 +84,7 @@ def test_nan_logits_raise():
         ("to be", TypeError, r"expected tokens, got text\. Pass tokenizer\.encode"),
         (["to", "be"], TypeError, "got text"),
         (b"to be", TypeError, "got text"),
-        ([], ValueError, "one token or more"),
+        ([], ValueError, "expected one or more tokens"),
         ([1, None], TypeError, "must be integers, got object"),
     ],
 )
