@@ -85,6 +85,21 @@ def test_a_loss_of_one_example_that_meets_a_batch(name, loss):
     assert "gf.batch_mean(loss)" in message(raised)
 
 
+@pytest.mark.parametrize("make", [gf.classification_loss, gf.regression_loss, gf.quadratic_loss])
+def test_a_loss_of_a_net_that_meets_a_batch(make):
+    net = gf.mlp([3, 2])
+    batch = X, jnp.arange(8) % 2 if make is gf.classification_loss else jnp.ones([8, 2])
+    with pytest.raises(ValueError, match="W1: ") as raised:
+        gf.inspect(make(net))(net.init(KEY), batch)
+    assert message(raised).count("gf.batch_mean(loss)") == 1
+
+
+def test_wrong_parameters_are_not_taken_for_a_batch():
+    with pytest.raises(gf.ParameterError) as raised:
+        gf.inspect(gf.regression_loss(gf.mlp([3, 1])))({"W1": jnp.ones([1, 3])}, EXAMPLE)
+    assert "batch_mean" not in message(raised)
+
+
 @pytest.mark.parametrize("name", TRAINING)
 def test_training_takes_the_loss_of_a_batch(name):
     TRAINING[name](of_batch)

@@ -66,8 +66,8 @@ def with_hint(f: Callable, hint: str = MEAN) -> Callable:
             return f(*args, **kwargs)
         except (TypeError, ValueError, IndexError) as error:
             of_shapes = isinstance(error, IndexError) or any(word in str(error) for word in _OF_SHAPES)
-            hinted_already = any("gf.batch_mean" in note for note in getattr(error, "__notes__", ()))
-            if of_shapes and not hinted_already:
+            texts = [str(error), *getattr(error, "__notes__", ())]
+            if of_shapes and not any("gf.batch_mean" in text for text in texts):
                 error.add_note(hint)
             raise
 
@@ -79,7 +79,8 @@ def _averages(f: Callable) -> bool:
     return hasattr(f, "example") or (hasattr(f, "__wrapped__") and _averages(f.__wrapped__))
 
 
-_OF_SHAPES = ("shape", "dimension", "rank", "axis", "axes", "broadcast")
+# The last is in the errors of gradfn's own layers.
+_OF_SHAPES = ("shape", "dimension", "rank", "axis", "axes", "broadcast", "For a batch")
 
 
 class Leaves(NamedTuple):
