@@ -203,7 +203,7 @@ def test_chain_rule_agrees_with_jax(sizes, cost, x64):
 def test_chain_rule_on_the_digit_network_of_the_note(x64):
     loss, params, x = network([784, 16, 10], "cross_entropy")
     grads = jax.jit(jax.grad(loss))(params, (x, 7))
-    by_hand = jax.jit(chain_rule)(params, x.reshape(784, 1), 7).grads
+    by_hand = jax.jit(chain_rule())(params, x.reshape(784, 1), 7).grads
     for name, grad in grads.items():
         assert float(jnp.linalg.norm(by_hand[name] - grad) / jnp.linalg.norm(grad)) < 1e-12
 
@@ -232,13 +232,13 @@ def test_chain_rule_errors():
 def test_chain_rule_of_a_batch_and_of_vector_targets():
     net = gf.mlp([4, 3, 3])
     params, x = net.init(jax.random.key(0)), jnp.ones([4])
-    by_vector = jax.jit(chain_rule)(params, x, jnp.array([0.0, 1.0, 0.0]))
+    by_vector = jax.jit(chain_rule())(params, x, jnp.array([0.0, 1.0, 0.0]))
     np.testing.assert_allclose(
-        jax.jit(chain_rule)(params, x, 1).grads["W1"], by_vector.grads["W1"], rtol=1e-6
+        jax.jit(chain_rule())(params, x, 1).grads["W1"], by_vector.grads["W1"], rtol=1e-6
     )
     soft = jnp.array([0.5, 0.5, 1.0])  # targets need not sum to 1
     expected = jax.jit(jax.grad(lambda p: -jnp.sum(soft * jax.nn.log_softmax(net.apply(p, x)))))(params)
-    by_hand = jax.jit(chain_rule)(params, x, soft)
+    by_hand = jax.jit(chain_rule())(params, x, soft)
     np.testing.assert_allclose(by_hand.grads["W1"], expected["W1"], rtol=1e-4, atol=1e-7)
     many = jax.jit(jax.vmap(lambda x, y: chain_rule()(params, x, y)))(jnp.ones([5, 4]), jnp.arange(5) % 3)
     assert many.grads["W1"].shape == (5, 3, 4)
