@@ -101,5 +101,5 @@ def test_complex_values_inside_have_the_curvature_of_their_real_parameters():
         gf.curvature.sharpness(spectral, 0.1),
         gf.curvature.loss_landscape(spectral),
     ):
-        with pytest.raises(gf.ParameterError, match=r"^a: .*complex parameters"):
+        with pytest.raises(gf.ParameterError, match=r"^a: .*expected real parameters"):
             tool({**params, "a": jnp.ones(4, jnp.complex64)}, x[0])
