@@ -21,6 +21,10 @@ SIGNALS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"
 ENDED = {128 + getattr(signal, name): message for name, message in SIGNALS.items() if hasattr(signal, name)}
 
 
+# The signal that `stop` raised an exception for. A finalizer or another callback may have swallowed the exception.
+raised: int | None = None
+
+
 def numbers() -> list[int]:
     """Return the numbers of `SIGNALS` that this system has."""
     return [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
@@ -28,6 +32,8 @@ def numbers() -> list[int]:
 
 def stop(number: int, frame: FrameType | None = None) -> NoReturn:
     """Handle a signal as Python does Ctrl-C, by an exception (SystemExit for others); the next one ends at once."""
+    global raised
+    raised = number
     handle(stop_at_once)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
@@ -58,10 +64,12 @@ def handle(handler: Handler) -> dict[int, Any]:
 @contextlib.contextmanager
 def handling(handler: Handler) -> Iterator[None]:
     """Handle the signals of `SIGNALS` during the block: see `handle`."""
+    global raised
     before = handle(handler)
     try:
         yield
     finally:
+        raised = None
         for number, old in before.items():
             signal.signal(number, old)
 

@@ -49,6 +49,8 @@ def deferred(active: bool) -> Iterator[Stop]:
     """
     stop, previous = Stop(), {}
     main = threading.current_thread() is threading.main_thread()
+    if active and main and console.raised is not None:
+        raise _end(console.raised)
     try:
         for number in console.numbers() if active and main else ():
             handler = signal.getsignal(number)

@@ -1,5 +1,6 @@
 """A run that a signal stops writes a checkpoint, prints where, and resumes bit for bit."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ import optax
 import pytest
 
 import gradfn as gf
+from gradfn import console
 from gradfn.train import checkpoint
 from gradfn.train.stopping import deferred
 
@@ -254,3 +256,17 @@ def test_a_closed_stderr_does_not_replace_the_signal(monkeypatch):
             broken.flush()
         with open(os.devnull, "w") as null:
             os.dup2(null.fileno(), broken.fileno())
+
+
+@pytest.mark.parametrize(
+    ("number", "end"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_a_signal_whose_exception_was_swallowed_ends_the_next_run(number, end):
+    """A finalizer, in which Python ignores exceptions, may be what runs when the signal arrives."""
+    with console.handling(console.stop):
+        with contextlib.suppress(KeyboardInterrupt, SystemExit):
+            signal.raise_signal(number)
+        with pytest.raises(end), deferred(True):
+            pytest.fail("the run started")
+    with deferred(True) as stop:
+        assert stop.signal is None
