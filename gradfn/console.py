@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
+import gc
 import os
 import signal
 import sys
 import threading
+import time
 
 TYPE_CHECKING = False  # typing's own would be imported before signals are handled, which must not take long
 if TYPE_CHECKING:
@@ -30,14 +33,36 @@ def numbers() -> list[int]:
     return [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
 
 
-def stop(number: int, frame: FrameType | None = None) -> NoReturn:
+def stop(number: int, frame: FrameType | None = None) -> None:
     """Handle a signal as Python does Ctrl-C, by an exception (SystemExit for others); the next one ends at once."""
     global raised
+    if _ignores_exceptions(frame):
+        # threading.Timer takes locks, which the interrupted code may hold.
+        _thread.start_new_thread(_send_again, (number,))
+        return
     raised = number
     handle(stop_at_once)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)
+
+
+def _ignores_exceptions(frame: FrameType | None) -> bool:
+    """Tell whether a frame is in a callback of the garbage collector (jax has one) or in a finalizer.
+
+    Python prints exceptions there, and continues.
+    """
+    callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
+    while frame is not None:
+        if frame.f_code in callbacks or frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _send_again(number: int) -> None:
+    time.sleep(0.01)
+    os.kill(os.getpid(), number)
 
 
 def stop_at_once(number: int, frame: FrameType | None = None) -> NoReturn:

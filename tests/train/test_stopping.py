@@ -1,6 +1,7 @@
 """A run that a signal stops writes a checkpoint, prints where, and resumes bit for bit."""
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -270,3 +271,25 @@ def test_a_signal_whose_exception_was_swallowed_ends_the_next_run(number, end):
             pytest.fail("the run started")
     with deferred(True) as stop:
         assert stop.signal is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_callback_of_the_garbage_collector_is_not_lost(number):
+    times = []
+
+    def callback(phase, info):
+        if not times:
+            times.append(time.monotonic())
+            signal.raise_signal(number)
+
+    def collect_and_wait():
+        gc.collect()
+        assert times
+        time.sleep(5)
+
+    gc.callbacks.append(callback)
+    try:
+        with console.handling(console.stop), pytest.raises((KeyboardInterrupt, SystemExit)):
+            collect_and_wait()
+    finally:
+        gc.callbacks.remove(callback)
