@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def missing(name: str, names: Iterable[str]) -> AttributeError:
     """Return the error for `gf.name`; it suggests names of gradfn and of its namespaces.
 
-    >>> missing("hessian_eig", ["curvature", "inspect"])
-    AttributeError("module 'gradfn' has no attribute 'hessian_eig'. Did you mean gf.curvature.hessian_eigs?")
+    >>> missing("hvp", ["curvature", "inspect"])
+    AttributeError("module 'gradfn' has no attribute 'hvp'. Did you mean gf.curvature.hvp?")
     """
     full = {each: f"gf.{each}" for each in names}
     # `from gradfn import runs` looks for an attribute before it imports the module.
