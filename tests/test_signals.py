@@ -46,7 +46,12 @@ def started(command, folder, *options):
 
 def ended(process, number):
     """Assert that a process ends with one line and the exit code of a signal; return the line."""
-    out, err = process.communicate(timeout=60)
+    # A process that hangs must not disturb later tests.
+    with process:
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == CODES[number], err
     assert err.count("\n") == 1, err
     assert "Traceback" not in out + err
