@@ -48,13 +48,15 @@ def stop(number: int, frame: FrameType | None = None) -> None:
 
 
 def _ignores_exceptions(frame: FrameType | None) -> bool:
-    """Tell whether a frame is in a callback of the garbage collector (jax has one) or in a finalizer.
+    """Tell whether a frame is in a callback (of the garbage collector, as jax has one, or a weak reference) or finalizer.
 
     Python prints exceptions there, and continues.
     """
     callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
     while frame is not None:
-        if frame.f_code in callbacks or frame.f_code.co_name == "__del__":
+        code = frame.f_code
+        # The callbacks of weak sets and dictionaries are in weakref.py and _weakrefset.py.
+        if code in callbacks or code.co_name == "__del__" or "weakref" in code.co_filename:
             return True
         frame = frame.f_back
     return False
