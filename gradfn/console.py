@@ -48,7 +48,7 @@ def stop(number: int, frame: FrameType | None = None) -> None:
 
 
 def _ignores_exceptions(frame: FrameType | None) -> bool:
-    """Tell whether a frame is in a callback (of the garbage collector, as jax has one, or a weak reference) or finalizer.
+    """Tell whether a frame is in a finalizer or a callback (of the garbage collector, as jax has, or a weak reference).
 
     Python prints exceptions there, and continues.
     """
