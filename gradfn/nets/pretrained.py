@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from gradfn.core.params import Params, check
+from gradfn.core.params import Params, check, path_name
 from gradfn.files import IDLE, FileError, beside, read_json, remove_parts, replacing
 from gradfn.nets._gpt import GPTConfig, gpt
 from gradfn.tensors import NAMES, Tensor, is_stored, open_tensors, write_tensors
@@ -104,7 +104,7 @@ def load_pretrained(
         entries = family.entries(config)
         _check_names([entry.name for entry in entries], tensors, folder)
         spec = gpt(config).spec
-        shapes = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(spec)}
+        shapes = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(spec)}
         for entry in entries:
             _check_tensor(entry, tensors[entry.name], shapes)
         leaves: dict[str, jax.Array] = {}
@@ -114,7 +114,7 @@ def load_pretrained(
             cuts = np.cumsum([shapes[path][0] for path in entry.paths])[:-1]
             for path, part in zip(entry.paths, np.split(tensor, cuts), strict=True):
                 leaves[path] = jnp.asarray(part, dtype and jnp.dtype(dtype))
-    return config, jax.tree_util.tree_map_with_path(lambda path, _: leaves[_name(path)], spec)
+    return config, jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], spec)
 
 
 def save_pretrained(folder: str | os.PathLike[str], config: GPTConfig, params: Params) -> None:
@@ -143,12 +143,12 @@ def save_pretrained(folder: str | os.PathLike[str], config: GPTConfig, params: P
     check(gpt(config).spec, params)
     family = _family_of(config)
     fields = family.write(config)
-    given = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    given = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     dtype = next(iter(given.values())).dtype
     # GPT-2 always has biases.
     bias = config.bias or family.name == "gpt2"
     spec = gpt(dataclasses.replace(config, bias=bias, scan=False)).spec
-    shapes = {_name(path): param.shape for path, param in jax.tree_util.tree_leaves_with_path(spec)}
+    shapes = {path_name(path): param.shape for path, param in jax.tree_util.tree_leaves_with_path(spec)}
 
     def leaf(path: str) -> PyTree:
         block = re.fullmatch(r"blocks/(\d+)/(.+)", path) if config.scan else None
@@ -200,10 +200,6 @@ def _check_replaceable(folder: Path) -> None:
             )
     elif os.path.lexists(folder / SINGLE):
         raise ValueError(f"{folder / SINGLE}: already exists without a config.json. Name another folder")
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _shown(name: str) -> str:
