@@ -205,5 +205,6 @@ def test_banned_forms_stay_out(part: str) -> None:
 
 
 if __name__ == "__main__":
-    print("\n".join(remaining := findings(sys.argv[1:] or ["."])))
+    for finding in (remaining := findings(sys.argv[1:] or ["."])):
+        print(finding)
     sys.exit(bool(remaining))
