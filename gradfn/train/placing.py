@@ -1,0 +1,105 @@
+"""Where arrays lie: on one device, or on the devices of a mesh, of one process or of several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from gradfn.core.params import named_leaves
+
+ARRAYS: Any = (jax.Array, np.ndarray, np.generic)
+# The spec of an array that is not split.
+WHOLE = PartitionSpec()
+
+
+def place(tree: PyTree, mesh: Mesh, spec: PartitionSpec = WHOLE) -> PyTree:
+    """Return a tree whose arrays lie on the devices of a mesh.
+
+    An array that lies on these devices by a `NamedSharding` keeps its spec; its data are not moved. Any other is split
+    by `spec`, or is on every device. Of several processes, each must have the whole array, and puts its part of it
+    on its devices.
+
+    Args:
+        tree: arrays of numpy and of jax, and typed keys; leaves of other types are returned as they are.
+        mesh: the devices.
+        spec: how the axes of each array are split over the axes of the mesh.
+
+    >>> import jax, numpy as np
+    >>> mesh = jax.make_mesh((1,), ("data",))
+    >>> place({"x": np.ones([4, 2])}, mesh, PartitionSpec("data"))["x"].sharding.spec == PartitionSpec("data")
+    True
+    """
+    return jax.tree.map(lambda leaf: _place(leaf, mesh, spec), tree)
+
+
+def _place(leaf: Any, mesh: Mesh, spec: PartitionSpec) -> PyTree:
+    if not isinstance(leaf, ARRAYS):
+        return leaf
+    where = getattr(leaf, "sharding", None)
+    if isinstance(where, NamedSharding) and same_mesh(where.mesh, mesh):
+        # The axes of the two meshes may be of different types (Auto, Explicit).
+        return jax.device_put(leaf, NamedSharding(mesh, where.spec))
+    sharding = NamedSharding(mesh, spec)
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = _place(jax.random.key_data(leaf), mesh, spec)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    host = np.asarray(leaf)
+    host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def mesh_of(tree: PyTree) -> Mesh | None:
+    """Return the mesh that the arrays of a tree lie on; None if none of them lies on a mesh.
+
+    Raises:
+        ValueError: they lie on two meshes; it names an array of each.
+
+    >>> import jax.numpy as jnp
+    >>> mesh_of({"x": jnp.ones(3)})
+    """
+    first: tuple[str, Mesh] | None = None
+    for name, leaf in named_leaves(tree):
+        sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+        if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
+            continue
+        if first is None:
+            first = name, sharding.mesh
+        elif not same_mesh(first[1], sharding.mesh):
+            on = [f"{path or 'one'} is on {describe(mesh)}" for path, mesh in (first, (name, sharding.mesh))]
+            raise ValueError(
+                f"the arrays must be on one mesh, but {on[0]} and {on[1]}. Move them with jax.device_put(tree, "
+                "shardings)"
+            )
+    return None if first is None else first[1]
+
+
+def same_mesh(a: Any, b: Any) -> bool:
+    """Return whether two meshes have the same axes and devices; the types of the axes may differ."""
+    same = a.axis_names == b.axis_names and a.devices.shape == b.devices.shape
+    return same and bool((a.devices == b.devices).all())
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array that is whole on every device of a mesh.
+
+    >>> import jax
+    >>> replicated(jax.make_mesh((1,), ("data",))).is_fully_replicated
+    True
+    """
+    return NamedSharding(mesh, WHOLE)
+
+
+def automatic(mesh: Mesh) -> Mesh:
+    """Return the mesh with axes of type Auto: the compiler splits the work, and functions know nothing of devices."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def describe(mesh: Any) -> str:
+    """Return a mesh as text, such as `Mesh(data=4, model=2)`."""
+    return f"Mesh({', '.join(f'{name}={size}' for name, size in mesh.shape.items())})"
