@@ -10,6 +10,7 @@ import pytest
 from jax.test_util import check_grads
 
 import gradfn as gf
+from gradfn.core.axes import AXES
 
 tower = gf.serial(
     start=gf.layers.dense(3, 4),
@@ -103,6 +104,18 @@ def test_parameters_have_the_declared_shapes_and_dtypes(name):
     net, params, _ = case(name)
     chex.assert_trees_all_equal_shapes_and_dtypes(params, net.spec)
     assert gf.count(params) == gf.count(net.spec)
+
+
+def test_every_axis_has_a_name_of_the_vocabulary(name):
+    """An axis is named or never split; that of a stack of layers is in front."""
+    net, _ = CASES[name]
+    stacked = []
+    for param in jax.tree.leaves(net.spec):
+        names = [axis[0] if isinstance(axis, tuple) else axis for axis in param.axes]
+        assert set(names) <= {*AXES, None}
+        assert "layers" not in names[1:]
+        stacked.append(names[:1] == ["layers"])
+    assert any(stacked) == any(word in name for word in ("scanned", "repeat", "noisy tower"))
 
 
 def test_a_spec_can_replace_parameters_in_eval_shape(name):

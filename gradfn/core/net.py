@@ -44,9 +44,9 @@ class Net:
         _params.named_leaves(self.spec, _params.is_param)  # raises if two leaves have the same path
         object.__setattr__(self, "apply", _checked(self.spec, self.apply))
 
-    def init(self, key: jax.Array) -> Params:
+    def init(self, key: jax.Array, shardings: PyTree = None) -> Params:
         """Return initial parameters: see `gf.init`."""
-        return _params.init(self.spec, key)
+        return _params.init(self.spec, key, shardings)
 
 
 def _checked(spec: Spec, apply: Callable) -> Callable:

@@ -6,6 +6,7 @@ A spec is a nested dict whose leaves are `Param`s. Parameters are the same dict 
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Mapping
@@ -25,6 +26,8 @@ from gradfn.display import TextTable, reading_order
 Spec = dict[str, Any]  # nested; its leaves are Params
 Params = Any  # the same tree with arrays
 Initializer = Callable[..., jax.Array]  # (key, shape, dtype) -> array, as in jax.nn.initializers
+# A name, a name with the number of units that the axis consists of, or None for an axis that is never split.
+Axis = str | tuple[str, int] | None
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,12 @@ class Param:
             zeros, and arrays with two or more axes are drawn from a truncated normal of variance 1 / fan_in
             (LeCun et al., *Efficient BackProp*, 1998), where fan_in is the product of all axes but the first.
         dtype: float32 by default.
-        axes: a logical name for each axis, for sharding over devices.
+        axes: a logical name for each axis, for sharding over devices: see `gf.train.shardings`. `("heads", 12)` is
+            an axis of 12 units, such as attention heads, which are never split; None is an axis that never is.
 
     Raises:
-        ValueError: a negative size, or a number of axis names that differs from the number of axes.
+        ValueError: a negative size, a number of axis names that differs from the number of axes, or units that do
+            not divide a size.
 
     >>> import gradfn as gf
     >>> gf.Param([16, 784]).shape
@@ -50,17 +55,23 @@ class Param:
     shape: tuple[int, ...]
     init: Initializer | None = None
     dtype: DTypeLike = jnp.float32
-    axes: tuple[str | None, ...] | None = None
+    axes: tuple[Axis, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         if any(size < 0 for size in self.shape):
             raise ValueError(f"Param: sizes must be >= 0, got shape {list(self.shape)}")
-        if self.axes is not None and len(self.axes) != len(self.shape):
+        if self.axes is None:
+            return
+        object.__setattr__(self, "axes", tuple(self.axes))
+        if len(self.axes) != len(self.shape):
             raise ValueError(
                 f"Param: shape {list(self.shape)} needs {len(self.shape)} axis names, got {self.axes}"
             )
+        for axis, size in zip(self.axes, self.shape, strict=True):
+            if isinstance(axis, tuple) and (axis[1] < 1 or size % axis[1]):
+                raise ValueError(f"Param: the units of {axis} must divide the size of the axis, {size}")
 
     @property
     def ndim(self) -> int:
@@ -114,7 +125,7 @@ def named_leaves(tree: PyTree, is_leaf: Callable[[PyTree], bool] | None = None) 
     return named
 
 
-def init(spec: Spec, key: jax.Array) -> Params:
+def init(spec: Spec, key: jax.Array, shardings: PyTree = None) -> Params:
     """Return initial parameters as a spec declares them.
 
     Each leaf gets a key derived from its path, so adding, removing or reordering parameters does not change the
@@ -123,6 +134,8 @@ def init(spec: Spec, key: jax.Array) -> Params:
     Args:
         spec: a nested dict of `Param`.
         key: from `jax.random.key`.
+        shardings: a sharding per parameter, as `gf.train.shardings` returns them, or one for all. Each device makes
+            its own part of each array only. In several processes all of them call `init`, with the same key.
 
     Returns:
         The same dict with arrays.
@@ -131,6 +144,7 @@ def init(spec: Spec, key: jax.Array) -> Params:
         ParameterError: a leaf that is not a `Param`, or whose initializer returned another shape; two leaves with
             the same path.
         TypeError: a seed instead of a key.
+        ValueError: shardings in another structure than the spec's.
 
     >>> import jax, gradfn as gf
     >>> params = gf.init({"W": gf.Param([2, 3]), "b": gf.Param([2])}, jax.random.key(0))
@@ -144,19 +158,51 @@ def init(spec: Spec, key: jax.Array) -> Params:
         seed = key if isinstance(key, int) else 0
         raise TypeError(f"init: expected a key, got {key!r:.40}. Pass jax.random.key({seed})")
 
-    def make(path: tuple[PyTree, ...], param: Param) -> jax.Array:
+    make_sharded = functools.cache(_sharded_maker)  # equal layers share a compiled function
+
+    def make(path: tuple[PyTree, ...], param: Param, sharding: PyTree = None) -> jax.Array:
         name = path_name(path)
         if not isinstance(param, Param):
             raise ParameterError(name, f"expected a gf.Param in the spec, got {describe(param)}")
         words = np.frombuffer(hashlib.sha256(name.encode()).digest()[:8], np.uint32)
         leaf_key = jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1])
-        value = param.make(leaf_key)
+        value = param.make(leaf_key) if sharding is None else make_sharded(param, sharding)(leaf_key)
         if value.shape != param.shape:
             message = f"expected shape {list(param.shape)} from its init, got {list(value.shape)}"
             raise ParameterError(name, message)
         return value
 
-    return jax.tree_util.tree_map_with_path(make, spec, is_leaf=is_param)
+    if shardings is None:
+        return jax.tree_util.tree_map_with_path(make, spec, is_leaf=is_param)
+    return jax.tree_util.tree_map_with_path(make, spec, _one_each(shardings, spec), is_leaf=is_param)
+
+
+def _sharded_maker(param: Param, sharding: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
+    """Return a function from a key to the initial array, each part of which is made on its own device."""
+
+    def make_on_devices(key: jax.Array) -> jax.Array:
+        typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+        words = jax.random.key_data(key) if typed else key
+        again = (
+            functools.partial(jax.random.wrap_key_data, impl=jax.random.key_impl(key))
+            if typed
+            else lambda words: words
+        )
+        made = jax.jit(lambda words: param.make(again(words)), out_shardings=sharding)
+        # An array of one process's device is not an argument of a program of several processes; numbers are.
+        return made(words if isinstance(words, jax.core.Tracer) else np.asarray(words))
+
+    return make_on_devices
+
+
+def _one_each(shardings: PyTree, spec: Spec) -> PyTree:
+    """Return the shardings in the tree of the spec, where one may stand for a subtree."""
+    try:
+        return jax.tree.broadcast(shardings, spec)
+    except ValueError as error:
+        raise ValueError(
+            f"init: shardings must have the structure of the spec, or be one sharding: {error}"
+        ) from None
 
 
 def count(tree: PyTree) -> int:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from gradfn.core.axes import with_axes
 from gradfn.core.names import scope, tap
 from gradfn.core.net import Net
 from gradfn.core.params import Params
@@ -153,7 +154,9 @@ def attention(
             y = out.apply(params["out"], mixed)
         return y if cache is None else (y, cache)
 
-    return Net({name: layer.spec for name, layer in layers.items()} | {"out": out.spec}, apply)
+    rows = {"query": ("heads", n_heads), "key": ("kv_heads", n_kv_heads), "value": ("kv_heads", n_kv_heads)}
+    spec = {name: with_axes(layer.spec, rows[name], "embed") for name, layer in layers.items()}
+    return Net(spec | {"out": with_axes(out.spec, "embed", ("heads", n_heads))}, apply)
 
 
 def kv_cache(context: int, n_kv_heads: int, head_size: int, dtype: DTypeLike = jnp.float32) -> Cache:

@@ -62,7 +62,8 @@ def conv(
         raise ValueError(f"conv: groups must divide n_in and n_out, got {groups} for {n_in} and {n_out}")
     axes = _SPATIAL[n]
     layout = (f"N{axes}C", f"OI{axes}", f"N{axes}C")
-    spec = {"W": Param((n_out, n_in // groups, *window))} | ({"b": Param((n_out,))} if bias else {})
+    spec = {"W": Param((n_out, n_in // groups, *window), axes=("channels", "channels_in", *(None,) * n))}
+    spec |= {"b": Param((n_out,), axes=("channels",))} if bias else {}
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
         W, b = jnp.asarray(params["W"]), params.get("b")

@@ -63,7 +63,8 @@ def dense(n_in: int, n_out: int, bias: bool = True) -> Net:
     >>> layer.apply(layer.init(jax.random.key(0)), jnp.zeros(784)).shape
     (16,)
     """
-    spec = {"W": Param((n_out, n_in))} | ({"b": Param((n_out,))} if bias else {})
+    spec = {"W": Param((n_out, n_in), axes=("mlp", "mlp_in"))}
+    spec |= {"b": Param((n_out,), axes=("mlp",))} if bias else {}
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
         return affine(params["W"], params.get("b"), x)

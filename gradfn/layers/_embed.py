@@ -33,7 +33,7 @@ def embed(n: int, width: int) -> Net:
     >>> layer.apply(layer.init(jax.random.key(0)), jnp.array([7, 7, 64])).shape
     (3, 128)
     """
-    spec = {"W": Param((n, width), jax.nn.initializers.normal(1.0))}
+    spec = {"W": Param((n, width), jax.nn.initializers.normal(1.0), axes=("vocab", "embed"))}
 
     def apply(params: Params, tokens: jax.Array) -> jax.Array:
         return look_up(params["W"], tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 
+from gradfn.core.axes import with_axes
 from gradfn.core.names import scope, tap
 from gradfn.core.net import Net
 from gradfn.core.params import Params
@@ -38,7 +39,9 @@ def feed_forward(width: int, hidden: int, squash: str | Activation = "gelu", bia
         with scope("down"):
             return down.apply(params["down"], a)
 
-    return Net({"up": up.spec, "down": down.spec}, apply)
+    return Net(
+        {"up": with_axes(up.spec, "mlp", "embed"), "down": with_axes(down.spec, "embed", "mlp")}, apply
+    )
 
 
 def swiglu(width: int, hidden: int, bias: bool = False) -> Net:
@@ -69,4 +72,5 @@ def swiglu(width: int, hidden: int, bias: bool = False) -> Net:
         with scope("down"):
             return down.apply(params["down"], a)
 
-    return Net({"gate": gate.spec, "up": up.spec, "down": down.spec}, apply)
+    spec = {name: with_axes(net.spec, "mlp", "embed") for name, net in {"gate": gate, "up": up}.items()}
+    return Net(spec | {"down": with_axes(down.spec, "embed", "mlp")}, apply)

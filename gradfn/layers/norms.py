@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from gradfn.core.names import ParameterError
 from gradfn.core.net import Net
-from gradfn.core.params import Param, Params
+from gradfn.core.params import Param, Params, Spec
 from gradfn.core.precision import widen
 
 
@@ -32,7 +32,7 @@ def layer_norm(n: int, bias: bool = True, epsilon: float = 1e-5) -> Net:
     >>> norm.apply(norm.init(jax.random.key(0)), jnp.array([-3.0, 5.0]))
     Array([-0.9999997,  0.9999997], dtype=float32)
     """
-    spec = {"gain": Param((n,), jax.nn.initializers.ones)} | ({"b": Param((n,))} if bias else {})
+    spec = _gain_and_bias(n, "embed", bias)
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
         gain, b = _aligned(params["gain"], x), params.get("b")
@@ -72,7 +72,7 @@ def rms_norm(n: int, epsilon: float = 1e-6) -> Net:
         y = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + epsilon)
         return y.astype(x.dtype) * gain
 
-    return Net({"gain": Param((n,), jax.nn.initializers.ones)}, apply)
+    return Net(_gain_and_bias(n, "embed", bias=False), apply)
 
 
 def group_norm(n: int, groups: int, bias: bool = True, epsilon: float = 1e-5) -> Net:
@@ -102,7 +102,7 @@ def group_norm(n: int, groups: int, bias: bool = True, epsilon: float = 1e-5) ->
     """
     if n % groups:
         raise ValueError(f"group_norm: groups must divide the number of channels, got {groups} for {n}")
-    spec = {"gain": Param((n,), jax.nn.initializers.ones)} | ({"b": Param((n,))} if bias else {})
+    spec = _gain_and_bias(n, "channels", bias)
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
         gain, b = _aligned(params["gain"], x), params.get("b")
@@ -113,6 +113,11 @@ def group_norm(n: int, groups: int, bias: bool = True, epsilon: float = 1e-5) ->
         return y if b is None else y + _aligned(b, x)
 
     return Net(spec, apply)
+
+
+def _gain_and_bias(n: int, axis: str, bias: bool) -> Spec:
+    spec = {"gain": Param((n,), jax.nn.initializers.ones, axes=(axis,))}
+    return spec | ({"b": Param((n,), axes=(axis,))} if bias else {})
 
 
 def _aligned(gain: jax.Array, x: jax.Array) -> jax.Array:

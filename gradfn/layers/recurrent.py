@@ -75,7 +75,7 @@ def gru(n_in: int, hidden: int) -> Net:
         h = tap((1 - update) * new + update * h, "h")
         return h, h
 
-    return _recurrent(n_in, hidden, 3, {"bn": Param((hidden,))}, cell)
+    return _recurrent(n_in, hidden, 3, {"bn": Param((hidden,), axes=(None,))}, cell)
 
 
 def lstm(n_in: int, hidden: int) -> Net:
@@ -106,7 +106,7 @@ def lstm(n_in: int, hidden: int) -> Net:
         h = tap(jax.nn.sigmoid(o) * jnp.tanh(c), "h")
         return {"h": h, "c": c}, h
 
-    return _recurrent(n_in, hidden, 4, {"b": Param((4 * hidden,), forget_bias_of_one)}, cell)
+    return _recurrent(n_in, hidden, 4, {"b": Param((4 * hidden,), forget_bias_of_one, axes=(None,))}, cell)
 
 
 def recurrent_state(layer: Net, dtype: DTypeLike = jnp.float32) -> PyTree:
@@ -131,9 +131,10 @@ def _recurrent(n_in: int, hidden: int, gates: int, more: Spec, cell: Cell) -> Ne
         return jnp.concatenate(each)
 
     spec = {
-        "Wx": Param((gates * hidden, n_in)),
-        "Wh": Param((gates * hidden, hidden), orthogonal),
-        "b": Param((gates * hidden,)),
+        # Split nodes would be collected at each step of time.
+        "Wx": Param((gates * hidden, n_in), axes=(None, "mlp_in")),
+        "Wh": Param((gates * hidden, hidden), orthogonal, axes=(None, "mlp_in")),
+        "b": Param((gates * hidden,), axes=(None,)),
     } | more
 
     def apply(params: Params, x: jax.Array, state: PyTree = None) -> PyTree:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from gradfn.core.axes import with_axes
 from gradfn.core.names import ParameterError, scope, tap
 from gradfn.core.net import Net, fold, with_or_without_key
 from gradfn.core.params import Params, Spec
@@ -89,4 +90,6 @@ def cnn(
         return x
 
     spec: Spec = {name: layer.spec for name, layer in (convs | denses).items()}
+    last = f"dense{len(denses)}"
+    spec[last] = with_axes(spec[last], None, "mlp_in")
     return Net(spec, with_or_without_key(run, bool(dropout)))

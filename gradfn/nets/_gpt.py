@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from gradfn.core.axes import with_axes
 from gradfn.core.names import scope, tap
 from gradfn.core.net import Net, fold
-from gradfn.core.params import Param, Params, Spec
+from gradfn.core.params import Params, Spec
 from gradfn.layers._attention import attention, kv_cache
 from gradfn.layers._dense import dense
 from gradfn.layers._dropout import dropout
@@ -121,9 +122,9 @@ def gpt(config: GPTConfig) -> LanguageModel:
 
     spec: Spec = {"embed": _bare(embedding), "blocks": blocks_spec, "final_norm": final_norm.spec}
     if config.positions == "learned":
-        spec["positions"] = _bare(learned)
+        spec["positions"] = with_axes(_bare(learned), "positions", "embed")
     if not config.tied:
-        spec["head"] = head.spec
+        spec["head"] = with_axes(head.spec, "vocab", "embed")
     spec = gpt2_init(spec, config.n_layers)
 
     def run(
@@ -199,7 +200,7 @@ def _norm(config: GPTConfig) -> Net:
 
 def _bare(layer: Net) -> Spec:
     """Return a layer's spec without its own initializers."""
-    return jax.tree.map(lambda param: Param(param.shape), layer.spec)
+    return jax.tree.map(lambda param: replace(param, init=None), layer.spec)
 
 
 def _wrong_tokens(config: GPTConfig, actual: tuple[int, ...]) -> str:

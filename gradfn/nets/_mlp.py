@@ -63,8 +63,9 @@ def mlp(
     n_layers = len(sizes) - 1
     spec = {}
     for i in range(1, n_layers + 1):
-        spec[f"W{i}"] = Param((sizes[i], sizes[i - 1]))
-        spec[f"b{i}"] = Param((sizes[i],))
+        nodes = None if i == n_layers else "mlp"
+        spec[f"W{i}"] = Param((sizes[i], sizes[i - 1]), axes=(nodes, "mlp_in"))
+        spec[f"b{i}"] = Param((sizes[i],), axes=(nodes,))
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
         x = jnp.asarray(x)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from gradfn.core.axes import with_axes
 from gradfn.core.names import scope, tap
 from gradfn.core.net import Net
 from gradfn.core.params import Params
@@ -60,7 +61,7 @@ def rnn(
     spec = {
         "embed": embedding.spec,
         "layers": {i: layer.spec for i, layer in layers.items()},
-        "head": head.spec,
+        "head": with_axes(head.spec, "vocab", "embed"),
     }
 
     def start(params: Params) -> PyTree:

@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from gradfn.core.axes import with_axes
 from gradfn.core.names import ParameterError, scope, tap
 from gradfn.core.net import Net, fold, with_or_without_key
 from gradfn.core.params import Param, Params, Spec
@@ -100,16 +101,17 @@ def vit(config: ViTConfig) -> Net:
     block_spec = gpt2_init(block_spec, config.n_layers)
     blocks_spec, run_blocks = stack_of(block_spec, run_block, config.n_layers, config.scan, config.remat)
     with_token = config.pool == "class"
-    positions = Param((rows * columns + with_token, config.width), jax.nn.initializers.normal(0.02))
+    shape, draw = (rows * columns + with_token, config.width), jax.nn.initializers.normal(0.02)
+    positions = Param(shape, draw, axes=("positions", "embed"))
     spec: Spec = {
-        "patches": patches.spec,
+        "patches": with_axes(patches.spec, "embed", None),
         "positions": {"W": positions},
         "blocks": blocks_spec,
         "final_norm": final_norm.spec,
-        "head": head.spec,
+        "head": with_axes(head.spec, None, "embed"),
     }
     if with_token:
-        spec["token"] = Param((config.width,))
+        spec["token"] = Param((config.width,), axes=("embed",))
 
     def run(params: Params, image: jax.Array, key: jax.Array | None) -> jax.Array:
         image = jnp.asarray(image)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -151,6 +152,6 @@ def gpt2_init(spec: Spec, n_layers: int) -> Spec:
         if param.init is not None or param.ndim < 2:
             return param
         std = std_into_stream if path[-2].key in ("out", "down") else 0.02
-        return Param(param.shape, jax.nn.initializers.normal(std), param.dtype, param.axes)
+        return replace(param, init=jax.nn.initializers.normal(std))
 
     return jax.tree_util.tree_map_with_path(draw, spec)

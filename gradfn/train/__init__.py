@@ -4,6 +4,14 @@ from typing import TYPE_CHECKING
 
 from gradfn._missing import namespace
 from gradfn.train._fit import Fit, fit, stalled
+from gradfn.train._shardings import (
+    DATA_PARALLEL,
+    FSDP,
+    FSDP_TENSOR_PARALLEL,
+    TENSOR_PARALLEL,
+    sharding_table,
+    shardings,
+)
 from gradfn.train.checkpoint import CheckpointError, kept
 from gradfn.train.decay import weight_decay_mask, weight_decay_table
 from gradfn.train.memory import keep_freed_memory
@@ -11,16 +19,23 @@ from gradfn.train.optimizer import adamw_warmup_cosine
 from gradfn.train.source import Source, from_host
 from gradfn.train.step import TrainState, train_state, train_step
 
-__all__ = [
+# Sorted as `dir` sorts.
+__all__ = [  # noqa: RUF022
     "CheckpointError",
+    "DATA_PARALLEL",
+    "FSDP",
+    "FSDP_TENSOR_PARALLEL",
     "Fit",
     "Source",
+    "TENSOR_PARALLEL",
     "TrainState",
     "adamw_warmup_cosine",
     "fit",
     "from_host",
     "keep_freed_memory",
     "kept",
+    "sharding_table",
+    "shardings",
     "stalled",
     "train_state",
     "train_step",

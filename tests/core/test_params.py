@@ -157,6 +157,10 @@ def test_errors_name_the_parameter_the_expected_and_the_actual_value(params, mes
     [
         (lambda: gf.Param([-1]), "sizes must be >= 0, got shape [-1]"),
         (lambda: gf.Param([2, 3], axes=("out",)), "[2, 3] needs 2 axis names, got ('out',)"),
+        (
+            lambda: gf.Param([6, 4], axes=[("heads", 4), None]),
+            "units of ('heads', 4) must divide the size of the axis, 6",
+        ),
     ],
 )
 def test_param_checks_its_arguments(make, message):
