@@ -16,6 +16,7 @@ from gradfn.train.checkpoint import CheckpointError, kept
 from gradfn.train.decay import weight_decay_mask, weight_decay_table
 from gradfn.train.memory import keep_freed_memory
 from gradfn.train.optimizer import adamw_warmup_cosine
+from gradfn.train.processes import gathered, initialize, is_first
 from gradfn.train.source import Source, from_host
 from gradfn.train.step import TrainState, train_state, train_step
 
@@ -32,6 +33,9 @@ __all__ = [  # noqa: RUF022
     "adamw_warmup_cosine",
     "fit",
     "from_host",
+    "gathered",
+    "initialize",
+    "is_first",
     "keep_freed_memory",
     "kept",
     "sharding_table",
