@@ -17,18 +17,22 @@ import gradfn
 for name in gradfn.__all__:
     getattr(gradfn, name)
 
-jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config):
-    """Reduce compile time as far as the selected tests allow.
+    """Choose the platform, and reduce compile time as far as the selected tests allow.
+
+    All tests run on the CPU, except those marked `accelerator`, which run only where they are requested.
 
     Most programs run once, so they are compiled without XLA's expensive optimizations, and programs that several tests
     compile are cached in a temporary folder. Tests marked `optimized` check the optimized program. Both kinds do
     not mix in one process, because compiled operations are kept between tests.
     """
+    expression = config.option.markexpr
+    if "accelerator" not in expression or "not accelerator" in expression:
+        jax.config.update("jax_platforms", "cpu")
     if "not optimized" in config.option.markexpr:
         jax.config.update("jax_disable_most_optimizations", True)
         folder = tempfile.TemporaryDirectory(prefix="gradfn-compiled-")

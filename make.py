@@ -23,11 +23,11 @@ CHECKS = {
         ["-m", "ruff", "check", "."],
         ["-m", "ruff", "format", "--check", "."],
         ["-m", "mypy"],
-        [*PYTEST, "-m", "not optimized and not attack"],
+        [*PYTEST, "-m", "not optimized and not attack and not accelerator"],
         [*PYTEST, "-m", "optimized", "tests"],
     ],
     "quick": [
-        [*PYTEST, "-m", "not slow and not optimized"],
+        [*PYTEST, "-m", "not slow and not optimized and not accelerator"],
         [*PYTEST, "-m", "optimized and not slow", "tests"],
     ],
 }

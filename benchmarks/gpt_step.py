@@ -136,15 +136,20 @@ def separate(block: Params) -> Params:
     }
 
 
-def raw_step(task: Task, flat: bool, scan: bool, named: Callable[[Params], Params] = fused) -> Step:
-    """Return a step in raw JAX; flat, unrolled and fused it is the fastest that we could write."""
+def raw_params(task: Task, scan: bool, named: Callable[[Params], Params] = fused) -> Params:
+    """Return the initial parameters as `raw_loss` expects them."""
     blocks = [named(block) for block in task.blocks]
-    params = {
+    return {
         "embed": task.start["embed"]["W"],
         "positions": task.start["positions"]["W"],
         "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks) if scan else blocks,
         "final_norm": task.start["final_norm"]["gain"],
     }
+
+
+def raw_step(task: Task, flat: bool, scan: bool, named: Callable[[Params], Params] = fused) -> Step:
+    """Return a step in raw JAX; flat, unrolled and fused it is the fastest that we could write."""
+    params = raw_params(task, scan, named)
     loss = partial(raw_loss, heads=task.config.n_heads, flat=flat, scan=scan)
     optimizer = adamw()
 
@@ -235,27 +240,43 @@ def pytorch(task: Task) -> Step:
 
 def flax_nnx(task: Task) -> Step:
     """Return a jitted step in Flax NNX with its own layers, as in its documentation."""
+    return nnx_step(task.config, task.start, adamw(), (jnp.asarray(task.tokens), jnp.asarray(task.targets)))
+
+
+def nnx_step(
+    config: gf.GPTConfig, start: Params, optimizer: optax.GradientTransformation, batch: Any
+) -> Step:
+    """Return a jitted step of an unrolled GPT with layer norms and a tied head in Flax NNX.
+
+    Args:
+        config: of the GPT.
+        start: the initial parameters of `gf.gpt(config)`.
+        optimizer: from optax.
+        batch: tokens and targets, each `[batch, T]`.
+    """
     from flax import nnx
 
-    config, rngs = task.config, nnx.Rngs(0)
-    width, heads = config.width, config.n_heads
-    linear = partial(nnx.Linear, use_bias=False, rngs=rngs)
-    norm = partial(nnx.LayerNorm, width, epsilon=1e-5, use_bias=False, rngs=rngs)
+    rngs, width, heads = nnx.Rngs(0), config.width, config.n_heads
+    half = None if config.compute is None else jnp.dtype(config.compute)
+    of_all = {"use_bias": config.bias, "dtype": half, "rngs": rngs}
+    linear = partial(nnx.Linear, **of_all)
+    norm = partial(nnx.LayerNorm, width, epsilon=config.norm_epsilon, **of_all)
 
     class Block(nnx.Module):
         def __init__(self) -> None:
             self.norm1, self.norm2 = norm(), norm()
-            self.attention = nnx.MultiHeadAttention(heads, width, use_bias=False, decode=False, rngs=rngs)
+            self.attention = nnx.MultiHeadAttention(heads, width, decode=False, **of_all)
             self.up, self.down = linear(width, 4 * width), linear(4 * width, width)
 
         def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
             x = x + self.attention(self.norm1(x), mask=mask)
-            return x + self.down(nnx.gelu(self.up(self.norm2(x)), approximate=False))
+            h = nnx.gelu(self.up(self.norm2(x)), approximate=config.feed == "gelu")
+            return x + self.down(h)
 
     class GPT(nnx.Module):
         def __init__(self) -> None:
-            self.embed = nnx.Embed(config.vocab, width, rngs=rngs)
-            self.positions = nnx.Embed(config.context, width, rngs=rngs)
+            self.embed = nnx.Embed(config.vocab, width, dtype=half, rngs=rngs)
+            self.positions = nnx.Embed(config.context, width, dtype=half, rngs=rngs)
             self.blocks = nnx.List([Block() for _ in range(config.n_layers)])
             self.norm = norm()
 
@@ -266,28 +287,41 @@ def flax_nnx(task: Task) -> Step:
                 x = block(x, mask)
             return self.embed.attend(self.norm(x))
 
-    model = GPT()
-    model.embed.embedding[...] = task.start["embed"]["W"]
-    model.positions.embedding[...] = task.start["positions"]["W"]
-    for block, p in zip(model.blocks, task.blocks, strict=True):
-        for name in ("query", "key", "value"):  # [out, in] -> [in, heads, size]
-            kernel = p["attention"][name]["W"].T.reshape(width, heads, -1)
-            getattr(block.attention, name).kernel[...] = kernel
-        block.attention.out.kernel[...] = p["attention"]["out"]["W"].T.reshape(heads, -1, width)
-        block.up.kernel[...] = p["feed"]["up"]["W"].T
-        block.down.kernel[...] = p["feed"]["down"]["W"].T
-    optimizer = nnx.Optimizer(model, adamw(), wrt=nnx.Param)
+    def fill(layer: Any, p: Params, kernel: tuple[int, ...] = (), bias: tuple[int, ...] = ()) -> None:
+        if "gain" in p:
+            layer.scale[...] = p["gain"]
+        else:
+            matrix = p["W"].T  # [out, in] -> [in, out]
+            layer.kernel[...] = matrix.reshape(kernel or matrix.shape)
+        if "b" in p:
+            layer.bias[...] = p["b"].reshape(bias or p["b"].shape)
+
+    model, size = GPT(), width // heads
+    model.embed.embedding[...] = start["embed"]["W"]
+    model.positions.embedding[...] = start["positions"]["W"]
+    fill(model.norm, start["final_norm"])
+    for i, block in enumerate(model.blocks):
+        p = start["blocks"][str(i)]
+        for name in ("query", "key", "value"):
+            layer = getattr(block.attention, name)
+            fill(layer, p["attention"][name], (width, heads, size), (heads, size))
+        fill(block.attention.out, p["attention"]["out"], (heads, size, width))
+        for layer, name in ((block.up, "up"), (block.down, "down")):
+            fill(layer, p["feed"][name])
+        for layer, name in ((block.norm1, "attention_norm"), (block.norm2, "feed_norm")):
+            fill(layer, p[name])
+    optimizer = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
 
     @nnx.jit
     def step(model: Any, optimizer: Any, tokens: jax.Array, targets: jax.Array) -> jax.Array:
         def loss(model: Any) -> jax.Array:
-            return optax.softmax_cross_entropy_with_integer_labels(model(tokens), targets).mean()
+            logits = model(tokens).astype(jnp.float32)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
         value, grads = nnx.value_and_grad(loss)(model)
         optimizer.update(model, grads)
         return value
 
-    batch = jnp.asarray(task.tokens), jnp.asarray(task.targets)
     return lambda: step(model, optimizer, *batch)
 
 
