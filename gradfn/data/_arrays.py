@@ -55,14 +55,19 @@ def as_array(part: PyTree, name: str, scalars: bool = False) -> PyTree:
 
 
 def on_device(data: PyTree, name: str = "data") -> PyTree:
-    """Convert data to jax arrays: see `as_arrays`.
+    """Convert data to jax arrays: see `checked`."""
+    return jax.tree.map(jnp.asarray, checked(data, name))
+
+
+def checked(data: PyTree, name: str = "data") -> PyTree:
+    """Convert data to arrays of jax's dtypes, which stay on the host where they are there: see `as_arrays`.
 
     Raises:
         ValueError: also for an array that is not numeric, for integers that would wrap around in jax's dtype, and for
             more examples than int32 can index.
     """
 
-    def place(path: tuple[PyTree, ...], array: PyTree) -> jax.Array:
+    def check(path: tuple[PyTree, ...], array: PyTree) -> PyTree:
         if isinstance(array, np.ndarray):
             _numeric(array, name + jax.tree_util.keystr(path))
         if array.ndim and array.shape[0] > MOST_EXAMPLES:
@@ -78,9 +83,9 @@ def on_device(data: PyTree, name: str = "data") -> PyTree:
                     f"{name}{jax.tree_util.keystr(path)}: integers must fit {dtype}, got {low:,} to {high:,}. "
                     "Renumber them, or enable jax's 64-bit mode (jax_enable_x64)"
                 )
-        return jnp.asarray(array)
+        return array if isinstance(array, jax.Array) else array.astype(dtype, copy=False)
 
-    return jax.tree_util.tree_map_with_path(place, as_arrays(data, name))
+    return jax.tree_util.tree_map_with_path(check, as_arrays(data, name))
 
 
 def _is_tree(items: list[PyTree], name: str) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
 from gradfn.display import ShowsTable, TextTable
@@ -25,16 +26,18 @@ from gradfn.flatten import BatchMean, Loss
 from gradfn.layout import CHECKPOINT
 from gradfn.losses import check_targets
 from gradfn.train import checkpoint
-from gradfn.train.chunk import CAPACITY, chunks
+from gradfn.train.chunk import CAPACITY, chunks, owned
 from gradfn.train.fault import fault
 from gradfn.train.folder import own, prepare
 from gradfn.train.identity import Identity, identity
 from gradfn.train.log import Log, refuse_names
 from gradfn.train.notes import Notes, Settings, Totals, check_same_run, of_another_run
+from gradfn.train.placing import automatic, mesh_context, mesh_of, place
 from gradfn.train.rows import Row, Rows
 from gradfn.train.saver import Saver
 from gradfn.train.source import Source, source_of
-from gradfn.train.step import TrainState, train_state
+from gradfn.train.split import check_mesh, split_of
+from gradfn.train.step import TrainState, placed_state
 from gradfn.train.stopping import deferred
 from gradfn.versions import versions
 
@@ -108,7 +111,7 @@ def fit(
     checkpoint_seconds: float = 1.0,
     keep_every: int | None = None,
     resume: bool = False,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: Mesh | None = None,
     progress: bool = True,
 ) -> Fit:
     """Train parameters.
@@ -130,7 +133,8 @@ def fit(
             reshuffling changes which examples it holds.
         seed: decides the order of the examples and the keys of noise.
         evaluate: `(params) -> {name: scalar}`, called every `eval_every` steps and at the end; with `state`, `(params,
-            state) -> {name: scalar}`.
+            state) -> {name: scalar}`. To keep the parameters longer than the call, copy them (`jax.tree.map(jnp.copy,
+            params)`): training reuses the memory of large ones.
         eval_every: in steps; by default an epoch (a tenth of all steps where `data` is a function).
         inspect_every: inspect all gradients and activations every N steps, with `gf.inspect`. The update of an
             inspected step uses the gradients of the inspection.
@@ -152,7 +156,8 @@ def fit(
             are compared); nothing is written before that is checked. `steps` may be larger, unless `stop` ended the
             run; the row of the step where it ended before stays in the history. A learning rate schedule belongs to
             the optimizer: give it the total number of steps from the start.
-        mesh: devices that share each batch, along the mesh's first axis; each device holds all parameters.
+        mesh: the devices for parameters that are not on any mesh: each device then holds all of them. Parameters that
+            are on a mesh stay as they are split (`docs/scaling.md`), and need no `mesh`.
         progress: show a progress bar (in a terminal) or a line per evaluation (elsewhere).
 
     Returns:
@@ -161,14 +166,19 @@ def fit(
         `examples_per_second` (and `tokens_per_second`, padding included, where examples are integers `[tokens]`),
         `seconds`, the scalars of aux and what `evaluate` returned.
 
+    On a mesh each batch is split over the axis called `data` (or over the only axis), the optimizer's state is split
+    like the parameters, and the data are on every device, unless they were split before. Axes that are Explicit are
+    Auto within; the results are on the mesh that was given.
+
     With a folder and in the main thread, SIGINT (Ctrl-C, a notebook's interrupt) and SIGTERM let the running steps
     finish, and an evaluation that is due. Then a checkpoint is written, a line says where it is, and
     KeyboardInterrupt or SystemExit(143) is raised. A second signal raises it at once.
 
     Raises:
         ValueError: data that are not numbers, or arrays of different lengths; targets that do not fit gradfn's own
-            loss (labels outside the classes, NaN); a batch larger than the data; numbers below 1; `noise_every` with
-            a loss that is not a `gf.batch_mean`, or with a state that is carried; a scalar of aux or of `evaluate`
+            loss (labels outside the classes, NaN); a batch larger than the data, or one that cannot be split evenly
+            over the devices; parameters on two meshes; a mesh without an axis `data`; numbers below 1; `noise_every`
+            with a loss that is not a `gf.batch_mean`, or with a state that is carried; a scalar of aux or of `evaluate`
             with a name that the row has already.
         TypeError: a loss of one example; labels that are not integers; an optimizer that is not one; an iterable of
             batches; nothing in `params` can be trained, or it holds state that must not be (it says what to write); a
@@ -203,11 +213,22 @@ def fit(
     if keep_every and folder is None:
         raise ValueError("fit: keep_every needs a folder to keep the parameters in")
     with deferred(folder is not None) as stopping, contextlib.ExitStack() as stack:
+        home = mesh_of(params) if mesh is None else mesh
+        if home is not None:
+            # The compiler splits the work; neither the loss nor the code here knows of axes that are Explicit.
+            stack.enter_context(mesh_context(automatic(home)))
         source = source_of(data, batch_size, seed)
         if not callable(source.content):  # a function's batches are known only inside the program
             check_targets(loss, source.content)
         settings = Settings(steps=steps, batch_size=batch_size, seed=seed, eval_every=eval_every)
-        run = _Run(settings, train_state(params, optimizer, jax.random.key(seed), state))
+        key = jax.random.key(seed)
+        run = _Run(
+            settings, placed_state(params, optimizer, key, state, lambda parts: check_mesh(parts, mesh))
+        )
+        run.home = home
+        split = split_of(run.state.params)
+        if split is not None:
+            split.check_batch(source.examples())
         if noise_every and run.state.model_state is not None:
             raise ValueError("fit: noise_every must be None where a state is carried from step to step")
         if folder is not None:
@@ -228,21 +249,14 @@ def fit(
             for every in (eval_every, inspect_every, noise_every, keep_every, source.order_steps)
             if every
         ]
-        if mesh is not None:
-            # Automatic axes: the compiler shares the work, the loss knows nothing of devices.
-            auto = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
-            mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=auto)
-            everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-            run.state = jax.device_put(run.state, everywhere)
-            source = source.placed(mesh)
-        programs = chunks(loss, optimizer, source, mesh)
+        source = source.placed(None) if split is None else source.placed(split.mesh, split.axis)
+        programs = chunks(loss, optimizer, source, run.state)
+        if programs.donated and not run.step:
+            run.state = owned(run.state)
 
-        with log.open(run.step), Saver(log, checkpoint_seconds) as saver:
-            if stopping.signal is None:  # compile, and take no step
-                order = source.order(source.epoch(run.step))
-                jax.block_until_ready(programs.advance(run.state, order, 0, 0))
-                if inspect_every:
-                    jax.block_until_ready(programs.inspect(run.state, order, 0))
+        with log.open(run.step), Saver(log, checkpoint_seconds, copies=programs.donated) as saver:
+            if stopping.signal is None:
+                programs.compile(run.state, source.order(source.epoch(run.step)), inspect_every is not None)
             log.start(run.step)
             length = 1  # the first chunk is one step, to learn how long a step takes
             while run.step < steps and not run.finished and stopping.signal is None:
@@ -266,7 +280,7 @@ def fit(
                 if inspection is not None:
                     log.inspection(step, inspection)
                 if not (finite and np.isfinite(metrics["loss"]).all()):
-                    raise fault(loss, programs, *here, metrics["loss"])
+                    raise fault(loss, programs, (here[0], after), *here[1:], metrics["loss"], step)
                 run.totals = run.totals.after_steps(metrics, source.batch_size, took)
                 run.state, run.step = after, end
                 log.advance(end, float(metrics["loss"][-1]), run.totals)
@@ -275,8 +289,9 @@ def fit(
                     aim = length * CHUNK_SECONDS / max(took, 1e-9)
                     length = int(np.clip(aim, max(length // 2, 1), min(length * 8, CAPACITY)))
                 if end % eval_every == 0 or end == steps:
-                    carried = [] if state is None else [run.state.model_state]
-                    evaluated = {} if evaluate is None else evaluate(run.state.model, *carried)
+                    carried = [] if state is None else [run.outside.model_state]
+                    with contextlib.nullcontext() if home is None else mesh_context(home):
+                        evaluated = {} if evaluate is None else evaluate(run.outside.model, *carried)
                     refuse_names(evaluated, "evaluate", run.totals.sums)
                     epoch = end / source.epoch_steps if source.epoch_steps else None
                     evaluated = {name: float(value) for name, value in evaluated.items()}
@@ -308,6 +323,7 @@ class _Run:
         finished: whether the run has ended: it took all its steps, or `stop` ended it.
         totals: its counters.
         identity: what distinguishes it from other runs; None where there is no folder.
+        home: the caller's mesh; None where the state is not on one.
     """
 
     settings: Settings
@@ -316,6 +332,7 @@ class _Run:
     finished: bool = False
     totals: Totals = field(default_factory=Totals)
     identity: Identity | None = None
+    home: Mesh | None = None
 
     def resume(self, log: Log, folder: Path) -> None:
         """Continue from the checkpoint in a folder, with the rows up to there; nothing is written.
@@ -324,8 +341,10 @@ class _Run:
             CheckpointError: it is of another run, or cannot be read.
         """
         assert self.identity
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         self.state = _shapes(self.state)  # frees its memory for the state that is loaded
         self.state, notes = checkpoint.load(folder / CHECKPOINT, self.state, form=Notes)
+        self.state = jax.tree.map(_put, self.state, shardings)
         self.step = int(self.state.step)
         log.restore(check_same_run(notes, self.settings, self.identity, folder), self.step)
         last = log.history[-1]["step"] if log.history else 0
@@ -349,9 +368,22 @@ class _Run:
             versions=versions(),
         )
 
+    @property
+    def outside(self) -> TrainState:
+        """The state as the caller sees it: on a mesh, on the caller's own, whose axes may be Explicit."""
+        return self.state if self.home is None else place(self.state, self.home)
+
     def result(self, log: Log) -> Fit:
         """Return what `fit` returns."""
-        return Fit(self.state.model, self.state, log.history, log.inspections, log.noise)
+        state = self.outside
+        return Fit(state.model, state, log.history, log.inspections, log.noise)
+
+
+def _put(leaf: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Return an array that was loaded from a file where the state has it."""
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        return place(leaf, sharding.mesh, sharding.spec)
+    return leaf
 
 
 def _shapes(state: TrainState) -> TrainState:

@@ -150,6 +150,11 @@ def tensors(state: PyTree) -> dict[str, Tensor]:
     return found
 
 
+def host_copy(state: PyTree) -> PyTree:
+    """Return a copy of a state in the host's memory; of keys, their data."""
+    return jax.tree.map(lambda leaf: np.array(_without_type(leaf)), state)
+
+
 def metadata(notes: Mapping[str, Any]) -> dict[str, str]:
     """Return the metadata of a file with these notes."""
     return {"notes": json.dumps(_finite(notes), allow_nan=False)}

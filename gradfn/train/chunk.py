@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,18 +17,28 @@ from gradfn.flatten import Loss, loss_of_example
 from gradfn.jaxpr.call import value_and_aux
 from gradfn.train.log import refuse_names
 from gradfn.train.model import batch_loss
+from gradfn.train.placing import replicated
 from gradfn.train.source import Source
-from gradfn.train.step import TrainState, apply_gradients, step_key, step_keywords, train_step
+from gradfn.train.split import split_of
+from gradfn.train.step import TrainState, apply_gradients, one_step, step_key, step_keywords, whole
 
 if TYPE_CHECKING:
     from gradfn.inspection import Inspection
     from gradfn.per_example import NoiseScale
 
 CAPACITY = 4096  # steps in a chunk at most
+# From this many bytes of state per device on, a chunk reuses the state's memory.
+DONATED = 1 << 24
 
 
 class Chunks(NamedTuple):
-    """The compiled functions. Each takes the state, the epoch's order, and the row of the order for the next batch."""
+    """The compiled functions. Each takes the state, the epoch's order, and the row of the order for the next batch.
+
+    A large state is donated: `advance` and `inspect` write the new state into the memory of the old one, which cannot
+    be used after the call. Then each step is guarded: one after which the loss or a parameter is not finite is not
+    taken, and ends the chunk. A small state is kept instead, so that the steps can be repeated from it, and the guard,
+    which would take a larger part of a short step, is left out.
+    """
 
     advance: Callable[..., tuple[TrainState, dict[str, jax.Array], jax.Array]]
     """`(state, order, row, n) -> (state, metrics [CAPACITY] each, whether all parameters are finite)`"""
@@ -37,63 +48,79 @@ class Chunks(NamedTuple):
     """`(state, order, row) -> NoiseScale` of the next step; the loss must be a `BatchMean`"""
     arguments: Callable[..., tuple[Any, dict[str, Any]]]
     """`(state, order, row) -> (batch, keywords)`: the arguments of the loss in the next step"""
+    compile: Callable[[TrainState, Any, bool], None]
+    """`(state, order, inspects)`: compile `advance` (and `inspect`), without taking a step"""
+    donated: bool
+    """Whether the state is donated, and steps are guarded."""
 
 
-def chunks(
-    loss: Loss, optimizer: optax.GradientTransformation, source: Source, mesh: jax.sharding.Mesh | None
-) -> Chunks:
-    """Return the compiled functions of a training run; one program serves chunks of every length."""
+def chunks(loss: Loss, optimizer: optax.GradientTransformation, source: Source, state: TrainState) -> Chunks:
+    """Return the compiled functions of a training run; one program serves chunks of every length.
+
+    Args:
+        loss: of a batch.
+        optimizer: from optax.
+        source: of the batches, placed where the state is.
+        state: the first one: where its arrays lie decides how the work is split over devices, and that later states
+            lie there too.
+    """
     from gradfn.inspection import inspect
     from gradfn.per_example import noise_scale
 
-    one_step = train_step(loss, optimizer)
+    split = split_of(state.params)
+    step = one_step(loss, optimizer, split)
+    donated = bytes_per_device(state) >= DONATED
+    stays = everywhere = None  # no mesh: jax decides
+    if split is not None:
+        stays, everywhere = jax.tree.map(lambda leaf: leaf.sharding, state), replicated(split.mesh)
+    donate = 1 if donated else ()
 
     def batch_of(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> PyTree:
         # One more fold separates the key of the batch from the key of the loss's noise in the same step.
         batch = source.batch(arrays, order, row, jax.random.fold_in(step_key(state), 1))
-        if mesh is None:
-            return batch
-        shared, alone = (
-            jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
-            for axes in (mesh.axis_names[:1], ())
-        )
-        examples = source.batch_size
-        shardings = jax.tree.map(lambda leaf: shared if leaf.shape[:1] == (examples,) else alone, batch)
-        return jax.lax.with_sharding_constraint(batch, shardings)
+        return batch if split is None else split.share(batch)
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=donate, out_shardings=(stays, everywhere, everywhere))
     def advance(arrays: PyTree, state: TrainState, order: Any, row: jax.Array, n: jax.Array) -> PyTree:
-        def body(i: jax.Array, carry: tuple[TrainState, PyTree]) -> tuple[TrainState, PyTree]:
-            state, columns = carry
-            state, metrics = one_step(state, batch_of(arrays, state, order, row + i))
-            return state, jax.tree.map(lambda column, value: column.at[i].set(value), columns, metrics)
+        def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            i, good, state, columns = carry
+            after, metrics = step(state, batch_of(arrays, state, order, row + i))
+            columns = jax.tree.map(lambda column, value: column.at[i].set(value), columns, metrics)
+            if donated:
+                good, after = guarded(state, after, metrics["loss"])
+            return i + 1, good, after, columns
 
-        _, metrics = jax.eval_shape(lambda: one_step(state, batch_of(arrays, state, order, row)))
+        _, metrics = jax.eval_shape(lambda: step(state, batch_of(arrays, state, order, row)))
         refuse_names(metrics.keys() - {"loss"}, "the loss's aux")
         columns = jax.tree.map(lambda leaf: jnp.zeros([CAPACITY], leaf.dtype), metrics)
-        state, columns = jax.lax.fori_loop(0, n, body, (state, columns))
-        return state, columns, all_finite(state.params)
+        start = jnp.int32(0), jnp.array(True), state, columns
+        _, good, state, columns = jax.lax.while_loop(lambda carry: (carry[0] < n) & carry[1], body, start)
+        return state, columns, good & all_finite(state.params)
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=donate, out_shardings=(stays, everywhere, everywhere, None))
     def inspected(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> Any:
         batch, keywords = batch_of(arrays, state, order, row), step_keywords(loss, state)
         f = batch_loss(loss, state.rest)
-        found = inspect(f, input_grads=False)(state.params, batch, **keywords)
-        value_fn = lambda params: value_and_aux(f(params, batch, **keywords))[0]  # noqa: E731
+        found = inspect(f, input_grads=False)(whole(state.params, split), batch, **keywords)
+        value_fn = lambda params: value_and_aux(f(whole(params, split), batch, **keywords))[0]  # noqa: E731
         after, metrics, updates = apply_gradients(
-            optimizer, state, found.value, found.aux, found.grads, value_fn
+            optimizer, state, found.value, found.aux, found.grads, value_fn, split
         )
+        found = found.with_updates(state.params, updates)
+        good = all_finite(after.params)
+        if donated:
+            good, after = guarded(state, after, metrics["loss"])
         columns = {name: value[None] for name, value in metrics.items()}
-        return after, columns, all_finite(after.params), found.with_updates(state.params, updates)
+        return after, columns, good, found
 
     @jax.jit
     def measure(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> NoiseScale:
-        batch = batch_of(arrays, state, order, row)
+        batch, params = batch_of(arrays, state, order, row), whole(state.params, split)
         of_one = loss_of_example(loss) if state.rest is None else state.rest.loss(loss_of_example(loss))
         if not takes_key(of_one):
-            return noise_scale(of_one)(state.params, batch)
+            return noise_scale(of_one)(params, batch)
         keys = jax.random.split(step_key(state), source.batch_size)  # as batch_mean splits it
-        return noise_scale(lambda params, one, key: of_one(params, one, key=key))(state.params, batch, keys)
+        return noise_scale(lambda params, one, key: of_one(params, one, key=key))(params, batch, keys)
 
     @jax.jit
     def arguments(
@@ -101,8 +128,45 @@ def chunks(
     ) -> tuple[Any, dict[str, Any]]:
         return batch_of(arrays, state, order, row), step_keywords(loss, state)
 
-    functions = (advance, inspected, measure, arguments)
-    return Chunks(*(functools.partial(function, source.arrays) for function in functions))
+    def compile(arrays: PyTree, state: TrainState, order: Any, inspects: bool) -> None:
+        advance.lower(arrays, state, order, 0, 0).compile()
+        if inspects:
+            inspected.lower(arrays, state, order, 0).compile()
+
+    functions: tuple[Callable, ...] = (advance, inspected, measure, arguments, compile)
+    bound = (functools.partial(function, source.arrays) for function in functions)
+    return Chunks(*bound, donated=donated)  # type: ignore[misc, arg-type]
+
+
+def guarded(before: TrainState, after: TrainState, loss: jax.Array) -> tuple[jax.Array, TrainState]:
+    """Return whether a step's loss and parameters are finite, and the state after it; if they are not, before it."""
+    good = jnp.isfinite(loss) & all_finite(after.params)
+    keep = lambda new, old: new if new is old else jnp.where(good, new, old)  # noqa: E731
+    return good, jax.tree.map(keep, after, before)
+
+
+def bytes_per_device(tree: PyTree) -> int:
+    """Return how much memory the arrays of a tree take on each device that they lie on."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def owned(state: TrainState) -> TrainState:
+    """Return a state whose memory can be donated: no array in it is the caller's, and none is in it twice."""
+    given = state.params, state.model_state, state.rest, state.key
+    known = set(map(id, jax.tree.leaves(given)))
+
+    def owned_once(leaf: jax.Array) -> jax.Array:
+        if id(leaf) in known:
+            return jnp.copy(leaf)
+        known.add(id(leaf))
+        return leaf
+
+    params, model_state, rest, key = jax.tree.map(jnp.copy, given)
+    opt_state = jax.tree.map(owned_once, state.opt_state)
+    return TrainState(params, opt_state, state.step, key, model_state, rest)
 
 
 def all_finite(tree: PyTree) -> jax.Array:

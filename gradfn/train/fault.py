@@ -13,28 +13,47 @@ from gradfn.train.step import TrainState
 
 
 def fault(
-    loss: Loss, run: Chunks, state: TrainState, order: Any, row: int, losses: np.ndarray
+    loss: Loss,
+    run: Chunks,
+    states: tuple[TrainState, TrainState],
+    order: Any,
+    row: int,
+    losses: np.ndarray,
+    step: int,
 ) -> FloatingPointError:
-    """Repeat a chunk of steps up to the one that broke, and return the error that explains it.
+    """Return the error that explains a chunk of steps in which one broke.
 
     Args:
         loss: the loss that was trained on.
         run: the compiled functions of the run.
-        state: at the start of the chunk, with finite parameters.
+        states: at the start of the chunk, with finite parameters, and at its end. A state that was donated is gone;
+            the other one is then that before the step which broke.
         order: of the epoch.
         row: of the chunk's first batch.
         losses: of the chunk's steps, `[n]`.
+        step: the number of steps before the chunk.
     """
     from gradfn.inspection import nan_origin
 
-    bad = np.flatnonzero(~np.isfinite(losses))
-    broken = int(bad[0]) if bad.size else len(losses)
-    # A gradient that is not finite breaks the parameters first, and the loss one step later.
-    if broken and not all_finite(run.advance(state, order, row, broken)[0].params):
-        broken -= 1
-    state, *_ = run.advance(state, order, row, broken)
+    before, after = states
+    if run.donated:
+        state, broken = after, int(after.step) - step
+    else:
+        state, broken = _repeat(run, before, order, row, losses)
     batch, keywords = run.arguments(state, order, row + broken)
     value = losses[broken] if broken < len(losses) else np.nan
     what = f"the loss became {value}" if not np.isfinite(value) else "a gradient or an update is not finite"
     report = nan_origin(batch_loss(loss, state.rest))(state.params, batch, **keywords)
     return FloatingPointError(f"step {int(state.step)}: {what}\n{report}")
+
+
+def _repeat(
+    run: Chunks, state: TrainState, order: Any, row: int, losses: np.ndarray
+) -> tuple[TrainState, int]:
+    """Repeat a chunk of steps up to the one that broke; return the state before it, and how many steps that took."""
+    bad = np.flatnonzero(~np.isfinite(losses))
+    broken = int(bad[0]) if bad.size else len(losses)
+    # A gradient that is not finite breaks the parameters first, and the loss one step later.
+    if broken and not all_finite(run.advance(state, order, row, broken)[0].params):
+        broken -= 1
+    return run.advance(state, order, row, broken)[0], broken

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import jax
@@ -98,6 +99,23 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def automatic(mesh: Mesh) -> Mesh:
     """Return the mesh with axes of type Auto: the compiler splits the work, and functions know nothing of devices."""
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def automatic_axes(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Return a tree whose arrays on a mesh with axes of another type are on the same mesh with axes of type Auto."""
+
+    def convert(leaf: Any) -> Any:
+        where = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+        other = isinstance(where, NamedSharding) and where.mesh != mesh and same_mesh(where.mesh, mesh)
+        return jax.device_put(leaf, NamedSharding(mesh, where.spec)) if other else leaf  # type: ignore[union-attr]
+
+    return jax.tree.map(convert, tree)
+
+
+def mesh_context(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
+    """Return a context for programs on a mesh: where the caller has set a mesh, this one takes its place."""
+    current = jax.sharding.get_abstract_mesh()
+    return contextlib.nullcontext() if current.empty else jax.set_mesh(mesh)
 
 
 def describe(mesh: Any) -> str:

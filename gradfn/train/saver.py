@@ -12,7 +12,7 @@ from typing import IO
 from gradfn.files import replacing
 from gradfn.layout import CHECKPOINT
 from gradfn.tensors import Tensor, write_tensors
-from gradfn.train.checkpoint import metadata, tensors
+from gradfn.train.checkpoint import host_copy, metadata, tensors
 from gradfn.train.log import Log
 from gradfn.train.notes import Notes
 from gradfn.train.step import TrainState
@@ -31,11 +31,13 @@ class Saver:
     Args:
         log: of the run; if it has no folder, nothing is written.
         seconds: the shortest time from one checkpoint to the next.
+        copies: whether `fit` gives up a state's memory when it takes the next step, so that a copy on the host must be
+            made before.
     """
 
-    def __init__(self, log: Log, seconds: float) -> None:
+    def __init__(self, log: Log, seconds: float, copies: bool = False) -> None:
         self.step: int | None = None  # of the last checkpoint that was started
-        self._log, self._seconds = log, seconds
+        self._log, self._seconds, self._copies = log, seconds, copies
         self._ended, self._pause = time.monotonic(), seconds
         self._writing: threading.Event | None = None  # set when the checkpoint that is being written is done
         self._thread = threading.Thread()
@@ -52,7 +54,7 @@ class Saver:
         if self._log.folder is None:
             return
         self.step = step
-        content = tensors(state), metadata(vars(notes))
+        content = tensors(host_copy(state) if self._copies else state), metadata(vars(notes))
         self._writing = threading.Event()
         arguments = (self._writing, *content)
         self._thread = threading.Thread(target=self._write, args=arguments, name="gradfn checkpoint")

@@ -11,10 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import PyTree
 
-from gradfn.data._arrays import as_arrays, on_device
+from gradfn.data._arrays import as_arrays, checked
 from gradfn.data._batches import epoch_order, n_examples
+from gradfn.train.placing import place
+from gradfn.train.split import examples_of
 
 # How many steps, and bytes, of batches the host makes at a time at most.
 HOST_STEPS, HOST_BYTES = 64, 1 << 24
@@ -28,11 +31,12 @@ class Source:
         batch_size: examples per batch.
         epoch_steps: steps per epoch; None if there are no epochs.
         order_steps: steps that one order lasts: an epoch, if it covers all data; None if there is only one order.
-        arrays: the data, passed to `batch`.
+        arrays: the data, passed to `batch`; where `placed` has not put them on devices yet, they may be on the host.
         order: `epoch -> order`, computed on the host.
         batch: `(arrays, order, row, key) -> batch`, traced into the step.
         tokens: per sequence, if the examples are sequences of tokens.
         first: the batch of step 0, if the host makes the batches.
+        indexed: the same as `batch`, for arrays on a mesh; None if `batch` is for those too.
     """
 
     batch_size: int
@@ -43,6 +47,7 @@ class Source:
     batch: Callable[[PyTree, PyTree, jax.Array, jax.Array], Any]
     tokens: int | None = None
     first: Any = None
+    indexed: Callable[[PyTree, PyTree, jax.Array, jax.Array], Any] | None = None
 
     @property
     def content(self) -> PyTree:
@@ -57,19 +62,35 @@ class Source:
         """Return the row of that order that a step uses."""
         return step % self.order_steps if self.order_steps else 0
 
-    def placed(self, mesh: jax.sharding.Mesh) -> Source:
-        """Return the source with its arrays on all devices of a mesh, so that no chunk of steps has to copy them."""
-        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        devices = everywhere.device_set
+    def examples(self) -> int | None:
+        """Return the number of examples per batch; None where no array of a batch has axes."""
+        arguments = self.arrays, self.order(0), np.int32(0), jax.random.key(0)
+        return examples_of(jax.eval_shape(self.batch, *arguments))
 
-        def place(leaf: PyTree) -> PyTree:
-            if not isinstance(leaf, (jax.Array, np.ndarray)):
-                return leaf
-            there = isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices
-            return leaf if there else jax.device_put(leaf, everywhere)
+    def placed(self, mesh: Mesh | None, axis: str | None = None) -> Source:
+        """Return the source with its arrays on the device, or on the devices of a mesh, so that no chunk copies them.
 
-        order = functools.lru_cache(maxsize=2)(lambda epoch: jax.tree.map(place, self.order(epoch)))
-        return dataclasses.replace(self, arrays=jax.tree.map(place, self.arrays), order=order)
+        Args:
+            mesh: None for the default device.
+            axis: of the mesh, that batches are split over.
+        """
+        if mesh is None:
+            put = lambda tree: jax.tree.map(_to_device, tree)  # noqa: E731
+            order = functools.lru_cache(maxsize=2)(lambda epoch: put(self.order(epoch)))
+            return dataclasses.replace(self, arrays=put(self.arrays), order=order)
+
+        def place_order(leaf: PyTree) -> PyTree:
+            # Batches of the host, [steps, examples, ...]: each device gets its examples.
+            shared = self.first is not None and np.shape(leaf)[1:2] == (self.batch_size,)
+            return place(leaf, mesh, PartitionSpec(None, axis) if shared else PartitionSpec())
+
+        order = functools.lru_cache(maxsize=2)(lambda epoch: jax.tree.map(place_order, self.order(epoch)))
+        batch = self.batch if self.indexed is None else self.indexed
+        return dataclasses.replace(self, arrays=place(self.arrays, mesh), order=order, batch=batch)
+
+
+def _to_device(leaf: PyTree) -> PyTree:
+    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
 def source_of(data: PyTree, batch_size: int, seed: int) -> Source:
@@ -111,7 +132,7 @@ def from_host(batch: Callable[[int], Any]) -> Source:
         batches = [
             as_arrays(batch(step), "batch", scalars=True) for step in range(epoch * n, (epoch + 1) * n)
         ]
-        return on_device(jax.tree.map(lambda *leaves: np.stack(leaves), *batches), "batch")  # [n, batch, ...]
+        return checked(jax.tree.map(lambda *leaves: np.stack(leaves), *batches), "batch")  # [n, batch, ...]
 
     def row_of(arrays: PyTree, order: Any, row: jax.Array, key: jax.Array) -> PyTree:
         return jax.tree.map(lambda leaf: leaf[row], order)
@@ -128,24 +149,29 @@ def _from_function(make: Callable[[jax.Array], Any]) -> Source:
 
 
 def _from_arrays(data: PyTree, batch_size: int, seed: int) -> Source:
-    arrays = on_device(data)
+    arrays = checked(data)
     n = n_examples(arrays)
     if not 1 <= batch_size <= n:
         raise ValueError(f"fit: batch_size must be in [1, {n}], the number of examples, got {batch_size}")
 
     @functools.lru_cache(maxsize=2)  # of this epoch and of the next one
-    def order(epoch: int) -> jax.Array:
-        return jnp.asarray(epoch_order(n, batch_size, seed, epoch))  # int32 [steps per epoch, batch]
+    def order(epoch: int) -> np.ndarray:
+        return epoch_order(n, batch_size, seed, epoch)  # int32 [steps per epoch, batch]
 
     def batch(arrays: PyTree, order: jax.Array, row: jax.Array, key: jax.Array) -> PyTree:
         return jax.tree.map(lambda array: take_rows(array, order[row]), arrays)
 
-    return Source(batch_size, n // batch_size, n // batch_size, arrays, order, batch, _tokens(arrays))
+    def indexed(arrays: PyTree, order: jax.Array, row: jax.Array, key: jax.Array) -> PyTree:
+        # The compiler splits an index over devices, and would not split the loop of `take_rows`.
+        return jax.tree.map(lambda array: array[order[row]], arrays)
+
+    steps = n // batch_size
+    return Source(batch_size, steps, steps, arrays, order, batch, _tokens(arrays), indexed=indexed)
 
 
 def _batch_size(batch: PyTree) -> int:
     """Return the number of examples: the length of the first array with axes, 1 where there is none."""
-    return next((leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.ndim), 1)
+    return examples_of(batch) or 1
 
 
 def _tokens(batch: PyTree) -> int | None:

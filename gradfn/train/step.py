@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key, PyTree
 
 from gradfn.core.net import takes_key
@@ -16,6 +19,8 @@ from gradfn.core.params import named_leaves
 from gradfn.flatten import Loss
 from gradfn.jaxpr.call import value_and_aux
 from gradfn.train.model import Graph, Rest, batch_loss, carry, strong, take_apart
+from gradfn.train.placing import automatic, automatic_axes, mesh_context, mesh_of, place
+from gradfn.train.split import Split, follow, split_of
 
 
 class TrainState(NamedTuple):
@@ -56,19 +61,53 @@ def train_state(
         state: a pytree of arrays that the loss changes at each step, such as Linen's `batch_stats` and Equinox's
             `State`: see `gf.fit`.
 
+    Parameters on a mesh keep their shardings; the optimizer's state is split like them, all else is on every device.
+    The axes of the mesh become Auto.
+
     Raises:
         TypeError: nothing in `params` can be trained, or it holds state that must not be.
+        ValueError: the arrays lie on two meshes.
 
     >>> import jax, jax.numpy as jnp, optax, gradfn as gf
     >>> gf.train_state({"w": jnp.ones(3)}, optax.sgd(0.1), jax.random.key(0)).step
     Array(0, dtype=int32)
     """
+    return placed_state(params, optimizer, key, state, mesh_of)
+
+
+def placed_state(
+    params: PyTree,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    state: PyTree,
+    choose: Callable[[PyTree], Mesh | None],
+) -> TrainState:
+    """Return the state that training starts from, on a mesh: see `train_state`.
+
+    Args:
+        params: as in `train_state`, and so are `optimizer`, `key` and `state`.
+        choose: from the arrays of the model, by name, to the mesh; None leaves all where they are.
+    """
     params, rest, carried = take_apart(params)
     if state is not None and carried is not None:
         raise TypeError("an NNX module carries its own state; state= must be None, or split the module")
     model_state = carried if state is None else jax.tree.map(strong, state)
-    opt_state = jax.tree.map(_number, optimizer.init(params))
-    return TrainState(params, opt_state, jnp.zeros([], jnp.int32), key, model_state, rest)
+    step: Any = np.int32(0)
+    mesh = choose({"params": params, "state": model_state, "rest": rest})
+
+    def init(params: PyTree) -> PyTree:
+        return jax.tree.map(_number, optimizer.init(params))
+
+    if mesh is None:
+        return TrainState(params, init(params), jnp.asarray(step), key, model_state, rest)
+    mesh = automatic(mesh)
+    params, rest, model_state, step, key = place((params, rest, model_state, step, key), mesh)
+    with mesh_context(mesh):
+        shardings = follow(
+            jax.eval_shape(init, params), params, jax.tree.map(lambda leaf: leaf.sharding, params)
+        )
+        opt_state = jax.jit(init, out_shardings=shardings)(params)
+    return TrainState(params, opt_state, step, key, model_state, rest)
 
 
 def train_step(
@@ -83,10 +122,13 @@ def train_step(
             `optax.contrib.reduce_on_plateau` need.
 
     Returns:
-        `(state, batch) -> (state, metrics)`; `metrics` holds `loss` and the scalars of aux.
+        `(state, batch) -> (state, metrics)`; `metrics` holds `loss` and the scalars of aux. With a state on a mesh it
+        splits the batch over the mesh's axis `data`, and gathers parameters that are split over it where they are
+        computed with; except inside a `jax.jit` of yours, where it cannot see where the state lies.
 
     Raises:
-        ValueError: a scalar of aux has the name `loss`, or two have the same.
+        ValueError: a scalar of aux has the name `loss`, or two have the same; a batch that does not divide by the
+            mesh's axis.
         TypeError: a loss of one example; the loss does not return the state that it takes, or changes its structure.
 
     >>> import jax, jax.numpy as jnp, optax, gradfn as gf
@@ -97,17 +139,55 @@ def train_step(
     2.0 5.0
     """
 
-    @jax.jit
+    compiled = jax.jit(
+        lambda state, batch, split: one_step(loss, optimizer, split)(state, batch), static_argnums=2
+    )
+
+    def arguments(state: TrainState, batch: PyTree) -> tuple[TrainState, PyTree, Split | None]:
+        split = split_of(state.params)
+        if split is None:
+            return state, batch, None
+        state, batch = automatic_axes(state, split.mesh), automatic_axes(batch, split.mesh)
+        return state, batch, split
+
+    def step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, batch, split = arguments(state, batch)
+        with contextlib.nullcontext() if split is None else mesh_context(split.mesh):
+            return compiled(state, batch, split)
+
+    # As functions that jax.jit returns have it.
+    setattr(step, "lower", lambda state, batch: compiled.lower(*arguments(state, batch)))  # noqa: B010
+    return step
+
+
+def one_step(
+    loss: Loss, optimizer: optax.GradientTransformation, split: Split | None
+) -> Callable[[TrainState, PyTree], tuple[TrainState, dict[str, jax.Array]]]:
+    """Return the function that takes one step: see `train_step`.
+
+    Args:
+        loss: of a batch.
+        optimizer: from optax.
+        split: how the step is split over a mesh; None if it is not.
+    """
+
     def step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, jax.Array]]:
         keywords = step_keywords(loss, state)
         f = batch_loss(loss, state.rest)
+        if split is not None:
+            batch = split.share(batch)
         pair = lambda *args: value_and_aux(f(*args, **keywords))  # noqa: E731
-        (value, aux), grads = jax.value_and_grad(pair, has_aux=True)(state.params, batch)
-        value_fn = lambda params: pair(params, batch)[0]  # noqa: E731
-        after, metrics, _ = apply_gradients(optimizer, state, value, aux, grads, value_fn)
+        (value, aux), grads = jax.value_and_grad(pair, has_aux=True)(whole(state.params, split), batch)
+        value_fn = lambda params: pair(whole(params, split), batch)[0]  # noqa: E731
+        after, metrics, _ = apply_gradients(optimizer, state, value, aux, grads, value_fn, split)
         return after, metrics
 
     return step
+
+
+def whole(params: PyTree, split: Split | None) -> PyTree:
+    """Return the parameters that a device computes with: whole along the axis of the batch."""
+    return params if split is None else split.gather(params)
 
 
 def apply_gradients(
@@ -117,6 +197,7 @@ def apply_gradients(
     aux: Any,
     grads: PyTree,
     value_fn: Callable[[PyTree], jax.Array],
+    split: Split | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array], Any]:
     """Take a step, given the loss and its gradients.
 
@@ -127,6 +208,7 @@ def apply_gradients(
         aux: what the loss returned beside it.
         grads: the gradients, in the tree of `state.params`.
         value_fn: from parameters to the loss on the step's batch.
+        split: how the step is split over a mesh; None if it is not.
 
     Returns:
         The state after the step, the step's metrics, and the updates of the parameters.
@@ -134,6 +216,8 @@ def apply_gradients(
     model_state, aux = carry(state.model_state, aux)
     # The gradient that jax gives of a complex number is the conjugate of the direction of steepest ascent.
     grads = jax.tree.map(jnp.conj, grads)
+    if split is not None:
+        grads = split.scatter(grads)
     # optax mixes integers and floats, whatever promotion the user chose.
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = optax.with_extra_args_support(optimizer).update(
@@ -141,6 +225,8 @@ def apply_gradients(
         )
         params = optax.apply_updates(state.params, updates)
     _check_types(state.opt_state, opt_state)
+    if split is not None:
+        params, opt_state = split.stay(params, opt_state)
     after = TrainState(params, opt_state, state.step + 1, state.key, model_state, state.rest)
     return after, {"loss": value, **scalars(aux)}, updates
 

@@ -154,8 +154,8 @@ def test_data_are_placed_on_a_mesh_once(monkeypatch):
     mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
     calls, chunks = [], module.chunks
 
-    def watched(loss, optimizer, source, mesh):
-        run = chunks(loss, optimizer, source, mesh)
+    def watched(loss, optimizer, source, state):
+        run = chunks(loss, optimizer, source, state)
 
         def advance(state, order, *rest):
             calls.append(jax.tree.leaves((source.arrays, order)))
@@ -169,7 +169,7 @@ def test_data_are_placed_on_a_mesh_once(monkeypatch):
     assert all(len(leaf.devices()) == 2 for leaves in calls for leaf in leaves)
     # The same arrays, not copies.
     assert all(a is b for leaves in calls for a, b in zip(leaves[:2], calls[0][:2], strict=True))
-    monkeypatch.setattr(Source, "placed", lambda source, mesh: source)
+    monkeypatch.setattr(Source, "placed", lambda source, mesh, axis: source)
     assert_same(train(12, mesh=mesh).state.params, shared.state.params)
 
 
@@ -433,7 +433,7 @@ def test_inspections_are_those_of_the_steps(tmp_path):
 def test_an_inspected_step_is_differentiated_once():
     state = gf.train_state(start, optax.adam(0.05), jax.random.key(3))
     source = source_of(data, 8, 3)
-    programs = module.chunks(loss, optax.adam(0.05), source, None)
+    programs = module.chunks(loss, optax.adam(0.05), source, state)
     batch = jax.tree.map(lambda array: array[:8], data)
 
     def products(f, *args):
