@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from gradfn.core.attention_form import differentiable_attention
 from gradfn.core.precision import sum_of, widen
 from gradfn.inspection.where import around, line_of, operation_of
 from gradfn.jaxpr import Program, trace, trace_as_written
@@ -35,6 +36,7 @@ class Linearized(NamedTuple):
     pull: Linear
 
 
+@differentiable_attention()
 def linearized(f: Callable, x: PyTree, what: str, push: Linear | None = None) -> Linearized:
     """Return `f` linearized at `x`; everything that does not depend on the vectors is computed once.
 
@@ -55,6 +57,7 @@ def linearized(f: Callable, x: PyTree, what: str, push: Linear | None = None) ->
     return Linearized(value, push or (lambda v: _twice(f, x, v, what)), lambda u: back(u)[0])
 
 
+@differentiable_attention()
 def slope(f: Callable, x: PyTree, v: PyTree, what: str, of: Callable | None = None) -> PyTree:
     """Return `J v`, the derivative of `f` at `x` in the direction `v`: a tree like the value.
 
@@ -72,12 +75,14 @@ def slope(f: Callable, x: PyTree, v: PyTree, what: str, of: Callable | None = No
     return _twice(f, x, v, what, of) if found is None else found
 
 
+@differentiable_attention()
 def slope_of_scalar(f: Callable, x: list[PyTree], v: list[PyTree]) -> jax.Array:
     """Return the slope of a function `list -> scalar`: from its gradient if there is no forward mode."""
     found = _forward(f, x, v)
     return slope_by_gradient(f, x, v) if found is None else found
 
 
+@differentiable_attention()
 def slope_by_gradient(f: Callable, x: list[PyTree], v: list[PyTree]) -> jax.Array:
     """Return the slope of a function `list -> scalar`, from its gradient."""
     value, gradient = jax.value_and_grad(f)(x)
@@ -85,6 +90,7 @@ def slope_by_gradient(f: Callable, x: list[PyTree], v: list[PyTree]) -> jax.Arra
     return sum_of(products).astype(value.dtype)
 
 
+@differentiable_attention()
 def linear_matrix(
     times: Callable[[jax.Array], jax.Array], zeros: jax.Array
 ) -> Callable[[jax.Array], jax.Array]:
@@ -112,6 +118,7 @@ def _runs(program: Program) -> bool:
     return all(equation.eqn.primitive.name != "custom_lin" for equation in equations)
 
 
+@differentiable_attention()
 def _twice(f: Callable, x: PyTree, v: PyTree, what: str, of: Callable | None = None) -> PyTree:
     try:
         value, pull = jax.vjp(f, x)

@@ -11,9 +11,9 @@ from jaxtyping import PyTree
 from gradfn.core.signature import transform_of
 from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.inspection import flow
-from gradfn.inspection.observe import ByName, checked_stats, wanted
+from gradfn.inspection.observe import ByName, checked_stats, trace_sites, wanted
 from gradfn.inspection.summaries import DEFAULT_STATS, Stats
-from gradfn.jaxpr import Equation, Site, interpret, trace_as_written
+from gradfn.jaxpr import Equation, Site, interpret
 from gradfn.jaxpr.interpreter import Evaluate
 from gradfn.jaxpr.sites import Selection
 
@@ -82,7 +82,7 @@ def capture(
     @transform_of(f, "capture", own=0)
     def captured(*args: PyTree, **kwargs: PyTree) -> Capture:
         """Return the output of the function, and the values at its sites."""
-        program = trace_as_written(f, *args, **kwargs)
+        program = trace_sites(f, args, kwargs, sites)
         want = wanted(program, sites, keep, stats)
         at = want.by_path()
 

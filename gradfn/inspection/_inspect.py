@@ -16,7 +16,7 @@ from gradfn.core.signature import transform_of
 from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.flatten import BatchMean, flat_products
 from gradfn.inspection import flow
-from gradfn.inspection.observe import ByName, Wanted, checked_stats, wanted
+from gradfn.inspection.observe import ByName, Wanted, checked_stats, trace_sites, wanted
 from gradfn.inspection.summaries import DEFAULT_STATS, Stats
 from gradfn.jaxpr import (
     Equation,
@@ -25,7 +25,6 @@ from gradfn.jaxpr import (
     interpret,
     parameter_order,
     probe,
-    trace_as_written,
 )
 from gradfn.jaxpr.call import scalar_and_aux, value_and_aux, with_hint
 from gradfn.jaxpr.interpreter import Evaluate, Path
@@ -181,7 +180,7 @@ def inspect(
     def inspected(*args: PyTree, **kwargs: PyTree) -> Inspection:
         """Return the value of the loss, its gradients, and what the sites show."""
         args, kwargs = params_first(loss, args, kwargs, "inspect")
-        program = trace_as_written(with_hint(loss), *args, **kwargs)
+        program = trace_sites(with_hint(loss), args, kwargs, sites)
         scalar_and_aux(program.rebuild(program.jaxpr.out_avals), "inspect")
         want = wanted(program, sites, keep, stats)
         variables = _differentiable(program, input_grads)

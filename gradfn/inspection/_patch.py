@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from gradfn.jaxpr import Equation, Site, find_sites, interpret, select, trace_as_written
+from gradfn.inspection.observe import trace_sites
+from gradfn.jaxpr import Equation, Site, find_sites, interpret, select
 from gradfn.jaxpr.interpreter import Evaluate
 from gradfn.jaxpr.varying import as_varying, varying_axes
 
@@ -45,7 +46,7 @@ def patch(f: Callable, edits: Mapping[str, Any]) -> Callable:
 
     @functools.wraps(f)
     def patched(*args: PyTree, **kwargs: PyTree) -> PyTree:
-        program = trace_as_written(f, *args, **kwargs)
+        program = trace_sites(f, args, kwargs, list(edits), "patch")
         offered = find_sites(program)
         at: dict[tuple[int, ...], list[tuple[Site, PyTree]]] = {}
         for name, edit in edits.items():

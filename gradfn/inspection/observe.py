@@ -1,14 +1,23 @@
 """What `gf.inspect` and `gf.capture` share: what to record at which site, and access to it by name."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+from jaxtyping import PyTree
 
+from gradfn.core.attention_form import LONG
 from gradfn.inspection.summaries import STATS, Stats, summarize
-from gradfn.jaxpr import Program, Site, find_sites, select
+from gradfn.jaxpr import (
+    Program,
+    Site,
+    find_sites,
+    select,
+    trace_as_written,
+    trace_without_probabilities,
+)
 from gradfn.jaxpr.interpreter import Path
 from gradfn.jaxpr.sites import Selection, unknown_site
 
@@ -120,6 +129,27 @@ class Wanted(NamedTuple):
         of_sites = {site.name: every[site.name] for site in self.sites if site.name in every}
         stats = {name: record["stats"] for name, record in of_sites.items()}
         return stats, {name: record["raw"] for name, record in of_sites.items() if "raw" in record}
+
+
+def trace_sites(
+    f: Callable, args: Sequence[PyTree], kwargs: Mapping[str, Any], sites: Selection, what: str = "sites"
+) -> Program:
+    """Trace a function as written, without the probabilities of long attention unless they are selected.
+
+    Raises:
+        ValueError: a site that the function does not have; the message lists similar names.
+    """
+    program = trace_as_written(f, *args, **kwargs)
+    offered = find_sites(program)
+    long = set(filter(_is_long_attention, offered))
+    if not long or not long.isdisjoint(select(offered, sites, what)):
+        return program
+    return trace_without_probabilities(f, *args, **kwargs)
+
+
+def _is_long_attention(site: Site) -> bool:
+    is_named = "probabilities" in site.name.rpartition("/")[2].split(".")
+    return is_named and site.source == "name" and min(site.shape[-2:], default=0) >= LONG
 
 
 def wanted(program: Program, sites: Selection, keep: Selection, stats: tuple[str, ...]) -> Wanted:

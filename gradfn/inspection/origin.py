@@ -36,7 +36,7 @@ from gradfn.inspection.where import (
     operation_of,
     order_key,
 )
-from gradfn.jaxpr import Equation, Program, interpret, trace_as_written
+from gradfn.jaxpr import Equation, Program, interpret, trace_without_probabilities
 from gradfn.jaxpr.call import Scalar, jit_arrays, scalar
 from gradfn.jaxpr.dataflow import Dataflow
 from gradfn.jaxpr.interpreter import Evaluate, Path, operation
@@ -325,7 +325,7 @@ def _trace(
         (value, aux), grads = jax.value_and_grad(of.call, has_aux=True)(of.leaves.values)
         return value, aux, grads
 
-    program = trace_as_written(value_and_grads, *args, **kwargs)
+    program = trace_without_probabilities(value_and_grads, *args, **kwargs)
     return program, scalar(f, args, kwargs, numbers, what)
 
 

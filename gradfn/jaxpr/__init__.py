@@ -31,7 +31,7 @@ statistics of every cotangent come out of the same backward pass that computes t
 
 from gradfn.jaxpr._probe import probe
 from gradfn.jaxpr.interpreter import Equation, evaluate, interpret, walk
-from gradfn.jaxpr.program import Program, trace, trace_as_written
+from gradfn.jaxpr.program import Program, trace, trace_as_written, trace_without_probabilities
 from gradfn.jaxpr.sites import Site, Use, find_sites, parameter_order, parameter_uses, select
 
 __all__ = [
@@ -48,5 +48,6 @@ __all__ = [
     "select",
     "trace",
     "trace_as_written",
+    "trace_without_probabilities",
     "walk",
 ]

@@ -13,6 +13,7 @@ from jax.extend.core import ClosedJaxpr
 from jax.tree_util import SequenceKey
 from jaxtyping import PyTree
 
+from gradfn.core.attention_form import requested
 from gradfn.core.params import path_name
 from gradfn.jaxpr.interpreter import Equation, Path, walk
 
@@ -287,6 +288,15 @@ def show_objects(tree: PyTree) -> PyTree:
 
 
 def trace_as_written(f: Callable, /, *args: PyTree, **kwargs: PyTree) -> Program:
-    """Trace `f(*args, **kwargs)` without the rewrite of `flat_products`, so that values keep their own shapes."""
-    with as_written(True):
+    """Trace `f(*args, **kwargs)` without the rewrite of `flat_products`, so that values keep their own shapes.
+
+    Attention is plain, with all of its probabilities.
+    """
+    with as_written(True), requested("plain"):
+        return trace(f, *args, **kwargs)
+
+
+def trace_without_probabilities(f: Callable, /, *args: PyTree, **kwargs: PyTree) -> Program:
+    """Do the same as `trace_as_written`, but with long attention in blocks, whose probabilities have no site."""
+    with as_written(True), requested("blocks"):
         return trace(f, *args, **kwargs)

@@ -7,6 +7,7 @@ sequences are `[T, features]`, images `[H, W, channels]`.
 from typing import TYPE_CHECKING
 
 from gradfn._missing import namespace
+from gradfn.core.attention_form import attention_form
 from gradfn.layers._activations import activation, activations
 from gradfn.layers._attention import attend, attention, kv_cache
 from gradfn.layers._conv import avg_pool, conv, max_pool
@@ -23,6 +24,7 @@ __all__ = [
     "affine",
     "attend",
     "attention",
+    "attention_form",
     "avg_pool",
     "conv",
     "dense",

@@ -11,25 +11,34 @@ from gradfn.core.axes import with_axes
 from gradfn.core.names import scope, tap
 from gradfn.core.net import Net
 from gradfn.core.params import Params
-from gradfn.core.precision import wide
+from gradfn.layers._attend import mix
 from gradfn.layers._dense import dense
 from gradfn.layers._embed import rope
 
 Cache = dict[str, jax.Array]  # "key" and "value", each [context, kv_heads, size]
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None = None,
+    causal: bool = False,
+) -> jax.Array:
     """Return for each query the mean of the values, weighted by softmax(query . key / sqrt(size)).
 
     Vaswani et al., *Attention Is All You Need*, 2017, section 3.2.1. With fewer key and value heads than query
     heads, each is shared by a group of query heads (Ainslie et al., *GQA*, 2023). The weights are tapped as
-    `probabilities` `[heads, T, S]`, or `[kv_heads, group, T, S]` with shared heads.
+    `probabilities` `[heads, T, S]`, or `[kv_heads, group, T, S]` with shared heads. Unless they are inspected, long
+    sequences (from 512 queries and keys) are computed in a form that never holds them all: `gf.layers.attention_form`.
 
     Args:
         query: `[T, heads, size]`.
         key: `[S, kv_heads, size]`, where `kv_heads` divides `heads`.
         value: `[S, kv_heads, size]`.
         mask: `[T, S]` booleans, true where a query may attend; None for everywhere.
+        causal: whether a query attends only to keys at its own position and earlier ones. For long sequences better
+            than a mask, which is `[T, S]` itself.
 
     Returns:
         `[T, heads, size]`.
@@ -42,26 +51,13 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
     >>> gf.layers.attend(query, key, value)
     Array([[[0.5, 0.5]]], dtype=float32)
     """
-    (n_queries, heads, size), kv_heads = query.shape, key.shape[1]
+    (_, heads, size), kv_heads = query.shape, key.shape[1]
     if key.shape != value.shape or key.shape[-1] != size or heads % kv_heads:
         actual = ", ".join(str(list(a.shape)) for a in (query, key, value))
         raise ValueError(
             f"attend: expected query [T, heads, size], key and value [S, kv_heads, size], got {actual}"
         )
-    group = heads // kv_heads
-    if group > 1:
-        # [T, heads, size] -> [T, kv_heads, group, size]
-        query = query.reshape(n_queries, kv_heads, group, size)
-    letters = ("tkgd", "kgts") if group > 1 else ("tkd", "kts")
-    scores = jnp.einsum(
-        f"{letters[0]},skd->{letters[1]}", query * size**-0.5, key, preferred_element_type=wide(query.dtype)
-    )
-    if mask is not None:
-        mask = mask.reshape((1,) * (scores.ndim - 2) + mask.shape)  # [T, S] -> [1, ..., T, S]
-        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-    probabilities = tap(jax.nn.softmax(scores, -1).astype(value.dtype), "probabilities")
-    mixed = jnp.einsum(f"{letters[1]},skd->{letters[0]}", probabilities, value)
-    return mixed.reshape(n_queries, heads, size)  # [T, kv_heads, group, size] -> [T, heads, size]
+    return mix(query, key, value, mask, 0 if causal else None)
 
 
 def attention(
@@ -137,8 +133,8 @@ def attention(
         query, key, value = (
             heads(params, name, x if name == "query" else source) for name in ("query", "key", "value")
         )
-        positions = start + jnp.arange(len(x))  # [T]
         if rope_base is not None:
+            positions = start + jnp.arange(len(x))  # [T]
             query, key = rope(query, positions, rope_base), rope(key, positions, rope_base)
         query, key, value = tap(query, "queries"), tap(key, "keys"), tap(value, "values")
         if cache is not None:
@@ -147,8 +143,7 @@ def attention(
                 "value": jax.lax.dynamic_update_slice_in_dim(cache["value"], value, start, 0),
             }
             key, value = cache["key"], cache["value"]
-        mask = positions[:, None] >= jnp.arange(len(key))[None] if causal else None  # [T, S]
-        mixed = tap(attend(query, key, value, mask), "mixed")
+        mixed = tap(mix(query, key, value, None, start if causal else None), "mixed")
         mixed = mixed.reshape(len(x), n_heads * size)  # [T, heads, size] -> [T, heads * size]
         with scope("out"):
             y = out.apply(params["out"], mixed)

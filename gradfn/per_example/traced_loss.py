@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 from jaxtyping import PyTree
 
+from gradfn.core.attention_form import differentiable_attention
 from gradfn.flatten import loss_of_example
 from gradfn.jaxpr import trace
 from gradfn.jaxpr.call import scalar_and_aux, value_and_aux, with_hint
@@ -33,7 +34,9 @@ class TracedLoss:
                 lambda x: as_varying(jnp.asarray(x), self.varying) if is_array(x) else x, params
             )
         of_one = with_hint(loss_of_example(loss), REMEDY)
-        self.program = program = trace(of_one, params, *jax.tree.map(_example, batch))
+        # Per-example norms can be differentiated again.
+        with differentiable_attention():
+            self.program = program = trace(of_one, params, *jax.tree.map(_example, batch))
         scalar_and_aux(program.rebuild(program.jaxpr.out_avals), what, "loss of one example", REMEDY)
         avals = program.jaxpr.in_avals
         # The indices of the floating parameters among the program's inputs.

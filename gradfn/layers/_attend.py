@@ -1,0 +1,127 @@
+"""The forms of attention: plain, with all probabilities at once, or in blocks of queries.
+
+Both compute the same output up to rounding. The plain form holds `[heads, T, S]` probabilities and keeps them for the
+backward pass: memory that grows with the square of the length. In blocks it holds those of `BLOCK` queries, and the
+backward pass computes them again. `gradfn/core/attention_form.py` says who chooses.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from gradfn.core.attention_form import LONG, requested
+from gradfn.core.names import tap
+from gradfn.core.precision import wide
+
+BLOCK = 128  # queries at a time, at most
+GROUPS = 4  # causal blocks see the first 1/4, 2/4, 3/4 or all of the keys
+
+
+def mix(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, first: PyTree
+) -> jax.Array:
+    """Return the output of attention, in the form for these shapes.
+
+    Args:
+        query: `[T, heads, size]`.
+        key: `[S, kv_heads, size]`.
+        value: `[S, kv_heads, size]`.
+        mask: booleans `[T, S]`, or `[1, S]` for all queries, or None.
+        first: if queries attend only to keys at their own position and earlier ones, the position of the first query
+            (an integer, or an array if it is not known when tracing); else None.
+    """
+    if mask is not None:
+        mask = jnp.atleast_2d(mask)
+    if requested.value == "plain" or min(len(query), len(key)) < LONG:
+        return plain(
+            query, key, value, mask, first, lambda probabilities: tap(probabilities, "probabilities")
+        )
+    return in_blocks(query, key, value, mask, first)
+
+
+def plain(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    first: PyTree,
+    named: Callable[[jax.Array], jax.Array] = lambda probabilities: probabilities,
+) -> jax.Array:
+    """Return the output of attention from all probabilities at once, which pass through `named`."""
+    n_queries, heads, size = query.shape
+    group = heads // key.shape[1]
+    if group > 1:
+        # [T, heads, size] -> [T, kv_heads, group, size]
+        query = query.reshape(n_queries, heads // group, group, size)
+    letters = ("tkgd", "kgts") if group > 1 else ("tkd", "kts")
+    scores = jnp.einsum(
+        f"{letters[0]},skd->{letters[1]}", query * size**-0.5, key, preferred_element_type=wide(query.dtype)
+    )
+    if first is not None:
+        positions = first + jnp.arange(n_queries)  # [T]
+        earlier = positions[:, None] >= jnp.arange(len(key))[None]  # [T, S]
+        mask = earlier if mask is None else mask & earlier
+    if mask is not None:
+        mask = mask.reshape((1,) * (scores.ndim - mask.ndim) + mask.shape)  # [T, S] -> [1, ..., T, S]
+        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    probabilities = named(jax.nn.softmax(scores, -1).astype(value.dtype))
+    mixed = jnp.einsum(f"{letters[1]},skd->{letters[0]}", probabilities, value)
+    return mixed.reshape(n_queries, heads, size)  # [T, kv_heads, group, size] -> [T, heads, size]
+
+
+def in_blocks(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    first: PyTree,
+    block: int = BLOCK,
+) -> jax.Array:
+    """Return the output of attention, computed for at most `block` queries at a time."""
+    n_queries, n_keys = len(query), len(key)
+    n_blocks = -(-n_queries // block)
+    rows = -(-n_queries // n_blocks)
+    queries = _split(query, n_blocks, rows)
+    starts = rows * jnp.arange(n_blocks)
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (len(mask), n_keys))
+        # [T, S], or [1, S] for all queries -> [blocks, rows or 1, S]
+        mask = (
+            jnp.broadcast_to(mask, (n_blocks, 1, n_keys)) if len(mask) == 1 else _split(mask, n_blocks, rows)
+        )
+    # Later blocks see more keys: in a few groups, each of which sees the keys that its last block sees.
+    is_known = isinstance(first, (int, np.integer)) and first >= 0
+    groups = min(GROUPS, n_blocks) if is_known else 1
+    mixed = []
+    for i in range(groups):
+        a, b = n_blocks * i // groups, n_blocks * (i + 1) // groups
+        end = min(n_keys, int(first) + rows * b) if is_known else n_keys
+        blocks = (queries[a:b], starts[a:b], None if mask is None else mask[a:b, :, :end])
+        mixed.append(_one_by_one(blocks, key[:end], value[:end], first))
+    together = jnp.concatenate(mixed)  # [blocks, rows, heads, size]
+    return together.reshape(n_blocks * rows, *query.shape[1:])[:n_queries]
+
+
+def _split(x: jax.Array, n_blocks: int, rows: int) -> jax.Array:
+    """Return `[T, ...]` as `[blocks, rows, ...]`, filled with zeros."""
+    padded = jnp.pad(x, ((0, n_blocks * rows - len(x)), *[(0, 0)] * (x.ndim - 1)))
+    return padded.reshape(n_blocks, rows, *x.shape[1:])
+
+
+# Compiled for calls outside of jit, where a loop would be compiled in each call.
+@functools.partial(jax.jit, inline=True)
+def _one_by_one(blocks: PyTree, key: jax.Array, value: jax.Array, first: PyTree) -> jax.Array:
+    """Return the output for blocks `(query, start, mask)` one after the other: `[blocks, rows, heads, size]`."""
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def of_block(block: PyTree, key: jax.Array, value: jax.Array) -> jax.Array:
+        query, start, mask = block
+        return plain(query, key, value, mask, None if first is None else first + start)
+
+    return jax.lax.map(lambda block: of_block(block, key, value), blocks)
