@@ -30,13 +30,14 @@ def attention_form(form: Form | None) -> Iterator[None]:
     """Choose how attention is computed in functions that are traced (compiled, differentiated) inside the block.
 
     Only needed for forward mode and second derivatives of your own (`jax.jvp`, `jax.hessian`) on a GPU or TPU, where
-    long sequences are computed by a kernel that has neither: use `"blocks"` there. The transforms of gradfn choose on
-    their own.
+    long sequences are computed by a kernel that has neither, and for `jax.export` on a GPU, which refuses cuDNN's: use
+    `"blocks"` there. The transforms of gradfn choose on their own.
 
     Args:
         form: `"plain"`, which holds the matrix of all probabilities, and which inspection uses; `"blocks"`, which
-            computes long sequences for some queries at a time, and again in the backward pass; None for the fastest
-            form for the device and the shapes.
+            computes long sequences (from 512 queries and keys) for 128 queries at a time, and again in the backward
+            pass; None, the default, also for a kernel: cuDNN's on GPUs, in half precision, or on a single TPU that of
+            `jax.experimental.pallas`.
 
     Raises:
         ValueError: an unknown form.

@@ -1,8 +1,9 @@
-"""The forms of attention: plain, with all probabilities at once, or in blocks of queries.
+"""The forms of attention: plain, with all probabilities at once; in blocks of queries; or a kernel of the device.
 
-Both compute the same output up to rounding. The plain form holds `[heads, T, S]` probabilities and keeps them for the
+All compute the same output up to rounding. The plain form holds `[heads, T, S]` probabilities and keeps them for the
 backward pass: memory that grows with the square of the length. In blocks it holds those of `BLOCK` queries, and the
-backward pass computes them again. `gradfn/core/attention_form.py` says who chooses.
+backward pass computes them again. In a kernel they never reach memory. `gradfn/core/attention_form.py` says who
+chooses.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jaxtyping import PyTree
 from gradfn.core.attention_form import LONG, requested
 from gradfn.core.names import tap
 from gradfn.core.precision import wide
+from gradfn.layers._kernels import kernel_for
 
 BLOCK = 128  # queries at a time, at most
 GROUPS = 4  # causal blocks see the first 1/4, 2/4, 3/4 or all of the keys
@@ -42,7 +44,8 @@ def mix(
         return plain(
             query, key, value, mask, first, lambda probabilities: tap(probabilities, "probabilities")
         )
-    return in_blocks(query, key, value, mask, first)
+    kernel = None if requested.value == "blocks" else kernel_for(query, key, value, mask, first)
+    return kernel(query, key, value) if kernel else in_blocks(query, key, value, mask, first)
 
 
 def plain(

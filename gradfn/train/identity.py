@@ -23,6 +23,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import PyTree
 
+from gradfn.core.attention_form import requested
 from gradfn.core.params import named_leaves
 from gradfn.flatten import Loss
 from gradfn.jaxpr.program import as_written
@@ -123,7 +124,8 @@ def samples(array: PyTree) -> list[float]:
 
 def program(f: Callable, *args: PyTree, **kwargs: PyTree) -> str:
     """Return a hash of a function's program: its equations, and the arrays that it closes over."""
-    with as_written(True):
+    # The same on every device.
+    with as_written(True), requested("plain"):
         traced = jax.make_jaxpr(f)(*args, **kwargs)
     lines = hashlib.blake2b(digest_size=8)
     for line in _lines(traced):
