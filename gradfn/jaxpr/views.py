@@ -84,12 +84,17 @@ class _Value(NamedTuple):
 _CONSTANT, _DATA = _Value(), _Value(data=True)
 
 
-def parameter_meetings(program: Program) -> list[Meeting]:
+def parameter_meetings(program: Program, into_loops: bool = True) -> list[Meeting]:
     """Return every equation where a parameter meets data: all that its gradient comes from.
 
     Parameters are the floating arrays of the program's first argument, data all of the others.
+
+    Args:
+        program: the program.
+        into_loops: whether a parameter that every iteration of a scan reads is followed into it; otherwise it meets
+            data at the scan. Slices, of which each iteration has its own, are always followed.
     """
-    analysis = _Meetings()
+    analysis = _Meetings(into_loops)
     inputs = [
         _DATA if owner != 0 else _of_parameter(i, aval)
         for i, (owner, aval) in enumerate(zip(program.owners, program.jaxpr.in_avals, strict=True))
@@ -115,6 +120,10 @@ def _parameters(values: Sequence[_Value]) -> frozenset[int]:
 
 class _Meetings(Dataflow[_Value]):
     """Follows parameters until they meet data; the records are the meetings."""
+
+    def __init__(self, into_loops: bool) -> None:
+        super().__init__()
+        self.into_loops = into_loops
 
     def meet(self, path: Path, values: Sequence[_Value], first: int = 0) -> None:
         """Record the parameters among values that meet data."""
@@ -147,7 +156,7 @@ class _Meetings(Dataflow[_Value]):
 
     def _carried(self, path: Path, operand: int, role: Role, value: _Value) -> _Value:
         """End at a carry: what becomes of a parameter from iteration to iteration is not followed."""
-        if role != "carry" or not value.leaves:
+        if not value.leaves or (role != "carry" and (self.into_loops or role != "const")):
             return value
         self.meet(path, [value], operand)
         return _DATA

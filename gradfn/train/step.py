@@ -18,6 +18,7 @@ from gradfn.core.net import takes_key
 from gradfn.core.params import named_leaves
 from gradfn.flatten import Loss
 from gradfn.jaxpr.call import value_and_aux
+from gradfn.train.gathering import gathered
 from gradfn.train.model import Graph, Rest, batch_loss, carry, strong, take_apart
 from gradfn.train.placing import automatic, automatic_axes, mesh_context, mesh_of, place
 from gradfn.train.split import Split, follow, split_of
@@ -176,9 +177,11 @@ def one_step(
         f = batch_loss(loss, state.rest)
         if split is not None:
             batch = split.share(batch)
-        pair = lambda *args: value_and_aux(f(*args, **keywords))  # noqa: E731
-        (value, aux), grads = jax.value_and_grad(pair, has_aux=True)(whole(state.params, split), batch)
-        value_fn = lambda params: pair(whole(params, split), batch)[0]  # noqa: E731
+        pair: Any = lambda *args: value_and_aux(f(*args, **keywords))  # noqa: E731
+        if split is not None:
+            pair = gathered(pair, split)
+        (value, aux), grads = jax.value_and_grad(pair, has_aux=True)(state.params, batch)
+        value_fn = lambda params: pair(params, batch)[0]  # noqa: E731
         after, metrics, _ = apply_gradients(optimizer, state, value, aux, grads, value_fn, split)
         return after, metrics
 
