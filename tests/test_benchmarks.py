@@ -7,11 +7,12 @@ import statistics
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import gradfn as gf
-from benchmarks import fit_mnist, gpt_step, harness, saving
+from benchmarks import fit_mnist, gpt_step, harness, saving, scaling
 
 
 def test_contenders_are_interleaved():
@@ -235,3 +236,48 @@ def test_memory_that_was_freed_again_is_measured():
     result, peak = saving.peak_memory(act)
     assert result == 1e8
     assert 0.9e8 < peak < 2e8
+
+
+def test_collectives_are_counted_in_loops():
+    """A matrix [64, 64] that 8 devices gather in each of 5 iterations, and a sum over all of them."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, whole = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in ((None, "data", None), ()))
+
+    def f(stack, x):
+        def layer(x, W):
+            return jnp.tanh(jax.lax.with_sharding_constraint(W, whole) @ x), None
+
+        return jax.lax.scan(layer, x, stack)[0].sum()
+
+    stack = jax.ShapeDtypeStruct((5, 64, 64), jnp.float32, sharding=split)
+    x = jax.ShapeDtypeStruct((64, 16), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P(None, "data")))
+    found = scaling.collectives(jax.jit(f).lower(stack, x).compile().as_text())
+    assert found == {"all-gather": (5, 5 * 64 * 64 * 4), "all-reduce": (1, 4)}
+
+
+def test_collectives_that_start_and_finish_apart_are_counted_once():
+    text = """HloModule step
+
+ENTRY %main (p: bf16[2,8]) -> bf16[16,8] {
+  %start = (bf16[2,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(%p), dimensions={0}
+  %done = bf16[16,8]{1,0} all-gather-done(%start)
+  ROOT %both = (f32[3]{0}, f32[]) all-reduce(%a, %b), to_apply=%add
+}
+"""
+    assert scaling.collectives(text) == {"all-gather": (1, 2 * 16 * 8), "all-reduce": (1, 16)}
+
+
+@pytest.mark.slow
+def test_a_step_on_many_devices_is_measured(tmp_path, capsys):
+    file = tmp_path / "out.json"
+    scaling.main(["--models", "tiny", "--devices", "1", "8", "--rules", "FSDP", "--json", str(file)])
+    printed = capsys.readouterr().out
+    assert "FSDP" in printed
+    assert "all-gather" in printed
+    alone, split = (scaling.Case(**case) for case in json.loads(file.read_text()))
+    assert (alone.devices, split.devices, alone.collectives) == (1, 8, {})
+    # The state is parameters and two moments, and the batch; biases of heads and hidden nodes are not split.
+    for case in (alone, split):
+        state = case.formula["parameters"] + case.formula["optimizer"]
+        assert state <= case.state < state + 600
+    assert split.state < alone.state / 7

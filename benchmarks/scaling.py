@@ -1,0 +1,286 @@
+"""Memory and communication of a training step on many devices, without the devices: compiled ahead of time.
+
+    python -m benchmarks.scaling                                        # 124M parameters on 1, 8 and 64 devices
+    python -m benchmarks.scaling --models 8B --devices 64 --rules FSDP  # minutes, and 4 GB of memory
+
+A step is compiled from shapes and shardings alone, for devices that XLA simulates on the CPU; no array exists. Each
+line has the memory of one device, as a formula estimates it and as XLA's `memory_analysis` reports it, and the bytes of
+the arrays that the collectives of one step return on a device, read from the compiled text; the body of a loop counts
+once per iteration. Parameters and the two moments of AdamW are float32; products are computed in bfloat16.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+from rich.table import Table
+
+import gradfn as gf
+
+DEVICES = 64
+FLAG = "--xla_force_host_platform_device_count"
+COMMON = {"scan": True, "remat": True, "compute": "bfloat16"}
+LLAMA = {"positions": "rope", "norm": "rms", "feed": "swiglu", "bias": False, "tied": False, "rope_base": 5e5}
+# name: (architecture, sequences per group of devices that share a batch); 50,304 tokens divide by 64, 50,257 do not
+MODELS: dict[str, tuple[dict[str, Any], int]] = {
+    "tiny": ({"vocab": 64, "context": 16, "n_layers": 2, "n_heads": 4, "width": 32}, 2),
+    "124M": ({"vocab": 50304}, 8),
+    "1.5B": ({"vocab": 50304, "n_layers": 48, "n_heads": 25, "width": 1600}, 4),
+    "8B": (
+        LLAMA
+        | {"vocab": 128256, "context": 8192, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8}
+        | {"width": 4096, "hidden": 14336},
+        1,
+    ),
+}
+RULES = {
+    "DATA_PARALLEL": gf.train.DATA_PARALLEL,
+    "FSDP": gf.train.FSDP,
+    "FSDP_TENSOR_PARALLEL": gf.train.FSDP_TENSOR_PARALLEL,
+}
+# Devices over which FSDP_TENSOR_PARALLEL splits heads and hidden nodes.
+TENSOR = 4
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+}
+
+
+class Traffic(NamedTuple):
+    """How often a kind of collective runs in one step, and the bytes of what it returns on one device."""
+
+    count: int
+    bytes: int
+
+
+class Case(NamedTuple):
+    """What was compiled, and what it takes on each device, in bytes."""
+
+    model: str
+    devices: int
+    rules: str
+    tokens: int  # of one step, on all devices
+    formula: dict[str, int]
+    state: int  # the arguments, as XLA counts them
+    temporaries: int
+    collectives: dict[str, Traffic]
+    seconds: float  # to compile
+
+
+def mesh_of(devices: int, rules: str) -> Mesh:
+    """Return a mesh of the first devices."""
+    model = min(TENSOR, devices) if rules == "FSDP_TENSOR_PARALLEL" else 1
+    shape, auto = (devices // model, model), (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh(shape, ("data", "model"), axis_types=auto, devices=jax.devices()[:devices])
+
+
+def compile_case(model: str, devices: int, rules: str) -> Case:
+    """Compile a step of a model and measure it."""
+    sizes, sequences = MODELS[model]
+    config, mesh = gf.GPTConfig(**COMMON, **sizes), mesh_of(devices, rules)
+    net, optimizer = gf.gpt(config), optax.adamw(1e-4)
+    shardings = gf.train.shardings(net, mesh, RULES[rules])
+    batch = sequences * mesh.shape["data"]
+    everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+
+    params = jax.tree.map(shape_on, net.spec, shardings)
+    state = jax.eval_shape(lambda params: gf.train_state(params, optimizer, jax.random.key(0)), params)
+    moments = optax.tree_map_params(
+        optimizer, lambda _, each: each, state.opt_state, shardings, transform_non_params=lambda _: everywhere
+    )
+    state = jax.tree.map(
+        shape_on, state, state._replace(params=shardings, opt_state=moments, step=everywhere, key=everywhere)
+    )
+    tokens = jax.ShapeDtypeStruct((batch, config.context), jnp.int32, sharding=split)
+
+    step = gf.train_step(gf.batch_mean(gf.next_token_loss(net)), optimizer)
+    start = time.perf_counter()
+    compiled = step.lower(state, (tokens, tokens)).compile()  # type: ignore[attr-defined]
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    return Case(
+        model,
+        devices,
+        rules,
+        batch * config.context,
+        formula(config, mesh, shardings, net.spec, sequences),
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        collectives(compiled.as_text()),
+        seconds,
+    )
+
+
+def shape_on(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """Return the shape of an array that would lie there."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def formula(config: gf.GPTConfig, mesh: Mesh, shardings: Any, spec: Any, sequences: int) -> dict[str, int]:
+    """Return an estimate of the memory of one device, in bytes.
+
+    Args:
+        config: of the net, whose blocks are recomputed in the backward pass.
+        mesh: of all devices.
+        shardings: of the parameters.
+        spec: of the net.
+        sequences: of a batch, per device of the axis `data`.
+
+    Returns:
+        Bytes of `parameters`, of Adam's two moments (`optimizer`), of `gradients`, of what a device `gathers` at a
+        time (one block, whole along `data`, in the dtype of the products, with its gradient), and of `activations`
+        (the residual stream before each block, the logits and their gradient).
+    """
+    leaves = list(zip(jax.tree.leaves(spec), jax.tree.leaves(shardings), strict=True))
+    own = sum(math.prod(sharding.shard_shape(param.shape)) for param, sharding in leaves)
+    stacked = [(param, sharding) for param, sharding in leaves if param.axes[0] == "layers"]
+    block = (
+        sum(math.prod(sharding.shard_shape(param.shape)) for param, sharding in stacked) // config.n_layers
+    )
+    split = any("data" in sharding.spec for _, sharding in stacked)
+    positions = sequences * config.context
+    width = jnp.dtype(config.compute).itemsize
+    logits = config.vocab // (mesh.shape["model"] if "model" in shardings["embed"]["W"].spec else 1)
+    return {
+        "parameters": 4 * own,
+        "optimizer": 8 * own,
+        "gradients": 4 * own,
+        "gathered": 2 * width * block * mesh.shape["data"] if split else 0,
+        "activations": positions * (config.n_layers * config.width * width + 2 * 4 * logits),
+    }
+
+
+def collectives(text: str) -> dict[str, Traffic]:
+    """Return the collectives of a compiled program by kind, read from its text.
+
+    An instruction in the body of a loop counts once per iteration, where the compiler knows how many there are.
+    """
+    bodies, entry = _computations(text)
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+
+    def visit(name: str, times: int) -> None:
+        for line in bodies[name]:
+            kind, size = _collective(line)
+            if kind:
+                counts[kind] += times
+                sizes[kind] += times * size
+            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+            for called in _called(line):
+                if called in bodies:
+                    visit(called, times * (int(trips[1]) if trips else 1))
+
+    visit(entry, 1)
+    return {kind: Traffic(counts[kind], sizes[kind]) for kind in KINDS if counts[kind]}
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """Return the lines of each computation of a program, and the name of the first one to run."""
+    bodies: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        opened = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if opened:
+            name = opened[2]
+            bodies[name] = []
+            entry = name if opened[1] else entry
+        elif name:
+            bodies[name].append(line)
+    return bodies, entry
+
+
+def _called(line: str) -> Iterator[str]:
+    for names in re.findall(
+        r"(?:body|calls|to_apply|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)",
+        line,
+    ):
+        yield from re.findall(r"[\w.\-]+", names)
+
+
+def _collective(line: str) -> tuple[str, int]:
+    """Return the kind of a collective and the bytes of what it returns; an empty kind for any other instruction."""
+    found = re.match(rf"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
+    if not found:
+        return "", 0
+    shapes = re.findall(r"(\w+)\[([\d,]*)\]", found[1])
+    sizes = [BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in shapes]
+    # Started and finished apart, it returns its operands too: the result is the second half.
+    return found[2], sum(sizes[len(sizes) // 2 :] if found[3] and len(sizes) > 1 else sizes)
+
+
+def table(cases: list[Case]) -> Table:
+    """Return a table of memory in GB and of collectives in GB."""
+    out = Table(title="One device, one step: GB of memory, and of what collectives return")
+    for name in ("model", "devices", "rules", "tokens"):
+        out.add_column(name, justify="left" if name in ("model", "rules") else "right")
+    for name in ("params", "adam", "grads", "gathered", "activ.", "sum", "state (XLA)", "temp (XLA)"):
+        out.add_column(name, justify="right")
+    out.add_column("collectives")
+    out.add_column("compiled in", justify="right")
+    for case in cases:
+        parts = [f"{size / 1e9:.2f}" for size in (*case.formula.values(), sum(case.formula.values()))]
+        traffic = ", ".join(f"{n} {kind} {size / 1e9:.2f}" for kind, (n, size) in case.collectives.items())
+        out.add_row(
+            case.model,
+            str(case.devices),
+            case.rules,
+            f"{case.tokens:,}",
+            *parts,
+            f"{case.state / 1e9:.2f}",
+            f"{case.temporaries / 1e9:.2f}",
+            traffic or "none",
+            f"{case.seconds:.0f} s",
+        )
+    return out
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["124M"])
+    parser.add_argument("--devices", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--json", metavar="FILE", help="also write all figures to this file")
+    options = parser.parse_args(arguments)
+    if len(jax.devices()) < max(options.devices):
+        # jax reads this once, when it starts.
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}={max(DEVICES, *options.devices)}"
+        if FLAG in os.environ.get("XLA_FLAGS", ""):
+            raise SystemExit(f"{max(options.devices)} devices are needed, and XLA_FLAGS has {FLAG}")
+        command = [sys.executable, "-m", "benchmarks.scaling", *(arguments or sys.argv[1:])]
+        os.execve(sys.executable, command, os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
+    cases = []
+    for model in options.models:
+        for devices in options.devices:
+            for rules in options.rules if devices > 1 else ["DATA_PARALLEL"]:
+                cases.append(compile_case(model, devices, rules))
+                print(json.dumps(cases[-1]._asdict()), flush=True)
+    Console(width=200).print(table(cases))
+    if options.json:
+        Path(options.json).write_text(json.dumps([case._asdict() for case in cases], indent=1))
+
+
+if __name__ == "__main__":
+    main()
