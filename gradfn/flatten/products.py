@@ -54,7 +54,7 @@ def flat_products(f: Callable) -> Callable:
         if concrete or as_written.value:
             return f(*args, **kwargs)
         program = trace(f, *args, **kwargs)
-        equations = program.equations()
+        equations = program.equations(enter_choices=True)
         eqns = {path: equation.eqn for path, equation in equations.items()}
         products = {path for path, eqn in eqns.items() if _flattens(eqn)}
         rows = row_equations(eqns, (start for path in products for start in _starts(path, eqns[path])))

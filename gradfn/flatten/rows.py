@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jaxtyping import PyTree
 
-from gradfn.jaxpr.interpreter import Path, bodies, operation
+from gradfn.jaxpr.interpreter import Path, bodies, operation, stands_for
 
 Value = tuple[Path, PyTree]  # the path of a body, and a variable of it
 
@@ -41,7 +41,7 @@ def row_equations(eqns: Mapping[Path, PyTree], starts: Iterable[tuple[Value, int
         By path, the number of leading axes of the rows.
     """
     users: dict[Value, list[Path]] = defaultdict(list)
-    same: dict[Value, list[Value]] = defaultdict(list)  # outside and inside a jit
+    same: dict[Value, list[Value]] = defaultdict(list)  # outside and inside
     for path, eqn in eqns.items():
         for value in values_of(path, (*eqn.invars, *eqn.outvars)):
             users[value].append(path)
@@ -75,13 +75,15 @@ def values_of(path: Path, atoms: Iterable[PyTree]) -> list[Value]:
 
 
 def _across(path: Path, eqn: Any) -> Iterator[tuple[Value, Value]]:
-    """Yield pairs of a value outside a jit and the same value inside it."""
-    kind, inner = bodies(eqn)
-    if kind == "jit":
-        body, _ = inner[0]
-        for outer, own in zip((*eqn.invars, *eqn.outvars), (*body.invars, *body.outvars), strict=True):
-            if not isinstance(outer, Literal) and not isinstance(own, Literal):
-                yield (path[:-1], outer), ((*path, 0), own)
+    """Yield pairs of a value outside a jit, or a choice by platform, and the same value inside it."""
+    choice = stands_for(eqn) is not None
+    kind, inner = bodies(eqn, enter_choices=True)
+    if kind == "jit" or choice:
+        operands = eqn.invars[1:] if choice else eqn.invars
+        for k, (body, _) in enumerate(inner):
+            for outer, own in zip((*operands, *eqn.outvars), (*body.invars, *body.outvars), strict=True):
+                if not isinstance(outer, Literal) and not isinstance(own, Literal):
+                    yield (path[:-1], outer), ((*path, k), own)
 
 
 def _works_on_rows(eqn: Any, n: int) -> bool:

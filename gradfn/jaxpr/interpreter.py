@@ -26,6 +26,7 @@ Visitor = Callable[["Equation", Evaluate, Sequence[PyTree], PyTree], tuple[Seque
 _CALLS = {primitives.jit_p.name, primitives.call_p.name, primitives.closed_call_p.name}
 _CUSTOM = {primitives.custom_jvp_call_p.name, primitives.custom_vjp_call_p.name}
 _SCAN, _COND, _WHILE = primitives.scan_p.name, primitives.cond_p.name, primitives.while_p.name
+_MOVES = {"reshape", "transpose", "squeeze", "broadcast_in_dim"}
 _REMAT, _SHARD_MAP = primitives.remat_p.name, "shard_map"
 # The same operations with `jax_remat3`, where one primitive carries an object for each operation.
 _CARRIED = {"CheckpointName": "name", "CheckpointNameFwd": "name", "RematTraced": _REMAT}
@@ -103,6 +104,8 @@ def _bare_scope(name_stack: str) -> str:
 
 def operation(eqn: Any) -> str:
     """Return the name of an equation's operation; that of a named value is `name` in every version of jax."""
+    if (only := stands_for(eqn)) is not None:
+        return operation(only)
     carried = _CARRIED.get(type(eqn.params.get("_prim")).__name__)
     return eqn.primitive.name if carried is None else carried
 
@@ -113,8 +116,28 @@ def params_of(eqn: Any) -> dict[str, Any]:
     return eqn.params["_prim"].params if known else eqn.params
 
 
-def bodies(eqn: Any, enter_custom: bool = False) -> tuple[str, list[tuple[Jaxpr, Sequence[PyTree]]]]:
-    """Return the kind of a container and its (jaxpr, consts) bodies; an empty list for any other equation."""
+def stands_for(eqn: Any) -> Any:
+    """Return the one equation that a choice by platform (`lax.platform_dependent`) stands for, or None.
+
+    It is that of the default branch, if only reshapes are around it: a convolution, for which CPUs have another form.
+    The choice is then no container but an equation like this one.
+    """
+    if eqn.primitive.name != _COND or (eqn.params.get("branches_platforms") or [()])[-1] is not None:
+        return None
+    body, _ = _open(eqn.params["branches"][-1])
+    moved = [inner for inner in body.eqns if inner.primitive.name not in _MOVES]
+    return moved[0] if len(moved) == 1 and len(body.outvars) == 1 else None
+
+
+def bodies(
+    eqn: Any, enter_custom: bool = False, enter_choices: bool = False
+) -> tuple[str, list[tuple[Jaxpr, Sequence[PyTree]]]]:
+    """Return the kind of a container and its (jaxpr, consts) bodies; an empty list for any other equation.
+
+    With `enter_choices`, a choice by platform that stands for one equation is a container too.
+    """
+    if enter_choices and stands_for(eqn) is not None:
+        return "cond", [_open(branch) for branch in eqn.params["branches"]]
     name, params = operation(eqn), params_of(eqn)
     if name in _CALLS:
         return "jit", [_open(params.get("jaxpr", params.get("call_jaxpr")))]
@@ -157,19 +180,19 @@ def _frame(kind: str, path: Path, eqn: Any) -> Frame:
     return Frame(kind, path)
 
 
-def walk(closed: ClosedJaxpr, enter_custom: bool = False) -> Iterator[Equation]:
+def walk(closed: ClosedJaxpr, enter_custom: bool = False, enter_choices: bool = False) -> Iterator[Equation]:
     """Yield every equation of a program in the order of the program, a container before what it contains.
 
     With `enter_custom` the equations inside `custom_jvp` and `custom_vjp` functions are listed too. Visiting one
     replaces the function's derivative rule by the derivative of its body, so use it only if nothing is
-    differentiated later.
+    differentiated later. With `enter_choices`, those of every platform are listed (see `stands_for`).
     """
 
     def inside(jaxpr: Jaxpr, prefix: Path, frames: tuple[Frame, ...], outer: str) -> Iterator[Equation]:
         for i, eqn in enumerate(jaxpr.eqns):
             equation = Equation((*prefix, i), eqn, frames, scope_of(eqn, outer))
             yield equation
-            kind, inner = bodies(eqn, enter_custom)
+            kind, inner = bodies(eqn, enter_custom, enter_choices)
             for k, (body, _) in enumerate(inner):
                 frame = _frame(kind, equation.path, eqn)
                 yield from inside(body, (*equation.path, k), (*frames, frame), equation.scope)
@@ -272,7 +295,7 @@ def _container(
     run: _Run, eqn: Any, path: Path, inputs: list[PyTree], tokens: dict[Path, PyTree]
 ) -> tuple[list[PyTree], dict[Path, PyTree]]:
     """Rebuild a container with jax's public functions, so that tokens go in and captures come out."""
-    kind, inner = bodies(eqn, enter_custom=True)
+    kind, inner = bodies(eqn, enter_custom=True, enter_choices=True)
 
     def body(
         args: Sequence[PyTree], tokens: dict[Path, PyTree], k: int = 0
@@ -294,7 +317,7 @@ def _container(
     if kind == "scan":
         return _scan(eqn, body, inputs, tokens)
     if kind == "cond":
-        return _cond(body, len(inner), inputs, tokens)
+        return _cond(eqn, body, len(inner), inputs, tokens)
     if kind == "while":
         return _while(run, eqn, body, inputs, tokens)
     return _shard_map(eqn, body, inputs, tokens)
@@ -325,7 +348,7 @@ def _scan(
 
 
 def _cond(
-    body: Callable, n: int, inputs: list[PyTree], tokens: dict[Path, PyTree]
+    eqn: Any, body: Callable, n: int, inputs: list[PyTree], tokens: dict[Path, PyTree]
 ) -> tuple[list[PyTree], dict[Path, PyTree]]:
     index, *operands = inputs
     of_branch = [jax.eval_shape(lambda k=k: body(operands, tokens, k)[1]) for k in range(n)]
@@ -340,7 +363,12 @@ def _cond(
 
         return run_it
 
-    return lax.switch(index, [branch(k) for k in range(n)], operands, tokens)
+    branches = [branch(k) for k in range(n)]
+    if platforms := eqn.params.get("branches_platforms"):
+        chosen = zip(platforms, branches, strict=True)
+        named = {name or "default": run for names, run in chosen for name in names or (None,)}
+        return lax.platform_dependent(operands, tokens, **named)
+    return lax.switch(index, branches, operands, tokens)
 
 
 def _while(

@@ -45,12 +45,16 @@ class Program:
         return jax.tree.unflatten(self.out_tree, [next(rest) if x is None else x for x in self.objects])
 
     def equations(
-        self, paths: Container[Path] | None = None, *, enter_custom: bool = False
+        self,
+        paths: Container[Path] | None = None,
+        *,
+        enter_custom: bool = False,
+        enter_choices: bool = False,
     ) -> dict[Path, Equation]:
         """Return the equations by path, nested ones included: all of them, or those at some paths."""
         return {
             equation.path: equation
-            for equation in walk(self.jaxpr, enter_custom)
+            for equation in walk(self.jaxpr, enter_custom, enter_choices)
             if paths is None or equation.path in paths
         }
 

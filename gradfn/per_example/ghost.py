@@ -12,8 +12,9 @@ is the gradient of the batch, which then costs only memory.
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +36,7 @@ from gradfn.core.precision import (
     wide,
     widen,
 )
+from gradfn.jaxpr.interpreter import stands_for
 from gradfn.jaxpr.varying import as_varying, varying_axes
 
 # A product may replace two Gram matrices. Reading or writing an element takes as long as TRAFFIC multiplications, and
@@ -80,6 +82,8 @@ class Factors(NamedTuple):
 
 def rule_for(eqn: JaxprEqn, operand: int) -> Rule | None:
     """Return the rule for an operand's gradient; None if the gradient is not a sum of outer products."""
+    if (only := stands_for(eqn)) is not None:
+        return _rule_inside(eqn, only, operand)
     rules = {
         "dot_general": _dot,
         "conv_general_dilated": _conv,
@@ -88,6 +92,25 @@ def rule_for(eqn: JaxprEqn, operand: int) -> Rule | None:
     }
     make = rules.get(eqn.primitive.name)
     return make(eqn, operand) if make else None
+
+
+def _rule_inside(eqn: JaxprEqn, only: JaxprEqn, operand: int) -> Rule | None:
+    """Return the rule for an operand of a choice by platform, which stands for `only` with reshapes around it."""
+    body: Any = eqn.params["branches"][-1].jaxpr
+    V, at = body.invars[operand - 1], body.eqns.index(only)
+    rule = rule_for(only, only.invars.index(V)) if V in only.invars else None
+    if rule is None:
+        return None
+    before = body.replace(outvars=list(only.invars), eqns=body.eqns[:at])
+    after = body.replace(invars=list(only.outvars), eqns=body.eqns[at + 1 :])
+    y = jax.ShapeDtypeStruct(*(getattr(only.outvars[0].aval, name) for name in ("shape", "dtype")))
+    return rule._replace(
+        # The first operand is the number of the platform.
+        left=lambda inputs: rule.left(jax.core.eval_jaxpr(before, (), *inputs[1:])),
+        right=lambda g, left: rule.right(
+            jax.linear_transpose(lambda y: jax.core.eval_jaxpr(after, (), y)[0], y)(g)[0], left
+        ),
+    )
 
 
 def _shape(atom: Any) -> tuple[int, ...]:
@@ -139,22 +162,10 @@ def _conv(eqn: JaxprEqn, operand: int) -> Rule | None:
     sizes = _shape(eqn.outvars[0])
     n_examples, n_positions = sizes[spec.out_spec[0]], math.prod(sizes[i] for i in spec.out_spec[2:])
     s, f, k, n = groups, n_examples * n_positions, n_into * math.prod(window), n_out // groups
-    plain = ("NC" + "HWDTUV"[: len(window)], "OI" + "HWDTUV"[: len(window)], "NC" + "HWDTUV"[: len(window)])
 
     def left(inputs: Sequence[PyTree]) -> jax.Array:
         x = _as_floats(inputs[0], eqn.invars[1]).transpose(spec.lhs_spec)  # [N, C, *space]
-        # [N, C * window, *space]
-        patches = lax.conv_general_dilated_patches(
-            x,
-            window,
-            params["window_strides"],
-            params["padding"],
-            params["lhs_dilation"],
-            params["rhs_dilation"],
-            plain,
-            # The patches copy the inputs, which a lower precision would round on accelerators.
-            precision=lax.Precision.HIGHEST,
-        )
+        patches = _patches(x, window, params)  # [N, C, window, *space]
         patches = patches.reshape(n_examples, s, k, n_positions)
         return patches.transpose(1, 0, 3, 2).reshape(s, f, k)
 
@@ -168,6 +179,23 @@ def _conv(eqn: JaxprEqn, operand: int) -> Rule | None:
         return ordered.transpose(back)
 
     return Rule("convolution", (), (into, *spatial), (out,), (s, f, k, n), left, right, assemble)
+
+
+def _patches(x: jax.Array, window: Sequence[int], params: Mapping[str, PyTree]) -> jax.Array:
+    """Return the inputs `[N, C, window, *space]` of each window of a convolution over `[N, C, *space]`."""
+    strides, apart, spread = (params[name] for name in ("window_strides", "rhs_dilation", "lhs_dilation"))
+    edges = [(low, high, gap - 1) for (low, high), gap in zip(params["padding"], spread, strict=True)]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), *edges])
+    reach = [gap * (size - 1) for gap, size in zip(apart, window, strict=True)]
+    last = [
+        (size - 1 - far) // step * step for size, far, step in zip(x.shape[2:], reach, strides, strict=True)
+    ]
+    parts = []
+    for corner in itertools.product(*map(range, window)):
+        start = [gap * at for gap, at in zip(apart, corner, strict=True)]
+        stop = [at + end + 1 for at, end in zip(start, last, strict=True)]
+        parts.append(lax.slice(x, (0, 0, *start), (*x.shape[:2], *stop), (1, 1, *strides)))
+    return jnp.stack(parts, 2)
 
 
 def _gather(eqn: JaxprEqn, operand: int) -> Rule | None:
