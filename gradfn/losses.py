@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from jaxtyping import PyTree
 
 from gradfn.core.labels import check_range, counting, label_of, labels_of
 from gradfn.core.net import Net, takes_key
+from gradfn.core.params import Params
+from gradfn.core.params import check as check_params
 from gradfn.core.precision import wide, widen
 from gradfn.data._arrays import as_arrays
 from gradfn.flatten import ExampleLoss, Loss, loss_of_example
@@ -138,11 +141,15 @@ def quadratic_loss(net: Net) -> ExampleLoss:
     return _on_net(name, net, compare, check)
 
 
-def next_token_loss(net: Net) -> ExampleLoss:
+def next_token_loss(net: Net, chunks: int = 1) -> ExampleLoss:
     """Return the cross-entropy of the next token, averaged over a sequence, the loss of one sequence.
 
     Args:
         net: from tokens `[T]` to logits `[T, vocab]`: `gf.gpt`, `gf.rnn`.
+        chunks: the number of parts of the sequence whose logits are computed one after the other, and again in the
+            backward pass: memory for logits falls to `[T / chunks, vocab]`, and a step takes somewhat longer. The
+            loss and its gradients are the same up to rounding. Where `logits` are inspected, captured or patched,
+            they are `[chunks, T / chunks, vocab]`.
 
     Returns:
         `loss(params, (tokens, targets)) -> scalar`, in nats per token; both are integers `[T]`, and `targets[t]`
@@ -150,7 +157,8 @@ def next_token_loss(net: Net) -> ExampleLoss:
         error, targets of `vocab` or more give NaN; `gf.fit` refuses them.
 
     Raises:
-        ValueError: the shape of the targets is not the `[T]` of the logits.
+        ValueError: the shape of the targets is not the `[T]` of the logits; `chunks` below 1, or that does not
+            divide `T`, or more than 1 for a net that is not from `gf.gpt` or `gf.rnn`.
         TypeError: targets that are not integers.
 
     >>> import jax, jax.numpy as jnp, gradfn as gf
@@ -159,8 +167,8 @@ def next_token_loss(net: Net) -> ExampleLoss:
     >>> gf.next_token_loss(net)(zeros, (jnp.array([1, 2]), jnp.array([2, 3])))  # the logarithm of 65
     Array(4.1743875, dtype=float32)
     """
-
     name = "next_token_loss"
+    model: Any = net  # perhaps a `gf.LanguageModel`
 
     def check_form(logits: PyTree, targets: PyTree) -> None:
         if not jnp.issubdtype(targets.dtype, jnp.integer):
@@ -174,19 +182,53 @@ def next_token_loss(net: Net) -> ExampleLoss:
     def compare(logits: jax.Array, targets: PyTree) -> jax.Array:
         targets = jnp.asarray(targets)
         check_form(logits, targets)
-        targets = counting(targets)
-        counted = targets >= 0
-        labels = jnp.where(counted, targets, 0)
-        nats = optax.softmax_cross_entropy_with_integer_labels(widen(logits), labels)  # [T]
-        known = jnp.where(labels < logits.shape[-1], jnp.float32(1), jnp.float32(jnp.nan)).astype(nats.dtype)
-        total = jnp.where(counted, nats * known, 0).sum()
-        return total / jnp.maximum(counted.sum(dtype=nats.dtype), 1)
+        total = _nats(logits, counting(targets))
+        return total / jnp.maximum((targets >= 0).sum(dtype=total.dtype), 1)
+
+    def compare_chunks(read: tuple[Params, jax.Array], targets: PyTree) -> jax.Array:
+        params, hidden = read  # hidden [T, width]
+        targets = jnp.asarray(targets)
+        check_form(jax.eval_shape(model.head, params, hidden), targets)
+        if len(targets) % chunks:
+            raise ValueError(f"{name}: chunks must divide the {len(targets)} positions, got {chunks}")
+
+        # The logits of a chunk are not stored for the backward pass, but computed again.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def of_chunk(hidden: jax.Array, targets: jax.Array) -> jax.Array:
+            return _nats(model.head(params, hidden), targets)
+
+        # [T, ...] -> [chunks, T / chunks, ...]
+        parts = [x.reshape(chunks, -1, *x.shape[1:]) for x in (hidden, counting(targets))]
+        total = jax.lax.map(lambda part: of_chunk(*part), parts).sum()
+        return total / jnp.maximum((targets >= 0).sum(dtype=total.dtype), 1)
 
     def check(logits: jax.ShapeDtypeStruct, targets: PyTree) -> None:
         check_form(logits, jax.ShapeDtypeStruct(targets.shape[1:], targets.dtype))
         check_range(targets, logits.shape[-1], name, padding=True)
 
-    return _on_net(name, net, compare, check)
+    if chunks < 1:
+        raise ValueError(f"{name}: chunks must be an integer >= 1, got {chunks}")
+    if chunks == 1:
+        return _on_net(name, net, compare, check)
+    if getattr(model, "head", None) is None:
+        raise ValueError(
+            f"{name}: chunks={chunks} needs a net with a head, from gf.gpt or gf.rnn; use chunks=1"
+        )
+
+    def read(params: Params, tokens: jax.Array, **key: PyTree) -> tuple[Params, jax.Array]:
+        check_params(net.spec, params)
+        return params, model.hidden(params, tokens, **key)
+
+    return _on_net(name, net, compare_chunks, check, read)
+
+
+def _nats(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Return the sum of the cross-entropies of logits `[T, vocab]`; negative targets `[T]` do not count."""
+    counted = targets >= 0
+    labels = jnp.where(counted, targets, 0)
+    nats = optax.softmax_cross_entropy_with_integer_labels(widen(logits), labels)  # [T]
+    known = jnp.where(labels < logits.shape[-1], jnp.float32(1), jnp.float32(jnp.nan)).astype(nats.dtype)
+    return jnp.where(counted, nats * known, 0).sum()
 
 
 def accuracy(net: Net) -> Callable[[PyTree, PyTree], jax.Array]:
@@ -244,18 +286,23 @@ def check_targets(loss: Loss, batch: PyTree) -> None:
 def _on_net(
     name: str,
     net: Net,
-    compare: Callable[[jax.Array, PyTree], jax.Array],
+    compare: Callable[[PyTree, PyTree], jax.Array],
     check: Callable[[jax.ShapeDtypeStruct, PyTree], None],
+    read: Callable | None = None,
 ) -> NetLoss:
-    """Return a loss that compares a net's output with a target; `check` is for concrete targets `[examples, ...]`."""
+    """Return a loss that compares a net's output with a target; `check` is for concrete targets `[examples, ...]`.
+
+    With `read`, which is called like `net.apply`, `compare` gets its result instead.
+    """
+    output_of = read or net.apply
 
     def loss(params: PyTree, example: PyTree) -> jax.Array:
         x, y = example
-        return compare(net.apply(params, x), y)
+        return compare(output_of(params, x), y)
 
     def noisy_loss(params: PyTree, example: PyTree, key: jax.Array | None = None) -> jax.Array:
         x, y = example
-        return compare(net.apply(params, x, key=key), y)
+        return compare(output_of(params, x, key=key), y)
 
     def check_batch(batch: PyTree) -> None:
         x, y = _pair(batch, "fit")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from gradfn.core.names import ParameterError
 from gradfn.core.net import Net
 from gradfn.core.params import Param, Params
-from gradfn.layers.windows import conv_as_product
+from gradfn.flatten.windows import conv_as_product
 
 _SPATIAL = {1: "H", 2: "HW"}
 

@@ -31,11 +31,15 @@ class LanguageModel(Net):
         step: `(params, tokens [T], state) -> (logits [T, vocab_size], state)`: equals `apply` to all tokens so far,
             but returns the logits of the new ones only.
         context: the number of tokens that a state can hold; None for no limit.
+        hidden: `(params, tokens) -> [T, width]`, with `key=` like `apply`: what the head reads; None without a head.
+        head: `(params, hidden [T, width]) -> logits [T, vocab_size]`, the rest of `apply`.
     """
 
     start: Callable[[Params], Any]
     step: Callable
     context: int | None = None
+    hidden: Callable | None = None
+    head: Callable | None = None
 
 
 def generate(

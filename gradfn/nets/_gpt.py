@@ -127,13 +127,12 @@ def gpt(config: GPTConfig) -> LanguageModel:
         spec["head"] = with_axes(head.spec, "vocab", "embed")
     spec = gpt2_init(spec, config.n_layers)
 
-    def run(
+    def read(
         params: Params, tokens: jax.Array, key: Any, cache: PyTree, start: PyTree
     ) -> tuple[jax.Array, PyTree]:
         tokens = jnp.asarray(tokens)
         if tokens.ndim != 1 or len(tokens) > config.context:
             raise ValueError(_wrong_tokens(config, tokens.shape))
-        output_dtype = params["embed"]["W"].dtype
         params = cast(params, dtype)
         with scope("embed"):
             x = embedding.apply(params["embed"], tokens)  # [T, width]
@@ -147,16 +146,22 @@ def gpt(config: GPTConfig) -> LanguageModel:
         with scope("blocks"):
             x, cache = run_blocks(params["blocks"], x, fold(key, 1), cache, start)
         with scope("final_norm"):
-            x = tap(final_norm.apply(params["final_norm"], x), "final_norm")
+            return tap(final_norm.apply(params["final_norm"], x), "final_norm"), cache
+
+    def logits_of(params: Params, x: jax.Array) -> jax.Array:
+        output_dtype = params["embed"]["W"].dtype
         with scope("head"):
-            z = head.apply(params["embed" if config.tied else "head"], x)
-        return tap(z.astype(output_dtype), "logits"), cache
+            z = head.apply(cast(params["embed" if config.tied else "head"], dtype), x)
+        return tap(z.astype(output_dtype), "logits")
+
+    def hidden(params: Params, tokens: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        return read(params, tokens, key, None, 0)[0]
 
     def apply(params: Params, tokens: jax.Array) -> jax.Array:
-        return run(params, tokens, None, None, 0)[0]
+        return logits_of(params, hidden(params, tokens))
 
     def apply_with_dropout(params: Params, tokens: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        return run(params, tokens, key, None, 0)[0]
+        return logits_of(params, hidden(params, tokens, key))
 
     def start(params: Params) -> PyTree:
         kv_heads = config.n_kv_heads or config.n_heads
@@ -167,10 +172,11 @@ def gpt(config: GPTConfig) -> LanguageModel:
         return stack_blocks(state) if config.scan else state
 
     def step(params: Params, tokens: jax.Array, state: PyTree) -> tuple[jax.Array, PyTree]:
-        logits, caches = run(params, tokens, None, state["blocks"], state["length"])
-        return logits, {"blocks": caches, "length": state["length"] + len(tokens)}
+        x, caches = read(params, tokens, None, state["blocks"], state["length"])
+        return logits_of(params, x), {"blocks": caches, "length": state["length"] + len(tokens)}
 
-    return LanguageModel(spec, apply_with_dropout if config.dropout else apply, start, step, config.context)
+    forward = apply_with_dropout if config.dropout else apply
+    return LanguageModel(spec, forward, start, step, config.context, hidden, logits_of)
 
 
 def _attention(config: GPTConfig) -> Net:

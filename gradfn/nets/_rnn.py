@@ -67,7 +67,7 @@ def rnn(
     def start(params: Params) -> PyTree:
         return {i: recurrent_state(layer, params["head"]["W"].dtype) for i, layer in layers.items()}
 
-    def step(params: Params, tokens: jax.Array, states: PyTree) -> tuple[jax.Array, PyTree]:
+    def read(params: Params, tokens: jax.Array, states: PyTree) -> tuple[jax.Array, PyTree]:
         tokens = jnp.asarray(tokens)
         if tokens.ndim != 1:
             raise ValueError(f"rnn: expected one sequence of tokens [T], got shape {list(tokens.shape)}")
@@ -78,10 +78,20 @@ def rnn(
             for i, layer in layers.items():
                 with scope(i):
                     x, ends[i] = layer.apply(params["layers"][i], x, state=states[i])
+        return x, ends
+
+    def logits_of(params: Params, x: jax.Array) -> jax.Array:
         with scope("head"):
-            return tap(head.apply(params["head"], x), "logits"), ends
+            return tap(head.apply(params["head"], x), "logits")
+
+    def step(params: Params, tokens: jax.Array, states: PyTree) -> tuple[jax.Array, PyTree]:
+        x, ends = read(params, tokens, states)
+        return logits_of(params, x), ends
+
+    def hidden(params: Params, tokens: jax.Array) -> jax.Array:
+        return read(params, tokens, start(params))[0]
 
     def apply(params: Params, tokens: jax.Array) -> jax.Array:
-        return step(params, tokens, start(params))[0]
+        return logits_of(params, hidden(params, tokens))
 
-    return LanguageModel(spec, apply, start, step)
+    return LanguageModel(spec, apply, start, step, None, hidden, logits_of)

@@ -12,9 +12,8 @@ is the gradient of the batch, which then costs only memory.
 """
 
 import functools
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +35,7 @@ from gradfn.core.precision import (
     wide,
     widen,
 )
+from gradfn.flatten.windows import columns_of
 from gradfn.jaxpr.interpreter import stands_for
 from gradfn.jaxpr.varying import as_varying, varying_axes
 
@@ -163,39 +163,33 @@ def _conv(eqn: JaxprEqn, operand: int) -> Rule | None:
     n_examples, n_positions = sizes[spec.out_spec[0]], math.prod(sizes[i] for i in spec.out_spec[2:])
     s, f, k, n = groups, n_examples * n_positions, n_into * math.prod(window), n_out // groups
 
+    def columns(x: jax.Array) -> jax.Array:
+        # Zeros between the inputs, if the convolution has a stride of less than 1.
+        spread = [(0, 0, gap - 1) for gap in params["lhs_dilation"]]
+        x = lax.pad(x, jnp.zeros((), x.dtype), [*spread, (0, 0, 0)]) if any(g for _, _, g in spread) else x
+        return columns_of(x, window, params["window_strides"], params["padding"], params["rhs_dilation"])
+
     def left(inputs: Sequence[PyTree]) -> jax.Array:
-        x = _as_floats(inputs[0], eqn.invars[1]).transpose(spec.lhs_spec)  # [N, C, *space]
-        patches = _patches(x, window, params)  # [N, C, window, *space]
-        patches = patches.reshape(n_examples, s, k, n_positions)
-        return patches.transpose(1, 0, 3, 2).reshape(s, f, k)
+        batch, channels, *space = spec.lhs_spec
+        x = _as_floats(inputs[0], eqn.invars[1]).transpose(batch, *space, channels)  # [N, *space, C]
+        # The form of `conv_as_product` for one example, which XLA then computes once.
+        rows = columns(x[0])[None] if n_examples == 1 else jax.vmap(columns)(x)
+        if groups == 1:
+            return rows.reshape(s, f, k)
+        rows = rows.reshape(n_examples, n_positions, math.prod(window), s, n_into)
+        return rows.transpose(3, 0, 1, 2, 4).reshape(s, f, k)
 
     def right(g: jax.Array, left: jax.Array) -> jax.Array:
         g = g.transpose(spec.out_spec).reshape(n_examples, s, n, n_positions)
         return g.transpose(1, 0, 3, 2).reshape(s, f, n)
 
     def assemble(d: jax.Array) -> jax.Array:
-        ordered = d.swapaxes(1, 2).reshape(n_out, n_into, *window)  # [s, k, n] -> [out, in, *window]
+        d = d.reshape(s, math.prod(window), n_into, n).transpose(0, 3, 2, 1)  # [s, n, in, window]
+        ordered = d.reshape(n_out, n_into, *window)
         back = sorted(range(len(V)), key=lambda i: spec.rhs_spec[i])
         return ordered.transpose(back)
 
-    return Rule("convolution", (), (into, *spatial), (out,), (s, f, k, n), left, right, assemble)
-
-
-def _patches(x: jax.Array, window: Sequence[int], params: Mapping[str, PyTree]) -> jax.Array:
-    """Return the inputs `[N, C, window, *space]` of each window of a convolution over `[N, C, *space]`."""
-    strides, apart, spread = (params[name] for name in ("window_strides", "rhs_dilation", "lhs_dilation"))
-    edges = [(low, high, gap - 1) for (low, high), gap in zip(params["padding"], spread, strict=True)]
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), *edges])
-    reach = [gap * (size - 1) for gap, size in zip(apart, window, strict=True)]
-    last = [
-        (size - 1 - far) // step * step for size, far, step in zip(x.shape[2:], reach, strides, strict=True)
-    ]
-    parts = []
-    for corner in itertools.product(*map(range, window)):
-        start = [gap * at for gap, at in zip(apart, corner, strict=True)]
-        stop = [at + end + 1 for at, end in zip(start, last, strict=True)]
-        parts.append(lax.slice(x, (0, 0, *start), (*x.shape[:2], *stop), (1, 1, *strides)))
-    return jnp.stack(parts, 2)
+    return Rule("convolution", (), (*spatial, into), (out,), (s, f, k, n), left, right, assemble)
 
 
 def _gather(eqn: JaxprEqn, operand: int) -> Rule | None:

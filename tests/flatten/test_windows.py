@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradfn.layers.windows import conv_as_product
+from gradfn.flatten.windows import conv_as_product
 
 
 @pytest.mark.slow
