@@ -62,6 +62,26 @@ class DigitOptions(SeededOptions):
     )
 
 
+@dataclass(frozen=True)
+class DistributedOptions(SeededOptions):
+    """Options of a run that several processes may compute."""
+
+    distributed: bool = runs.option(
+        False,
+        "this is one of several processes, each started with the same command: under SLURM, Open MPI, Kubernetes and "
+        "on TPU pods they find each other, elsewhere each needs the three options below",
+    )
+    coordinator: str | None = runs.option(None, "the address of process 0, host:port")
+    processes: int | None = runs.option(None, "how many processes there are", at_least=1)
+    process: int | None = runs.option(None, "the index of this process, from 0", at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("coordinator", "processes", "process"):
+            if getattr(self, name) is not None and not self.distributed:
+                raise ValueError(f"{name}: add --distributed, which it belongs to")
+
+
 D = TypeVar("D", bound=DigitOptions)
 
 
@@ -130,6 +150,25 @@ def batch_for(config: Any, n: int, what: str) -> int:
     if config.batch > n and config.batch != type(config)().batch:
         raise runs.RunError(f"batch: there are {n:,} {what}, got {config.batch}")
     return min(config.batch, n)
+
+
+def data_mesh(batch: int) -> jax.sharding.Mesh | None:
+    """Return the devices of several processes, which share each batch; None where there is one process.
+
+    Args:
+        batch: examples per step.
+
+    Raises:
+        RunError: they cannot be split evenly over the devices.
+    """
+    if jax.process_count() == 1:
+        return None
+    n = jax.device_count()
+    if batch % n:
+        raise runs.RunError(
+            f"batch: must be a multiple of {n}, the number of devices of all processes, got {batch}"
+        )
+    return jax.make_mesh((n,), ("data",))
 
 
 def heads_for(config: Any) -> int:

@@ -21,9 +21,18 @@ import jax
 import gradfn as gf
 from gradfn import runs
 from gradfn.runs import sample
-from gradfn.train import adamw_warmup_cosine, from_host
+from gradfn.train import adamw_warmup_cosine, from_host, gathered, is_first
 
-from ._common import SeededOptions, batch_for, check_heads, conclude, given, heads_for, not_empty
+from ._common import (
+    DistributedOptions,
+    batch_for,
+    check_heads,
+    conclude,
+    data_mesh,
+    given,
+    heads_for,
+    not_empty,
+)
 from ._language import language_figures, loss_per_token
 
 EXPECTED = (
@@ -49,7 +58,7 @@ SHOWN = 200  # characters of a sample
 
 
 @dataclass(frozen=True)
-class Config(SeededOptions):
+class Config(DistributedOptions):
     """Options of a run; the defaults are nanoGPT's for a CPU, except for the positions."""
 
     data: str | None = runs.option(
@@ -114,6 +123,7 @@ def run(config: Config) -> Result:
     if config.lines:
         not_empty(training=data.train[0], validation=data.validation[0])
     batch = batch_for(config, len(data.train[0]), "lines") if config.lines else config.batch
+    mesh = data_mesh(batch)
     batches, on_the_way, at_the_end = sequences(data, config, context)
     model = gf.GPTConfig(
         vocab=data.tokenizer.size,
@@ -126,7 +136,8 @@ def run(config: Config) -> Result:
         dropout=config.dropout,
     )
     folder = runs.start("gpt", config)
-    sample.save_model(folder, "gpt", dataclasses.asdict(model), data.tokenizer, config.lines)
+    if is_first():
+        sample.save_model(folder, "gpt", dataclasses.asdict(model), data.tokenizer, config.lines)
 
     net = gf.gpt(model)
     print(gf.table(net.spec))
@@ -144,7 +155,9 @@ def run(config: Config) -> Result:
     measure = loss_per_token(loss, on_the_way)
 
     def evaluate(params: Any) -> dict[str, Any]:
-        print(f"... {written(sample.Model(net, params, data.tokenizer, config.lines))}")
+        params = gathered(params)
+        if is_first():
+            print(f"... {written(sample.Model(net, params, data.tokenizer, config.lines))}")
         return {"validation_loss": measure(params)}
 
     steps = config.steps * config.accumulate
@@ -161,25 +174,28 @@ def run(config: Config) -> Result:
         inspect_every=steps // 20 or None,  # a run of a few steps is not inspected
         folder=folder,
         resume=config.resume,
+        mesh=mesh,
     )
 
-    validation_loss = float(loss_per_token(loss, at_the_end)(fitted.params))
+    params = gathered(fitted.params)
+    validation_loss = float(loss_per_token(loss, at_the_end)(params))
+    outcome = judge(config, data, validation_loss)
+    result = Result(params, fitted.history, validation_loss, folder, outcome)
+    if not is_first():
+        return result
     figures = language_figures(
         net,
         loss,
-        fitted.params,
+        params,
         fitted.history,
         at_the_end,
         data.tokenizer,
         {"validation_loss": validation_loss},
     )
-    print(
-        f"{folder}: it writes\n{written(sample.Model(net, fitted.params, data.tokenizer, config.lines), 600)}"
-    )
-    outcome = judge(config, data, validation_loss)
+    print(f"{folder}: it writes\n{written(sample.Model(net, params, data.tokenizer, config.lines), 600)}")
     conclude(folder, outcome, figures, data.name, validation_loss=validation_loss)
     print(f"more of its writing: gradfn sample {shlex.quote(str(folder))} --prompt ... --temperature 0.8")
-    return Result(fitted.params, fitted.history, validation_loss, folder, outcome)
+    return result
 
 
 def sequences(data: Any, config: Config, context: int) -> tuple[Any, Any, Any]:

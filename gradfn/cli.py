@@ -275,6 +275,17 @@ def _sample(words: list[str]) -> int:
 def _run(file: Path, words: list[str], command: str) -> int:
     """Run an experiment's file with the options in `words`; `command` is what the user typed before them."""
     from gradfn import runs
+
+    code = _run_file(file, words, command)
+    if code and runs.several():
+        from gradfn.train import processes
+
+        processes.leave(code)
+    return code
+
+
+def _run_file(file: Path, words: list[str], command: str) -> int:
+    from gradfn import runs
     from gradfn.files import FileError
     from gradfn.train import keep_freed_memory
 
@@ -289,8 +300,9 @@ def _run(file: Path, words: list[str], command: str) -> int:
             module = _load(file)
             with handling(stop):
                 config = _config(module, words, command)
-                config = runs.settle(file.stem, config)
-                module.run(config)
+                with _together(config):
+                    config = runs.settle(file.stem, config)
+                    module.run(config)
         except (UserError, FileError, ImportError) as error:
             return _fail(f"{command}: {error}", 2)
         except ValueError as error:
@@ -305,12 +317,37 @@ def _run(file: Path, words: list[str], command: str) -> int:
                 return code
             if not has_started():
                 return _fail(f"{command}: {ENDED[code]} before the run started", code)
+            if not _is_first():
+                return code
             folder = shlex.quote(str(config.folder))
             return _fail(f"{ENDED[code]}; to resume: {command} --resume --folder {folder}", code)
         finally:
             if config and config.folder:
                 runs.disown(config.folder)
     return 0
+
+
+def _is_first() -> bool:
+    """Return whether this process is the only one, or the first of several."""
+    from gradfn import runs
+    from gradfn.train.processes import is_first
+
+    return not runs.several() or is_first()
+
+
+@contextlib.contextmanager
+def _together(config: Any) -> Iterator[None]:
+    """Make this process one of several, where the options say so; only the first of them prints what it does."""
+    if not getattr(config, "distributed", False):
+        yield
+        return
+    from gradfn.train import processes
+
+    processes.initialize(config.coordinator, config.processes, config.process)
+    if not _is_first():
+        discard(sys.stdout)
+    with processes.losing_none():
+        yield
 
 
 def _message(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from gradfn.runs.folder import (
     disown,
     keep_training,
     latest,
+    several,
     start,
     write_json,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "option",
     "options",
     "settle",
+    "several",
     "start",
     "stored",
     "within",

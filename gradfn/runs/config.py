@@ -8,6 +8,10 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 T = TypeVar("T")
 
+# The options that do not determine what a run computes: where it is stored, and which processes compute it.
+PROCESSES = ("distributed", "coordinator", "processes", "process")
+ELSEWHERE = ("folder", "resume", *PROCESSES)
+
 
 class RunConfig(Protocol):
     """A dataclass of options, among them the folder of the run and whether to resume one."""
@@ -24,9 +28,9 @@ class RunConfig(Protocol):
 
 
 def options(config: RunConfig) -> dict[str, Any]:
-    """Return the options that determine what a run computes: all but its folder and whether it is resumed."""
+    """Return the options that determine what a run computes: not its folder, or which processes compute it."""
     found = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return {name: value for name, value in found.items() if name not in ("folder", "resume")}
+    return {name: value for name, value in found.items() if name not in ELSEWHERE}
 
 
 def option(

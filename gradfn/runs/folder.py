@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, TypedDict, TypeVar
 
 from msgspec import Meta
 
@@ -21,6 +22,7 @@ from gradfn.layout import CHECKPOINT, METRICS
 from gradfn.runs.config import RunConfig, options
 from gradfn.versions import versions
 
+T = TypeVar("T")
 RUNS = Path("runs")
 CONFIG, VERSIONS, RESULT = "config.json", "versions.json", "result.json"
 # Bytes of the first two files.
@@ -58,10 +60,25 @@ def refuse_a_run(folder: Path) -> None:
         raise RunError(f"{folder} already contains a run: resume it (--resume), or name another folder")
 
 
+def several() -> bool:
+    """Return whether this is one of several processes; before jax is imported it is not."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """Return what the first of several processes makes, which must be JSON: see `gradfn.train.processes`."""
+    if not several():
+        return make()
+    from gradfn.train import processes
+
+    return processes.from_first(make)
+
+
 def start(experiment: str, config: RunConfig) -> Path:
     """Make the folder of a settled run, write its options and versions, and print where it is.
 
-    The process owns the folder until `finish`, or until it ends.
+    The process owns the folder until `finish`, or until it ends; of several processes the first one does.
 
     Args:
         experiment: its name.
@@ -74,6 +91,10 @@ def start(experiment: str, config: RunConfig) -> Path:
         RunError: the folder cannot be made, or contains files that do not belong to a run.
         FileError: another process owns it.
     """
+    return Path(from_first(lambda: str(_start(experiment, config))))
+
+
+def _start(experiment: str, config: RunConfig) -> Path:
     folder = Path(config.folder or "")
     if config.resume:
         _own(folder)

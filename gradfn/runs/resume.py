@@ -6,18 +6,18 @@ import dataclasses
 import os
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
-from gradfn.runs.config import RunConfig, options
-from gradfn.runs.folder import CONFIG, RUNS, RunError, latest, read_config, refuse_a_run
+from gradfn.runs.config import PROCESSES, RunConfig, options
+from gradfn.runs.folder import CONFIG, RUNS, RunError, from_first, latest, read_config, refuse_a_run, several
 
 C = TypeVar("C", bound=RunConfig)
 
 
 def settle(experiment: str, config: C) -> C:
-    """Choose the folder of a run, and with `resume` its stored options.
+    """Choose the folder of a run, and with `resume` its stored options; of several processes, the first one chooses.
 
     Args:
         experiment: its name.
@@ -31,12 +31,19 @@ def settle(experiment: str, config: C) -> C:
         RunError: the folder already contains a run; or, with `resume`, a run of another experiment or with other
             options.
     """
+    if not several():
+        return _settle(experiment, config)
+    chosen = from_first(lambda: dataclasses.asdict(_settle(experiment, config)))
+    return dataclasses.replace(msgspec.convert(chosen, type(config)), **_processes(config))
+
+
+def _settle(experiment: str, config: C) -> C:
     if config.resume:
         before = stored(experiment, config)
         if before is not None:
             return merge(config, before, type(config)())
         print(f"no run to resume in {config.folder or RUNS / experiment}: starting a new one")
-        return settle(experiment, dataclasses.replace(config, resume=False))
+        return _settle(experiment, dataclasses.replace(config, resume=False))
     if config.folder is None:
         # In microseconds, so that runs that start together get different folders.
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
@@ -83,4 +90,9 @@ def merge(config: C, before: C, default: C) -> C:
                 f"{name} {value}: the run in {before.folder} has {name} {was}. "
                 "Drop the option, or start a new run without --resume"
             )
-    return before
+    return dataclasses.replace(before, **_processes(config))
+
+
+def _processes(config: RunConfig) -> dict[str, Any]:
+    """Return the options that say which processes compute a run, where there are any."""
+    return {name: getattr(config, name) for name in PROCESSES if hasattr(config, name)}

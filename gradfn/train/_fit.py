@@ -33,6 +33,7 @@ from gradfn.train.identity import Identity, identity
 from gradfn.train.log import Log, refuse_names
 from gradfn.train.notes import Notes, Settings, Totals, check_same_run, of_another_run
 from gradfn.train.placing import automatic, mesh_context, mesh_of, place
+from gradfn.train.processes import agreed, from_first, gathered, is_first, losing_none
 from gradfn.train.rows import Row, Rows
 from gradfn.train.saver import Saver
 from gradfn.train.source import Source, source_of
@@ -212,8 +213,14 @@ def fit(
         raise ValueError("fit: noise_every needs the loss of one example as well. Pass gf.batch_mean(loss)")
     if keep_every and folder is None:
         raise ValueError("fit: keep_every needs a folder to keep the parameters in")
-    with deferred(folder is not None) as stopping, contextlib.ExitStack() as stack:
+    several = jax.process_count() > 1
+    with losing_none(), deferred(folder is not None or several) as stopping, contextlib.ExitStack() as stack:
         home = mesh_of(params) if mesh is None else mesh
+        if several and home is None:
+            raise ValueError(
+                "fit: several processes train together on one mesh. Pass "
+                'mesh=jax.make_mesh((jax.device_count(),), ("data",)), or parameters that are on one'
+            )
         if home is not None:
             # The compiler splits the work; neither the loss nor the code here knows of axes that are Explicit.
             stack.enter_context(mesh_context(automatic(home)))
@@ -232,16 +239,19 @@ def fit(
         if noise_every and run.state.model_state is not None:
             raise ValueError("fit: noise_every must be None where a state is carried from step to step")
         if folder is not None:
-            run.identity = identity(run.state, source, loss)
-        log = Log(None if folder is None else Path(folder), steps, source.tokens, progress)
+            found = identity(run.state, source, loss)
+            run.identity = from_first(lambda: found)
+        root = None if folder is None else Path(folder)
+        log = Log(root if is_first() else None, steps, source.tokens, progress and is_first())
         stack.enter_context(own(log.folder))
-        if log.folder:
-            resumes = resume and (log.folder / CHECKPOINT).exists()
+        if root:
+            resumes = bool(agreed(resume and (root / CHECKPOINT).exists()))
             if resumes:
-                run.resume(log, log.folder)
+                run.resume(log, root)
             if run.finished:
                 return run.result(log)
-            prepare(log.folder, resume=resumes, keep=keep_every is not None)
+            if log.folder:
+                prepare(log.folder, resume=resumes, keep=keep_every is not None)
         eval_every = settings["eval_every"] or min(source.epoch_steps or max(steps // 10, 1), steps)
         settings["eval_every"] = eval_every
         periods = [
@@ -255,11 +265,12 @@ def fit(
             run.state = owned(run.state)
 
         with log.open(run.step), Saver(log, checkpoint_seconds, copies=programs.donated) as saver:
-            if stopping.signal is None:
+            if not stopping.agree():
                 programs.compile(run.state, source.order(source.epoch(run.step)), inspect_every is not None)
             log.start(run.step)
             length = 1  # the first chunk is one step, to learn how long a step takes
-            while run.step < steps and not run.finished and stopping.signal is None:
+            ended = stopping.agree()
+            while run.step < steps and not run.finished and not ended:
                 step = run.step
                 here = run.state, source.order(source.epoch(step)), source.row(step)
                 if noise_every and step % noise_every == 0:
@@ -276,7 +287,7 @@ def fit(
                 source.order(source.epoch(end))  # the order of a new epoch is shuffled while the device works
                 columns, finite = jax.device_get((columns, finite))
                 metrics = {name: column[: end - step] for name, column in columns.items()}
-                took = time.monotonic() - began
+                took = agreed(time.monotonic() - began)
                 if inspection is not None:
                     log.inspection(step, inspection)
                 if not (finite and np.isfinite(metrics["loss"]).all()):
@@ -294,17 +305,20 @@ def fit(
                         evaluated = {} if evaluate is None else evaluate(run.outside.model, *carried)
                     refuse_names(evaluated, "evaluate", run.totals.sums)
                     epoch = end / source.epoch_steps if source.epoch_steps else None
-                    evaluated = {name: float(value) for name, value in evaluated.items()}
+                    evaluated = {name: agreed(float(value)) for name, value in evaluated.items()}
                     log.row(run.totals.row(end, epoch, source.tokens, evaluated))
                     run.totals = run.totals.after_row()
-                    run.finished = end == steps or (stop is not None and stop(log.history))
-                if log.folder and keep_every and (end % keep_every == 0 or run.finished):
-                    checkpoint.keep(log.folder, end, run.state.params, run.state.model_state)
+                    run.finished = end == steps or bool(agreed(stop is not None and stop(log.history)))
+                if keep_every and (end % keep_every == 0 or run.finished):
+                    kept = gathered((run.state.params, run.state.model_state))
+                    if log.folder:
+                        checkpoint.keep(log.folder, end, *kept)
                 del here, after  # the state that the checkpoint being written does not need
                 saver.wait()
-                if run.finished or saver.due():
+                if saver.due() or run.finished:
                     saver.save(end, run.state, run.notes(log))
-            if stopping.signal is not None and saver.step != run.step:
+                ended = stopping.agree()
+            if ended and saver.step != run.step:
                 saver.save(run.step, run.state, run.notes(log))
         if log.folder:
             file = log.folder / CHECKPOINT
@@ -346,7 +360,7 @@ class _Run:
         self.state, notes = checkpoint.load(folder / CHECKPOINT, self.state, form=Notes)
         self.state = jax.tree.map(_put, self.state, shardings)
         self.step = int(self.state.step)
-        log.restore(check_same_run(notes, self.settings, self.identity, folder), self.step)
+        log.restore(check_same_run(notes, self.settings, self.identity, folder), self.step, folder)
         last = log.history[-1]["step"] if log.history else 0
         if last + notes.n_steps != self.step or notes.n_steps < 0:
             found = f"{last:,} in the last row and {notes.n_steps:,} since"

@@ -29,6 +29,7 @@ from gradfn.flatten import Loss
 from gradfn.jaxpr.program import as_written
 from gradfn.train.checkpoint import Number
 from gradfn.train.model import batch_loss
+from gradfn.train.processes import gathered
 from gradfn.train.source import Source
 from gradfn.train.step import TrainState, step_keywords
 
@@ -99,7 +100,7 @@ def content(array: PyTree) -> str:
     >>> content(np.arange(6).reshape(2, 3))
     'int64[2, 3] 5f7424ae9fade42d'
     """
-    array = array if hasattr(array, "dtype") else np.asarray(array)  # a Python number, in a Partial
+    array = gathered(array) if hasattr(array, "dtype") else np.asarray(array)  # a Python number, in a Partial
     kind = f"{array.dtype}{list(array.shape)}"
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
@@ -116,7 +117,7 @@ def samples(array: PyTree) -> list[float]:
     >>> samples(np.arange(6.0).reshape(2, 3))
     [0.0, 1.0, 3.0, 5.0]
     """
-    flat = np.asarray(array).reshape(-1)  # [size]
+    flat = np.asarray(gathered(array)).reshape(-1)  # [size]
     values = flat[np.linspace(0, flat.size - 1, min(flat.size, SAMPLES)).astype(np.int64)]
     parts = (values.real, values.imag) if np.iscomplexobj(values) else (values,)
     return [float(f"{value:.6g}") for part in parts for value in part.astype(np.float64)]

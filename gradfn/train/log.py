@@ -28,7 +28,7 @@ class Log:
     """The rows of a run, and where they are shown.
 
     Args:
-        folder: where the files are; None for rows in memory alone.
+        folder: where to write the files; None for rows in memory alone, as on all processes but the first.
         steps: the total number of steps of the run.
         tokens: per example, where examples are sequences of tokens.
         progress: whether to show a progress bar, or lines where there is no terminal.
@@ -58,16 +58,19 @@ class Log:
         """How far each file of rows reaches, by its name."""
         return {rows.file.name: rows.extent for rows in self.files}
 
-    def restore(self, extents: Mapping[str, Extent], step: int) -> None:
-        """Read back the rows up to a checkpoint at a step; nothing is written.
+    def restore(self, extents: Mapping[str, Extent], step: int, folder: Path) -> None:
+        """Read back the rows of a folder up to a checkpoint at a step; nothing is written.
 
         Raises:
             CheckpointError: the rows in the folder do not fit the checkpoint.
         """
-        for rows in self.files:
-            extent = extents.get(rows.file.name, {"rows": 0, "bytes": 0, "crc": 0})
+        for name, rows in zip(LOGS, (self.history, self.inspections, self.noise), strict=True):
+            extent = extents.get(name, {"rows": 0, "bytes": 0, "crc": 0})
+            found = rows if isinstance(rows, Rows) else Rows(folder / name)
             try:
-                rows.restore(extent, _Checked(rows.file.name, step))
+                found.restore(extent, _Checked(name, step))
+                if isinstance(rows, list):  # another process writes the files
+                    rows.extend(found)
             except FileError as error:
                 raise CheckpointError(str(error)) from error
 

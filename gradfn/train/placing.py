@@ -43,7 +43,7 @@ def _place(leaf: Any, mesh: Mesh, spec: PartitionSpec) -> PyTree:
     where = getattr(leaf, "sharding", None)
     if isinstance(where, NamedSharding) and same_mesh(where.mesh, mesh):
         # The axes of the two meshes may be of different types (Auto, Explicit).
-        return jax.device_put(leaf, NamedSharding(mesh, where.spec))
+        return _with_sharding(leaf, NamedSharding(mesh, where.spec))
     sharding = NamedSharding(mesh, spec)
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
@@ -53,6 +53,17 @@ def _place(leaf: Any, mesh: Mesh, spec: PartitionSpec) -> PyTree:
     host = np.asarray(leaf)
     host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _with_sharding(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """Return an array with a sharding that has the same devices and the same parts; no data are moved."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        data = _with_sharding(jax.random.key_data(array), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+    parts = [shard.data for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
 
 
 def mesh_of(tree: PyTree) -> Mesh | None:
@@ -107,7 +118,7 @@ def automatic_axes(tree: PyTree, mesh: Mesh) -> PyTree:
     def convert(leaf: Any) -> Any:
         where = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
         other = isinstance(where, NamedSharding) and where.mesh != mesh and same_mesh(where.mesh, mesh)
-        return jax.device_put(leaf, NamedSharding(mesh, where.spec)) if other else leaf  # type: ignore[union-attr]
+        return _with_sharding(leaf, NamedSharding(mesh, where.spec)) if other else leaf  # type: ignore[union-attr]
 
     return jax.tree.map(convert, tree)
 

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -183,14 +183,18 @@ def initialize(
     sys.excepthook = _ending_all(sys.excepthook)
 
 
-def leave() -> None:
-    """End together with the other processes where they end too, or after a few seconds alone.
+def leave(code: int) -> NoReturn:
+    """End this process, which failed: with the others where they fail too, or after a few seconds alone.
 
-    A process that failed calls it before it ends. The others, if they still run, then lose it.
+    Those that still run then lose it.
     """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.flush()
     thread = threading.Thread(target=jax.distributed.shutdown, daemon=True)
     thread.start()
     thread.join(END_SECONDS)
+    os._exit(code)
 
 
 @contextlib.contextmanager
@@ -198,7 +202,7 @@ def losing_none() -> Iterator[None]:
     """Wait for jax to end this process where the block fails because another one was lost: jax knows which."""
     try:
         yield
-    except Exception as error:
+    except (RuntimeError, ValueError) as error:  # jax raises either
         if jax.process_count() > 1 and BROKEN.search(str(error)):
             time.sleep(_heartbeat_seconds + END_MARGIN)
         raise
@@ -305,10 +309,6 @@ def _ending_all(
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         print_error(kind, error, trace)
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(AttributeError, OSError, ValueError):
-                stream.flush()
-        leave()
-        os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)
+        leave(130 if issubclass(kind, KeyboardInterrupt) else 1)
 
     return hook

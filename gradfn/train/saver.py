@@ -15,6 +15,7 @@ from gradfn.tensors import Tensor, write_tensors
 from gradfn.train.checkpoint import host_copy, metadata, tensors
 from gradfn.train.log import Log
 from gradfn.train.notes import Notes
+from gradfn.train.processes import agreed, gathered
 from gradfn.train.step import TrainState
 
 # Writing checkpoints takes at most one part in this many of the time.
@@ -45,12 +46,14 @@ class Saver:
         self._canceled = threading.Event()
 
     def due(self) -> bool:
-        """Return whether it is time for the next checkpoint."""
-        return self._writing is None and time.monotonic() - self._ended >= self._pause
+        """Return whether it is time for the next checkpoint; process 0 decides, and every process must ask."""
+        due = self._writing is None and time.monotonic() - self._ended >= self._pause
+        return bool(agreed(due))
 
     def save(self, step: int, state: TrainState, notes: Notes) -> None:
-        """Start to write a checkpoint, once the one before it is written."""
+        """Start to write a checkpoint, once the one before it is written; every process calls it, the first writes."""
         self.wait()
+        state = gathered(state)
         if self._log.folder is None:
             return
         self.step = step

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from gradfn.data._arrays import as_arrays, checked
@@ -37,6 +37,7 @@ class Source:
         tokens: per sequence, if the examples are sequences of tokens.
         first: the batch of step 0, if the host makes the batches.
         indexed: the same as `batch`, for arrays on a mesh; None if `batch` is for those too.
+        local: whether the host makes, in each of several processes, that process's rows of a batch alone.
     """
 
     batch_size: int
@@ -48,6 +49,7 @@ class Source:
     tokens: int | None = None
     first: Any = None
     indexed: Callable[[PyTree, PyTree, jax.Array, jax.Array], Any] | None = None
+    local: bool = False
 
     @property
     def content(self) -> PyTree:
@@ -65,7 +67,8 @@ class Source:
     def examples(self) -> int | None:
         """Return the number of examples per batch; None where no array of a batch has axes."""
         arguments = self.arrays, self.order(0), np.int32(0), jax.random.key(0)
-        return examples_of(jax.eval_shape(self.batch, *arguments))
+        found = examples_of(jax.eval_shape(self.batch, *arguments))
+        return self.batch_size if self.local and found is not None else found
 
     def placed(self, mesh: Mesh | None, axis: str | None = None) -> Source:
         """Return the source with its arrays on the device, or on the devices of a mesh, so that no chunk copies them.
@@ -81,8 +84,14 @@ class Source:
 
         def place_order(leaf: PyTree) -> PyTree:
             # Batches of the host, [steps, examples, ...]: each device gets its examples.
-            shared = self.first is not None and np.shape(leaf)[1:2] == (self.batch_size,)
-            return place(leaf, mesh, PartitionSpec(None, axis) if shared else PartitionSpec())
+            rows = self.batch_size // jax.process_count() if self.local else self.batch_size
+            if self.first is None or np.shape(leaf)[1:2] != (rows,):
+                return place(leaf, mesh)
+            spec = PartitionSpec(None, axis)
+            if not self.local:
+                return place(leaf, mesh, spec)
+            shape = (len(leaf), self.batch_size, *leaf.shape[2:])
+            return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), leaf, shape)
 
         order = functools.lru_cache(maxsize=2)(lambda epoch: jax.tree.map(place_order, self.order(epoch)))
         batch = self.batch if self.indexed is None else self.indexed
@@ -104,14 +113,17 @@ def source_of(data: PyTree, batch_size: int, seed: int) -> Source:
     return _from_function(data) if callable(data) else _from_arrays(data, batch_size, seed)
 
 
-def from_host(batch: Callable[[int], Any]) -> Source:
+def from_host(batch: Callable[[int], Any], local: bool = False) -> Source:
     """Return data for `fit` that the host makes, for data that do not fit on the device.
 
     Several batches at a time go to the device, and the next ones are made while the device works.
 
     Args:
         batch: `step -> batch`, a pytree of numpy arrays with a leading axis of examples; a pure function of the
-            step's number (from 0), so that a resumed run gets the same batches.
+            step's number (from 0), so that a resumed run gets the same batches. Of several processes, each makes the
+            whole batch, and its devices get their rows of it.
+        local: whether each of several processes makes the rows of its own devices alone: process 0 the first rows of
+            the batch, and so on, equally many each.
 
     Returns:
         The `data` argument of `fit`.
@@ -137,7 +149,8 @@ def from_host(batch: Callable[[int], Any]) -> Source:
     def row_of(arrays: PyTree, order: Any, row: jax.Array, key: jax.Array) -> PyTree:
         return jax.tree.map(lambda leaf: leaf[row], order)
 
-    return Source(_batch_size(shapes), None, n, None, order, row_of, _tokens(shapes), first=shapes)
+    size = _batch_size(shapes) * (jax.process_count() if local else 1)
+    return Source(size, None, n, None, order, row_of, _tokens(shapes), first=shapes, local=local)
 
 
 def _from_function(make: Callable[[jax.Array], Any]) -> Source:

@@ -12,19 +12,31 @@ from types import FrameType
 from typing import Any
 
 from gradfn import console
+from gradfn.train.processes import largest
 
 
 class Stop:
-    """Whether a signal arrived.
+    """Whether a signal arrived, in this process or in another one that trains with it.
 
     Attributes:
-        signal: its number; None if none arrived.
+        signal: its number; None if none arrived in this process.
         message: printed when the block has ended because of it.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self.message = ""
+        self._agreed: int | None = None
+
+    def agree(self) -> bool:
+        """Return whether a signal has arrived in any process; each of them calls this at the same point."""
+        self._agreed = largest(self.signal or 0) or None
+        return self._agreed is not None
+
+    @property
+    def number(self) -> int | None:
+        """The number of the signal that ends the block; None where none does."""
+        return self.signal if self.signal is not None else self._agreed
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
@@ -61,14 +73,15 @@ def deferred(active: bool) -> Iterator[Stop]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if stop.signal is not None:
+    if (ended := stop.number) is not None:
+        handler = previous.get(ended)
         # The command line prints its own message.
-        if stop.message and previous[stop.signal] is not console.stop:
+        if stop.message and handler is not console.stop:
             # The error of a closed pipe must not replace the signal.
             with contextlib.suppress(OSError, ValueError):
                 print(stop.message, file=sys.stderr, flush=True)
-        _call(previous[stop.signal], stop.signal)
-        raise _end(stop.signal)
+        _call(handler, ended)
+        raise _end(ended)
 
 
 def _call(handler: Any, number: int) -> None:
