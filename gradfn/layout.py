@@ -3,6 +3,7 @@
 METRICS, INSPECTIONS, NOISE = "metrics.jsonl", "inspections.jsonl", "noise.jsonl"
 LOGS = (METRICS, INSPECTIONS, NOISE)  # of rows, each a line of JSON
 CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINTS = "checkpoint"  # the folder of the checkpoints of a state that is split over devices
 KEPT = "kept"  # the folder of the parameters that stay
 DIGITS = 10  # of the step in their files' names
 EVENTS = "events"  # TensorBoard's folder

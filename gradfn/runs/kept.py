@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 from gradfn.display import reading_order
-from gradfn.files import FileError, inside, parse_json, read_blocks_of_rows, read_bytes, read_rows
-from gradfn.layout import CHECKPOINT, INSPECTIONS, METRICS, NOISE
+from gradfn.files import FileError, inside, read_blocks_of_rows, read_bytes, read_rows
+from gradfn.layout import INSPECTIONS, METRICS, NOISE
 from gradfn.runs.curve import Curve
 from gradfn.runs.digit_net import DIGIT_NET, DigitNet, load_digit_net
 from gradfn.runs.folder import (
@@ -38,7 +37,8 @@ from gradfn.runs.rows import (
     metrics,
     noise,
 )
-from gradfn.tensors import open_tensors
+from gradfn.stored import newest, parameter_shapes
+from gradfn.stored import notes as notes_of
 
 MAX_PARTS = 64  # trainings that a page shows
 MAX_PICTURES = 100
@@ -221,19 +221,17 @@ def _pictures(folder: Path) -> tuple[dict[str, bytes], dict[str, str]]:
 
 def _shapes(folder: Path) -> Shapes:
     """Return the shapes of the parameters in a folder's checkpoint, without reading them."""
-    file = inside(folder, CHECKPOINT)
-    if not os.path.lexists(file):
-        return {}
-    with open_tensors(file) as content:
-        names = [name for name in content.keys() if re.match("params(/|$)", name)]  # noqa: SIM118
-        shapes = {name.removeprefix("params/"): content.get_slice(name).get_shape() for name in names}
-        return {name: tuple(shapes[name]) for name in sorted(shapes, key=reading_order)}
+    checkpoint = newest(folder)
+    shapes = parameter_shapes(checkpoint) if checkpoint else {}
+    try:
+        return {name: shapes[name] for name in sorted(shapes, key=reading_order)}
+    except ValueError as error:  # a number of thousands of digits
+        raise FileError(
+            f"{checkpoint and checkpoint.file}: names no arrays of a network ({error})"
+        ) from error
 
 
 def _notes(folder: Path) -> Notes:
     """Return the notes in a folder's checkpoint; none where there is no checkpoint yet."""
-    file = inside(folder, CHECKPOINT)
-    if not os.path.lexists(file):
-        return {}
-    with open_tensors(file) as content:
-        return parse_json(content.metadata()["notes"], Notes, str(file))
+    checkpoint = newest(folder)
+    return notes_of(checkpoint, Notes) if checkpoint else {}

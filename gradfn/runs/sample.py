@@ -24,8 +24,8 @@ from gradfn.layout import CHECKPOINT
 from gradfn.nets import GPTConfig, LanguageModel, gpt, rnn, stream
 from gradfn.runs.config import check, option
 from gradfn.runs.folder import RUNS, RunError, latest, write_json
-from gradfn.tensors import open_tensors
-from gradfn.train import checkpoint
+from gradfn.stored import newest, parameter_shapes
+from gradfn.train import load_params
 
 MODEL = "model.json"
 CACHE_LIMIT = 1 << 30  # values that a GPT keeps of a whole context while it writes
@@ -111,32 +111,28 @@ def load_model(run: str | Path) -> Model:
         if found is None:
             raise RunError(_no_model(run))
         folder = found
-    file, weights = inside(folder, MODEL), inside(folder, CHECKPOINT)
+    file = inside(folder, MODEL)
     if not os.path.lexists(file):
         raise RunError(_no_model(folder))
     content = read_json(file, ModelFile)
-    shapes = _shapes(weights)
+    stored = newest(folder)
+    if stored is None:
+        raise FileError(f"{folder / CHECKPOINT}: there is no such file")
+    shapes = list(parameter_shapes(stored).values())
     try:
         tokenizer = tokenizer_from(content["tokenizer"])
         net = _net(content["net"], content["settings"], tokenizer.size, shapes)
     except (ArithmeticError, TypeError, ValueError) as error:
         raise FileError(f"{file}: {error}") from error
-    like = {"params": jax.eval_shape(net.init, jax.random.key(0))}
+    like = jax.eval_shape(net.init, jax.random.key(0))
     if (n := len(jax.tree.leaves(like))) != len(shapes):
         raise FileError(f"{file}: expected settings of the {len(shapes)} arrays in {CHECKPOINT}, got {n}")
-    state, _ = checkpoint.load(weights, like, rest=True)
+    params = load_params(folder, like)
     try:
-        jax.eval_shape(net.apply, state["params"], jnp.zeros([1], jnp.int32))
+        jax.eval_shape(net.apply, params, jnp.zeros([1], jnp.int32))
     except Exception as error:  # a layer may raise anything for settings that it does not support
         raise FileError(f"{file}: not a model that can be computed with ({error})") from error
-    return Model(net, state["params"], tokenizer, content["lines"])
-
-
-def _shapes(weights: Path) -> list[tuple[int, ...]]:
-    """Return the shapes of the parameters in a checkpoint, without reading them."""
-    with open_tensors(weights) as tensors:
-        names = [name for name in tensors.keys() if name.startswith("params/")]  # noqa: SIM118
-        return [tuple(tensors.get_slice(name).get_shape()) for name in names]
+    return Model(net, params, tokenizer, content["lines"])
 
 
 def _net(kind: str, settings: dict[str, Any], vocab: int, shapes: list[tuple[int, ...]]) -> LanguageModel:

@@ -12,11 +12,12 @@ from gradfn.train._shardings import (
     sharding_table,
     shardings,
 )
-from gradfn.train.checkpoint import CheckpointError, kept
+from gradfn.train.checkpoint import CheckpointError
 from gradfn.train.decay import weight_decay_mask, weight_decay_table
 from gradfn.train.memory import keep_freed_memory
 from gradfn.train.optimizer import adamw_warmup_cosine
 from gradfn.train.processes import gathered, initialize, is_first
+from gradfn.train.restore import kept, load_params
 from gradfn.train.source import Source, from_host
 from gradfn.train.step import TrainState, train_state, train_step
 
@@ -38,6 +39,7 @@ __all__ = [  # noqa: RUF022
     "is_first",
     "keep_freed_memory",
     "kept",
+    "load_params",
     "sharding_table",
     "shardings",
     "stalled",

@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from gradfn.display import ShowsTable, TextTable
 from gradfn.flatten import BatchMean, Loss
-from gradfn.layout import CHECKPOINT
+from gradfn.layout import CHECKPOINT, CHECKPOINTS
 from gradfn.losses import check_targets
-from gradfn.train import checkpoint
+from gradfn.stored import Stored
+from gradfn.train import restore, sharded
 from gradfn.train.chunk import CAPACITY, chunks, owned
 from gradfn.train.fault import fault
 from gradfn.train.folder import own, prepare
@@ -33,7 +34,7 @@ from gradfn.train.identity import Identity, identity
 from gradfn.train.log import Log, refuse_names
 from gradfn.train.notes import Notes, Settings, Totals, check_same_run, of_another_run
 from gradfn.train.placing import automatic, mesh_context, mesh_of, place
-from gradfn.train.processes import agreed, from_first, gathered, is_first, losing_none
+from gradfn.train.processes import agreed, from_first, is_first, losing_none
 from gradfn.train.rows import Row, Rows
 from gradfn.train.saver import Saver
 from gradfn.train.source import Source, source_of
@@ -189,6 +190,7 @@ def fit(
             good checkpoint is kept, and `resume` continues from it.
         CheckpointError: `resume` finds a checkpoint of another run, or one that cannot be read; it says what
             differs.
+        ImportError: a folder is given, parameters are split over devices, and orbax is not installed.
         FloatingPointError: the loss or a gradient is no longer finite; the message gives its origin, as
             `gf.nan_origin` finds it. The last good checkpoint is kept.
 
@@ -241,17 +243,19 @@ def fit(
         if folder is not None:
             found = identity(run.state, source, loss)
             run.identity = from_first(lambda: found)
+            if sharded.is_split(run.state):
+                sharded.require()
         root = None if folder is None else Path(folder)
         log = Log(root if is_first() else None, steps, source.tokens, progress and is_first())
         stack.enter_context(own(log.folder))
         if root:
-            resumes = bool(agreed(resume and (root / CHECKPOINT).exists()))
-            if resumes:
-                run.resume(log, root)
+            stored = restore.find(root) if resume else None
+            if stored:
+                run.resume(log, root, stored)
             if run.finished:
                 return run.result(log)
             if log.folder:
-                prepare(log.folder, resume=resumes, keep=keep_every is not None)
+                prepare(log.folder, resume=stored is not None, keep=keep_every is not None)
         eval_every = settings["eval_every"] or min(source.epoch_steps or max(steps // 10, 1), steps)
         settings["eval_every"] = eval_every
         periods = [
@@ -264,7 +268,10 @@ def fit(
         if programs.donated and not run.step:
             run.state = owned(run.state)
 
-        with log.open(run.step), Saver(log, checkpoint_seconds, copies=programs.donated) as saver:
+        with (
+            log.open(run.step),
+            Saver(log, checkpoint_seconds, copies=programs.donated, folder=root) as saver,
+        ):
             if not stopping.agree():
                 programs.compile(run.state, source.order(source.epoch(run.step)), inspect_every is not None)
             log.start(run.step)
@@ -309,10 +316,8 @@ def fit(
                     log.row(run.totals.row(end, epoch, source.tokens, evaluated))
                     run.totals = run.totals.after_row()
                     run.finished = end == steps or bool(agreed(stop is not None and stop(log.history)))
-                if keep_every and (end % keep_every == 0 or run.finished):
-                    kept = gathered((run.state.params, run.state.model_state))
-                    if log.folder:
-                        checkpoint.keep(log.folder, end, *kept)
+                if root and keep_every and (end % keep_every == 0 or run.finished):
+                    restore.keep(root, end, run.state.params, run.state.model_state)
                 del here, after  # the state that the checkpoint being written does not need
                 saver.wait()
                 if saver.due() or run.finished:
@@ -321,7 +326,7 @@ def fit(
             if ended and saver.step != run.step:
                 saver.save(run.step, run.state, run.notes(log))
         if log.folder:
-            file = log.folder / CHECKPOINT
+            file = log.folder / (CHECKPOINTS if sharded.is_split(run.state) else CHECKPOINT)
             stopping.message = f"stopped at step {run.step:,} of {steps:,}; resume=True continues from {file}"
         return run.result(log)
 
@@ -348,17 +353,15 @@ class _Run:
     identity: Identity | None = None
     home: Mesh | None = None
 
-    def resume(self, log: Log, folder: Path) -> None:
-        """Continue from the checkpoint in a folder, with the rows up to there; nothing is written.
+    def resume(self, log: Log, folder: Path, stored: Stored) -> None:
+        """Continue from the checkpoint that was found in a folder, with the rows up to there; nothing is written.
 
         Raises:
             CheckpointError: it is of another run, or cannot be read.
         """
         assert self.identity
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         self.state = _shapes(self.state)  # frees its memory for the state that is loaded
-        self.state, notes = checkpoint.load(folder / CHECKPOINT, self.state, form=Notes)
-        self.state = jax.tree.map(_put, self.state, shardings)
+        self.state, notes = restore.load(stored, self.state, form=Notes)
         self.step = int(self.state.step)
         log.restore(check_same_run(notes, self.settings, self.identity, folder), self.step, folder)
         last = log.history[-1]["step"] if log.history else 0
@@ -393,19 +396,11 @@ class _Run:
         return Fit(state.model, state, log.history, log.inspections, log.noise)
 
 
-def _put(leaf: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Return an array that was loaded from a file where the state has it."""
-    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
-        return place(leaf, sharding.mesh, sharding.spec)
-    return leaf
-
-
 def _shapes(state: TrainState) -> TrainState:
     """Return the structure of a state without its arrays; keys, which are small, stay."""
     is_key = lambda leaf: jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noqa: E731
-    return jax.tree.map(
-        lambda leaf: leaf if is_key(leaf) else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state
-    )
+    shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)  # noqa: E731
+    return jax.tree.map(lambda leaf: leaf if is_key(leaf) else shape(leaf), state)
 
 
 def stalled(

@@ -1,12 +1,14 @@
-"""Checkpoints: one safetensors file that is replaced atomically, so that a readable one always exists."""
+"""Checkpoints in one safetensors file that is replaced atomically, so that a readable one always exists.
+
+`gradfn.train.sharded` writes those of a state that is split over devices, `gradfn.train.restore` reads either.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
 import math
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +19,7 @@ from jaxtyping import PyTree
 
 from gradfn.core.params import named_leaves, path_name
 from gradfn.files import FileError, parse_json, replacing
-from gradfn.layout import DIGITS, KEPT
 from gradfn.tensors import CHECKSUM, NAMES, Tensor, is_stored, open_tensors, verify, write_tensors
-from gradfn.train.model import take_apart
 
 Number = float | Literal["nan", "inf", "-inf"]  # in notes; `float` converts it
 
@@ -41,7 +41,7 @@ def save(file: Path, state: PyTree, notes: Mapping[str, Any]) -> None:
     Raises:
         OSError: it cannot be written; it names the file.
     """
-    content = tensors(state), metadata(notes)
+    content = tensors(state), metadata(notes, state)
     with replacing(file) as out:
         write_tensors(out, *content, checksum=True)
 
@@ -53,8 +53,8 @@ def load(file: Path, like: PyTree, rest: bool = False, form: type = dict) -> tup
 
     Args:
         file: written by `save`.
-        like: a state of the same structure, whose shapes and dtypes the file must have; except for keys,
-            `jax.ShapeDtypeStruct` suffices.
+        like: a state of the same structure, whose shapes and dtypes the file must have, and on whose shardings the
+            arrays are put; except for keys, `jax.ShapeDtypeStruct` suffices.
         rest: whether the file may hold more than that, which is not read.
         form: the type of the notes: see `gradfn.files.read_json`.
 
@@ -69,16 +69,9 @@ def load(file: Path, like: PyTree, rest: bool = False, form: type = dict) -> tup
         verify(file)
         with open_tensors(file) as content:
             notes: Any = parse_json((content.metadata() or {})["notes"], form, "its notes")
-            names = set(content.keys()) - {CHECKSUM}
+            check_names(file, set(content.keys()) - {CHECKSUM}, set(wanted), rest)
             for name, leaf in wanted.items():
-                if name not in names:
-                    raise CheckpointError(
-                        f"{file}: does not contain {name}; it is of another network or optimizer"
-                    )
                 _check(file, name, content.get_slice(name), leaf)
-            if not rest and (more := sorted(names - wanted.keys())):
-                few = ", ".join(f"{name!r:.100}" for name in more[:3]) + ", ..." * (len(more) > 3)
-                raise CheckpointError(f"{file}: also contains {few}; it is of another network or optimizer")
 
             def restore(path: tuple[PyTree, ...], leaf: PyTree) -> jax.Array:
                 # Wait, so that the host's copy is freed before the next array is read.
@@ -88,63 +81,37 @@ def load(file: Path, like: PyTree, rest: bool = False, form: type = dict) -> tup
     except CheckpointError:
         raise
     except FileError as error:
-        reason = str(error).removeprefix(f"{file}: ")
-        raise CheckpointError(f"{file}: not a readable checkpoint ({reason})") from error
+        raise unreadable(file, error) from error
 
 
-def keep(folder: Path, step: int, params: PyTree, state: PyTree = None) -> None:
-    """Write the parameters after a step, and a model's state, to `kept/<step>.safetensors` in a run's folder."""
-    save(folder / KEPT / f"{step:0{DIGITS}}.safetensors", _together(params, state), {"step": step})
-
-
-def kept(folder: str | os.PathLike[str], like: PyTree, state: PyTree = None) -> dict[int, PyTree]:
-    """Read the parameters that `gf.fit(keep_every=...)` kept.
+def check_names(file: Path, names: Set[str], wanted: Set[str], rest: bool) -> None:
+    """Raise a CheckpointError where a checkpoint has not the arrays that are wanted, or others as well.
 
     Args:
-        folder: the folder of the run.
-        like: parameters (a model) of the same structure, shapes and dtypes.
-        state: a state like the one that `gf.fit` was given, if it was.
-
-    Returns:
-        The parameters by the number of steps taken, in that order; pairs `(params, state)` where there is a state.
-
-    Raises:
-        CheckpointError: there are none, or they do not fit `like`.
-
-    >>> import jax.numpy as jnp, optax, tempfile, gradfn as gf
-    >>> start, folder = {"w": jnp.array(1.0)}, tempfile.mkdtemp()
-    >>> data, loss = jnp.ones(8), lambda params, x: (params["w"] * x).mean()
-    >>> options = {"batch_size": 2, "folder": folder, "progress": False}
-    >>> fitted = gf.fit(loss, start, data, optax.sgd(0.25), 4, keep_every=2, **options)
-    >>> gf.train.kept(folder, like=start)
-    {2: {'w': Array(0.5, dtype=float32)}, 4: {'w': Array(0., dtype=float32)}}
+        file: the checkpoint.
+        names: of its arrays.
+        wanted: the names that it should have.
+        rest: whether it may have more.
     """
-    files = sorted((Path(folder) / KEPT).glob(f"{'[0-9]' * DIGITS}.safetensors"))
-    if not files:
-        raise CheckpointError(
-            f"{folder}: does not contain kept parameters; train with gf.fit(..., keep_every=100)"
-        )
-    params, rest, carried = take_apart(like)
-    carried = carried if state is None else state
-    expected = _together(params, carried)
-    found = {}
-    for file in files:
-        loaded, _ = load(file, expected)
-        params, new = (loaded["params"], loaded["state"]) if carried is not None else (loaded, None)
-        model = params if rest is None else rest.model(params, new)
-        found[int(file.stem)] = model if state is None else (model, new)
-    return found
+    of_another = "it is of another network or optimizer"
+    for name in sorted(wanted - names):
+        raise CheckpointError(f"{file}: does not contain {name}; {of_another}")
+    if not rest and (more := sorted(names - wanted)):
+        few = ", ".join(f"{name!r:.100}" for name in more[:3]) + ", ..." * (len(more) > 3)
+        raise CheckpointError(f"{file}: also contains {few}; {of_another}")
 
 
-def _together(params: PyTree, state: PyTree) -> PyTree:
-    return params if state is None else {"params": params, "state": state}
+def unreadable(file: Path, error: Exception) -> CheckpointError:
+    """Return the error for a checkpoint that cannot be read, with the first line of the reason."""
+    reason = str(error).removeprefix(f"{file}: ").partition("\n")[0]
+    return CheckpointError(f"{file}: not a readable checkpoint ({reason or type(error).__name__})")
 
 
 def tensors(state: PyTree) -> dict[str, Tensor]:
     """Return the arrays of a state by path, each copied from the device when it is written."""
     found = {}
     for name, leaf in named_leaves(state):
-        leaf = _without_type(leaf)
+        leaf = untyped(leaf)
         dtype, shape = _stored_as(leaf)
         found[name] = Tensor(dtype, shape, functools.partial(_stored, leaf))
     return found
@@ -152,12 +119,16 @@ def tensors(state: PyTree) -> dict[str, Tensor]:
 
 def host_copy(state: PyTree) -> PyTree:
     """Return a copy of a state in the host's memory; of keys, their data."""
-    return jax.tree.map(lambda leaf: np.array(_without_type(leaf)), state)
+    return jax.tree.map(lambda leaf: np.array(untyped(leaf)), state)
 
 
-def metadata(notes: Mapping[str, Any]) -> dict[str, str]:
-    """Return the metadata of a file with these notes."""
-    return {"notes": json.dumps(_finite(notes), allow_nan=False)}
+def metadata(notes: Mapping[str, Any], state: PyTree) -> dict[str, str]:
+    """Return the metadata of a file with these notes: they, and the dtypes that the format lacks, by path."""
+    dtypes = {name: np.dtype(untyped(leaf).dtype) for name, leaf in named_leaves(state)}
+    other = {name: dtype.name for name, dtype in dtypes.items() if not is_stored(dtype)}
+    return {"notes": json.dumps(finite(notes), allow_nan=False)} | (
+        {"dtypes": json.dumps(other)} if other else {}
+    )
 
 
 def _stored_as(leaf: PyTree) -> tuple[np.dtype, tuple[int, ...]]:
@@ -178,16 +149,33 @@ def _stored(leaf: PyTree) -> np.ndarray:
 
 
 def _restored(array: np.ndarray, like: PyTree) -> jax.Array:
-    """Return an array of a file with the dtype and shape of `like`; keys are wrapped again."""
+    """Return an array of a file with the dtype, shape and sharding of `like`; keys are wrapped again."""
     like = like if hasattr(like, "dtype") else np.asarray(like)
-    if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
-    return jnp.asarray(array.reshape(-1).view(like.dtype).reshape(like.shape))  # [..., 2] -> [...] if complex
+    if is_key(like):
+        return jax.random.wrap_key_data(placed(array, like), impl=jax.random.key_impl(like))
+    # [..., 2] -> [...] if complex
+    return placed(array.reshape(-1).view(like.dtype).reshape(like.shape), like)
+
+
+def placed(array: np.ndarray, like: PyTree) -> jax.Array:
+    """Return an array of the host on the devices of another; of several processes, each has the whole."""
+    sharding = sharding_of(like)
+    if sharding is None:
+        return jnp.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def sharding_of(leaf: PyTree) -> jax.sharding.Sharding | None:
+    """Return how an array, or its `jax.ShapeDtypeStruct`, lies on devices; None for the default device."""
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(sharding, jax.sharding.SingleDeviceSharding):
+        return None if sharding.device_set == jnp.zeros([]).devices() else sharding
+    return sharding
 
 
 def _check(file: Path, name: str, found: PyTree, like: PyTree) -> None:
     """Raise a CheckpointError for an array of a different dtype or shape."""
-    dtype, shape = _stored_as(_without_type(like))
+    dtype, shape = _stored_as(untyped(like))
     actual = (tuple(found.get_shape()), found.get_dtype())
     if actual != (shape, NAMES[dtype.name]):
         known = {stored: known for known, stored in NAMES.items()}
@@ -195,16 +183,22 @@ def _check(file: Path, name: str, found: PyTree, like: PyTree) -> None:
         raise CheckpointError(f"{file}: {name}: {fits}")
 
 
-def _without_type(leaf: PyTree) -> PyTree:
+def untyped(leaf: PyTree) -> PyTree:
     """Return the data of a key, a Python number as an array, and an array as it is."""
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if isinstance(leaf, jax.Array) and is_key(leaf):
         return jax.random.key_data(leaf)
     return leaf if hasattr(leaf, "dtype") and hasattr(leaf, "shape") else np.asarray(leaf)
 
 
-def _finite(value: PyTree) -> PyTree:
+def is_key(leaf: PyTree) -> bool:
+    """Return whether an array holds typed keys."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def finite(value: PyTree) -> PyTree:
+    """Return a value that JSON can hold: NaN and infinities become text."""
     if isinstance(value, Mapping):
-        return {name: _finite(inner) for name, inner in value.items()}
+        return {name: finite(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

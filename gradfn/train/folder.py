@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gradfn.files import inner_folder, owned, remove_parts
-from gradfn.layout import CHECKPOINT, DIGITS, EVENTS, KEPT, LOGS
+from gradfn.layout import CHECKPOINT, CHECKPOINTS, DIGITS, EVENTS, KEPT, LOGS
+from gradfn.train import sharded
 
 
 @contextlib.contextmanager
@@ -38,13 +39,18 @@ def prepare(folder: Path, resume: bool, keep: bool) -> None:
     if not resume:
         clear(folder)
     remove_parts(folder, CHECKPOINT)
+    for inner in (CHECKPOINTS, KEPT):
+        sharded.tidy(folder / inner)
     for part in _within(folder, KEPT, f".{'[0-9]' * DIGITS}.safetensors.*"):
         remove_parts(folder / KEPT, f"{part.name[1 : DIGITS + 1]}.safetensors")
 
 
 def clear(folder: Path) -> None:
     """Remove the files of an earlier run of `fit` from a folder, the checkpoint first; other files stay."""
-    for name in (CHECKPOINT, *LOGS):
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    for inner in (CHECKPOINTS, KEPT):
+        sharded.tidy(folder / inner, keep=0)
+    for name in LOGS:
         (folder / name).unlink(missing_ok=True)
     patterns = {EVENTS: "events.out.tfevents.*", KEPT: f"{'[0-9]' * DIGITS}.safetensors"}
     for inner, pattern in patterns.items():

@@ -6,6 +6,7 @@ is compared:
 - *data*: shape, dtype and a hash of each array's bytes (of evenly spaced rows, at most 16 MiB). Of data made by a
   function: its program, and the arrays in it. Of data made on the host: the first batch.
 - *loss*: the program that it traces to, and the arrays in that; so a loss may be moved and renamed, but not changed.
+  How arrays are split over devices is not compared: a run may be resumed on others.
 - *start*: a few values of each parameter, to three digits, since CPUs of different kinds round differently.
 
 Programs depend on the version of JAX and on the platform, and are compared only where both are the same.
@@ -14,6 +15,7 @@ Programs depend on the version of JAX and on the platform, and are compared only
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from typing import Any, TypedDict
@@ -141,13 +143,14 @@ def _lines(traced: ClosedJaxpr | Jaxpr) -> Iterator[str]:
 
     def text(atom: Any) -> str:
         if isinstance(atom, Literal):
-            return f"{np.asarray(atom.val).tolist()}:{atom.aval.str_short()}"
-        return f"{numbers.setdefault(atom, len(numbers))}:{atom.aval.str_short()}"
+            return f"{np.asarray(atom.val).tolist()}:{_kind(atom)}"
+        return f"{numbers.setdefault(atom, len(numbers))}:{_kind(atom)}"
 
     yield from map(content, consts)
     yield " ".join(map(text, (*jaxpr.constvars, *jaxpr.invars)))
     for eqn in jaxpr.eqns:
-        settings = {name: value for name, value in eqn.params.items() if name != "name" and _plain(value)}
+        params = eqn.params | {name: None for name in ("sharding", "out_sharding") if name in eqn.params}
+        settings = {name: value for name, value in params.items() if name != "name" and _plain(value)}
         inputs, outputs = (" ".join(map(text, atoms)) for atoms in (eqn.invars, eqn.outvars))
         yield f"{eqn.primitive.name} {sorted(settings.items())} {inputs} = {outputs}"
         for value in eqn.params.values():
@@ -155,6 +158,11 @@ def _lines(traced: ClosedJaxpr | Jaxpr) -> Iterator[str]:
                 if isinstance(inner, (ClosedJaxpr, Jaxpr)):
                     yield from _lines(inner)
     yield " ".join(map(text, jaxpr.outvars))
+
+
+def _kind(atom: Any) -> str:
+    """Return the dtype and shape of a variable, such as `float32[16,8]`, without axes of a mesh, `[16@data,8]`."""
+    return re.sub(r"@[^,\]]*", "", atom.aval.str_short())
 
 
 def _plain(value: PyTree) -> bool:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from gradfn.files import replacing
-from gradfn.layout import CHECKPOINT
+from gradfn.layout import CHECKPOINT, CHECKPOINTS
 from gradfn.tensors import Tensor, write_tensors
+from gradfn.train import sharded
 from gradfn.train.checkpoint import host_copy, metadata, tensors
 from gradfn.train.log import Log
 from gradfn.train.notes import Notes
-from gradfn.train.processes import agreed, gathered
+from gradfn.train.processes import agreed, gathered, is_first
 from gradfn.train.step import TrainState
 
 # Writing checkpoints takes at most one part in this many of the time.
@@ -30,15 +33,17 @@ class Saver:
     next one, which would need memory for a third state.
 
     Args:
-        log: of the run; if it has no folder, nothing is written.
+        log: of the run.
         seconds: the shortest time from one checkpoint to the next.
         copies: whether `fit` gives up a state's memory when it takes the next step, so that a copy on the host must be
             made before.
+        folder: of the run, for every process; by default the log's. If there is none, nothing is written.
     """
 
-    def __init__(self, log: Log, seconds: float, copies: bool = False) -> None:
+    def __init__(self, log: Log, seconds: float, copies: bool = False, folder: Path | None = None) -> None:
         self.step: int | None = None  # of the last checkpoint that was started
         self._log, self._seconds, self._copies = log, seconds, copies
+        self._folder = folder or log.folder
         self._ended, self._pause = time.monotonic(), seconds
         self._writing: threading.Event | None = None  # set when the checkpoint that is being written is done
         self._thread = threading.Thread()
@@ -51,15 +56,26 @@ class Saver:
         return bool(agreed(due))
 
     def save(self, step: int, state: TrainState, notes: Notes) -> None:
-        """Start to write a checkpoint, once the one before it is written; every process calls it, the first writes."""
+        """Start to write a checkpoint, once the one before it is written.
+
+        It is the folder `checkpoint` where the state is split over devices, which each process writes its part of,
+        and one file otherwise, which process 0 writes.
+        """
         self.wait()
-        state = gathered(state)
-        if self._log.folder is None:
+        if self._folder is None:
             return
         self.step = step
-        content = tensors(host_copy(state) if self._copies else state), metadata(vars(notes))
+        is_split = sharded.is_split(state)
+        if is_split:
+            write = sharded.begin(self._folder / CHECKPOINTS, step, state, vars(notes))
+        elif is_first():
+            state = gathered(state)
+            content = tensors(host_copy(state) if self._copies else state), metadata(vars(notes), state)
+            write = functools.partial(self._write_file, *content)
+        else:
+            return
         self._writing = threading.Event()
-        arguments = (self._writing, *content)
+        arguments = (self._writing, write, is_split)
         self._thread = threading.Thread(target=self._write, args=arguments, name="gradfn checkpoint")
         self._thread.start()
 
@@ -101,18 +117,27 @@ class Saver:
                 pass
             self._writing = None
 
-    def _write(self, done: threading.Event, arrays: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
-        assert self._log.folder
+    def _write(self, done: threading.Event, write: Callable[[], None], is_split: bool) -> None:
+        assert self._folder
         began = time.monotonic()
         try:
             self._log.sync()  # the rows that the checkpoint refers to must be on the disk before it
-            with replacing(self._log.folder / CHECKPOINT) as out:
-                write_tensors(_Pieces(out, self._canceled), arrays, notes, checksum=True)  # type: ignore[arg-type]
+            write()
+            if is_first():
+                # The older ones, of either kind.
+                if is_split:
+                    (self._folder / CHECKPOINT).unlink(missing_ok=True)
+                sharded.tidy(self._folder / CHECKPOINTS, keep=int(is_split))
         except BaseException as error:
             self._error = error
         self._ended = time.monotonic()
         self._pause = max(self._seconds, SHARE * (self._ended - began))
         done.set()
+
+    def _write_file(self, arrays: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
+        assert self._folder
+        with replacing(self._folder / CHECKPOINT) as out:
+            write_tensors(_Pieces(out, self._canceled), arrays, notes, checksum=True)  # type: ignore[arg-type]
 
 
 class _CanceledError(Exception):
