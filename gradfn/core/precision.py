@@ -12,6 +12,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from gradfn.core.devices import on_several_devices
+
 
 def is_narrow(dtype: DTypeLike) -> bool:
     """Return whether a dtype is a float of fewer than 32 bits."""
@@ -56,7 +58,7 @@ def norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
 
     The result is the root of the plain sum of squares. If that sum overflows or underflows (values of 1e20 or
     1e-25 have squares of inf and 0 in float32), all norms are recomputed by `scaled_norm`. Under `vmap` both are
-    computed.
+    computed; on several devices it is `squares_in_units`.
 
     Args:
         x: floating or complex; NaN and infinities propagate.
@@ -67,6 +69,9 @@ def norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
     >>> print(f"{norm(jnp.array([3e-25, 4e-25])):.3g} {norm(jnp.array([3e25 + 4e25j])):.3g}")
     5e-25 5e+25
     """
+    if on_several_devices(x):
+        square, unit = squares_in_units(x, axis)
+        return unit * root(square)
     square = jnp.sum(magnitudes_squared(x), axis)
     n = x.size // max(square.size, 1)
     return lax.cond(jnp.all(is_safe(square, n)), lambda x: root(square), lambda x: scaled_norm(x, axis), x)
@@ -80,6 +85,40 @@ def scaled_norm(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.
     squares = [jnp.sum(jnp.square(in_units(part, unit)), axis, keepdims=True) for part in parts]
     square = functools.reduce(jnp.add, squares)
     return jnp.squeeze(unit * root(square), axis if axis is not None else tuple(range(x.ndim)))
+
+
+def squares_in_units(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> tuple[jax.Array, jax.Array]:
+    """Return sums of |x|^2 in multiples of unit^2, and the units: 1, or a power of two that keeps the sum in range.
+
+    Three sums do not depend on each other, so that devices exchange them together with others: a branch, or a unit
+    that is found first, would make them wait once more for each value.
+    """
+    parts = real_parts(x)
+    unit = far_from_one(parts[0].dtype)
+    plain, large, small = (
+        functools.reduce(jnp.add, [jnp.sum(jnp.square(part), axis) for part in scaled])
+        for scaled in (
+            parts,
+            [part / unit for part in parts],
+            # Clipped for derivatives, where infinity times 0 would be NaN; small values are far below 1.
+            [jnp.clip(part, -1, 1) * unit for part in parts],
+        )
+    )
+    overflows = plain == jnp.inf
+    underflows = plain < least_safe(plain.dtype, x.size // max(plain.size, 1))
+    ones = jnp.ones_like(plain)
+    return (
+        jnp.where(overflows, large, jnp.where(underflows, small, plain)),
+        jnp.where(overflows, unit * ones, jnp.where(underflows, ones / unit, ones)),
+    )
+
+
+def far_from_one(dtype: DTypeLike) -> jax.Array:
+    """Return a power of two by which values are divided, or multiplied, whose squares leave a dtype's range.
+
+    It is not a constant to XLA, which would square it: see `in_units`.
+    """
+    return lax.optimization_barrier(jnp.full((), 2.0 ** (jnp.finfo(dtype).maxexp * 5 // 8), dtype))
 
 
 def unit_of(largest: jax.Array) -> jax.Array:

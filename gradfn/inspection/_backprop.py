@@ -36,7 +36,7 @@ from gradfn.jaxpr.call import jit_arrays, scalar
 from gradfn.jaxpr.dataflow import Dataflow
 from gradfn.jaxpr.interpreter import Evaluate, Path, bodies
 from gradfn.jaxpr.program import by_position
-from gradfn.jaxpr.varying import zeros
+from gradfn.jaxpr.varying import shapes_of
 
 # These only change the layout of a parameter: their result keeps the parameter's name.
 _LAYOUT = {"broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "transpose"}
@@ -316,32 +316,30 @@ def backprop(f: Callable, *, keep: bool = False) -> Callable[..., Backward]:
             outs, _ = interpret(program.jaxpr, visit, only, program.inputs, tokens)
             return program.rebuild(outs)
 
-        tokens = {info.path: _tokens(info, equations[info.path].eqn, summary) for info in infos}
+        tokens = {info.path: _tokens(info, equations[info.path], summary) for info in infos}
         (value, aux), recorded = jax.value_and_grad(value_of, has_aux=True)(tokens)
         return Backward(value, aux, tuple(recorded[info.path] for info in infos), infos)
 
     return transform_of(f, "backprop", own=0)(jit_arrays(run))
 
 
-def _norm(g: PyTree, residual: PyTree) -> dict[str, jax.Array]:
+def _norm(g: PyTree, residual: PyTree = None) -> dict[str, jax.Array]:
     """Return the norm of a cotangent, and 1 as a mark: probes off the path to the loss are never called."""
     size = norm(g)
     return {"norm": jnp.stack([size, jnp.ones_like(size)])}
 
 
-def _with_value(g: PyTree, residual: PyTree) -> dict[str, jax.Array]:
+def _with_value(g: PyTree, residual: PyTree = None) -> dict[str, jax.Array]:
     return {**_norm(g, residual), "value": g}
 
 
-def _tokens(info: _Info, eqn: JaxprEqn, summary: Callable) -> dict[str, list[dict[str, jax.Array]]]:
-    axes = tuple(loop.length or 1 for loop in info.loops)
-
+def _tokens(info: _Info, equation: Equation, summary: Callable) -> dict[str, list[dict[str, jax.Array]]]:
     def token(atom: Any) -> dict[str, jax.Array]:
-        return zeros(jax.eval_shape(summary, atom.aval, None), axes)
+        return equation.zeros(shapes_of(summary, atom.aval))
 
     return {
-        "results": [token(eqn.outvars[i]) for i, *_ in info.results],
-        "operands": [token(eqn.invars[i]) for i, *_ in info.operands],
+        "results": [token(equation.eqn.outvars[i]) for i, *_ in info.results],
+        "operands": [token(equation.eqn.invars[i]) for i, *_ in info.operands],
     }
 
 

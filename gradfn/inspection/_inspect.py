@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 from gradfn.core.precision import norm
@@ -30,7 +29,7 @@ from gradfn.jaxpr.call import scalar_and_aux, value_and_aux, with_hint
 from gradfn.jaxpr.interpreter import Evaluate, Path
 from gradfn.jaxpr.program import hide_objects, params_first, show_objects
 from gradfn.jaxpr.sites import Selection
-from gradfn.jaxpr.varying import as_varying, varying_axes
+from gradfn.jaxpr.varying import shapes_of
 
 
 @functools.partial(
@@ -265,7 +264,9 @@ def _run(
 
     tokens = {
         path: {
-            site.name: _token(site, _of_cotangent(want, site), equations[path].eqn.outvars[site.index].aval)
+            site.name: equations[path].zeros(
+                shapes_of(_of_cotangent(want, site), equations[path].eqn.outvars[site.index].aval)
+            )
             for site in group
             if site.differentiable
         }
@@ -297,21 +298,6 @@ def _run(
     )
 
 
-def _of_cotangent(want: Wanted, site: Site) -> Callable[[PyTree, PyTree], dict[str, Any]]:
+def _of_cotangent(want: Wanted, site: Site) -> Callable[..., dict[str, Any]]:
     """Return the function of a site's cotangent (and no residual) that its probe evaluates."""
-    return lambda cotangent, _: want.of(site, cotangent)
-
-
-def _token(site: Site, summary: Callable, aval: Any) -> PyTree:
-    """Return zeros shaped, and sharded, like a summary, with a leading axis for each loop around the site."""
-
-    def of(shape: Any) -> jax.Array:
-        # Known only where the shardings are part of the types.
-        sharding = shape.sharding
-        if sharding is not None:
-            sharding = NamedSharding(sharding.mesh, PartitionSpec(*[None] * len(site.axes), *sharding.spec))
-        return as_varying(
-            jnp.zeros(site.axes + shape.shape, shape.dtype, device=sharding), varying_axes(shape)
-        )
-
-    return jax.tree.map(of, jax.eval_shape(summary, aval, None))
+    return lambda cotangent, _=None: want.of(site, cotangent)

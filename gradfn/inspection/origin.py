@@ -22,6 +22,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from gradfn.core.devices import elements_of, replicated
 from gradfn.core.signature import transform_of
 from gradfn.inspection.causes import ELEMENTWISE, Operand, explain
 from gradfn.inspection.where import (
@@ -661,7 +662,7 @@ def _details(program: Program, kind: str, spot: Spot, iteration: tuple[int, ...]
     ) -> tuple[list[PyTree], jax.Array]:
         results = evaluate(inputs)
         known = [x for v, x in zip(equation.eqn.outvars, results, strict=True) if _is_inexact(v)]
-        bad = is_bad(known[0]).reshape(-1)
+        bad = replicated(is_bad(known[0])).reshape(-1)
         element = jnp.unravel_index(jnp.argmax(bad), shape) if bad.size else [jnp.zeros((), int)] * len(shape)
         found = jnp.any(jnp.stack([jnp.any(is_bad(x)) for x in known]))
         numbers = [found, *element]
@@ -709,6 +710,6 @@ def _numbers(x: jax.Array, element: Sequence[PyTree] | None) -> list[jax.Array]:
     nan = jnp.full((), jnp.nan, x.dtype)
     at = nan
     if element is not None:
-        at = x[tuple(element)] if x.ndim else x
+        at = elements_of(x, [i[None] for i in element])[0] if x.ndim else x
     counts = [jnp.sum(c) for c in (x == 0, jnp.isnan(x), x == jnp.inf, x == -jnp.inf)]
     return [jnp.where(none, nan, low), jnp.where(none, nan, high), *counts, at]

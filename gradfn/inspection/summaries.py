@@ -4,6 +4,9 @@ What XLA's CPU backend compiles well decided the forms: plain `jnp` reductions (
 times as long), and non-zeros as `sum(sign(x)**2)` (counting booleans does not vectorize). Sums are computed
 in float32 (float64 for float64), also for bfloat16. Where the sum of squares over- or underflows, mean and rms are
 computed again, scaled, and non-finite values are counted: one test decides both.
+
+On several devices that test would be a sum over all of them per value, with another one in its branch: there all sums
+are computed at once, and XLA exchanges those of many values together.
 """
 
 import functools
@@ -18,7 +21,18 @@ import numpy as np
 from jax import lax
 from jaxtyping import PyTree
 
-from gradfn.core.precision import in_units, is_safe, magnitudes_squared, real_parts, root, unit_of, widen
+from gradfn.core.devices import elements_of, explicit_spec, on_several_devices
+from gradfn.core.precision import (
+    far_from_one,
+    in_units,
+    is_safe,
+    magnitudes_squared,
+    real_parts,
+    root,
+    squares_in_units,
+    unit_of,
+    widen,
+)
 
 STATS = ("mean", "rms", "max", "zeros", "saturated", "dead", "nonfinite", "histogram")
 DEFAULT_STATS = STATS[:-1]
@@ -87,7 +101,9 @@ def summarize(x: jax.Array, stats: tuple[str, ...], kind: str = "") -> Stats:
     n = max(x.size, 1)
     out = {"count": jnp.full((), x.size, accumulate)}
     sums = tuple(name for name in ("mean", "rms", "nonfinite") if name in stats)
-    if "rms" in sums or "nonfinite" in sums:
+    if sums and on_several_devices(x):
+        out |= _at_once(sums, values)
+    elif "rms" in sums or "nonfinite" in sums:
         square = jnp.sum(magnitudes_squared(x))
         plain = {"mean": _mean(values), "rms": root(square / n), "nonfinite": jnp.zeros_like(square)}
         of_sums = {name: plain[name] for name in sums}
@@ -95,7 +111,9 @@ def summarize(x: jax.Array, stats: tuple[str, ...], kind: str = "") -> Stats:
     elif "mean" in sums:
         out["mean"] = _mean(values)
     if "dead" in stats and kind in ("relu", "relu6") and n_rows >= DEAD_ROWS:
-        of_units = jnp.max(jnp.abs(x.reshape(n_rows, n_units)), axis=0)  # [units]
+        # Axes that are split over devices in the type cannot be merged.
+        rows = x if explicit_spec(x) else x.reshape(n_rows, n_units)
+        of_units = jnp.max(jnp.abs(rows), axis=tuple(range(rows.ndim - 1)))  # [units]
         out["dead"] = jnp.mean((of_units == 0).astype(accumulate))
         if "max" in stats:
             out["max"] = jnp.max(of_units, initial=0).astype(accumulate)
@@ -131,9 +149,24 @@ def _carefully(names: tuple[str, ...], x: jax.Array) -> dict[str, jax.Array]:
     return {name: found[name] for name in names}
 
 
+def _at_once(names: tuple[str, ...], x: jax.Array) -> dict[str, jax.Array]:
+    """Return mean, rms and the number of non-finite elements from sums that do not depend on each other."""
+    square, unit = squares_in_units(x)
+    mean = _mean(x)
+    found = {
+        "mean": jnp.where(jnp.isfinite(mean), mean, _mean(x, far_from_one(square.dtype))),
+        "rms": unit * root(square / max(x.size, 1)),
+        "nonfinite": jnp.sum((~jnp.isfinite(x)).astype(square.dtype)),
+    }
+    return {name: found[name] for name in names}
+
+
 def _histogram(x: jax.Array) -> jax.Array:
-    flat = x.reshape(-1)
-    sample = flat[:: max(1, -(-flat.size // SAMPLE))]
+    every = max(1, -(-x.size // SAMPLE))
+    if on_several_devices(x):
+        sample = elements_of(x, np.unravel_index(np.arange(0, x.size, every), x.shape))
+    else:
+        sample = x.reshape(-1)[::every]
     # |x| = m 2^exponent, 0.5 <= m < 1
     _, exponent = jnp.frexp(sample)
     bins = jnp.where(sample == 0, 0, jnp.clip(exponent - 1 - FIRST_EXPONENT, 0, N_BINS - 1))

@@ -40,11 +40,16 @@ _TRACED_BY = str(FilePath(__file__).with_name("program.py"))
 
 
 class Frame(NamedTuple):
-    """One container around an equation: its kind, its path and, if it adds a leading axis, the length of that."""
+    """One container around an equation: its kind, its path and, if it adds a leading axis, the length of that.
+
+    That of a shard_map is split over axes (`split`) of its mesh.
+    """
 
     kind: str
     path: Path
     length: int | None = None
+    split: tuple[str, ...] | None = None
+    mesh: Any = None
 
 
 class Equation:
@@ -79,6 +84,13 @@ class Equation:
     def axes(self) -> tuple[int, ...]:
         """The leading axes of its tokens and captures: iterations of scans, devices of shard_maps."""
         return tuple(f.length for f in self.frames if f.length is not None)
+
+    def zeros(self, shapes: PyTree) -> PyTree:
+        """Return zeros like a tree of shapes with its leading axes in front: tokens, to be passed from outside."""
+        stacked = [frame for frame in self.frames if frame.length is not None]
+        # Outside of the shard_maps around it, no axis of the mesh is manual.
+        mesh = next((frame.mesh for frame in stacked if frame.mesh is not None), None)
+        return zeros(shapes, self.axes, tuple(frame.split for frame in stacked), mesh)
 
     @property
     def in_while(self) -> bool:
@@ -175,8 +187,8 @@ def _frame(kind: str, path: Path, eqn: Any) -> Frame:
     if kind == "scan":
         return Frame(kind, path, eqn.params["length"])
     if kind == "shard_map":
-        mesh = eqn.params["mesh"]
-        return Frame(kind, path, math.prod(mesh.shape[a] for a in _manual_axes(eqn)))
+        mesh, split = eqn.params["mesh"], _manual_axes(eqn)
+        return Frame(kind, path, math.prod(mesh.shape[a] for a in split), split, mesh)
     return Frame(kind, path)
 
 

@@ -3,10 +3,12 @@
 A value that starts a loop, stands for a branch that did not run, or replaces another value must be typed like it.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 
@@ -29,9 +31,50 @@ def as_varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 
-def zeros(shapes: Any, axes: tuple[int, ...] = ()) -> PyTree:
-    """Return zeros like a tree of shapes (from `jax.eval_shape`), with further axes in front."""
-    return jax.tree.map(lambda s: as_varying(jnp.zeros(axes + s.shape, s.dtype), varying_axes(s)), shapes)
+def zeros(
+    shapes: Any,
+    axes: tuple[int, ...] = (),
+    split: tuple[tuple[str, ...] | None, ...] = (),
+    mesh: Any = None,
+) -> PyTree:
+    """Return zeros like a tree of shapes (from `jax.eval_shape`), also in what their types say about devices.
+
+    Args:
+        shapes: the tree.
+        axes: the sizes of further axes in front.
+        split: over which axes of the mesh each of those is split.
+        mesh: the mesh to be typed with; None for that of each shape.
+    """
+    lead = split or (None,) * len(axes)
+
+    def like(s: Any) -> jax.Array:
+        return as_varying(
+            jnp.zeros(axes + s.shape, s.dtype, device=_sharding(s, lead, mesh)), varying_axes(s)
+        )
+
+    return jax.tree.map(like, shapes)
+
+
+def _sharding(s: Any, lead: Sequence[tuple[str, ...] | None], mesh: Any) -> NamedSharding | None:
+    """Return the sharding of a shape with axes in front; None where it is not part of the type."""
+    mesh = mesh or (s.sharding.mesh if s.sharding is not None else None)
+    if mesh is None or AxisType.Explicit not in mesh.axis_types:
+        return None
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    parts = [
+        tuple(name for name in names or () if kinds[name] == AxisType.Explicit) or None for names in lead
+    ]
+    own = s.sharding.spec if s.sharding is not None else [None] * len(s.shape)
+    return NamedSharding(mesh, PartitionSpec(*parts, *own))
+
+
+def shapes_of(f: Callable, aval: Any) -> PyTree:
+    """Return the shapes of what a function returns for a value, which may be one inside a shard_map."""
+    mesh = aval.sharding.mesh if isinstance(aval, jax.core.ShapedArray) else None
+    if mesh is None or mesh.empty or mesh == jax.sharding.get_abstract_mesh():
+        return jax.eval_shape(f, aval)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.eval_shape(f, aval)
 
 
 def any_device(flag: jax.Array) -> jax.Array:

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import gradfn as gf
 from gradfn.core.precision import norm
@@ -32,6 +34,29 @@ def check(x, stats=None, rtol=2e-6):
 NORMAL = np.random.default_rng(0).normal(size=(3, 5000))
 
 
+def split(x):
+    """Return an array with its last axis over eight devices, where statistics have a form of their own."""
+    mesh = jax.make_mesh((8,), ("i",), (AxisType.Auto,))
+    spec = P(*[None] * (x.ndim - 1), "i") if x.shape[-1] % 8 == 0 else P()
+    return jax.device_put(x, NamedSharding(mesh, spec))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64, jnp.bfloat16])
+@pytest.mark.parametrize("scale", [1e-32, 1e-25, 1e-19, 1.0, 1e19, 1e25, 1e35])
+def test_statistics_on_several_devices_are_right_at_any_size(scale, dtype):
+    x = scale * NORMAL * (1 + 1j) if dtype == jnp.complex64 else scale * NORMAL
+    x = split(jnp.asarray(x, dtype))
+    stats = jax.jit(summarize, static_argnums=1)(x, STATS)
+    check(x, stats, rtol=1e-5)
+    np.testing.assert_allclose(norm(x), float(stats.rms) * np.sqrt(x.size), rtol=1e-5)
+    np.testing.assert_allclose(norm(x, 0), np.linalg.norm(np.asarray(x, np.complex128), axis=0), rtol=1e-5)
+
+
+def test_statistics_of_doubles_on_several_devices_are_right_at_any_size(x64):
+    for scale in (1e-300, 1e-200, 1.0, 1e200, 1e305):
+        check(split(jnp.asarray(scale * NORMAL)), rtol=1e-12)
+
+
 @pytest.mark.parametrize("scale", [1e-32, 1e-30, 1e-25, 1e-15, 1.0, 1e15, 1e25, 1e30, 1e37])
 def test_squares_that_under_or_overflow_give_the_right_rms(scale):
     check(jnp.asarray(scale * NORMAL, jnp.float32))
@@ -52,26 +77,28 @@ def test_squares_that_under_or_overflow_mixed_with_others():
     check(jnp.asarray(NORMAL * 6e4 / 5, jnp.float16), rtol=1e-5)
 
 
+@pytest.mark.parametrize("place", [jnp.asarray, split])
 @pytest.mark.parametrize("n", [5, 5000])
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
-def test_nan_and_infinity_are_counted_beside_values_of_any_size(n, scale):
+def test_nan_and_infinity_are_counted_beside_values_of_any_size(n, scale, place):
     x = np.full(n, scale, np.float32)
     x[3] = np.nan
-    stats = summarize(jnp.asarray(x), DEFAULT_STATS)
+    stats = summarize(place(x), DEFAULT_STATS)
     assert float(stats.nonfinite) == 1
     assert np.isnan(float(stats.rms))
     assert np.isnan(float(stats.mean))
     x[3] = -np.inf
-    stats = summarize(jnp.asarray(x), DEFAULT_STATS)
+    stats = summarize(place(x), DEFAULT_STATS)
     assert float(stats.nonfinite) == 1
     assert float(stats.rms) == np.inf
     assert float(stats.mean) == -np.inf
     assert float(summarize(jax.lax.complex(*[jnp.asarray(x)] * 2), DEFAULT_STATS).nonfinite) == 1
 
 
+@pytest.mark.parametrize("place", [jnp.asarray, split])
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
-def test_the_rms_is_differentiated_right_at_any_size(scale):
-    x = jnp.asarray(scale * np.array([3.0, -4.0]), jnp.float32)
+def test_the_rms_is_differentiated_right_at_any_size(scale, place):
+    x = place(jnp.asarray(scale * np.array([3.0, -4.0]), jnp.float32))
     gradient = jax.grad(lambda x: summarize(x, ("rms",)).rms)
     for g in (gradient(x), jax.jit(gradient)(x), jax.vmap(gradient)(x[None])[0]):
         np.testing.assert_allclose(g, np.array([0.6, -0.8]) / np.sqrt(2), rtol=1e-6)

@@ -1,0 +1,45 @@
+"""On which devices a value is, as far as its type shows while a function is traced."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import PyTree
+
+
+def on_several_devices(x: PyTree) -> bool:
+    """Return whether a value may be split over devices, so that a sum over it makes them wait for each other.
+
+    A type has the mesh of its value also where the axes are automatic, but for values made from nothing. Inside a
+    `jax.shard_map` every device has a value of its own: its axes do not count.
+    """
+    meshes = [jax.typeof(x).sharding.mesh, jax.sharding.get_abstract_mesh()]
+    return any(math.prod(_sizes(mesh)) > 1 for mesh in meshes)
+
+
+def _sizes(mesh: Any) -> list[int]:
+    return [
+        mesh.shape[name]
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind != AxisType.Manual
+    ]
+
+
+def explicit_spec(x: PyTree) -> PartitionSpec | None:
+    """Return how a value's axes are split over explicit mesh axes; None where no axis is."""
+    spec: PartitionSpec = jax.typeof(x).sharding.spec
+    return spec if any(part is not None for part in spec) else None
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """Return a value with all of it on every device, where its type says that it is split."""
+    return jax.sharding.reshard(x, PartitionSpec()) if explicit_spec(x) else x
+
+
+def elements_of(x: jax.Array, indices: Sequence[PyTree]) -> jax.Array:
+    """Return elements of an array, `[n]`, on every device; `indices` are one array `[n]` per axis."""
+    return x.at[tuple(indices)].get(out_sharding=PartitionSpec() if explicit_spec(x) else None)
