@@ -15,12 +15,13 @@ from jaxtyping import PyTree
 from gradfn.core.net import takes_key
 from gradfn.flatten import Loss, loss_of_example
 from gradfn.jaxpr.call import value_and_aux
+from gradfn.train.gathering import gathered
 from gradfn.train.log import refuse_names
 from gradfn.train.model import batch_loss
 from gradfn.train.placing import replicated
 from gradfn.train.source import Source
 from gradfn.train.split import split_of
-from gradfn.train.step import TrainState, apply_gradients, one_step, step_key, step_keywords, whole
+from gradfn.train.step import TrainState, apply_gradients, one_step, step_key, step_keywords
 
 if TYPE_CHECKING:
     from gradfn.inspection import Inspection
@@ -100,9 +101,9 @@ def chunks(loss: Loss, optimizer: optax.GradientTransformation, source: Source, 
     @functools.partial(jax.jit, donate_argnums=donate, out_shardings=(stays, everywhere, everywhere, None))
     def inspected(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> Any:
         batch, keywords = batch_of(arrays, state, order, row), step_keywords(loss, state)
-        f = batch_loss(loss, state.rest)
-        found = inspect(f, input_grads=False)(whole(state.params, split), batch, **keywords)
-        value_fn = lambda params: value_and_aux(f(whole(params, split), batch, **keywords))[0]  # noqa: E731
+        f = gathered(batch_loss(loss, state.rest), split, again=False)
+        found = inspect(f, input_grads=False)(state.params, batch, **keywords)
+        value_fn = lambda params: value_and_aux(f(params, batch, **keywords))[0]  # noqa: E731
         after, metrics, updates = apply_gradients(
             optimizer, state, found.value, found.aux, found.grads, value_fn, split
         )
@@ -115,7 +116,8 @@ def chunks(loss: Loss, optimizer: optax.GradientTransformation, source: Source, 
 
     @jax.jit
     def measure(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> NoiseScale:
-        batch, params = batch_of(arrays, state, order, row), whole(state.params, split)
+        batch = batch_of(arrays, state, order, row)
+        params = state.params if split is None else split.gather(state.params)
         of_one = loss_of_example(loss) if state.rest is None else state.rest.loss(loss_of_example(loss))
         if not takes_key(of_one):
             return noise_scale(of_one)(params, batch)

@@ -8,6 +8,7 @@ layer at a time, in the dtype that is computed with. The backward pass gathers i
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,22 +23,27 @@ from gradfn.jaxpr.views import Meeting, View, parameter_meetings
 from gradfn.train.split import Split, without
 
 
-def gathered(f: Callable, split: Split) -> Callable:
-    """Return the same function of `(params, *args)`, which gathers parameters where they are used.
+def gathered(f: Callable, split: Split | None, again: bool = True) -> Callable:
+    """Return the same function of `(params, ...)`, which gathers parameters where they are used.
 
     A parameter that every iteration of a loop reads is gathered before the loop; one that is not used as it is (two are
     multiplied, or a loop carries it) at the start.
 
     Args:
         f: any JAX function; its parameters are a tree of arrays.
-        split: how the parameters are split over a mesh.
+        split: how the parameters are split over a mesh; None if they are not.
+        again: gather parameters again for the backward pass, and split their gradients where they are computed.
+            Otherwise the equations are those of `f` and the gathering, so that they can be inspected.
     """
+    if split is None:
+        return f
     specs = {i: spec for i, spec in enumerate(split.specs) if _uses(spec, split)}
     if not specs:
         return f
 
-    def gathered_f(params: PyTree, *args: PyTree) -> PyTree:
-        program = trace(f, params, *args)
+    @functools.wraps(f)
+    def gathered_f(*args: PyTree, **kwargs: PyTree) -> PyTree:
+        program = trace(f, *args, **kwargs)
         # The parameters are the program's first inputs.
         meetings = [
             meeting
@@ -55,9 +61,9 @@ def gathered(f: Callable, split: Split) -> Callable:
         ) -> tuple[PyTree, None]:
             def run(inputs: Sequence[PyTree]) -> list[PyTree]:
                 wanted = late[equation.path]
-                return evaluate([_gather(x, split, wanted.get(k)) for k, x in enumerate(inputs)])
+                return evaluate([_gather(x, split, wanted.get(k), again) for k, x in enumerate(inputs)])
 
-            if bodies(equation.eqn)[0]:
+            if bodies(equation.eqn)[0] or not again:
                 # A container has memory of its own for the backward pass, and is not run twice.
                 return run(inputs), None
             # What is saved for the backward pass is the part that the device holds.
@@ -65,7 +71,8 @@ def gathered(f: Callable, split: Split) -> Callable:
             return jax.checkpoint(run, prevent_cse=not in_loop)(inputs), None
 
         inputs = [
-            _gather(x, split, specs.get(i) if i in early else None) for i, x in enumerate(program.inputs)
+            _gather(x, split, specs.get(i) if i in early else None, again)
+            for i, x in enumerate(program.inputs)
         ]
         outs, _ = interpret(program.jaxpr, visit, program.equations(late.keys()), inputs)
         return program.rebuild(outs)
@@ -102,12 +109,14 @@ def _spec_of(view: View, spec: PartitionSpec) -> PartitionSpec:
     )
 
 
-def _gather(x: PyTree, split: Split, spec: PartitionSpec | None) -> PyTree:
+def _gather(x: PyTree, split: Split, spec: PartitionSpec | None, again: bool) -> PyTree:
     """Return an array that is split by `spec` as one that is whole along the axis of the batch; None leaves it."""
     if spec is None:
         return x
     constrain = jax.lax.with_sharding_constraint
     whole, part = (NamedSharding(split.mesh, each) for each in (without(spec, split.axis), spec))
+    if not again:
+        return constrain(x, whole)
 
     @jax.custom_vjp
     def gather(x: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 Batches are split over one axis of the mesh, called `data`. Parameters may be split over it too (FSDP): each device
 holds a part of them and of the optimizer's state, but needs all of a parameter to compute its share of the batch. So a
-step gathers them where the loss uses them (`gradfn.train.gathering`; an inspected step before it), and splits the
+step gathers them where the loss uses them (`gradfn.train.gathering`), and splits the
 gradients again. Over the other axes of the mesh parameters stay split; the compiler splits the products with them
 (tensor parallelism).
 """

@@ -177,20 +177,13 @@ def one_step(
         f = batch_loss(loss, state.rest)
         if split is not None:
             batch = split.share(batch)
-        pair: Any = lambda *args: value_and_aux(f(*args, **keywords))  # noqa: E731
-        if split is not None:
-            pair = gathered(pair, split)
+        pair = gathered(lambda *args: value_and_aux(f(*args, **keywords)), split)
         (value, aux), grads = jax.value_and_grad(pair, has_aux=True)(state.params, batch)
         value_fn = lambda params: pair(params, batch)[0]  # noqa: E731
         after, metrics, _ = apply_gradients(optimizer, state, value, aux, grads, value_fn, split)
         return after, metrics
 
     return step
-
-
-def whole(params: PyTree, split: Split | None) -> PyTree:
-    """Return the parameters that a device computes with: whole along the axis of the batch."""
-    return params if split is None else split.gather(params)
 
 
 def apply_gradients(

@@ -77,7 +77,7 @@ def cnn():
 def gpt(scan=False):
     net = gf.gpt(dataclasses.replace(GPT, scan=scan))
     tokens = jax.random.randint(KEY, [48, 9], 0, 16)
-    return gf.batch_mean(gf.next_token_loss(net)), net.init(KEY), tokens
+    return gf.batch_mean(gf.next_token_loss(net)), net.init(KEY), (tokens[:, :-1], tokens[:, 1:])
 
 
 def scanned_gpt():
