@@ -7,7 +7,10 @@ CHECKPOINTS = "checkpoint"  # the folder of the checkpoints of a state that is s
 KEPT = "kept"  # the folder of the parameters that stay
 DIGITS = 10  # of the step in their files' names
 EVENTS = "events"  # TensorBoard's folder
+PROFILE = "profile"  # the folder of traces, which TensorBoard finds too
 
 # In a row: the list of numbers that are not finite, which JSON does not have; and what else is not a metric.
 NOT_FINITE = "not_finite"
-NOT_METRICS = ("step", "epoch", "examples_per_second", "tokens_per_second", "seconds", NOT_FINITE)
+# About the step that a row ends with.
+MEASURES = ("grad_norm", "update_norm", "learning_rate", "mfu")
+NOT_METRICS = ("step", "epoch", *MEASURES, "examples_per_second", "tokens_per_second", "seconds", NOT_FINITE)

@@ -23,7 +23,7 @@ from jaxtyping import PyTree
 
 from gradfn.display import ShowsTable, TextTable
 from gradfn.flatten import BatchMean, Loss
-from gradfn.layout import CHECKPOINT, CHECKPOINTS
+from gradfn.layout import CHECKPOINT, CHECKPOINTS, MEASURES
 from gradfn.losses import check_targets
 from gradfn.stored import Stored
 from gradfn.train import restore, sharded
@@ -33,8 +33,10 @@ from gradfn.train.folder import own, prepare
 from gradfn.train.identity import Identity, identity
 from gradfn.train.log import Log, refuse_names
 from gradfn.train.notes import Notes, Settings, Totals, check_same_run, of_another_run
+from gradfn.train.peak import peak_of
 from gradfn.train.placing import automatic, mesh_context, mesh_of, place
 from gradfn.train.processes import agreed, from_first, is_first, losing_none
+from gradfn.train.profiling import Profile
 from gradfn.train.rows import Row, Rows
 from gradfn.train.saver import Saver
 from gradfn.train.source import Source, source_of
@@ -83,7 +85,8 @@ class Fit(ShowsTable, _Fit):
         names = list(dict.fromkeys(name for row in shown for name in row))
         for name in names:
             rate = name == "seconds" or name.endswith("_per_second")
-            out.add_column(name, ",.1f" if rate else "", drop=2 if rate else 1 if name == "epoch" else 0)
+            drop = 3 if name in MEASURES else 2 if rate else 1 if name == "epoch" else 0
+            out.add_column(name, ",.1f" if rate else "", drop=drop)
         for row in shown:
             out.add_row(*[row.get(name) for name in names])
         return out
@@ -115,6 +118,7 @@ def fit(
     resume: bool = False,
     mesh: Mesh | None = None,
     progress: bool = True,
+    profile_steps: tuple[int, int] | None = None,
 ) -> Fit:
     """Train parameters.
 
@@ -161,12 +165,18 @@ def fit(
         mesh: the devices for parameters that are not on any mesh: each device then holds all of them. Parameters that
             are on a mesh stay as they are split (`docs/scaling.md`), and need no `mesh`.
         progress: show a progress bar (in a terminal) or a line per evaluation (elsewhere).
+        profile_steps: `(10, 20)` traces the steps 10 to 19, counted from 0, with jax's profiler, into `profile` in
+            the folder. TensorBoard (with its profile plugin) and Perfetto open it. A run that resumes after the first
+            of them traces the rest.
 
     Returns:
         `Fit(params, state, history, inspections, noise)`, and `.model_state`. `params` has the type of the argument.
         A row of `history` has `step`, `epoch`, `loss` (averaged over the steps since the row before),
         `examples_per_second` (and `tokens_per_second`, padding included, where examples are integers `[tokens]`),
-        `seconds`, the scalars of aux and what `evaluate` returned.
+        `seconds`, the scalars of aux and what `evaluate` returned. Of the step that it ends with it has `grad_norm`
+        (before the optimizer clips or averages), `update_norm`, and the `learning_rate` where the optimizer's state
+        has it: with `gf.train.adamw_warmup_cosine`, `optax.inject_hyperparams`. On devices whose peak is known
+        (`gradfn.train.peak`) it has `mfu`, the fraction of it that the matrix products of these steps took.
 
     On a mesh each batch is split over the axis called `data` (or over the only axis), the optimizer's state is split
     like the parameters, and the data are on every device, unless they were split before. Axes that are Explicit are
@@ -215,6 +225,7 @@ def fit(
         raise ValueError("fit: noise_every needs the loss of one example as well. Pass gf.batch_mean(loss)")
     if keep_every and folder is None:
         raise ValueError("fit: keep_every needs a folder to keep the parameters in")
+    profile = Profile(profile_steps, steps, None if folder is None else Path(folder))
     several = jax.process_count() > 1
     with losing_none(), deferred(folder is not None or several) as stopping, contextlib.ExitStack() as stack:
         home = mesh_of(params) if mesh is None else mesh
@@ -265,12 +276,15 @@ def fit(
         ]
         source = source.placed(None) if split is None else source.placed(split.mesh, split.axis)
         programs = chunks(loss, optimizer, source, run.state)
+        most = peak_of(run.state.step)
+        flops = programs.flops(run.state, source.order(source.epoch(run.step))) if most else 0.0
         if programs.donated and not run.step:
             run.state = owned(run.state)
 
         with (
             log.open(run.step),
             Saver(log, checkpoint_seconds, copies=programs.donated, folder=root) as saver,
+            profile.stopped(),
         ):
             if not stopping.agree():
                 programs.compile(run.state, source.order(source.epoch(run.step)), inspect_every is not None)
@@ -279,6 +293,7 @@ def fit(
             ended = stopping.agree()
             while run.step < steps and not run.finished and not ended:
                 step = run.step
+                profile.at(step)
                 here = run.state, source.order(source.epoch(step)), source.row(step)
                 if noise_every and step % noise_every == 0:
                     run.totals, noise = run.totals.after_noise(programs.measure(*here))
@@ -286,13 +301,14 @@ def fit(
                 began = time.monotonic()
                 if inspect_every and step % inspect_every == 0:
                     end = step + 1
-                    after, columns, finite, inspection = programs.inspect(*here)
+                    after, recorded, inspection = programs.inspect(*here)
                 else:
-                    end = min(step + length, steps, *((step // every + 1) * every for every in periods))
-                    after, columns, finite = programs.advance(*here, end - step)
+                    ends = *((step // every + 1) * every for every in periods), *profile.edges_after(step)
+                    end = min(step + length, steps, *ends)
+                    after, recorded = programs.advance(*here, end - step)
                     inspection = None
                 source.order(source.epoch(end))  # the order of a new epoch is shuffled while the device works
-                columns, finite = jax.device_get((columns, finite))
+                columns, measures, finite = jax.device_get(recorded)
                 metrics = {name: column[: end - step] for name, column in columns.items()}
                 took = agreed(time.monotonic() - began)
                 if inspection is not None:
@@ -313,7 +329,11 @@ def fit(
                     refuse_names(evaluated, "evaluate", run.totals.sums)
                     epoch = end / source.epoch_steps if source.epoch_steps else None
                     evaluated = {name: agreed(float(value)) for name, value in evaluated.items()}
-                    log.row(run.totals.row(end, epoch, source.tokens, evaluated))
+                    measures = {name: float(value) for name, value in measures.items()}
+                    if most:
+                        rate = run.totals.examples_per_second / source.batch_size
+                        measures["mfu"] = flops * rate / most
+                    log.row(run.totals.row(end, epoch, source.tokens, evaluated, measures))
                     run.totals = run.totals.after_row()
                     run.finished = end == steps or bool(agreed(stop is not None and stop(log.history)))
                 if root and keep_every and (end % keep_every == 0 or run.finished):

@@ -15,13 +15,16 @@ from jaxtyping import PyTree
 from gradfn.core.net import takes_key
 from gradfn.flatten import Loss, loss_of_example
 from gradfn.jaxpr.call import value_and_aux
+from gradfn.jaxpr.varying import zeros
 from gradfn.train.gathering import gathered
 from gradfn.train.log import refuse_names
+from gradfn.train.measures import learning_rate, norm
 from gradfn.train.model import batch_loss
+from gradfn.train.peak import step_flops
 from gradfn.train.placing import replicated
 from gradfn.train.source import Source
 from gradfn.train.split import split_of
-from gradfn.train.step import TrainState, apply_gradients, one_step, step_key, step_keywords
+from gradfn.train.step import Change, TrainState, apply_gradients, one_step, step_key, step_keywords
 
 if TYPE_CHECKING:
     from gradfn.inspection import Inspection
@@ -30,6 +33,20 @@ if TYPE_CHECKING:
 CAPACITY = 4096  # steps in a chunk at most
 # From this many bytes of state per device on, a chunk reuses the state's memory.
 DONATED = 1 << 24
+
+
+class Recorded(NamedTuple):
+    """What a chunk of steps tells about them.
+
+    Attributes:
+        metrics: of each step, `[CAPACITY]` or, of a step that is inspected, `[1]`.
+        measures: of the last step: see `measures_of`.
+        finite: whether all parameters are finite.
+    """
+
+    metrics: dict[str, jax.Array]
+    measures: dict[str, jax.Array]
+    finite: jax.Array
 
 
 class Chunks(NamedTuple):
@@ -41,14 +58,16 @@ class Chunks(NamedTuple):
     which would take a larger part of a short step, is left out.
     """
 
-    advance: Callable[..., tuple[TrainState, dict[str, jax.Array], jax.Array]]
-    """`(state, order, row, n) -> (state, metrics [CAPACITY] each, whether all parameters are finite)`"""
-    inspect: Callable[..., tuple[TrainState, dict[str, jax.Array], jax.Array, Inspection]]
-    """`(state, order, row) -> (state, metrics [1] each, whether all parameters are finite, Inspection)`: one step"""
+    advance: Callable[..., tuple[TrainState, Recorded]]
+    """`(state, order, row, n) -> (state, recorded)`"""
+    inspect: Callable[..., tuple[TrainState, Recorded, Inspection]]
+    """`(state, order, row) -> (state, recorded, Inspection)`: one step"""
     measure: Callable[..., NoiseScale]
     """`(state, order, row) -> NoiseScale` of the next step; the loss must be a `BatchMean`"""
     arguments: Callable[..., tuple[Any, dict[str, Any]]]
     """`(state, order, row) -> (batch, keywords)`: the arguments of the loss in the next step"""
+    flops: Callable[[TrainState, Any], float]
+    """`(state, order)`: the floating-point operations of a step, see `gradfn.train.peak`"""
     compile: Callable[[TrainState, Any, bool], None]
     """`(state, order, inspects)`: compile `advance` (and `inspect`), without taking a step"""
     donated: bool
@@ -81,38 +100,47 @@ def chunks(loss: Loss, optimizer: optax.GradientTransformation, source: Source, 
         batch = source.batch(arrays, order, row, jax.random.fold_in(step_key(state), 1))
         return batch if split is None else split.share(batch)
 
-    @functools.partial(jax.jit, donate_argnums=donate, out_shardings=(stays, everywhere, everywhere))
+    @functools.partial(jax.jit, donate_argnums=donate, out_shardings=(stays, everywhere))
     def advance(arrays: PyTree, state: TrainState, order: Any, row: jax.Array, n: jax.Array) -> PyTree:
         def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            i, good, state, columns = carry
-            after, metrics = step(state, batch_of(arrays, state, order, row + i))
+            i, good, state, columns, measures = carry
+            after, metrics, change = step(state, batch_of(arrays, state, order, row + i))
             columns = jax.tree.map(lambda column, value: column.at[i].set(value), columns, metrics)
+            # Only of the last step: sums over all parameters would take a large part of a short step.
+            measures = jax.lax.cond(i == n - 1, lambda: measures_of(change, after), lambda: measures)
             if donated:
                 good, after = guarded(state, after, metrics["loss"])
-            return i + 1, good, after, columns
+            return i + 1, good, after, columns, measures
 
-        _, metrics = jax.eval_shape(lambda: step(state, batch_of(arrays, state, order, row)))
+        def shapes() -> tuple[PyTree, PyTree]:
+            after, metrics, change = step(state, batch_of(arrays, state, order, row))
+            return metrics, measures_of(change, after)
+
+        metrics, measures = jax.eval_shape(shapes)
         refuse_names(metrics.keys() - {"loss"}, "the loss's aux")
         columns = jax.tree.map(lambda leaf: jnp.zeros([CAPACITY], leaf.dtype), metrics)
-        start = jnp.int32(0), jnp.array(True), state, columns
-        _, good, state, columns = jax.lax.while_loop(lambda carry: (carry[0] < n) & carry[1], body, start)
-        return state, columns, good & all_finite(state.params)
+        start = jnp.int32(0), jnp.array(True), state, columns, zeros(measures)
+        _, good, state, columns, measures = jax.lax.while_loop(
+            lambda carry: (carry[0] < n) & carry[1], body, start
+        )
+        return state, Recorded(columns, measures, good & all_finite(state.params))
 
-    @functools.partial(jax.jit, donate_argnums=donate, out_shardings=(stays, everywhere, everywhere, None))
+    @functools.partial(jax.jit, donate_argnums=donate, out_shardings=(stays, everywhere, None))
     def inspected(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> Any:
         batch, keywords = batch_of(arrays, state, order, row), step_keywords(loss, state)
         f = gathered(batch_loss(loss, state.rest), split, again=False)
         found = inspect(f, input_grads=False)(state.params, batch, **keywords)
         value_fn = lambda params: value_and_aux(f(params, batch, **keywords))[0]  # noqa: E731
-        after, metrics, updates = apply_gradients(
+        after, metrics, change = apply_gradients(
             optimizer, state, found.value, found.aux, found.grads, value_fn, split
         )
-        found = found.with_updates(state.params, updates)
+        found = found.with_updates(state.params, change.updates)
+        measures = measures_of(change, after)
         good = all_finite(after.params)
         if donated:
             good, after = guarded(state, after, metrics["loss"])
         columns = {name: value[None] for name, value in metrics.items()}
-        return after, columns, good, found
+        return after, Recorded(columns, measures, good), found
 
     @jax.jit
     def measure(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> NoiseScale:
@@ -130,14 +158,28 @@ def chunks(loss: Loss, optimizer: optax.GradientTransformation, source: Source, 
     ) -> tuple[Any, dict[str, Any]]:
         return batch_of(arrays, state, order, row), step_keywords(loss, state)
 
+    def flops(arrays: PyTree, state: TrainState, order: Any) -> float:
+        def forward(arrays: PyTree, state: TrainState, order: Any) -> PyTree:
+            batch, keywords = batch_of(arrays, state, order, jnp.int32(0)), step_keywords(loss, state)
+            return batch_loss(loss, state.rest)(state.params, batch, **keywords)
+
+        return step_flops(forward, arrays, state, order)
+
     def compile(arrays: PyTree, state: TrainState, order: Any, inspects: bool) -> None:
         advance.lower(arrays, state, order, 0, 0).compile()
         if inspects:
             inspected.lower(arrays, state, order, 0).compile()
 
-    functions: tuple[Callable, ...] = (advance, inspected, measure, arguments, compile)
+    functions: tuple[Callable, ...] = (advance, inspected, measure, arguments, flops, compile)
     bound = (functools.partial(function, source.arrays) for function in functions)
     return Chunks(*bound, donated=donated)  # type: ignore[misc, arg-type]
+
+
+def measures_of(change: Change, after: TrainState) -> dict[str, jax.Array]:
+    """Return the norms of a step's gradient and update, and its learning rate if the optimizer's state has it."""
+    norms = {"grad_norm": norm(change.grads), "update_norm": norm(change.updates)}
+    rate = learning_rate(after.opt_state)
+    return norms if rate is None else norms | {"learning_rate": jnp.asarray(rate, jnp.float32)}
 
 
 def guarded(before: TrainState, after: TrainState, loss: jax.Array) -> tuple[jax.Array, TrainState]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from gradfn.files import inner_folder, owned, remove_parts
-from gradfn.layout import CHECKPOINT, CHECKPOINTS, DIGITS, EVENTS, KEPT, LOGS
+from gradfn.layout import CHECKPOINT, CHECKPOINTS, DIGITS, EVENTS, KEPT, LOGS, PROFILE
 from gradfn.train import sharded
 
 
@@ -56,6 +57,8 @@ def clear(folder: Path) -> None:
     for inner, pattern in patterns.items():
         for file in _within(folder, inner, pattern):
             file.unlink()
+    for trace in _within(folder, PROFILE, "plugins"):  # as jax's profiler calls it
+        shutil.rmtree(trace)
 
 
 def _within(folder: Path, inner: str, pattern: str) -> list[Path]:

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, cast
 
 from gradfn.console import Output
 from gradfn.files import FileError, inner_folder
-from gradfn.layout import EVENTS, LOGS, METRICS, NOT_METRICS
+from gradfn.layout import EVENTS, LOGS, MEASURES, METRICS, NOT_METRICS
 from gradfn.train.checkpoint import CheckpointError
 from gradfn.train.events import Events
 from gradfn.train.notes import Totals
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from gradfn.inspection import Inspection
+
+BAR_WIDTH = 72  # of a progress bar, with its times
 
 
 class Log:
@@ -158,7 +160,11 @@ class Log:
             )
         rate = totals.examples_per_second
         per_second = f"{self.tokens * rate:,.0f} tokens/s" if self.tokens else f"{rate:,.0f} examples/s"
-        bar.update(task, completed=step, description=f"{text} {per_second}", left=_clock(self.left(step)))
+        text += f" {per_second}"
+        measures = _measures(self.history[-1]) if self.history else ""
+        if bar.console.width >= len(text) + len(measures) + BAR_WIDTH:
+            text += measures
+        bar.update(task, completed=step, description=text, left=_clock(self.left(step)))
 
 
 def _progress_bar() -> Progress | None:
@@ -223,4 +229,16 @@ def _line(row: Row, steps: int, left: float) -> str:
     named = " ".join(f"{name} {value:.4f}" for name, value in row.items() if name not in NOT_METRICS)
     rates = {"tokens/s": row.get("tokens_per_second"), "examples/s": row["examples_per_second"]}
     rate = next(f"{rate:,.0f} {unit}" for unit, rate in rates.items() if rate)
-    return f"step {row['step']:,}/{steps:,} {named} {rate}, {row['seconds']:.1f} s, {left:.1f} s left"
+    text = f"step {row['step']:,}/{steps:,} {named}{_measures(row)} {rate}"
+    return f"{text}, {row['seconds']:.1f} s, {left:.1f} s left"
+
+
+def _measures(row: Row) -> str:
+    """Return what a row says about its last step, in short.
+
+    >>> _measures({"loss": 2.3, "grad_norm": 0.51234, "update_norm": 2e-3, "learning_rate": 3e-4, "mfu": 0.412})
+    ' gradient 0.512 update 0.002 rate 0.0003 MFU 41%'
+    """
+    forms = ("gradient {:.3g}", "update {:.3g}", "rate {:.3g}", "MFU {:.0%}")
+    named = zip(MEASURES, forms, strict=True)
+    return "".join(f" {form.format(row[name])}" for name, form in named if row.get(name) is not None)

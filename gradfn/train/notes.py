@@ -67,7 +67,14 @@ class Totals:
             seconds=self.seconds + seconds,
         )
 
-    def row(self, step: int, epoch: float | None, tokens: int | None, evaluated: Mapping[str, float]) -> Row:
+    def row(
+        self,
+        step: int,
+        epoch: float | None,
+        tokens: int | None,
+        evaluated: Mapping[str, float],
+        measures: Mapping[str, float],
+    ) -> Row:
         """Return a row of metrics: means since the last row, what an evaluation returned, and rates.
 
         Args:
@@ -75,9 +82,16 @@ class Totals:
             epoch: epochs passed; None where there are none.
             tokens: per example, where examples are sequences of tokens.
             evaluated: what the evaluation returned.
+            measures: of the last step.
         """
         means = {name: float(total) / self.n_steps for name, total in self.sums.items()}
-        row = {"step": step} | ({} if epoch is None else {"epoch": epoch}) | means | dict(evaluated)
+        row = (
+            {"step": step}
+            | ({} if epoch is None else {"epoch": epoch})
+            | means
+            | dict(evaluated)
+            | dict(measures)
+        )
         row |= {"examples_per_second": self.examples_per_second, "seconds": self.seconds}
         return row | ({"tokens_per_second": tokens * self.examples_per_second} if tokens else {})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import optax
 
 from gradfn.train.decay import weight_decay_mask
+from gradfn.train.measures import scale_by_schedule
 
 
 def adamw_warmup_cosine(
@@ -22,7 +23,7 @@ def adamw_warmup_cosine(
     """Return AdamW with warm-up, a cosine, clipped gradients, and decay on matrices only, embeddings included.
 
     Loshchilov and Hutter, *Decoupled Weight Decay Regularization*, 2019 and *SGDR*, 2017. The defaults are those
-    of nanoGPT on a CPU.
+    of nanoGPT on a CPU. Its state has the learning rate of the last update, which `gf.fit` writes into its rows.
 
     Args:
         steps: the total number of updates. With `accumulate`, train for `steps * accumulate` batches.
@@ -45,10 +46,13 @@ def adamw_warmup_cosine(
     if not 0 <= warmup < steps:
         raise ValueError(f"warmup must be in [0, {steps}), the number of steps, got {warmup}")
     rates = optax.warmup_cosine_decay_schedule(rate / (warmup + 1), rate, warmup, steps, final_rate)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(clip),
-        optax.adamw(rates, b1, b2, weight_decay=decay, mask=weight_decay_mask),
+    # optax.adamw, whose state does not have the learning rate.
+    adamw = optax.chain(
+        optax.scale_by_adam(b1, b2),
+        optax.add_decayed_weights(decay, weight_decay_mask),
+        scale_by_schedule(rates),
     )
+    optimizer = optax.chain(optax.clip_by_global_norm(clip), adamw)
     if accumulate == 1:
         return optimizer
     return optax.MultiSteps(optimizer, accumulate).gradient_transformation()

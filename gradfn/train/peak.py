@@ -9,13 +9,14 @@ once and knows nothing of a library's kernels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 from jax.extend.core import Jaxpr
 from jaxtyping import PyTree
 
+from gradfn.core.attention_form import requested
 from gradfn.jaxpr.interpreter import bodies
 
 # Dense bfloat16 operations per second from the vendors' data sheets, keyed by a part of the device name in jax, whole
@@ -47,6 +48,13 @@ def peak_rate(device_kind: str) -> float | None:
     return next((rate for name, rate in PEAK.items() if f" {name} " in words), None)
 
 
+def peak_of(array: jax.Array) -> float | None:
+    """Return the peak rate of the devices that an array is on, together; None where it is not known."""
+    devices: Iterable[Any] = array.sharding.device_set
+    peaks = [peak_rate(device.device_kind) for device in devices]
+    return None if None in peaks else sum(filter(None, peaks))
+
+
 def step_flops(loss: Callable[..., PyTree], *args: PyTree, **keywords: PyTree) -> float:
     """Return the floating-point operations that a training step needs: three times the products of its loss.
 
@@ -60,14 +68,15 @@ def step_flops(loss: Callable[..., PyTree], *args: PyTree, **keywords: PyTree) -
     >>> 3 * 2 * 32 * (784 * 16 + 16 * 10)
     2439168
     """
-    return 3.0 * products(jax.make_jaxpr(loss)(*args, **keywords).jaxpr)
+    with requested("plain"):  # attention's other forms compute some products twice, or inside a kernel
+        return 3.0 * products(jax.make_jaxpr(loss)(*args, **keywords).jaxpr)
 
 
 def products(jaxpr: Jaxpr) -> float:
     """Return the floating-point operations of a program's matrix products and convolutions.
 
-    A scan counts as often as it runs, a while loop once, and of a `cond` the most expensive branch. Kernels of
-    libraries (a Pallas kernel, cuDNN's attention) count as nothing where the program does not show their products.
+    A scan counts as often as it runs, a while loop once, and of a `cond` the most expensive branch. Kernels of a
+    user's own (Pallas) count as nothing.
     """
     return math.fsum(_of_equation(eqn) for eqn in jaxpr.eqns)
 

@@ -49,6 +49,18 @@ class TrainState(NamedTuple):
         return self.params if self.rest is None else self.rest.model(self.params, self.model_state)
 
 
+class Change(NamedTuple):
+    """What a step changed the parameters by, in their tree.
+
+    Attributes:
+        grads: of the loss, before the optimizer clips or averages them.
+        updates: what was added to the parameters.
+    """
+
+    grads: PyTree
+    updates: PyTree
+
+
 def train_state(
     params: PyTree, optimizer: optax.GradientTransformation, key: jax.Array, state: PyTree = None
 ) -> TrainState:
@@ -141,7 +153,7 @@ def train_step(
     """
 
     compiled = jax.jit(
-        lambda state, batch, split: one_step(loss, optimizer, split)(state, batch), static_argnums=2
+        lambda state, batch, split: one_step(loss, optimizer, split)(state, batch)[:2], static_argnums=2
     )
 
     def arguments(state: TrainState, batch: PyTree) -> tuple[TrainState, PyTree, Split | None]:
@@ -163,8 +175,8 @@ def train_step(
 
 def one_step(
     loss: Loss, optimizer: optax.GradientTransformation, split: Split | None
-) -> Callable[[TrainState, PyTree], tuple[TrainState, dict[str, jax.Array]]]:
-    """Return the function that takes one step: see `train_step`.
+) -> Callable[[TrainState, PyTree], tuple[TrainState, dict[str, jax.Array], Change]]:
+    """Return the function that takes one step: see `train_step` and `apply_gradients`.
 
     Args:
         loss: of a batch.
@@ -172,7 +184,7 @@ def one_step(
         split: how the step is split over a mesh; None if it is not.
     """
 
-    def step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, jax.Array], Change]:
         keywords = step_keywords(loss, state)
         f = batch_loss(loss, state.rest)
         if split is not None:
@@ -180,8 +192,7 @@ def one_step(
         pair = gathered(lambda *args: value_and_aux(f(*args, **keywords)), split)
         (value, aux), grads = jax.value_and_grad(pair, has_aux=True)(state.params, batch)
         value_fn = lambda params: pair(params, batch)[0]  # noqa: E731
-        after, metrics, _ = apply_gradients(optimizer, state, value, aux, grads, value_fn, split)
-        return after, metrics
+        return apply_gradients(optimizer, state, value, aux, grads, value_fn, split)
 
     return step
 
@@ -194,7 +205,7 @@ def apply_gradients(
     grads: PyTree,
     value_fn: Callable[[PyTree], jax.Array],
     split: Split | None = None,
-) -> tuple[TrainState, dict[str, jax.Array], Any]:
+) -> tuple[TrainState, dict[str, jax.Array], Change]:
     """Take a step, given the loss and its gradients.
 
     Args:
@@ -207,7 +218,7 @@ def apply_gradients(
         split: how the step is split over a mesh; None if it is not.
 
     Returns:
-        The state after the step, the step's metrics, and the updates of the parameters.
+        The state after the step, the step's metrics, and its gradients and updates.
     """
     model_state, aux = carry(state.model_state, aux)
     # The gradient that jax gives of a complex number is the conjugate of the direction of steepest ascent.
@@ -224,7 +235,7 @@ def apply_gradients(
     if split is not None:
         params, opt_state = split.stay(params, opt_state)
     after = TrainState(params, opt_state, state.step + 1, state.key, model_state, state.rest)
-    return after, {"loss": value, **scalars(aux)}, updates
+    return after, {"loss": value, **scalars(aux)}, Change(grads, updates)
 
 
 def step_keywords(loss: Loss, state: TrainState) -> dict[str, Any]:
