@@ -86,9 +86,14 @@ def main(address, n, i, out, todo):
             return norm(params)
 
         evaluate.n = 0
-        found["folder"] = train(
-            mesh, examples(), folder=folder, resume=True, checkpoint_seconds=0.0, evaluate=evaluate
-        )
+        options = {"folder": folder, "resume": True, "checkpoint_seconds": 0.0, "evaluate": evaluate}
+        if todo.get("sharded"):
+            params = NET.init(jax.random.key(0), shardings=gf.train.shardings(NET.spec, mesh, gf.train.FSDP))
+            found["folder"] = train(None, examples(), params, keep_every=20, **options)
+            kept = gf.train.kept(folder, like=params)
+            found["kept"] = {step: float(norm(params)["norm"]) for step, params in kept.items()}
+        else:
+            found["folder"] = train(mesh, examples(), **options)
     Path(out).write_text(json.dumps(found))
 
 

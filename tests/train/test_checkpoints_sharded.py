@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from gradfn.files import FileError
 from gradfn.runs.kept import read_run
 from gradfn.stored import Stored, newest, shapes
 from gradfn.train import restore, sharded
+from tests.train import one_of_several as one
+from tests.train.test_processes import workers
 
 NET = gf.mlp([8, 16, 8])
 X = np.random.default_rng(0).normal(size=[64, 8]).astype("float32")
@@ -374,7 +377,7 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_disable_most_optimizations", {fast})
 from test_checkpoints_sharded import start, train
 print("ready", flush=True)
-train(sys.argv[1], start(8), 2_000, resume=True, eval_every=100)
+train(sys.argv[1], start(8), 1_000, resume=True, eval_every=50)
 print("ended", flush=True)
 """
 
@@ -406,9 +409,37 @@ def test_kill_9_always_leaves_a_readable_checkpoint(tmp_path):
         last = step
         params = gf.train.load_params(tmp_path, like=NET)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
-    resumed = train(tmp_path, start(8), 2_000, resume=True, eval_every=100)
-    assert_same(resumed.state, train(None, start(8), 2_000, eval_every=100).state)
+    resumed = train(tmp_path, start(8), 1_000, resume=True, eval_every=50)
+    assert_same(resumed.state, train(None, start(8), 1_000, eval_every=50).state)
     assert len(list((tmp_path / "checkpoint").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_checkpoint_that_two_or_one_read(tmp_path):
+    folder, copy, other = tmp_path / "run", tmp_path / "copy", tmp_path / "other"
+    _, ends, _ = workers(2, tmp_path, folder="SIGKILL", path=str(folder), sharded=True)
+    assert ends[1][0] == -signal.SIGKILL
+    assert 0 < int(newest(folder).file.stem) < one.STEPS
+    shutil.copytree(folder, copy)
+    found, ends, _ = workers(2, tmp_path, folder="", path=str(folder), sharded=True)
+    assert [code for code, *_ in ends] == [0, 0], ends
+    whole, ends, _ = workers(2, tmp_path, folder="", path=str(other), sharded=True)
+    assert [code for code, *_ in ends] == [0, 0], ends
+    assert len({each["folder"]["bits"] for each in (*found, *whole)}) == 1
+    assert {*found[0]["kept"]} == {"20", "40"}
+    assert found == whole
+    assert len(list((folder / "checkpoint").iterdir())) == 2
+    params = gf.train.load_params(folder)
+    np.testing.assert_array_equal(params["W1"], found[0]["folder"]["params"][0])
+    # One process, with as many devices.
+    rules = gf.train.shardings(one.NET.spec, mesh(4), gf.train.FSDP)
+    params = one.NET.init(jax.random.key(0), shardings=rules)
+    alone = one.train(
+        None, one.examples(), params, folder=copy, resume=True, evaluate=one.norm, progress=False
+    )
+    for a, b in zip(alone["params"], found[0]["folder"]["params"], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert [row["step"] for row in alone["rows"]] == [row["step"] for row in found[0]["folder"]["rows"]]
 
 
 def test_the_description_is_plain_json(tmp_path):
