@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import gradfn as gf
-from benchmarks import fit_mnist, gpt_step, harness, saving, scaling
+from benchmarks import attention, fit_mnist, gpt_step, harness, saving, scaling
 
 
 def test_contenders_are_interleaved():
@@ -281,3 +281,13 @@ def test_a_step_on_many_devices_is_measured(tmp_path, capsys):
         state = case.formula["parameters"] + case.formula["optimizer"]
         assert state <= case.state < state + 600
     assert split.state < alone.state / 7
+
+
+@pytest.mark.slow
+def test_forms_of_attention_are_compared(capsys):
+    attention.main(["--lengths", "520", "--width", "8", "--plain", "100", "--rounds", "1"])
+    (row,) = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    (length, plain_memory, plain_time, memory, seconds) = (cell.strip() for cell in row)
+    assert (length, plain_time) == ("520", "-")
+    assert 0 < int(memory) < int(plain_memory)
+    assert int(seconds) > 0

@@ -13,7 +13,7 @@ from jax.extend.core import ClosedJaxpr
 from jax.tree_util import SequenceKey
 from jaxtyping import PyTree
 
-from gradfn.core.attention_form import requested
+from gradfn.core.attention_form import differentiable_attention, requested
 from gradfn.core.params import path_name
 from gradfn.jaxpr.interpreter import Equation, Path, walk
 
@@ -301,6 +301,6 @@ def trace_as_written(f: Callable, /, *args: PyTree, **kwargs: PyTree) -> Program
 
 
 def trace_without_probabilities(f: Callable, /, *args: PyTree, **kwargs: PyTree) -> Program:
-    """Do the same as `trace_as_written`, but with long attention in blocks, whose probabilities have no site."""
-    with as_written(True), requested("blocks"):
+    """Do the same as `trace_as_written`, but with long attention in blocks, unless its form is already requested."""
+    with as_written(True), differentiable_attention():
         return trace(f, *args, **kwargs)

@@ -157,9 +157,9 @@ SLOW = ("norms", "clipped", "gradient of norms", "inspected")
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("gradient", {}),
+        ("gradient", {"n_layers": 1}),
         ("gradient", {"scan": True}),
-        ("gradient", {"remat": True}),
+        pytest.param("gradient", {"remat": True}, marks=pytest.mark.slow),
         ("product", {"n_layers": 1}),
         *[pytest.param(name, {"n_layers": 1}, marks=pytest.mark.slow) for name in SLOW],
     ],
