@@ -22,7 +22,7 @@ from benchmarks import accelerator, harness
 from benchmarks.accelerator.checks import correctness
 from benchmarks.accelerator.common import FULL, REDUCED, Row, device_kind
 from benchmarks.accelerator.gpt import fit, gpt, largest
-from benchmarks.accelerator.overhead import attention, curvature, overhead
+from benchmarks.accelerator.overhead import attention, beyond, overhead
 from benchmarks.accelerator.pytorch import pytorch
 from benchmarks.accelerator.small import small
 
@@ -37,7 +37,7 @@ SECTIONS = {
     "attention": attention,
     "small": small,
     "largest": largest,
-    "curvature": curvature,
+    "beyond": beyond,
 }
 
 

@@ -154,6 +154,42 @@ def guarded(device: jax.Device) -> list[str | None]:
     return named
 
 
+# By name: the dtype, heads of keys and values (there are four of queries), and the largest difference that is right.
+ATTENTION = {
+    "float32": (jnp.float32, 4, BOUND),
+    "bfloat16": (jnp.bfloat16, 4, HALF_BOUND),
+    "bfloat16, grouped queries": (jnp.bfloat16, 2, HALF_BOUND),
+}
+
+
+def attention(name: str, causal: bool, devices: Devices) -> float:
+    """Compare attention over 512 positions in the device's form with the plain form on the CPU, in float32.
+
+    Returns:
+        The difference of the outputs and of the gradients with respect to queries, keys and values.
+    """
+    dtype, kv_heads, _ = ATTENTION[name]
+    keys = jax.random.split(jax.random.key(0), 3)
+    inputs = [
+        jax.random.normal(key, (2, 512, heads, 64)).astype(dtype)
+        for key, heads in zip(keys, (4, kv_heads, kv_heads), strict=True)
+    ]
+
+    def outputs(*inputs: jax.Array) -> Any:
+        def weighted(*inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+            mixed = jax.vmap(functools.partial(gf.layers.attend, causal=causal))(*inputs)
+            # Weights that differ from feature to feature: the gradient of a plain sum would be too simple.
+            weights = jnp.cos(jnp.arange(mixed.size)).reshape(mixed.shape)
+            return (mixed.astype(jnp.float32) * weights).sum(), mixed
+
+        return jax.grad(weighted, (0, 1, 2), has_aux=True)(*inputs)
+
+    found = on(devices.device, outputs, *inputs)
+    with gf.layers.attention_form("plain"):
+        expected = on(devices.cpu, outputs, *(x.astype(jnp.float32) for x in inputs))
+    return difference(jax.tree.map(lambda x: np.asarray(x, np.float32), found), expected)
+
+
 def resumed(device: jax.Device) -> float:
     """Return the difference between an interrupted, resumed run on a device and an uninterrupted one."""
     example = _mlp()
@@ -193,5 +229,7 @@ def comparisons(devices: Devices) -> Iterator[tuple[str, float, float]]:
     for name in examples():
         for what, error in differences(name, devices).items():
             yield f"{name}: {what}", error, BOUND
+    for name, (*_, bound) in ATTENTION.items():
+        yield f"attention, {name}", attention(name, True, devices), bound
     yield "rms from 1e-30 to 1e30", magnitudes(devices), BOUND
     yield "resume", resumed(devices.device), 0.0

@@ -57,7 +57,7 @@ REDUCED = Shapes(
     steps=1,
     images=640,
     compile=False,
-    lengths=(16, 32),
+    lengths=(128, 512),
     heads=(2, 8),
     small=gf.GPTConfig(vocab=65, context=16, n_layers=1, n_heads=2, width=16, bias=False, feed="gelu_exact"),
     small_batches=(8, 2),

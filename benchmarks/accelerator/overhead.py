@@ -1,5 +1,6 @@
 """The cost of inspection, norms and curvature relative to the plain gradient, and of attention by its length."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,24 +16,36 @@ FIVE = ("mean", "rms", "max", "zeros", "nonfinite")
 
 
 def overhead(shapes: Shapes, emit: Emit) -> None:
-    """Compare inspection, the guard and norms with the plain gradient."""
+    """Compare inspection, the guard and norms with the plain gradient.
+
+    Long attention has no probabilities unless they are inspected: see `beyond`.
+    """
     loss = gf.next_token_loss(gf.gpt(shapes.config))
     mean = gf.batch_mean(loss)
     ways = {
-        "inspect, five statistics": (gf.inspect(mean, stats=FIVE, input_grads=False), 1.10),
+        "inspect, five statistics": (
+            gf.inspect(mean, sites=but_probabilities, stats=FIVE, input_grads=False),
+            1.10,
+        ),
         "nan_guard": (gf.nan_guard(mean), 1.03),
         "per-example norms": (gf.per_example.norms(loss), 1.15),
     }
     over_gradient(mean, ways, shapes, emit)
 
 
-def curvature(shapes: Shapes, emit: Emit) -> None:
-    """Compare a product with the Hessian with the plain gradient."""
+def but_probabilities(site: Any) -> bool:
+    return "probabilities" not in site.name
+
+
+def beyond(shapes: Shapes, emit: Emit) -> None:
+    """Compare what needs plain attention or second derivatives with the plain gradient."""
     mean = gf.batch_mean(gf.next_token_loss(gf.gpt(shapes.config)))
     product = gf.curvature.hvp(mean)
-    over_gradient(
-        mean, {"Hessian-vector product": (lambda p, batch: product(p, p, batch), None)}, shapes, emit
-    )
+    ways = {
+        "inspect, with probabilities": (gf.inspect(mean, stats=FIVE, input_grads=False), None),
+        "Hessian-vector product": (lambda params, batch: product(params, params, batch), None),
+    }
+    over_gradient(mean, ways, shapes, emit)
 
 
 def over_gradient(
@@ -104,17 +117,17 @@ def attention(shapes: Shapes, emit: Emit) -> None:
 
 def attentions() -> dict[str, Callable]:
     """Return functions of queries, keys and values `[batch, T, heads, size]` by name."""
-    found = {"gradfn": jax.vmap(gradfn_attention), "plain": plain_attention}
-    if jax.default_backend() == "gpu":
-        found["cuDNN"] = lambda *inputs: jax.nn.dot_product_attention(
-            *inputs, is_causal=True, implementation="cudnn"
-        )
-    return found
+    return {"gradfn": gradfn_attention, "gradfn, in blocks": in_blocks, "plain": plain_attention}
 
 
 def gradfn_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    mask = jnp.tril(jnp.ones((len(query), len(key)), bool))
-    return gf.layers.attend(query, key, value, mask)
+    """Return attention as gradfn computes it on this device: on a GPU by cuDNN."""
+    return jax.vmap(functools.partial(gf.layers.attend, causal=True))(query, key, value)
+
+
+def in_blocks(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    with gf.layers.attention_form("blocks"):
+        return gradfn_attention(query, key, value)
 
 
 def plain_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

@@ -19,6 +19,14 @@ def test_results_equal_those_of_the_cpu(differences, result):
     assert differences[result] <= checks.BOUND
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", checks.ATTENTION)
+def test_attention_over_long_sequences_is_that_of_the_plain_form(devices, name, causal):
+    """On a GPU cuDNN's kernel in half precision, on a TPU Pallas'; elsewhere, and in float32, in blocks."""
+    *_, bound = checks.ATTENTION[name]
+    assert checks.attention(name, causal, devices) <= bound
+
+
 def test_root_mean_squares_are_right_for_all_magnitudes(devices):
     assert checks.magnitudes(devices) <= checks.BOUND
 
