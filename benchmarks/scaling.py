@@ -34,16 +34,17 @@ DEVICES = 64
 FLAG = "--xla_force_host_platform_device_count"
 COMMON = {"scan": True, "remat": True, "compute": "bfloat16"}
 LLAMA = {"positions": "rope", "norm": "rms", "feed": "swiglu", "bias": False, "tied": False, "rope_base": 5e5}
-# name: (architecture, sequences per group of devices that share a batch); 50,304 tokens divide by 64, 50,257 do not
-MODELS: dict[str, tuple[dict[str, Any], int]] = {
-    "tiny": ({"vocab": 64, "context": 16, "n_layers": 2, "n_heads": 4, "width": 32}, 2),
-    "124M": ({"vocab": 50304}, 8),
-    "1.5B": ({"vocab": 50304, "n_layers": 48, "n_heads": 25, "width": 1600}, 4),
+# name: (architecture, sequences per device of the axis `data`, chunks of the loss); 50,304 tokens divide by 64
+MODELS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "tiny": ({"vocab": 64, "context": 16, "n_layers": 2, "n_heads": 4, "width": 32}, 2, 2),
+    "124M": ({"vocab": 50304}, 8, 8),
+    "1.5B": ({"vocab": 50304, "n_layers": 48, "n_heads": 25, "width": 1600}, 4, 8),
     "8B": (
         LLAMA
         | {"vocab": 128256, "context": 8192, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8}
         | {"width": 4096, "hidden": 14336},
         1,
+        16,
     ),
 }
 RULES = {
@@ -99,7 +100,7 @@ def mesh_of(devices: int, rules: str) -> Mesh:
 
 def compile_case(model: str, devices: int, rules: str) -> Case:
     """Compile a step of a model and measure it."""
-    sizes, sequences = MODELS[model]
+    sizes, sequences, chunks = MODELS[model]
     config, mesh = gf.GPTConfig(**COMMON, **sizes), mesh_of(devices, rules)
     net, optimizer = gf.gpt(config), optax.adamw(1e-4)
     shardings = gf.train.shardings(net, mesh, RULES[rules])
@@ -116,7 +117,7 @@ def compile_case(model: str, devices: int, rules: str) -> Case:
     )
     tokens = jax.ShapeDtypeStruct((batch, config.context), jnp.int32, sharding=split)
 
-    step = gf.train_step(gf.batch_mean(gf.next_token_loss(net)), optimizer)
+    step = gf.train_step(gf.batch_mean(gf.next_token_loss(net, chunks)), optimizer)
     start = time.perf_counter()
     compiled = step.lower(state, (tokens, tokens)).compile()  # type: ignore[attr-defined]
     seconds = time.perf_counter() - start
@@ -126,7 +127,7 @@ def compile_case(model: str, devices: int, rules: str) -> Case:
         devices,
         rules,
         batch * config.context,
-        formula(config, mesh, shardings, net.spec, sequences),
+        formula(config, mesh, shardings, net.spec, sequences, chunks),
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         collectives(compiled.as_text()),
@@ -139,7 +140,9 @@ def shape_on(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def formula(config: gf.GPTConfig, mesh: Mesh, shardings: Any, spec: Any, sequences: int) -> dict[str, int]:
+def formula(
+    config: gf.GPTConfig, mesh: Mesh, shardings: Any, spec: Any, sequences: int, chunks: int
+) -> dict[str, int]:
     """Return an estimate of the memory of one device, in bytes.
 
     Args:
@@ -148,28 +151,37 @@ def formula(config: gf.GPTConfig, mesh: Mesh, shardings: Any, spec: Any, sequenc
         shardings: of the parameters.
         spec: of the net.
         sequences: of a batch, per device of the axis `data`.
+        chunks: of the positions, whose logits are computed one after the other.
 
     Returns:
-        Bytes of `parameters`, of Adam's two moments (`optimizer`), of `gradients`, of what a device `gathers` at a
-        time (one block, whole along `data`, in the dtype of the products, with its gradient), and of `activations`
-        (the residual stream before each block, the logits and their gradient).
+        Bytes of `parameters`, of Adam's two moments (`optimizer`), of `gradients`; of what a device gathers at a time
+        (`gathered`: one block, or the head, whole along `data`, with its gradient); and of `activations`: the residual
+        stream before each block, what one block computes and its gradient, a chunk of logits and its gradient.
     """
-    leaves = list(zip(jax.tree.leaves(spec), jax.tree.leaves(shardings), strict=True))
-    own = sum(math.prod(sharding.shard_shape(param.shape)) for param, sharding in leaves)
-    stacked = [(param, sharding) for param, sharding in leaves if param.axes[0] == "layers"]
-    block = (
-        sum(math.prod(sharding.shard_shape(param.shape)) for param, sharding in stacked) // config.n_layers
-    )
-    split = any("data" in sharding.spec for _, sharding in stacked)
-    positions = sequences * config.context
+    params, places = jax.tree.leaves(spec), jax.tree.leaves(shardings)
+    own = [math.prod(place.shard_shape(param.shape)) for param, place in zip(params, places, strict=True)]
+    stacked = [param.axes[0] == "layers" for param in params]
+    # What is split over `data` is whole while it is computed with.
+    whole = [
+        size * mesh.shape["data"] if "data" in place.spec else 0
+        for size, place in zip(own, places, strict=True)
+    ]
     width = jnp.dtype(config.compute).itemsize
-    logits = config.vocab // (mesh.shape["model"] if "model" in shardings["embed"]["W"].spec else 1)
+    block = sum(size for size, each in zip(whole, stacked, strict=True) if each) // config.n_layers
+    # All chunks of logits read the head, and add to its gradient in float32.
+    head = max(size for size, each in zip(whole, stacked, strict=True) if not each)
+    tensor = mesh.shape["model"]
+    hidden = (config.hidden or 4 * config.width) * (3 if config.feed == "swiglu" else 2)
+    heads = 2 * config.width * (1 + (config.n_kv_heads or config.n_heads) / config.n_heads)
+    inside = 4 * config.width + (heads + hidden) / tensor
+    logits = config.vocab / tensor / chunks
+    per_position = width * (config.n_layers * config.width + 2 * inside) + 2 * 4 * logits
     return {
-        "parameters": 4 * own,
-        "optimizer": 8 * own,
-        "gradients": 4 * own,
-        "gathered": 2 * width * block * mesh.shape["data"] if split else 0,
-        "activations": positions * (config.n_layers * config.width * width + 2 * 4 * logits),
+        "parameters": 4 * sum(own),
+        "optimizer": 8 * sum(own),
+        "gradients": 4 * sum(own),
+        "gathered": 2 * max(width * block, 4 * head),
+        "activations": round(sequences * config.context * per_position),
     }
 
 
