@@ -93,7 +93,7 @@ def main(address, n, i, out, todo):
             kept = gf.train.kept(folder, like=params)
             found["kept"] = {step: float(norm(params)["norm"]) for step, params in kept.items()}
         else:
-            found["folder"] = train(mesh, examples(), **options)
+            found["folder"] = train(mesh, examples(), inspect_every=20, **options)
     Path(out).write_text(json.dumps(found))
 
 

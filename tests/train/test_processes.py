@@ -21,7 +21,7 @@ from tests.train import one_of_several as one
 ROOT = Path(__file__).parents[2]
 WORKER = Path(one.__file__)
 # Processes that have not ended after this time are killed.
-SECONDS = 150
+SECONDS = 400
 
 
 def free_port():
@@ -113,43 +113,55 @@ def alone():
     return {"arrays": arrays, "host": host, "local": host, "split": arrays}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("n", [2, 4])
-def test_several_processes_compute_what_one_does(n, tmp_path, alone):
-    todo = {"arrays": 1, "host": 1, "split": 1, "nan": 1} if n == 2 else {"arrays": 1}
-    found, ends, _ = workers(n, tmp_path, **todo)
-    assert [code for code, *_ in ends] == [0] * n, ends
-    kinds = [kind for kind in found[0] if kind != "nan"]
-    assert len(kinds) == (4 if n == 2 else 1)
-    for kind in kinds:
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """What two processes with two devices each compute, and their ends."""
+    todo = {"arrays": 1, "host": 1, "split": 1, "nan": 1}
+    found, ends, _ = workers(2, tmp_path_factory.mktemp("pair"), **todo)
+    return found, ends
+
+
+def assert_equal_to_one(found, ends, alone):
+    """Assert that processes compute what one does, the same bits each, and that only the first shows progress."""
+    assert [code for code, *_ in ends] == [0] * len(found), ends
+    for kind in alone.keys() & found[0].keys():
         assert len({each[kind]["bits"] for each in found}) == 1
         assert all(each[kind]["rows"] == found[0][kind]["rows"] for each in found)
         assert_equal(found[0][kind], alone[kind])
     assert all(each["arrays"]["inspections"] == [0, 20] for each in found)
-    if n == 2:
-        assert {each["nan"] for each in found} == {"step 0: the loss became -inf"}
-    # Only the first process shows progress.
     assert "step 4/40" in ends[0][1]
     assert not any("step" in out for _, out, _ in ends[1:])
 
 
 @pytest.mark.slow
-def test_a_run_ends_where_a_process_is_lost_or_told_to_and_is_resumed_bit_for_bit(tmp_path):
+def test_two_processes_compute_what_one_does(pair, alone):
+    found, ends = pair
+    assert_equal_to_one(found, ends, alone)
+    assert found[0].keys() == alone.keys() | {"nan"}
+    assert {each["nan"] for each in found} == {"step 0: the loss became -inf"}
+
+
+@pytest.mark.slow
+def test_four_processes_compute_what_one_does(tmp_path, alone):
+    found, ends, _ = workers(4, tmp_path, arrays=1)
+    assert_equal_to_one(found, ends, alone)
+
+
+@pytest.mark.slow
+def test_a_run_whose_process_is_killed_and_that_is_terminated_resumes_to_the_bit(tmp_path, pair):
     folder = tmp_path / "run"
     # Killed: the other one ends with an error that names it.
     found, ends, waited = workers(2, tmp_path, folder="SIGKILL", path=str(folder))
     assert found == [None, None]
     assert ends[1][0] == -signal.SIGKILL
     assert ends[0][0] not in (0, None)
-    last = ends[0][2].splitlines()[-1]
-    assert (
-        last
-        == "gradfn: process 0 of 2 ends because process 1 was lost: killed, ended by an error, or out of reach"
+    assert ends[0][2].splitlines()[-1] == (
+        "gradfn: process 0 of 2 ends because process 1 was lost: killed, ended by an error, or out of reach"
     )
     assert "Traceback" not in ends[0][2]
     assert waited < 60
     assert (folder / "checkpoint.safetensors").exists()
-    # Asked to end: both stop at the same step, with a checkpoint.
+    # Terminated: both stop at the same step, with a checkpoint.
     found, ends, _ = workers(2, tmp_path, folder="SIGTERM", path=str(folder))
     assert found == [None, None]
     assert [code for code, *_ in ends] == [143, 143]
@@ -158,45 +170,28 @@ def test_a_run_ends_where_a_process_is_lost_or_told_to_and_is_resumed_bit_for_bi
     # Resumed: as if nothing had happened.
     found, ends, _ = workers(2, tmp_path, folder="", path=str(folder))
     assert [code for code, *_ in ends] == [0, 0], ends
-    others, *_ = workers(2, tmp_path, folder="", path=str(tmp_path / "other"))
-    assert len({each["folder"]["bits"] for each in (*found, *others)}) == 1
-    assert all(each["folder"]["rows"] == others[0]["folder"]["rows"] for each in (*found, *others))
-    lines = [
-        [json.loads(line) for line in (path / "metrics.jsonl").open()]
-        for path in (folder, tmp_path / "other")
-    ]
-    assert next([row["loss"] for row in rows] for rows in lines) == [row["loss"] for row in lines[1]]
+    whole = pair[0][0]["arrays"]
+    for each in found:
+        assert each["folder"] == whole
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows] == [row["loss"] for row in whole["rows"]]
     assert len(list((folder / "events").iterdir())) == 3
 
 
 @pytest.mark.slow
 def test_gpt_runs_on_two_processes(tmp_path):
-    small = [
-        "--steps",
-        "16",
-        "--batch",
-        "4",
-        "--context",
-        "8",
-        "--layers",
-        "1",
-        "--heads",
-        "2",
-        "--width",
-        "16",
-        "--folder",
-        "run",
-    ]
+    sizes = {"steps": 8, "batch": 4, "context": 8, "layers": 1, "heads": 2, "width": 16}
+    small = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
 
     def command(address, i):
         here = ["--distributed", "--coordinator", address, "--processes", "2", "--process", str(i)]
-        return [sys.executable, "-m", "gradfn", "run", "gpt", *small, *here]
+        return [sys.executable, "-m", "gradfn", "run", "gpt", *small, "--folder", "run", *here]
 
     ends, _ = together(2, tmp_path, command)
     assert [code for code, *_ in ends] == [0, 0], ends
     assert "test" not in ends[1][1]
     assert "step" not in ends[1][1]
-    assert "step 16/16" in ends[0][1]
+    assert "step 8/8" in ends[0][1]
     assert "validation loss" in ends[0][1]
     assert {"config.json", "result.json", "model.json", "metrics.jsonl"} <= set(os.listdir(tmp_path / "run"))
     options = json.loads((tmp_path / "run" / "config.json").read_text())["options"]
