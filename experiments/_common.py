@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,12 +77,42 @@ class DistributedOptions(SeededOptions):
     coordinator: str | None = runs.option(None, "the address of process 0, host:port")
     processes: int | None = runs.option(None, "how many processes there are", at_least=1)
     process: int | None = runs.option(None, "the index of this process, from 0", at_least=0)
+    mesh: str | None = runs.option(
+        None,
+        "the devices to train on, as a mesh such as data=8 or data=4,model=2; each batch is split over data (default: "
+        "all devices of several processes, one device of a single process)",
+    )
+    shard: Literal["data", "fsdp", "tensor", "fsdp_tensor"] = runs.option(
+        "data",
+        "what each device of the mesh holds: all parameters, a part of them along data (fsdp), along model (tensor), "
+        "or along both",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.mesh_axes()
         for name in ("coordinator", "processes", "process"):
             if getattr(self, name) is not None and not self.distributed:
                 raise ValueError(f"{name}: add --distributed, which it belongs to")
+
+    def mesh_axes(self) -> dict[str, int]:
+        """Return the sizes of the axes of the mesh, by name; none where no mesh is given.
+
+        Raises:
+            ValueError: it cannot be read, or lacks an axis.
+        """
+        axes = dict(re.findall(r"(data|model)=([1-9][0-9]*)(?:,|$)", self.mesh or ""))
+        if self.mesh is not None and (
+            not axes or ",".join("=".join(axis) for axis in axes.items()) != self.mesh
+        ):
+            raise ValueError(f"mesh: expected data=8 or data=4,model=2, got {self.mesh!r:.60}")
+        if axes and "data" not in axes:
+            raise ValueError(f"mesh: an axis data is missing. Pass data=1,{self.mesh}")
+        if "tensor" in self.shard and "model" not in axes:
+            raise ValueError(
+                f"shard: {self.shard} needs a mesh with an axis model, such as --mesh data=4,model=2"
+            )
+        return {name: int(size) for name, size in axes.items()}
 
 
 D = TypeVar("D", bound=DigitOptions)
@@ -152,23 +185,49 @@ def batch_for(config: Any, n: int, what: str) -> int:
     return min(config.batch, n)
 
 
-def data_mesh(batch: int) -> jax.sharding.Mesh | None:
-    """Return the devices of several processes, which share each batch; None where there is one process.
+def mesh_for(config: DistributedOptions, batch: int) -> jax.sharding.Mesh | None:
+    """Return the devices that share each batch; None for a single one.
 
     Args:
+        config: whose `mesh` names the devices; by default they are all devices of several processes.
         batch: examples per step.
 
     Raises:
-        RunError: they cannot be split evenly over the devices.
+        RunError: there are fewer devices, several processes have more, or the examples cannot be split evenly.
     """
-    if jax.process_count() == 1:
-        return None
-    n = jax.device_count()
-    if batch % n:
+    axes = config.mesh_axes()
+    if not axes:
+        if jax.process_count() == 1 and config.shard == "data":
+            return None
+        axes = {"data": jax.device_count()}
+    n = math.prod(axes.values())
+    if n > jax.device_count() or (n < jax.device_count() and jax.process_count() > 1):
+        raise runs.RunError(f"mesh: {config.mesh} has {n} devices, but there are {jax.device_count()}")
+    if batch % axes["data"]:
         raise runs.RunError(
-            f"batch: must be a multiple of {n}, the number of devices of all processes, got {batch}"
+            f"batch: must be a multiple of {axes['data']}, the devices along data, got {batch}"
         )
-    return jax.make_mesh((n,), ("data",))
+    # Evaluation and generation know nothing of devices: the compiler splits their work.
+    types = (jax.sharding.AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), types, devices=jax.devices()[:n])
+
+
+def init_on(net: gf.Net, key: jax.Array, mesh: jax.sharding.Mesh | None, shard: str) -> Any:
+    """Return a net's initial parameters, split over a mesh as the option `shard` says; None for one device."""
+    if mesh is None:
+        return net.init(key)
+    rules = {
+        "data": gf.train.DATA_PARALLEL,
+        "fsdp": gf.train.FSDP,
+        "tensor": gf.train.TENSOR_PARALLEL,
+        "fsdp_tensor": gf.train.FSDP_TENSOR_PARALLEL,
+    }
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        shardings = gf.train.shardings(net, mesh, rules[shard])
+    for warning in caught:  # of axes that do not divide
+        print(warning.message)
+    return net.init(key, shardings=shardings)
 
 
 def heads_for(config: Any) -> int:

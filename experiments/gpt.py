@@ -28,9 +28,10 @@ from ._common import (
     batch_for,
     check_heads,
     conclude,
-    data_mesh,
     given,
     heads_for,
+    init_on,
+    mesh_for,
     not_empty,
 )
 from ._language import language_figures, loss_per_token
@@ -123,7 +124,7 @@ def run(config: Config) -> Result:
     if config.lines:
         not_empty(training=data.train[0], validation=data.validation[0])
     batch = batch_for(config, len(data.train[0]), "lines") if config.lines else config.batch
-    mesh = data_mesh(batch)
+    mesh = mesh_for(config, batch)
     batches, on_the_way, at_the_end = sequences(data, config, context)
     model = gf.GPTConfig(
         vocab=data.tokenizer.size,
@@ -163,7 +164,7 @@ def run(config: Config) -> Result:
     steps = config.steps * config.accumulate
     fitted = gf.fit(
         gf.batch_mean(loss),
-        net.init(jax.random.key(config.seed)),
+        init_on(net, jax.random.key(config.seed), mesh, config.shard),
         batches,
         optimizer,
         steps,
@@ -174,7 +175,6 @@ def run(config: Config) -> Result:
         inspect_every=steps // 20 or None,  # a run of a few steps is not inspected
         folder=folder,
         resume=config.resume,
-        mesh=mesh,
     )
 
     params = gathered(fitted.params)

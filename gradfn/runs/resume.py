@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from gradfn.runs.config import PROCESSES, RunConfig, options
+from gradfn.runs.config import DEVICES, RunConfig, options
 from gradfn.runs.folder import CONFIG, RUNS, RunError, from_first, latest, read_config, refuse_a_run, several
 
 C = TypeVar("C", bound=RunConfig)
@@ -95,4 +95,4 @@ def merge(config: C, before: C, default: C) -> C:
 
 def _processes(config: RunConfig) -> dict[str, Any]:
     """Return the options that say which processes compute a run, where there are any."""
-    return {name: getattr(config, name) for name in PROCESSES if hasattr(config, name)}
+    return {name: getattr(config, name) for name in DEVICES if hasattr(config, name)}

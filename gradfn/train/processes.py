@@ -111,7 +111,7 @@ def gathered(tree: PyTree) -> PyTree:
     """
 
     def whole(leaf: PyTree) -> PyTree:
-        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        if not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1:
             return leaf
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(whole(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))

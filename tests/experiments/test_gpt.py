@@ -1,6 +1,7 @@
 """The language model end to end: it trains, draws, continues a text, and compares its loss with what is expected."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import gradfn as gf
 from gradfn import runs
 from gradfn.cli import main
-from gradfn.experiments import gpt
+from gradfn.experiments import _common, gpt
 from gradfn.options import read_options
 from gradfn.runs import sample
 
@@ -154,3 +155,34 @@ def test_large_texts_stay_in_their_files(texts, tmp_path, monkeypatch):
     file = gf.data.tokenize(texts / "text.txt", tmp_path / "text.npy")
     result = gpt.run(gpt.Config(**SMALL, data=str(file), folder=str(tmp_path / "run")))
     assert len(result.history) == 8
+
+
+@pytest.mark.slow
+def test_a_run_on_a_mesh_equals_one_on_a_device(texts, tmp_path, capsys):
+    options = SMALL | {"data": str(texts / "text.txt"), "batch": 4}
+    alone = gpt.run(gpt.Config(**options, folder=str(tmp_path / "alone")))
+    split = {"mesh": "data=2,model=2", "shard": "fsdp_tensor", "folder": str(tmp_path / "mesh")}
+    mesh = gpt.run(gpt.Config(**options, **split))
+    assert "vocab 17 by model=2: 18 would divide" in capsys.readouterr().out
+    losses = [[row["loss"] for row in result.history] for result in (alone, mesh)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    assert (tmp_path / "mesh" / "checkpoint").is_dir()  # of a state that is split
+    model = sample.load_model(mesh.folder)
+    jax.tree.map(np.testing.assert_array_equal, model.params, mesh.params)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mesh": "rows=2"}, "mesh: expected data=8 or data=4,model=2, got 'rows=2'"),
+        ({"mesh": ""}, "mesh: expected"),
+        ({"mesh": "model=2"}, "mesh: an axis data is missing. Pass data=1,model=2"),
+        ({"mesh": "data=2", "shard": "tensor"}, "shard: tensor needs a mesh with an axis model"),
+        ({"shard": "fsdp_tensor"}, "needs a mesh with an axis model"),
+        ({"mesh": "data=64"}, "mesh: data=64 has 64 devices, but there are 8"),
+        ({"mesh": "data=5"}, "batch: must be a multiple of 5, the devices along data, got 12"),
+    ],
+)
+def test_invalid_mesh(options, message):
+    with pytest.raises((ValueError, runs.RunError), match=re.escape(message)):
+        _common.mesh_for(gpt.Config(**options), 12)
