@@ -193,7 +193,7 @@ def _parameters(stored: Stored) -> dict[str, jax.ShapeDtypeStruct]:
     except (FileError, TypeError) as error:
         raise checkpoint.unreadable(stored.file, error) from error
     params = {name: leaf for name, leaf in found.items() if name.partition("/")[0] == "params"}
-    if not params:
+    if not params or not all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in params.values()):
         raise CheckpointError(f"{stored.file}: does not contain parameters of gf.fit")
     return params
 

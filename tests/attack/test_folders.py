@@ -42,6 +42,7 @@ NAMES = [
         "kept/0000000080.safetensors",
         "model.json",
     ),
+    *("checkpoint", "checkpoint/0000000090", "checkpoint/0000000090.json", "kept/0000000080.json"),
     *("against-digits-b.html", "part", "part/metrics.jsonl", ".config.json.part"),
 ]
 THINGS = [
