@@ -12,7 +12,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
-from gradfn.jaxpr import Equation, Program, Site, find_sites, interpret, select, trace_as_written
+from gradfn.inspection.observe import trace_sites
+from gradfn.jaxpr import Equation, Program, Site, find_sites, interpret, select
 from gradfn.jaxpr.interpreter import Evaluate
 
 One: TypeAlias = int | jax.Array | slice | EllipsisType
@@ -73,7 +74,7 @@ def entry(
             lambda delta: (f(params, value + delta, *rest), value),
             lambda other: f(params, other, *rest),
         )
-    program = trace_as_written(f, params, x, *rest)
+    program = trace_sites(f, (params, x, *rest), {}, at, what)
     site, equation = _one_site(program, at, what)
     if not site.differentiable:
         raise ValueError(f"{what}: site {at!r} ({site.dtype}{list(site.shape)}) has no gradient")
@@ -148,7 +149,7 @@ def _one_site(program: Program, name: str, what: str) -> tuple[Site, Equation]:
 
 
 def _site_value(f: Callable, name: str, args: Sequence[PyTree], what: str) -> jax.Array:
-    program = trace_as_written(f, *args)
+    program = trace_sites(f, args, {}, name, what)
     site, equation = _one_site(program, name, what)
 
     def visit(
