@@ -17,6 +17,7 @@ from gradfn.layers._activations import activation as activation_named
 from gradfn.layers._conv import conv, max_pool
 from gradfn.layers._dense import dense
 from gradfn.layers._dropout import dropout as dropout_layer
+from gradfn.nets.transformer import cast
 
 
 def cnn(
@@ -27,6 +28,7 @@ def cnn(
     window: int = 3,
     activation: str | Activation = "relu",
     dropout: float = 0.0,
+    compute: str | None = None,
 ) -> Net:
     """Return a convolutional network: repeated convolution, activation and 2x2 max pooling, then dense layers.
 
@@ -42,11 +44,12 @@ def cnn(
         window: height and width of the convolution windows; images are padded with zeros.
         activation: a name from `gf.layers.activations` or a function.
         dropout: the fraction of each dense layer's inputs that training drops.
+        compute: the dtype to compute in, such as `"bfloat16"`; None for that of the parameters.
 
     Returns:
         A net with `conv1` `{"W" [channels, in, window, window], "b"}`, ..., and `dense1` `{"W", "b"}`, ... It
         takes an image of the declared shape, flat (`[784]`), or without its single channel (`[28, 28]`), and
-        returns logits `[classes]`. With dropout it takes `key=`.
+        returns logits `[classes]` in the parameters' dtype. With dropout it takes `key=`.
 
     Raises:
         ValueError: an image that is too small for the number of poolings.
@@ -67,7 +70,8 @@ def cnn(
         raise ValueError(f"cnn: image {list(image)} is too small for {len(channels)} poolings")
     sizes = [height * width * n_in, *hidden, classes]
     denses = {f"dense{i}": dense(sizes[i - 1], sizes[i]) for i in range(1, len(sizes))}
-    pool, drop = max_pool([2, 2]), dropout_layer(dropout)
+    pool, drop, last = max_pool([2, 2]), dropout_layer(dropout), f"dense{len(denses)}"
+    dtype = None if compute is None else jnp.dtype(compute)
 
     def run(params: Params, x: jax.Array, key: jax.Array | None) -> jax.Array:
         x = jnp.asarray(x)
@@ -76,6 +80,8 @@ def cnn(
             raise ParameterError(
                 "conv1/W", f"expected an image of {list(image)} or [{flat}], got {list(x.shape)}"
             )
+        output_dtype = params[last]["W"].dtype
+        params, x = cast((params, x), dtype)
         x = x.reshape(image)  # [784] or [28, 28] -> [28, 28, 1]
         for i, (name, layer) in enumerate(convs.items(), 1):
             with scope(name):
@@ -85,11 +91,11 @@ def cnn(
         for i, (name, layer) in enumerate(denses.items(), len(convs) + 1):
             x = drop.apply({}, x, key=fold(key, i))
             with scope(name):
-                z = tap(layer.apply(params[name], x), f"z{i}")
-            x = z if name == f"dense{len(denses)}" else tap(squash(z), f"a{i}")
+                z = layer.apply(params[name], x)
+                z = tap(z.astype(output_dtype) if name == last else z, f"z{i}")
+            x = z if name == last else tap(squash(z), f"a{i}")
         return x
 
     spec: Spec = {name: layer.spec for name, layer in (convs | denses).items()}
-    last = f"dense{len(denses)}"
     spec[last] = with_axes(spec[last], None, "mlp_in")
     return Net(spec, with_or_without_key(run, bool(dropout)))

@@ -135,8 +135,8 @@ def unstack_blocks(params: Params) -> Params:
     return params | {"blocks": unstacked}
 
 
-def cast(params: Params, dtype: DTypeLike | None) -> Params:
-    """Return parameters cast to the dtype that a net computes in; None leaves them as they are."""
+def cast(params: PyTree, dtype: DTypeLike | None) -> PyTree:
+    """Return parameters, or images, cast to the dtype that a net computes in; None leaves them as they are."""
     return params if dtype is None else jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), params)
 
 
