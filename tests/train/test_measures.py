@@ -68,6 +68,27 @@ def test_norms_do_not_depend_on_how_steps_are_grouped(monkeypatch, chunk_seconds
     assert measures(train(24, eval_every=8).history) == expected
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rules", ["DATA_PARALLEL", "FSDP_TENSOR_PARALLEL"])
+def test_norms_on_many_devices_are_those_of_one(monkeypatch, rules):
+    """With a donated state, as large ones are."""
+    net = gf.mlp([8, 16, 4])
+    of_net = gf.batch_mean(gf.regression_loss(net))
+    x = jax.random.normal(jax.random.key(2), [24, 8])
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+
+    def rows(params):
+        data = (x, x[:, :4])
+        options = {"batch_size": 8, "eval_every": 2, "progress": False}
+        return gf.fit(of_net, params, data, optax.adam(0.1), 6, **options).history
+
+    expected = rows(net.init(jax.random.key(1)))
+    monkeypatch.setattr("gradfn.train.chunk.DONATED", 0)
+    placed = gf.train.shardings(net, mesh, getattr(gf.train, rules))
+    found = rows(net.init(jax.random.key(1), shardings=placed))
+    np.testing.assert_allclose(measures(found), measures(expected), rtol=1e-4)
+
+
 def test_a_resumed_run_has_the_same_norms_and_rates(tmp_path):
     optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=optax.linear_schedule(0.1, 0.0, 12))
     names = (*NORMS, "learning_rate")
