@@ -92,10 +92,18 @@ class Config(DistributedOptions):
     b2: float = runs.option(0.99, "decay of the mean of squared gradients")
     decay: float = runs.option(0.1, "weight decay, of matrices only")
     clip: float = runs.option(1.0, "maximum global gradient norm", above=0)
+    profile_steps: tuple[int, ...] = runs.option(
+        (), "trace these steps into the folder: the first, and the one after the last (10 20)"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         runs.within(0, self.steps - 1, warmup=self.warmup)
+        window, end = self.profile_steps, self.steps * self.accumulate
+        if window and not (len(window) == 2 and 0 <= window[0] < window[1] <= end):
+            raise ValueError(
+                f"profile_steps must be two increasing steps of the run's {end:,}, such as 10 20, got {window}"
+            )
         check_heads(self)
         features = self.width // heads_for(self)
         if self.positions == "rope" and features % 2:
@@ -175,6 +183,7 @@ def run(config: Config) -> Result:
         inspect_every=steps // 20 or None,  # a run of a few steps is not inspected
         folder=folder,
         resume=config.resume,
+        profile_steps=config.profile_steps or None,
     )
 
     params = gathered(fitted.params)

@@ -118,7 +118,7 @@ def fit(
     resume: bool = False,
     mesh: Mesh | None = None,
     progress: bool = True,
-    profile_steps: tuple[int, int] | None = None,
+    profile_steps: Sequence[int] | None = None,
 ) -> Fit:
     """Train parameters.
 
