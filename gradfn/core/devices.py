@@ -43,3 +43,9 @@ def replicated(x: jax.Array) -> jax.Array:
 def elements_of(x: jax.Array, indices: Sequence[PyTree]) -> jax.Array:
     """Return elements of an array, `[n]`, on every device; `indices` are one array `[n]` per axis."""
     return x.at[tuple(indices)].get(out_sharding=PartitionSpec() if explicit_spec(x) else None)
+
+
+def examples_spec(x: PyTree) -> tuple[PyTree, Any]:
+    """Return over which explicit mesh axes the first axis of a value is split, and the mesh; None where it is not."""
+    spec = explicit_spec(x)
+    return (spec[0], jax.typeof(x).sharding.mesh) if spec and spec[0] is not None else (None, None)

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
+from gradfn.core.devices import explicit_spec, replicated
 from gradfn.core.params import describe, path_name
 from gradfn.core.precision import divided, sum_of, unit_of, widen
 from gradfn.core.signature import transform_of
@@ -89,10 +91,16 @@ def _between(grads: PyTree) -> Cosines:
 
     def measured(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the largest magnitude of each gradient, `[n]`, and their products in these units, `[n, n]`."""
-        flat = widen(leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:])))  # [n, ...] -> [n, size]
-        largest = jnp.max(jnp.abs(flat), 1, initial=0)
-        scaled = divided(flat, unit_of(largest)[:, None])
-        return largest, jnp.matmul(scaled, scaled.conj().T, precision="highest").real
+        size = math.prod(leaf.shape[1:])
+        # Axes that are split over devices in the type cannot be merged.
+        flat = widen(leaf if explicit_spec(leaf) else leaf.reshape(leaf.shape[0], size))
+        axes = tuple(range(1, flat.ndim))
+        largest = jnp.max(jnp.abs(flat), axes, initial=0)
+        scaled = divided(flat, jnp.expand_dims(unit_of(largest), axes))
+        # Every device gets all products.
+        out = PartitionSpec() if explicit_spec(scaled) else None
+        gram = jnp.tensordot(scaled, scaled.conj(), (axes, axes), precision="highest", out_sharding=out)
+        return replicated(largest), gram.real
 
     leaves, tree = jax.tree.flatten(grads)
     sizes, grams = zip(*map(measured, leaves), strict=True)

@@ -160,7 +160,11 @@ def grads(loss: Callable, chunk: int | None = None) -> Callable[..., PyTree]:
             # lax.map cannot join arrays of size 0.
             return [g for g in grads if g.size]
 
-        found = iter(lax.map(grads_of_one, call.batch, batch_size=min(chunk or call.size, call.size)))
+        if call.split is None:
+            every = lax.map(grads_of_one, call.batch, batch_size=min(chunk or call.size, call.size))
+        else:
+            every = jax.vmap(grads_of_one)(call.batch)
+        found = iter(every)
         shapes = [(call.size, *leaf.shape) for leaf in call.floating]
         pairs = zip(call.floating, shapes, strict=True)
         return call.tree([next(found) if x.size else jnp.zeros(shape, x.dtype) for x, shape in pairs])

@@ -25,6 +25,7 @@ from jax.extend.core import JaxprEqn
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from gradfn.core.devices import explicit_spec
 from gradfn.core.precision import (
     divided,
     least_safe,
@@ -35,6 +36,7 @@ from gradfn.core.precision import (
     wide,
     widen,
 )
+from gradfn.flatten.rows import spec_of
 from gradfn.flatten.windows import columns_of
 from gradfn.jaxpr.interpreter import stands_for
 from gradfn.jaxpr.varying import as_varying, varying_axes
@@ -82,6 +84,9 @@ class Factors(NamedTuple):
 
 def rule_for(eqn: JaxprEqn, operand: int) -> Rule | None:
     """Return the rule for an operand's gradient; None if the gradient is not a sum of outer products."""
+    # Axes that are split over devices in the type cannot be merged in all orders.
+    if any(len(_shape(atom)) > 2 and any(spec_of(atom)) for atom in (*eqn.invars, *eqn.outvars)):
+        return None
     if (only := stands_for(eqn)) is not None:
         return _rule_inside(eqn, only, operand)
     rules = {
@@ -329,10 +334,13 @@ def measure_each(factors_of: Callable[[PyTree], Sequence[Factors]], gathered: An
 
 def measure_gradients(d: jax.Array) -> Measure:
     """Return how to measure the norms of all examples' gradients, `[n, ...]`."""
-    flat = d.reshape(d.shape[0], math.prod(d.shape[1:]))
+    size = math.prod(d.shape[1:])
+    # Axes that are split over devices in the type cannot be merged.
+    flat = d if explicit_spec(d) else d.reshape(d.shape[0], size)
+    axes = tuple(range(1, flat.ndim))
     return Measure(
-        lambda flat: (jnp.sum(magnitudes_squared(flat), 1), least_safe(wide(flat.dtype), flat.shape[1])),
-        lambda flat: scaled_norm(flat, 1),
+        lambda flat: (jnp.sum(magnitudes_squared(flat), axes), least_safe(wide(flat.dtype), size)),
+        lambda flat: scaled_norm(flat, axes),
         flat,
     )
 
@@ -520,6 +528,7 @@ def _products_of_all(
         x if known else jnp.broadcast_to(x, (n, *x.shape)) for x, known in zip((a, b), batched, strict=False)
     )
     flat = [x.reshape(-1, x.shape[-1]) for x in (a, b)]  # [n * s * f, i]
+    split = explicit_spec(a) is not None
 
     def of_some(start: PyTree, count: int) -> list[jax.Array]:
         left, right = (
@@ -528,7 +537,7 @@ def _products_of_all(
         )
         return [_einsum("csfi,csfj->csij", left, right, like.dtype)]
 
-    (total,), (norms,) = in_chunks(of_some, n, chunk_for(n, a.shape[1] * a.shape[3] * b.shape[3]))
+    (total,), (norms,) = in_chunks(of_some, n, chunk_for(n, a.shape[1] * a.shape[3] * b.shape[3]), split)
     return (total, norms), (False, True)
 
 
@@ -594,11 +603,12 @@ def at(x: jax.Array, start: PyTree, count: int) -> jax.Array:
 
 
 def in_chunks(
-    of_some: Callable[[PyTree, int], list[jax.Array]], n: int, chunk: int
+    of_some: Callable[[PyTree, int], list[jax.Array]], n: int, chunk: int, split: bool = False
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Return the sums over `n` examples, and the norm `[n]` of each, of the arrays that a function returns.
 
-    `of_some(start, count)` returns arrays `[count, ...]`; only those of one chunk are in memory at a time.
+    `of_some(start, count)` returns arrays `[count, ...]`; only those of one chunk are in memory at a time. Examples
+    that are `split` over explicit mesh axes cannot be sliced: each device has all of its own in memory.
     """
 
     def made(start: PyTree, count: int) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -613,7 +623,7 @@ def in_chunks(
             [put(a, b, start, 0) for a, b in zip(so_far[1], norms, strict=True)],
         )
 
-    if chunk >= n:
+    if chunk >= n or split:
         return made(0, n)
     sums, norms = jax.eval_shape(lambda: made(0, chunk))
     so_far = [_zeros(s, s.shape) for s in sums], [_zeros(s, (n,)) for s in norms]
@@ -633,6 +643,8 @@ def norms_of_each(arrays: Sequence[jax.Array]) -> list[jax.Array]:
 def add_up(d: jax.Array) -> jax.Array:
     """Return the sum over the first axis, in float32 at least, as a product with ones."""
     d = widen(d)
+    if explicit_spec(d):
+        return jnp.sum(d, 0)
     ones = jnp.ones((1, d.shape[0]), d.dtype)
     flat = d.reshape(d.shape[0], math.prod(d.shape[1:]))
     total = jnp.matmul(ones, flat, precision=lax.Precision.HIGHEST)

@@ -60,16 +60,18 @@ class Plan:
 
     def arguments(self, which: Iterable[int]) -> dict[int, jax.Array]:
         """Return the arrays that the pass differentiates with respect to, by parameter."""
-        return {i: self.strategies[i].argument(self.loss.floating[i], self.loss.size) for i in which}
+        loss, out = self.loss, {}
+        for i in which:
+            argument = self.strategies[i].argument(loss.floating[i], loss.size)
+            out[i] = loss.spread(argument) if self.strategies[i].copies else argument
+        return out
 
     def tokens(self) -> dict[Path, jax.Array]:
         """Return the tokens of all uses: zeros whose gradients are what the strategies need."""
         out = {}
         for path, strategy in self._at.items():
             use = strategy.uses[path]
-            token = strategy.token(use)
-            shape = (self.loss.size, *use.equation.axes, *token.shape)
-            out[path] = as_varying(jnp.zeros(shape, token.dtype), self.loss.varying)
+            out[path] = self.loss.of_all(strategy.token(use), use.equation.axes)
         return out
 
     def losses(
@@ -97,13 +99,13 @@ class Plan:
 
             inputs = loss.inputs(leaves, example)
             outs, captures = interpret(loss.program.jaxpr, visit, equations, inputs, tokens)
-            value, aux = loss.split(outs)
+            value, aux = loss.outputs(outs)
             return value, (aux, captures)
 
         def all_of_them(
             arguments: dict[int, jax.Array], tokens: dict[Path, PyTree], batch: list[PyTree]
         ) -> tuple[PyTree, PyTree]:
-            zeros = as_varying(jnp.zeros(loss.size), loss.varying)
+            zeros = loss.of_all(jax.ShapeDtypeStruct((), jnp.result_type(float)))
             axes = {i: 0 if self.strategies[i].copies else None for i in arguments}
             return jax.vmap(one, (axes, 0, 0, 0))(arguments, tokens, zeros, batch)
 
@@ -180,7 +182,7 @@ def fall_back(
         grads = jax.vmap(of_one)([at(leaf, start, count) for leaf in loss.batch])
         return grads if weights is None else [weighted(g, at(weights, start, count)) for g in grads]
 
-    sums, norms = in_chunks(of_some, loss.size, chunk)
+    sums, norms = in_chunks(of_some, loss.size, chunk, loss.split is not None)
     return dict(zip(which, norms, strict=True)), dict(zip(which, sums, strict=True))
 
 

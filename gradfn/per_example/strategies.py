@@ -303,7 +303,7 @@ def _kinds(rules: Sequence[Rule]) -> str:
 
 def _output_of(use: Use) -> jax.ShapeDtypeStruct:
     aval: Any = use.equation.eqn.outvars[0].aval
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=aval.sharding)
 
 
 def real_dtype(dtype: DTypeLike) -> PyTree:

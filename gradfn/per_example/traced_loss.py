@@ -3,18 +3,21 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
+from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
 
 from gradfn.core.attention_form import differentiable_attention
+from gradfn.core.devices import examples_spec
 from gradfn.flatten import loss_of_example
 from gradfn.jaxpr import trace
 from gradfn.jaxpr.call import scalar_and_aux, value_and_aux, with_hint
 from gradfn.jaxpr.program import hide_objects, is_array, leaf_name
-from gradfn.jaxpr.varying import as_varying, varying_axes
+from gradfn.jaxpr.varying import as_varying, varying_axes, zeros
 
 REMEDY = "Per-example transforms take the loss of one example, or gf.batch_mean(loss)."
 Arrays = tuple[list[PyTree], list[PyTree], list[PyTree], list[PyTree]]
@@ -55,6 +58,9 @@ class TracedLoss:
         self.names = [program.names[i] for i in self.numbers]
         self.floating = [jnp.asarray(program.inputs[i]) for i in self.numbers]
         self.batch = jax.tree.leaves(batch)
+        # The mesh axes, if they are explicit, that examples are split over.
+        split: tuple[PyTree, Any] = next(filter(any, map(examples_spec, self.batch)), (None, None))
+        self.split, self.mesh = split
         self._n_params = sum(owner == 0 for owner in program.owners)
 
     @property
@@ -83,7 +89,19 @@ class TracedLoss:
             inputs[i] = leaf
         return inputs
 
-    def split(self, outs: Sequence[PyTree]) -> tuple[PyTree, PyTree]:
+    def of_all(self, shape: Any, axes: tuple[int, ...] = ()) -> jax.Array:
+        """Return zeros, for each example, like a shape with further axes in front; split as the examples are."""
+        names = (self.split,) if isinstance(self.split, str) else self.split
+        split = (names, *[None] * len(axes))
+        return as_varying(zeros(shape, (self.size, *axes), split, self.mesh), self.varying)
+
+    def spread(self, x: jax.Array) -> jax.Array:
+        """Return an array with a leading axis of examples, split as these are."""
+        if self.split is None:
+            return x
+        return jax.sharding.reshard(x, PartitionSpec(self.split, *jax.typeof(x).sharding.spec[1:]))
+
+    def outputs(self, outs: Sequence[PyTree]) -> tuple[PyTree, PyTree]:
         """Return the value and aux of the program's outputs."""
         value, aux = value_and_aux(self.program.rebuild(outs))
         return value, hide_objects(aux)
@@ -91,7 +109,7 @@ class TracedLoss:
     def run(self, floating: Sequence[PyTree], example: Sequence[PyTree]) -> tuple[PyTree, PyTree]:
         """Return one example's value and aux."""
         closed = self.program.jaxpr
-        return self.split(jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *self.inputs(floating, example)))
+        return self.outputs(jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *self.inputs(floating, example)))
 
     def tree(self, values: Sequence[PyTree]) -> PyTree:
         """Return one value per floating parameter in the tree of the parameters."""
@@ -103,7 +121,10 @@ def _example(x: PyTree) -> PyTree:
     """Return an array with the shape and dtype of one example, to trace with."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return x[0]
-    return as_varying(jnp.zeros(x.shape[1:], x.dtype), varying_axes(x))
+    aval = jax.typeof(x)
+    sharding = aval.sharding.update(spec=PartitionSpec(*aval.sharding.spec[1:]))
+    one = jax.ShapeDtypeStruct(aval.shape[1:], aval.dtype, sharding=sharding)
+    return as_varying(zeros(one), varying_axes(x))
 
 
 def _size(what: str, batch: tuple[PyTree, ...]) -> int:
