@@ -40,6 +40,12 @@ def replicated(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, PartitionSpec()) if explicit_spec(x) else x
 
 
+def split_like(x: jax.Array, other: PyTree) -> jax.Array:
+    """Return an array split over explicit mesh axes as another one of its shape is."""
+    spec = explicit_spec(other)
+    return replicated(x) if spec is None else jax.sharding.reshard(x, jax.typeof(other).sharding)
+
+
 def elements_of(x: jax.Array, indices: Sequence[PyTree]) -> jax.Array:
     """Return elements of an array, `[n]`, on every device; `indices` are one array `[n]` per axis."""
     return x.at[tuple(indices)].get(out_sharding=PartitionSpec() if explicit_spec(x) else None)

@@ -84,7 +84,7 @@ def _flattens(eqn: Any) -> bool:
         return False
     contracted, batched = eqn.params["dimension_numbers"]
     ranks = [atom.aval.ndim for atom in eqn.invars]
-    if any(batched) or max(ranks) < 3 or any(any(spec_of(atom)[1:]) for atom in eqn.invars):
+    if any(batched) or max(ranks) < 3 or any(any(spec_of(atom)[1:]) for atom in (*eqn.invars, *eqn.outvars)):
         return False
     return all(_at_an_end(axes, rank) for axes, rank in zip(contracted, ranks, strict=True))
 

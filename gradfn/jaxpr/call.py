@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from gradfn.core.devices import replicated, split_like
 from gradfn.core.names import ParameterError
 from gradfn.jaxpr.program import (
     hide_objects,
@@ -152,7 +153,9 @@ class Leaves(NamedTuple):
 
     def flat(self, values: Sequence[PyTree]) -> jax.Array:
         """Concatenate one array per leaf into a vector `[size]`."""
-        return jnp.concatenate([jnp.ravel(jnp.asarray(value)).astype(self.dtype) for value in values])
+        # On every device, if axes are explicit: the type has no way to say how parts of a vector are split.
+        arrays = [replicated(jnp.asarray(value)) for value in values]
+        return jnp.concatenate([jnp.ravel(array).astype(self.dtype) for array in arrays])
 
     def split(self, vector: jax.Array) -> list[jax.Array]:
         """Split a vector `[size]` into one array per leaf, of its shape and dtype."""
@@ -160,7 +163,7 @@ class Leaves(NamedTuple):
         for value in self.values:
             stop = start + jnp.size(value)
             part = jax.lax.slice(vector, (start,), (stop,))
-            parts.append(part.reshape(jnp.shape(value)).astype(jnp.result_type(value)))
+            parts.append(split_like(part.reshape(jnp.shape(value)).astype(jnp.result_type(value)), value))
             start = stop
         return parts
 
@@ -192,7 +195,7 @@ def floating_leaves(params: PyTree, what: str) -> Leaves:
 
 
 def tangents(leaves: Leaves, vector: Any, what: str) -> list[jax.Array]:
-    """Return a vector's arrays, one per leaf, in the leaves' dtypes.
+    """Return a vector's arrays, one per leaf, in the leaves' dtypes and split as the leaves are.
 
     Raises:
         ParameterError: the vector has another structure, or an array another shape.
@@ -206,7 +209,7 @@ def tangents(leaves: Leaves, vector: Any, what: str) -> list[jax.Array]:
             raise ParameterError(name, f"{expected}, got {list(jnp.shape(part))}")
         if jnp.issubdtype(jnp.result_type(part), jnp.complexfloating):
             raise ParameterError(name, f"{what}: expected a real vector, got {jnp.result_type(part)}")
-        found.append(jnp.asarray(part).astype(jnp.result_type(value)))
+        found.append(split_like(jnp.asarray(part).astype(jnp.result_type(value)), value))
     return found
 
 
