@@ -229,9 +229,10 @@ def fit(
     several = jax.process_count() > 1
     with losing_none(), deferred(folder is not None or several) as stopping, contextlib.ExitStack() as stack:
         home = mesh_of(params) if mesh is None else mesh
-        if several and home is None:
+        on = set() if home is None else {device.process_index for device in home.devices.flat}
+        if several and len(on) < jax.process_count():
             raise ValueError(
-                "fit: several processes train together on one mesh. Pass "
+                "fit: several processes train together on one mesh, with devices of each of them. Pass "
                 'mesh=jax.make_mesh((jax.device_count(),), ("data",)), or parameters that are on one'
             )
         if home is not None:

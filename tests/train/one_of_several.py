@@ -71,6 +71,14 @@ def main(address, n, i, out, todo):
     if "split" in todo:
         params = NET.init(jax.random.key(0), shardings=gf.train.shardings(NET.spec, mesh, gf.train.FSDP))
         found["split"] = train(None, examples(), params)
+        for name, few in {
+            "none": None,
+            "few": jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]),
+        }.items():
+            try:
+                train(few, examples())
+            except ValueError as error:
+                found[name] = str(error)
     if "nan" in todo:
         try:
             gf.fit(failing, NET.init(jax.random.key(0)), examples(), optax.sgd(0.1), 4, mesh=mesh)

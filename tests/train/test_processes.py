@@ -137,7 +137,12 @@ def assert_equal_to_one(found, ends, alone):
 def test_two_processes_compute_what_one_does(pair, alone):
     found, ends = pair
     assert_equal_to_one(found, ends, alone)
-    assert found[0].keys() == alone.keys() | {"nan"}
+    assert found[0].keys() == alone.keys() | {"nan", "none", "few"}
+    for each in found:
+        assert each["none"] == each["few"]
+        assert each["few"].startswith(
+            "fit: several processes train together on one mesh, with devices of each"
+        )
     assert {each["nan"] for each in found} == {"step 0: the loss became -inf"}
 
 
