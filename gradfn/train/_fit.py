@@ -27,7 +27,7 @@ from gradfn.layout import CHECKPOINT, CHECKPOINTS, MEASURES
 from gradfn.losses import check_targets
 from gradfn.stored import Stored
 from gradfn.train import restore, sharded
-from gradfn.train.chunk import CAPACITY, chunks, owned
+from gradfn.train.chunk import CAPACITY, chunks, finished, owned
 from gradfn.train.fault import fault
 from gradfn.train.folder import own, prepare
 from gradfn.train.identity import Identity, identity
@@ -309,7 +309,10 @@ def fit(
                     after, recorded = programs.advance(*here, end - step)
                     inspection = None
                 source.order(source.epoch(end))  # the order of a new epoch is shuffled while the device works
-                columns, measures, finite = jax.device_get(recorded)
+                on_host: Any = jax.device_get(recorded)
+                if programs.donated and inspection is None and not on_host.finite:
+                    after, on_host = finished(programs, after, on_host, *here[1:], end - step, step)
+                columns, measures, finite = on_host
                 metrics = {name: column[: end - step] for name, column in columns.items()}
                 took = agreed(time.monotonic() - began)
                 if inspection is not None:

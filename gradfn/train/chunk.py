@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import PyTree
 
@@ -48,18 +49,29 @@ class Recorded(NamedTuple):
     measures: dict[str, jax.Array]
     finite: jax.Array
 
+    def joined(self, later: Recorded, start: int) -> Recorded:
+        """Return what was recorded of a chunk, on the host, with what was recorded from one of its steps on."""
+        metrics: dict[str, Any] = {
+            name: np.concatenate([column[:start], later.metrics[name]])[:CAPACITY]
+            for name, column in self.metrics.items()
+        }
+        return Recorded(metrics, later.measures, later.finite)
+
 
 class Chunks(NamedTuple):
     """The compiled functions. Each takes the state, the epoch's order, and the row of the order for the next batch.
 
-    A large state is donated: `advance` and `inspect` write the new state into the memory of the old one, which cannot
-    be used after the call. Then each step is guarded: one after which the loss or a parameter is not finite is not
-    taken, and ends the chunk. A small state is kept instead, so that the steps can be repeated from it, and the guard,
-    which would take a larger part of a short step, is left out.
+    A large state is donated: the new state is written into the memory of the old one, which cannot be used after the
+    call. So the state before a bad step must survive otherwise: `advance` ends the chunk before a step whose loss or
+    gradients are not finite, and `careful` takes that step if loss and parameters are finite after it (an optimizer may
+    mend its gradients); see `finished`. A small state is kept instead, so that the steps can be repeated from it, and
+    what takes a larger part of a short step is left out.
     """
 
     advance: Callable[..., tuple[TrainState, Recorded]]
     """`(state, order, row, n) -> (state, recorded)`"""
+    careful: Callable[..., tuple[TrainState, Recorded]]
+    """`(state, order, row) -> (state, recorded)`: one step, not taken if it is not finite"""
     inspect: Callable[..., tuple[TrainState, Recorded, Inspection]]
     """`(state, order, row) -> (state, recorded, Inspection)`: one step"""
     measure: Callable[..., NoiseScale]
@@ -88,8 +100,8 @@ def chunks(loss: Loss, optimizer: optax.GradientTransformation, source: Source, 
     from gradfn.per_example import noise_scale
 
     split = split_of(state.params)
-    step = one_step(loss, optimizer, split)
     donated = bytes_per_device(state) >= DONATED
+    step = one_step(loss, optimizer, split, guard=donated)
     stays = everywhere = None  # no mesh: jax decides
     if split is not None:
         stays, everywhere = jax.tree.map(lambda leaf: leaf.sharding, state), replicated(split.mesh)
@@ -103,14 +115,12 @@ def chunks(loss: Loss, optimizer: optax.GradientTransformation, source: Source, 
     @functools.partial(jax.jit, donate_argnums=donate, out_shardings=(stays, everywhere))
     def advance(arrays: PyTree, state: TrainState, order: Any, row: jax.Array, n: jax.Array) -> PyTree:
         def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            i, good, state, columns, measures = carry
+            i, _, state, columns, measures = carry
             after, metrics, change = step(state, batch_of(arrays, state, order, row + i))
             columns = jax.tree.map(lambda column, value: column.at[i].set(value), columns, metrics)
             # Only of the last step: sums over all parameters would take a large part of a short step.
             measures = jax.lax.cond(i == n - 1, lambda: measures_of(change, after), lambda: measures)
-            if donated:
-                good, after = guarded(state, after, metrics["loss"])
-            return i + 1, good, after, columns, measures
+            return i + 1, after.step > state.step, after, columns, measures
 
         def shapes() -> tuple[PyTree, PyTree]:
             after, metrics, change = step(state, batch_of(arrays, state, order, row))
@@ -124,6 +134,14 @@ def chunks(loss: Loss, optimizer: optax.GradientTransformation, source: Source, 
             lambda carry: (carry[0] < n) & carry[1], body, start
         )
         return state, Recorded(columns, measures, good & all_finite(state.params))
+
+    @functools.partial(jax.jit, donate_argnums=donate, out_shardings=(stays, everywhere))
+    def careful(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> PyTree:
+        after, metrics, change = one_step(loss, optimizer, split)(state, batch_of(arrays, state, order, row))
+        measures = measures_of(change, after)
+        good, after = guarded(state, after, metrics["loss"])
+        columns = {name: value[None] for name, value in metrics.items()}
+        return after, Recorded(columns, measures, good)
 
     @functools.partial(jax.jit, donate_argnums=donate, out_shardings=(stays, everywhere, None))
     def inspected(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> Any:
@@ -170,7 +188,7 @@ def chunks(loss: Loss, optimizer: optax.GradientTransformation, source: Source, 
         if inspects:
             inspected.lower(arrays, state, order, 0).compile()
 
-    functions: tuple[Callable, ...] = (advance, inspected, measure, arguments, flops, compile)
+    functions: tuple[Callable, ...] = (advance, careful, inspected, measure, arguments, flops, compile)
     bound = (functools.partial(function, source.arrays) for function in functions)
     return Chunks(*bound, donated=donated)  # type: ignore[misc, arg-type]
 
@@ -187,6 +205,34 @@ def guarded(before: TrainState, after: TrainState, loss: jax.Array) -> tuple[jax
     good = jnp.isfinite(loss) & all_finite(after.params)
     keep = lambda new, old: new if new is old else jnp.where(good, new, old)  # noqa: E731
     return good, jax.tree.map(keep, after, before)
+
+
+def finished(
+    run: Chunks, state: TrainState, recorded: Recorded, order: Any, row: int, n: int, step: int
+) -> tuple[TrainState, Recorded]:
+    """Finish a chunk of donated states that ended before a step, if that step can be taken after all.
+
+    Args:
+        run: the compiled functions of the run.
+        state: that the chunk returned; it is given up.
+        recorded: by the chunk, on the host.
+        order: of the epoch.
+        row: of the chunk's first batch.
+        n: the number of steps of the chunk.
+        step: the number of steps before it.
+
+    Returns:
+        The state after all steps, or that before the one that is not finite; and what is recorded of the chunk.
+    """
+    while (done := int(state.step) - step) < n and not recorded.finite:
+        state, one = run.careful(state, order, row + done)
+        recorded = recorded.joined(jax.device_get(one), done)
+        if not recorded.finite:
+            break
+        if done + 1 < n:
+            state, others = run.advance(state, order, row + done + 1, n - done - 1)
+            recorded = recorded.joined(jax.device_get(others), done + 1)
+    return state, recorded
 
 
 def bytes_per_device(tree: PyTree) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from gradfn.core.params import named_leaves
 from gradfn.flatten import Loss
 from gradfn.train.chunk import Chunks, all_finite
 from gradfn.train.model import batch_loss
@@ -38,6 +39,8 @@ def fault(
     before, after = states
     if run.donated:
         state, broken = after, int(after.step) - step
+        if not all_finite(state.params):
+            return _of_updates(state, step)
     else:
         state, broken = _repeat(run, before, order, row, losses)
     batch, keywords = run.arguments(state, order, row + broken)
@@ -45,6 +48,15 @@ def fault(
     what = f"the loss became {value}" if not np.isfinite(value) else "a gradient or an update is not finite"
     report = nan_origin(batch_loss(loss, state.rest))(state.params, batch, **keywords)
     return FloatingPointError(f"step {int(state.step)}: {what}\n{report}")
+
+
+def _of_updates(state: TrainState, first: int) -> FloatingPointError:
+    """Return the error for parameters that are not finite though each gradient since step `first` was."""
+    names = [name or "params" for name, leaf in named_leaves(state.params) if not all_finite(leaf)]
+    last = int(state.step) - 1
+    steps = f"step {last}" if last <= first else f"a step from {first} to {last}"
+    few = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+    return FloatingPointError(f"{steps}: an update is not finite, though the gradients are; in {few}")
 
 
 def _repeat(

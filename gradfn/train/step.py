@@ -18,6 +18,7 @@ from gradfn.core.net import takes_key
 from gradfn.core.params import named_leaves
 from gradfn.flatten import Loss
 from gradfn.jaxpr.call import value_and_aux
+from gradfn.jaxpr.varying import zeros
 from gradfn.train.gathering import gathered
 from gradfn.train.model import Graph, Rest, batch_loss, carry, strong, take_apart
 from gradfn.train.placing import automatic, automatic_axes, mesh_context, mesh_of, place
@@ -174,7 +175,7 @@ def train_step(
 
 
 def one_step(
-    loss: Loss, optimizer: optax.GradientTransformation, split: Split | None
+    loss: Loss, optimizer: optax.GradientTransformation, split: Split | None, guard: bool = False
 ) -> Callable[[TrainState, PyTree], tuple[TrainState, dict[str, jax.Array], Change]]:
     """Return the function that takes one step: see `train_step` and `apply_gradients`.
 
@@ -182,6 +183,8 @@ def one_step(
         loss: of a batch.
         optimizer: from optax.
         split: how the step is split over a mesh; None if it is not.
+        guard: return the state as it is where the loss or a gradient is not finite, or the sum of a gradient's
+            squares. Under `lax.cond`, so that a step may still write the new state over the old one.
     """
 
     def step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, jax.Array], Change]:
@@ -192,9 +195,26 @@ def one_step(
         pair = gathered(lambda *args: value_and_aux(f(*args, **keywords)), split)
         (value, aux), grads = jax.value_and_grad(pair, has_aux=True)(state.params, batch)
         value_fn = lambda params: pair(params, batch)[0]  # noqa: E731
-        return apply_gradients(optimizer, state, value, aux, grads, value_fn, split)
+
+        def taken() -> tuple[TrainState, dict[str, jax.Array], Change]:
+            return apply_gradients(optimizer, state, value, aux, grads, value_fn, split)
+
+        def kept() -> tuple[TrainState, dict[str, jax.Array], Change]:
+            metrics = {"loss": value, **scalars(carry(state.model_state, aux)[1])}
+            return state, metrics, zeros(jax.eval_shape(taken)[2])
+
+        if not guard:
+            return taken()
+        return jax.lax.cond(jnp.isfinite(value) & squares_are_finite(grads), taken, kept)
 
     return step
+
+
+def squares_are_finite(grads: PyTree) -> jax.Array:
+    """Return whether the sum of each array's squares is finite, which is cheaper than to ask that of each element."""
+    floats = [leaf for leaf in jax.tree.leaves(grads) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    sums = [jnp.sum(jnp.square(jnp.abs(leaf)), dtype=jnp.float32) for leaf in floats]
+    return jnp.isfinite(jnp.array(sums)).all()
 
 
 def apply_gradients(

@@ -320,6 +320,59 @@ def test_a_step_that_is_not_finite_is_reported(when, inspects, monkeypatch, tmp_
     assert "broken" in errors[0]
 
 
+@jax.custom_vjp
+def fragile(x, bad):
+    """Return x, whose gradient is NaN where `bad` is 1."""
+    return x
+
+
+fragile.defvjp(lambda x, bad: (x, bad), lambda bad, g: (jnp.where(bad > 0, jnp.nan, g), jnp.zeros_like(bad)))
+
+
+@pytest.mark.filterwarnings("default")
+def test_an_optimizer_may_mend_its_gradients(monkeypatch):
+    """Where a state is donated, a chunk ends before a step whose gradient is NaN, takes it, and continues."""
+    mean, params, (x, y) = mlp()
+    bad = jnp.zeros(48).at[gf.data.epoch_order(48, 16, 0, 0)[2][0]].set(1.0)
+    optimizer = optax.chain(optax.zero_nans(), ADAM)
+    counts = []
+
+    def loss(params, batch):
+        x, y, bad = batch
+        return mean({**params, "b1": fragile(params["b1"], bad.max())}, (x, y))
+
+    def counted(*args):
+        counts.append(0)
+        return finished(*args)
+
+    finished = module.finished
+    monkeypatch.setattr(module, "finished", counted)
+    runs = []
+    for donated in (1 << 24, 0):
+        monkeypatch.setattr(chunk, "DONATED", donated)
+        runs.append(train(loss, params, (x, y, bad), 6, optimizer=optimizer, eval_every=6))
+    assert len(counts) >= 1
+    close(runs[1].params, runs[0].params, atol=1e-6)
+    assert runs[1].history[-1]["loss"] == pytest.approx(runs[0].history[-1]["loss"], rel=1e-6)
+    with pytest.raises(FloatingPointError, match="step 2: a gradient or an update is not finite"):
+        train(loss, params, (x, y, bad), 6, eval_every=6)
+
+
+def test_an_update_that_is_not_finite_is_reported(monkeypatch):
+    """From finite gradients: nothing is left to repeat the steps from, so the error names where it must have been."""
+    loss, params, data = mlp()
+
+    def update(updates, count, params=None):
+        broken = {**updates, "W2": jnp.where(count == 2, jnp.inf, updates["W2"])}
+        return broken, count + 1
+
+    optimizer = optax.chain(optax.sgd(0.1), optax.GradientTransformation(lambda params: jnp.int32(0), update))
+    monkeypatch.setattr(chunk, "DONATED", 0)
+    message = r"a step from 1 to \d: an update is not finite, though the gradients are; in .*W2"
+    with pytest.raises(FloatingPointError, match=message):
+        train(loss, params, data, 6, optimizer=optimizer, eval_every=6)
+
+
 @pytest.mark.parametrize("donated", [pytest.param(1 << 24, marks=pytest.mark.slow), 0])
 def test_everything_that_fit_records_is_the_same(donated, monkeypatch, tmp_path):
     """Inspections, the noise scale, evaluations, kept parameters, and a run that is interrupted and resumed."""
