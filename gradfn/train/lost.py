@@ -54,6 +54,10 @@ def sentence(log: str, process: int, processes: int, address: str) -> str:
     else:
         reason = " ".join(log.partition("absl::Status:")[2].split())
         return f"{me} ends because another process has ended ({reason[:300]})"
+    if str(process) in lost:
+        return (
+            f"{me} ends because process 0 got no sign of life of it in time: it was too busy, or out of reach"
+        )
     names = f"process {lost[0]} was" if len(lost) == 1 else f"processes {', '.join(lost)} were"
     return f"{me} ends because {names} lost: killed, ended by an error, or out of reach"
 

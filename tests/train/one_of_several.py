@@ -59,7 +59,9 @@ def failing(params, batch):
 
 
 def main(address, n, i, out, todo):
-    gf.train.initialize(address, n, i, timeout=60, heartbeat_seconds=6)
+    gf.train.initialize(
+        address, n, i, timeout=120, heartbeat_seconds=15 if todo.get("folder") == "SIGKILL" else 100
+    )
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
     found = {}
     if "arrays" in todo:
