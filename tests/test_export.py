@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import gradfn as gf
+from gradfn.per_example import ghost
 
 GPT = {"vocab": 17, "context": 8, "n_layers": 1, "n_heads": 2, "width": 8}
 LLAMA = {"n_kv_heads": 1, "positions": "rope", "norm": "rms", "feed": "swiglu", "bias": False, "tied": False}
@@ -82,6 +83,14 @@ def test_a_convolution_has_the_form_of_its_platform(transform):
     assert "convolution" in known
     known, _ = operations(exported(transform, "cnn", ["cpu"]))
     assert "convolution" not in known
+
+
+@pytest.mark.slow
+def test_products_of_examples_are_made_in_chunks_on_cpus_alone(monkeypatch):
+    monkeypatch.setattr(ghost, "CACHED", 0)
+    monkeypatch.setattr(ghost, "AT_ONCE", 1)
+    assert "while" in operations(exported("norms", "cnn", ["cpu"]))[0]
+    assert "while" not in operations(exported("norms", "cnn", ["cuda"]))[0]
 
 
 @pytest.mark.slow

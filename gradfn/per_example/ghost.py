@@ -537,7 +537,7 @@ def _products_of_all(
         )
         return [_einsum("csfi,csfj->csij", left, right, like.dtype)]
 
-    (total,), (norms,) = in_chunks(of_some, n, chunk_for(n, a.shape[1] * a.shape[3] * b.shape[3]), split)
+    (total,), (norms,) = in_cache(of_some, n, a.shape[1] * a.shape[3] * b.shape[3], split)
     return (total, norms), (False, True)
 
 
@@ -590,16 +590,26 @@ def _averaged_backward(of: _Hashable, n: int, kept: Any, g: PyTree) -> tuple[PyT
 _averaged.defvjp(_averaged_forward, _averaged_backward)
 
 
-def chunk_for(n: int, size: int) -> int:
-    """Return how many of `n` examples' products, of `size` elements each, to make at a time."""
-    if n * size <= CACHED or jax.default_backend() != "cpu":
-        return n
-    return max(1, AT_ONCE // size)
-
-
 def at(x: jax.Array, start: PyTree, count: int) -> jax.Array:
     """Return some rows of an array."""
     return x if count == len(x) else lax.dynamic_slice_in_dim(x, start, count)
+
+
+def in_cache(
+    of_some: Callable[[PyTree, int], list[jax.Array]], n: int, size: int, split: bool = False
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Return what `in_chunks` returns of arrays of `size` elements per example, in chunks that fit in a CPU's cache.
+
+    Programs for other platforms make all at once, and so does each device where examples are `split`.
+    """
+
+    def at_once() -> tuple[list[jax.Array], list[jax.Array]]:
+        return in_chunks(of_some, n, n)
+
+    if split or n * size <= CACHED:
+        return at_once()
+    few = max(1, AT_ONCE // size)
+    return lax.platform_dependent(cpu=lambda: in_chunks(of_some, n, few), default=at_once)
 
 
 def in_chunks(

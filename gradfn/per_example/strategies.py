@@ -26,11 +26,10 @@ from gradfn.per_example.ghost import (
     Rule,
     add_up,
     at,
-    chunk_for,
     factors,
     fold,
     how,
-    in_chunks,
+    in_cache,
     is_less,
     measure_each,
     measure_gradients,
@@ -215,7 +214,7 @@ class _Multiplied(_Gathered):
             some = jax.tree.map(lambda a: at(a, start, count), gathered)
             return [jax.vmap(lambda one: product(self.factors(one)))(some)]
 
-        (total,), (norms,) = in_chunks(products, n, chunk_for(n, x.size))
+        (total,), (norms,) = in_cache(products, n, x.size)
         return Found(norms, self._as_leaf(x, total))
 
     def _as_leaf(self, x: jax.Array, total: jax.Array) -> jax.Array:
