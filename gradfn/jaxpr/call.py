@@ -28,6 +28,7 @@ from gradfn.jaxpr.program import (
     traced_leaves,
     without_fixed,
 )
+from gradfn.jaxpr.varying import as_varying, varying_axes
 
 MEAN = "gf.batch_mean(loss) averages a loss of one example over a batch."
 
@@ -209,7 +210,8 @@ def tangents(leaves: Leaves, vector: Any, what: str) -> list[jax.Array]:
             raise ParameterError(name, f"{expected}, got {list(jnp.shape(part))}")
         if jnp.issubdtype(jnp.result_type(part), jnp.complexfloating):
             raise ParameterError(name, f"{what}: expected a real vector, got {jnp.result_type(part)}")
-        found.append(split_like(jnp.asarray(part).astype(jnp.result_type(value)), value))
+        part = split_like(jnp.asarray(part).astype(jnp.result_type(value)), value)
+        found.append(as_varying(part, varying_axes(value)))
     return found
 
 
