@@ -17,7 +17,7 @@ from gradfn.core.net import takes_key
 from gradfn.flatten import Loss, loss_of_example
 from gradfn.jaxpr.call import value_and_aux
 from gradfn.jaxpr.varying import zeros
-from gradfn.train.gathering import gathered
+from gradfn.train.gathering import gather_where_used
 from gradfn.train.log import refuse_names
 from gradfn.train.measures import learning_rate, norm
 from gradfn.train.model import batch_loss
@@ -146,7 +146,7 @@ def chunks(loss: Loss, optimizer: optax.GradientTransformation, source: Source, 
     @functools.partial(jax.jit, donate_argnums=donate, out_shardings=(stays, everywhere, None))
     def inspected(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> Any:
         batch, keywords = batch_of(arrays, state, order, row), step_keywords(loss, state)
-        f = gathered(batch_loss(loss, state.rest), split, again=False)
+        f = gather_where_used(batch_loss(loss, state.rest), split, again=False)
         found = inspect(f, input_grads=False)(state.params, batch, **keywords)
         value_fn = lambda params: value_and_aux(f(params, batch, **keywords))[0]  # noqa: E731
         after, metrics, change = apply_gradients(

@@ -23,7 +23,7 @@ from gradfn.jaxpr.views import Meeting, View, parameter_meetings
 from gradfn.train.split import Split, without
 
 
-def gathered(f: Callable, split: Split | None, again: bool = True) -> Callable:
+def gather_where_used(f: Callable, split: Split | None, again: bool = True) -> Callable:
     """Return the same function of `(params, ...)`, which gathers parameters where they are used.
 
     A parameter that every iteration of a loop reads is gathered before the loop; one that is not used as it is (two are

@@ -19,7 +19,7 @@ from gradfn.core.params import named_leaves
 from gradfn.flatten import Loss
 from gradfn.jaxpr.call import value_and_aux
 from gradfn.jaxpr.varying import zeros
-from gradfn.train.gathering import gathered
+from gradfn.train.gathering import gather_where_used
 from gradfn.train.model import Graph, Rest, batch_loss, carry, strong, take_apart
 from gradfn.train.placing import automatic, automatic_axes, mesh_context, mesh_of, place
 from gradfn.train.split import Split, follow, split_of
@@ -192,7 +192,7 @@ def one_step(
         f = batch_loss(loss, state.rest)
         if split is not None:
             batch = split.share(batch)
-        pair = gathered(lambda *args: value_and_aux(f(*args, **keywords)), split)
+        pair = gather_where_used(lambda *args: value_and_aux(f(*args, **keywords)), split)
         (value, aux), grads = jax.value_and_grad(pair, has_aux=True)(state.params, batch)
         value_fn = lambda params: pair(params, batch)[0]  # noqa: E731
 

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gradfn as gf
-from gradfn.train.gathering import gathered
+from gradfn.train.gathering import gather_where_used
 from gradfn.train.split import split_of
 
 N = 16
@@ -78,7 +78,7 @@ def test_layers_of_a_stack(spec):
 def compare(f, params, x, spec):
     expected = jax.jit(jax.value_and_grad(f))(params, x)
     split = on_mesh(params, spec)
-    actual = jax.jit(jax.value_and_grad(gathered(f, split_of(split))))(split, on_mesh(x, P("data")))
+    actual = jax.jit(jax.value_and_grad(gather_where_used(f, split_of(split))))(split, on_mesh(x, P("data")))
     for a, b in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
 
@@ -107,7 +107,7 @@ def test_one_layer_of_a_stack_is_gathered_at_a_time(stack):
         shardings,
     )
     batch = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P("data")))
-    step = jax.value_and_grad(gathered(loss, split_of(shapes)))
+    step = jax.value_and_grad(gather_where_used(loss, split_of(shapes)))
     compiled = jax.jit(step, out_shardings=(None, shardings)).lower(shapes, batch).compile()
     assert largest in gathers(compiled)
     assert max(gathers(compiled)) == largest
@@ -115,7 +115,7 @@ def test_one_layer_of_a_stack_is_gathered_at_a_time(stack):
 
 def test_what_all_iterations_of_a_loop_read_is_gathered_once():
     split, x = on_mesh(matrices(N, N), P("data")), on_mesh(jnp.ones([8, N]), P("data"))
-    step = jax.value_and_grad(gathered(read_by_a_loop, split_of(split)))
+    step = jax.value_and_grad(gather_where_used(read_by_a_loop, split_of(split)))
     text = jax.jit(step).lower(split, x).compile().as_text()
     inside = [
         line
