@@ -75,20 +75,23 @@ def mesh_of(tree: PyTree) -> Mesh | None:
     >>> import jax.numpy as jnp
     >>> mesh_of({"x": jnp.ones(3)})
     """
-    first: tuple[str, Mesh] | None = None
-    for name, leaf in named_leaves(tree):
-        sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
-        if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
-            continue
-        if first is None:
-            first = name, sharding.mesh
-        elif not same_mesh(first[1], sharding.mesh):
-            on = [f"{path or 'one'} is on {describe(mesh)}" for path, mesh in (first, (name, sharding.mesh))]
-            raise ValueError(
-                f"the arrays must be on one mesh, but {on[0]} and {on[1]}. Move them with jax.device_put(tree, "
-                "shardings)"
-            )
-    return None if first is None else first[1]
+    # Steps call this, so names are made for an error alone.
+    meshes = [mesh for leaf in jax.tree.leaves(tree) if (mesh := _mesh(leaf)) is not None]
+    if all(mesh is meshes[0] or same_mesh(mesh, meshes[0]) for mesh in meshes):
+        return meshes[0] if meshes else None
+    named = [(name, mesh) for name, leaf in named_leaves(tree) if (mesh := _mesh(leaf)) is not None]
+    other = next(each for each in named if not same_mesh(each[1], named[0][1]))
+    on = [f"{path or 'one'} is on {describe(mesh)}" for path, mesh in (named[0], other)]
+    raise ValueError(
+        f"the arrays must be on one mesh, but {on[0]} and {on[1]}. Move them with jax.device_put(tree, shardings)"
+    )
+
+
+def _mesh(leaf: Any) -> Mesh | None:
+    sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        return sharding.mesh
+    return None
 
 
 def same_mesh(a: Any, b: Any) -> bool:
