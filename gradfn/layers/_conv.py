@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -67,17 +66,20 @@ def conv(
     spec |= {"b": Param((n_out,), axes=("channels",))} if bias else {}
 
     def as_product(x: jax.Array, W: jax.Array) -> jax.Array:
-        return conv_as_product(x[0], W, stride, padding, dilation)[None]
+        return conv_as_product(x, W, stride, padding, dilation)
 
-    # One equation: what inspects a program takes the choice between the two forms for it (`jaxpr.stands_for`).
-    convolve = functools.partial(
-        jax.lax.conv_general_dilated,
-        window_strides=(stride,) * n,
-        padding=padding,
-        rhs_dilation=(dilation,) * n,
-        dimension_numbers=layout,
-        feature_group_count=groups,
-    )
+    # One operation: what inspects a program takes the choice between the two forms for it (`jaxpr.stands_for`).
+    def convolve(x: jax.Array, W: jax.Array) -> jax.Array:
+        z = jax.lax.conv_general_dilated(
+            x[None],  # [H, W, n_in] -> [1, H, W, n_in]; under vmap the batch is merged into the new axis
+            W,
+            window_strides=(stride,) * n,
+            padding=padding,
+            rhs_dilation=(dilation,) * n,
+            dimension_numbers=layout,
+            feature_group_count=groups,
+        )
+        return jnp.squeeze(z, 0)  # [1, H', W', n_out] -> [H', W', n_out]
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
         W, b = jnp.asarray(params["W"]), params.get("b")
@@ -86,12 +88,11 @@ def conv(
             expected = f"[{'T' if n == 1 else 'H, W'}, {n_in}] {W.dtype}"
             message = f"W is {list(W.shape)}, expected an input of {expected}, got {list(x.shape)} {x.dtype}"
             raise ParameterError("W", message + _hint(x, n, n_in))
-        x = x[None]  # [H, W, n_in] -> [1, H, W, n_in]; under vmap the batch is merged into the new axis
         if groups == 1:
             # Chosen when the program is compiled, for the platform that it is compiled for.
-            z = jax.lax.platform_dependent(x, W, cpu=as_product, default=convolve)[0]
+            z = jax.lax.platform_dependent(x, W, cpu=as_product, default=convolve)
         else:
-            z = convolve(x, W)[0]
+            z = convolve(x, W)
         return z if b is None else z + b.reshape((1,) * n + b.shape)  # [n_out] -> [1, 1, n_out]
 
     return Net(spec, apply)
