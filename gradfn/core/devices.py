@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 
@@ -37,7 +37,15 @@ def explicit_spec(x: PyTree) -> PartitionSpec | None:
 
 def replicated(x: jax.Array) -> jax.Array:
     """Return a value with all of it on every device, where its type says that it is split."""
-    return jax.sharding.reshard(x, PartitionSpec()) if explicit_spec(x) else x
+    return x if (sharding := whole_sharding(x)) is None else jax.sharding.reshard(x, sharding)
+
+
+def whole_sharding(x: jax.Array) -> NamedSharding | None:
+    """Return the sharding of all of a value on every device, where its type says that it is split; else None.
+
+    With its mesh: outside of `jax.set_mesh` a spec alone is not enough.
+    """
+    return NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec()) if explicit_spec(x) else None
 
 
 def split_like(x: jax.Array, other: PyTree) -> jax.Array:
@@ -48,10 +56,23 @@ def split_like(x: jax.Array, other: PyTree) -> jax.Array:
 
 def elements_of(x: jax.Array, indices: Sequence[PyTree]) -> jax.Array:
     """Return elements of an array, `[n]`, on every device; `indices` are one array `[n]` per axis."""
-    return x.at[tuple(indices)].get(out_sharding=PartitionSpec() if explicit_spec(x) else None)
+    return x.at[tuple(indices)].get(out_sharding=whole_sharding(x))
 
 
 def examples_spec(x: PyTree) -> tuple[PyTree, Any]:
     """Return over which explicit mesh axes the first axis of a value is split, and the mesh; None where it is not."""
     spec = explicit_spec(x)
     return (spec[0], jax.typeof(x).sharding.mesh) if spec and spec[0] is not None else (None, None)
+
+
+def rows_sharding(x: jax.Array, indices: jax.Array) -> NamedSharding | None:
+    """Return how `x[indices]` is split over explicit mesh axes, which jax asks for; None where there are none.
+
+    It is split like the indices, and like the axes of `x` behind the first.
+    """
+    for value in (indices, x):
+        mesh = jax.typeof(value).sharding.mesh
+        if AxisType.Explicit in mesh.axis_types:
+            spec = PartitionSpec(*jax.typeof(indices).sharding.spec, *jax.typeof(x).sharding.spec[1:])
+            return NamedSharding(mesh, spec)
+    return None

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gradfn.core.devices import rows_sharding
 from gradfn.core.names import ParameterError
 from gradfn.core.net import Net
 from gradfn.core.params import Param, Params
@@ -47,7 +48,10 @@ def look_up(W: jax.Array, tokens: jax.Array) -> jax.Array:
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         message = f"expected integer indices, got {list(tokens.shape)} {tokens.dtype}"
         raise ParameterError("W", f"{message}. Cast them: x.astype(jnp.int32)")
-    return jnp.asarray(W).at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    W = jnp.asarray(W)
+    return W.at[tokens].get(
+        mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=rows_sharding(W, tokens)
+    )
 
 
 def sinusoidal(n: int, width: int, base: float = 10_000.0) -> jax.Array:

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
-from gradfn.core.devices import explicit_spec, replicated
+from gradfn.core.devices import explicit_spec, replicated, whole_sharding
 from gradfn.core.params import describe, path_name
 from gradfn.core.precision import divided, sum_of, unit_of, widen
 from gradfn.core.signature import transform_of
@@ -98,7 +97,7 @@ def _between(grads: PyTree) -> Cosines:
         largest = jnp.max(jnp.abs(flat), axes, initial=0)
         scaled = divided(flat, jnp.expand_dims(unit_of(largest), axes))
         # Every device gets all products.
-        out = PartitionSpec() if explicit_spec(scaled) else None
+        out: PyTree = whole_sharding(scaled)
         gram = jnp.tensordot(scaled, scaled.conj(), (axes, axes), precision="highest", out_sharding=out)
         return replicated(largest), gram.real
 

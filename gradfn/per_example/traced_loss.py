@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from gradfn.core.attention_form import differentiable_attention
@@ -99,7 +99,8 @@ class TracedLoss:
         """Return an array with a leading axis of examples, split as these are."""
         if self.split is None:
             return x
-        return jax.sharding.reshard(x, PartitionSpec(self.split, *jax.typeof(x).sharding.spec[1:]))
+        spec = PartitionSpec(self.split, *jax.typeof(x).sharding.spec[1:])
+        return jax.sharding.reshard(x, NamedSharding(self.mesh, spec))
 
     def outputs(self, outs: Sequence[PyTree]) -> tuple[PyTree, PyTree]:
         """Return the value and aux of the program's outputs."""

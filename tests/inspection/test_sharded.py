@@ -119,14 +119,15 @@ def everything(loss):
         inspection = gf.inspect(loss, keep="*", stats=STATS)(params, x)
         backward = gf.backprop(loss, keep=True)(params, x)
         patched = gf.patch(loss, {inspection.sites[0].name: lambda z: z / 2})
-        _, grads, record = gf.nan_guard(loss)(params, x)
-        return (
-            (inspection.value, inspection.grads, inspection.input_grads),
-            (inspection.stats, inspection.grad_stats, inspection.values, inspection.value_grads),
-            jax.value_and_grad(patched)(params, x),
-            backward.cotangents,
-            (grads, record.keys),
-        )
+        grads = gf.nan_guard(loss)(params, x)[1]
+        return {
+            "gradients": (inspection.value, inspection.grads, inspection.input_grads),
+            "forward": (inspection.stats, inspection.values),
+            "backward": (inspection.grad_stats, inspection.value_grads),
+            "patched": jax.value_and_grad(patched)(params, x),
+            "steps": backward.cotangents,
+            "guarded": grads,
+        }
 
     return run
 
@@ -145,7 +146,10 @@ def test_every_transform_on_eight_devices_equals_one_device(name, kind):
     mesh = mesh_of(kind)
     with ambient(mesh):
         got = jax.jit(everything(loss))(*placed(mesh, name))
-    same(got, jax.jit(everything(loss))(params, x))
+    expected = jax.jit(everything(loss))(params, x)
+    if name == "gathered":  # to gather a layer is a step of its own, which there is on a mesh only
+        got, expected = (result | {"steps": result["steps"][-1]} for result in (got, expected))
+    same(got, expected)
 
 
 @pytest.mark.slow
@@ -235,3 +239,32 @@ def test_statistics_of_split_features_need_few_collectives():
     plain, inspected = collectives(jax.value_and_grad(loss), *args), collectives(gf.inspect(loss), *args)
     # Sums and maxima over one axis or the other, or over both; there are 7 sites, with two statistics each.
     assert inspected - plain <= 4, (plain, inspected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpt_whose_batch_is_split_equals_one_device(kind):
+    config = gf.GPTConfig(vocab=16, context=8, n_layers=2, n_heads=2, width=8)
+    net = gf.gpt(config)
+    params, tokens = net.init(jax.random.key(0)), jax.random.randint(jax.random.key(1), [8, 9], 0, 16)
+    loss = gf.batch_mean(gf.next_token_loss(net))
+
+    @jax.jit
+    def measured(params, batch):
+        inspection = gf.inspect(loss, sites=["blocks/*/residual", "logits"])(params, batch)
+        norms = gf.per_example.norms(loss)(params, batch)
+        product = gf.curvature.hvp(loss)(params, params, batch)
+        return (
+            inspection.value,
+            inspection.grads,
+            inspection.stats,
+            inspection.grad_stats,
+            norms.total,
+            product,
+        )
+
+    expected = measured(params, (tokens[:, :-1], tokens[:, 1:]))
+    mesh = mesh_of(kind)  # and no jax.set_mesh: the arrays' types have the mesh
+    split = jax.device_put(tokens, NamedSharding(mesh, P("data")))
+    got = measured(jax.device_put(params, NamedSharding(mesh, P())), (split[:, :-1], split[:, 1:]))
+    same(got, expected)
