@@ -163,7 +163,13 @@ def test_inspection_on_eight_devices_equals_one_device(name):
     same(got, jax.jit(inspected)(params, x))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# jax 0.12 fails in jax.grad(lambda x: jax.lax.max(0.0, x).sum()) of an array with explicit axes outside of jit.
+NEWER_EXPLICIT = pytest.param(
+    AxisType.Explicit, marks=pytest.mark.xfail(jax.__version_info__ >= (0, 12), reason="a fault of jax 0.12")
+)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, NEWER_EXPLICIT])
 def test_inspection_that_is_not_compiled_equals_one_device(kind):
     loss, params, _, x = PROGRAMS["split features"]
     mesh = mesh_of(kind)
