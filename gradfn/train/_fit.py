@@ -327,9 +327,12 @@ def fit(
                     aim = length * CHUNK_SECONDS / max(took, 1e-9)
                     length = int(np.clip(aim, max(length // 2, 1), min(length * 8, CAPACITY)))
                 if end % eval_every == 0 or end == steps:
-                    carried = [] if state is None else [run.outside.model_state]
-                    with contextlib.nullcontext() if home is None else mesh_context(home):
-                        evaluated = {} if evaluate is None else evaluate(run.outside.model, *carried)
+                    evaluated = {}
+                    if evaluate is not None:
+                        outside = run.outside
+                        carried = [] if state is None else [outside.model_state]
+                        with contextlib.nullcontext() if home is None else mesh_context(home):
+                            evaluated = evaluate(outside.model, *carried)
                     refuse_names(evaluated, "evaluate", run.totals.sums)
                     epoch = end / source.epoch_steps if source.epoch_steps else None
                     evaluated = {name: agreed(float(value)) for name, value in evaluated.items()}

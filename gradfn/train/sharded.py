@@ -166,15 +166,7 @@ def tidy(folder: Path, keep: int | None = None) -> None:
 def load(stored: Stored, like: PyTree, rest: bool = False, form: type = dict) -> tuple[PyTree, PyTree]:
     """Read a state that was split over devices onto the devices of another one; every process calls this.
 
-    Args:
-        stored: the folder, and its description.
-        like: a state of the same structure, whose shapes and dtypes the arrays must have, and on whose shardings they
-            are put; except for keys, `jax.ShapeDtypeStruct` suffices.
-        rest: whether the folder may hold more than that, which is not read.
-        form: the type of the notes: see `gradfn.files.read_json`.
-
-    Returns:
-        The state, and the notes.
+    See `gradfn.train.checkpoint.load`, whose `file` is here the folder and its description.
 
     Raises:
         CheckpointError: the folder cannot be read, is damaged, or does not fit `like`; it names the array.

@@ -105,11 +105,12 @@ def placed(mesh, name):
     return params, jax.device_put(x, NamedSharding(mesh, P("data")))
 
 
-def same(got, expected, rtol=1e-4):
-    """Compare two trees, each array relative to its largest element."""
+def same(got, expected, rtol=1e-4, atol=None):
+    """Compare two trees, each array relative to its largest element; `atol` is `rtol` by default."""
+    atol = rtol if atol is None else atol
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.max(np.abs(b), initial=1e-6))
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol * np.max(np.abs(b), initial=1e-6))
 
 
 def everything(loss):

@@ -1,35 +1,24 @@
 """Per-example transforms of batches and parameters on eight simulated devices, against one device."""
 
-import contextlib
 import dataclasses
 import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gradfn as gf
+from tests.inspection.test_sharded import KINDS, ambient, mesh_of, same, spread
 
 KEYS = jax.random.split(jax.random.key(0), 8)
-KINDS = [AxisType.Auto, AxisType.Explicit]
-
-
-def is_explicit():
-    return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
-
-
-def everywhere():
-    """Return an `out_sharding`: only explicit axes need one."""
-    return P() if is_explicit() else None
 
 
 def hidden_split(params, x):
     h = jnp.tanh(jnp.einsum("i,oi->o", x[0], params["W1"]) + params["b1"])
-    return jnp.mean(jnp.einsum("o,co->c", h, params["W2"], out_sharding=everywhere()) ** 2)
+    return jnp.mean(jnp.einsum("o,co->c", h, params["W2"], out_sharding=spread()) ** 2)
 
 
 def positions(params, x):
@@ -48,12 +37,12 @@ def recurrent(params, x):
 def attention(params, x):
     q, k, v = (jnp.einsum("td,hed->the", x, params[name]) for name in "qkv")
     mixed = jnp.einsum("hts,she->the", jax.nn.softmax(jnp.einsum("the,she->hts", q, k)), v)
-    return jnp.mean(jnp.einsum("the,dhe->td", mixed, params["o"], out_sharding=everywhere()) ** 2)
+    return jnp.mean(jnp.einsum("the,dhe->td", mixed, params["o"], out_sharding=spread()) ** 2)
 
 
 def embedded(params, x):
     ids = jnp.argmax(x, axis=1)
-    rows = params["E"].at[ids].get(out_sharding=everywhere())
+    rows = params["E"].at[ids].get(out_sharding=spread())
     return jnp.mean((jnp.tanh(rows) @ params["W"]) ** 2)
 
 
@@ -80,23 +69,9 @@ LOSSES = {
 }
 
 
-def mesh_of(kind):
-    return jax.make_mesh((4, 2), ("data", "model"), (kind, kind))
-
-
-def ambient(mesh):
-    return jax.set_mesh(mesh) if AxisType.Explicit in mesh.axis_types else contextlib.nullcontext()
-
-
 def placed(mesh, params, specs, x):
     split = {name: NamedSharding(mesh, specs.get(name, P())) for name in params}
     return jax.device_put(params, split), jax.device_put(x, NamedSharding(mesh, P("data")))
-
-
-def same(got, expected):
-    assert jax.tree.structure(got) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.max(np.abs(b), initial=1e-6))
 
 
 def everything(loss):
