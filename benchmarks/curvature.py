@@ -301,7 +301,7 @@ def eigenvalues(options: argparse.Namespace) -> None:
         "solutions",
         skipped=skipped,
         packages=(*harness.PACKAGES, "torch", "matfree", "curvlinops-for-pytorch", "pyhessian"),
-        json_file=named(options.json, "eigenvalues"),
+        json_file=options.json,
     )
     for name, (setting, solve, left) in tuned.items():
         details = f"{setting}, residual {left:.1e}, largest {max(solve().values):.5f}"
@@ -348,9 +348,7 @@ def products(options: argparse.Namespace) -> None:
         calls = 1 if net is gpt else 20
         ready = {name: counted(partial(way, params, vector, batch), calls) for name, way in ways.items()}
         timings = harness.race(ready, options.rounds)
-        harness.report(
-            title, timings, "gradient", "calls", json_file=named(options.json, title.split(",")[0])
-        )
+        harness.report(title, timings, "gradient", "calls", json_file=options.json)
         walls = {name: np.array(timing.wall) for name, timing in timings.items()}
         print(
             "relative to one gradient:",
@@ -358,14 +356,6 @@ def products(options: argparse.Namespace) -> None:
                 f"{n} {np.median(w / walls['gradient']):.2f}" for n, w in walls.items() if n != "gradient"
             ),
         )
-
-
-def named(file: str | None, part: str) -> str | None:
-    """Return a file name with a suffix for a part of the benchmark."""
-    if file is None:
-        return None
-    stem, dot, ending = file.rpartition(".")
-    return f"{stem}-{part.replace(' ', '-')}{dot}{ending}"
 
 
 def main() -> None:

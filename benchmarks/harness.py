@@ -150,64 +150,204 @@ def report(
     baseline: str,
     unit: str,
     *,
+    aims: Mapping[str, float] | None = None,
     skipped: Mapping[str, str] | None = None,
     packages: Iterable[str] = PACKAGES,
     json_file: str | Path | None = None,
 ) -> list[Summary]:
-    """Print a table of the timings, and write it with all single timings to a JSON file if one is given.
+    """Print a table of the timings, and add it to a JSON file if one is given.
 
     Args:
         title: of the table.
         timings: from `race`.
         baseline: the contender with ratio 1.
         unit: the unit of work, in the plural: "examples", "steps".
+        aims: for some contenders, how many times the time of the baseline a unit of work may take: 1.1 for at most 10 %
+            more. With aims the table has a column `time`, the inverse of the ratio, and a column `aim`. Where an aim is
+            relative to another contender, report its timings once more with that one as the baseline.
         skipped: the reason why others did not take part, by name.
         packages: the packages whose versions are reported.
-        json_file: the file to write.
+        json_file: the file of this run. The first table that a process writes to a file replaces what was there, the
+            others are appended: see `write`.
+
+    Raises:
+        ValueError: an aim for a contender that neither took part nor was skipped.
     """
-    lines, about, skipped = summarize(timings, baseline), environment(packages), skipped or {}
+    lines, skipped, aims = summarize(timings, baseline), skipped or {}, aims or {}
+    check_aims(aims, (*timings, *skipped))
     rounds = len(timings[baseline].wall)
-    title_text = f"{title}\nmedians of {rounds} interleaved rounds; 1 is {baseline}"
-    table = Table(
-        title=title_text, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
-    )
-    table.add_column("", no_wrap=True)
-    for column in (f"{unit}/s", "ratio", "quartiles", "cpu ratio", "cpu/wall"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for line in lines:
-        spread = f"{line.low:.3f} {line.high:.3f}"
-        cells = (
+    columns = [f"{unit}/s", "ratio", "quartiles", "cpu ratio", "cpu/wall"]
+    rows = {
+        line.name: [
             f"{line.rate:,.0f}",
             f"{line.ratio:.3f}",
-            spread,
+            f"{line.low:.3f} {line.high:.3f}",
             f"{line.cpu_ratio:.3f}",
             f"{line.cpu_per_wall:.2f}",
-        )
-        table.add_row(line.name, *cells)
-    console = Console()
-    console.print(table)
-    for name, reason in skipped.items():
-        console.print(f"{name}: skipped, {reason}", highlight=False)
-    console.print(", ".join(f"{name} {value}" for name, value in about.items()), highlight=False)
+        ]
+        for line in lines
+    }
+    if aims:
+        columns += ["time", "aim"]
+        for line in lines:
+            rows[line.name] += [f"{1 / line.ratio:.3f}", verdict(1 / line.ratio, aims.get(line.name))]
+    print_table(f"{title}\nmedians of {rounds} interleaved rounds; 1 is {baseline}", columns, rows)
+    about = print_about(skipped, packages)
     if json_file is not None:
-        content = {
+        _, wall_of_baseline, cpu_of_baseline = timings[baseline]
+        table = {
             "title": title,
             "unit": unit,
             "baseline": baseline,
-            "environment": about,
+            "rounds": rounds,
             "summary": [line._asdict() for line in lines],
+            "aims": dict(aims),
             "skipped": dict(skipped),
-            "seconds_per_unit": {name: timing._asdict() for name, timing in timings.items()},
+            # One number per round: how many times the baseline's rate.
+            "ratios": {
+                name: {
+                    "wall": rounded(divided(wall_of_baseline, wall)),
+                    "cpu": rounded(divided(cpu_of_baseline, cpu)),
+                }
+                for name, (_, wall, cpu) in timings.items()
+            },
         }
-        Path(json_file).write_text(json.dumps(content, indent=1) + "\n")
+        write(json_file, about, table)
     return lines
+
+
+def report_figures(
+    title: str,
+    figures: Mapping[str, Mapping[str, float]],
+    baseline: str | None = None,
+    *,
+    aims: Mapping[str, Mapping[str, float]] | None = None,
+    skipped: Mapping[str, str] | None = None,
+    packages: Iterable[str] = PACKAGES,
+    json_file: str | Path | None = None,
+) -> None:
+    """Print a table of figures of which less is better (seconds to compile, bytes), and add it to a JSON file.
+
+    For what cannot be repeated often, or is not a time; every figure is followed by its ratio to the baseline's in the
+    same column. To compare compile times, take for each phase the median of a few interleaved repetitions:
+
+        report_figures(
+            "24 layers, unrolled",
+            {
+                "value_and_grad": {"trace, s": 0.31, "compile, s": 2.10},
+                "inspect": {"trace, s": 0.40, "compile, s": 2.90},
+            },
+            baseline="value_and_grad",
+            aims={"inspect": {"compile, s": 1.5}},
+        )
+
+    Args:
+        title: of the table.
+        figures: by row and column; the columns' names include the unit. A row may lack some columns.
+        baseline: the row that the others are compared with, or None if the figures stand for themselves.
+        aims: by row and column, how many times the baseline's figure it may be.
+        skipped: the reason why other rows are missing, by name.
+        packages: the packages whose versions are reported.
+        json_file: the file of this run: see `write`.
+
+    Raises:
+        ValueError: an aim for a row that is neither there nor skipped, or for a figure that is not there.
+    """
+    skipped, aims = skipped or {}, aims or {}
+    columns = list(dict.fromkeys(column for row in figures.values() for column in row))
+    check_aims(aims, (*figures, *skipped))
+    for row in aims.keys() & figures.keys():
+        check_aims(aims[row], figures[row])
+    reference = figures[baseline] if baseline is not None else {}
+    summary, rows = [], {}
+    for row, found in figures.items():
+        rows[row] = []
+        for column in columns:
+            value, one = found.get(column), reference.get(column)
+            time, aim = (value / one if value is not None and one else None), aims.get(row, {}).get(column)
+            cell = "-" if value is None else f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
+            if time is not None and row != baseline:
+                cell += f"  {time:.2f}" + (f" of {verdict(time, aim)}" if aim else "")
+            rows[row].append(cell)
+            if value is not None:
+                summary.append({"name": row, "column": column, "value": value, "time": time, "aim": aim})
+    print_table(title + (f"\nafter each figure: times {baseline}" if baseline else ""), columns, rows)
+    about = print_about(skipped, packages)
+    if json_file is not None:
+        write(
+            json_file,
+            about,
+            {"title": title, "baseline": baseline, "figures": summary, "skipped": dict(skipped)},
+        )
+
+
+def check_aims(aims: Iterable[str], names: Iterable[str]) -> None:
+    """Raise a ValueError for an aim without a row: a row that was renamed must not lose its aim silently."""
+    unknown = sorted(set(aims) - set(names))
+    if unknown:
+        raise ValueError(f"aims for {unknown}, but the table has {sorted(names)}")
+
+
+def verdict(time: float, aim: float | None) -> str:
+    """Return an aim and whether it was reached.
+
+    >>> verdict(1.08, 1.1), verdict(1.104, 1.1), verdict(1.104, None)
+    ('1.1 reached', '1.1 missed', '')
+    """
+    return "" if aim is None else f"{aim:.4g} {'reached' if time <= aim else 'missed'}"
+
+
+def print_table(title: str, columns: Iterable[str], rows: Mapping[str, Iterable[str]]) -> None:
+    """Print a table with named rows."""
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
+    table.add_column("", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    # Wide enough for every row, even where the output is not a terminal.
+    Console(width=max(Console().width, 120)).print(table)
+
+
+def print_about(skipped: Mapping[str, str], packages: Iterable[str]) -> dict[str, str]:
+    """Print who was skipped and what the results depend on; return the latter."""
+    about, console = environment(packages), Console()
+    for name, reason in skipped.items():
+        console.print(f"{name}: skipped, {reason}", highlight=False, markup=False)
+    console.print(
+        ", ".join(f"{name} {value}" for name, value in about.items()), highlight=False, markup=False
+    )
+    return about
+
+
+# The tables that this process has written, by file.
+_written: dict[Path, list[dict[str, Any]]] = {}
+
+
+def write(file: str | Path, about: Mapping[str, str], table: dict[str, Any]) -> None:
+    """Add a table to the file of this run, as `{"environment": {...}, "tables": [...]}`.
+
+    A benchmark with several tables writes one file, again after every table: the tables that were finished are there
+    if a later one fails. Tables that an earlier process wrote are not kept.
+    """
+    path = Path(file).absolute()
+    tables = _written.setdefault(path, [])
+    tables.append(table)
+    path.write_text(json.dumps({"environment": dict(about), "tables": tables}, indent=1) + "\n")
+
+
+def rounded(values: Iterable[float]) -> list[float]:
+    """Round to four significant digits: more would be noise, and the files are kept."""
+    return [float(f"{value:.4g}") for value in values]
 
 
 def arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:
     """Return a parser with the options that all benchmarks have."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=rounds, help="measured calls of each (%(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="also write all timings to this file")
+    parser.add_argument("--json", metavar="FILE", help="also write all tables to this file")
     return parser
 
 

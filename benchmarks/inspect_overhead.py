@@ -12,7 +12,6 @@ means that a step takes 1/0.9 of the time of a plain step.
 import functools
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -165,11 +164,7 @@ def main() -> None:
     for title in options.only:
         loss, params, batch = models[title]
         runs, compiled_in = contenders(loss, params, batch)
-        json_file = None
-        if options.json:
-            file = Path(options.json)
-            json_file = file.with_stem(f"{file.stem}-{title.replace(', ', '-').replace(' ', '-')}")
-        harness.report(title, harness.race(runs, options.rounds), "plain", "steps", json_file=json_file)
+        harness.report(title, harness.race(runs, options.rounds), "plain", "steps", json_file=options.json)
         print("compiling:", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in compiled_in.items()))
 
 

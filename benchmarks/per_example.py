@@ -283,9 +283,10 @@ def compete(
 ) -> None:
     """Time the contenders and report."""
     timings = harness.race({way: counted(run, calls) for way, run in runs.items()}, options.rounds)
-    json_file = options.json and options.json.replace(".json", f"-{title.replace(', ', '-')}.json")
     packages = (*harness.PACKAGES, "torch", "opacus", "backpack-for-pytorch")
-    harness.report(title, timings, baseline, "steps", skipped=skipped, packages=packages, json_file=json_file)
+    harness.report(
+        title, timings, baseline, "steps", skipped=skipped, packages=packages, json_file=options.json
+    )
 
 
 if __name__ == "__main__":

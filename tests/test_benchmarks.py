@@ -90,11 +90,67 @@ def test_report_prints_a_table_and_writes_json(tmp_path, capsys):
     ):
         assert text in printed
     written = json.loads(file.read_text())
-    assert written["seconds_per_unit"]["ours"]["wall"] == [0.5, 0.25, 0.5]
-    assert [line["name"] for line in written["summary"]] == ["ours", "theirs"]
-    assert written["summary"][0]["ratio"] == 2.0
-    assert written["summary"][1]["cpu_per_wall"] == 2.0
+    (table,) = written["tables"]
+    assert table["ratios"]["ours"] == {"wall": [2.0, 4.0, 2.0], "cpu": [4.0, 8.0, 4.0]}
+    assert [line["name"] for line in table["summary"]] == ["ours", "theirs"]
+    assert table["summary"][0]["ratio"] == 2.0
+    assert table["summary"][1]["cpu_per_wall"] == 2.0
+    assert (table["rounds"], table["aims"], table["skipped"]) == (3, {}, skipped)
     assert written["environment"]["jax"] == jax.__version__
+
+
+def test_aims_are_times_of_the_baseline(tmp_path, capsys):
+    timings = {
+        name: harness.Timing(0.1, [time], [time]) for name, time in (("a", 1.1), ("b", 1.101), ("1", 1.0))
+    }
+    harness.report("x", timings, "1", "steps", aims={"a": 1.1, "b": 1.1}, json_file=tmp_path / "out.json")
+    words = [line.split() for line in capsys.readouterr().out.splitlines()]
+    ends = {line[0]: line[-3:] for line in words if line and line[0] in timings and len(line) > 5}
+    assert ends["a"] == ["1.100", "1.1", "reached"]
+    assert ends["b"] == ["1.101", "1.1", "missed"]
+    assert ends["1"][-1] == "1.000"
+    (table,) = json.loads((tmp_path / "out.json").read_text())["tables"]
+    assert table["aims"] == {"a": 1.1, "b": 1.1}
+    with pytest.raises(ValueError, match=r"aims for \['c'\]"):
+        harness.report("x", timings, "1", "steps", aims={"c": 1.1})
+    harness.report("x", timings, "1", "steps", aims={"c": 1.1}, skipped={"c": "not installed"})
+
+
+def test_figures_are_compared_column_by_column(tmp_path, capsys):
+    figures = {
+        "plain": {"trace, s": 0.5, "compile, s": 2.0},
+        "inspect": {"trace, s": 0.6, "compile, s": 3.2},
+        "other": {"compile, s": 1.0},
+    }
+    aims = {"inspect": {"compile, s": 1.5}}
+    harness.report_figures("24 layers", figures, "plain", aims=aims, json_file=tmp_path / "out.json")
+    printed = capsys.readouterr().out
+    for text in ("24 layers", "0.6  1.20", "3.2  1.60 of 1.5 missed", "1  0.50", "-", "trace, s"):
+        assert text in printed
+    (table,) = json.loads((tmp_path / "out.json").read_text())["tables"]
+    rows = {(row["name"], row["column"]): row for row in table["figures"]}
+    assert len(rows) == 5
+    assert rows["inspect", "compile, s"] == {
+        "name": "inspect",
+        "column": "compile, s",
+        "value": 3.2,
+        "time": 1.6,
+        "aim": 1.5,
+    }
+    for wrong in ({"inspected": {}}, {"inspect": {"lower, s": 1.5}}):
+        with pytest.raises(ValueError, match="aims for"):
+            harness.report_figures("24 layers", figures, "plain", aims=wrong)
+
+
+def test_a_run_has_one_file(tmp_path):
+    file = tmp_path / "out.json"
+    file.write_text("of an earlier run")
+    for title in ("first", "second"):
+        harness.report(title, {"a": harness.Timing(1.0, [1.0], [1.0])}, "a", "steps", json_file=file)
+    harness.report_figures("third", {"a": {"MB": 1.0}}, json_file=file)
+    written = json.loads(file.read_text())
+    assert [table["title"] for table in written["tables"]] == ["first", "second", "third"]
+    assert written["tables"][2]["figures"][0]["time"] is None
 
 
 @pytest.fixture(scope="module")
