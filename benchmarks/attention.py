@@ -8,14 +8,11 @@ its gradients allocates for temporaries, as XLA reports it; time is CPU time. Pl
 8 GB: beyond `--plain` positions it is compiled and not run.
 """
 
-import argparse
 import statistics
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.table import Table
 
 import gradfn as gf
 from benchmarks import harness
@@ -61,28 +58,25 @@ def compare(config: gf.GPTConfig, forms: tuple[str, ...], rounds: int) -> dict[s
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = harness.arguments((__doc__ or "").partition("\n")[0], rounds=5)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="positions")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--scan", action="store_true", help="scan the layers")
     parser.add_argument(
         "--plain", type=int, default=4096, help="the longest sequence that plain attention is run on"
     )
-    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(arguments)
-    table = Table("positions", *(f"{form}, {unit}" for form in FORMS for unit in ("MB", "ms")))
     for length in options.lengths:
         config = gf.GPTConfig(
             vocab=65, context=length, n_layers=2, n_heads=4, width=options.width, scan=options.scan
         )
         forms = FORMS if length <= options.plain else FORMS[1:]
-        row = [f"{length:,}"]
-        for memory, seconds in compare(config, forms, options.rounds).values():
-            row += [f"{memory / 1e6:,.0f}", "-" if seconds is None else f"{seconds * 1e3:,.0f}"]
-        table.add_row(*row)
-    console = Console()
-    console.print(table)
-    console.print(harness.environment())
+        figures = {}
+        for form, (memory, seconds) in compare(config, forms, options.rounds).items():
+            figures[form] = {"temporary MB": memory / 1e6}
+            if seconds is not None:
+                figures[form]["CPU ms"] = seconds * 1e3
+        harness.report_figures(f"Attention, {length:,} positions", figures, "plain", json_file=options.json)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks import harness
 from gradfn.files import replace_file
 from gradfn.train import checkpoint
 from gradfn.train.log import Log
@@ -28,6 +27,7 @@ from gradfn.train.notes import Notes, Settings
 from gradfn.train.saver import Saver
 
 ARRAYS = 100
+AT_ONCE = "safetensors, all at once"
 
 
 class Cost(NamedTuple):
@@ -80,7 +80,7 @@ def costs(folder: Path, size: int, chunk: float) -> Iterator[Cost]:
         return time.monotonic() - began
 
     for name, act, new in (
-        ("safetensors, all at once", at_once, 0),
+        (AT_ONCE, at_once, 0),
         ("gradfn", by_array, 0),
         (f"gradfn, during {chunk:g} s of steps", in_background, 0),
         ("gradfn, loading", load, size),
@@ -121,13 +121,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path())
     parser.add_argument("--gigabytes", type=float, default=1.4, help="of the state")
     parser.add_argument("--chunk", type=float, default=1.0, help="duration of a chunk of steps in seconds")
+    parser.add_argument("--json", metavar="FILE", help="also write the table to this file")
     options = parser.parse_args(arguments)
     size = int(options.gigabytes * 1e9)
     title = f"a state of {size / 1e9:g} GB in {ARRAYS} arrays, {os.cpu_count()} CPUs"
-    table = Table("", "seconds", "memory / state", "training waits, s", title=title)
-    for cost in costs(options.folder, size, options.chunk):
-        table.add_row(cost.name, *(f"{figure:.2f}" for figure in cost[1:]))
-    Console().print(table)
+    figures = {
+        cost.name: {"seconds": cost.seconds, "memory / state": cost.memory, "training waits, s": cost.waited}
+        for cost in costs(options.folder, size, options.chunk)
+    }
+    harness.report_figures(title, figures, AT_ONCE, json_file=options.json)
 
 
 if __name__ == "__main__":

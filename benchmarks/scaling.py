@@ -18,17 +18,15 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from rich.console import Console
-from rich.table import Table
 
 import gradfn as gf
+from benchmarks import harness
 from gradfn.train.chunk import chunks as fit_programs
 from gradfn.train.source import Source
 
@@ -249,30 +247,18 @@ def _collective(line: str) -> tuple[str, int]:
     return found[2], sum(sizes[len(sizes) // 2 :] if found[3] and len(sizes) > 1 else sizes)
 
 
-def table(cases: list[Case]) -> Table:
-    """Return a table of memory in GB and of collectives in GB."""
-    out = Table(title="One device, one step: GB of memory, and of what collectives return")
-    for name in ("model", "devices", "rules", "tokens"):
-        out.add_column(name, justify="left" if name in ("model", "rules") else "right")
-    for name in ("params", "adam", "grads", "gathered", "activ.", "sum", "state (XLA)", "temp (XLA)"):
-        out.add_column(name, justify="right")
-    out.add_column("collectives")
-    out.add_column("compiled in", justify="right")
-    for case in cases:
-        parts = [f"{size / 1e9:.2f}" for size in (*case.formula.values(), sum(case.formula.values()))]
-        traffic = ", ".join(f"{n} {kind} {size / 1e9:.2f}" for kind, (n, size) in case.collectives.items())
-        out.add_row(
-            case.model,
-            str(case.devices),
-            case.rules,
-            f"{case.tokens:,}",
-            *parts,
-            f"{case.state / 1e9:.2f}",
-            f"{case.temporaries / 1e9:.2f}",
-            traffic or "none",
-            f"{case.seconds:.0f} s",
-        )
-    return out
+def figures_of(case: Case) -> dict[str, float]:
+    """Return memory and collectives in GB, and the seconds to compile."""
+    formula = {f"{name}, GB": size / 1e9 for name, size in case.formula.items()}
+    traffic = {f"{kind}, GB": size / 1e9 for kind, (_, size) in case.collectives.items()}
+    return {
+        **formula,
+        "sum, GB": sum(formula.values()),
+        "state (XLA), GB": case.state / 1e9,
+        "temporary (XLA), GB": case.temporaries / 1e9,
+        **traffic,
+        "compile, s": case.seconds,
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -295,9 +281,11 @@ def main(arguments: list[str] | None = None) -> None:
             for rules in options.rules if devices > 1 else ["DATA_PARALLEL"]:
                 cases.append(compile_case(model, devices, rules))
                 print(json.dumps(cases[-1]._asdict()), flush=True)
-    Console(width=200).print(table(cases))
-    if options.json:
-        Path(options.json).write_text(json.dumps([case._asdict() for case in cases], indent=1))
+    harness.report_figures(
+        "One device, one step",
+        {f"{case.model}, {case.devices}, {case.rules}": figures_of(case) for case in cases},
+        json_file=options.json,
+    )
 
 
 if __name__ == "__main__":
