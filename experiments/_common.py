@@ -47,7 +47,7 @@ class SeededOptions(RunOptions):
         0,
         "determines all random numbers, such as the initial weights and the order of the examples",
         at_least=0,
-        at_most=2**32 - 1,
+        at_most=0xFFFF_FFFF,
     )
 
 

@@ -7,14 +7,13 @@ Importing this module does not import jax: until that has been imported, a signa
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -34,7 +33,7 @@ from gradfn.console import (
 from gradfn.options import near, read_options
 
 if TYPE_CHECKING:
-    from gradfn.report.page import About
+    from gradfn.runs.about import About
 
 USAGE = """\
 gradfn: networks as pure functions over plain dicts of arrays, with every gradient visible
@@ -159,50 +158,18 @@ def experiments() -> dict[str, Path]:
 
 def _list() -> None:
     from gradfn.runs import listed
+    from gradfn.runs.about import read_about
 
     found = experiments()
     width = max(map(len, found))
     for name, file in found.items():
-        about = _about(file)
+        about = read_about(file)
         print(f"{name:{width}}  {about.what}")
         print(f"{'':{width}}  Expected: {listed(about.expected)}.")
 
 
-@functools.cache
-def _about(file: Path) -> About:
-    """Return the description of an experiment and its options, read from its file without the slow imports."""
-    from gradfn.report.page import About
-    from gradfn.runs import Expectation
-
-    files = [file, *filter(Path.exists, [file.with_name("_common.py")])]
-    trees = [ast.parse(each.read_text(encoding="utf-8")) for each in files]
-    classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
-    expected: list[Expectation] = []
-    for node in trees[0].body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "EXPECTED":
-            for call in getattr(node.value, "elts", []):
-                literals = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
-                expected.append(Expectation(ast.literal_eval(call.args[0]), **literals))
-    what = (ast.get_docstring(trees[0]) or "").partition("\n")[0]
-    return About(what, tuple(expected), dict(_option_texts("Config", classes)))
-
-
-def _option_texts(name: str, classes: Mapping[str, ast.ClassDef]) -> Iterator[tuple[str, tuple[str, Any]]]:
-    """Yield the options of a class and then of its bases: the name, the text and the default."""
-    if name not in classes:
-        return
-    for field in classes[name].body:
-        if isinstance(field, ast.AnnAssign) and isinstance(call := field.value, ast.Call):
-            # A default that is computed is not shown.
-            with contextlib.suppress(ValueError):
-                default, text = map(ast.literal_eval, call.args)
-                yield ast.unparse(field.target), (text, default)
-    for base in classes[name].bases:
-        yield from _option_texts(ast.unparse(base), classes)
-
-
 def _table(words: list[str]) -> None:
-    import gradfn as gf
+    from gradfn.display import parameter_table
 
     sizes = [int(word) for word in words if word.isascii() and word.isdigit() and int(word) > 0]
     if len(sizes) != len(words) or len(sizes) < 2:
@@ -210,12 +177,17 @@ def _table(words: list[str]) -> None:
         raise UserError(
             f"table needs two or more integers >= 1, nodes per layer, inputs first (784 16 10), got {got}"
         )
-    print(gf.table(gf.mlp(sizes).spec))
+    # As in `gf.mlp`, without the time that jax takes to be imported.
+    shapes: dict[str, list[int]] = {}
+    for i, (n_in, n_out) in enumerate(pairwise(sizes), start=1):
+        shapes |= {f"W{i}": [n_out, n_in], f"b{i}": [n_out]}
+    print(parameter_table([(name, shape, "float32", 4) for name, shape in shapes.items()]))
 
 
 def _report(words: list[str]) -> int:
     from gradfn.files import FileError
     from gradfn.report.page import write_report
+    from gradfn.runs.about import read_about
 
     runs: list[str] = []
     out: str | None = None
@@ -236,7 +208,7 @@ def _report(words: list[str]) -> int:
                 "expected a run's folder, or an experiment's name for its latest run; or two of them, to compare; "
                 f"got {' '.join(runs) or 'nothing'}"
             )
-        about = {name: _about(file) for name, file in experiments().items()}
+        about = {name: read_about(file) for name, file in experiments().items()}
         with handling(stop):
             file = write_report(runs, out, about)
     except (UserError, FileError, ImportError, OSError) as error:
@@ -247,7 +219,8 @@ def _report(words: list[str]) -> int:
 
 
 def _sample(words: list[str]) -> int:
-    from gradfn.runs import sample
+    from gradfn import runs
+    from gradfn.runs.about import read_about
 
     helping = words[:1] in (["-h"], ["--help"])
     run, options = ("RUN", ["--help"]) if helping else (words[0] if words else "", words[1:])
@@ -255,14 +228,17 @@ def _sample(words: list[str]) -> int:
     try:
         if not run:
             raise UserError("expected a run's folder, or an experiment's name for its latest run")
-        about = _about(Path(sample.__file__))
-        config = read_options(sample.Config(), options, command, about.what)
+        about = read_about(Path(runs.__file__).with_name("sample.py"))
+        _check_options(about, options, command, about.what)
         found = experiments()
         writers = [name for name, file in found.items() if "save_model(" in file.read_text(encoding="utf-8")]
         if run in found and run not in writers and not Path(run).exists():
             raise UserError(
                 f"{run} does not train a language model; {' and '.join(f'gradfn run {name}' for name in writers)} do"
             )
+        from gradfn.runs import sample
+
+        config = read_options(sample.Config(), options, command, about.what)
         with handling(stop):
             sample.run(sample.load_model(run), config)
     except (UserError, ImportError, OSError, ValueError, MemoryError) as error:
@@ -287,9 +263,8 @@ def _run(file: Path, words: list[str], command: str) -> int:
 def _run_file(file: Path, words: list[str], command: str) -> int:
     from gradfn import runs
     from gradfn.files import FileError
-    from gradfn.train import keep_freed_memory
+    from gradfn.runs.about import read_about
 
-    keep_freed_memory()
     config: Any = None
 
     def has_started() -> bool:
@@ -297,9 +272,16 @@ def _run_file(file: Path, words: list[str], command: str) -> int:
 
     with optional("stdout"):
         try:
+            about = read_about(file)
+            description = f"{about.what}\n\nExpected: {runs.listed(about.expected)}."
+            # Help and mistakes do not wait for jax.
+            _check_options(about, words, command, description)
+            from gradfn.train import keep_freed_memory
+
+            keep_freed_memory()
             module = _load(file)
             with handling(stop):
-                config = _config(module, words, command)
+                config = _config(module, words, command, description)
                 with _together(config):
                     config = runs.settle(file.stem, config)
                     module.run(config)
@@ -374,13 +356,19 @@ def _load(file: Path) -> ModuleType:
     return module
 
 
-def _config(module: ModuleType, words: list[str], command: str) -> Any:
+def _check_options(about: About, words: list[str], command: str, description: str) -> None:
+    """Raise what `read_options` would raise, and a ValueError for a value out of bounds, without running the file."""
+    from gradfn.runs import check
+
+    if about.config:
+        check(read_options(about.config(), words, command, description))
+
+
+def _config(module: ModuleType, words: list[str], command: str, description: str) -> Any:
     """Read an experiment's options; with --resume the stored ones are the defaults, and given ones must agree."""
     from gradfn import runs
 
     file = Path(module.__file__ or "")
-    about = _about(file)
-    description = f"{about.what}\n\nExpected: {runs.listed(about.expected)}."
     config = read_options(module.Config(), words, command, description)
     before = runs.stored(file.stem, config) if config.resume else None
     if before is None:

@@ -24,6 +24,7 @@ import json
 import math
 import shutil
 import textwrap
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -325,6 +326,29 @@ def to_json(content: Any, indent: int | None = None) -> str:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return json.dumps(finite(content), indent=indent, allow_nan=False)
+
+
+def parameter_table(arrays: Iterable[tuple[str, Sequence[int], str, int]]) -> TextTable:
+    """Return the table that `gf.table` documents.
+
+    Args:
+        arrays: the name, shape, dtype and bytes per value of each.
+    """
+    rows = sorted(arrays, key=lambda row: reading_order(row[0]))
+    sizes = [math.prod(shape) for _, shape, _, _ in rows]
+    size_bytes = [size * itemsize for size, (_, _, _, itemsize) in zip(sizes, rows, strict=True)]
+    weights = sum(size for size, (_, shape, _, _) in zip(sizes, rows, strict=True) if len(shape) > 1)
+    out = TextTable(
+        caption=f"{weights:,} weights + {sum(sizes) - weights:,} biases = {sum(sizes):,} parameters"
+    )
+    out.add_column("path", footer="total", shorten=True)
+    out.add_column("shape")
+    out.add_column("dtype", footer=f"{len(rows)} arrays", drop=1)
+    out.add_column("count", footer=f"{sum(sizes):,}")
+    out.add_column("bytes", footer=f"{sum(size_bytes):,}", drop=2)
+    for (name, shape, dtype, _), size, n_bytes in zip(rows, sizes, size_bytes, strict=True):
+        out.add_row(name, shape, dtype, size, n_bytes)
+    return out
 
 
 def reading_order(name: str) -> list[Any]:

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+import gradfn as gf
 from gradfn import cli
 from gradfn.cli import main
+from gradfn.options import read_options
+from gradfn.runs.about import read_about
 
 ROOT = Path(__file__).parents[1]
 
@@ -209,6 +212,55 @@ def test_a_run_that_fails_gets_one_line_and_exit_code_1(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", cli.experiments())
+def test_options_are_read_from_the_file_as_they_are_in_its_class(capsys, name):
+    file = cli.experiments()[name]
+    texts = []
+    for config in (read_about(file).config, cli._load(file).Config):
+        with pytest.raises(SystemExit):
+            read_options(config(), ["--help"], "command", "description")
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert "--folder" in texts[0]
+
+
+def test_a_default_that_is_computed_leaves_the_options_to_the_class(tmp_path):
+    file = tmp_path / "computed.py"
+    file.write_text('"""Compute it."""\nclass Config:\n    n: int = runs.option(max(1, 2), "how many")\n')
+    assert read_about(file) == ("Compute it.", (), {}, None)
+
+
+@pytest.mark.parametrize("sizes", [[784, 16, 10], [2, 1], [3, 4, 5, 6]])
+def test_the_table_is_that_of_the_net(capsys, sizes):
+    cli.main(["table", *map(str, sizes)])
+    assert capsys.readouterr().out == f"{gf.table(gf.mlp(sizes))}\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--help",
+        "--version",
+        "list",
+        "table 784 16 10",
+        "rnu",
+        "run digit",
+        "run mnist --help",
+        "run gpt --hiden 3",
+        "run gpt --steps 0",
+        "sample --help",
+        "sample gpt --top-k x",
+    ],
+)
+def test_what_computes_nothing_imports_neither_jax_nor_numpy(words):
+    code = (
+        "import sys; from gradfn.cli import main; code = main(sys.argv[1:]);"
+        "slow = {'jax', 'numpy', 'matplotlib'} & set(sys.modules); sys.exit(str(slow) if slow else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True)
+    assert done.returncode in (0, 2), done.stderr
+
+
 @pytest.mark.parametrize("command", [["-m", "gradfn", "run", "digits"], ["experiments/digits.py"]])
 def test_processes_end_with_the_exit_code(command):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}  # as an editable installation has it

@@ -21,7 +21,7 @@ from jaxtyping import PyTree
 
 from gradfn.core.names import ParameterError
 from gradfn.core.precision import wide
-from gradfn.display import TextTable, reading_order
+from gradfn.display import TextTable, parameter_table
 
 Spec = dict[str, Any]  # nested; its leaves are Params
 Params = Any  # the same tree with arrays
@@ -262,22 +262,10 @@ def table(tree: PyTree) -> TextTable:
       total            2 arrays       8      32
     6 weights + 2 biases = 8 parameters
     """
-    rows = [(name, leaf.shape, leaf.dtype) for name, leaf in _arrays(tree, "table")]
-    rows.sort(key=lambda row: reading_order(row[0]))
-    sizes = [math.prod(shape) for _, shape, _ in rows]
-    size_bytes = [size * dtype.itemsize for size, (_, _, dtype) in zip(sizes, rows, strict=True)]
-    weights = sum(size for size, (_, shape, _) in zip(sizes, rows, strict=True) if len(shape) > 1)
-    out = TextTable(
-        caption=f"{weights:,} weights + {sum(sizes) - weights:,} biases = {sum(sizes):,} parameters"
+    arrays = _arrays(tree, "table")
+    return parameter_table(
+        [(name, leaf.shape, str(leaf.dtype), leaf.dtype.itemsize) for name, leaf in arrays]
     )
-    out.add_column("path", footer="total", shorten=True)
-    out.add_column("shape")
-    out.add_column("dtype", footer=f"{len(rows)} arrays", drop=1)
-    out.add_column("count", footer=f"{sum(sizes):,}")
-    out.add_column("bytes", footer=f"{sum(size_bytes):,}", drop=2)
-    for (name, shape, dtype), size, n_bytes in zip(rows, sizes, size_bytes, strict=True):
-        out.add_row(name, shape, str(dtype), size, n_bytes)
-    return out
 
 
 def describe(value: PyTree) -> str:

@@ -20,11 +20,12 @@ from typing import Any, NamedTuple, TypeVar
 from gradfn.files import open_regular, replace_file
 from gradfn.report.charts import MAX_COLUMNS, Line, heat_map, line_chart, log_bounds, short
 from gradfn.report.pictures import Picture, PictureError, fitting, read_picture
+from gradfn.runs.about import About
 from gradfn.runs.curve import Curve
 from gradfn.runs.digit_net import DigitNet
 from gradfn.runs.folder import STARTED, RunError, started
 from gradfn.runs.kept import Kept, Part, read_run
-from gradfn.runs.outcome import Expectation, Outcome, listed
+from gradfn.runs.outcome import Outcome, listed
 
 T = TypeVar("T")
 
@@ -45,20 +46,6 @@ LINES = 48  # of a chart
 MIN_COLUMNS = 15  # of a heat map
 NO_MAPS = {"params": "", "values": "", "left_out": 0, "values_left_out": 0, "flags": [], "looks": 0}
 VALUE, TEXT, COMMAND = 300, 1000, 2000  # letters of a value in a table, of a text, of a command
-
-
-class About(NamedTuple):
-    """The description of an experiment, from its file.
-
-    Attributes:
-        what: its first line.
-        expected: what is expected of it.
-        options: for each option its meaning and its default.
-    """
-
-    what: str = ""
-    expected: tuple[Expectation, ...] = ()
-    options: Mapping[str, tuple[str, Any]] = {}
 
 
 class Verdict(NamedTuple):

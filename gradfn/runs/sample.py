@@ -59,7 +59,7 @@ class Config:
         0.8, "below 1 the likely becomes likelier; 0 always takes the likeliest token", at_least=0
     )
     top_k: int | None = option(None, "sample from the N most likely tokens only", at_least=1)
-    seed: int = option(0, "the same seed writes the same text", at_least=0, at_most=2**32 - 1)
+    seed: int = option(0, "the same seed writes the same text", at_least=0, at_most=0xFFFF_FFFF)
 
     def __post_init__(self) -> None:
         check(self)

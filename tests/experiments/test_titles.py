@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from gradfn import cli, runs
 from gradfn.experiments import backprop, curvature, noise, rnn
 from gradfn.report.figures import curves, save
+from gradfn.runs.about import read_about
 
 # Titles without a number of the outcome, or that the tests below compare.
 OTHERS = {"backprop", "curvature", "neuron", "saliency"}
@@ -85,5 +86,5 @@ def test_the_table_in_the_readme_has_the_expectations_of_each_experiment():
     ]
     expected = {row[0].strip("| `"): row[2] for row in cells}
     assert expected == {
-        name: runs.listed(cli._about(file).expected) for name, file in cli.experiments().items()
+        name: runs.listed(read_about(file).expected) for name, file in cli.experiments().items()
     }
