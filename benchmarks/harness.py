@@ -20,6 +20,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -138,10 +139,15 @@ def environment(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    found["CPUs"] = f"{os.cpu_count()} x {_cpu_name()}"
+    found["CPUs"] = processor()
     if hasattr(os, "getloadavg"):
         found["load"] = f"{os.getloadavg()[0]:.2f}"
     return found | {name: os.environ[name] for name in ("XLA_FLAGS", "OMP_NUM_THREADS") if name in os.environ}
+
+
+def processor() -> str:
+    """Return the number and the name of the CPUs, such as "2 x AMD EPYC"."""
+    return f"{os.cpu_count()} x {_cpu_name()}"
 
 
 def report(
@@ -308,7 +314,7 @@ def print_table(title: str, columns: Iterable[str], rows: Mapping[str, Iterable[
     for name, cells in rows.items():
         table.add_row(name, *cells)
     # Wide enough for every row, even where the output is not a terminal.
-    Console(width=max(Console().width, 120)).print(table)
+    Console(width=max(Console().width, 200)).print(table)
 
 
 def print_about(skipped: Mapping[str, str], packages: Iterable[str]) -> dict[str, str]:
@@ -360,6 +366,17 @@ def available(make: Callable[[str], Any], names: Iterable[str]) -> tuple[dict[st
         except ImportError as error:
             skipped[name] = f"{error.name} is not installed"
     return ready, skipped
+
+
+def fault_in(errors: str) -> str:
+    """Return the line of a traceback that names the error.
+
+    >>> fault_in("Traceback (most recent call last):\\n  ...\\nValueError: no rounds\\n")
+    'ValueError: no rounds'
+    """
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)]
+    return (named or lines or ["no message"])[-1][:300]
 
 
 def _timed(run: Contender) -> tuple[float, float, float]:

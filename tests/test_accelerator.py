@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import gradfn as gf
+from benchmarks import harness
 from benchmarks.accelerator import __main__ as command
 from benchmarks.accelerator import checks, common, overhead, small
 from benchmarks.accelerator import gpt as gpt_section
@@ -178,5 +179,5 @@ def test_a_timeout_affects_one_section_only(tmp_path, capsys):
 
 def test_a_failed_section_names_its_error():
     errors = "Traceback ...\njax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: out of memory\n----\nFor simplicity, ...\n"
-    assert command.fault_in(errors) == "jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: out of memory"
-    assert command.fault_in("") == "no message"
+    assert harness.fault_in(errors) == "jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: out of memory"
+    assert harness.fault_in("") == "no message"

@@ -5,6 +5,7 @@ import mmap
 import os
 import statistics
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 
 import gradfn as gf
-from benchmarks import attention, fit_mnist, gpt_step, harness, saving, scaling
+from benchmarks import all as all_of_them
+from benchmarks import attention, fit_mnist, gpt_step, harness, picture, readme, saving, scaling
+from benchmarks.rows import rows_of
 
 
 def test_contenders_are_interleaved():
@@ -352,3 +355,169 @@ def test_forms_of_attention_are_compared(tmp_path, capsys):
     assert ("plain", "CPU ms") not in figures
     assert 0 < figures["blocks", "temporary MB"] < figures["plain", "temporary MB"]
     assert figures["blocks", "CPU ms"] > 0
+
+
+TINY = """
+import sys
+from benchmarks import harness
+
+options = harness.arguments("a benchmark", rounds=3).parse_args()
+timings = {
+    "plain": harness.Timing(1.0, [1.0] * options.rounds, [1.0] * options.rounds),
+    "ours": harness.Timing(1.0, [1.04] * options.rounds, [1.04] * options.rounds),
+    "theirs": harness.Timing(1.0, [1.2] * options.rounds, [1.2] * options.rounds),
+    "another": harness.Timing(1.0, [3.0] * options.rounds, [3.0] * options.rounds),
+}
+aims = {"ours": 1.05, "theirs": 1.1}
+harness.report("a race", timings, "plain", "steps", aims=aims, json_file=options.json)
+figures = {"plain": {"compile, s": 2.0}, "ours": {"compile, s": 2.5}}
+harness.report_figures("compiled", figures, "plain", json_file=options.json)
+"""
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A run of four small benchmarks: one works, one fails after its tables, one needs a package, one a device."""
+    folder = tmp_path_factory.mktemp("all")
+    (folder / "tiny_benchmark.py").write_text(TINY)
+    (folder / "failing_benchmark.py").write_text(TINY + 'raise ValueError("too slow")')
+    (folder / "needing_benchmark.py").write_text("import nowhere")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+        runs = {
+            "works": all_of_them.Run("tiny_benchmark", "--rounds 5", 0.1),
+            "fails": all_of_them.Run("failing_benchmark", "", 0.1),
+            "needs": all_of_them.Run("needing_benchmark", "", 0.1),
+            "device": all_of_them.Run("benchmarks.accelerator", "", 0.1, accelerator=True),
+        }
+        patch.setattr(all_of_them, "RUNS", runs)
+        patch.setattr(all_of_them, "has_accelerator", lambda: False)
+        code = all_of_them.main(["--json", str(folder / "out.json")])
+    return code, folder, json.loads((folder / "out.json").read_text())
+
+
+def test_all_benchmarks_run_whatever_happens_to_one(ran):
+    code, _, content = ran
+    assert code == 1
+    assert content["processor"] == harness.processor()
+    runs = content["runs"]
+    assert runs["works"]["command"] == "python -m tiny_benchmark --rounds 5"
+    assert runs["works"]["environment"]["jax"] == jax.__version__
+    assert not runs["works"].keys() & {"failed", "skipped"}
+    # The tables that were finished before the fault are kept.
+    for name, rounds in (("works", 5), ("fails", 3)):
+        assert [table["title"] for table in runs[name]["tables"]] == ["a race", "compiled"]
+        assert runs[name]["tables"][0]["rounds"] == rounds
+    assert runs["fails"]["failed"] == "ValueError: too slow"
+    assert runs["needs"] | {"seconds": 0} == {
+        "command": "python -m needing_benchmark",
+        "seconds": 0,
+        "tables": [],
+        "skipped": "nowhere is not installed",
+    }
+    assert runs["device"] == {"skipped": "there is no accelerator", "tables": []}
+
+
+def test_a_missing_module_of_gradfn_is_a_failure(capsys):
+    for module in ("gradfn.nowhere", "benchmarks.nowhere"):
+        trace = f"Traceback ...\nModuleNotFoundError: No module named '{module}'"
+        assert "failed" in all_of_them.problem_of(trace, 1)
+        assert trace in capsys.readouterr().err
+    assert all_of_them.problem_of("", -9) == {"failed": "exit status -9"}
+
+
+def test_every_benchmark_is_run():
+    """And within 20 minutes, apart from the accelerator's."""
+    helpers = {"__init__", "all", "harness", "picture", "readme", "rows"}
+    files = {file.stem for file in Path(all_of_them.__file__).parent.glob("*.py")} - helpers
+    assert files == {run.module.removeprefix("benchmarks.") for run in all_of_them.RUNS.values()} - {
+        "accelerator"
+    }
+    assert sum(run.minutes for run in all_of_them.RUNS.values() if not run.accelerator) < 20
+    for run in all_of_them.RUNS.values():
+        __import__(run.module)
+
+
+def test_rows_of_the_accelerator_become_tables():
+    rows = [
+        {"section": "about", "name": "about", "device": "H100", "jax": "0.12"},
+        {"section": "overhead", "name": "inspect", "ms": 3.0, "over_gradient": 1.2, "aim": "<= 1.10"},
+        {"section": "overhead", "name": "nan_guard", "skipped": "out of memory"},
+        {"section": "gpt", "name": "gradfn", "ms": 9.0, "aim": "MFU >= 50%"},
+        {"section": "correctness", "name": "gradients", "ok": True},
+    ]
+    found = all_of_them.of_accelerator(rows)
+    assert found["environment"] == {"device": "H100", "jax": "0.12"}
+    overhead, gpt = found["tables"]
+    assert overhead["skipped"] == {"nan_guard": "out of memory"}
+    (row,) = rows_of(overhead)
+    assert (row.name, row.time, row.aim, row.reached) == ("inspect: ms", 1.2, 1.1, False)
+    (row,) = rows_of(gpt)
+    assert (row.time, row.aim, row.value) == (None, None, "9")
+
+
+def test_the_picture_shows_every_row(ran, tmp_path):
+    pytest.importorskip("matplotlib")
+    _, folder, content = ran
+    drawn = (folder / "out.png").read_bytes()
+    assert drawn.startswith(b"\x89PNG")
+    assert len(drawn) > 10_000
+    aimed, others = (picture.entries(content, with_aims) for with_aims in (True, False))
+    assert [entry.text for entry in aimed if entry.row] == ["ours", "theirs"] * 2
+    assert [entry.row.reached for entry in aimed if entry.row] == [True, False] * 2
+    assert [entry.text for entry in others if entry.row] == ["another", "ours: compile, s"] * 2
+    assert [entry.text for entry in aimed if entry.level == 0] == ["works", "fails"]
+    figure = picture.figure_of(content)
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts] + [
+        t.get_text() for t in figure.texts
+    ]
+    assert {"ours", "theirs", "another", "1.04", "1.20", "3.00"} <= set(texts)
+    assert f"2 of 4 aims reached, on {harness.processor()}" in texts
+
+
+def test_there_may_be_nothing_to_draw():
+    assert picture.figure_of({"processor": "x", "runs": {"needs": {"tables": []}}}) is None
+
+
+def test_the_readme_is_made_from_results(ran, tmp_path):
+    _, _, content = ran
+    file = readme.keep(content, tmp_path)
+    assert "ratios" not in file.read_text()
+    other = json.loads(file.read_text()) | {
+        "processor": "4 x Other",
+        "date": "2020-01-01",
+        "note": "By hand.",
+    }
+    del other["runs"]["fails"]
+    other["runs"]["works"]["tables"] = other["runs"]["works"]["tables"][:1]
+    other["runs"]["works"]["tables"][0]["summary"][1] |= {"low": None, "high": None}
+    readme.keep(other, tmp_path)
+    found = readme.results(tmp_path)
+    assert [result["processor"] for result in found] == [harness.processor(), "4 x Other"]
+    marks = "".join(
+        f"<!-- benchmark: {name} -->\nold\n<!-- end -->\n" for name in ("processors", "works", "fails")
+    )
+    text = readme.filled("by hand\n" + marks + "more", found)
+    for part in (
+        "by hand\n",
+        "old" not in text and "more",
+        f"| | aim | {harness.processor()} | 4 x Other |\n| --- | ---: | ---: | ---: |",
+        "| plain | | 1 = 1 steps/s | 1 = 1 steps/s |",
+        "| ours | 1.05 | 1.040 (1.040, 1.040) ✓ | 1.040 ✓ |",
+        "| theirs | 1.1 | 1.200 (1.200, 1.200) ✗ | 1.200 (1.200, 1.200) ✗ |",
+        "| another | | 3.00 (3.00, 3.00) |",
+        f"| | {harness.processor()} |\n",
+        "| ours: compile, s | 1.250 |",
+        "**4 x Other**, 2020-01-01",
+        "By hand.",
+        "fails: ValueError: too slow",
+    ):
+        assert part in text, part
+    assert readme.filled(text, found) == text
+    with pytest.raises(ValueError, match=r"results of \['fails'\] without marks"):
+        readme.filled(text.replace("<!-- benchmark: fails -->", ""), found)
+
+
+def test_the_readme_agrees_with_the_results():
+    text, found = readme.README.read_text(), readme.results()
+    assert readme.filled(text, found) == text, "run python -m benchmarks.readme"

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -90,18 +89,11 @@ def rows_of(name: str, reduced: bool, seconds: float) -> Iterator[Row]:
         code = process.wait()
         timer.cancel()
         errors.seek(0)
-        fault = fault_in(errors.read())
+        fault = harness.fault_in(errors.read())
     if expired.is_set():
         yield {"section": name, "name": name, "skipped": "out of time"}
     elif code:
         yield {"section": name, "name": name, "skipped": f"failed: {fault}"}
-
-
-def fault_in(errors: str) -> str:
-    """Return the line of a traceback that names the error."""
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)]
-    return (named or lines or ["no message"])[-1][:300]
 
 
 def cells(row: Row) -> list[str]:

@@ -1,0 +1,173 @@
+"""Make the tables of benchmarks/README.md from the files in benchmarks/results, one per processor.
+
+    python -m benchmarks.readme FILE...    # first copy what `benchmarks.all` wrote, without single rounds, to results
+    python -m benchmarks.readme            # only fill the tables
+
+The text between two marks, `<!-- benchmark: NAME -->` and `<!-- end -->`, is replaced; all other text is written by
+hand. NAME is that of a benchmark of `benchmarks.all`, or `processors`. Every table has one column per processor, with
+the time relative to the baseline: the median, and the quartiles over rounds.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import picture
+from benchmarks.rows import Row, rows_of
+
+FOLDER = Path(__file__).parent
+README, RESULTS = FOLDER / "README.md", FOLDER / "results"
+MARKS = re.compile(r"(<!-- benchmark: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+Result = dict[str, Any]  # what `benchmarks.all` wrote on one processor
+
+
+def keep(content: Result, folder: Path) -> Path:
+    """Write the summary of a run, and its picture, to files with the processor's name; return the first."""
+    runs = {
+        name: run
+        | {"tables": [{key: table[key] for key in table.keys() - {"ratios"}} for table in run["tables"]]}
+        for name, run in content["runs"].items()
+    }
+    file = folder / (re.sub(r"\W+", "-", content["processor"].lower()).strip("-") + ".json")
+    folder.mkdir(exist_ok=True)
+    file.write_text(json.dumps(rounded(content | {"runs": runs}), indent=1) + "\n")
+    picture.draw(content, file.with_suffix(".png"))
+    return file
+
+
+def rounded(value: Any) -> Any:
+    """Return JSON data with all floats rounded to four significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {name: rounded(each) for name, each in value.items()}
+    return [rounded(each) for each in value] if isinstance(value, list) else value
+
+
+def results(folder: Path = RESULTS) -> list[Result]:
+    """Return all results, the newest first."""
+    found = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    return sorted(found, key=lambda result: result["date"], reverse=True)
+
+
+def filled(text: str, found: list[Result]) -> str:
+    """Return the text with the tables between its marks made anew.
+
+    Args:
+        text: of the README.
+        found: from `results`.
+
+    Raises:
+        ValueError: a benchmark with results has no marks in the text.
+    """
+    have = {name for result in found for name, run in result["runs"].items() if run["tables"]}
+    unmarked = have - {name for _, name, _ in MARKS.findall(text)}
+    if unmarked:
+        raise ValueError(f"results of {sorted(unmarked)} without marks in the README")
+    return MARKS.sub(lambda match: match[1] + "\n" + section(match[2], found) + "\n" + match[3], text)
+
+
+def section(name: str, found: list[Result]) -> str:
+    """Return the text between the marks of a benchmark."""
+    if name == "processors":
+        return processors(found)
+    columns = {
+        result["processor"]: {table["title"]: table for table in result["runs"][name]["tables"]}
+        for result in found
+        if name in result["runs"] and result["runs"][name]["tables"]
+    }
+    if not columns:
+        return "No results yet.\n"
+    titles = dict.fromkeys(title for tables in columns.values() for title in tables)
+    return "\n".join(
+        markdown(title, {who: tables[title] for who, tables in columns.items() if title in tables})
+        for title in titles
+    )
+
+
+def processors(found: list[Result]) -> str:
+    """Return a list of the processors with versions, and the newest picture."""
+    lines = []
+    for result in found:
+        versions: dict[str, str] = {}
+        for run in result["runs"].values():
+            versions |= run.get("environment", {})
+        about = ", ".join(
+            f"{name} {version}" for name, version in versions.items() if name not in ("CPUs", "load")
+        )
+        note = f" {result['note']}" if "note" in result else ""
+        lines.append(f"- **{result['processor']}**, {result['date']}: {about}.{note}\n")
+        ended = {
+            name: run.get("failed") or run.get("skipped")
+            for name, run in result["runs"].items()
+            if run.keys() & {"failed", "skipped"}
+        }
+        lines += [f"  {name}: {reason}\n" for name, reason in ended.items()]
+    drawn = [file for file in (picture_of(result) for result in found) if file.exists()]
+    if drawn:
+        lines.append(f"\n![All times relative to their baselines, with aims](results/{drawn[0].name})\n")
+    return "".join(lines)
+
+
+def picture_of(result: Result) -> Path:
+    """Return the file of the picture of a result."""
+    return RESULTS / (re.sub(r"\W+", "-", result["processor"].lower()).strip("-") + ".png")
+
+
+def markdown(title: str, tables: dict[str, dict[str, Any]]) -> str:
+    """Return one table with a column per processor.
+
+    Args:
+        title: of the table.
+        tables: by processor.
+    """
+    by_name = {who: {row.name: row for row in rows_of(table)} for who, table in tables.items()}
+    names = dict.fromkeys(name for rows in by_name.values() for name in rows)
+    aims = {name: row.aim for rows in by_name.values() for name, row in rows.items() if row.aim is not None}
+    first = next(iter(tables))
+    order = list(names)
+    if "summary" in tables[first]:  # figures keep the order in which they were reported
+        order.sort(key=lambda name: by_name[first][name].time if name in by_name[first] else float("inf"))
+    head = ["", *(["aim"] if aims else []), *tables]
+    lines = [line(head), line(["---"] + ["---:"] * (len(head) - 1))]
+    for name in order:
+        aim = [f"{aims[name]:.4g}" if name in aims else ""] if aims else []
+        lines.append(line([name, *aim, *(cell(rows.get(name)) for rows in by_name.values())]))
+    return f"{title}:\n\n" + "\n".join(lines) + "\n"
+
+
+def cell(row: Row | None) -> str:
+    """Return a cell: the time, its quartiles, and whether the aim was reached."""
+    if row is None:
+        return ""
+    if row.is_baseline:
+        return f"1 = {row.value}" if row.value else "1"
+    if row.time is None:
+        return row.value or ""
+    text = times(row.time) + (f" ({times(row.low)}, {times(row.high)})" if row.low and row.high else "")
+    return text if row.aim is None else f"{text} {'✓' if row.reached else '✗'}"
+
+
+def times(ratio: float) -> str:
+    """Return a ratio with the digits that mean something: three decimals where the difference to 1 is small."""
+    return f"{ratio:.3f}" if ratio < 2 else f"{ratio:.2f}" if ratio < 10 else f"{ratio:,.1f}"
+
+
+def line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("files", nargs="*", type=Path, help="that benchmarks.all wrote")
+    options = parser.parse_args(arguments)
+    for file in options.files:
+        print(keep(json.loads(file.read_text()), RESULTS))
+    README.write_text(filled(README.read_text(), results()))
+
+
+if __name__ == "__main__":
+    main()
