@@ -7,7 +7,7 @@
 Each benchmark runs in its own process: PyTorch's threads, XLA's simulated devices and the settings of malloc would
 disturb the others. All of them run on the CPU except `accelerator`, which runs only where there is one. A benchmark
 that needs a package which is not installed is skipped; one that fails is reported, its finished tables are kept, and
-the others run all the same. The file holds the processor, the versions and every table. It is written again after every
+the others run all the same. The file holds the CPU, the versions and every table. It is written again after every
 benchmark; the picture, next to it and with the same name, at the end.
 
 `python -m benchmarks.readme FILE` makes the tables of benchmarks/README.md from it.
@@ -66,7 +66,7 @@ def run_all(names: list[str], extra: Mapping[str, list[str]], file: Path) -> dic
         file: the file to write.
 
     Returns:
-        What the file holds: `processor`, `date`, `minutes`, and by name the `runs`. A run has its `command`, its
+        What the file holds: `cpus`, `date`, `minutes`, and by name the `runs`. A run has its `command`, its
         `seconds`, what its process reported (`environment` and `tables`), and `failed` or `skipped` with a reason.
     """
     began, runs = time.monotonic(), {}
@@ -82,7 +82,7 @@ def run_all(names: list[str], extra: Mapping[str, list[str]], file: Path) -> dic
         for problem in runs[name].keys() & {"failed", "skipped"}:
             say(f"{name}: {problem}, {runs[name][problem]}")
         content = {
-            "processor": harness.processor(),
+            "cpus": harness.cpus(),
             "date": date.today().isoformat(),
             "minutes": round((time.monotonic() - began) / 60, 1),
             "runs": runs,
@@ -170,9 +170,9 @@ def main(arguments: list[str] | None = None) -> int:
     extra = {"fit_mnist": ["--data", str(Path(options.data).absolute())]} if options.data else {}
     content = run_all(options.only, extra, options.json)
     image = options.json.with_suffix(".png")
-    drawn = picture.draw(content, image)
+    has_picture = picture.draw(content, image)
     failed = [name for name, run in content["runs"].items() if "failed" in run]
-    say(f"{content['minutes']:g} min; {options.json}" + (f", {image}" if drawn else ""))
+    say(f"{content['minutes']:g} min; {options.json}" + (f", {image}" if has_picture else ""))
     if failed:
         say("failed: " + ", ".join(f"{name} ({content['runs'][name]['failed']})" for name in failed))
     return int(bool(failed))

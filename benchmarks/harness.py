@@ -139,13 +139,13 @@ def environment(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    found["CPUs"] = processor()
+    found["CPUs"] = cpus()
     if hasattr(os, "getloadavg"):
         found["load"] = f"{os.getloadavg()[0]:.2f}"
     return found | {name: os.environ[name] for name in ("XLA_FLAGS", "OMP_NUM_THREADS") if name in os.environ}
 
 
-def processor() -> str:
+def cpus() -> str:
     """Return the number and the name of the CPUs, such as "2 x AMD EPYC"."""
     return f"{os.cpu_count()} x {_cpu_name()}"
 

@@ -82,7 +82,7 @@ def figure_of(content: dict[str, Any]) -> Any:
     reached = (
         f"{sum(row.reached for row in rows)} of {len(rows)} aims reached" if rows else "Times without aims"
     )
-    title = f"{reached}, on {content['processor']}"
+    title = f"{reached}, on {content['cpus']}"
     figure.text(0.01, 1 - 0.12 / height, title, size=15, weight="bold", va="top")
     explanation = (
         "Time relative to the baseline of each table: left of 1 is faster. Logarithmic; bars are quartiles."

@@ -1,10 +1,10 @@
-"""Make the tables of benchmarks/README.md from the files in benchmarks/results, one per processor.
+"""Make the tables of benchmarks/README.md from the files in benchmarks/results, one per CPU.
 
     python -m benchmarks.readme FILE...    # first copy what `benchmarks.all` wrote, without single rounds, to results
     python -m benchmarks.readme            # only fill the tables
 
 The text between two marks, `<!-- benchmark: NAME -->` and `<!-- end -->`, is replaced; all other text is written by
-hand. NAME is that of a benchmark of `benchmarks.all`, or `processors`. Every table has one column per processor, with
+hand. NAME is that of a benchmark of `benchmarks.all`, or `cpus`. Every table has one column per CPU, with
 the time relative to the baseline: the median, and the quartiles over rounds.
 """
 
@@ -21,17 +21,17 @@ from benchmarks.rows import Row, rows_of
 FOLDER = Path(__file__).parent
 README, RESULTS = FOLDER / "README.md", FOLDER / "results"
 MARKS = re.compile(r"(<!-- benchmark: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-Result = dict[str, Any]  # what `benchmarks.all` wrote on one processor
+Result = dict[str, Any]  # what `benchmarks.all` wrote on one CPU
 
 
 def keep(content: Result, folder: Path) -> Path:
-    """Write the summary of a run, and its picture, to files with the processor's name; return the first."""
+    """Write the summary of a run, and its picture, to files with the CPU's name; return the first."""
     runs = {
         name: run
         | {"tables": [{key: table[key] for key in table.keys() - {"ratios"}} for table in run["tables"]]}
         for name, run in content["runs"].items()
     }
-    file = folder / (re.sub(r"\W+", "-", content["processor"].lower()).strip("-") + ".json")
+    file = folder / f"{slug(content)}.json"
     folder.mkdir(exist_ok=True)
     file.write_text(json.dumps(rounded(content | {"runs": runs}), indent=1) + "\n")
     picture.draw(content, file.with_suffix(".png"))
@@ -72,10 +72,10 @@ def filled(text: str, found: list[Result]) -> str:
 
 def section(name: str, found: list[Result]) -> str:
     """Return the text between the marks of a benchmark."""
-    if name == "processors":
-        return processors(found)
+    if name == "cpus":
+        return cpus(found)
     columns = {
-        result["processor"]: {table["title"]: table for table in result["runs"][name]["tables"]}
+        result["cpus"]: {table["title"]: table for table in result["runs"][name]["tables"]}
         for result in found
         if name in result["runs"] and result["runs"][name]["tables"]
     }
@@ -88,8 +88,8 @@ def section(name: str, found: list[Result]) -> str:
     )
 
 
-def processors(found: list[Result]) -> str:
-    """Return a list of the processors with versions, and the newest picture."""
+def cpus(found: list[Result]) -> str:
+    """Return a list of the CPUs with versions, and the newest picture."""
     lines = []
     for result in found:
         versions: dict[str, str] = {}
@@ -99,30 +99,30 @@ def processors(found: list[Result]) -> str:
             f"{name} {version}" for name, version in versions.items() if name not in ("CPUs", "load")
         )
         note = f" {result['note']}" if "note" in result else ""
-        lines.append(f"- **{result['processor']}**, {result['date']}: {about}.{note}\n")
+        lines.append(f"- **{result['cpus']}**, {result['date']}: {about}.{note}\n")
         ended = {
             name: run.get("failed") or run.get("skipped")
             for name, run in result["runs"].items()
             if run.keys() & {"failed", "skipped"}
         }
         lines += [f"  {name}: {reason}\n" for name, reason in ended.items()]
-    drawn = [file for file in (picture_of(result) for result in found) if file.exists()]
-    if drawn:
-        lines.append(f"\n![All times relative to their baselines, with aims](results/{drawn[0].name})\n")
+    pictures = [f"{slug(result)}.png" for result in found if (RESULTS / f"{slug(result)}.png").exists()]
+    if pictures:
+        lines.append(f"\n![Times relative to their baselines, with the aims](results/{pictures[0]})\n")
     return "".join(lines)
 
 
-def picture_of(result: Result) -> Path:
-    """Return the file of the picture of a result."""
-    return RESULTS / (re.sub(r"\W+", "-", result["processor"].lower()).strip("-") + ".png")
+def slug(result: Result) -> str:
+    """Return the name of the files of a result: "2-x-amd-epyc"."""
+    return re.sub(r"\W+", "-", result["cpus"].lower()).strip("-")
 
 
 def markdown(title: str, tables: dict[str, dict[str, Any]]) -> str:
-    """Return one table with a column per processor.
+    """Return one table with a column per CPU.
 
     Args:
         title: of the table.
-        tables: by processor.
+        tables: by CPU.
     """
     by_name = {who: {row.name: row for row in rows_of(table)} for who, table in tables.items()}
     names = dict.fromkeys(name for rows in by_name.values() for name in rows)

@@ -399,7 +399,7 @@ def ran(tmp_path_factory):
 def test_all_benchmarks_run_whatever_happens_to_one(ran):
     code, _, content = ran
     assert code == 1
-    assert content["processor"] == harness.processor()
+    assert content["cpus"] == harness.cpus()
     runs = content["runs"]
     assert runs["works"]["command"] == "python -m tiny_benchmark --rounds 5"
     assert runs["works"]["environment"]["jax"] == jax.__version__
@@ -459,9 +459,9 @@ def test_rows_of_the_accelerator_become_tables():
 def test_the_picture_shows_every_row(ran, tmp_path):
     pytest.importorskip("matplotlib")
     _, folder, content = ran
-    drawn = (folder / "out.png").read_bytes()
-    assert drawn.startswith(b"\x89PNG")
-    assert len(drawn) > 10_000
+    image = (folder / "out.png").read_bytes()
+    assert image.startswith(b"\x89PNG")
+    assert len(image) > 10_000
     aimed, others = (picture.entries(content, with_aims) for with_aims in (True, False))
     assert [entry.text for entry in aimed if entry.row] == ["ours", "theirs"] * 2
     assert [entry.row.reached for entry in aimed if entry.row] == [True, False] * 2
@@ -472,11 +472,11 @@ def test_the_picture_shows_every_row(ran, tmp_path):
         t.get_text() for t in figure.texts
     ]
     assert {"ours", "theirs", "another", "1.04", "1.20", "3.00"} <= set(texts)
-    assert f"2 of 4 aims reached, on {harness.processor()}" in texts
+    assert f"2 of 4 aims reached, on {harness.cpus()}" in texts
 
 
 def test_there_may_be_nothing_to_draw():
-    assert picture.figure_of({"processor": "x", "runs": {"needs": {"tables": []}}}) is None
+    assert picture.figure_of({"cpus": "x", "runs": {"needs": {"tables": []}}}) is None
 
 
 def test_the_readme_is_made_from_results(ran, tmp_path):
@@ -484,7 +484,7 @@ def test_the_readme_is_made_from_results(ran, tmp_path):
     file = readme.keep(content, tmp_path)
     assert "ratios" not in file.read_text()
     other = json.loads(file.read_text()) | {
-        "processor": "4 x Other",
+        "cpus": "4 x Other",
         "date": "2020-01-01",
         "note": "By hand.",
     }
@@ -493,20 +493,18 @@ def test_the_readme_is_made_from_results(ran, tmp_path):
     other["runs"]["works"]["tables"][0]["summary"][1] |= {"low": None, "high": None}
     readme.keep(other, tmp_path)
     found = readme.results(tmp_path)
-    assert [result["processor"] for result in found] == [harness.processor(), "4 x Other"]
-    marks = "".join(
-        f"<!-- benchmark: {name} -->\nold\n<!-- end -->\n" for name in ("processors", "works", "fails")
-    )
+    assert [result["cpus"] for result in found] == [harness.cpus(), "4 x Other"]
+    marks = "".join(f"<!-- benchmark: {name} -->\nold\n<!-- end -->\n" for name in ("cpus", "works", "fails"))
     text = readme.filled("by hand\n" + marks + "more", found)
     for part in (
         "by hand\n",
         "old" not in text and "more",
-        f"| | aim | {harness.processor()} | 4 x Other |\n| --- | ---: | ---: | ---: |",
+        f"| | aim | {harness.cpus()} | 4 x Other |\n| --- | ---: | ---: | ---: |",
         "| plain | | 1 = 1 steps/s | 1 = 1 steps/s |",
         "| ours | 1.05 | 1.040 (1.040, 1.040) ✓ | 1.040 ✓ |",
         "| theirs | 1.1 | 1.200 (1.200, 1.200) ✗ | 1.200 (1.200, 1.200) ✗ |",
         "| another | | 3.00 (3.00, 3.00) |",
-        f"| | {harness.processor()} |\n",
+        f"| | {harness.cpus()} |\n",
         "| ours: compile, s | 1.250 |",
         "**4 x Other**, 2020-01-01",
         "By hand.",
