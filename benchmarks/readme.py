@@ -122,7 +122,7 @@ def markdown(title: str, tables: dict[str, dict[str, Any]]) -> str:
 
     Args:
         title: of the table.
-        tables: by CPU.
+        tables: by CPU; below are the reasons of those that were skipped.
     """
     by_name = {who: {row.name: row for row in rows_of(table)} for who, table in tables.items()}
     names = dict.fromkeys(name for rows in by_name.values() for name in rows)
@@ -136,7 +136,13 @@ def markdown(title: str, tables: dict[str, dict[str, Any]]) -> str:
     for name in order:
         aim = [f"{aims[name]:.4g}" if name in aims else ""] if aims else []
         lines.append(line([name, *aim, *(cell(rows.get(name)) for rows in by_name.values())]))
-    return f"{title}:\n\n" + "\n".join(lines) + "\n"
+    skipped = [
+        f"{name}: {reason}" + (f" ({who})" if len(tables) > 1 else "")
+        for who, table in tables.items()
+        for name, reason in table["skipped"].items()
+    ]
+    note = f"\nSkipped: {'; '.join(skipped)}.\n" if skipped else ""
+    return f"{title}:\n\n" + "\n".join(lines) + "\n" + note
 
 
 def cell(row: Row | None) -> str:

@@ -369,7 +369,8 @@ timings = {
     "another": harness.Timing(1.0, [3.0] * options.rounds, [3.0] * options.rounds),
 }
 aims = {"ours": 1.05, "theirs": 1.1}
-harness.report("a race", timings, "plain", "steps", aims=aims, json_file=options.json)
+skipped = {"PyTorch": "torch is not installed"}
+harness.report("a race", timings, "plain", "steps", aims=aims, skipped=skipped, json_file=options.json)
 figures = {"plain": {"compile, s": 2.0}, "ours": {"compile, s": 2.5}}
 harness.report_figures("compiled", figures, "plain", json_file=options.json)
 """
@@ -506,6 +507,8 @@ def test_the_readme_is_made_from_results(ran, tmp_path):
         "| another | | 3.00 (3.00, 3.00) |",
         f"| | {harness.cpus()} |\n",
         "| ours: compile, s | 1.250 |",
+        f"\nSkipped: PyTorch: torch is not installed ({harness.cpus()}); PyTorch: ",
+        "\nSkipped: PyTorch: torch is not installed.\n",
         "**4 x Other**, 2020-01-01",
         "By hand.",
         "fails: ValueError: too slow",
