@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -45,7 +46,9 @@ RUNS = {
     "fit_mnist": Run("benchmarks.fit_mnist", "--rounds 15", 1.2),
     "gpt_step": Run("benchmarks.gpt_step", "--rounds 9", 1.5),
     "gpt_step_kept": Run("benchmarks.gpt_step", "--rounds 9 --malloc kept", 1.5),
-    "inspect_overhead": Run("benchmarks.inspect_overhead", "--rounds 5", 4.0),
+    "inspect_overhead": Run(
+        "benchmarks.inspect_overhead", "--rounds 7 --only gf.gpt 'GPT, layers scanned' MLP", 4.0
+    ),
     "per_example": Run("benchmarks.per_example", "--rounds 9", 2.5),
     "curvature": Run("benchmarks.curvature", "--rounds 9", 2.0),
     "attention": Run("benchmarks.attention", "--rounds 3 --lengths 512 1024 2048", 0.5),
@@ -93,7 +96,7 @@ def run_all(names: list[str], extra: Mapping[str, list[str]], file: Path) -> dic
 
 def run_one(run: Run, extra: list[str]) -> dict[str, Any]:
     """Run one benchmark in its own process, which prints its tables; return what it wrote, and why it ended early."""
-    arguments = ["-m", run.module, *run.options.split(), *extra]
+    arguments = ["-m", run.module, *shlex.split(run.options), *extra]
     environment = {name: value for name, value in os.environ.items() if name != CACHE}
     if not run.accelerator:
         environment["JAX_PLATFORMS"] = "cpu"
@@ -107,7 +110,7 @@ def run_one(run: Run, extra: list[str]) -> dict[str, Any]:
         written = json.loads(file.read_text()) if file.exists() else {"tables": []}
     if "rows" in written:
         written = of_accelerator(written["rows"])
-    about = {"command": f"python {' '.join(arguments)}", "seconds": round(time.monotonic() - began)}
+    about = {"command": f"python {shlex.join(arguments)}", "seconds": round(time.monotonic() - began)}
     return about | written | (problem_of(trace, code) if code else {})
 
 

@@ -321,10 +321,9 @@ def print_about(skipped: Mapping[str, str], packages: Iterable[str]) -> dict[str
     """Print who was skipped and what the results depend on; return the latter."""
     about, console = environment(packages), Console()
     for name, reason in skipped.items():
-        console.print(f"{name}: skipped, {reason}", highlight=False, markup=False)
-    console.print(
-        ", ".join(f"{name} {value}" for name, value in about.items()), highlight=False, markup=False
-    )
+        console.print(f"{name}: skipped, {reason}", highlight=False, markup=False, soft_wrap=True)
+    text = ", ".join(f"{name} {value}" for name, value in about.items())
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
     return about
 
 

@@ -92,12 +92,14 @@ def cpus(found: list[Result]) -> str:
     """Return a list of the CPUs with versions, and the newest picture."""
     lines = []
     for result in found:
-        versions: dict[str, str] = {}
-        for run in result["runs"].values():
-            versions |= run.get("environment", {})
-        about = ", ".join(
-            f"{name} {version}" for name, version in versions.items() if name not in ("CPUs", "load")
-        )
+        environments = [run.get("environment", {}) for run in result["runs"].values()]
+        versions = {
+            name: each[name] for each in environments for name in each if name not in ("CPUs", "load")
+        }
+        about = ", ".join(f"{name} {version}" for name, version in versions.items())
+        loads = [float(each["load"]) for each in environments if "load" in each]
+        # More than the number of CPUs: other programs were running.
+        about += f", load up to {max(loads):.1f}" if loads else ""
         note = f" {result['note']}" if "note" in result else ""
         lines.append(f"- **{result['cpus']}**, {result['date']}: {about}.{note}\n")
         ended = {
