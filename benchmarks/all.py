@@ -51,6 +51,7 @@ RUNS = {
     ),
     "per_example": Run("benchmarks.per_example", "--rounds 9", 2.5),
     "curvature": Run("benchmarks.curvature", "--rounds 9", 2.0),
+    "commands": Run("benchmarks.commands", "", 0.5),
     "attention": Run("benchmarks.attention", "--rounds 3 --lengths 512 1024 2048", 0.5),
     "saving": Run("benchmarks.saving", "--gigabytes 0.2", 0.3),
     "scaling": Run("benchmarks.scaling", "--devices 1 8 --rules FSDP", 0.8),

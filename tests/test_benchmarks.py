@@ -14,7 +14,7 @@ import pytest
 
 import gradfn as gf
 from benchmarks import all as all_of_them
-from benchmarks import attention, fit_mnist, gpt_step, harness, picture, readme, saving, scaling
+from benchmarks import attention, commands, fit_mnist, gpt_step, harness, picture, readme, saving, scaling
 from benchmarks.rows import rows_of
 
 
@@ -271,6 +271,16 @@ def test_contenders_of_the_gpt_that_are_not_installed_are_skipped(gpt_task, monk
     ready, skipped = gpt_step.steps(gpt_task, ["raw", "other"])
     assert list(ready) == ["raw"]
     assert skipped == {"other": "nowhere is not installed"}
+
+
+def test_commands_are_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "COMMANDS", {commands.IMPORT: ["-c", "pass"], "gradfn x": ["-c", "pass"]})
+    file = tmp_path / "out.json"
+    commands.main(["--rounds", "2", "--json", str(file)])
+    plain, command = rows_of(json.loads(file.read_text())["tables"][0])
+    assert (plain.name, plain.time, plain.aim) == ("import jax: seconds", 1.0, None)
+    assert (command.name, command.aim) == ("gradfn x: seconds", commands.AIM)
+    assert command.time > 0
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="measures memory as Linux tells it")
