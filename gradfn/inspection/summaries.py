@@ -3,7 +3,7 @@
 What XLA's CPU backend compiles well decided the forms: plain `jnp` reductions (one variadic reduce took five
 times as long), and non-zeros as `sum(sign(x)**2)` (counting booleans does not vectorize). Sums are computed
 in float32 (float64 for float64), also for bfloat16. Where the sum of squares over- or underflows, mean and rms are
-computed again, scaled, and non-finite values are counted: one test decides both.
+computed again, scaled, or non-finite values are counted: one test decides both.
 
 On several devices that test would be a sum over all of them per value, with another one in its branch: there all sums
 are computed at once, and XLA exchanges those of many values together.
@@ -11,6 +11,7 @@ are computed at once, and XLA exchanges those of many values together.
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,13 +25,11 @@ from jaxtyping import PyTree
 from gradfn.core.devices import elements_of, explicit_spec, on_several_devices
 from gradfn.core.precision import (
     far_from_one,
-    in_units,
     is_safe,
     magnitudes_squared,
     real_parts,
     root,
     squares_in_units,
-    unit_of,
     widen,
 )
 
@@ -100,16 +99,6 @@ def summarize(x: jax.Array, stats: tuple[str, ...], kind: str = "") -> Stats:
     n_rows = x.size // max(n_units, 1)
     n = max(x.size, 1)
     out = {"count": jnp.full((), x.size, accumulate)}
-    sums = tuple(name for name in ("mean", "rms", "nonfinite") if name in stats)
-    if sums and on_several_devices(x):
-        out |= _at_once(sums, values)
-    elif "rms" in sums or "nonfinite" in sums:
-        square = jnp.sum(magnitudes_squared(x))
-        plain = {"mean": _mean(values), "rms": root(square / n), "nonfinite": jnp.zeros_like(square)}
-        of_sums = {name: plain[name] for name in sums}
-        out |= lax.cond(is_safe(square, n), lambda _: of_sums, partial(_carefully, sums), values)
-    elif "mean" in sums:
-        out["mean"] = _mean(values)
     if "dead" in stats and kind in ("relu", "relu6") and n_rows >= DEAD_ROWS:
         # Axes that are split over devices in the type cannot be merged.
         rows = x if explicit_spec(x) else x.reshape(n_rows, n_units)
@@ -118,7 +107,14 @@ def summarize(x: jax.Array, stats: tuple[str, ...], kind: str = "") -> Stats:
         if "max" in stats:
             out["max"] = jnp.max(of_units, initial=0).astype(accumulate)
     elif "max" in stats:
-        out["max"] = jnp.max(jnp.abs(x), initial=0).astype(accumulate)
+        out["max"] = _largest(x).astype(accumulate)
+    sums = tuple(name for name in ("mean", "rms", "nonfinite") if name in stats)
+    if sums and on_several_devices(x):
+        out |= _at_once(sums, values)
+    elif "rms" in sums or "nonfinite" in sums:
+        out |= _one_by_one(sums, values, out.get("max") if is_real else None)
+    elif "mean" in sums:
+        out["mean"] = _mean(values)
     if "zeros" in stats:
         out["zeros"] = (x.size - jnp.sum(jnp.square(jnp.sign(magnitudes)))) / n
     if "saturated" in stats and kind in ("sigmoid", "tanh") and is_real:
@@ -131,22 +127,75 @@ def summarize(x: jax.Array, stats: tuple[str, ...], kind: str = "") -> Stats:
 
 def _mean(x: jax.Array, unit: jax.Array | float = 1.0) -> jax.Array:
     """Return the mean, of complex values its modulus; sums are computed in multiples of `unit`."""
-    means = [jnp.sum(part / unit) / max(x.size, 1) for part in real_parts(x)]
-    return unit * (means[0] if len(means) == 1 else jnp.abs(lax.complex(*means)))
+    return _modulus([jnp.sum(part / unit) / max(x.size, 1) for part in real_parts(x)], unit)
 
 
-def _carefully(names: tuple[str, ...], x: jax.Array) -> dict[str, jax.Array]:
-    """Return mean, rms and the number of non-finite elements where the plain sums over- or underflow."""
-    parts = real_parts(x)
-    unit = unit_of(functools.reduce(jnp.maximum, [jnp.max(jnp.abs(part), initial=0) for part in parts]))
-    squares = functools.reduce(jnp.add, [jnp.sum(jnp.square(in_units(part, unit))) for part in parts])
+def _modulus(parts: Sequence[jax.Array], unit: jax.Array | float = 1.0) -> jax.Array:
+    """Return a real number, or the modulus of a complex one, given its real parts in multiples of `unit`."""
+    return unit * (parts[0] if len(parts) == 1 else jnp.abs(lax.complex(*parts)))
+
+
+def _one_by_one(names: tuple[str, ...], x: jax.Array, largest: jax.Array | None) -> dict[str, jax.Array]:
+    """Return mean, rms and the number of non-finite elements; `largest` is the largest magnitude, if it is known."""
+    n = max(x.size, 1)
+    square, plain = jnp.sum(magnitudes_squared(x)), _mean(x)
+    zero = jnp.zeros_like(square)
+    nothing = zero, [zero for _ in real_parts(x)], zero
+    careful = partial(_carefully, square, largest)
+    largest, totals, scaled = lax.cond(is_safe(square, n), lambda _: nothing, careful, x)
+    is_finite, unit = _all_finite(square, largest), 1 / _scale_for(largest)
+    # 0 where the plain sums are right.
+    as_is = (largest == 0) | ~is_finite
     found = {
-        "mean": _mean(x, unit),
+        "mean": jnp.where(as_is, plain, _modulus([total / n for total in totals], unit)),
         # Not the norm over the root of n: the norm may overflow where this does not.
-        "rms": unit * root(squares / max(x.size, 1)),
-        "nonfinite": jnp.sum((~jnp.isfinite(x)).astype(unit.dtype)),
+        "rms": jnp.where(as_is, root(square / n), unit * root(scaled / n)),
+        "nonfinite": jnp.where(is_finite, 0, totals[0]),
     }
     return {name: found[name] for name in names}
+
+
+def _carefully(
+    square: jax.Array, largest: jax.Array | None, x: jax.Array
+) -> tuple[jax.Array, list[jax.Array], jax.Array]:
+    """Return what corrects the plain sums where they over- or underflow, or where they are not finite.
+
+    The time to compile a program follows its number of kernels, and these are compiled for each value. So one array
+    serves two purposes: it is the values, scaled, or marks the elements that are not finite, if there are any.
+
+    Returns:
+        The largest magnitude, the sum of that array (for complex values, of each part's), and its sum of squares.
+    """
+    parts = real_parts(x)
+    if largest is None:
+        largest = functools.reduce(jnp.maximum, map(_largest, parts))
+    scale = jnp.where(_all_finite(square, largest), _scale_for(largest), jnp.zeros_like(largest))
+    # Squares of constants times values would be folded to the squares of both.
+    arrays = [lax.optimization_barrier(jnp.where(jnp.isfinite(x), part * scale, 1)) for part in parts]
+    return largest, list(map(jnp.sum, arrays)), functools.reduce(jnp.add, map(_sum_of_squares, arrays))
+
+
+def _all_finite(square: jax.Array, largest: jax.Array) -> jax.Array:
+    """Return whether all elements are finite, given their sum of squares and largest magnitude.
+
+    Some kernels of XLA's ignore NaN in a maximum.
+    """
+    return (largest < jnp.inf) & ~jnp.isnan(square)
+
+
+def _scale_for(largest: jax.Array) -> jax.Array:
+    """Return the power of two by which values are multiplied whose squares leave the dtype's range."""
+    scale = 2.0 ** (jnp.finfo(largest.dtype).maxexp * 5 // 8)
+    one = jnp.ones_like(largest)
+    return jnp.where(largest > 1, one / scale, one * scale)
+
+
+def _largest(x: jax.Array) -> jax.Array:
+    return jnp.max(jnp.abs(x)) if x.size else jnp.zeros((), jnp.abs(x).dtype)
+
+
+def _sum_of_squares(x: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(x))
 
 
 def _at_once(names: tuple[str, ...], x: jax.Array) -> dict[str, jax.Array]:
