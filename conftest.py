@@ -13,6 +13,9 @@ import pytest
 
 import gradfn
 
+# jax has read its settings: this is for the commands that tests start, which would write into the user's cache.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
 # Import all of gradfn before pytest imports single files for their doctests, which would create second copies.
 for name in gradfn.__all__:
     getattr(gradfn, name)
@@ -37,6 +40,7 @@ def pytest_configure(config):
         jax.config.update("jax_disable_most_optimizations", True)
         folder = tempfile.TemporaryDirectory(prefix="gradfn-compiled-")
         config.add_cleanup(folder.cleanup)
+        jax.config.update("jax_enable_compilation_cache", True)
         jax.config.update("jax_compilation_cache_dir", folder.name)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -18,6 +18,7 @@ import optax
 import gradfn as gf
 from gradfn import runs
 from gradfn.report.figures import History, confusion, curves, mistakes, save_all
+from gradfn.timings import phase
 from gradfn.train.augment import shifted
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class RunOptions:
 
     resume: bool = runs.option(False, "resume an interrupted run: the latest, or the one in --folder")
     folder: str | None = runs.option(None, "where to store the run (default: runs/NAME/<time>)")
+    timings: bool = runs.option(False, "print how long it took to import, read data, compile, train and draw")
 
     def __post_init__(self) -> None:
         """Check the bounds of all options; a subclass with more to check extends this."""
@@ -336,7 +338,8 @@ def train_classifier(
     probabilities = np.asarray(test_probabilities(net, fitted.params, data))
     accuracy = float((probabilities.argmax(1) == data.test[1]).mean())
     outcome = judge_classifier(config, expected, accuracy)
-    all_figures = figures(loss, fitted.params) | classifier_figures(fitted.history, data, probabilities)
+    with phase("pictures"):
+        all_figures = figures(loss, fitted.params) | classifier_figures(fitted.history, data, probabilities)
     conclude(folder, outcome, all_figures, data.name, test_accuracy=accuracy)
     return ClassifierResult(fitted.params, fitted.history, accuracy, folder, outcome)
 

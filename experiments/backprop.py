@@ -24,6 +24,7 @@ import gradfn as gf
 from gradfn import runs
 from gradfn.files import replace_file
 from gradfn.report.figures import LINE_COLORS, new_figure, weight_images
+from gradfn.timings import phase
 
 from ._common import DigitOptions, conclude, load_digits
 
@@ -97,11 +98,12 @@ def run(config: Config) -> Result:
 
     few = jax.tree.map(lambda part: jnp.asarray(part[:1000]), data.train)
     of_many = jax.jit(jax.grad(gf.batch_mean(loss)))(start, few)
-    figures = {
-        "equations": equations(by_hand, np.asarray(start["W2"]), labels[config.example], data.shape),
-        "agree": agreement(grads, errors, int(np.abs(by_hand.deltas[1]).argmax()), data.shape),
-        "gradients": weight_images(of_many["W1"], data.shape, "∂C/∂W1"),
-    }
+    with phase("pictures"):
+        figures = {
+            "equations": equations(by_hand, np.asarray(start["W2"]), labels[config.example], data.shape),
+            "agree": agreement(grads, errors, int(np.abs(by_hand.deltas[1]).argmax()), data.shape),
+            "gradients": weight_images(of_many["W1"], data.shape, "∂C/∂W1"),
+        }
     figures["gradients"].suptitle(
         f"∂C/∂W1: how {len(few[1]):,} digits want each hidden node's weights to change, before any training"
     )

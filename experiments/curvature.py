@@ -24,6 +24,7 @@ import gradfn as gf
 from gradfn import runs
 from gradfn.files import inner_folder
 from gradfn.report.figures import LINE_COLORS, new_figure
+from gradfn.timings import phase
 
 from ._common import SeededOptions, conclude, defaults
 
@@ -119,11 +120,12 @@ def run(config: Config) -> Result:
     spectra = {"after training": spread(params, batch), "before training": spread(start, batch)}
     densities = {name: one.density(width=BLUR * float(eigs.values[0])) for name, one in spectra.items()}
     curved = float(spectra["after training"].above(eigs.values[0] / 10))
-    figures = {
-        "sharpness": edge_of_stability(histories, LOSS_UNIT),
-        "spectrum": spectrum(densities, size, eigs.values, curved, 2 / rate),
-        "landscape": _landscape(loss, params, batch, eigs),
-    }
+    with phase("pictures"):
+        figures = {
+            "sharpness": edge_of_stability(histories, LOSS_UNIT),
+            "spectrum": spectrum(densities, size, eigs.values, curved, 2 / rate),
+            "landscape": _landscape(loss, params, batch, eigs),
+        }
     outcome = judge(config, histories, accuracies)
     values = np.asarray(eigs.values)
     conclude(folder, outcome, figures, eigenvalues=values.tolist(), trace=float(trace.value))

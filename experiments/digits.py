@@ -18,6 +18,7 @@ import gradfn as gf
 from gradfn import runs
 from gradfn.report.figures import weight_images
 from gradfn.runs.digit_net import keep_digit_net
+from gradfn.timings import phase
 
 from ._common import (
     ClassifierResult,
@@ -70,8 +71,9 @@ def run(config: Config) -> ClassifierResult:
     probabilities = jax.nn.softmax(jax.vmap(net.apply, (None, 0))(fitted.params, jnp.asarray(images)))
     accuracy = float((np.asarray(probabilities).argmax(1) == labels).mean())
     outcome = judge(config, accuracy)
-    figures = {"weights": weight_images(fitted.params["W1"], data.shape)}
-    figures |= classifier_figures(fitted.history, data, probabilities)
+    with phase("pictures"):
+        figures = {"weights": weight_images(fitted.params["W1"], data.shape)}
+        figures |= classifier_figures(fitted.history, data, probabilities)
     keep_digit_net(
         folder, fitted.params, data, probabilities, enlarged_from=8 if config.data == "digits" else None
     )

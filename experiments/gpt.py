@@ -21,6 +21,7 @@ import jax
 import gradfn as gf
 from gradfn import runs
 from gradfn.runs import sample
+from gradfn.timings import phase
 from gradfn.train import adamw_warmup_cosine, from_host, gathered, is_first
 
 from ._common import (
@@ -192,15 +193,16 @@ def run(config: Config) -> Result:
     result = Result(params, fitted.history, validation_loss, folder, outcome)
     if not is_first():
         return result
-    figures = language_figures(
-        net,
-        loss,
-        params,
-        fitted.history,
-        at_the_end,
-        data.tokenizer,
-        {"validation_loss": validation_loss},
-    )
+    with phase("pictures"):
+        figures = language_figures(
+            net,
+            loss,
+            params,
+            fitted.history,
+            at_the_end,
+            data.tokenizer,
+            {"validation_loss": validation_loss},
+        )
     print(f"{folder}: it writes\n{written(sample.Model(net, params, data.tokenizer, config.lines), 600)}")
     conclude(folder, outcome, figures, data.name, validation_loss=validation_loss)
     print(f"more of its writing: gradfn sample {shlex.quote(str(folder))} --prompt ... --temperature 0.8")

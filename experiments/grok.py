@@ -25,6 +25,7 @@ from gradfn import runs
 from gradfn.files import inner_folder
 from gradfn.layers._embed import look_up
 from gradfn.report.figures import LINE_COLORS, History, new_figure
+from gradfn.timings import phase
 
 from ._common import SeededOptions, conclude, defaults
 
@@ -106,12 +107,13 @@ def run(config: Config) -> Result:
 
     memorized = first(histories["decay"], "train_accuracy", MEMORIZED)
     generalized = first(histories["decay"], "test_accuracy", GENERALIZED)
-    figures = {
-        "grok": grokking(histories, memorized, generalized),
-        "waves": waves(
-            {"before training": start["A"]} | {f"after, {name}": params[name]["A"] for name in params}
-        ),
-    }
+    with phase("pictures"):
+        figures = {
+            "grok": grokking(histories, memorized, generalized),
+            "waves": waves(
+                {"before training": start["A"]} | {f"after, {name}": params[name]["A"] for name in params}
+            ),
+        }
     outcome = judge(config, memorized, generalized, histories["no decay"][-1]["test_accuracy"])
     conclude(
         folder,

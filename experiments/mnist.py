@@ -23,6 +23,7 @@ from gradfn import runs
 from gradfn.files import inner_folder
 from gradfn.report.figures import weight_images
 from gradfn.runs.digit_net import keep_digit_net
+from gradfn.timings import phase
 
 from ._common import SeededOptions, adamw_cosine, classifier_figures, classifier_measures, conclude, given
 
@@ -175,8 +176,9 @@ def run(config: Config) -> Result:
     top = int(np.argmax(accuracies))
     params, history = fits[top].params, fits[top].history
     probabilities = recipe.probabilities(jnp.asarray(answers[top]))
-    figures = {"weights": weight_images(params["W1"], data.shape)}
-    figures |= classifier_figures(history, data, probabilities, recipe.loss_unit)
+    with phase("pictures"):
+        figures = {"weights": weight_images(params["W1"], data.shape)}
+        figures |= classifier_figures(history, data, probabilities, recipe.loss_unit)
     outcome = judge(config.recipe, accuracies, epochs)
     keep_digit_net(folder, params, data, probabilities, **recipe.shown)
     conclude(folder, outcome, figures, data.name, test_accuracies=accuracies)

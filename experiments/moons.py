@@ -23,6 +23,7 @@ import gradfn as gf
 from gradfn import runs
 from gradfn.files import replace_file
 from gradfn.report.figures import curves, new_figure
+from gradfn.timings import phase
 
 from ._common import SeededOptions, conclude, defaults
 
@@ -72,7 +73,8 @@ def run(config: Config) -> Result:
     net = gf.mlp([2, *config.hidden, 2], activation=config.activation)
     print(gf.table(net.spec))
     start = net.init(jax.random.key(config.seed))
-    kept, losses = trained(net, start, train, config)
+    with phase("training"):
+        kept, losses = jax.block_until_ready(trained(net, start, train, config))
 
     steps = moments(config.steps)
     axes = [np.linspace(low, high, GRID, dtype=np.float32) for low, high in ((-1.7, 2.7), (-1.2, 1.7))]
@@ -90,8 +92,9 @@ def run(config: Config) -> Result:
         for step, loss, share in zip(steps, losses, accuracies, strict=True)
     ]
     runs.keep_training(folder, history, params)
-    figures = {"strip": strip(steps, frames, accuracies, axes, train), "curves": curves(history)}
-    animation(steps, frames, accuracies, axes, train, folder / "boundary.gif")
+    with phase("pictures"):
+        figures = {"strip": strip(steps, frames, accuracies, axes, train), "curves": curves(history)}
+        animation(steps, frames, accuracies, axes, train, folder / "boundary.gif")
     outcome = judge(config, accuracy)
     conclude(folder, outcome, figures, others=["boundary.gif"], test_accuracy=accuracy)
     return Result(params, steps, frames, accuracy, folder, outcome)

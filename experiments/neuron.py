@@ -20,6 +20,7 @@ import numpy as np
 import gradfn as gf
 from gradfn import runs
 from gradfn.report.figures import LINE_COLORS, new_figure
+from gradfn.timings import phase
 
 from ._common import DigitOptions, conclude, defaults, start_on_digits
 
@@ -79,10 +80,11 @@ def run(config: Config) -> Result:
     sums = images @ weights.ravel()
 
     shown = [typical(sums, np.flatnonzero(labels == digit)) for digit in range(10)]
-    figures = {
-        "node": what_a_node_sees(weights, images[shown].reshape(-1, 28, 28), labels[shown], config.bias),
-        "firing": firing_rates(sums, labels, BIASES, rates, config.bias),
-    }
+    with phase("pictures"):
+        figures = {
+            "node": what_a_node_sees(weights, images[shown].reshape(-1, 28, 28), labels[shown], config.bias),
+            "firing": firing_rates(sums, labels, BIASES, rates, config.bias),
+        }
     outcome = judge(config, labels, fires)
     conclude(folder, outcome, figures, data.name, rates=rates.tolist())
     return Result(weights, sums, rates, folder, outcome)

@@ -21,6 +21,7 @@ import optax
 import gradfn as gf
 from gradfn import runs
 from gradfn.report.figures import LINE_COLORS, new_figure
+from gradfn.timings import phase
 
 from ._common import DigitOptions, conclude, defaults, start_on_digits
 
@@ -99,13 +100,14 @@ def run(config: Config) -> Result:
     first = scale([before])
     second = scale([row for row in fitted.history if row["step"] > steps / 2])
     estimate = scale([row for row in fitted.noise if row["step"] > steps / 2])
-    figures = {
-        "noise": noise_over_training(
-            fitted.noise, config.batch, [{"step": 0} | before, *fitted.history], (first, second)
-        ),
-        "largest": largest_gradients(images, labels, answers, norms, data.shape),
-        "agreement": agreement(classes.total, digits, "digit, before training"),
-    }
+    with phase("pictures"):
+        figures = {
+            "noise": noise_over_training(
+                fitted.noise, config.batch, [{"step": 0} | before, *fitted.history], (first, second)
+            ),
+            "largest": largest_gradients(images, labels, answers, norms, data.shape),
+            "agreement": agreement(classes.total, digits, "digit, before training"),
+        }
     outcome = judge(config, first, second, estimate)
     conclude(folder, outcome, figures, data.name, first=first, second=second, estimate=estimate)
     return Result(fitted.noise, first, second, estimate, folder, outcome)

@@ -22,6 +22,7 @@ import numpy as np
 import gradfn as gf
 from gradfn import runs
 from gradfn.report.figures import LINE_COLORS, new_figure
+from gradfn.timings import phase
 
 from ._common import DigitOptions, conclude, defaults, start_on_digits
 
@@ -81,17 +82,19 @@ def run(config: Config) -> Result:
     )
     train = trainer(net, data, config)
     everything = jax.jit(jax.vmap(jax.vmap(train, (None, 0)), (0, None)))  # [rates, seeds]
-    losses, accuracies = map(np.asarray, everything(jnp.asarray(rates), keys))
+    with phase("training"):
+        losses, accuracies = map(np.asarray, everything(jnp.asarray(rates), keys))
 
     states = states_of(losses)
     for rate, its, of_rate in zip(rates, states, accuracies, strict=True):
         print(
             f"rate {rate:8.3g}: {its:8}  test accuracy {100 * np.median(of_rate):5.1f} % (median of the seeds)"
         )
-    figures = {
-        "fan": fan(rates, losses, states, GUESS),
-        "valley": valley(rates, final(losses), accuracies, states, GUESS),
-    }
+    with phase("pictures"):
+        figures = {
+            "fan": fan(rates, losses, states, GUESS),
+            "valley": valley(rates, final(losses), accuracies, states, GUESS),
+        }
     outcome = judge(config, rates, accuracies, states)
     conclude(
         folder,

@@ -22,6 +22,7 @@ from gradfn import runs
 from gradfn.files import inner_folder
 from gradfn.report.figures import new_figure
 from gradfn.report.images import bare
+from gradfn.timings import phase
 from gradfn.train.augment import shifted
 
 from ._common import DigitOptions, adamw_cosine, conclude, defaults, in_parts, start_on_digits
@@ -115,7 +116,8 @@ def run(config: Config) -> Result:
         print(f"{name}: test accuracy {100 * one.test_accuracy:.1f} %, {likeness}")
     accuracy = drawings["dense net"].test_accuracy
     counts = {name: one.of_own_class for name, one in drawings.items()}
-    figures = {"wanted": wanted_figure(drawings, data)}
+    with phase("pictures"):
+        figures = {"wanted": wanted_figure(drawings, data)}
     conclude(folder, outcome, figures, data.name, test_accuracy=accuracy, of_own_class=counts)
     return Result(params, drawings, histories[0], accuracy, folder, outcome)
 

@@ -22,6 +22,7 @@ from gradfn import runs
 from gradfn.report.figures import new_figure
 from gradfn.report.images import bare, signed_image
 from gradfn.runs.digit_net import keep_digit_net
+from gradfn.timings import phase
 
 from ._common import DigitOptions, adamw_cosine, conclude, defaults, start_on_digits
 
@@ -98,11 +99,12 @@ def run(config: Config) -> Result:
     error = float(jnp.abs(of_cells.sums.sum(1) - of_cells.total).max() / jnp.abs(of_cells.total).max())
     falls = class_falls(everything, jax.nn.softmax(of_cells.without), labels)
 
-    figures = {
-        "remains": remains_figure(of_parts, everything, parts, data, from_parts),
-        "deciding": deciding_figure(falls, data),
-        "sums": sums_figure(net, fitted.params, of_cells, data),
-    }
+    with phase("pictures"):
+        figures = {
+            "remains": remains_figure(of_parts, everything, parts, data, from_parts),
+            "deciding": deciding_figure(falls, data),
+            "sums": sums_figure(net, fitted.params, of_cells, data),
+        }
     enlarged_from = 8 if config.data == "digits" else None
     keep_digit_net(folder, fitted.params, data, everything, enlarged_from=enlarged_from)
     outcome = judge(config, right_from, error)

@@ -22,6 +22,7 @@ import optax
 import gradfn as gf
 from gradfn import runs
 from gradfn.report.figures import LINE_COLORS, curves, new_figure
+from gradfn.timings import phase
 
 from ._common import SeededOptions, conclude, defaults
 
@@ -95,17 +96,19 @@ def run(config: Config) -> Result:
     shares = {name: r2(truth, values) for name, values in answered.items()}
     coefficients = linear.coef_.ravel() * data.target_std
     of_inputs = of_inputs * data.target_std
-    figures = {
-        "predictions": predictions(truth, answered, shares),
-        "slopes": slopes(of_inputs, coefficients, MEASUREMENTS),
-        "curves": curves(history, "squared standard deviations"),
-    }
+    with phase("pictures"):
+        figures = {
+            "predictions": predictions(truth, answered, shares),
+            "slopes": slopes(of_inputs, coefficients, MEASUREMENTS),
+            "curves": curves(history, "squared standard deviations"),
+        }
     runs.keep_training(folder, history, params)
     outcome = judge(config, shares)
     conclude(folder, outcome, figures, data.name, r2=shares)
     return Result(params, answered, shares, of_inputs, folder, outcome)
 
 
+@phase("training")
 def trained(net: gf.Net, data: gf.data.Dataset, config: Config) -> tuple[Any, list[dict[str, float]]]:
     """Train all networks at once; return their parameters `[nets, ...]` and the history of their mean losses."""
     train, validation = jax.tree.map(jnp.asarray, (data.train, data.validation))

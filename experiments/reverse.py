@@ -21,6 +21,7 @@ import gradfn as gf
 from gradfn import runs
 from gradfn.report.figures import curves
 from gradfn.report.sequences import attention_maps
+from gradfn.timings import phase
 from gradfn.train import adamw_warmup_cosine
 
 from ._common import SeededOptions, check_heads, conclude
@@ -89,7 +90,8 @@ def run(config: Config) -> Result:
     accuracy = float(all_right(answer(fitted.params, test[0]), test[1]))
     written = gf.generate(net, fitted.params, test[0][0, : n + 1], n, temperature=0)
     print(f"{as_text(test[0][0, :n])} backwards, it writes: {as_text(written)}")
-    figures = {"curves": curves(fitted.history), "attention": attention(loss, fitted.params, test, n)}
+    with phase("pictures"):
+        figures = {"curves": curves(fitted.history), "attention": attention(loss, fitted.params, test, n)}
     outcome = judge(config, accuracy)
     conclude(folder, outcome, figures, accuracy=accuracy)
     return Result(fitted.params, fitted.history, accuracy, folder, outcome)

@@ -25,6 +25,7 @@ from gradfn.files import inner_folder
 from gradfn.report.figures import LINE_COLORS, LINE_STYLES, curves, new_figure
 from gradfn.report.sequences import token_probabilities, visible
 from gradfn.runs import sample
+from gradfn.timings import phase
 from gradfn.train import adamw_warmup_cosine
 
 from ._common import SeededOptions, batch_for, conclude, defaults, given, not_empty
@@ -117,11 +118,12 @@ def run(config: Config) -> Result:
         print(f"{cell}: validation loss {losses[cell]:.3f}; it writes {' '.join(words.split())}")
 
     net = gf.rnn(data.tokenizer.size, config.width, "lstm")
-    figures = {
-        "gradients": gradient_through_time(after, before, "last letter"),
-        "curves": curves(joined(histories), "nats per letter"),
-        "probabilities": drawn_expectations(net, params["lstm"], data),
-    }
+    with phase("pictures"):
+        figures = {
+            "gradients": gradient_through_time(after, before, "last letter"),
+            "curves": curves(joined(histories), "nats per letter"),
+            "probabilities": drawn_expectations(net, params["lstm"], data),
+        }
     figures["curves"].axes[0].autoscale(axis="y")  # the lines lie close together, far from zero
     outcome = judge(config, data, losses, after)
     conclude(folder, outcome, figures, data.name, validation_losses=losses)

@@ -24,6 +24,7 @@ from gradfn.attribution import Randomized
 from gradfn.display import TextTable
 from gradfn.report.figures import new_figure
 from gradfn.report.images import bare, robust_limit, signed_image
+from gradfn.timings import phase
 
 from ._common import DigitOptions, conclude, defaults, start_on_digits
 
@@ -106,11 +107,12 @@ def run(config: Config) -> Result:
     same_label = float((data.train[1][best] == np.asarray(predicted[:N_TRACED])[:, None]).mean())
 
     print(f"of the 5 training digits that helped a prediction most, {100 * same_label:.0f} % have its label")
-    figures = {
-        "maps": maps_figure(net, fitted.params, data, tests, config.path),
-        "tests": tests_figure(tests, data),
-        "influence": influence_figure(net, fitted.params, data, np.asarray(traced)),
-    }
+    with phase("pictures"):
+        figures = {
+            "maps": maps_figure(net, fitted.params, data, tests, config.path),
+            "tests": tests_figure(tests, data),
+            "influence": influence_figure(net, fitted.params, data, np.asarray(traced)),
+        }
     outcome = judge(config, gap, tests)
     conclude(
         folder,

@@ -23,6 +23,7 @@ import optax
 import gradfn as gf
 from gradfn import runs
 from gradfn.report.figures import LINE_COLORS, LINE_STYLES, new_figure
+from gradfn.timings import phase
 
 from ._common import DigitOptions, conclude, defaults, start_on_digits
 
@@ -98,27 +99,28 @@ def run(config: Config) -> Result:
     stuck, learns = (found.accuracies[lecun, -1] for found in (plain, residual))
     off = {name: shares for name in ACTIVATIONS if (shares := outcomes[name, "plain"].off) is not None}
     shut = off["tanh"][list(STARTS).index("N(0, 1)")].mean()
-    figures = {
-        "flow": gradient_flow(
-            {kind: found.norms for kind, found in outcomes.items()},
-            list(STARTS),
-            f"Of the last layer's gradient, ten layers of sigmoids (LeCun) leave the first {lost:.1g} %, "
-            f"with residual connections {kept:.0f} %",
-        ),
-        "saturated": saturation(
-            off,
-            list(STARTS),
-            {"sigmoid": "saturated values", "tanh": "saturated values", "relu": "dead nodes"},
-            f"Weights from N(0, 1) shut {100 * shut:.0f} % of all tanh values before training starts",
-        ),
-        "learned": learned(
-            {kind: found.accuracies for kind, found in outcomes.items()},
-            list(STARTS),
-            DEPTHS,
-            f"After {config.steps} steps, ten layers of sigmoids (LeCun) read {100 * stuck:.0f} % of the test digits, "
-            f"with residual connections {100 * learns:.0f} %",
-        ),
-    }
+    with phase("pictures"):
+        figures = {
+            "flow": gradient_flow(
+                {kind: found.norms for kind, found in outcomes.items()},
+                list(STARTS),
+                f"Of the last layer's gradient, ten layers of sigmoids (LeCun) leave the first {lost:.1g} %, "
+                f"with residual connections {kept:.0f} %",
+            ),
+            "saturated": saturation(
+                off,
+                list(STARTS),
+                {"sigmoid": "saturated values", "tanh": "saturated values", "relu": "dead nodes"},
+                f"Weights from N(0, 1) shut {100 * shut:.0f} % of all tanh values before training starts",
+            ),
+            "learned": learned(
+                {kind: found.accuracies for kind, found in outcomes.items()},
+                list(STARTS),
+                DEPTHS,
+                f"After {config.steps} steps, ten layers of sigmoids (LeCun) read {100 * stuck:.0f} % of the test "
+                f"digits, with residual connections {100 * learns:.0f} %",
+            ),
+        }
     judged = judge(config, outcomes)
     conclude(folder, judged, figures, data.name)
     return Result(outcomes, folder, judged)
@@ -220,7 +222,8 @@ def outcome(config: Config, data: gf.data.Dataset, activation: str, wiring: str)
 
         return jax.vmap(jax.vmap(of_one, (None, 0)), (0, None))(params, depths)
 
-    accuracies = np.asarray(trained(of_starts, jnp.asarray(DEPTHS)))
+    with phase("training"):
+        accuracies = np.asarray(trained(of_starts, jnp.asarray(DEPTHS)))
     return Outcome(rms * math.sqrt(config.width), off, accuracies)
 
 

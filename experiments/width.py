@@ -26,6 +26,7 @@ import optax
 import gradfn as gf
 from gradfn import runs
 from gradfn.report.figures import LINE_COLORS, LINE_STYLES, new_figure
+from gradfn.timings import phase
 
 from ._common import DigitOptions, conclude, defaults, start_on_digits
 
@@ -110,7 +111,8 @@ def run(config: Config) -> Result:
     small = smallest(tried, best, NEARLY)
     marked = {"base": base, "best": best, "small": small}
     rows = [one._asdict() | {name: one is its for name, its in marked.items()} for one in tried]
-    figures = {"trade": trade(rows), "map": search_map(rows)}
+    with phase("pictures"):
+        figures = {"trade": trade(rows), "map": search_map(rows)}
     outcome = judge(config, tried, base, best)
     rows_of_json = [
         one._replace(validation=one.validation.tolist(), test=one.test.tolist())._asdict() for one in tried
@@ -164,7 +166,8 @@ def trained(config: Config, data: gf.data.Dataset, width: int, depth: int) -> Tr
     )
     compiled = jax.jit(jax.vmap(of_seed, (0, 0, None))).lower(*arguments).compile()
     began = time.perf_counter()
-    shares = jax.block_until_ready(compiled(*arguments))
+    with phase("training"):
+        shares = jax.block_until_ready(compiled(*arguments))
     seconds = (time.perf_counter() - began) / len(seeds)
     return Tried(width, depth, gf.count(net.spec), seconds, *map(np.asarray, shares))
 

@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 USAGE = """\
 gradfn: networks as pure functions over plain dicts of arrays, with every gradient visible
 
-  gradfn run NAME [options]   run an experiment; gradfn run NAME --help shows its options
+  gradfn run NAME [options]   run an experiment; gradfn run NAME --help shows its options, --timings what took how long
   gradfn report RUN [B]       write one HTML page that shows a run (or a folder of gf.fit), or two side by side
   gradfn sample RUN [options] write with the language model of a run; gradfn sample --help shows the options
   gradfn list                 say which experiments there are, and what to expect of them
@@ -70,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
         handle(stop_at_once)  # to the end of the process
-        return _guarded(lambda: _command(words))
+        return _guarded(lambda: _command(words, own_process=True))
     with handling(stop_at_once):
-        return _guarded(lambda: _command(words))
+        return _guarded(lambda: _command(words, own_process=False))
 
 
 def _guarded(command: Callable[[], int]) -> int:
@@ -104,7 +105,7 @@ def script(file: str) -> None:
     """
     command = f"python {shlex.quote(sys.argv[0])}"
     handle(stop_at_once)
-    leave(_guarded(lambda: _run(Path(file), sys.argv[1:], command)))
+    leave(_guarded(lambda: _run(Path(file), sys.argv[1:], command, own_process=True)))
 
 
 def _replace_unknown_characters() -> None:
@@ -114,7 +115,7 @@ def _replace_unknown_characters() -> None:
             stream.reconfigure(errors="replace")
 
 
-def _command(words: list[str]) -> int:
+def _command(words: list[str], own_process: bool) -> int:
     match words:
         case [] | ["-h" | "--help"] | ["run" | "list" | "table" | "report", "-h" | "--help"]:
             print(USAGE, end="")
@@ -134,11 +135,11 @@ def _command(words: list[str]) -> int:
             found = experiments()
             if name not in found:
                 raise UserError(f"no experiment {name!r}{near(name, found)}; there are {', '.join(found)}")
-            return _run(found[name], options, f"gradfn run {name}")
+            return _run(found[name], options, f"gradfn run {name}", own_process)
         case ["report", *rest]:
             return _report(rest)
         case ["sample", *rest]:
-            return _sample(rest)
+            return _sample(rest, own_process)
         case [name, *_]:
             commands = ("run", "report", "sample", "list", "table", "--help", "--version")
             raise UserError(f"no command {name!r}{near(name, commands)}; there are {', '.join(commands)}")
@@ -218,7 +219,7 @@ def _report(words: list[str]) -> int:
     return 0
 
 
-def _sample(words: list[str]) -> int:
+def _sample(words: list[str], own_process: bool) -> int:
     from gradfn import runs
     from gradfn.runs.about import read_about
 
@@ -236,8 +237,11 @@ def _sample(words: list[str]) -> int:
             raise UserError(
                 f"{run} does not train a language model; {' and '.join(f'gradfn run {name}' for name in writers)} do"
             )
+        from gradfn.compiled import keep_programs
         from gradfn.runs import sample
 
+        if own_process:
+            keep_programs()
         config = read_options(sample.Config(), options, command, about.what)
         with handling(stop):
             sample.run(sample.load_model(run), config)
@@ -248,11 +252,18 @@ def _sample(words: list[str]) -> int:
     return 0
 
 
-def _run(file: Path, words: list[str], command: str) -> int:
-    """Run an experiment's file with the options in `words`; `command` is what the user typed before them."""
+def _run(file: Path, words: list[str], command: str, own_process: bool) -> int:
+    """Run an experiment's file.
+
+    Args:
+        file: of the experiment.
+        words: the options.
+        command: what the user typed before them.
+        own_process: whether the process was started for this.
+    """
     from gradfn import runs
 
-    code = _run_file(file, words, command)
+    code = _run_file(file, words, command, own_process)
     if code and runs.several():
         from gradfn.train import processes
 
@@ -260,11 +271,13 @@ def _run(file: Path, words: list[str], command: str) -> int:
     return code
 
 
-def _run_file(file: Path, words: list[str], command: str) -> int:
+def _run_file(file: Path, words: list[str], command: str, own_process: bool) -> int:
     from gradfn import runs
     from gradfn.files import FileError
     from gradfn.runs.about import read_about
+    from gradfn.timings import process_started
 
+    started = process_started() if own_process else time.time()
     config: Any = None
 
     def has_started() -> bool:
@@ -276,13 +289,16 @@ def _run_file(file: Path, words: list[str], command: str) -> int:
             description = f"{about.what}\n\nExpected: {runs.listed(about.expected)}."
             # Help and mistakes do not wait for jax.
             _check_options(about, words, command, description)
+            from gradfn.compiled import keep_programs
             from gradfn.train import keep_freed_memory
 
             keep_freed_memory()
+            if own_process:
+                keep_programs()
             module = _load(file)
             with handling(stop):
                 config = _config(module, words, command, description)
-                with _together(config):
+                with _together(config), _timed(config, started):
                     config = runs.settle(file.stem, config)
                     module.run(config)
         except (UserError, FileError, ImportError) as error:
@@ -330,6 +346,19 @@ def _together(config: Any) -> Iterator[None]:
         discard(sys.stdout)
     with processes.losing_none():
         yield
+
+
+@contextlib.contextmanager
+def _timed(config: Any, started: float) -> Iterator[None]:
+    """Print at the end how long the phases of a run took, where its options say so."""
+    if not getattr(config, "timings", False):
+        yield
+        return
+    from gradfn.timings import measured
+
+    with measured(started) as timings:
+        yield
+        print(timings.table())
 
 
 def _message(error: BaseException) -> str:

@@ -325,6 +325,13 @@ def inside(folder: str | os.PathLike[str], name: str) -> Path:
     return file
 
 
+def cache_folder(name: str) -> Path:
+    """Return gradfn's folder of that name in the user's cache, following the XDG base directory specification."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification says to ignore a relative path.
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "gradfn" / name
+
+
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
     """Own a folder while the block runs: no other process can own it, and ownership ends with the process.

@@ -5,8 +5,10 @@ import numpy as np
 from gradfn.data._checks import sklearn
 from gradfn.data._split import split
 from gradfn.data.dataset import Dataset, Examples
+from gradfn.timings import phase
 
 
+@phase("data")
 def diabetes(validation: int = 44, test: int = 89, seed: int = 0) -> Dataset:
     """Load 442 patients: ten measurements, and a measure of disease progression one year later.
 

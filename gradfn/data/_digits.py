@@ -7,8 +7,10 @@ import numpy as np
 from gradfn.data._checks import sklearn
 from gradfn.data._split import split
 from gradfn.data.dataset import Dataset
+from gradfn.timings import phase
 
 
+@phase("data")
 def digits(size: Literal[28, 8] = 28, validation: int = 180, test: int = 360, seed: int = 0) -> Dataset:
     """Load 1,797 real handwritten digits, flattened, with their labels.
 

@@ -8,6 +8,8 @@ import numpy as np
 from gradfn.data._checks import integer
 from gradfn.data.dataset import DataError, Dataset, Examples
 from gradfn.data.idx import read, sha256
+from gradfn.files import cache_folder
+from gradfn.timings import phase
 
 MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 
@@ -28,6 +30,7 @@ SIZES = {
 CLASSES = tuple("0123456789")
 
 
+@phase("data")
 def mnist(
     path: str | os.PathLike[str] | None = None, mirror: str = MIRROR, validation: int = 10_000
 ) -> Dataset:
@@ -68,7 +71,7 @@ def mnist(
     if given is not None:
         folder = Path(given).expanduser()
         return load(folder, validation, "MNIST", SHA256)
-    folder = cache_folder()
+    folder = cache_folder("mnist")
     download_missing(folder, mirror)
     try:
         return load(folder, validation, "MNIST", SHA256)
@@ -165,13 +168,6 @@ def find(folder: Path, name: str) -> Path:
         if file.exists():
             return file
     raise DataError(f"{folder / name}.gz: there is no such file, nor {name} without .gz")
-
-
-def cache_folder() -> Path:
-    """Return the folder for downloads, following the XDG base directory specification."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification says to ignore a relative path.
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "gradfn" / "mnist"
 
 
 def download_missing(folder: Path, mirror: str) -> None:

@@ -18,6 +18,7 @@ from gradfn.data._tokenizer import Tokenizer, TokenizerFile, tokenizer, tokenize
 from gradfn.data.dataset import DataError, data_errors
 from gradfn.data.file_tokens import READ, FileTokens, decoded, file_tokens
 from gradfn.files import IDLE, FileError, open_regular, read_json, remove_parts, replacing
+from gradfn.timings import phase
 
 PIECE = 1 << 24  # characters per call of tiktoken
 IN_MEMORY = 1 << 28  # bytes of tokens; larger texts stay in their file
@@ -83,6 +84,7 @@ class Lines(NamedTuple):
         )
 
 
+@phase("data")
 def text(
     path: str | os.PathLike[str] | None = None, tokens: str = "characters", validation: float = 0.1
 ) -> Text:
@@ -194,6 +196,7 @@ def tokenize(path: str | os.PathLike[str], to: str | os.PathLike[str], tokens: s
     return target
 
 
+@phase("data")
 def lines(
     path: str | os.PathLike[str] | None = None, validation: float = 0.1, seed: int = 0, longest: int = 255
 ) -> Lines:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from gradfn.files import replace_file
+from gradfn.timings import phase
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -264,6 +265,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     return path
 
 
+@phase("pictures")
 def save_all(figures: Mapping[str, Figure], folder: Path, data: str = "") -> list[Path]:
     """Write figures as PNG under their names, each with the name of its data below its title.
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 T = TypeVar("T")
 
-# The options that do not determine what a run computes: where it is stored, and which devices compute it.
-DEVICES = ("distributed", "coordinator", "processes", "process", "mesh", "shard")
-ELSEWHERE = ("folder", "resume", *DEVICES)
+# The options that do not determine what a run computes: where it is stored, and how this process computes it.
+PROCESS = ("timings", "distributed", "coordinator", "processes", "process", "mesh", "shard")
+ELSEWHERE = ("folder", "resume", *PROCESS)
 
 
 class RunConfig(Protocol):
@@ -28,7 +28,7 @@ class RunConfig(Protocol):
 
 
 def options(config: RunConfig) -> dict[str, Any]:
-    """Return the options that determine what a run computes: not its folder, or which devices compute it."""
+    """Return the options that determine what a run computes: not its folder, or how this process computes it."""
     found = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {name: value for name, value in found.items() if name not in ELSEWHERE}
 

@@ -14,6 +14,7 @@ import msgspec
 
 from gradfn.files import FileError, inside, read_json
 from gradfn.runs.folder import RESULT, Number, disown, write_json
+from gradfn.timings import so_far
 
 State = Literal["reached", "missed", "open"]
 
@@ -128,6 +129,8 @@ def finish(folder: Path, outcome: Outcome, **measured: Any) -> None:
         outcome: what was measured and expected.
         measured: whatever else the experiment measured, as JSON.
     """
+    if seconds := so_far():
+        measured["seconds"] = seconds
     write_json(folder / RESULT, {"outcome": dataclasses.asdict(outcome)} | measured)
     disown(folder)
 

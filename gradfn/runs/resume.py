@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from gradfn.runs.config import DEVICES, RunConfig, options
+from gradfn.runs.config import PROCESS, RunConfig, options
 from gradfn.runs.folder import CONFIG, RUNS, RunError, from_first, latest, read_config, refuse_a_run, several
 
 C = TypeVar("C", bound=RunConfig)
@@ -34,7 +34,7 @@ def settle(experiment: str, config: C) -> C:
     if not several():
         return _settle(experiment, config)
     chosen = from_first(lambda: dataclasses.asdict(_settle(experiment, config)))
-    return dataclasses.replace(msgspec.convert(chosen, type(config)), **_processes(config))
+    return dataclasses.replace(msgspec.convert(chosen, type(config)), **_of_process(config))
 
 
 def _settle(experiment: str, config: C) -> C:
@@ -90,9 +90,9 @@ def merge(config: C, before: C, default: C) -> C:
                 f"{name} {value}: the run in {before.folder} has {name} {was}. "
                 "Drop the option, or start a new run without --resume"
             )
-    return dataclasses.replace(before, **_processes(config))
+    return dataclasses.replace(before, **_of_process(config))
 
 
-def _processes(config: RunConfig) -> dict[str, Any]:
-    """Return the options that say which processes compute a run, where there are any."""
-    return {name: getattr(config, name) for name in DEVICES if hasattr(config, name)}
+def _of_process(config: RunConfig) -> dict[str, Any]:
+    """Return the options that say how this process computes a run, which are not stored."""
+    return {name: getattr(config, name) for name in PROCESS if hasattr(config, name)}

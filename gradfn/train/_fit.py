@@ -26,6 +26,7 @@ from gradfn.flatten import BatchMean, Loss
 from gradfn.layout import CHECKPOINT, CHECKPOINTS, MEASURES
 from gradfn.losses import check_targets
 from gradfn.stored import Stored
+from gradfn.timings import phase
 from gradfn.train import restore, sharded
 from gradfn.train.chunk import CAPACITY, chunks, finished, owned
 from gradfn.train.fault import fault
@@ -97,6 +98,7 @@ class Fit(ShowsTable, _Fit):
         return self.state.model_state
 
 
+@phase("training")
 def fit(
     loss: Loss,
     params: PyTree,

@@ -128,7 +128,7 @@ def test_order_of_folders(small, tmp_path, monkeypatch):
     mnist(validation=0)  # the cache, and nothing is downloaded
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert module.cache_folder() == tmp_path / ".cache" / "gradfn" / "mnist"
+    assert module.cache_folder("mnist") == tmp_path / ".cache" / "gradfn" / "mnist"
 
 
 def swap(folder, one, other):
