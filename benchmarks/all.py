@@ -171,7 +171,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="only these")
     parser.add_argument("--data", metavar="FOLDER", help="the folder with MNIST (default: GRADFN_MNIST)")
     options = parser.parse_args(arguments)
-    extra = {"fit_mnist": ["--data", str(Path(options.data).absolute())]} if options.data else {}
+    # saving measures the disk that the results are written to.
+    extra = {"saving": ["--folder", str(options.json.absolute().parent)]}
+    if options.data:
+        extra["fit_mnist"] = ["--data", str(Path(options.data).absolute())]
     content = run_all(options.only, extra, options.json)
     image = options.json.with_suffix(".png")
     has_picture = picture.draw(content, image)

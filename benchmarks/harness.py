@@ -314,7 +314,7 @@ def print_table(title: str, columns: Iterable[str], rows: Mapping[str, Iterable[
     for name, cells in rows.items():
         table.add_row(name, *cells)
     # Wide enough for every row, even where the output is not a terminal.
-    Console(width=max(Console().width, 200)).print(table)
+    Console(width=max(Console().width, 240)).print(table)
 
 
 def print_about(skipped: Mapping[str, str], packages: Iterable[str]) -> dict[str, str]:

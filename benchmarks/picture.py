@@ -13,6 +13,7 @@ from benchmarks.rows import Row, rows_of
 # Okabe and Ito's, which color-blind readers distinguish; shapes differ too.
 REACHED, MISSED, WITHOUT = ("#0072b2", "o"), ("#d55e00", "^"), ("#8c8c8c", "o")
 LINE = 0.16  # inches per row
+LEAST, MOST = 1 / 8, 32
 
 
 class Entry(NamedTuple):
@@ -102,47 +103,49 @@ def figure_of(content: dict[str, Any]) -> Any:
 def _panel(axes: Any, found: list[Entry]) -> None:
     """Draw rows on a logarithmic axis, the first on top."""
     rows = [entry.row for entry in found if entry.row]
-    values = [value for row in rows for value in (row.time, row.low, row.high, row.aim) if value]
-    low, high = min(0.8, *values), max(1.25, *values)
+    values = [within(value) for row in rows for value in (row.time, row.low, row.high, row.aim) if value]
+    low, high = min(0.8, *values) / 1.08, max(1.25, *values) * 1.08
     axes.set_xscale("log", base=2)
-    axes.set_xlim(low / 1.08, high * 1.08)
+    axes.set_xlim(low, high)
     axes.set_ylim(len(found) + 0.5, -0.5)
     axes.axvline(1, color="#444444", lw=1, zorder=1)
-    across = axes.get_yaxis_transform()
-    for y, (text, row, level) in enumerate(found):
-        if row is None:
-            axes.text(
-                -0.95,
-                y,
-                text,
-                transform=across,
-                size=8.5 - level,
-                weight="normal" if level else "bold",
-                va="center",
-            )
-            continue
-        color, marker = WITHOUT if row.aim is None else REACHED if row.reached else MISSED
-        axes.text(-0.02, y, text, transform=across, size=7, ha="right", va="center")
-        axes.text(
-            1.02, y, f"{row.time:.2f}", transform=across, size=7, va="center", color=color, weight="bold"
-        )
-        axes.plot([1, row.time], [y, y], color=color, lw=0.8, alpha=0.5, zorder=2)
-        if row.low and row.high:
-            axes.plot([row.low, row.high], [y, y], color=color, lw=2.4, alpha=0.5, zorder=2)
-        axes.plot(
-            [row.time], [y], marker=marker, color=color, ms=5 if row.aim else 3.5, zorder=4, gid=row.name
-        )
-        if row.aim:
-            axes.plot([row.aim, row.aim], [y - 0.42, y + 0.42], color="black", lw=1.6, zorder=3)
-    ticks = [2.0**k for k in range(-8, 12) if low / 1.08 <= 2.0**k <= high * 1.08]
-    fine = [1.1, 1.25, 1.5] if high < 4 else []
-    axes.set_xticks(sorted({*ticks, *fine}), [f"{tick:g}" for tick in sorted({*ticks, *fine})], size=7.5)
+    for y, entry in enumerate(found):
+        if entry.row:
+            _row(axes, y, entry.text, entry.row)
+        else:
+            size, weight = (8.5, "bold") if entry.level == 0 else (7.5, "normal")
+            across = axes.get_yaxis_transform()
+            axes.text(-0.95, y, entry.text, transform=across, size=size, weight=weight, va="center")
+    ticks = [2.0**k for k in range(-8, 12)] + ([1.1, 1.25, 1.5] if high < 4 else [])
+    ticks = sorted(tick for tick in ticks if low <= tick <= high)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], size=7.5)
     axes.minorticks_off()
     axes.set_yticks([])
     axes.grid(axis="x", color="#e5e5e5", lw=0.6, zorder=0)
     axes.tick_params(axis="x", top=True, labeltop=True, length=2)
     for side in ("left", "right"):
         axes.spines[side].set_visible(False)
+
+
+def _row(axes: Any, y: int, name: str, row: Row) -> None:
+    """Draw the time of one row, its quartiles and its aim."""
+    assert row.time
+    across = axes.get_yaxis_transform()
+    color, marker = WITHOUT if row.aim is None else REACHED if row.reached else MISSED
+    axes.text(-0.02, y, name, transform=across, size=7, ha="right", va="center")
+    number = {"size": 7, "va": "center", "color": color, "weight": "bold"}
+    axes.text(1.02, y, f"{row.time:.2f}", transform=across, **number)
+    axes.plot([1, within(row.time)], [y, y], color=color, lw=0.8, alpha=0.5, zorder=2)
+    if row.low and row.high:
+        axes.plot([within(row.low), within(row.high)], [y, y], color=color, lw=2.4, alpha=0.5, zorder=2)
+    axes.plot([within(row.time)], [y], marker=marker, color=color, ms=5 if row.aim else 3.5, zorder=4)
+    if row.aim:
+        axes.plot([row.aim, row.aim], [y - 0.42, y + 0.42], color="black", lw=1.6, zorder=3)
+
+
+def within(time: float) -> float:
+    """Return the time, or the end of the axis for one that would stretch it; its number is printed all the same."""
+    return min(max(time, LEAST), MOST)
 
 
 def _legend(figure: Any, height: float) -> None:
