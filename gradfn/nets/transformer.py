@@ -17,6 +17,8 @@ from gradfn.core.params import Param, Params, Spec
 from gradfn.layers._dropout import dropout
 
 Run = Callable  # (params, x, key, cache, start) -> (y, cache)
+# The loop over so few stacked blocks is unrolled when it is compiled, which takes no longer than to compile the loop.
+UNROLLED = 4
 
 
 def block(attention: Net, feed: Net, norms: tuple[Net, Net], rate: float) -> tuple[Spec, Run]:
@@ -58,18 +60,21 @@ def stack_of(spec: Spec, run: Run, n: int, scan: bool, remat: bool) -> tuple[Spe
         run: of one block.
         n: the number of blocks.
         scan: stack the parameters to arrays `[n, ...]` under one `lax.scan`, whose compile time does not grow with
-            depth. Otherwise blocks `"0"`, `"1"`, ... have their own arrays, and run slightly faster.
+            depth. Otherwise blocks `"0"`, `"1"`, ... have their own arrays, and more than `UNROLLED` of them run
+            faster than the loop.
         remat: recompute the insides of a block in the backward pass instead of storing them.
 
     Returns:
         The spec, and `(params, x, key, cache, start) -> (y, cache)`; the caches form a tree with the parameters'
         structure.
     """
-    each = jax.checkpoint(run) if remat else run
-    if scan:
+    # In a compiled loop the backward pass cannot be merged with the forward pass, and remat needs no barriers.
+    each = jax.checkpoint(run, prevent_cse=not scan) if remat else run
+    looped = scan and (remat or n > UNROLLED)
+    if looped and not remat:
         # Saving only matrix products takes a third less time on CPUs than stacking every value of a block. Those with
         # batch axes are the `[heads, T, T]` of attention: it takes no longer to compute them again.
-        policy = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         each = jax.checkpoint(run, prevent_cse=False, policy=policy)
 
     def keys_of(key: Any) -> PyTree:
@@ -82,7 +87,7 @@ def stack_of(spec: Spec, run: Run, n: int, scan: bool, remat: bool) -> tuple[Spe
             block_params, block_key, block_cache = xs
             return each(block_params, x, block_key, block_cache, start)
 
-        return jax.lax.scan(step, x, (params, keys_of(key), cache), length=n)
+        return jax.lax.scan(step, x, (params, keys_of(key), cache), length=n, unroll=not looped)
 
     def unrolled(
         params: Params, x: jax.Array, key: Any, cache: PyTree, start: PyTree

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import gradfn as gf
+from gradfn.nets.transformer import UNROLLED
 
 SMALL = gf.GPTConfig(vocab=11, context=8, n_layers=2, n_heads=2, width=8)
 LLAMA = dataclasses.replace(
@@ -25,7 +26,9 @@ def made(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [SMALL, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize(
+    "config", [SMALL, LLAMA, dataclasses.replace(SMALL, n_layers=UNROLLED + 1)], ids=["gpt2", "llama", "loop"]
+)
 def test_scan_and_remat_give_the_same_values(config):
     net, params = made(config)
     example = (TOKENS[:-1], TOKENS[1:])
@@ -175,7 +178,23 @@ def test_the_scanned_program_does_not_grow_with_depth():
             str(jax.make_jaxpr(grad)(jax.tree.map(lambda p: jnp.zeros(p.shape), net.spec), (TOKENS, TOKENS)))
         )
 
-    assert size(24) < 1.02 * size(4)
+    assert size(24) < 1.02 * size(UNROLLED + 1)
+
+
+def test_a_few_scanned_blocks_compile_without_a_loop():
+    def compiled(config):
+        net = gf.gpt(config)
+        params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), net.spec)
+        return jax.jit(jax.grad(gf.next_token_loss(net))).lower(params, (TOKENS, TOKENS)).compile().as_text()
+
+    def products(text):
+        return text.count(" dot(")
+
+    unrolled, scanned = (compiled(dataclasses.replace(SMALL, scan=scan)) for scan in (False, True))
+    assert " while(" not in scanned
+    assert products(scanned) == products(unrolled)
+    assert " while(" in compiled(dataclasses.replace(SMALL, scan=True, n_layers=UNROLLED + 1))
+    assert " while(" in compiled(dataclasses.replace(SMALL, scan=True, remat=True))
 
 
 def test_inspection_names_all_values_of_all_blocks():
