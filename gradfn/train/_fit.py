@@ -33,6 +33,7 @@ from gradfn.train.fault import fault
 from gradfn.train.folder import own, prepare
 from gradfn.train.identity import Identity, identity
 from gradfn.train.log import Log, refuse_names
+from gradfn.train.memory import keep_blocks_of_steps
 from gradfn.train.notes import Notes, Settings, Totals, check_same_run, of_another_run
 from gradfn.train.peak import peak_of
 from gradfn.train.placing import automatic, mesh_context, mesh_of, place
@@ -227,6 +228,7 @@ def fit(
         raise ValueError("fit: noise_every needs the loss of one example as well. Pass gf.batch_mean(loss)")
     if keep_every and folder is None:
         raise ValueError("fit: keep_every needs a folder to keep the parameters in")
+    keep_blocks_of_steps()
     profile = Profile(profile_steps, steps, None if folder is None else Path(folder))
     several = jax.process_count() > 1
     with losing_none(), deferred(folder is not None or several) as stopping, contextlib.ExitStack() as stack:

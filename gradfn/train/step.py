@@ -20,6 +20,7 @@ from gradfn.flatten import Loss
 from gradfn.jaxpr.call import value_and_aux
 from gradfn.jaxpr.varying import zeros
 from gradfn.train.gathering import gather_where_used
+from gradfn.train.memory import keep_blocks_of_steps
 from gradfn.train.model import Graph, Rest, batch_loss, carry, strong, take_apart
 from gradfn.train.placing import automatic, automatic_axes, mesh_context, mesh_of, place
 from gradfn.train.split import Split, follow, split_of
@@ -152,7 +153,7 @@ def train_step(
     >>> print(state.params["w"], metrics["loss"])
     2.0 5.0
     """
-
+    keep_blocks_of_steps()
     compiled = jax.jit(
         lambda state, batch, split: one_step(loss, optimizer, split)(state, batch)[:2], static_argnums=2
     )
