@@ -1,18 +1,20 @@
 """The speed of a training step of a small GPT, compared with raw JAX, other frameworks and PyTorch.
 
-    python -m benchmarks.gpt_step                  # freed memory is returned to the system, the default
-    python -m benchmarks.gpt_step --malloc kept    # the process keeps freed memory: see KEPT
+    python -m benchmarks.gpt_step                  # freed blocks up to 64 MB are kept, as gf.train_step sets it
+    python -m benchmarks.gpt_step --malloc kept    # all freed memory is kept: see KEPT
+    python -m benchmarks.gpt_step --malloc glibc   # only blocks up to 32 MB, as glibc itself does
     python -m benchmarks.gpt_step --compile        # instead, the time of first calls for two depths
 
 nanoGPT's CPU configuration: 4 layers, 4 heads, width 128, 64 tokens, batch size 12, 65 symbols, no biases, a tied head,
 exact GELU, AdamW. All contenders start from the same parameters and take the same steps on one batch. One call is ten
-steps; at the end the loss of each is printed, which must agree if all did the same work.
+steps; at the end the loss of each is printed, which must agree if all did the same work. Two more tables compare gradfn
+with PyTorch, and its scanned blocks with unrolled ones.
 """
 
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,18 +25,26 @@ import optax
 
 import gradfn as gf
 from benchmarks import harness
+from benchmarks.paused import paused
 
 CONFIG = gf.GPTConfig(vocab=65, context=64, n_layers=4, n_heads=4, width=128, bias=False, feed="gelu_exact")
 BATCH = 12
 RATE, BETAS, DECAY = 1e-3, (0.9, 0.99), 0.1
 STEPS = 10  # in one call
 BASELINE = "raw JAX, flat"
+FIT = "gradfn, gf.fit"  # it takes several steps in one compiled call
 # With these settings glibc keeps freed memory, instead of returning it and requesting it again at every step.
 KEPT = {
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "MALLOC_TRIM_THRESHOLD_": "2147483647",
     "MALLOC_TOP_PAD_": "268435456",
+    "MALLOC_ARENA_MAX": "1",
 }
+# By the value of --malloc, the environment. gf.train_step leaves glibc alone where the user has set any tunable.
+MALLOC = {"default": {}, "kept": KEPT, "glibc": {"GLIBC_TUNABLES": "glibc.malloc.check=0"}}
+# How many times PyTorch's time a step of gradfn may take, and of unrolled blocks' one of scanned blocks.
+OF_PYTORCH = {"gradfn": 1.0, "gradfn, scanned": 1.0, FIT: 1.0}
+OF_UNROLLED = {"gradfn, scanned": 1.02}
 Params = dict[str, Any]
 
 
@@ -73,6 +83,22 @@ def gradfn_step(task: Task, scan: bool) -> Step:
         return metrics["loss"]
 
     return run
+
+
+def gradfn_fit(task: Task, every: int) -> Step:
+    """Return a function that takes `every` steps of gf.fit and returns the mean of their losses."""
+    batch = jnp.asarray(task.tokens), jnp.asarray(task.targets)
+    data = jax.tree_util.Partial(lambda batch, key: batch, batch)
+    loss = gf.batch_mean(gf.next_token_loss(gf.gpt(task.config)))
+
+    def train(pause: Callable[[float], None]) -> None:
+        def stop(history: Sequence[Any]) -> bool:
+            pause(history[-1]["loss"])
+            return False
+
+        gf.fit(loss, task.start, data, adamw(), 10**9, eval_every=every, stop=stop, progress=False)
+
+    return paused(train)
 
 
 def layer_norm(x: jax.Array, gain: jax.Array) -> jax.Array:
@@ -430,11 +456,11 @@ def steps(task: Task, names: Iterable[str]) -> tuple[dict[str, Step], dict[str, 
     return harness.available(lambda name: CONTENDERS[name](task), names)
 
 
-def counted(step: Step) -> harness.Contender:
+def counted(step: Step, calls: int = STEPS) -> harness.Contender:
     """Return the contender that takes ten steps, waits for the last and returns their number."""
 
     def run() -> float:
-        for _ in range(STEPS):
+        for _ in range(calls):
             loss = step()
         float(loss)
         return STEPS
@@ -455,35 +481,58 @@ def print_first_calls() -> None:
             print(f"first call, {n_layers} layers {form}: {time.perf_counter() - start:.1f} s")
 
 
+def wants(name: str, only: list[str] | None) -> bool:
+    """Tell whether a contender takes part."""
+    return not only or name in (*only, BASELINE)
+
+
 def main() -> None:
     parser = harness.arguments(__doc__.partition("\n")[0], rounds=15)
     parser.add_argument(
-        "--malloc",
-        choices=("default", "kept"),
-        default="default",
-        help="whether the process keeps freed memory",
+        "--malloc", choices=MALLOC, default="default", help="which freed memory the process keeps"
     )
     parser.add_argument("--compile", action="store_true", help="only time gradfn's first calls")
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="compare only these with the baseline")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*CONTENDERS, FIT], help="compare only these with the baseline"
+    )
     options = parser.parse_args()
-    if options.malloc == "kept" and not KEPT.items() <= os.environ.items():  # read before Python starts
+    wanted = MALLOC[options.malloc]
+    if not wanted.items() <= os.environ.items():  # glibc reads it before Python starts
         command = [sys.executable, "-m", "benchmarks.gpt_step", *sys.argv[1:]]
-        os.execve(sys.executable, command, os.environ | KEPT)
+        os.execve(sys.executable, command, os.environ | wanted)
     if options.compile:
         print_first_calls()
         return
-    names = [name for name in CONTENDERS if not options.only or name in (*options.only, BASELINE)]
-    ready, skipped = steps(task_of(CONFIG, BATCH), names)
-    timings = harness.race({name: counted(step) for name, step in ready.items()}, options.rounds)
-    harness.report(
-        f"A training step of a small GPT, malloc {options.malloc}",
-        timings,
-        BASELINE,
-        "steps",
-        skipped=skipped,
-        packages=(*harness.PACKAGES, "torch", "equinox", "flax"),
-        json_file=options.json,
-    )
+    task = task_of(CONFIG, BATCH)
+    ready, skipped = steps(task, [name for name in CONTENDERS if wants(name, options.only)])
+    contenders = {name: counted(step) for name, step in ready.items()}
+    if wants(FIT, options.only):
+        ready[FIT] = gradfn_fit(task, STEPS)
+        contenders[FIT] = counted(ready[FIT], calls=1)
+    timings = harness.race(contenders, options.rounds)
+
+    def report(
+        compared: str, timings: Mapping[str, harness.Timing], baseline: str, aims: dict[str, float]
+    ) -> None:
+        harness.report(
+            f"A training step of a small GPT{compared}, malloc {options.malloc}",
+            timings,
+            baseline,
+            "steps",
+            aims={name: aim for name, aim in aims.items() if name in timings},
+            skipped=skipped,
+            packages=(*harness.PACKAGES, "torch", "equinox", "flax"),
+            json_file=options.json,
+        )
+
+    report("", timings, BASELINE, {})
+    for compared, baseline, aims in (
+        (" and PyTorch's", "PyTorch", OF_PYTORCH),
+        (", scanned and unrolled", "gradfn", OF_UNROLLED),
+    ):
+        some = {name: timings[name] for name in (baseline, *aims) if name in timings}
+        if baseline in some and len(some) > 1:
+            report(compared, some, baseline, aims)
     milliseconds = {name: 1000 * float(np.median(timing.wall)) for name, timing in timings.items()}
     print("ms per step:", ", ".join(f"{name} {value:.1f}" for name, value in milliseconds.items()))
     print("loss now:", ", ".join(f"{name} {float(step()):.4f}" for name, step in ready.items()))

@@ -263,6 +263,14 @@ def test_everyone_takes_the_same_steps_of_the_gpt(gpt_task, baseline_losses, nam
     np.testing.assert_allclose(losses, baseline_losses, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_fit_takes_the_same_steps_of_the_gpt(gpt_task, baseline_losses):
+    step = gpt_step.gradfn_fit(gpt_task, every=1)
+    np.testing.assert_allclose([step() for _ in range(4)], baseline_losses, atol=1e-4)
+    two = gpt_step.gradfn_fit(gpt_task, every=2)
+    np.testing.assert_allclose([two(), two()], np.reshape(baseline_losses, [2, 2]).mean(1), atol=1e-4)
+
+
 def test_contenders_of_the_gpt_that_are_not_installed_are_skipped(gpt_task, monkeypatch):
     def missing(task):
         raise ModuleNotFoundError(name="nowhere")
