@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from gradfn.core.signature import transform_of
 from gradfn.display import ROWS, ShowsTable, TextTable, array_table, extremes
 from gradfn.jaxpr.program import show_objects
 from gradfn.per_example.ghost import add_up, norms_of_each
-from gradfn.per_example.plan import Plan, fall_back, weighted
+from gradfn.per_example.plan import Plan, fall_back
 from gradfn.per_example.strategies import FALLBACK
 from gradfn.per_example.traced_loss import TracedLoss
 
@@ -84,16 +84,14 @@ class ExampleNorms(ShowsTable):
         return out.folded(rows, "norms.table(rows=None)")
 
 
-class _ClippedGrads(NamedTuple):
-    grads: PyTree
-    values: Float[Array, " B"]
-    aux: PyTree
-    total: Float[Array, " B"]
-    clipped: Float[Array, ""]
-
-
-class ClippedGrads(ShowsTable, _ClippedGrads):
-    """The mean of per-example gradients, each clipped first. `print` shows a table.
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["grads", "values", "aux", "total", "clipped"],
+    meta_fields=["second_pass"],
+)
+@dataclass(frozen=True, repr=False)
+class ClippedGrads(ShowsTable):
+    """The mean of per-example gradients, each clipped first; a pytree of arrays. `print` shows it as a table.
 
     Attributes:
         grads: in the tree of the parameters; None where a leaf has no gradient.
@@ -101,7 +99,15 @@ class ClippedGrads(ShowsTable, _ClippedGrads):
         aux: the second thing that the loss returned, each of its arrays `[B, ...]`, or None.
         total: `[B]`, the norm of each example's gradient before it was clipped.
         clipped: the fraction of examples whose gradient was clipped, a scalar in [0, 1].
+        second_pass: paths of the leaves that required a second backward pass (static); empty if there was none.
     """
+
+    grads: PyTree
+    values: Float[Array, " B"]
+    aux: PyTree
+    total: Float[Array, " B"]
+    clipped: Float[Array, ""]
+    second_pass: tuple[str, ...] = ()
 
     def table(self, rows: int | None = ROWS) -> TextTable:
         """Return a table with one row per leaf: the norm of the mean of the clipped gradients."""
@@ -240,8 +246,8 @@ def _norms(plan: Plan, chunk: int, methods: tuple[tuple[str, str], ...]) -> Exam
 
     back = jax.grad(total_loss, argnums=(0, 1), has_aux=True)
     (grads, of_tokens), (values, aux, captures) = back(plan.arguments(plan.covered), plan.tokens())
-    norms, made = plan.found(grads, of_tokens, captures)
-    totals = plan.totals(grads) | made
+    norms, found = plan.found(grads, of_tokens, captures)
+    totals = plan.totals(grads) | {i: of.total for i, of in found.items() if of.total is not None}
     if plan.fallback:
         more, more_totals = fall_back(loss, plan.fallback, chunk)
         norms, totals = norms | more, totals | more_totals
@@ -285,10 +291,17 @@ def clipped_grads(loss: Callable, max_norm: Any, chunk: int = CHUNK) -> Callable
     """Return a function that computes the mean of the examples' gradients, each clipped to a norm first.
 
     Differentially private training adds noise to it (Abadi et al., *Deep Learning with Differential Privacy*, 2016).
-    It equals `optax.per_example_global_norm_clip` of all gradients, without forming them: a first backward pass gives
-    the norms (`gf.per_example.norms`), a second one the gradient of the losses weighted by `min(1, max_norm / norm)`
-    (Li et al., *Large Language Models Can Be Strong Differentially Private Learners*, 2022, section 4). For the noise,
-    use `optax.add_noise`.
+    It equals `optax.per_example_global_norm_clip` of all gradients, without forming them. One forward and one backward
+    pass keep the input of each product and the cotangent of its output; the norms are computed from these
+    (`gf.per_example.norms`), then the mean of the gradients weighted by `min(1, max_norm / norm)`: one more product per
+    weight (*book-keeping*: Bu et al., *Differentially Private Optimization on Large Model at Small Cost*, 2023). Beside
+    the values that a gradient's backward pass keeps, this takes memory for their cotangents.
+
+    Some parameters would need much more: those of convolutions, of layers stacked in a scan, inside of
+    `jax.checkpoint`, reshaped before their product, or without a rule, and any if examples or
+    parameters are split over explicit mesh axes. If there are any, `second_pass` contains their paths, and a second
+    backward pass computes the gradient of the weighted losses for all parameters (Li et al., *Large Language Models Can
+    Be Strong Differentially Private Learners*, 2022, section 4). For the noise, use `optax.add_noise`.
 
     Args:
         loss: `(params, *example) -> scalar` or `(scalar, aux)`, of one example.
@@ -296,7 +309,8 @@ def clipped_grads(loss: Callable, max_norm: Any, chunk: int = CHUNK) -> Callable
         chunk: as in `gf.per_example.norms`.
 
     Returns:
-        `(params, *batch) -> ClippedGrads`; fast inside `jit`.
+        `(params, *batch) -> ClippedGrads`; fast inside `jit`. An example whose gradient is not finite makes the mean
+        NaN.
 
     Raises:
         ValueError: `max_norm` not above 0; and as `gf.per_example.norms`.
@@ -307,6 +321,8 @@ def clipped_grads(loss: Callable, max_norm: Any, chunk: int = CHUNK) -> Callable
     >>> clip = gf.per_example.clipped_grads(loss, max_norm=1.0)
     >>> clip(jnp.ones(2), jnp.array([[3.0, 4.0], [0.5, 0.0]])).grads  # of [0.6, 0.8] and [0.5, 0]
     Array([0.55, 0.4 ], dtype=float32)
+    >>> clip(jnp.ones(2), jnp.ones([5, 2])).second_pass
+    ()
     """
     _check_chunk(chunk, "clipped_grads")
     if not isinstance(max_norm, jax.core.Tracer) and not float(max_norm) > 0:
@@ -317,43 +333,49 @@ def clipped_grads(loss: Callable, max_norm: Any, chunk: int = CHUNK) -> Callable
         """Return the mean of the clipped gradients of the examples of the batch."""
         call = TracedLoss("clipped_grads", loss, params, batch)
         plan = Plan(call)
+        second_pass = tuple(call.names[i] for i in plan.not_kept)
+        if not second_pass:
+            plan = plan.keeping()
 
-        def in_two_passes(arrays: PyTree, max_norm: Any) -> ClippedGrads:
-            return _clipped(plan.of(arrays), max_norm, chunk)
+        def clip(arrays: PyTree, max_norm: Any) -> ClippedGrads:
+            return _clipped(plan.of(arrays), max_norm, chunk, second_pass)
 
         def one_by_one(arrays: PyTree, max_norm: Any) -> ClippedGrads:
             values, aux, grads, _, total = _every_gradient(call.of(arrays))
             weights, share = _clipping(total, max_norm)
-            means = [add_up(weighted(g, weights)) / call.size for g in grads]
-            return ClippedGrads(call.like(means), values, aux, total, share)
+            means = [add_up(g, weights) / call.size for g in grads]
+            return ClippedGrads(call.like(means), values, aux, total, share, second_pass)
 
-        found = _differentiable(in_two_passes, one_by_one)(call.arrays, jnp.asarray(max_norm, float))
-        return found._replace(aux=show_objects(found.aux))
+        found = _differentiable(clip, one_by_one)(call.arrays, jnp.asarray(max_norm, float))
+        return dataclasses.replace(found, aux=show_objects(found.aux))
 
     return clipped
 
 
-def _clipped(plan: Plan, max_norm: Any, chunk: int) -> ClippedGrads:
+def _clipped(plan: Plan, max_norm: Any, chunk: int, second_pass: tuple[str, ...]) -> ClippedGrads:
     loss = plan.loss
     # Gradients of narrow dtypes are weighted and added up in float32, apart from the pass.
     apart = plan.fallback if plan.is_narrow else []
     arguments = plan.arguments(i for i in range(len(loss.floating)) if i not in apart)
 
     def losses(arguments: Any, tokens: PyTree) -> tuple[PyTree, PyTree]:
-        return plan.losses(arguments, tokens, stop=False)
+        return plan.losses(arguments, tokens, stop=not second_pass)
 
     values, back, (aux, captures) = jax.vjp(losses, arguments, plan.tokens(), has_aux=True)
     grads, of_tokens = back(jnp.ones_like(values))
-    norms, _ = plan.found(grads, of_tokens, captures)
+    norms, found = plan.found(grads, of_tokens, captures)
     if plan.fallback:
         norms |= fall_back(loss, plan.fallback, chunk)[0]
     total = norm_of_norms(list(norms.values()))
     weights, share = _clipping(total, max_norm)
-    totals = plan.totals(back(_rounded_down(weights, values.dtype))[0])
-    if apart:
-        totals |= fall_back(loss, apart, chunk, weights)[1]
+    if second_pass:
+        totals = plan.totals(back(_rounded_down(weights, values.dtype))[0])
+        if apart:
+            totals |= fall_back(loss, apart, chunk, weights)[1]
+    else:
+        totals = {i: of.weighted(weights) for i, of in found.items() if of.weighted is not None}
     means = [totals[i] / loss.size for i in range(len(loss.floating))]
-    return ClippedGrads(loss.like(means), values, aux, total, share)
+    return ClippedGrads(loss.like(means), values, aux, total, share, second_pass)
 
 
 def _clipping(total: jax.Array, max_norm: jax.Array) -> tuple[jax.Array, jax.Array]:

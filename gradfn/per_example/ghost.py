@@ -45,7 +45,7 @@ from gradfn.jaxpr.varying import as_varying, varying_axes
 # the product may be ROOM times as large as what the products around it keep anyway.
 TRAFFIC, ROOM = 40, 2
 # The products of all examples are made at once if they have at most CACHED elements, otherwise AT_ONCE at a time.
-CACHED, AT_ONCE = 2**20, 2**17
+CACHED, AT_ONCE = 2**21, 2**17
 
 
 class Rule(NamedTuple):
@@ -595,6 +595,11 @@ def at(x: jax.Array, start: PyTree, count: int) -> jax.Array:
     return x if count == len(x) else lax.dynamic_slice_in_dim(x, start, count)
 
 
+def fits_in_cache(n: int, size: int) -> bool:
+    """Tell whether arrays of `size` elements for each of `n` examples are made at once."""
+    return n * size <= CACHED
+
+
 def in_cache(
     of_some: Callable[[PyTree, int], list[jax.Array]], n: int, size: int, split: bool = False
 ) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -606,7 +611,7 @@ def in_cache(
     def at_once() -> tuple[list[jax.Array], list[jax.Array]]:
         return in_chunks(of_some, n, n)
 
-    if split or n * size <= CACHED:
+    if split or fits_in_cache(n, size):
         return at_once()
     few = max(1, AT_ONCE // size)
     return lax.platform_dependent(cpu=lambda: in_chunks(of_some, n, few), default=at_once)
@@ -650,12 +655,21 @@ def norms_of_each(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     return safest([measure_gradients(d) for d in arrays])
 
 
-def add_up(d: jax.Array) -> jax.Array:
-    """Return the sum over the first axis, in float32 at least, as a product with ones."""
+def add_up(d: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    """Return the sum over the first axis, of weighted terms if weights are given, in float32 at least.
+
+    It is computed as a product with the weights.
+    """
     d = widen(d)
     if explicit_spec(d):
-        return jnp.sum(d, 0)
-    ones = jnp.ones((1, d.shape[0]), d.dtype)
+        return jnp.sum(d if weights is None else weighted(d, weights), 0)
+    weights = jnp.ones(d.shape[0]) if weights is None else weights
     flat = d.reshape(d.shape[0], math.prod(d.shape[1:]))
-    total = jnp.matmul(ones, flat, precision=lax.Precision.HIGHEST)
+    total = jnp.matmul(weights.astype(d.dtype)[None], flat, precision=lax.Precision.HIGHEST)
     return total.reshape(d.shape[1:])
+
+
+def weighted(d: jax.Array, weights: jax.Array) -> jax.Array:
+    """Return arrays `[B, ...]`, each times its weight, in float32 at least."""
+    d = widen(d)
+    return d * weights.astype(d.dtype).reshape(-1, *[1] * (d.ndim - 1))

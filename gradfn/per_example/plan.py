@@ -8,14 +8,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import PyTree
 
+from gradfn.core.devices import explicit_spec
 from gradfn.core.precision import is_narrow, widen
 from gradfn.flatten import flat_products
 from gradfn.jaxpr import Equation, interpret
 from gradfn.jaxpr.interpreter import Evaluate, Path
 from gradfn.jaxpr.varying import as_varying
 from gradfn.jaxpr.views import Meeting, parameter_meetings
-from gradfn.per_example.ghost import Measure, at, averaged, in_chunks, safest
-from gradfn.per_example.strategies import FallBack, Strategy, strategy_for
+from gradfn.per_example.ghost import Measure, at, averaged, in_chunks, safest, weighted
+from gradfn.per_example.strategies import FallBack, Found, Strategy, keeping, strategy_for
 from gradfn.per_example.traced_loss import Arrays, TracedLoss
 
 
@@ -43,7 +44,6 @@ class Plan:
             strategy_for(i, x, meetings[number], equations) for i, (number, x) in enumerate(pairs)
         ]
         self.fallback = [s.parameter for s in self.strategies if isinstance(s, FallBack)]
-        self._at: dict[Path, Strategy] = {path: s for s in self.strategies for path in s.uses}
         atoms = [atom for e in equations.values() for atom in (*e.eqn.invars, *e.eqn.outvars)]
         self.is_narrow = any(is_narrow(getattr(atom.aval, "dtype", bool)) for atom in atoms)
 
@@ -51,6 +51,23 @@ class Plan:
     def covered(self) -> list[int]:
         """The indices of the parameters that the pass covers."""
         return [s.parameter for s in self.strategies if s.parameter not in self.fallback]
+
+    @property
+    def _at(self) -> dict[Path, Strategy]:
+        return {path: s for s in self.strategies for path in s.uses}
+
+    @property
+    def not_kept(self) -> list[int]:
+        """The indices of the parameters whose weighted gradients cannot be summed after one pass."""
+        # Examples that are split over explicit mesh axes are not merged into one product.
+        split = self.loss.split is not None or any(map(explicit_spec, self.loss.floating))
+        return [s.parameter for s in self.strategies if split or keeping(s) is None]
+
+    def keeping(self) -> "Plan":
+        """Return the plan that keeps what weighted gradients are summed from, of parameters that all can be kept."""
+        plan = copy.copy(self)
+        plan.strategies = [s for s in map(keeping, self.strategies) if s is not None]
+        return plan
 
     def of(self, arrays: Arrays) -> "Plan":
         """Return the same plan for other arrays."""
@@ -79,7 +96,7 @@ class Plan:
     ) -> tuple[jax.Array, tuple[PyTree, dict[Path, PyTree]]]:
         """Return each example's loss, their aux and what is captured at the uses.
 
-        With `stop`, no gradient reaches the parameters whose sum of gradients is computed in `found`.
+        With `stop`, no gradient reaches the parameters of which `found` returns the sum of gradients.
         """
         loss = self.loss
         equations = {path: strategy.uses[path].equation for path, strategy in self._at.items()}
@@ -142,19 +159,18 @@ class Plan:
         grads: Mapping[int, jax.Array],
         of_tokens: Mapping[Path, PyTree],
         captures: Mapping[Path, PyTree],
-    ) -> tuple[dict[int, jax.Array], dict[int, jax.Array]]:
-        """Return the norms `[B]` of the covered parameters, and the sums of gradients that strategies compute."""
-        norms, totals, measures = {}, {}, {}
+    ) -> tuple[dict[int, jax.Array], dict[int, Found]]:
+        """Return the norms `[B]` of the covered parameters, and all that their strategies found."""
         recorded = {path: (token, captures.get(path)) for path, token in of_tokens.items()}
+        found, norms, measures = {}, {}, {}
         for i in self.covered:
-            found = self.strategies[i].found(self.loss.floating[i], grads[i], recorded, self.loss.size)
-            if isinstance(found.norms, Measure):
-                measures[i] = found.norms
+            of_one = self.strategies[i].found(self.loss.floating[i], grads[i], recorded, self.loss.size)
+            if isinstance(of_one.norms, Measure):
+                measures[i] = of_one.norms
             else:
-                norms[i] = as_varying(found.norms, self.loss.varying)
-            if found.total is not None:
-                totals[i] = found.total
-        return norms | dict(zip(measures, safest(list(measures.values())), strict=True)), totals
+                norms[i] = as_varying(of_one.norms, self.loss.varying)
+            found[i] = of_one
+        return norms | dict(zip(measures, safest(list(measures.values())), strict=True)), found
 
     def totals(self, grads: Mapping[int, jax.Array]) -> dict[int, jax.Array]:
         """Return the sums of the gradients over the batch, given what the pass computed."""
@@ -184,9 +200,3 @@ def fall_back(
 
     sums, norms = in_chunks(of_some, loss.size, chunk, loss.split is not None)
     return dict(zip(which, norms, strict=True)), dict(zip(which, sums, strict=True))
-
-
-def weighted(grads: jax.Array, weights: jax.Array) -> jax.Array:
-    """Return gradients `[B, ...]`, each times its weight, in float32 at least."""
-    grads = widen(grads)
-    return grads * weights.astype(grads.dtype).reshape(-1, *[1] * (grads.ndim - 1))

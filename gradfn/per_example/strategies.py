@@ -5,9 +5,10 @@ the equations that use the parameter (`probed`), and what follows from it: norms
 (`found`, `total`).
 """
 
+import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from gradfn.per_example.ghost import (
     add_up,
     at,
     factors,
+    fits_in_cache,
     fold,
     how,
     in_cache,
@@ -38,6 +40,7 @@ from gradfn.per_example.ghost import (
     of_real,
     product,
     rule_for,
+    weighted,
 )
 
 # Elements. Every example gets its own copy of a smaller leaf, however the leaf is used.
@@ -61,10 +64,14 @@ class Use(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Norms `[B]` of one parameter's gradients, or how to measure them; the sum of the gradients if it was computed."""
+    """Norms `[B]` of one parameter's gradients, or how to measure them, and their sum if it was computed.
+
+    `weighted` returns the sum of the gradients times weights `[B]`, if they were kept or can be formed again.
+    """
 
     norms: jax.Array | Measure
     total: jax.Array | None = None
+    weighted: Callable[[jax.Array], jax.Array] | None = None
 
 
 # What the pass recorded at each use: the gradient of its token, and its capture.
@@ -118,7 +125,7 @@ class Strategy:
 
     def found(self, x: jax.Array, grad: jax.Array, recorded: Recorded, n: int) -> Found:
         """Return the norms, after the pass."""
-        return Found(jnp.zeros(n, real_dtype(x.dtype)))
+        return Found(jnp.zeros(n, real_dtype(x.dtype)), weighted=lambda weights: jnp.zeros_like(x))
 
     def total(self, grad: jax.Array, n: int) -> jax.Array:
         """Return the sum of the gradients, given what the pass computed."""
@@ -138,7 +145,7 @@ class _Direct(Strategy):
         return jnp.broadcast_to(x, (n, *x.shape))
 
     def found(self, x: jax.Array, grad: jax.Array, recorded: Recorded, n: int) -> Found:
-        return Found(measure_gradients(grad))
+        return Found(measure_gradients(grad), weighted=functools.partial(add_up, grad))
 
     def total(self, grad: jax.Array, n: int) -> jax.Array:
         return add_up(grad)
@@ -195,11 +202,11 @@ class _Gathered(Strategy):
     def found(self, x: jax.Array, grad: jax.Array, recorded: Recorded, n: int) -> Found:
         return Found(measure_each(self.factors, [recorded[path] for path in self.uses]))
 
-    def factors(self, gathered: Sequence[tuple[PyTree, PyTree]]) -> list[Factors]:
-        """Return one example's gradient as a sum of outer products."""
+    def factors(self, gathered: Sequence[tuple[PyTree, PyTree]], batched: bool = False) -> list[Factors]:
+        """Return one example's gradient, or the sum over a batch of them, as a sum of outer products."""
         aligned = len(self.uses) > 1 or self.makes_total
         pairs = zip(self.uses.values(), gathered, strict=True)
-        return [_positions(use, g, left, self.real, aligned) for use, (g, left) in pairs]
+        return [_positions(use, g, left, self.real, aligned, batched) for use, (g, left) in pairs]
 
 
 class _Multiplied(_Gathered):
@@ -225,6 +232,43 @@ class _Multiplied(_Gathered):
         order = [*own, *sorted(sides)[0], *sorted(sides)[1]]
         total = total.reshape([x.shape[axis] for axis in order])
         return total.transpose(sorted(range(len(order)), key=lambda k: order[k])).reshape(x.shape)
+
+
+class _Kept(_Multiplied):
+    """The factors of all examples are kept, until the norms are known and the weights that follow from them."""
+
+    def found(self, x: jax.Array, grad: jax.Array, recorded: Recorded, n: int) -> Found:
+        gathered = [recorded[path] for path in self.uses]
+        if _multiply(list(self.uses.values())) and fits_in_cache(n, x.size):
+            products = jax.vmap(lambda one: product(self.factors(one)))(gathered)
+            return Found(
+                measure_gradients(products),
+                weighted=lambda weights: self._as_leaf(x, add_up(products, weights)),
+            )
+
+        def total(weights: jax.Array) -> jax.Array:
+            pairs = zip(self.uses.values(), gathered, strict=True)
+            scaled = [_weighted(use, g, left, weights) for use, (g, left) in pairs]
+            return self._as_leaf(x, product(self.factors(scaled, batched=True)))
+
+        return Found(measure_each(self.factors, gathered), weighted=total)
+
+
+def keeping(strategy: Strategy) -> Strategy | None:
+    """Return the strategy that knows sums of weighted gradients once the norms are known; None if there is none."""
+    if isinstance(strategy, FallBack) or not all(map(_can_be_kept, strategy.uses.values())):
+        return None
+    return _Kept(strategy.parameter, strategy.real, strategy.uses) if strategy.uses else strategy
+
+
+def _can_be_kept(use: Use) -> bool:
+    """Tell whether both sides of a use's products can be kept, in about the memory of the values around them.
+
+    They are not where the user has saved memory, by `jax.checkpoint` or by a scan over stacked layers, nor for
+    convolutions, where a position is a window and windows overlap.
+    """
+    saved = use.view.loops or any(frame.kind == "remat" for frame in use.equation.frames)
+    return not saved and use.rule.kind != "convolution" and leaf_axes(use) is not None
 
 
 def strategy_for(
@@ -270,10 +314,15 @@ def _kind(uses: Sequence[Use]) -> type[Strategy]:
         return _InPlace
     if any(leaf_axes(use) is None for use in uses):
         return _Gathered
+    return _Multiplied if _multiply(uses) else _Gathered
+
+
+def _multiply(uses: Sequence[Use]) -> bool:
+    """Tell whether an example's gradient is less work than its norm by Gram matrices."""
     positions = sum(
         use.rule.sizes[1] * math.prod(use.equation.axes[k] for k in shared_axes(use)) for use in uses
     )
-    return _Multiplied if is_less(positions, *uses[0].rule.sizes[2:]) else _Gathered
+    return is_less(positions, *uses[0].rule.sizes[2:])
 
 
 def _is_small(size: int, meetings: Sequence[Meeting], equations: Mapping[Path, Equation]) -> bool:
@@ -331,17 +380,31 @@ def leaf_axes(use: Use) -> _Axes | None:
     return tuple(frozenset(side) - {None} for side in (apart, *sides))
 
 
-def _positions(use: Use, g: jax.Array, left: jax.Array, real: bool, aligned: bool) -> Factors:
+def _weighted(use: Use, g: jax.Array, left: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return both sides of all examples' products, the narrower one times the weights `[B]`."""
+    _, _, k, n = use.rule.sizes
+    if use.rule.looks_up or n <= k:
+        return weighted(g, weights), left
+    return g, weighted(left, weights)
+
+
+def _positions(
+    use: Use, g: jax.Array, left: jax.Array, real: bool, aligned: bool, batched: bool = False
+) -> Factors:
     """Return what a use contributes to a gradient, with all its iterations as positions of one sum.
 
-    Where other uses contribute too (`aligned`), the elements are in the parameter's order.
+    Where other uses contribute too (`aligned`), the elements are in the parameter's order. If it is `batched`, the
+    first axis is one of examples, which are further positions.
     """
     rule, axes_around = use.rule, use.equation.axes
-    n = len(axes_around)
+    again, n = shared_axes(use), len(axes_around)
+    if batched:
+        # In an iteration of a loop, the values of all examples lie side by side in memory.
+        g, left = (jnp.moveaxis(x, 0, n) for x in (g, left))
+        again, n = [*again, n], n + 1
     right_of = rule.right
     for _ in range(n):
         right_of = jax.vmap(right_of)
-    again = shared_axes(use)
     own = [k for k in range(n) if k not in again]
 
     def arranged(x: jax.Array) -> jax.Array:
