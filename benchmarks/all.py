@@ -43,18 +43,19 @@ class Run(NamedTuple):
 
 # Rounds and cases are chosen so that the sum stays below 20 minutes on two cores.
 RUNS = {
-    "fit_mnist": Run("benchmarks.fit_mnist", "--rounds 15", 1.2),
-    "gpt_step": Run("benchmarks.gpt_step", "--rounds 9", 1.5),
-    "gpt_step_kept": Run("benchmarks.gpt_step", "--rounds 9 --malloc kept", 1.5),
+    "fit_mnist": Run("benchmarks.fit_mnist", "--rounds 15", 0.8),
+    "gpt_step": Run("benchmarks.gpt_step", "--rounds 9", 1.2),
+    "gpt_step_kept": Run("benchmarks.gpt_step", "--rounds 9 --malloc kept", 1.2),
     "inspect_overhead": Run(
         "benchmarks.inspect_overhead", "--rounds 7 --only gf.gpt 'GPT, layers scanned' MLP", 4.0
     ),
     "per_example": Run("benchmarks.per_example", "--rounds 9", 2.5),
-    "curvature": Run("benchmarks.curvature", "--rounds 9", 2.0),
+    "per_example_kept": Run("benchmarks.per_example", "--rounds 9 --malloc kept --only GPT-12 LSTM", 0.8),
+    "curvature": Run("benchmarks.curvature", "--rounds 9", 1.0),
     "commands": Run("benchmarks.commands", "", 0.5),
     "attention": Run("benchmarks.attention", "--rounds 3 --lengths 512 1024 2048", 0.5),
-    "saving": Run("benchmarks.saving", "--gigabytes 0.2", 0.3),
-    "scaling": Run("benchmarks.scaling", "--devices 1 8 --rules FSDP", 0.8),
+    "saving": Run("benchmarks.saving", "--gigabytes 0.2", 0.2),
+    "scaling": Run("benchmarks.scaling", "--devices 1 8 --rules FSDP", 0.5),
     "accelerator": Run("benchmarks.accelerator", "", 8.0, accelerator=True),
 }
 # Compiled programs that a run could load instead of compiling them would make its first calls too fast.
