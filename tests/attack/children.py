@@ -24,7 +24,6 @@ PRELOADED = [
     "gradfn.inspection",
     "gradfn.nets",
     "gradfn.train",
-    "tensorboardX",
     "safetensors.numpy",
     "msgspec",
     "filelock",
