@@ -120,7 +120,9 @@ def chunks(loss: Loss, optimizer: optax.GradientTransformation, source: Source, 
             columns = jax.tree.map(lambda column, value: column.at[i].set(value), columns, metrics)
             # Only of the last step: sums over all parameters would take a large part of a short step.
             measures = jax.lax.cond(i == n - 1, lambda: measures_of(change, after), lambda: measures)
-            return i + 1, after.step > state.step, after, columns, measures
+            # Only a guarded step may not be taken.
+            taken = after.step > state.step if donated else jnp.array(True)
+            return i + 1, taken, after, columns, measures
 
         def shapes() -> tuple[PyTree, PyTree]:
             after, metrics, change = step(state, batch_of(arrays, state, order, row))

@@ -56,11 +56,14 @@ class Totals:
     def after_steps(self, metrics: Mapping[str, np.ndarray], batch_size: int, seconds: float) -> Totals:
         """Return the totals after a chunk of steps, whose metrics are `[steps]` each."""
         # One by one in float64: the sum must not depend on how steps were grouped into chunks.
-        terms = {name: [float(self.sums.get(name, 0.0)), *column] for name, column in metrics.items()}
+        terms = {
+            name: np.append(float(self.sums.get(name, 0.0)), column.astype(np.float64))
+            for name, column in metrics.items()
+        }
         n = len(metrics["loss"])
         return replace(
             self,
-            sums={name: float(np.cumsum(each, dtype=np.float64)[-1]) for name, each in terms.items()},
+            sums={name: float(np.cumsum(each)[-1]) for name, each in terms.items()},
             n_steps=self.n_steps + n,
             examples=self.examples + n * batch_size,
             row_seconds=self.row_seconds + seconds,
