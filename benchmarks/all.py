@@ -53,6 +53,7 @@ RUNS = {
     "per_example_kept": Run("benchmarks.per_example", "--rounds 9 --malloc kept --only GPT-12 LSTM", 0.8),
     "curvature": Run("benchmarks.curvature", "--rounds 9", 1.0),
     "commands": Run("benchmarks.commands", "", 0.5),
+    "experiments": Run("benchmarks.experiments", "--only digits moons rnn", 1.0),
     "attention": Run("benchmarks.attention", "--rounds 3 --lengths 512 1024 2048", 0.5),
     "saving": Run("benchmarks.saving", "--gigabytes 0.2", 0.2),
     "scaling": Run("benchmarks.scaling", "--devices 1 8 --rules FSDP", 0.5),

@@ -273,7 +273,7 @@ def report_figures(
             time, aim = (value / one if value is not None and one else None), aims.get(row, {}).get(column)
             cell = "-" if value is None else f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
             if time is not None and row != baseline:
-                cell += f"  {time:.2f}" + (f" of {verdict(time, aim)}" if aim else "")
+                cell += f"  {time:.2f}" + (f" of {verdict(time, aim)}" if aim is not None else "")
             rows[row].append(cell)
             if value is not None:
                 summary.append({"name": row, "column": column, "value": value, "time": time, "aim": aim})

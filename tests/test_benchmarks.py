@@ -14,8 +14,20 @@ import pytest
 
 import gradfn as gf
 from benchmarks import all as all_of_them
-from benchmarks import attention, commands, fit_mnist, gpt_step, harness, picture, readme, saving, scaling
+from benchmarks import (
+    attention,
+    commands,
+    experiments,
+    fit_mnist,
+    gpt_step,
+    harness,
+    picture,
+    readme,
+    saving,
+    scaling,
+)
 from benchmarks.rows import rows_of
+from gradfn import cli
 
 
 def test_contenders_are_interleaved():
@@ -289,6 +301,20 @@ def test_commands_are_timed(tmp_path, monkeypatch):
     assert (plain.name, plain.time, plain.aim) == ("import jax: seconds", 1.0, None)
     assert (command.name, command.aim) == ("gradfn x: seconds", commands.AIM)
     assert command.time > 0
+
+
+def test_experiments_are_measured_twice(tmp_path):
+    file = tmp_path / "out.json"
+    experiments.main(["--only", "neuron", "--json", str(file)])
+    rows = {row.name: row for row in rows_of(json.loads(file.read_text())["tables"][0])}
+    compiled = rows["second run: programs compiled"]
+    assert (compiled.time, compiled.aim, compiled.reached) == (0.0, 0.0, True)
+    assert rows["first run: programs compiled"].value != "0"
+    assert rows["second run: pictures, s"].time > 0
+
+
+def test_benchmarked_experiments_are_those_there_are():
+    assert set(experiments.OPTIONS) == set(cli.experiments())
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="measures memory as Linux tells it")
