@@ -75,7 +75,7 @@ MISSPELLED = {
 }
 
 # Bookkeeping inside pytrees that users carry along but do not read.
-INTERNAL = {"_Info", "Spot", "Graph", "Rest"}
+INTERNAL = {"_Info", "Found", "Spot", "Ticket", "Graph", "Rest"}
 
 
 def namespaces():

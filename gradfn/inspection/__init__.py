@@ -11,8 +11,10 @@ from gradfn.inspection._patch import patch
 from gradfn.inspection._sites import SiteList, sites
 from gradfn.inspection.causes import Operand
 from gradfn.inspection.check import GradCheck, LeafCheck, check_grads
+from gradfn.inspection.event import Event, NanReport
+from gradfn.inspection.guard import NanRecord, nan_guard
 from gradfn.inspection.observe import Observation
-from gradfn.inspection.origin import Event, NanRecord, NanReport, nan_guard, nan_origin
+from gradfn.inspection.origin import nan_origin
 from gradfn.inspection.summaries import Stats
 from gradfn.inspection.where import Loop
 from gradfn.jaxpr import Site

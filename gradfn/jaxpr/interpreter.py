@@ -274,6 +274,9 @@ def _body(
 ) -> tuple[list[PyTree], dict[Path, PyTree]]:
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     captures: dict[Path, PyTree] = {}
+    # Outside of jit, what is not needed any more gives its memory back.
+    last = {atom: i for i, eqn in enumerate(jaxpr.eqns) for atom in eqn.invars if not isinstance(atom, Literal)}
+    last |= {atom: len(jaxpr.eqns) for atom in jaxpr.outvars if not isinstance(atom, Literal)}
 
     def read(atom: Any) -> PyTree:
         return atom.val if isinstance(atom, Literal) else env[atom]
@@ -296,6 +299,9 @@ def _body(
         else:
             outs = compute(inputs)
         env.update(zip(eqn.outvars, outs, strict=True))
+        for atom in {*eqn.outvars, *(atom for atom in eqn.invars if not isinstance(atom, Literal))}:
+            if last.get(atom, i) == i:
+                del env[atom]
     return [read(atom) for atom in jaxpr.outvars], captures
 
 

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec
 
 import gradfn as gf
 from gradfn.inspection.causes import Operand, explain
-from gradfn.inspection.origin import nan_guard, nan_origin
+from gradfn.inspection.guard import nan_guard
+from gradfn.inspection.origin import nan_origin
 
 
 def at(event, f, text):
