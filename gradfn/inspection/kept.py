@@ -30,7 +30,7 @@ from gradfn.inspection.search import Found
 from gradfn.jaxpr import trace_without_probabilities
 from gradfn.jaxpr.varying import manual_axes
 
-# A guard keeps the inputs of so many failures: of the first ones, and of the latest.
+# The number of failures whose inputs a guard keeps: the first ones, and the latest.
 MOST = 4
 NO_TICKET = np.array([-1, -1], np.int32)
 NOTHING = Found(np.full([3, 1], -1, np.int32), np.zeros([0, 2], bool), (), ())
@@ -124,7 +124,7 @@ class Ticket:
         return replace(nothing, note=f"{note}. gf.nan_origin finds the origin, given the inputs"), NOTHING
 
 
-# In place of a value that is known only when the step runs.
+# Stands for a value that is known only when the step runs.
 _SENT = object()
 
 

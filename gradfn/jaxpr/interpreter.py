@@ -275,7 +275,9 @@ def _body(
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     captures: dict[Path, PyTree] = {}
     # Outside of jit, what is not needed any more gives its memory back.
-    last = {atom: i for i, eqn in enumerate(jaxpr.eqns) for atom in eqn.invars if not isinstance(atom, Literal)}
+    last = {
+        atom: i for i, eqn in enumerate(jaxpr.eqns) for atom in eqn.invars if not isinstance(atom, Literal)
+    }
     last |= {atom: len(jaxpr.eqns) for atom in jaxpr.outvars if not isinstance(atom, Literal)}
 
     def read(atom: Any) -> PyTree:
