@@ -155,6 +155,7 @@ def nan_guard(f: Callable) -> Callable[..., tuple[PyTree, PyTree, NanRecord]]:
         of = scalar(f, args, kwargs, (0,), "nan_guard")
         (value, aux), grads = jax.value_and_grad(of.call, has_aux=True)(of.leaves.values)
         call = Call(f, args, kwargs)
+        found: Ticket | Found
         if can_keep(call):
             bad_grads = ~jnp.stack([_is_finite(g) for g in grads])
             found = ticket(kept, call, ~jnp.isfinite(value) | jnp.any(bad_grads))

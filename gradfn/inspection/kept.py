@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ from gradfn.jaxpr.varying import manual_axes
 # The number of failures whose inputs a guard keeps: the first ones, and the latest.
 MOST = 4
 NO_TICKET = np.array([-1, -1], np.int32)
-NOTHING = Found(np.full([3, 1], -1, np.int32), np.zeros([0, 2], bool), (), ())
+NOTHING = Found(np.full([3, 1], -1, np.int32), np.zeros([0, 2], bool), (), ())  # type: ignore[arg-type]
 
 
 class Kept:
@@ -145,14 +146,14 @@ class Call:
         self.sent = [x for x in values if isinstance(x, kind)]
         self.known = [_SENT if isinstance(x, kind) else x for x in values]
         self.key_impls = [jax.random.key_impl(x) if _is_key(x) else None for x in self.sent]
-        self.x64 = jax.config.jax_enable_x64
+        self.x64 = jnp.result_type(float) == jnp.float64
 
     def search(self, sent: Sequence[np.ndarray]) -> tuple[NanReport, Found]:
         """Search the call for the first NaN and the first infinity, given what was sent."""
         with jax.enable_x64(self.x64):
             rest = iter(
-                jnp.asarray(x) if impl is None else jax.random.wrap_key_data(x, impl=impl)
-                for x, impl in zip(sent, self.key_impls, strict=True)
+                x if impl is None else jax.random.wrap_key_data(x, impl=impl)
+                for x, impl in zip(map(jnp.asarray, sent), self.key_impls, strict=True)
             )
             values = [next(rest) if x is _SENT else x for x in self.known]
             n = len(self.is_array)
@@ -185,7 +186,7 @@ def can_keep(call: Call) -> bool:
 
 def _is_exported() -> bool:
     """Tell whether `jax.export` is tracing, which refuses callbacks. jax has no function that tells."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_globals.get("__name__", "").startswith("jax._src.export"):
             return True

@@ -130,7 +130,7 @@ def _numbers(argnums: int | Sequence[int]) -> tuple[int, ...]:
 
 def report_of(
     value: PyTree,
-    nonfinite_grads: Sequence[PyTree],
+    nonfinite_grads: PyTree,
     names: Sequence[str],
     found: Found,
     details: Mapping[str, Details],
