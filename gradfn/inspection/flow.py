@@ -16,6 +16,7 @@ The thresholds of the flags and their reasons:
 import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from jaxtyping import PyTree
 
 from gradfn.display import ROWS, TextTable
 from gradfn.inspection._sites import number_note
-from gradfn.inspection.summaries import Stats
+from gradfn.inspection.summaries import Stats, summarize
 from gradfn.jaxpr import Site
 from gradfn.jaxpr.program import leaf_name
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from gradfn.inspection.observe import ByName
 
 VANISHING, EXPLODING = 1e-3, 1e3
+# The statistics of the gradients of parameters in a log.
+OF_GRADIENT = ("rms", "max", "nonfinite")
 SATURATED_SHARE, DEAD_SHARE = 0.5, 0.5
 
 
@@ -52,49 +55,107 @@ class Row(NamedTuple):
     flags: list[str]
 
 
-def _numbers(stats: Stats | None, index: tuple[int, ...], depth: int) -> dict[str, float]:
-    """Return one iteration's statistics as Python floats; of stacked inspections, the last one's."""
+class _Entry(NamedTuple):
+    """One site, in one iteration of the loops around it, of `n` inspections."""
+
+    site: Site
+    iteration: tuple[int, ...]
+    stats: dict[str, np.ndarray]
+    """Each `[n]`."""
+    grads: dict[str, np.ndarray]
+    reached: np.ndarray
+    """Whether a gradient reaches it, `[n]`."""
+    norm: np.ndarray
+    """The norm of that gradient, `[n]`."""
+
+
+def _entries(inspection: "ByName", n: int) -> list[_Entry]:
+    """Return the entries of `n` stacked inspections, from the inputs to the loss; all arrays are `[n, ...]`."""
+    out = []
+    for site in inspection.sites:
+        stats, grads = _columns(inspection.stats[site.name]), _columns(inspection.grad_stats.get(site.name))
+        for index in itertools.product(*[range(k) for k in site.axes]):
+            at: tuple[Any, ...] = (slice(None), *index)
+            of_value = {name: column[at] for name, column in stats.items()}
+            of_grad = {name: column[at] for name, column in grads.items()}
+            count, rms = of_grad.get("count", np.zeros(n)), of_grad.get("rms")
+            reached = (count > 0) & (rms is not None)
+            norm = np.zeros(n) if rms is None else rms * np.sqrt(count)
+            out.append(_Entry(site, index, of_value, of_grad, reached, norm))
+    return sorted(out, key=lambda entry: _order(entry.site, entry.iteration))
+
+
+def _columns(stats: Stats | None) -> dict[str, np.ndarray]:
+    """Return the statistics by name, `[n, *axes]` each; zeros where a value was never computed."""
     if stats is None:
         return {}
-    out = {}
-    for name in ("count", "mean", "rms", "max", "zeros", "saturated", "dead", "nonfinite"):
-        value = getattr(stats, name)
-        if value is not None:
-            array = np.asarray(value)
-            array = array[(-1,) * (array.ndim - depth)]
-            out[name] = float(array[index])
-    if out["count"] == 0:
-        # Never computed, or no gradient reaches it.
-        return {"count": 0.0}
+    values = np.asarray(stats.values, np.float64)
+    computed = values[..., stats.names.index("count"), None] != 0
+    values = np.where(computed, values, 0.0)
+    return {name: values[..., i] for i, name in enumerate(stats.names)}
+
+
+def _flags(entries: list[_Entry], n: int) -> list[dict[str, np.ndarray]]:
+    """Return, for each entry, in which of the `n` inspections it has which flag."""
+    reference = np.zeros(n)
+    for entry in reversed(entries):
+        if math.prod(entry.site.shape) > 1:
+            first = entry.reached & np.isfinite(entry.norm) & (entry.norm != 0) & (reference == 0)
+            reference = np.where(first, entry.norm, reference)
+    out = []
+    for _, _, stats, grads, reached, norm in entries:
+        with np.errstate(invalid="ignore", over="ignore"):
+            relative = np.divide(norm, reference, out=np.full(n, np.nan), where=reached & (reference != 0))
+        none = np.zeros(n)
+        out.append(
+            {
+                "vanishing": relative < VANISHING,
+                "exploding": relative > EXPLODING,
+                "saturated": stats.get("saturated", none) > SATURATED_SHARE,
+                "dead": stats.get("dead", none) > DEAD_SHARE,
+                "non-finite": (stats.get("nonfinite", none) > 0) | (grads.get("nonfinite", none) > 0),
+            }
+        )
     return out
 
 
 def rows_of(inspection: "ByName") -> list[Row]:
-    """Return the rows of the table, from the inputs to the loss."""
+    """Return the rows of the table, from the inputs to the loss; of stacked inspections, those of the last one."""
     inspection = jax.device_get(inspection)
-    entries = []
-    for site in inspection.sites:
-        for index in itertools.product(*[range(n) for n in site.axes]):
-            stats = _numbers(inspection.stats[site.name], index, len(site.axes))
-            grads = _numbers(inspection.grad_stats.get(site.name), index, len(site.axes))
-            reached = grads.get("count", 0) > 0 and "rms" in grads
-            norm = grads["rms"] * math.sqrt(grads["count"]) if reached else None
-            entries.append((_order(site, index), site, index, stats, grads, norm))
-    entries.sort(key=lambda entry: entry[0])
+    entries = _entries(_last(inspection), 1)
     out: list[Row] = []
     after: float | None = None
-    reference: float | None = None
-    for _, site, index, stats, grads, norm in reversed(entries):
-        finite = norm is not None and math.isfinite(norm)
-        if finite and norm and reference is None and math.prod(site.shape) > 1:
-            reference = norm
+    for entry, flags in reversed(list(zip(entries, _flags(entries, 1), strict=True))):
+        site, index = entry.site, entry.iteration
+        norm = float(entry.norm[0]) if entry.reached[0] else None
         factor = norm / after if norm is not None and after else None
-        relative = norm / reference if norm is not None and reference else math.nan
         label = site.name + "".join(f"[{i}]" for i in index)
-        out.append(Row(site, label, index, stats, grads, norm, factor, _flags(stats, grads, relative)))
-        if finite:
+        found = [name for name, at in flags.items() if at[0]]
+        out.append(Row(site, label, index, _numbers(entry.stats), _numbers(entry.grads), norm, factor, found))
+        if norm is not None and math.isfinite(norm):
             after = norm
     return out[::-1]
+
+
+def _last(inspection: Any) -> Any:
+    """Return the last of stacked inspections, or the only one, with an axis of length 1 in front of its statistics."""
+    depths = {site.name: len(site.axes) for site in inspection.sites}
+
+    def last(name: str, stats: Stats) -> Stats:
+        values = np.asarray(stats.values)
+        return replace(stats, values=values[(-1,) * (values.ndim - 1 - depths[name])][None])
+
+    return replace(
+        inspection,
+        stats={name: last(name, stats) for name, stats in inspection.stats.items()},
+        grad_stats={name: last(name, stats) for name, stats in inspection.grad_stats.items()},
+    )
+
+
+def _numbers(stats: dict[str, np.ndarray]) -> dict[str, float]:
+    """Return one inspection's statistics as Python floats, but for those of a value that was never computed."""
+    out = {name: float(column[0]) for name, column in stats.items()}
+    return out if out.get("count") else dict.fromkeys(out.keys() & {"count"}, 0.0)
 
 
 def _order(site: Site, index: tuple[int, ...]) -> tuple[float, ...]:
@@ -108,54 +169,82 @@ def _order(site: Site, index: tuple[int, ...]) -> tuple[float, ...]:
     return (*key, math.inf)
 
 
-def _flags(stats: dict[str, float], grads: dict[str, float], ratio: float) -> list[str]:
-    found = []
-    if ratio < VANISHING:
-        found.append("vanishing")
-    if ratio > EXPLODING:
-        found.append("exploding")
-    if stats.get("saturated", 0) > SATURATED_SHARE:
-        found.append("saturated")
-    if stats.get("dead", 0) > DEAD_SHARE:
-        found.append("dead")
-    if stats.get("nonfinite", 0) > 0 or grads.get("nonfinite", 0) > 0:
-        found.append("non-finite")
-    return found
-
-
 def flags(inspection: "Inspection") -> dict[str, list[str]]:
     """Return the flags by site name; those of a loop's iterations together."""
-    out: dict[str, list[str]] = {}
-    for row in rows_of(inspection):
-        for flag in row.flags:
-            if flag not in out.setdefault(row.site.name, []):
-                out[row.site.name].append(flag)
-    return {name: found for name, found in out.items() if found}
+    return _flags_by_name(_last(jax.device_get(inspection)), 1)[0]
+
+
+def _flags_by_name(inspections: Any, n: int) -> list[dict[str, list[str]]]:
+    entries = _entries(inspections, n)
+    out: list[dict[str, list[str]]] = [{} for _ in range(n)]
+    for entry, flags in zip(entries, _flags(entries, n), strict=True):
+        for flag, at in flags.items():
+            for k in np.flatnonzero(at):
+                found = out[k].setdefault(entry.site.name, [])
+                if flag not in found:
+                    found.append(flag)
+    return out
 
 
 def to_dict(inspection: "Inspection") -> dict[str, Any]:
     """Return the inspection as plain numbers by name."""
-    inspection = jax.device_get(inspection)
+    return to_dicts(jax.tree.map(lambda x: np.asarray(x)[None], jax.device_get(inspection)))[0]
+
+
+def to_dicts(inspections: "Inspection") -> list[dict[str, Any]]:
+    """Return stacked inspections, `[n, ...]` each array, as `n` dicts of plain numbers by name."""
+    n = len(inspections.value)
     # A dict that a compiled function returns is sorted; this is the order of computation.
-    in_order = [site.name for site in inspection.sites]
-    out: dict[str, Any] = {
-        "value": np.asarray(inspection.value).tolist(),
-        "sites": {name: inspection.stats[name].to_dict() for name in in_order if name in inspection.stats},
-        "site_grads": {
-            name: inspection.grad_stats[name].to_dict() for name in in_order if name in inspection.grad_stats
-        },
-        "grads": {name: _of_array(g) for name, g in _leaves(inspection.grads)},
-        "param_order": list(inspection.param_order),
+    in_order = [site.name for site in inspections.sites]
+    stats, grad_stats = inspections.stats, inspections.grad_stats
+    columns: dict[str, list] = {
+        "value": inspections.value.tolist(),
+        "sites": _rows({name: _of_stats(stats[name]) for name in in_order if name in stats}, n),
+        "site_grads": _rows(
+            {name: _of_stats(grad_stats[name]) for name in in_order if name in grad_stats}, n
+        ),
+        "grads": _rows({name: _of_gradients(g) for name, g in _leaves(inspections.grads)}, n),
+        "param_order": [list(inspections.param_order) for _ in range(n)],
     }
-    if inspection.update_ratios is not None:
-        out["update_ratios"] = {name: np.asarray(r).tolist() for name, r in _leaves(inspection.update_ratios)}
-    if np.ndim(inspection.value) == 0:
-        out["flags"] = flags(inspection)
-    return out
+    if inspections.update_ratios is not None:
+        ratios = {name: np.asarray(r).tolist() for name, r in _leaves(inspections.update_ratios)}
+        columns["update_ratios"] = _rows(ratios, n)
+    if np.ndim(inspections.value) == 1:
+        columns["flags"] = _flags_by_name(inspections, n)
+    return _rows(columns, n)
+
+
+def _rows(columns: dict[str, list], n: int) -> list[dict[str, Any]]:
+    """Return `n` dicts, given the `n` values of each name."""
+    # A log may have a row for every step of training: `zip` makes it several times faster than a loop does.
+    each = zip(*columns.values(), strict=True) if columns else [()] * n
+    return [dict(zip(columns, values, strict=True)) for values in each]
+
+
+def _of_stats(stats: Stats) -> list[dict[str, Any]]:
+    columns = stats.to_dict()
+    return _rows(columns, len(columns["count"]))
+
+
+def summarized(inspection: "Inspection") -> "Inspection":
+    """Return what `to_dict` needs of an inspection: statistics of the gradients instead of the gradients."""
+    grads = jax.tree.map(lambda grad: summarize(grad, OF_GRADIENT), inspection.grads)
+    return replace(inspection, aux=None, grads=grads, input_grads=(), values={}, value_grads={})
 
 
 def _leaves(tree: PyTree) -> list[tuple[str, PyTree]]:
-    return [(leaf_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, Stats))
+    return [(leaf_name(path), leaf) for path, leaf in leaves]
+
+
+def _of_gradients(grads: np.ndarray | Stats) -> list[dict[str, Any]]:
+    """Return statistics of `n` gradients, `[n, ...]`, or those that were taken of them already."""
+    if not isinstance(grads, Stats):
+        return [_of_array(grad) for grad in grads]
+    found = grads.to_dict()
+    columns = {name: found[name] for name in OF_GRADIENT}
+    columns["nonfinite"] = list(map(int, found["nonfinite"]))
+    return _rows(columns, len(found["rms"]))
 
 
 def _of_array(x: PyTree) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from gradfn.stored import Stored
 from gradfn.timings import phase
 from gradfn.train import restore, sharded
 from gradfn.train.chunk import CAPACITY, chunks, finished, owned
-from gradfn.train.fault import fault
+from gradfn.train.fault import fault, state_before
 from gradfn.train.folder import own, prepare
 from gradfn.train.identity import Identity, identity
 from gradfn.train.log import Log, refuse_names
@@ -274,13 +274,9 @@ def fit(
                 prepare(log.folder, resume=stored is not None, keep=keep_every is not None)
         eval_every = settings["eval_every"] or min(source.epoch_steps or max(steps // 10, 1), steps)
         settings["eval_every"] = eval_every
-        periods = [
-            every
-            for every in (eval_every, inspect_every, noise_every, keep_every, source.order_steps)
-            if every
-        ]
+        periods = [every for every in (eval_every, noise_every, keep_every, source.order_steps) if every]
         source = source.placed(None) if split is None else source.placed(split.mesh, split.axis)
-        programs = chunks(loss, optimizer, source, run.state)
+        programs = chunks(loss, optimizer, source, run.state, inspect_every)
         most = peak_of(run.state.step)
         flops = programs.flops(run.state, source.order(source.epoch(run.step))) if most else 0.0
         if programs.donated and not run.step:
@@ -292,9 +288,10 @@ def fit(
             profile.stopped(),
         ):
             if not stopping.agree():
-                programs.compile(run.state, source.order(source.epoch(run.step)), inspect_every is not None)
+                programs.compile(run.state, source.order(source.epoch(run.step)))
             log.start(run.step)
             length = 1  # the first chunk is one step, to learn how long a step takes
+            room = 1  # for inspections of a chunk
             ended = stopping.agree()
             while run.step < steps and not run.finished and not ended:
                 step = run.step
@@ -304,30 +301,32 @@ def fit(
                     run.totals, noise = run.totals.after_noise(programs.measure(*here))
                     log.noise_scale(step, noise)
                 began = time.monotonic()
-                if inspect_every and step % inspect_every == 0:
-                    end = step + 1
-                    after, recorded, inspection = programs.inspect(*here)
-                else:
-                    ends = *((step // every + 1) * every for every in periods), *profile.edges_after(step)
-                    end = min(step + length, steps, *ends)
-                    after, recorded = programs.advance(*here, end - step)
-                    inspection = None
+                ends = *((step // every + 1) * every for every in periods), *profile.edges_after(step)
+                end = min(step + length, steps, *ends, *programs.due(step, steps)[room : room + 1])
+                after, recorded = programs.advance(*here, end - step)
                 source.order(source.epoch(end))  # the order of a new epoch is shuffled while the device works
                 on_host: Any = jax.device_get(recorded)
-                if programs.donated and inspection is None and not on_host.finite:
+                if programs.donated and not on_host.finite:
                     after, on_host = finished(programs, after, on_host, *here[1:], end - step, step)
-                columns, measures, finite = on_host
+                columns, measures, finite, inspections = on_host
                 metrics = {name: column[: end - step] for name, column in columns.items()}
                 took = agreed(time.monotonic() - began)
-                if inspection is not None:
-                    log.inspection(step, inspection)
+                if inspections:
+                    room = len(inspections)
+                broken = None
                 if not (finite and np.isfinite(metrics["loss"]).all()):
-                    raise fault(loss, programs, (here[0], after), *here[1:], metrics["loss"], step)
+                    broken = state_before(programs, (here[0], after), *here[1:], metrics["loss"])
+                # The step that broke is inspected too, but none after it.
+                inspected = programs.due(step, end if broken is None else min(int(broken.step) + 1, end))
+                if inspected:
+                    log.inspect(inspected, inspections.tree(len(inspected)))
+                if broken is not None:
+                    raise fault(loss, programs, broken, *here[1:], metrics["loss"], step)
                 run.totals = run.totals.after_steps(metrics, source.batch_size, took)
                 run.state, run.step = after, end
                 log.advance(end, float(metrics["loss"][-1]), run.totals)
                 # A chunk that was cut short does not have a representative time.
-                if inspection is None and end - step == length:
+                if end - step == length:
                     aim = length * CHUNK_SECONDS / max(took, 1e-9)
                     length = int(np.clip(aim, max(length // 2, 1), min(length * 8, CAPACITY)))
                 if end % eval_every == 0 or end == steps:

@@ -1,4 +1,4 @@
-"""The compiled functions of a training run: many steps in one call, and one step that is inspected."""
+"""The compiled functions of a training run: many steps in one call, some of which are inspected."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from gradfn.train.model import batch_loss
 from gradfn.train.peak import step_flops
 from gradfn.train.placing import replicated
 from gradfn.train.source import Source
-from gradfn.train.split import split_of
+from gradfn.train.split import Split, split_of
+from gradfn.train.stacked import Stacked, bytes_of
 from gradfn.train.step import Change, TrainState, apply_gradients, one_step, step_key, step_keywords
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from gradfn.per_example import NoiseScale
 
 CAPACITY = 4096  # steps in a chunk at most
+INSPECTED = 1 << 22  # bytes of inspections in a chunk at most, unless one is larger
 # From this many bytes of state per device on, a chunk reuses the state's memory.
 DONATED = 1 << 24
 
@@ -40,22 +42,33 @@ class Recorded(NamedTuple):
     """What a chunk of steps tells about them.
 
     Attributes:
-        metrics: of each step, `[CAPACITY]` or, of a step that is inspected, `[1]`.
+        metrics: of each step, `[CAPACITY]` or, of a single step, `[1]`.
         measures: of the last step: see `measures_of`.
         finite: whether all parameters are finite.
+        inspections: one row per step that is inspected, see `flow.summarized`; None where none ever is.
     """
 
     metrics: dict[str, jax.Array]
     measures: dict[str, jax.Array]
     finite: jax.Array
+    inspections: Stacked | None
 
-    def joined(self, later: Recorded, start: int) -> Recorded:
-        """Return what was recorded of a chunk, on the host, with what was recorded from one of its steps on."""
+    def joined(self, later: Recorded, start: int, inspected: int) -> Recorded:
+        """Return what was recorded of a chunk, on the host, with what was recorded from one of its steps on.
+
+        Args:
+            later: what was recorded from that step on.
+            start: the number of steps before it.
+            inspected: how many of those are inspected.
+        """
         metrics: dict[str, Any] = {
             name: np.concatenate([column[:start], later.metrics[name]])[:CAPACITY]
             for name, column in self.metrics.items()
         }
-        return Recorded(metrics, later.measures, later.finite)
+        inspections = self.inspections
+        if inspections and later.inspections:
+            inspections = inspections.joined(later.inspections, inspected)
+        return Recorded(metrics, later.measures, later.finite, inspections)
 
 
 class Chunks(NamedTuple):
@@ -71,22 +84,28 @@ class Chunks(NamedTuple):
     advance: Callable[..., tuple[TrainState, Recorded]]
     """`(state, order, row, n) -> (state, recorded)`"""
     careful: Callable[..., tuple[TrainState, Recorded]]
-    """`(state, order, row) -> (state, recorded)`: one step, not taken if it is not finite"""
-    inspect: Callable[..., tuple[TrainState, Recorded, Inspection]]
-    """`(state, order, row) -> (state, recorded, Inspection)`: one step"""
+    """`(state, order, row, inspects) -> (state, recorded)`: one step, not taken if it is not finite"""
     measure: Callable[..., NoiseScale]
     """`(state, order, row) -> NoiseScale` of the next step; the loss must be a `BatchMean`"""
     arguments: Callable[..., tuple[Any, dict[str, Any]]]
     """`(state, order, row) -> (batch, keywords)`: the arguments of the loss in the next step"""
     flops: Callable[[TrainState, Any], float]
     """`(state, order)`: the floating-point operations of a step, see `gradfn.train.peak`"""
-    compile: Callable[[TrainState, Any, bool], None]
-    """`(state, order, inspects)`: compile `advance` (and `inspect`), without taking a step"""
+    compile: Callable[[TrainState, Any], None]
+    """`(state, order)`: compile `advance`, without taking a step"""
+    due: Callable[[int, int], range]
+    """`(start, end)`: which of the steps from `start` to before `end` are inspected"""
     donated: bool
     """Whether the state is donated, and steps are guarded."""
 
 
-def chunks(loss: Loss, optimizer: optax.GradientTransformation, source: Source, state: TrainState) -> Chunks:
+def chunks(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    source: Source,
+    state: TrainState,
+    inspect_every: int | None = None,
+) -> Chunks:
     """Return the compiled functions of a training run; one program serves chunks of every length.
 
     Args:
@@ -95,13 +114,15 @@ def chunks(loss: Loss, optimizer: optax.GradientTransformation, source: Source, 
         source: of the batches, placed where the state is.
         state: the first one: where its arrays lie decides how the work is split over devices, and that later states
             lie there too.
+        inspect_every: every how many steps one is inspected; None for none.
     """
-    from gradfn.inspection import inspect
     from gradfn.per_example import noise_scale
 
     split = split_of(state.params)
     donated = bytes_per_device(state) >= DONATED
-    step = one_step(loss, optimizer, split, guard=donated)
+    # Compiled on their own, they are traced once, though their shapes are needed before the loop.
+    step = jax.jit(one_step(loss, optimizer, split, guard=donated))
+    inspected_step = jax.jit(one_inspected_step(loss, optimizer, split, guard=donated))
     stays = everywhere = None  # no mesh: jax decides
     if split is not None:
         stays, everywhere = jax.tree.map(lambda leaf: leaf.sharding, state), replicated(split.mesh)
@@ -114,53 +135,66 @@ def chunks(loss: Loss, optimizer: optax.GradientTransformation, source: Source, 
 
     @functools.partial(jax.jit, donate_argnums=donate, out_shardings=(stays, everywhere))
     def advance(arrays: PyTree, state: TrainState, order: Any, row: jax.Array, n: jax.Array) -> PyTree:
-        def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            i, _, state, columns, measures = carry
-            after, metrics, change = step(state, batch_of(arrays, state, order, row + i))
-            columns = jax.tree.map(lambda column, value: column.at[i].set(value), columns, metrics)
+        def taken(state: TrainState, i: jax.Array) -> PyTree:
+            return step(state, batch_of(arrays, state, order, row + i))
+
+        def taken_and_inspected(state: TrainState, i: jax.Array) -> PyTree:
+            return inspected_step(state, batch_of(arrays, state, order, row + i))
+
+        def next_one(carry: Progress, after: TrainState, metrics: PyTree, change: Change) -> Progress:
+            columns = jax.tree.map(
+                lambda column, value: column.at[carry.i].set(value), carry.metrics, metrics
+            )
             # Only of the last step: sums over all parameters would take a large part of a short step.
-            measures = jax.lax.cond(i == n - 1, lambda: measures_of(change, after), lambda: measures)
+            measures = jax.lax.cond(
+                carry.i == n - 1, lambda: measures_of(change, after), lambda: carry.measures
+            )
             # Only a guarded step may not be taken.
-            taken = after.step > state.step if donated else jnp.array(True)
-            return i + 1, taken, after, columns, measures
+            good = after.step > carry.state.step if donated else jnp.array(True)
+            return carry._replace(i=carry.i + 1, good=good, state=after, metrics=columns, measures=measures)
 
-        def shapes() -> tuple[PyTree, PyTree]:
-            after, metrics, change = step(state, batch_of(arrays, state, order, row))
-            return metrics, measures_of(change, after)
+        def plain(carry: Progress) -> Progress:
+            return next_one(carry, *taken(carry.state, carry.i))
 
-        metrics, measures = jax.eval_shape(shapes)
-        refuse_names(metrics.keys() - {"loss"}, "the loss's aux")
-        columns = jax.tree.map(lambda leaf: jnp.zeros([CAPACITY], leaf.dtype), metrics)
-        start = jnp.int32(0), jnp.array(True), state, columns, zeros(measures)
-        _, good, state, columns, measures = jax.lax.while_loop(
-            lambda carry: (carry[0] < n) & carry[1], body, start
+        def inspected(carry: Progress) -> Progress:
+            *result, found = taken_and_inspected(carry.state, carry.i)
+            assert carry.inspections
+            inspections = carry.inspections.with_row(carry.inspected, found)
+            carry = carry._replace(inspections=inspections, inspected=carry.inspected + 1)
+            return next_one(carry, *result)
+
+        def is_due(carry: Progress) -> jax.Array:
+            assert inspect_every
+            return carry.state.step % inspect_every == 0
+
+        def group(carry: Progress) -> Progress:
+            # Two loops, not a branch per step: a branch would keep the compiler from joining it with the rest.
+            carry = jax.lax.while_loop(lambda carry: carry.goes_on(n) & is_due(carry), inspected, carry)
+            return jax.lax.while_loop(lambda carry: carry.goes_on(n) & ~is_due(carry), plain, carry)
+
+        each = plain if inspect_every is None else inspected if inspect_every == 1 else group
+        start = Progress.start(
+            state,
+            jax.eval_shape(taken if inspect_every is None else taken_and_inspected, state, row),
+            inspect_every,
         )
-        return state, Recorded(columns, measures, good & all_finite(state.params))
+        end = jax.lax.while_loop(lambda carry: carry.goes_on(n), each, start)
+        finite = end.good & all_finite(end.state.params)
+        return end.state, Recorded(end.metrics, end.measures, finite, end.inspections)
 
-    @functools.partial(jax.jit, donate_argnums=donate, out_shardings=(stays, everywhere))
-    def careful(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> PyTree:
-        after, metrics, change = one_step(loss, optimizer, split)(state, batch_of(arrays, state, order, row))
+    @functools.partial(
+        jax.jit, donate_argnums=donate, out_shardings=(stays, everywhere), static_argnames="inspects"
+    )
+    def careful(arrays: PyTree, state: TrainState, order: Any, row: jax.Array, inspects: bool) -> PyTree:
+        one = one_inspected_step if inspects else one_step
+        after, metrics, change, *found = one(loss, optimizer, split)(
+            state, batch_of(arrays, state, order, row)
+        )
         measures = measures_of(change, after)
         good, after = guarded(state, after, metrics["loss"])
         columns = {name: value[None] for name, value in metrics.items()}
-        return after, Recorded(columns, measures, good)
-
-    @functools.partial(jax.jit, donate_argnums=donate, out_shardings=(stays, everywhere, None))
-    def inspected(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> Any:
-        batch, keywords = batch_of(arrays, state, order, row), step_keywords(loss, state)
-        f = gather_where_used(batch_loss(loss, state.rest), split, again=False)
-        found = inspect(f, input_grads=False)(state.params, batch, **keywords)
-        value_fn = lambda params: value_and_aux(f(params, batch, **keywords))[0]  # noqa: E731
-        after, metrics, change = apply_gradients(
-            optimizer, state, found.value, found.aux, found.grads, value_fn, split
-        )
-        found = found.with_updates(state.params, change.updates)
-        measures = measures_of(change, after)
-        good = all_finite(after.params)
-        if donated:
-            good, after = guarded(state, after, metrics["loss"])
-        columns = {name: value[None] for name, value in metrics.items()}
-        return after, Recorded(columns, measures, good), found
+        inspections = Stacked.zeros(found[0], 1).with_row(0, found[0]) if found else None
+        return after, Recorded(columns, measures, good, inspections)
 
     @jax.jit
     def measure(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> NoiseScale:
@@ -185,14 +219,81 @@ def chunks(loss: Loss, optimizer: optax.GradientTransformation, source: Source, 
 
         return step_flops(forward, arrays, state, order)
 
-    def compile(arrays: PyTree, state: TrainState, order: Any, inspects: bool) -> None:
+    def compile(arrays: PyTree, state: TrainState, order: Any) -> None:
         advance.lower(arrays, state, order, 0, 0).compile()
-        if inspects:
-            inspected.lower(arrays, state, order, 0).compile()
 
-    functions: tuple[Callable, ...] = (advance, careful, inspected, measure, arguments, flops, compile)
+    def due(start: int, end: int) -> range:
+        return (
+            range(-(-start // inspect_every) * inspect_every, end, inspect_every)
+            if inspect_every
+            else range(0)
+        )
+
+    functions: tuple[Callable, ...] = (advance, careful, measure, arguments, flops, compile)
     bound = (functools.partial(function, source.arrays) for function in functions)
-    return Chunks(*bound, donated=donated)  # type: ignore[misc, arg-type]
+    return Chunks(*bound, due=due, donated=donated)  # type: ignore[misc, arg-type]
+
+
+class Progress(NamedTuple):
+    """What a chunk's loop carries from step to step.
+
+    Attributes:
+        i: how many steps it has taken.
+        inspected: how many of them were inspected.
+        good: whether the last one was taken.
+        state: after it.
+        metrics: of each step, `[CAPACITY]`.
+        measures: of the last step.
+        inspections: as in `Recorded`.
+    """
+
+    i: jax.Array
+    inspected: jax.Array
+    good: jax.Array
+    state: TrainState
+    metrics: dict[str, jax.Array]
+    measures: dict[str, jax.Array]
+    inspections: Stacked | None
+
+    @classmethod
+    def start(cls, state: TrainState, shapes: PyTree, inspect_every: int | None) -> Progress:
+        """Return the start of a loop, given the shapes of what a step returns."""
+        after, metrics, change, *found = shapes
+        refuse_names(metrics.keys() - {"loss"}, "the loss's aux")
+        columns = jax.tree.map(lambda leaf: jnp.zeros([CAPACITY], leaf.dtype), metrics)
+        measures = zeros(jax.eval_shape(measures_of, change, after))
+        inspections = None
+        if inspect_every:
+            room = max(1, min(INSPECTED // bytes_of(found), -(-CAPACITY // inspect_every)))
+            inspections = Stacked.zeros(found[0], room)
+        return cls(jnp.int32(0), jnp.int32(0), jnp.array(True), state, columns, measures, inspections)
+
+    def goes_on(self, n: jax.Array) -> jax.Array:
+        """Whether there is another step to take, of `n`."""
+        return (self.i < n) & self.good
+
+
+def one_inspected_step(
+    loss: Loss, optimizer: optax.GradientTransformation, split: Split | None, guard: bool = False
+) -> Callable[[TrainState, PyTree], tuple[TrainState, dict[str, jax.Array], Change, Inspection]]:
+    """Return the function that takes one step as `one_step` does, with the gradients of an inspection.
+
+    It also returns the inspection, in short: see `gradfn.inspection.flow.summarized`.
+    """
+    from gradfn.inspection import inspect
+    from gradfn.inspection.flow import summarized
+
+    def step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, jax.Array], Change, Inspection]:
+        keywords = step_keywords(loss, state)
+        f = gather_where_used(batch_loss(loss, state.rest), split, again=False)
+        found = inspect(f, input_grads=False)(state.params, batch, **keywords)
+        value_fn = lambda params: value_and_aux(f(params, batch, **keywords))[0]  # noqa: E731
+        after, metrics, change = apply_gradients(
+            optimizer, state, found.value, found.aux, found.grads, value_fn, split, guard
+        )
+        return after, metrics, change, summarized(found.with_updates(state.params, change.updates))
+
+    return step
 
 
 def measures_of(change: Change, after: TrainState) -> dict[str, jax.Array]:
@@ -227,13 +328,14 @@ def finished(
         The state after all steps, or that before the one that is not finite; and what is recorded of the chunk.
     """
     while (done := int(state.step) - step) < n and not recorded.finite:
-        state, one = run.careful(state, order, row + done)
-        recorded = recorded.joined(jax.device_get(one), done)
+        inspects = bool(run.due(step + done, step + done + 1))
+        state, one = run.careful(state, order, row + done, inspects)
+        recorded = recorded.joined(jax.device_get(one), done, len(run.due(step, step + done)))
         if not recorded.finite:
             break
         if done + 1 < n:
             state, others = run.advance(state, order, row + done + 1, n - done - 1)
-            recorded = recorded.joined(jax.device_get(others), done + 1)
+            recorded = recorded.joined(jax.device_get(others), done + 1, len(run.due(step, step + done + 1)))
     return state, recorded
 
 

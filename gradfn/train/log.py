@@ -99,9 +99,16 @@ class Log:
         if self._events:
             self._events.add(row["step"], {name: value for name, value in row.items() if name != "step"})
 
-    def inspection(self, step: int, inspection: Inspection) -> None:
+    def inspect(self, steps: Iterable[int], inspections: Inspection) -> None:
+        """Append the stacked inspections of the steps that follow each of `steps`."""
+        from gradfn.inspection.flow import to_dicts
+
+        for step, inspection in zip(steps, to_dicts(inspections), strict=True):
+            self.inspection(step, inspection)
+
+    def inspection(self, step: int, inspection: Row) -> None:
         """Append the inspection of the step that follows `step`."""
-        row = {"step": step} | inspection.to_dict()
+        row: Row = {"step": step} | inspection
         self.inspections.append(row)
         if self._events:
             self._events.add(

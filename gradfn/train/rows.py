@@ -8,6 +8,7 @@ list. So a row read from the file equals the row that was written.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import zlib
@@ -216,8 +217,12 @@ class Rows(Sequence[Row]):
 
 
 def _line(row: Row) -> bytes:
-    special = [[str(value), *path] for path, value in _not_finite(row, ())]
-    return (to_json(row | ({NOT_FINITE: special} if special else {})) + "\n").encode()
+    try:
+        text = json.dumps(row, allow_nan=False)
+    except ValueError:
+        special = [[str(value), *path] for path, value in _not_finite(row, ())]
+        text = to_json(row | {NOT_FINITE: special})
+    return (text + "\n").encode()
 
 
 def _not_finite(value: PyTree, path: tuple[PyTree, ...]) -> Iterator[tuple[tuple[PyTree, ...], float]]:

@@ -197,16 +197,7 @@ def one_step(
         (value, aux), grads = jax.value_and_grad(pair, has_aux=True)(state.params, batch)
         value_fn = lambda params: pair(params, batch)[0]  # noqa: E731
 
-        def taken() -> tuple[TrainState, dict[str, jax.Array], Change]:
-            return apply_gradients(optimizer, state, value, aux, grads, value_fn, split)
-
-        def kept() -> tuple[TrainState, dict[str, jax.Array], Change]:
-            metrics = {"loss": value, **scalars(carry(state.model_state, aux)[1])}
-            return state, metrics, zeros(jax.eval_shape(taken)[2])
-
-        if not guard:
-            return taken()
-        return jax.lax.cond(jnp.isfinite(value) & squares_are_finite(grads), taken, kept)
+        return apply_gradients(optimizer, state, value, aux, grads, value_fn, split, guard)
 
     return step
 
@@ -226,6 +217,7 @@ def apply_gradients(
     grads: PyTree,
     value_fn: Callable[[PyTree], jax.Array],
     split: Split | None = None,
+    guard: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array], Change]:
     """Take a step, given the loss and its gradients.
 
@@ -237,10 +229,33 @@ def apply_gradients(
         grads: the gradients, in the tree of `state.params`.
         value_fn: from parameters to the loss on the step's batch.
         split: how the step is split over a mesh; None if it is not.
+        guard: as in `one_step`.
 
     Returns:
         The state after the step, the step's metrics, and its gradients and updates.
     """
+
+    def taken() -> tuple[TrainState, dict[str, jax.Array], Change]:
+        return _applied(optimizer, state, value, aux, grads, value_fn, split)
+
+    def kept() -> tuple[TrainState, dict[str, jax.Array], Change]:
+        metrics = {"loss": value, **scalars(carry(state.model_state, aux)[1])}
+        return state, metrics, zeros(jax.eval_shape(taken)[2])
+
+    if not guard:
+        return taken()
+    return jax.lax.cond(jnp.isfinite(value) & squares_are_finite(grads), taken, kept)
+
+
+def _applied(
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    value: jax.Array,
+    aux: Any,
+    grads: PyTree,
+    value_fn: Callable[[PyTree], jax.Array],
+    split: Split | None,
+) -> tuple[TrainState, dict[str, jax.Array], Change]:
     model_state, aux = carry(state.model_state, aux)
     # The gradient that jax gives of a complex number is the conjugate of the direction of steepest ascent.
     grads = jax.tree.map(jnp.conj, grads)

@@ -154,8 +154,8 @@ def test_data_are_placed_on_a_mesh_once(monkeypatch):
     mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
     calls, chunks = [], module.chunks
 
-    def watched(loss, optimizer, source, state):
-        run = chunks(loss, optimizer, source, state)
+    def watched(loss, optimizer, source, *rest):
+        run = chunks(loss, optimizer, source, *rest)
 
         def advance(state, order, *rest):
             calls.append(jax.tree.leaves((source.arrays, order)))
@@ -433,14 +433,70 @@ def test_inspections_are_those_of_the_steps(tmp_path):
 def test_an_inspected_step_is_differentiated_once():
     state = gf.train_state(start, optax.adam(0.05), jax.random.key(3))
     source = source_of(data, 8, 3)
-    programs = module.chunks(loss, optax.adam(0.05), source, state)
+    programs = module.chunks(loss, optax.adam(0.05), source, state, inspect_every=1)
     batch = jax.tree.map(lambda array: array[:8], data)
 
     def products(f, *args):
         return str(jax.make_jaxpr(f)(*args)).count("dot_general")
 
-    inspected = products(lambda state: programs.inspect(state, source.order(0), 0), state)
+    inspected = products(lambda state: programs.advance(state, source.order(0), 0, 1), state)
     assert inspected == products(gf.inspect(loss, input_grads=False), start, batch) > 0
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_inspections_within_a_chunk_are_those_of_single_steps(every, monkeypatch, tmp_path):
+    """Against each step on its own: `gf.inspect` on its batch, then its update; chunks of every length."""
+    optimizer = optax.adam(0.05)
+    inspected = jax.jit(gf.inspect(loss, input_grads=False))
+    params, opt_state, expected = start, optimizer.init(start), []
+    for step in range(20):
+        epoch, place = divmod(step, 50 // 8)
+        index = gf.data.epoch_order(50, 8, 3, epoch)[place]
+        found = inspected(params, (data[0][index], data[1][index]))
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(found.grads, opt_state, params)
+        if step % every == 0:
+            expected.append({"step": step} | found.with_updates(params, updates).to_dict())
+        params = optax.apply_updates(params, updates)
+
+    monkeypatch.setattr("gradfn.train.chunk.INSPECTED", 1 << 11)  # three of them
+    for seconds, folder in ((0.2, None), (0, tmp_path)):
+        monkeypatch.setattr(module, "CHUNK_SECONDS", seconds)
+        assert_rows_agree(train(20, inspect_every=every, eval_every=20, folder=folder).inspections, expected)
+
+
+def assert_rows_agree(actual, expected):
+    """Two trees of numbers: the same structure and order of names, and values that differ by rounding."""
+    assert str(jax.tree.structure(list(actual))) == str(jax.tree.structure(expected))
+    for one, other in zip(actual, expected, strict=True):
+        assert list(one) == list(other)
+        assert [type(leaf) for leaf in jax.tree.leaves(one)] == [
+            type(leaf) for leaf in jax.tree.leaves(other)
+        ]
+    for one, other in zip(jax.tree.leaves(list(actual)), jax.tree.leaves(expected), strict=True):
+        assert one == (other if isinstance(other, str) else pytest.approx(other, rel=2e-4, abs=1e-7))
+
+
+@pytest.mark.parametrize("donated", [1 << 24, 0])
+@pytest.mark.parametrize("broken", ["loss", "grad"])
+def test_no_step_after_a_broken_one_is_inspected(broken, donated, monkeypatch, tmp_path):
+    """Of one chunk, in which step 4 breaks; its own inspection is in the file."""
+    monkeypatch.setattr("gradfn.train.chunk.DONATED", donated)
+
+    def root(params, batch):
+        w = params["w"]  # 1, 0.75, 0.5, 0.25, 0
+        return (jnp.log(w) * 0 + w if broken == "loss" else jnp.sqrt(w**2)) + batch.mean() * 0
+
+    def fit():
+        gf.fit(root, {"w": jnp.ones([])}, jnp.ones(500), optax.sign_sgd(0.25), 90, batch_size=5, eval_every=90,
+               progress=False, folder=tmp_path, inspect_every=2)  # fmt: skip
+
+    with pytest.raises(FloatingPointError, match="step 4: "):
+        fit()
+    rows = [json.loads(line) for line in (tmp_path / "inspections.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert rows[-1]["grads"]["w"]["nonfinite"] == 1
+    assert rows[1]["grads"]["w"] == {"rms": 1.0, "max": 1.0, "nonfinite": 0}
 
 
 @pytest.mark.slow
