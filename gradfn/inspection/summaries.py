@@ -11,7 +11,7 @@ are computed at once, and XLA exchanges those of many values together.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,6 +38,8 @@ DEFAULT_STATS = STATS[:-1]
 
 # A sigmoid or tanh is saturated where its slope is below a tenth of the largest: tanh' = 1 - tanh^2 < 0.1.
 SATURATED = math.sqrt(0.9)
+# The most elements of an array that is reduced in two steps, see `_total`.
+SMALL = 2048
 # The fewest rows over which units count as dead: on one example, half of the units of a healthy relu are zero.
 DEAD_ROWS = 8
 # Bin k of a histogram counts 2^(k + FIRST_EXPONENT) <= |x| < twice that; the first and last bins include what
@@ -116,7 +118,7 @@ def summarize(x: jax.Array, stats: tuple[str, ...], kind: str = "") -> Stats:
     elif "mean" in sums:
         out["mean"] = _mean(values)
     if "zeros" in stats:
-        out["zeros"] = (x.size - jnp.sum(jnp.square(jnp.sign(magnitudes)))) / n
+        out["zeros"] = (x.size - _total(jnp.sum, jnp.square(jnp.sign(magnitudes)))) / n
     if "saturated" in stats and kind in ("sigmoid", "tanh") and is_real:
         slope_at = jnp.abs(2 * values - 1 if kind == "sigmoid" else values)
         out["saturated"] = jnp.sum(jnp.sign(jnp.maximum(slope_at - SATURATED, 0))) / n
@@ -125,9 +127,20 @@ def summarize(x: jax.Array, stats: tuple[str, ...], kind: str = "") -> Stats:
     return Stats(jnp.stack([out[name] for name in names]), histogram, names)
 
 
+def _total(reduce: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+    """Reduce a whole array to a scalar, as `jnp.sum` does.
+
+    XLA's CPU backend takes the elements of a small array one after the other, and each waits for the one before. So
+    its columns are reduced first, side by side; the barrier keeps XLA from joining both steps again.
+    """
+    if x.ndim < 2 or not 0 < x.size <= SMALL or on_several_devices(x):
+        return reduce(x)
+    return reduce(lax.optimization_barrier(reduce(x, axis=tuple(range(x.ndim - 1)))))
+
+
 def _mean(x: jax.Array, unit: jax.Array | float = 1.0) -> jax.Array:
     """Return the mean, of complex values its modulus; sums are computed in multiples of `unit`."""
-    return _modulus([jnp.sum(part / unit) / max(x.size, 1) for part in real_parts(x)], unit)
+    return _modulus([_total(jnp.sum, part / unit) / max(x.size, 1) for part in real_parts(x)], unit)
 
 
 def _modulus(parts: Sequence[jax.Array], unit: jax.Array | float = 1.0) -> jax.Array:
@@ -138,7 +151,7 @@ def _modulus(parts: Sequence[jax.Array], unit: jax.Array | float = 1.0) -> jax.A
 def _one_by_one(names: tuple[str, ...], x: jax.Array, largest: jax.Array | None) -> dict[str, jax.Array]:
     """Return mean, rms and the number of non-finite elements; `largest` is the largest magnitude, if it is known."""
     n = max(x.size, 1)
-    square, plain = jnp.sum(magnitudes_squared(x)), _mean(x)
+    square, plain = _total(jnp.sum, magnitudes_squared(x)), _mean(x)
     zero = jnp.zeros_like(square)
     nothing = zero, [zero for _ in real_parts(x)], zero
     careful = partial(_carefully, square, largest)
@@ -191,7 +204,7 @@ def _scale_for(largest: jax.Array) -> jax.Array:
 
 
 def _largest(x: jax.Array) -> jax.Array:
-    return jnp.max(jnp.abs(x)) if x.size else jnp.zeros((), jnp.abs(x).dtype)
+    return _total(jnp.max, jnp.abs(x)) if x.size else jnp.zeros((), jnp.abs(x).dtype)
 
 
 def _sum_of_squares(x: jax.Array) -> jax.Array:
