@@ -38,7 +38,7 @@ def entries(content: dict[str, Any], with_aims: bool) -> list[Entry]:
             rows = [
                 row
                 for row in rows_of(table)
-                if row.time and not row.is_baseline and (row.aim is not None) == with_aims
+                if row.time is not None and not row.is_baseline and (row.aim is not None) == with_aims
             ]
             if rows:
                 tables += [Entry(f"{table['title']} (1 is {table['baseline'] or 'the gradient'})", level=1)]
@@ -103,7 +103,9 @@ def figure_of(content: dict[str, Any]) -> Any:
 def _panel(axes: Any, found: list[Entry]) -> None:
     """Draw rows on a logarithmic axis, the first on top."""
     rows = [entry.row for entry in found if entry.row]
-    values = [within(value) for row in rows for value in (row.time, row.low, row.high, row.aim) if value]
+    values = [
+        within(value) for row in rows for value in (row.time, row.low, row.high, row.aim) if value is not None
+    ]
     low, high = min(0.8, *values) / 1.08, max(1.25, *values) * 1.08
     axes.set_xscale("log", base=2)
     axes.set_xlim(low, high)
@@ -129,7 +131,7 @@ def _panel(axes: Any, found: list[Entry]) -> None:
 
 def _row(axes: Any, y: int, name: str, row: Row) -> None:
     """Draw the time of one row, its quartiles and its aim."""
-    assert row.time
+    assert row.time is not None
     across = axes.get_yaxis_transform()
     color, marker = WITHOUT if row.aim is None else REACHED if row.reached else MISSED
     axes.text(-0.02, y, name, transform=across, size=7, ha="right", va="center")
@@ -138,9 +140,9 @@ def _row(axes: Any, y: int, name: str, row: Row) -> None:
     axes.plot([1, within(row.time)], [y, y], color=color, lw=0.8, alpha=0.5, zorder=2)
     if row.low and row.high:
         axes.plot([within(row.low), within(row.high)], [y, y], color=color, lw=2.4, alpha=0.5, zorder=2)
-    axes.plot([within(row.time)], [y], marker=marker, color=color, ms=5 if row.aim else 3.5, zorder=4)
-    if row.aim:
-        axes.plot([row.aim, row.aim], [y - 0.42, y + 0.42], color="black", lw=1.6, zorder=3)
+    axes.plot([within(row.time)], [y], marker=marker, color=color, ms=3.5 if row.aim is None else 5, zorder=4)
+    if row.aim is not None:
+        axes.plot([within(row.aim)] * 2, [y - 0.42, y + 0.42], color="black", lw=1.6, zorder=3)
 
 
 def within(time: float) -> float:

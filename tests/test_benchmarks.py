@@ -415,8 +415,8 @@ timings = {
 aims = {"ours": 1.05, "theirs": 1.1}
 skipped = {"PyTorch": "torch is not installed"}
 harness.report("a race", timings, "plain", "steps", aims=aims, skipped=skipped, json_file=options.json)
-figures = {"plain": {"compile, s": 2.0}, "ours": {"compile, s": 2.5}}
-harness.report_figures("compiled", figures, "plain", json_file=options.json)
+figures = {"plain": {"compile, s": 2.0}, "ours": {"compile, s": 2.5}, "zero": {"compile, s": 0.0}}
+harness.report_figures("compiled", figures, "plain", aims={"zero": {"compile, s": 0.0}}, json_file=options.json)
 """
 
 
@@ -508,8 +508,8 @@ def test_the_picture_shows_every_row(ran, tmp_path):
     assert image.startswith(b"\x89PNG")
     assert len(image) > 10_000
     aimed, others = (picture.entries(content, with_aims) for with_aims in (True, False))
-    assert [entry.text for entry in aimed if entry.row] == ["ours", "theirs"] * 2
-    assert [entry.row.reached for entry in aimed if entry.row] == [True, False] * 2
+    assert [entry.text for entry in aimed if entry.row] == ["ours", "theirs", "zero: compile, s"] * 2
+    assert [entry.row.reached for entry in aimed if entry.row] == [True, False, True] * 2
     assert [entry.text for entry in others if entry.row] == ["another", "ours: compile, s"] * 2
     assert [entry.text for entry in aimed if entry.level == 0] == ["works", "fails"]
     figure = picture.figure_of(content)
@@ -517,7 +517,7 @@ def test_the_picture_shows_every_row(ran, tmp_path):
         t.get_text() for t in figure.texts
     ]
     assert {"ours", "theirs", "another", "1.04", "1.20", "3.00"} <= set(texts)
-    assert f"2 of 4 aims reached, on {harness.cpus()}" in texts
+    assert f"4 of 6 aims reached, on {harness.cpus()}" in texts
 
 
 def test_there_may_be_nothing_to_draw():
@@ -549,8 +549,8 @@ def test_the_readme_is_made_from_results(ran, tmp_path):
         "| ours | 1.05 | 1.040 (1.040, 1.040) ✓ | 1.040 ✓ |",
         "| theirs | 1.1 | 1.200 (1.200, 1.200) ✗ | 1.200 (1.200, 1.200) ✗ |",
         "| another | | 3.00 (3.00, 3.00) |",
-        f"| | {harness.cpus()} |\n",
-        "| ours: compile, s | 1.250 |",
+        "| zero: compile, s | 0 | 0.000 ✓ |",
+        "| ours: compile, s | | 1.250 |",
         f"\nSkipped: PyTorch: torch is not installed ({harness.cpus()}); PyTorch: ",
         "\nSkipped: PyTorch: torch is not installed.\n",
         "**4 x Other**, 2020-01-01",
