@@ -24,6 +24,7 @@ PRELOADED = [
     "gradfn.inspection",
     "gradfn.nets",
     "gradfn.train",
+    "tensorboardX",
     "safetensors.numpy",
     "msgspec",
     "filelock",
