@@ -47,7 +47,9 @@ RUNS = {
     "gpt_step": Run("benchmarks.gpt_step", "--rounds 9", 1.2),
     "gpt_step_kept": Run("benchmarks.gpt_step", "--rounds 9 --malloc kept", 1.2),
     "inspect_overhead": Run(
-        "benchmarks.inspect_overhead", "--rounds 7 --only gf.gpt 'GPT, layers scanned' MLP", 4.0
+        "benchmarks.inspect_overhead",
+        "--rounds 7 --only gf.gpt 'GPT, layers scanned' MLP 'fit MLP' 'fit 784-16-10'",
+        4.5,
     ),
     "per_example": Run("benchmarks.per_example", "--rounds 9", 2.5),
     "per_example_kept": Run("benchmarks.per_example", "--rounds 9 --malloc kept --only GPT-12 LSTM", 0.8),
