@@ -1,8 +1,5 @@
 """Scikit-learn's handwritten digits: real, small, and available without a download."""
 
-import importlib.util
-import sys
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -45,29 +42,15 @@ def digits(size: Literal[28, 8] = 28, validation: int = 180, test: int = 360, se
     """
     if size not in (8, 28):
         raise ValueError(f"size must be 28 (resized) or 8 (original), got {size!r}")
-    table = _table()
-    images = table[:, :-1].reshape(-1, 8, 8) / 16.0  # [1797, 64] -> [1797, 8, 8], gray levels 0..16
-    labels = table[:, -1].astype(np.int32)
+    raw = sklearn("datasets").load_digits()
+    images = raw.images / 16.0  # [1797, 8, 8], gray levels 0..16
+    labels = raw.target.astype(np.int32)
     if size == 28:
         images = enlarge(images, 28)
     x = images.reshape(len(images), size * size).astype(np.float32)  # [N, size, size] -> [N, size*size]
     train, held, tested = split(x, labels, validation=validation, test=test, seed=seed, stratify=True)
     name = "digits 8x8" if size == 8 else "digits, 8x8 resized to 28x28"
     return Dataset(train, held, tested, name, (size, size), tuple("0123456789"))
-
-
-def _table() -> np.ndarray:
-    """Return scikit-learn's table of digits: 64 pixels and the label, `[1797, 65]`.
-
-    Its file is read where scikit-learn is not imported already, which takes a second.
-    """
-    found = None if "sklearn" in sys.modules else importlib.util.find_spec("sklearn")
-    if found and found.origin:
-        file = Path(found.origin).with_name("datasets") / "data" / "digits.csv.gz"
-        if file.exists():
-            return np.loadtxt(file, delimiter=",")
-    raw = sklearn("datasets").load_digits()
-    return np.column_stack([raw.data, raw.target])
 
 
 def enlarge(images: np.ndarray, size: int) -> np.ndarray:

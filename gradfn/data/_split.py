@@ -3,7 +3,7 @@
 import numpy as np
 
 from gradfn.data._arrays import as_array
-from gradfn.data._checks import integer
+from gradfn.data._checks import integer, sklearn
 from gradfn.data.dataset import Examples
 
 
@@ -66,51 +66,11 @@ def split(
         """Sample `size` of the rows; return the others, and the sample."""
         if size == 0:
             return rows, rows[:0]
-        others, sample = sampled(size, seed, len(rows), y[rows] if stratify else None)
-        return rows[others], rows[sample]
+        others, sample = sklearn("model_selection").train_test_split(
+            rows, test_size=size, random_state=seed, stratify=y[rows] if stratify else None
+        )
+        return others, sample
 
     rest, in_test = take(np.arange(n), test)
     in_train, in_validation = take(rest, validation)
     return (x[in_train], y[in_train]), (x[in_validation], y[in_validation]), (x[in_test], y[in_test])
-
-
-def sampled(size: int, seed: int, n: int, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Choose `size` of n rows at random, with the proportions of their labels; return the other rows, and these.
-
-    They are those of scikit-learn's `train_test_split`, which takes a second to import.
-
-    Raises:
-        ValueError: a label that only one row has.
-    """
-    random = np.random.RandomState(seed)  # whose numbers never change
-    if labels is None:
-        order = random.permutation(n)
-        return order[size:], order[:size]
-    _, label_of_row, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    if counts.min() < 2:
-        raise ValueError("stratify needs two examples per label or more")
-    others_of_label = _shares(counts, n - size, random)
-    sample_of_label = _shares(counts - others_of_label, size, random)
-    others, sample = [], []
-    for label, (n_others, n_sample) in enumerate(zip(others_of_label, sample_of_label, strict=True)):
-        rows = np.flatnonzero(label_of_row == label)
-        rows = rows[random.permutation(len(rows))]
-        others.append(rows[:n_others])
-        sample.append(rows[n_others : n_others + n_sample])
-    return random.permutation(np.concatenate(others)), random.permutation(np.concatenate(sample))
-
-
-def _shares(counts: np.ndarray, size: int, random: np.random.RandomState) -> np.ndarray:
-    """Return how many of each label a sample has: in proportion to the counts, the largest remainders rounded up."""
-    exact = counts / counts.sum() * size
-    shares = np.floor(exact)
-    remainders = exact - shares
-    missing = int(size - shares.sum())
-    for remainder in np.unique(remainders)[::-1]:
-        if missing == 0:
-            break
-        (equal,) = np.where(remainders == remainder)
-        chosen = random.choice(equal, size=min(len(equal), missing), replace=False)
-        shares[chosen] += 1
-        missing -= len(chosen)
-    return shares.astype(int)

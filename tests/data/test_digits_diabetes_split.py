@@ -10,11 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_diabetes, load_digits
 from sklearn.linear_model import LinearRegression
-from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
 
 from gradfn.data import diabetes, digits, split
-from gradfn.data._split import sampled
 
 
 def rows(*parts):
@@ -124,41 +122,6 @@ def test_split_parts_make_up_the_whole(data, n, seed):
     np.testing.assert_equal(parts, again)
     without = split(x, -x, validation=0, test=test, seed=seed)
     assert (without[2][0] == parts[2][0]).all()  # validation never moves the test
-
-
-@settings(deadline=None, max_examples=100)
-@given(data=st.data(), seed=st.integers(0, 2**32 - 1))
-def test_samples_are_those_of_scikit_learn(data, seed):
-    labels = data.draw(st.none() | st.lists(st.integers(0, 4), min_size=10, max_size=60))
-    n = 30 if labels is None else len(labels)
-    rows, least = np.arange(n), 1
-    if labels is not None:
-        counts = np.bincount(labels)
-        labels = np.where(counts[labels] == 1, 9, labels)  # at most one label remains with one row
-        least = len(np.unique(labels))
-    size = data.draw(st.integers(least, n - least))
-    try:
-        expected = train_test_split(rows, test_size=size, random_state=seed, stratify=labels)
-    except ValueError:
-        assert (labels == 9).sum() == 1
-        with pytest.raises(ValueError, match="stratify needs two examples per label or more"):
-            sampled(size, seed, n, labels)
-    else:
-        np.testing.assert_equal(sampled(size, seed, n, labels), tuple(expected))
-
-
-def test_digits_are_equal_whether_scikit_learn_was_imported_or_not():
-    code = (
-        "import sys, hashlib, gradfn as gf\n"
-        "for _ in range(2):\n"
-        "    data = gf.data.digits(size=8)\n"
-        "    parts = b''.join(a.tobytes() for part in data[:3] for a in part)\n"
-        "    print('sklearn' in sys.modules, hashlib.sha256(parts).hexdigest())\n"
-        "    import sklearn.datasets"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    (before, one), (after, other) = map(str.split, done.stdout.splitlines())
-    assert (before, after, one) == ("False", "True", other)
 
 
 def test_split_of_unequal_lengths():
