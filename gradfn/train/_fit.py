@@ -64,8 +64,9 @@ class _Fit(NamedTuple):
 class Fit(ShowsTable, _Fit):
     """The result of `fit`: the trained parameters, the whole state, and the recorded rows. `print` shows a table.
 
-    Rows are lists where there is no folder. Where there is one they are `gradfn.train.rows.Rows`, which read like
-    lists: the last ones (up to 4 MB as JSON) are in memory, older ones are read from the folder's files.
+    Rows are lists where there is no folder, but those of inspections, which read like a list, are made when they are
+    read. Where there is a folder all are `gradfn.train.rows.Rows`, which read like lists too: the last ones (up to 4 MB
+    as JSON) are in memory, older ones are read from the folder's files.
 
     Attributes:
         params: the trained parameters, of the type that `fit` was given.

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
+import jax
+
 from gradfn.console import Output
 from gradfn.files import FileError, inner_folder
-from gradfn.layout import EVENTS, LOGS, MEASURES, METRICS, NOT_METRICS
+from gradfn.layout import EVENTS, INSPECTIONS, LOGS, MEASURES, METRICS, NOISE, NOT_METRICS
 from gradfn.train.checkpoint import CheckpointError
 from gradfn.train.events import Events
+from gradfn.train.lazy_rows import LazyRows
 from gradfn.train.notes import Totals
 from gradfn.train.rows import Extent, Row, Rows
 
@@ -43,7 +47,8 @@ class Log:
 
     def __init__(self, folder: Path | None, steps: int, tokens: int | None, progress: bool) -> None:
         self.folder, self.tokens = folder, tokens
-        self.history, self.inspections, self.noise = (_rows(folder, name) for name in LOGS)
+        self.history, self.noise = _rows(folder, METRICS), _rows(folder, NOISE)
+        self.inspections = LazyRows() if folder is None else Rows(folder / INSPECTIONS)
         self._steps, self._progress = steps, progress
         self._events: Events | None = None
         self._bar: tuple[Progress, TaskID] | None = None
@@ -73,6 +78,8 @@ class Log:
                 found.restore(extent, _Checked(name, step))
                 if isinstance(rows, list):  # another process writes the files
                     rows.extend(found)
+                elif isinstance(rows, LazyRows):
+                    rows.extend(len(found), functools.partial(_between, list(found)))
             except FileError as error:
                 raise CheckpointError(str(error)) from error
 
@@ -99,20 +106,21 @@ class Log:
         if self._events:
             self._events.add(row["step"], {name: value for name, value in row.items() if name != "step"})
 
-    def inspect(self, steps: Iterable[int], inspections: Inspection) -> None:
+    def inspect(self, steps: Sequence[int], inspections: Inspection) -> None:
         """Append the stacked inspections of the steps that follow each of `steps`."""
-        from gradfn.inspection.flow import to_dicts
+        if isinstance(self.inspections, LazyRows):
+            self.inspections.extend(len(steps), functools.partial(_rows_of, steps, inspections))
+            return
+        for row in _rows_of(steps, inspections, 0, len(steps)):
+            self.inspection(row)
 
-        for step, inspection in zip(steps, to_dicts(inspections), strict=True):
-            self.inspection(step, inspection)
-
-    def inspection(self, step: int, inspection: Row) -> None:
-        """Append the inspection of the step that follows `step`."""
-        row: Row = {"step": step} | inspection
+    def inspection(self, row: Row) -> None:
+        """Append the row of an inspection."""
+        assert isinstance(self.inspections, Rows)
         self.inspections.append(row)
         if self._events:
             self._events.add(
-                step, {f"gradient rms/{name}": stats["rms"] for name, stats in row["grads"].items()}
+                row["step"], {f"gradient rms/{name}": stats["rms"] for name, stats in row["grads"].items()}
             )
 
     def noise_scale(self, step: int, noise: Row) -> None:
@@ -186,6 +194,18 @@ def _progress_bar() -> Progress | None:
     remaining = TextColumn("{task.fields[left]}", style="progress.remaining")
     left = (TimeElapsedColumn(), TextColumn("of which left"), remaining)
     return Progress(text, BarColumn(), *left, console=console)
+
+
+def _between(rows: list[Row], start: int, stop: int) -> list[Row]:
+    return rows[start:stop]
+
+
+def _rows_of(steps: Sequence[int], inspections: Inspection, start: int, stop: int) -> list[Row]:
+    """Return the rows from `start` to `stop` of stacked inspections."""
+    from gradfn.inspection.flow import to_dicts
+
+    found = to_dicts(jax.tree.map(lambda array: array[start:stop], inspections))
+    return [{"step": step} | row for step, row in zip(steps[start:stop], found, strict=True)]
 
 
 def _rows(folder: Path | None, name: str) -> Rows | list[Row]:

@@ -67,8 +67,8 @@ class Stacked:
         return Stacked(matrices, self.form)
 
     def tree(self, n: int) -> PyTree:
-        """Return the first `n` trees on the host, as one tree of NumPy arrays `[n, ...]`."""
-        matrices = {dtype: np.asarray(matrix[:n]) for dtype, matrix in self.matrices.items()}
+        """Return a copy of the first `n` trees on the host, as one tree of NumPy arrays `[n, ...]`."""
+        matrices = {dtype: np.array(matrix[:n]) for dtype, matrix in self.matrices.items()}
         starts = dict.fromkeys(matrices, 0)
         leaves = []
         for shape, dtype in self.form.leaves:

@@ -381,8 +381,8 @@ def test_the_time_left_includes_evaluations_and_inspections(monkeypatch, capsys)
         ends.append(clock["now"])
         return {}
 
-    look = Log.inspection
-    monkeypatch.setattr(Log, "inspection", lambda *args: (clock.update(now=clock["now"] + 2.0), look(*args)))
+    look = Log.inspect
+    monkeypatch.setattr(Log, "inspect", lambda *args: (clock.update(now=clock["now"] + 2.0), look(*args)))
     start_clock = Log.start
     monkeypatch.setattr(Log, "start", lambda log, step: (clock.update(now=5000.0), start_clock(log, step)))
     ends = []
