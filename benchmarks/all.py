@@ -43,19 +43,19 @@ class Run(NamedTuple):
 
 # Rounds and cases are chosen so that the sum stays below 20 minutes on two cores.
 RUNS = {
-    "fit_mnist": Run("benchmarks.fit_mnist", "--rounds 15", 0.8),
+    "fit_mnist": Run("benchmarks.fit_mnist", "--rounds 15", 0.9),
     "gpt_step": Run("benchmarks.gpt_step", "--rounds 9", 1.2),
     "gpt_step_kept": Run("benchmarks.gpt_step", "--rounds 9 --malloc kept", 1.2),
     "inspect_overhead": Run(
         "benchmarks.inspect_overhead",
         "--rounds 7 --only gf.gpt 'GPT, layers scanned' MLP 'fit MLP' 'fit 784-16-10'",
-        4.5,
+        4.4,
     ),
-    "per_example": Run("benchmarks.per_example", "--rounds 9", 2.5),
-    "per_example_kept": Run("benchmarks.per_example", "--rounds 9 --malloc kept --only GPT-12 LSTM", 0.8),
+    "per_example": Run("benchmarks.per_example", "--rounds 9", 2.0),
+    "per_example_kept": Run("benchmarks.per_example", "--rounds 9 --malloc kept --only GPT-12 LSTM", 0.4),
     "curvature": Run("benchmarks.curvature", "--rounds 9", 1.0),
-    "commands": Run("benchmarks.commands", "", 0.5),
-    "experiments": Run("benchmarks.experiments", "--only digits moons rnn", 1.0),
+    "commands": Run("benchmarks.commands", "", 0.3),
+    "experiments": Run("benchmarks.experiments", "--only digits moons rnn", 0.7),
     "attention": Run("benchmarks.attention", "--rounds 3 --lengths 512 1024 2048", 0.5),
     "saving": Run("benchmarks.saving", "--gigabytes 0.2", 0.2),
     "scaling": Run("benchmarks.scaling", "--devices 1 8 --rules FSDP", 0.5),

@@ -1,6 +1,8 @@
 """One picture of all ratios: what has an aim on the left, everything else on the right.
 
-python -m benchmarks.picture benchmarks.json benchmarks.png
+    python -m benchmarks.picture benchmarks.json benchmarks.png
+
+`benchmarks.all` draws it too.
 """
 
 import json
@@ -8,12 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from benchmarks.rows import Row, rows_of
 
 # Okabe and Ito's, which color-blind readers distinguish; shapes differ too.
 REACHED, MISSED, WITHOUT = ("#0072b2", "o"), ("#d55e00", "^"), ("#8c8c8c", "o")
 LINE = 0.16  # inches per row
-LEAST, MOST = 1 / 8, 32
+# The ends of the axes with and without aims; a time beyond them is drawn at the end, and its number tells it.
+AIMED, COMPARED = (0.5, 2.0), (1 / 8, 32.0)
 
 
 class Entry(NamedTuple):
@@ -61,7 +66,12 @@ def draw(content: dict[str, Any], file: Path) -> bool:
         print("the picture needs matplotlib")
         return False
     if figure is not None:
-        figure.savefig(file, dpi=110, metadata={"Software": None})
+        from PIL import Image
+
+        figure.canvas.draw()
+        # A few colors need a third of the space.
+        pixels = Image.fromarray(np.asarray(figure.canvas.buffer_rgba()))  # [height, width, 4]
+        pixels.convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE).save(file, optimize=True)
     return figure is not None
 
 
@@ -71,13 +81,13 @@ def figure_of(content: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
     aimed, others = entries(content, True), entries(content, False)
-    panels = {"with an aim": aimed, "for comparison, without an aim": others}
-    panels = {title: found for title, found in panels.items() if found}
+    panels = [("with an aim", aimed, AIMED), ("for comparison, without an aim", others, COMPARED)]
+    panels = [panel for panel in panels if panel[1]]
     if not panels:
         return None
-    longest = max(len(found) for found in panels.values()) + 1
+    longest = max(len(found) for _, found, _ in panels) + 1
     height = 1.65 + LINE * longest
-    figure = Figure(figsize=(7.5 * len(panels), height))
+    figure = Figure(figsize=(7.5 * len(panels), height), dpi=110)
     FigureCanvasAgg(figure)
     rows = [entry.row for entry in aimed if entry.row]
     reached = (
@@ -90,36 +100,31 @@ def figure_of(content: dict[str, Any]) -> Any:
     )
     figure.text(0.01, 1 - 0.45 / height, explanation, size=9.5, va="top")
     bottom, top, width = 0.4 / height, 1 - 1.2 / height, 1 / len(panels)
-    for i, (title, found) in enumerate(panels.items()):
+    for i, (title, found, ends) in enumerate(panels):
         figure.text(width * i + 0.01, top + 0.12 / height, title, size=10.5, style="italic")
         own = (top - bottom) * (len(found) + 1) / longest
         # Names stand left of the axes, times right of them.
         axes = figure.add_axes((width * (i + 0.44), top - own, width * 0.46, own))
-        _panel(axes, found)
+        _panel(axes, found, ends)
     _legend(figure, height)
     return figure
 
 
-def _panel(axes: Any, found: list[Entry]) -> None:
+def _panel(axes: Any, found: list[Entry], ends: tuple[float, float]) -> None:
     """Draw rows on a logarithmic axis, the first on top."""
-    rows = [entry.row for entry in found if entry.row]
-    values = [
-        within(value) for row in rows for value in (row.time, row.low, row.high, row.aim) if value is not None
-    ]
-    low, high = min(0.8, *values) / 1.08, max(1.25, *values) * 1.08
+    low, high = ends[0] / 1.08, ends[1] * 1.08
     axes.set_xscale("log", base=2)
     axes.set_xlim(low, high)
     axes.set_ylim(len(found) + 0.5, -0.5)
     axes.axvline(1, color="#444444", lw=1, zorder=1)
     for y, entry in enumerate(found):
         if entry.row:
-            _row(axes, y, entry.text, entry.row)
+            _row(axes, y, entry.text, entry.row, ends)
         else:
             size, weight = (8.5, "bold") if entry.level == 0 else (7.5, "normal")
             across = axes.get_yaxis_transform()
             axes.text(-0.95, y, entry.text, transform=across, size=size, weight=weight, va="center")
-    ticks = [2.0**k for k in range(-8, 12)] + ([1.1, 1.25, 1.5] if high < 4 else [])
-    ticks = sorted(tick for tick in ticks if low <= tick <= high)
+    ticks = [0.5, 0.75, 1, 1.1, 1.25, 1.5, 2] if high < 4 else [2.0**k for k in range(-3, 6)]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], size=7.5)
     axes.minorticks_off()
     axes.set_yticks([])
@@ -129,9 +134,13 @@ def _panel(axes: Any, found: list[Entry]) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _row(axes: Any, y: int, name: str, row: Row) -> None:
+def _row(axes: Any, y: int, name: str, row: Row, ends: tuple[float, float]) -> None:
     """Draw the time of one row, its quartiles and its aim."""
     assert row.time is not None
+
+    def within(time: float) -> float:
+        return min(max(time, ends[0]), ends[1])
+
     across = axes.get_yaxis_transform()
     color, marker = WITHOUT if row.aim is None else REACHED if row.reached else MISSED
     axes.text(-0.02, y, name, transform=across, size=7, ha="right", va="center")
@@ -143,11 +152,6 @@ def _row(axes: Any, y: int, name: str, row: Row) -> None:
     axes.plot([within(row.time)], [y], marker=marker, color=color, ms=3.5 if row.aim is None else 5, zorder=4)
     if row.aim is not None:
         axes.plot([within(row.aim)] * 2, [y - 0.42, y + 0.42], color="black", lw=1.6, zorder=3)
-
-
-def within(time: float) -> float:
-    """Return the time, or the end of the axis for one that would stretch it; its number is printed all the same."""
-    return min(max(time, LEAST), MOST)
 
 
 def _legend(figure: Any, height: float) -> None:

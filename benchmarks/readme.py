@@ -93,9 +93,8 @@ def cpus(found: list[Result]) -> str:
     lines = []
     for result in found:
         environments = [run.get("environment", {}) for run in result["runs"].values()]
-        versions = {
-            name: each[name] for each in environments for name in each if name not in ("CPUs", "load")
-        }
+        others = ("CPUs", "load", "XLA_FLAGS")  # scaling sets the last one for itself
+        versions = {name: each[name] for each in environments for name in each if name not in others}
         about = ", ".join(f"{name} {version}" for name, version in versions.items())
         loads = [float(each["load"]) for each in environments if "load" in each]
         # More than the number of CPUs: other programs were running.
@@ -126,18 +125,7 @@ def markdown(title: str, tables: dict[str, dict[str, Any]]) -> str:
         title: of the table.
         tables: by CPU; below are the reasons of those that were skipped.
     """
-    by_name = {who: {row.name: row for row in rows_of(table)} for who, table in tables.items()}
-    names = dict.fromkeys(name for rows in by_name.values() for name in rows)
-    aims = {name: row.aim for rows in by_name.values() for name, row in rows.items() if row.aim is not None}
-    first = next(iter(tables))
-    order = list(names)
-    if "summary" in tables[first]:  # figures keep the order in which they were reported
-        order.sort(key=lambda name: by_name[first][name].time if name in by_name[first] else float("inf"))
-    head = ["", *(["aim"] if aims else []), *tables]
-    lines = [line(head), line(["---"] + ["---:"] * (len(head) - 1))]
-    for name in order:
-        aim = [f"{aims[name]:.4g}" if name in aims else ""] if aims else []
-        lines.append(line([name, *aim, *(cell(rows.get(name)) for rows in by_name.values())]))
+    lines = figures_of(tables) if any("figures" in table for table in tables.values()) else times_of(tables)
     skipped = [
         f"{name}: {reason}" + (f" ({who})" if len(tables) > 1 else "")
         for who, table in tables.items()
@@ -147,8 +135,37 @@ def markdown(title: str, tables: dict[str, dict[str, Any]]) -> str:
     return f"{title}:\n\n" + "\n".join(lines) + "\n" + note
 
 
-def cell(row: Row | None) -> str:
-    """Return a cell: the time, its quartiles, and whether the aim was reached."""
+def times_of(tables: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the lines of a table of timings: one row per contender, the fastest first."""
+    by_name = {who: {row.name: row for row in rows_of(table)} for who, table in tables.items()}
+    names = dict.fromkeys(name for rows in by_name.values() for name in rows)
+    aims = {name: row.aim for rows in by_name.values() for name, row in rows.items() if row.aim is not None}
+    first = next(iter(by_name.values()))
+    order = sorted(names, key=lambda name: first[name].time if name in first else float("inf"))
+    head = ["", *(["aim"] if aims else []), *tables]
+    lines = [line(head), line(["---"] + ["---:"] * (len(head) - 1))]
+    for name in order:
+        aim = [f"{aims[name]:.4g}" if name in aims else ""] if aims else []
+        lines.append(line([name, *aim, *(cell(rows.get(name)) for rows in by_name.values())]))
+    return lines
+
+
+def figures_of(tables: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the lines of a table of figures: their columns side by side, for one CPU after the other."""
+    cells = {
+        (who, figure["column"], figure["name"]): cell(row, with_aim=True)
+        for who, table in tables.items()
+        for figure, row in zip(table["figures"], rows_of(table), strict=True)
+    }
+    columns = dict.fromkeys((who, column) for who, column, _ in cells)
+    names = dict.fromkeys(name for _, _, name in cells)
+    head = ["", *(column + (f", {who}" if len(tables) > 1 else "") for who, column in columns)]
+    lines = [line(head), line(["---"] + ["---:"] * len(columns))]
+    return lines + [line([name, *(cells.get((*column, name), "") for column in columns)]) for name in names]
+
+
+def cell(row: Row | None, with_aim: bool = False) -> str:
+    """Return a cell: the time, its quartiles, perhaps the aim, and whether it was reached."""
     if row is None:
         return ""
     if row.is_baseline:
@@ -156,7 +173,9 @@ def cell(row: Row | None) -> str:
     if row.time is None:
         return row.value or ""
     text = times(row.time) + (f" ({times(row.low)}, {times(row.high)})" if row.low and row.high else "")
-    return text if row.aim is None else f"{text} {'✓' if row.reached else '✗'}"
+    if row.aim is None:
+        return text
+    return text + (f" of {row.aim:.4g}" if with_aim else "") + (" ✓" if row.reached else " ✗")
 
 
 def times(ratio: float) -> str:
