@@ -32,38 +32,48 @@ def failures(record):
 
 
 def test_the_search_is_not_part_of_the_step():
-    net = gf.mlp([3, 4, 4, 2])
-    mean, batch = gf.batch_mean(gf.regression_loss(net)), (jnp.ones([5, 3]), jnp.ones([5, 2]))
-    params = net.init(jax.random.key(0))
-    plain, guarded = (
-        jax.make_jaxpr(f)(params, batch) for f in (jax.value_and_grad(mean), gf.nan_guard(mean))
-    )
-    # A test per leaf, and the branch.
-    assert len(guarded.eqns) < len(plain.eqns) + 3 * len(jax.tree.leaves(params)) + 12
-    lowered = jax.jit(gf.nan_guard(mean)).lower(params, batch)
-    assert callbacks(lowered) > 0
-    assert callbacks(jax.jit(jax.value_and_grad(mean)).lower(params, batch)) == 0
+    def kernels(n_layers):
+        net = gf.mlp([8] * (n_layers + 1))
+        mean, batch = gf.batch_mean(gf.regression_loss(net)), (jnp.ones([5, 8]), jnp.ones([5, 8]))
+        params = net.init(jax.random.key(0))
+        lowered = [jax.jit(f).lower(params, batch) for f in (jax.value_and_grad(mean), gf.nan_guard(mean))]
+        assert [callbacks(each) > 0 for each in lowered] == [False, True]
+        return [each.compile().as_text().count(" fusion(") for each in lowered]
+
+    few, many = kernels(3), kernels(12)
+    # Leaves of one shape share the kernels of the test.
+    assert many[1] - many[0] <= few[1] - few[0] + 9
+
+
+SHAPES = [(), (3,), (0, 2), (7, 5), (200, 100), (4, 50, 100), (3,), (20000,), (100, 200), (40, 500)]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("shape", [(), (3,), (0, 2), (7, 5), (200, 100), (4, 50, 100)])
-def test_whether_an_array_is_finite(shape, bad):
-    x = np.full(shape, np.finfo(np.float32).max, np.float32)
-    is_finite = jax.jit(guard._is_finite)
-    assert is_finite(x)
-    assert is_finite(-x)
-    for i in {0, x.size // 2, x.size - 1} if x.size else ():
-        other = x.copy()
-        other.flat[i] = bad
-        assert not is_finite(other)
+def test_which_arrays_are_finite(bad):
+    largest = [np.full(shape, np.finfo(np.float32).max, np.float32) for shape in SHAPES]
+    are_finite = jax.jit(guard._are_finite)
+    assert np.all(are_finite(largest))
+    assert np.all(are_finite([-x for x in largest]))
+    for i, x in enumerate(largest):
+        for place in {0, x.size // 2, x.size - 1} if x.size else ():
+            other = x.copy()
+            other.flat[place] = bad
+            flags = are_finite([*largest[:i], other, *largest[i + 1 :]])
+            assert np.flatnonzero(~flags).tolist() == [i]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64", "complex64"])
 def test_whether_an_array_of_another_dtype_is_finite(dtype):
     with jax.enable_x64(dtype == "float64"):
         x = jnp.full([200, 100], 6e4, dtype)
-        assert jax.jit(guard._is_finite)(x)
-        assert not jax.jit(guard._is_finite)(x.at[150, 3].set(jnp.inf))
+        arrays = [x, x.at[150, 3].set(jnp.inf), x[0], x[0].at[1].set(jnp.nan), jnp.ones(100, jnp.float32)]
+        assert jax.jit(guard._are_finite)(arrays).tolist() == [True, False, True, False, True]
+
+
+def test_on_accelerators_a_sum_tests_what_a_product_tests_on_cpus(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    x = jnp.full([200, 100], jnp.finfo(jnp.float32).max)
+    assert guard._are_finite([x, x.at[150, 3].set(jnp.inf)]).tolist() == [True, False]
 
 
 def looped(x):
