@@ -194,9 +194,10 @@ def _row(x: jax.Array) -> jax.Array:
     if x.size < _LARGE:
         return x.reshape(-1)
     x = x.reshape(-1, x.shape[-1] if x.ndim > 1 else 1)  # [..., n] -> [rows, n]
-    # On CPUs a product reads a matrix faster than a sum. Accelerators may round what is close to overflow to infinity.
+    # On CPUs a product reads a matrix faster than a sum; with two rows it is a call of a library, where XLA compiles a
+    # kernel for each product of one row. Accelerators may round what is close to overflow to infinity.
     if jax.default_backend() == "cpu" and x.dtype in (jnp.float32, jnp.float64):
-        return jnp.zeros(len(x), x.dtype) @ x
+        return (jnp.zeros([2, len(x)], x.dtype) @ x)[0]  # [2, rows] @ [rows, n] -> [n]
     return jnp.sum(x * 0, axis=0)
 
 
