@@ -81,9 +81,11 @@ def run_all(names: list[str], extra: Mapping[str, list[str]], file: Path) -> dic
     content: dict[str, Any] = {}
     possible = [name for name in names if not RUNS[name].accelerator or has_accelerator()]
     for number, name in enumerate(names, 1):
-        left = sum(RUNS[each].minutes for each in names[number - 1 :] if each in possible)
-        say(f"[{number}/{len(names)}] {name}: about {RUNS[name].minutes:g} min, with the rest {left:.0f} min")
         if name in possible:
+            minutes = sum(RUNS[each].minutes for each in names[number - 1 :] if each in possible)
+            say(
+                f"[{number}/{len(names)}] {name}: about {RUNS[name].minutes:g} min, to the end {minutes:.1f} min"
+            )
             runs[name] = run_one(RUNS[name], extra.get(name, []))
         else:
             runs[name] = {"skipped": "there is no accelerator", "tables": []}
