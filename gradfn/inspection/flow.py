@@ -16,6 +16,7 @@ The thresholds of the flags and their reasons:
 import itertools
 import math
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -69,15 +70,17 @@ class _Entry(NamedTuple):
     """The norm of that gradient, `[n]`."""
 
 
-def _entries(inspection: "ByName", n: int) -> list[_Entry]:
+def _entries(
+    sites: Iterable[Site], n: int, stats: Mapping[str, Stats], grad_stats: Mapping[str, Stats]
+) -> list[_Entry]:
     """Return the entries of `n` stacked inspections, from the inputs to the loss; all arrays are `[n, ...]`."""
     out = []
-    for site in inspection.sites:
-        stats, grads = _columns(inspection.stats[site.name]), _columns(inspection.grad_stats.get(site.name))
+    for site in sites:
+        of_values, of_grads = _columns(stats[site.name]), _columns(grad_stats.get(site.name))
         for index in itertools.product(*[range(k) for k in site.axes]):
             at: tuple[Any, ...] = (slice(None), *index)
-            of_value = {name: column[at] for name, column in stats.items()}
-            of_grad = {name: column[at] for name, column in grads.items()}
+            of_value = {name: column[at] for name, column in of_values.items()}
+            of_grad = {name: column[at] for name, column in of_grads.items()}
             count, rms = of_grad.get("count", np.zeros(n)), of_grad.get("rms")
             reached = (count > 0) & (rms is not None)
             norm = np.zeros(n) if rms is None else rms * np.sqrt(count)
@@ -122,7 +125,7 @@ def _flags(entries: list[_Entry], n: int) -> list[dict[str, np.ndarray]]:
 def rows_of(inspection: "ByName") -> list[Row]:
     """Return the rows of the table, from the inputs to the loss; of stacked inspections, those of the last one."""
     inspection = jax.device_get(inspection)
-    entries = _entries(_last(inspection), 1)
+    entries = _entries(inspection.sites, 1, **_last(inspection))
     out: list[Row] = []
     after: float | None = None
     for entry, flags in reversed(list(zip(entries, _flags(entries, 1), strict=True))):
@@ -137,19 +140,16 @@ def rows_of(inspection: "ByName") -> list[Row]:
     return out[::-1]
 
 
-def _last(inspection: Any) -> Any:
-    """Return the last of stacked inspections, or the only one, with an axis of length 1 in front of its statistics."""
+def _last(inspection: "ByName") -> dict[str, dict[str, Stats]]:
+    """Return statistics of the last of stacked inspections, or of the only one, with an axis of length 1 in front."""
     depths = {site.name: len(site.axes) for site in inspection.sites}
 
     def last(name: str, stats: Stats) -> Stats:
         values = np.asarray(stats.values)
         return replace(stats, values=values[(-1,) * (values.ndim - 1 - depths[name])][None])
 
-    return replace(
-        inspection,
-        stats={name: last(name, stats) for name, stats in inspection.stats.items()},
-        grad_stats={name: last(name, stats) for name, stats in inspection.grad_stats.items()},
-    )
+    every = {"stats": inspection.stats, "grad_stats": inspection.grad_stats}
+    return {which: {name: last(name, one) for name, one in found.items()} for which, found in every.items()}
 
 
 def _numbers(stats: dict[str, np.ndarray]) -> dict[str, float]:
@@ -171,11 +171,14 @@ def _order(site: Site, index: tuple[int, ...]) -> tuple[float, ...]:
 
 def flags(inspection: "Inspection") -> dict[str, list[str]]:
     """Return the flags by site name; those of a loop's iterations together."""
-    return _flags_by_name(_last(jax.device_get(inspection)), 1)[0]
+    inspection = jax.device_get(inspection)
+    return _flags_by_name(inspection.sites, 1, **_last(inspection))[0]
 
 
-def _flags_by_name(inspections: Any, n: int) -> list[dict[str, list[str]]]:
-    entries = _entries(inspections, n)
+def _flags_by_name(
+    sites: Iterable[Site], n: int, stats: Mapping[str, Stats], grad_stats: Mapping[str, Stats]
+) -> list[dict[str, list[str]]]:
+    entries = _entries(sites, n, stats, grad_stats)
     out: list[dict[str, list[str]]] = [{} for _ in range(n)]
     for entry, flags in zip(entries, _flags(entries, n), strict=True):
         for flag, at in flags.items():
@@ -210,7 +213,7 @@ def to_dicts(inspections: "Inspection") -> list[dict[str, Any]]:
         ratios = {name: np.asarray(r).tolist() for name, r in _leaves(inspections.update_ratios)}
         columns["update_ratios"] = _rows(ratios, n)
     if np.ndim(inspections.value) == 1:
-        columns["flags"] = _flags_by_name(inspections, n)
+        columns["flags"] = _flags_by_name(inspections.sites, n, stats, grad_stats)
     return _rows(columns, n)
 
 
