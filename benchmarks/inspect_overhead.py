@@ -4,8 +4,8 @@
 
 Models: `gf.gpt` (4 layers, 4 heads, width 128, 64 tokens, batch size 12, 65 symbols), a GPT of that size in plain JAX
 with unrolled and with scanned layers, and an MLP 784-256-256-10 at batch size 128 in plain JAX. One call is 20 steps,
-each on the same parameters; `every 20th` inspects one of them; `nan_guard` is the lazy search for the origin of a
-NaN, on healthy steps. Every site is inspected, forward and backward, and all statistics are returned; `one site a
+each on the same parameters; `every 20th` inspects one of them; `nan_guard` is the test for a NaN, on healthy
+steps. Every site is inspected, forward and backward, and all statistics are returned; `one site a
 layer` inspects the MLP's pre-activations alone. A ratio of 0.9 means that a step takes 1/0.9 of the time of a plain
 step.
 
@@ -35,6 +35,7 @@ MODELS = ("gf.gpt", "GPT", "GPT, layers scanned", "MLP")
 FITS = {"fit MLP": ((784, 256, 256, 10), 128, 100), "fit 784-16-10": ((784, 16, 10), 32, 1000)}
 # How many times the time of the baseline a step may take, by model and row.
 AIMS = {
+    "gf.gpt": {"nan_guard": 1.03},
     "MLP": {
         "all seven (the default)": 1.25,
         "rms, non-finite, one site a layer": 1.10,
@@ -142,9 +143,11 @@ def contenders(
 
     def contender(name: str, first: Callable, others: Callable | None = None) -> harness.Contender:
         started = time.perf_counter()
-        first = jax.jit(first).lower(params, batch).compile()
+        # Called through jit, as users do: what `compile` returns calls a program with a callback from Python.
+        first = jax.jit(first)
+        first.lower(params, batch).compile()
         compiled_in[name] = time.perf_counter() - started
-        others = first if others is None else jax.jit(others).lower(params, batch).compile()
+        others = first if others is None else jax.jit(others)
 
         def run() -> float:
             out = first(params, batch)

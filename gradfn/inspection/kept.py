@@ -87,13 +87,15 @@ class Failure:
     def __init__(self, call: Call, values: list[np.ndarray]) -> None:
         self.call, self.values = call, values
         self.result: tuple[NanReport, Found] | None = None
+        self.lock = threading.Lock()
 
     def search(self) -> tuple[NanReport, Found]:
         """Return the report and what was found; the search runs once."""
-        if self.result is None:
-            self.result = self.call.search(self.values)
-            self.values = []
-        return self.result
+        with self.lock:
+            if self.result is None:
+                self.result = self.call.search(self.values)
+                self.values = []
+            return self.result
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["number"], meta_fields=["kept"])
