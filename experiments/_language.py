@@ -83,9 +83,10 @@ def language_figures(
             [vocabulary[token] for token in read], actual, probabilities, vocabulary
         ),
     }
-    weights = attention_of(loss, params, shown)
+    weights = attention_of(loss, params, jax.tree.map(lambda part: part[None], shown))
     if weights:
-        figures["attention"] = attention_maps(weights, [vocabulary[token] for token in shown[0]])
+        of_one = {name: layer[0] for name, layer in weights.items()}
+        figures["attention"] = attention_maps(of_one, [vocabulary[token] for token in shown[0]])
     return figures
 
 
@@ -112,19 +113,21 @@ def expectations(
     return read.tolist(), actual.tolist(), p
 
 
-def attention_of(loss: Any, params: Any, example: Any) -> dict[str, np.ndarray]:
-    """Return the attention weights of each block for one example, as `gf.inspect` sees them.
+def attention_of(loss: Any, params: Any, examples: Any) -> dict[str, np.ndarray]:
+    """Return the attention weights of each block for some examples, as `gf.capture` sees them.
 
     Args:
         loss: of one example, over a net of unrolled blocks.
         params: its parameters.
-        example: what the loss takes.
+        examples: what the loss takes, with a leading axis of n examples.
 
     Returns:
-        `{"block 0": [heads, T, S], ...}`, in the order of computation; empty where nothing attends.
+        `{"block 0": [n, heads, T, S], ...}`, in the order of computation; empty where nothing attends.
     """
-    names = [name for name in gf.sites(loss)(params, example).names if name.split("/")[-1] == "probabilities"]
+    first = jax.tree.map(lambda part: part[0], examples)
+    names = [name for name in gf.sites(loss)(params, first).names if name.split("/")[-1] == "probabilities"]
     if not names:
         return {}
-    inspection = gf.inspect(loss, sites=names, keep=names, stats=["mean"], input_grads=False)(params, example)
-    return {f"block {i}": np.asarray(inspection[name].value) for i, name in enumerate(names)}
+    capture = jax.jit(jax.vmap(gf.capture(loss, sites=names, keep=names, stats=["mean"]), (None, 0)))
+    captured = capture(params, jax.tree.map(jnp.asarray, examples))
+    return {f"block {i}": np.asarray(captured[name].value) for i, name in enumerate(names)}

@@ -11,6 +11,7 @@ if __name__ == "__main__":
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -67,8 +68,8 @@ def maps(loss: Any, params: Any, data: gf.data.Dataset) -> Figure:
     """Draw where each filter of the first convolution is active, for six digits."""
     images, labels = six_digits(data)
     batch = jnp.asarray(images), jnp.asarray(labels)
-    inspection = gf.inspect(gf.batch_mean(loss), sites="a1", keep="a1", input_grads=False)(params, batch)
-    fired = np.asarray(inspection["a1"].value)  # [digits, 28, 28, filters]
+    captured = jax.jit(gf.capture(gf.batch_mean(loss), sites="a1", keep="a1"))(params, batch)
+    fired = np.asarray(captured["a1"].value)  # [digits, 28, 28, filters]
     columns = {f"filter {i}": fired[..., i] for i in range(min(fired.shape[-1], 10))}
     pictures = images.reshape(fired.shape[:3])  # [digits, 28, 28]
     # [filters] each

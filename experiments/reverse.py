@@ -121,8 +121,8 @@ def all_right(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 def attention(loss: Any, params: Any, test: tuple[jax.Array, jax.Array], n: int) -> Any:
     """Draw where the network looks as it writes, for the first test sequence."""
-    weights = attention_of(loss, params, (test[0][0], test[1][0]))
-    rows = {name: layer[:, n:, :] for name, layer in weights.items()}  # [heads, T, T] -> [heads, n, T]
+    weights = attention_of(loss, params, (test[0][:1], test[1][:1]))
+    rows = {name: layer[0, :, n:, :] for name, layer in weights.items()}  # [1, heads, T, T] -> [heads, n, T]
     tokens = [SYMBOLS[token] for token in test[0][0].tolist()]
     figure = attention_maps(rows, tokens, tokens[n:])
     figure.suptitle("While it writes (rows, downwards), it attends to the digits from the last to the first")

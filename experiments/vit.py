@@ -11,9 +11,6 @@ if __name__ == "__main__":
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
-import numpy as np
-
 import gradfn as gf
 from gradfn import runs
 from gradfn.report.images import filter_images, image_maps
@@ -93,15 +90,14 @@ def run(config: Config) -> ClassifierResult:
 def attention(loss: Any, params: Any, data: gf.data.Dataset, side: int) -> Figure:
     """Draw how much of the attention each patch gets, head by head in the first and the last block."""
     images, labels = six_digits(data)
-    examples = zip(jnp.asarray(images), jnp.asarray(labels), strict=True)
-    of_each = [attention_of(loss, params, example) for example in examples]
+    of_blocks = attention_of(loss, params, (images, labels))
     columns: dict[str, Any] = {}
     # [digits, side * patch, side * patch] -> which patches have ink, [digits, patches]
     pictures = images.reshape(len(images), side, 28 // side, side, 28 // side)
     ink = (pictures.mean((2, 4)) > 0.1).reshape(len(images), -1)
     inked = []
-    for block in dict.fromkeys([min(of_each[0]), max(of_each[0])]):
-        weights = np.stack([blocks[block] for blocks in of_each])  # [digits, heads, patches, patches]
+    for block in dict.fromkeys([min(of_blocks), max(of_blocks)]):
+        weights = of_blocks[block]  # [digits, heads, patches, patches]
         shares = weights.mean(2).reshape(len(images), -1, side, side)  # averaged over the queries
         inked.append((weights.mean((1, 2)) * ink).sum(1).mean())
         columns |= {f"{block}\nhead {head}": shares[:, head] for head in range(shares.shape[1])}
