@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from gradfn.inspection.observe import trace_sites
-from gradfn.jaxpr import Equation, Program, Site, find_sites, interpret, select
+from gradfn.jaxpr import Equation, Program, Site, interpret, select
 from gradfn.jaxpr.interpreter import Evaluate
 
 One: TypeAlias = int | jax.Array | slice | EllipsisType
@@ -74,8 +74,8 @@ def entry(
             lambda delta: (f(params, value + delta, *rest), value),
             lambda other: f(params, other, *rest),
         )
-    program = trace_sites(f, (params, x, *rest), {}, at, what)
-    site, equation = _one_site(program, at, what)
+    program, offered, _ = trace_sites(f, (params, x, *rest), {}, at, what)
+    site, equation = _one_site(program, offered, at, what)
     if not site.differentiable:
         raise ValueError(f"{what}: site {at!r} ({site.dtype}{list(site.shape)}) has no gradient")
     if site.reaches != "result":
@@ -139,8 +139,8 @@ def _checked(index: Index, shape: tuple[int, ...], what: str) -> Index:
     return index
 
 
-def _one_site(program: Program, name: str, what: str) -> tuple[Site, Equation]:
-    chosen = select(find_sites(program), name, what)
+def _one_site(program: Program, offered: Sequence[Site], name: str, what: str) -> tuple[Site, Equation]:
+    chosen = select(offered, name, what)
     if len(chosen) > 1:
         names = ", ".join(site.name for site in chosen)
         raise ValueError(f"{what}: expected one site, got {name!r}, which matches {len(chosen)}: {names}")
@@ -149,8 +149,8 @@ def _one_site(program: Program, name: str, what: str) -> tuple[Site, Equation]:
 
 
 def _site_value(f: Callable, name: str, args: Sequence[PyTree], what: str) -> jax.Array:
-    program = trace_sites(f, args, {}, name, what)
-    site, equation = _one_site(program, name, what)
+    program, offered, _ = trace_sites(f, args, {}, name, what)
+    site, equation = _one_site(program, offered, name, what)
 
     def visit(
         _: Equation, evaluate: Evaluate, inputs: Sequence[PyTree], token: PyTree

@@ -82,17 +82,20 @@ def capture(
     @transform_of(f, "capture", own=0)
     def captured(*args: PyTree, **kwargs: PyTree) -> Capture:
         """Return the output of the function, and the values at its sites."""
-        program = trace_sites(f, args, kwargs, sites)
-        want = wanted(program, sites, keep, stats)
+        traced = trace_sites(f, args, kwargs, sites)
+        program, want = traced.program, wanted(traced, sites, keep, stats)
         at = want.by_path()
 
         def visit(
             equation: Equation, evaluate: Evaluate, inputs: Sequence[PyTree], token: None
         ) -> tuple[list[PyTree], Mapping[str, PyTree]]:
             outs = evaluate(inputs)
-            return outs, {site.name: want.of(site, outs[site.index], site.kind) for site in at[equation.path]}
+            own = [site for site in at[equation.path] if site.name not in want.same_values]
+            return outs, {site.name: want.of(site, outs[site.index], site.kind) for site in own}
 
         outs, recorded = interpret(program.jaxpr, visit, program.equations(at), program.inputs)
-        return Capture(program.rebuild(outs), *want.by_name(recorded), sites=tuple(want.sites))
+        return Capture(
+            program.rebuild(outs), *want.by_name(recorded, want.same_values), sites=tuple(want.sites)
+        )
 
     return captured

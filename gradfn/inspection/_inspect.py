@@ -22,7 +22,6 @@ from gradfn.jaxpr import (
     Program,
     Site,
     interpret,
-    parameter_order,
     probe,
 )
 from gradfn.jaxpr.call import scalar_and_aux, value_and_aux, with_hint
@@ -180,9 +179,10 @@ def inspect(
     def inspected(*args: PyTree, **kwargs: PyTree) -> Inspection:
         """Return the value of the loss, its gradients, and what the sites show."""
         args, kwargs = params_first(loss, args, kwargs, "inspect")
-        program = trace_sites(with_hint(loss), args, kwargs, sites)
+        traced = trace_sites(with_hint(loss), args, kwargs, sites)
+        program = traced.program
         scalar_and_aux(program.rebuild(program.jaxpr.out_avals), "inspect")
-        want = wanted(program, sites, keep, stats)
+        want = wanted(traced, sites, keep, stats)
         variables = _differentiable(program, input_grads)
         flat = _is_flattened(loss)
 
@@ -191,7 +191,7 @@ def inspect(
             return _run(replace(program, jaxpr=closed), flat, want, variables, cut, inputs)
 
         inspection = _differentiably(run, program)(program.jaxpr.consts, program.inputs)
-        return replace(inspection, aux=show_objects(inspection.aux))
+        return replace(inspection, aux=show_objects(inspection.aux), param_order=traced.order)
 
     return inspected
 
@@ -250,7 +250,8 @@ def _run(
         outs, recorded = evaluate(inputs), {}
         for site in at[equation.path]:
             x = outs[site.index]
-            recorded[site.name] = want.of(site, lax.stop_gradient(x) if cut else x, site.kind)
+            if site.name not in want.same_values:
+                recorded[site.name] = want.of(site, lax.stop_gradient(x) if cut else x, site.kind)
             if site.differentiable:
                 outs[site.index] = probe(_of_cotangent(want, site), x, token[site.name])
         return outs, recorded
@@ -282,8 +283,8 @@ def _run(
     )
     grads = dict(zip(variables, leaf_grads, strict=True))
     of_args = program.like_arguments([grads.get(i) for i in range(len(program.inputs))])
-    stats, values = want.by_name(recorded)
-    grad_stats, value_grads = want.by_name(token_grads)
+    stats, values = want.by_name(recorded, want.same_values)
+    grad_stats, value_grads = want.by_name(token_grads, want.same_gradients)
     return Inspection(
         value=value,
         aux=aux,
@@ -295,10 +296,15 @@ def _run(
         value_grads=value_grads,
         update_ratios=None,
         sites=tuple(want.sites),
-        param_order=parameter_order(program),
     )
 
 
 def _of_cotangent(want: Wanted, site: Site) -> Callable[..., dict[str, Any]]:
-    """Return the function of a site's cotangent (and no residual) that its probe evaluates."""
+    """Return the function of a site's cotangent (and no residual) that its probe evaluates.
+
+    A site with the gradient of another one has a probe too: `flat_products` stops at it, and does not rewrite the
+    statistics of the value.
+    """
+    if site.name in want.same_gradients:
+        return lambda cotangent, _=None: {}
     return lambda cotangent, _=None: want.of(site, cotangent)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from gradfn.inspection.observe import trace_sites
-from gradfn.jaxpr import Equation, Site, find_sites, interpret, select
+from gradfn.jaxpr import Equation, Site, interpret, select
 from gradfn.jaxpr.interpreter import Evaluate
 from gradfn.jaxpr.varying import as_varying, varying_axes
 
@@ -46,8 +46,7 @@ def patch(f: Callable, edits: Mapping[str, Any]) -> Callable:
 
     @functools.wraps(f)
     def patched(*args: PyTree, **kwargs: PyTree) -> PyTree:
-        program = trace_sites(f, args, kwargs, list(edits), "patch")
-        offered = find_sites(program)
+        program, offered, _ = trace_sites(f, args, kwargs, list(edits), "patch")
         at: dict[tuple[int, ...], list[tuple[Site, PyTree]]] = {}
         for name, edit in edits.items():
             for site in select(offered, name, "patch"):

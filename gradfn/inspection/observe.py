@@ -13,13 +13,14 @@ from gradfn.inspection.summaries import STATS, Stats, summarize
 from gradfn.jaxpr import (
     Program,
     Site,
-    find_sites,
+    find_sites_and_order,
     select,
     trace_as_written,
     trace_without_probabilities,
 )
 from gradfn.jaxpr.interpreter import Path
 from gradfn.jaxpr.sites import Selection, unknown_site
+from gradfn.jaxpr.twins import same_gradients, same_values
 
 
 @functools.partial(
@@ -104,11 +105,17 @@ class ByName:
 
 
 class Wanted(NamedTuple):
-    """The sites to record, which of them raw as well, and the names of the statistics."""
+    """The sites to record, which of them raw as well, and the names of the statistics.
+
+    `same_values` and `same_gradients` name the site that has the same statistics, for sites that need not be recorded
+    themselves.
+    """
 
     sites: list[Site]
     raw: frozenset[str]
     stats: tuple[str, ...]
+    same_values: Mapping[str, str]
+    same_gradients: Mapping[str, str]
 
     def by_path(self) -> dict[Path, list[Site]]:
         """Return the sites by the equation that they are results of."""
@@ -122,29 +129,41 @@ class Wanted(NamedTuple):
         return {"stats": summarize(x, self.stats, kind)} | ({"raw": x} if site.name in self.raw else {})
 
     def by_name(
-        self, recorded: Mapping[Path, Mapping[str, Any]]
+        self, recorded: Mapping[Path, Mapping[str, Any]], same: Mapping[str, str]
     ) -> tuple[dict[str, Stats], dict[str, jax.Array]]:
-        """Return what was recorded at each equation as statistics and raw values by the site's name."""
+        """Return what was recorded at each equation as statistics and raw values by the site's name.
+
+        `same` is `same_values` or `same_gradients`.
+        """
         every = {name: record for group in recorded.values() for name, record in group.items()}
-        of_sites = {site.name: every[site.name] for site in self.sites if site.name in every}
-        stats = {name: record["stats"] for name, record in of_sites.items()}
-        return stats, {name: record["raw"] for name, record in of_sites.items() if "raw" in record}
+        own = {site.name: same.get(site.name, site.name) for site in self.sites}
+        stats = {name: every[source]["stats"] for name, source in own.items() if source in every}
+        return stats, {name: every[name]["raw"] for name in own if "raw" in every.get(name, ())}
+
+
+class Traced(NamedTuple):
+    """A program, its sites, and the order in which it uses its parameters (`parameter_order`)."""
+
+    program: Program
+    sites: list[Site]
+    order: tuple[str, ...]
 
 
 def trace_sites(
     f: Callable, args: Sequence[PyTree], kwargs: Mapping[str, Any], sites: Selection, what: str = "sites"
-) -> Program:
+) -> Traced:
     """Trace a function as written, without the probabilities of long attention unless they are selected.
 
     Raises:
         ValueError: a site that the function does not have; the message lists similar names.
     """
     program = trace_as_written(f, *args, **kwargs)
-    offered = find_sites(program)
+    offered, order = find_sites_and_order(program)
     long = set(filter(_is_long_attention, offered))
     if not long or not long.isdisjoint(select(offered, sites, what)):
-        return program
-    return trace_without_probabilities(f, *args, **kwargs)
+        return Traced(program, offered, order)
+    program = trace_without_probabilities(f, *args, **kwargs)
+    return Traced(program, *find_sites_and_order(program))
 
 
 def _is_long_attention(site: Site) -> bool:
@@ -152,14 +171,17 @@ def _is_long_attention(site: Site) -> bool:
     return is_named and site.source == "name" and min(site.shape[-2:], default=0) >= LONG
 
 
-def wanted(program: Program, sites: Selection, keep: Selection, stats: tuple[str, ...]) -> Wanted:
+def wanted(traced: Traced, sites: Selection, keep: Selection, stats: tuple[str, ...]) -> Wanted:
     """Choose among the sites of a program.
 
     Raises:
         ValueError: a site that the program does not have; the message lists similar names.
     """
-    chosen = select(find_sites(program), sites)
-    return Wanted(chosen, frozenset(site.name for site in select(chosen, keep, "keep")), stats)
+    chosen = select(traced.sites, sites)
+    raw = frozenset(site.name for site in select(chosen, keep, "keep"))
+    values, gradients = same_values(traced.program, chosen), same_gradients(traced.program, chosen)
+    same = [{name: twin for name, twin in twins.items() if name not in raw} for twins in (values, gradients)]
+    return Wanted(chosen, raw, stats, *same)
 
 
 def checked_stats(stats: Sequence[str], what: str) -> tuple[str, ...]:

@@ -32,7 +32,15 @@ statistics of every cotangent come out of the same backward pass that computes t
 from gradfn.jaxpr._probe import probe
 from gradfn.jaxpr.interpreter import Equation, evaluate, interpret, walk
 from gradfn.jaxpr.program import Program, trace, trace_as_written, trace_without_probabilities
-from gradfn.jaxpr.sites import Site, Use, find_sites, parameter_order, parameter_uses, select
+from gradfn.jaxpr.sites import (
+    Site,
+    Use,
+    find_sites,
+    find_sites_and_order,
+    parameter_order,
+    parameter_uses,
+    select,
+)
 
 __all__ = [
     "Equation",
@@ -41,6 +49,7 @@ __all__ = [
     "Use",
     "evaluate",
     "find_sites",
+    "find_sites_and_order",
     "interpret",
     "parameter_order",
     "parameter_uses",

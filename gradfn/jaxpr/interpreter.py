@@ -28,6 +28,7 @@ _CUSTOM = {primitives.custom_jvp_call_p.name, primitives.custom_vjp_call_p.name}
 _SCAN, _COND, _WHILE = primitives.scan_p.name, primitives.cond_p.name, primitives.while_p.name
 _MOVES = {"reshape", "transpose", "squeeze", "broadcast_in_dim"}
 _REMAT, _SHARD_MAP = primitives.remat_p.name, "shard_map"
+_CONTAINERS = {*_CALLS, *_CUSTOM, _SCAN, _COND, _WHILE, _REMAT, _SHARD_MAP}
 # The same operations with `jax_remat3`, where one primitive carries an object for each operation.
 _CARRIED = {"CheckpointName": "name", "CheckpointNameFwd": "name", "RematTraced": _REMAT}
 
@@ -116,6 +117,9 @@ def _bare_scope(name_stack: str) -> str:
 
 def operation(eqn: Any) -> str:
     """Return the name of an equation's operation; that of a named value is `name` in every version of jax."""
+    # Most equations, each of which comes here several times.
+    if eqn.primitive.name != _COND and "_prim" not in eqn.params:
+        return eqn.primitive.name
     if (only := stands_for(eqn)) is not None:
         return operation(only)
     carried = _CARRIED.get(type(eqn.params.get("_prim")).__name__)
@@ -150,7 +154,10 @@ def bodies(
     """
     if enter_choices and stands_for(eqn) is not None:
         return "cond", [_open(branch) for branch in eqn.params["branches"]]
-    name, params = operation(eqn), params_of(eqn)
+    name = operation(eqn)
+    if name not in _CONTAINERS:
+        return "", []
+    params = params_of(eqn)
     if name in _CALLS:
         return "jit", [_open(params.get("jaxpr", params.get("call_jaxpr")))]
     if name == _SCAN:
@@ -279,6 +286,7 @@ def _body(
         atom: i for i, eqn in enumerate(jaxpr.eqns) for atom in eqn.invars if not isinstance(atom, Literal)
     }
     last |= {atom: len(jaxpr.eqns) for atom in jaxpr.outvars if not isinstance(atom, Literal)}
+    inside = _by_container(tokens, len(prefix) + 1)
 
     def read(atom: Any) -> PyTree:
         return atom.val if isinstance(atom, Literal) else env[atom]
@@ -289,7 +297,7 @@ def _body(
         def compute(inputs: Sequence[PyTree], eqn: Any = eqn, path: Path = path) -> list[PyTree]:
             if path not in run.containers:
                 return evaluate(eqn, inputs)
-            outs, inner = _container(run, eqn, path, list(inputs), _below(tokens, path))
+            outs, inner = _container(run, eqn, path, list(inputs), inside.get(path, {}))
             captures.update(inner)
             return outs
 
@@ -307,8 +315,13 @@ def _body(
     return [read(atom) for atom in jaxpr.outvars], captures
 
 
-def _below(tokens: dict[Path, PyTree], path: Path) -> dict[Path, PyTree]:
-    return {p: t for p, t in tokens.items() if p[: len(path)] == path and len(p) > len(path)}
+def _by_container(tokens: dict[Path, PyTree], depth: int) -> dict[Path, dict[Path, PyTree]]:
+    """Return the tokens inside each container of a body, whose equations have paths of a length `depth`."""
+    groups: dict[Path, dict[Path, PyTree]] = {}
+    for path, token in tokens.items():
+        if len(path) > depth:
+            groups.setdefault(path[:depth], {})[path] = token
+    return groups
 
 
 def _container(

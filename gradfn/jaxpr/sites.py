@@ -23,6 +23,7 @@ Weights selected by an index (a mixture of experts) and weights updated along th
 training) remain weights: the site is their product with data.
 """
 
+import bisect
 import difflib
 import fnmatch
 import functools
@@ -57,6 +58,7 @@ from gradfn.jaxpr.dataflow import Dataflow, Role
 from gradfn.jaxpr.interpreter import Equation, Path, bodies, operation, params_of, scope_of
 from gradfn.jaxpr.program import Program
 from gradfn.jaxpr.reach import Reach, reaching
+from gradfn.jaxpr.users import RESULT, Users
 
 Selection = str | Callable[["Site"], bool] | Iterable[str] | None
 
@@ -484,12 +486,20 @@ def _outputs(program: Program) -> tuple[list[bool], list[bool]]:
 
 def parameter_order(program: Program) -> tuple[str, ...]:
     """Return the names of the parameters that meet data, in the order in which the program first uses each."""
-    uses = parameter_uses(program)
+    return _order(program, parameter_uses(program))
+
+
+def _order(program: Program, uses: Iterable[Use]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(program.names[leaf] for use in uses for leaf in sorted(use.leaves)))
 
 
 def find_sites(program: Program) -> list[Site]:
     """Return all sites of a program in the order in which it computes them."""
+    return find_sites_and_order(program)[0]
+
+
+def find_sites_and_order(program: Program) -> tuple[list[Site], tuple[str, ...]]:
+    """Return the sites of a program and its `parameter_order`, which one analysis finds."""
     equations = program.equations()
     outputs, first = _outputs(program)
     reach = reaching(program.jaxpr, outputs)
@@ -526,15 +536,17 @@ def find_sites(program: Program) -> list[Site]:
         named = by_origin.setdefault(found.origin, found)
         if named is not found and found.kind and not named.kind:
             by_origin[found.origin] = named._replace(kind=found.kind)
-    kept = [_batch_first(f, program) for f in by_origin.values() if f.anchor is None or f.anchor in by_origin]
+    users = Users(program.jaxpr.jaxpr)
+    kept = [_batch_first(f, users) for f in by_origin.values() if f.anchor is None or f.anchor in by_origin]
     unique = {(f.path, f.output): f for f in kept}.values()
     ordered = sorted(unique, key=lambda f: (*f.path, float("inf")))
     names = _final_names(ordered, _parents(ordered, everything), equations, foremost)
     reached = _reached(ordered, program, reach)
-    return [
+    sites = [
         _site(f, name, equations[f.path], reaches)
         for f, name, reaches in zip(ordered, names, reached, strict=True)
     ]
+    return sites, _order(program, (use for use in analysis.records if isinstance(use, Use)))
 
 
 def _reached(found: Sequence[_Found], program: Program, reach: Reach) -> list[str]:
@@ -568,24 +580,22 @@ def _site(found: _Found, name: str, equation: Equation, reaches: str) -> Site:
     )
 
 
-def _batch_first(found: _Found, program: Program) -> _Found:
+def _batch_first(found: _Found, users_in: Users) -> _Found:
     """Return the site after the transpose by which `jax.vmap` moves the batch axis of a product to the front."""
-    jaxpr = program.jaxpr.jaxpr
-    for i, k in zip(found.path[::2], found.path[1::2], strict=False):
-        jaxpr = bodies(jaxpr.eqns[i])[1][k][0]
+    jaxpr, users_of = users_in.body(found.path[:-1])
     eqn = jaxpr.eqns[found.path[-1]]
     if found.source != "parameter" or operation(eqn) not in _PRODUCTS:
         return found
-    value = eqn.outvars[found.output]
-    users = [i for i, e in enumerate(jaxpr.eqns) if any(v is value for v in e.invars)]
-    if len(users) != 1 or any(v is value for v in jaxpr.outvars):
+    users = set(users_of[eqn.outvars[found.output]])
+    if len(users) != 1 or RESULT in users:
         return found
-    user: Any = jaxpr.eqns[users[0]]
+    (at,) = users
+    user: Any = jaxpr.eqns[at]
     if operation(user) != "transpose" or "vmap(" not in str(user.source_info.name_stack):
         return found
     # A user's own transpose changes the order of the other axes.
     others = user.params["permutation"][1:]
-    return found._replace(path=(*found.path[:-1], users[0])) if list(others) == sorted(others) else found
+    return found._replace(path=(*found.path[:-1], at)) if list(others) == sorted(others) else found
 
 
 def _parents(found: Sequence[_Found], everything: Sequence[_Found]) -> list[str]:
@@ -597,11 +607,12 @@ def _parents(found: Sequence[_Found], everything: Sequence[_Found]) -> list[str]
     of_parameters = {f.origin: f for f in everything if f.source == "parameter" and f.anchor is None}
     anchors = {f.origin: f.anchor for f in everything if f.anchor is not None}
     in_order = sorted(of_parameters.values(), key=lambda f: f.path)
+    paths = [f.path for f in in_order]
 
     def parent(site: _Found) -> str:
         met = of_parameters.get(site.origin) or of_parameters.get(anchors.get(site.origin, site.origin))
-        before = [f for f in in_order if f.path < site.path]
-        met = met or (before[-1] if before else None)
+        before = bisect.bisect_left(paths, site.path)
+        met = met or (in_order[before - 1] if before else None)
         return met.base.rpartition("/")[0] if met else ""
 
     return [parent(site) for site in found]
