@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple  # noqa: F401 (annotations of options name Literal)
@@ -34,7 +35,8 @@ def read_about(file: Path) -> About:
     """Return the description of an experiment: its docstring, `EXPECTED` and `Config`, which contain only literals.
 
     Args:
-        file: of the experiment; base classes of `Config` may be in `_common.py` beside it.
+        file: of the experiment, with its functions below these. Base classes of `Config` may be in `_common.py`
+            beside it.
     """
     tree = _parsed(file)
     common = file.with_name("_common.py")
@@ -58,7 +60,10 @@ def read_about(file: Path) -> About:
 
 @functools.cache
 def _parsed(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"))
+    """Return what stands above the first function below `Config`: parsing all would take most of `gradfn list`."""
+    text = file.read_text(encoding="utf-8")
+    function = re.compile(r"^(?:@.*\n)*def ", re.MULTILINE).search(text, max(text.find("\nclass Config"), 0))
+    return ast.parse(text[: function.start()] if function else text)
 
 
 def _dataclass(name: str, classes: Mapping[str, ast.ClassDef]) -> type[Any]:
