@@ -6,6 +6,7 @@ gradients.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from jax.extend.core import Literal
 
@@ -73,6 +74,8 @@ def _end(users: Users, value: _Value) -> _Value:
         if len(of_it) != 1 or of_it[0] == RESULT:
             return path, index
         eqn = body.eqns[of_it[0]]
+        before: Any
+        after: Any
         before, after = body.eqns[path[-1]].outvars[index].aval, eqn.outvars[0].aval
         if operation(eqn) not in _SHAPES | _SUMS or (before.size, before.dtype) != (after.size, after.dtype):
             return path, index

@@ -15,7 +15,7 @@ class Users:
     """The equations that compute and use the values of each body of a program, each body looked up once."""
 
     def __init__(self, jaxpr: Jaxpr) -> None:
-        self._known = {(): (jaxpr, _users(jaxpr))}
+        self._known: dict[Path, tuple[Jaxpr, Mapping[Var, list[int]]]] = {(): (jaxpr, _users(jaxpr))}
         self._computed: dict[Path, Mapping[Var, tuple[int, int]]] = {}
 
     def body(self, path: Path) -> tuple[Jaxpr, Mapping[Var, list[int]]]:
