@@ -14,6 +14,7 @@ import optax
 from jaxtyping import PyTree
 
 from gradfn.core.net import takes_key
+from gradfn.core.stacking import stacked
 from gradfn.flatten import Loss, loss_of_example
 from gradfn.jaxpr.call import value_and_aux
 from gradfn.jaxpr.varying import zeros
@@ -365,5 +366,5 @@ def owned(state: TrainState) -> TrainState:
 
 def all_finite(tree: PyTree) -> jax.Array:
     """Return whether a tree's floats are all finite, as a bool scalar."""
-    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in floats] or [True]))
+    floats = stacked(leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact))
+    return jnp.all(jnp.array([jnp.isfinite(array).all() for array in floats] or [True]))

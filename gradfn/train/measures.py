@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
-from gradfn.core.precision import in_units, real_parts, root, sum_of, unit_of
+from gradfn.core.precision import in_units, real_parts, root, unit_of
+from gradfn.core.stacking import stacked
 
 Schedule = Callable[[Any], Any]
 
@@ -79,10 +80,13 @@ def norm(tree: PyTree) -> jax.Array:
     >>> print(f"{norm({'w': jnp.array([3e25, 4e25]), 'b': jnp.array([12e25])}):.3g}")
     1.3e+26
     """
-    parts = [part for leaf in jax.tree.leaves(tree) if leaf.size for part in real_parts(leaf)]
+    arrays = stacked(leaf for leaf in jax.tree.leaves(tree) if leaf.size)
+    parts = [part for array in arrays for part in real_parts(array)]
     if not parts:
         return jnp.zeros([])
     dtype = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
-    largest = [jnp.abs(part).max().astype(dtype) for part in parts]
-    unit = unit_of(functools.reduce(jnp.maximum, largest))
-    return unit * root(sum_of(jnp.square(in_units(part, unit.astype(part.dtype))).sum() for part in parts))
+    largest = jnp.stack([jnp.abs(part).max().astype(dtype) for part in parts])
+    # Without the barrier, XLA computes the unit again for each part.
+    unit = lax.optimization_barrier(unit_of(largest.max()))
+    squares = [jnp.square(in_units(part, unit.astype(part.dtype))).sum().astype(dtype) for part in parts]
+    return unit * root(jnp.stack(squares).sum())
