@@ -34,6 +34,14 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 
 
+@pytest.fixture(autouse=True)
+def hang_ups_are_not_ignored():
+    """Under `nohup`, which commands respect, all processes would ignore SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def started(command, folder, *options):
     """Start a run, and return once it handles signals; jax is not imported then."""
     words = [*command, "--folder", str(folder), *options]
