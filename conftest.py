@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -69,6 +70,14 @@ def x64():
     """Run a test in float64, which finite differences need."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def hang_ups_are_not_ignored():
+    """Under `nohup`, which commands respect, all processes would ignore SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="session")

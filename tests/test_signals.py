@@ -31,15 +31,10 @@ COMMANDS = {
 KILL = "import signal; signal.raise_signal(%d)"
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-
-
-@pytest.fixture(autouse=True)
-def hang_ups_are_not_ignored():
-    """Under `nohup`, which commands respect, all processes would ignore SIGHUP."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc"),
+    pytest.mark.usefixtures("hang_ups_are_not_ignored"),
+]
 
 
 def started(command, folder, *options):

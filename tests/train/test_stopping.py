@@ -19,6 +19,8 @@ from gradfn import console
 from gradfn.train import checkpoint
 from gradfn.train.stopping import deferred
 
+pytestmark = pytest.mark.usefixtures("hang_ups_are_not_ignored")
+
 module = sys.modules["gradfn.train._fit"]
 X = np.random.default_rng(0).normal(size=[24, 3]).astype("float32")
 DATA = (X, X @ np.array([1.0, -2.0, 0.5], "float32"))
