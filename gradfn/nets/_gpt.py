@@ -47,7 +47,8 @@ class GPTConfig:
         norm_epsilon: added to variances.
         rope_base: the base of RoPE's frequencies.
         scan: stack the blocks under `lax.scan`: compile time does not grow with depth. From 5 blocks on steps take
-            about 15 % longer on CPUs, and less memory; up to 4 are unrolled when they are compiled.
+            about 15 % longer on CPUs, and less memory; up to 4 are unrolled when they are compiled, for sequences
+            of less than 512 tokens.
         remat: recompute the insides of blocks in the backward pass: less memory, more time.
         compute: the dtype to compute in, such as `"bfloat16"`; None for that of the parameters.
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from gradfn.core.attention_form import LONG
 from gradfn.core.names import scope, tap
 from gradfn.core.net import Net, fold, repeat
 from gradfn.core.params import Param, Params, Spec
@@ -18,6 +19,7 @@ from gradfn.layers._dropout import dropout
 
 Run = Callable  # (params, x, key, cache, start) -> (y, cache)
 # The loop over so few stacked blocks is unrolled when it is compiled, which takes no longer than to compile the loop.
+# Long sequences keep the loop: jax would keep the `[T, T]` mask of each unrolled block for the backward pass.
 UNROLLED = 4
 
 
@@ -70,12 +72,10 @@ def stack_of(spec: Spec, run: Run, n: int, scan: bool, remat: bool) -> tuple[Spe
     """
     # In a compiled loop the backward pass cannot be merged with the forward pass, and remat needs no barriers.
     each = jax.checkpoint(run, prevent_cse=not scan) if remat else run
-    looped = scan and (remat or n > UNROLLED)
-    if looped and not remat:
-        # Saving only matrix products takes a third less time on CPUs than stacking every value of a block. Those with
-        # batch axes are the `[heads, T, T]` of attention: it takes no longer to compute them again.
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        each = jax.checkpoint(run, prevent_cse=False, policy=policy)
+    # Saving only matrix products takes a third less time on CPUs than stacking every value of a block. Those with
+    # batch axes are the `[heads, T, T]` of attention: it takes no longer to compute them again.
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    in_loop = each if remat else jax.checkpoint(run, prevent_cse=False, policy=policy)
 
     def keys_of(key: Any) -> PyTree:
         return None if key is None else jax.random.split(key, n)
@@ -83,9 +83,12 @@ def stack_of(spec: Spec, run: Run, n: int, scan: bool, remat: bool) -> tuple[Spe
     def scanned(
         params: Params, x: jax.Array, key: Any, cache: PyTree, start: PyTree
     ) -> tuple[jax.Array, PyTree]:
+        looped = remat or n > UNROLLED or len(x) >= LONG
+        of_one = in_loop if looped else each
+
         def step(x: jax.Array, xs: Any) -> tuple[jax.Array, PyTree]:
             block_params, block_key, block_cache = xs
-            return each(block_params, x, block_key, block_cache, start)
+            return of_one(block_params, x, block_key, block_cache, start)
 
         return jax.lax.scan(step, x, (params, keys_of(key), cache), length=n, unroll=not looped)
 
