@@ -26,11 +26,11 @@ from jaxtyping import PyTree
 
 import gradfn as gf
 from benchmarks import harness
+from benchmarks.rows import TOTAL
 from gradfn.inspection import nan_guard
 
 HEADS, WIDTH, TOKENS, BATCH, SYMBOLS = 2, 32, 32, 4, 65
 BASELINE, BY_HAND = "value_and_grad", "step by hand"
-TOTAL = "total, s"
 AIMS = {"inspect": 1.5, "per_example.norms": 1.5, "nan_guard": 1.3}
 AIM_OF_FIT = 1.1
 UNROLLED, SCANNED, LEAVES = (2, 8), (2, 24), (20, 200)

@@ -1,4 +1,4 @@
-"""One picture of all ratios: what has an aim on the left, everything else on the right.
+"""One picture of all ratios: what has an aim on the left, everything else but parts of totals on the right.
 
     python -m benchmarks.picture benchmarks.json benchmarks.png
 
@@ -43,7 +43,9 @@ def entries(content: dict[str, Any], with_aims: bool) -> list[Entry]:
             rows = [
                 row
                 for row in rows_of(table)
-                if row.time is not None and not row.is_baseline and (row.aim is not None) == with_aims
+                if row.time is not None
+                and not (row.is_baseline or row.is_part)
+                and (row.aim is not None) == with_aims
             ]
             if rows:
                 tables += [Entry(f"{table['title']} (1 is {table['baseline'] or 'the gradient'})", level=1)]

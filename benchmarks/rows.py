@@ -2,6 +2,9 @@
 
 from typing import Any, NamedTuple
 
+TOTAL = "total, s"
+"""The column with the sum of a row's other seconds."""
+
 
 class Row(NamedTuple):
     """One row of a table of timings, or one figure of a table of figures."""
@@ -13,6 +16,7 @@ class Row(NamedTuple):
     aim: float | None = None  # the time that was aimed at
     value: str | None = None  # the figure itself, with its unit
     is_baseline: bool = False
+    is_part: bool = False  # of a total in the same table
 
     @property
     def reached(self) -> bool:
@@ -31,9 +35,10 @@ def rows_of(table: dict[str, Any]) -> list[Row]:
     ...         "aims": {"ours": 1.5},
     ...     }
     ... )
-    [Row(name='ours', time=1.25, low=1.0, high=2.0, aim=1.5, value='2 steps/s', is_baseline=False)]
+    [Row(name='ours', time=1.25, low=1.0, high=2.0, aim=1.5, value='2 steps/s', is_baseline=False, is_part=False)]
     """
     if "figures" in table:
+        totals = {figure["name"] for figure in table["figures"] if figure["column"] == TOTAL}
         return [
             Row(
                 f"{figure['name']}: {figure['column']}",
@@ -41,6 +46,9 @@ def rows_of(table: dict[str, Any]) -> list[Row]:
                 aim=figure["aim"],
                 value=amount(figure["value"]),
                 is_baseline=figure["name"] == table["baseline"],
+                is_part=figure["name"] in totals
+                and figure["column"].endswith(", s")
+                and figure["column"] != TOTAL,
             )
             for figure in table["figures"]
         ]
