@@ -8,6 +8,9 @@ import numpy as np
 from gradfn.inspection.causes import Operand
 from gradfn.inspection.where import Loop, iteration_text
 
+NAMED = 6
+"""The number of gradients that the text of a report names at most; of more it names half of that."""
+
 
 class Event(NamedTuple):
     """A NaN or an infinity, and where it came from.
@@ -78,8 +81,7 @@ class NanReport:
         return bool(np.isfinite(self.value)) and not self.nonfinite_grads
 
     def __str__(self) -> str:
-        bad = f"not finite: {', '.join(self.nonfinite_grads)}" if self.nonfinite_grads else "finite"
-        lines = [f"value {self.value:.6g}; gradients {bad}"]
+        lines = [f"value {self.value:.6g}; gradients {self._bad_grads()}"]
         harmless = " (harmless: it reached neither the value nor a gradient)" if self.ok else ""
         for kind, event in (("NaN", self.nan), ("inf", self.inf)):
             if event is not None:
@@ -92,5 +94,13 @@ class NanReport:
                 "differently, and values are close to overflow"
             )
         return "\n".join(lines)
+
+    def _bad_grads(self) -> str:
+        names, n = self.nonfinite_grads, len(self.nonfinite_grads)
+        if not n:
+            return "finite"
+        if n <= NAMED:
+            return f"not finite: {', '.join(names)}"
+        return f"not finite: {n} of them, {', '.join(names[: NAMED // 2])} and others"
 
     __repr__ = __str__

@@ -501,3 +501,10 @@ def test_a_batch_is_reported_by_example_and_time():
     value, grads, record = jax.jit(nan_guard(batched))(jnp.ones([2, 3]), jnp.abs(x))
     assert record.ok
     np.testing.assert_allclose(grads, jax.grad(batched)(jnp.ones([2, 3]), jnp.abs(x)), rtol=1e-6)
+
+
+def test_the_text_names_a_few_of_many_gradients():
+    params = {f"w{i}": jnp.zeros(2) for i in range(9)}
+    report = nan_origin(lambda params: sum(jnp.sum(jnp.sqrt(-1 - w)) for w in params.values()))(params)
+    assert len(report.nonfinite_grads) == 9
+    assert str(report).startswith("value nan; gradients not finite: 9 of them, w0, w1, w2 and others\n")
