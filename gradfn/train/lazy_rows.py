@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
-from typing import overload
+from collections.abc import Callable, Iterator
 
-from jaxtyping import PyTree
-
-from gradfn.train.rows import Row
+from gradfn.train.rows import Row, RowSequence
 
 
-class LazyRows(Sequence[Row]):
+class LazyRows(RowSequence):
     """Rows that read like a list, each made whenever it is read.
 
     The row of an inspection is a dict of a hundred numbers and more. To make it takes longer than a step of a small
@@ -36,21 +33,6 @@ class LazyRows(Sequence[Row]):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        indices = range(len(self))[index]  # an IndexError, as of a list
-        if isinstance(indices, int):
-            return next(self._from(indices, indices + 1))
-        if indices.step == 1:
-            return list(self._from(indices.start, indices.stop))
-        return [self[i] for i in indices]
-
-    def __iter__(self) -> Iterator[Row]:
-        return self._from(0, len(self))
-
     def _from(self, start: int, stop: int) -> Iterator[Row]:
         while start < stop:
             i = bisect.bisect_right(self._ends, start) - 1
@@ -58,15 +40,5 @@ class LazyRows(Sequence[Row]):
             yield from self._parts[i](start - first, end - first)
             start = end
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence) or isinstance(other, str):
-            return NotImplemented
-        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
-
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         return repr(list(self)) if len(self) <= 3 else f"<{len(self):,} rows, the last of them {self[-1]}>"
-
-    def __reduce__(self) -> PyTree:
-        return list, (list(self),)  # a copy, or another process, gets all rows

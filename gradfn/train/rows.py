@@ -7,6 +7,7 @@ list. So a row read from the file equals the row that was written.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import json
 import math
@@ -39,7 +40,40 @@ class Extent(TypedDict):
     crc: int  # CRC-32 of these bytes
 
 
-class Rows(Sequence[Row]):
+class RowSequence(Sequence[Row], abc.ABC):
+    """Rows that read like a list. A subclass knows its length, and yields the rows of a range."""
+
+    @abc.abstractmethod
+    def _from(self, start: int, stop: int) -> Iterator[Row]:
+        """Yield the rows from `start` to `stop`."""
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        indices = range(len(self))[index]  # an IndexError, as of a list
+        if isinstance(indices, int):
+            return next(self._from(indices, indices + 1))
+        if indices.step == 1:
+            return list(self._from(indices.start, indices.stop))
+        return [self[i] for i in indices]
+
+    def __iter__(self) -> Iterator[Row]:
+        return self._from(0, len(self))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, (RowSequence, list, tuple)):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> PyTree:
+        return list, (list(self),)  # a copy, or another process, gets all rows
+
+
+class Rows(RowSequence):
     """Rows that are appended to a file and can be read like a list.
 
     Older rows are read from the file when they are used. Once another run has replaced the file they are gone, and
@@ -159,21 +193,6 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        indices = range(len(self))[index]  # an IndexError, as of a list
-        if isinstance(indices, int):
-            return next(self._from(indices, indices + 1))
-        if indices.step == 1:
-            return list(self._from(indices.start, indices.stop))
-        return [self[i] for i in indices]
-
-    def __iter__(self) -> Iterator[Row]:
-        return self._from(0, len(self))
-
     def _from(self, start: int, stop: int) -> Iterator[Row]:
         """Yield the rows from `start` to `stop`, the older ones in one pass over the file."""
         in_file = min(len(self) - len(self._recent), stop)
@@ -200,20 +219,10 @@ class Rows(Sequence[Row]):
                     yield _parsed(line, f"{self.file}: line {i + 1:,}")
                 start = end
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, (Rows, list, tuple)):
-            return NotImplemented
-        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
-
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         if len(self._recent) == len(self):
             return repr(list(self._recent))
         return f"<{len(self):,} rows in {self.file}, the last of them {self[-1]}>"
-
-    def __reduce__(self) -> PyTree:
-        return list, (list(self),)  # a copy, or another process, gets all rows
 
 
 def _line(row: Row) -> bytes:
