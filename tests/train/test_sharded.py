@@ -118,7 +118,7 @@ def nnx_model():
 
 def split_model(model, layout):
     """Put the trained arrays of a model of any kind on a mesh."""
-    if "flax" in sys.modules and isinstance(model, sys.modules["flax.nnx"].Module):
+    if "flax.nnx" in sys.modules and isinstance(model, sys.modules["flax.nnx"].Module):
         nnx = sys.modules["flax.nnx"]
         graph, params, rest = nnx.split(model, nnx.Param, ...)
         return nnx.merge(graph, split(params, layout), rest)
