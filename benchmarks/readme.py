@@ -28,7 +28,11 @@ def keep(content: Result, folder: Path) -> Path:
     """Write the summary of a run, and its picture, to files with the CPU's name; return the first."""
     runs = {
         name: run
-        | {"tables": [{key: table[key] for key in table.keys() - {"ratios"}} for table in run["tables"]]}
+        | {
+            "tables": [
+                {key: value for key, value in table.items() if key != "ratios"} for table in run["tables"]
+            ]
+        }
         for name, run in content["runs"].items()
     }
     file = folder / f"{slug(content)}.json"
