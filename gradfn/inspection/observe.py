@@ -142,7 +142,7 @@ class Wanted(NamedTuple):
 
 
 class Traced(NamedTuple):
-    """A program, its sites, and the order in which it uses its parameters (`parameter_order`)."""
+    """A program, its sites, and the order in which it first uses its parameters."""
 
     program: Program
     sites: list[Site]

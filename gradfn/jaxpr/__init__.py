@@ -37,7 +37,6 @@ from gradfn.jaxpr.sites import (
     Use,
     find_sites,
     find_sites_and_order,
-    parameter_order,
     parameter_uses,
     select,
 )
@@ -51,7 +50,6 @@ __all__ = [
     "find_sites",
     "find_sites_and_order",
     "interpret",
-    "parameter_order",
     "parameter_uses",
     "probe",
     "select",

@@ -484,12 +484,8 @@ def _outputs(program: Program) -> tuple[list[bool], list[bool]]:
     return (first if is_loss else everything), first
 
 
-def parameter_order(program: Program) -> tuple[str, ...]:
+def _parameter_order(program: Program, uses: Iterable[Use]) -> tuple[str, ...]:
     """Return the names of the parameters that meet data, in the order in which the program first uses each."""
-    return _order(program, parameter_uses(program))
-
-
-def _order(program: Program, uses: Iterable[Use]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(program.names[leaf] for use in uses for leaf in sorted(use.leaves)))
 
 
@@ -499,7 +495,7 @@ def find_sites(program: Program) -> list[Site]:
 
 
 def find_sites_and_order(program: Program) -> tuple[list[Site], tuple[str, ...]]:
-    """Return the sites of a program and its `parameter_order`, which one analysis finds."""
+    """Return the sites of a program, and the names of its parameters in order of first use; one analysis finds both."""
     equations = program.equations()
     outputs, first = _outputs(program)
     reach = reaching(program.jaxpr, outputs)
@@ -546,7 +542,7 @@ def find_sites_and_order(program: Program) -> tuple[list[Site], tuple[str, ...]]
         _site(f, name, equations[f.path], reaches)
         for f, name, reaches in zip(ordered, names, reached, strict=True)
     ]
-    return sites, _order(program, (use for use in analysis.records if isinstance(use, Use)))
+    return sites, _parameter_order(program, (use for use in analysis.records if isinstance(use, Use)))
 
 
 def _reached(found: Sequence[_Found], program: Program, reach: Reach) -> list[str]:
