@@ -1,6 +1,7 @@
 # The public names. `gradfn/__init__.py` imports each from here when it is first used.
 
 from . import attribution as attribution
+from . import circuits as circuits
 from . import curvature as curvature
 from . import data as data
 from . import inspection as inspection

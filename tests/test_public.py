@@ -14,7 +14,7 @@ import pytest
 
 import gradfn as gf
 
-NAMESPACES = ("attribution", "curvature", "data", "inspection", "layers", "per_example", "train")
+NAMESPACES = ("attribution", "circuits", "curvature", "data", "inspection", "layers", "per_example", "train")
 # The contract; results and errors beside the functions that return or raise them.
 FLAT = [
     *(

@@ -13,7 +13,7 @@ import pytest
 import gradfn as gf
 from gradfn.core.signature import keys_for, transform_of
 
-NAMESPACES = ("attribution", "curvature", "per_example")
+NAMESPACES = ("attribution", "circuits", "curvature", "per_example")
 
 
 def loss(params, x, label, *, weight=1.0, key=None):
