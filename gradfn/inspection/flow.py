@@ -85,7 +85,7 @@ def _entries(
             reached = (count > 0) & (rms is not None)
             norm = np.zeros(n) if rms is None else rms * np.sqrt(count)
             out.append(_Entry(site, index, of_value, of_grad, reached, norm))
-    return sorted(out, key=lambda entry: _order(entry.site, entry.iteration))
+    return sorted(out, key=lambda entry: program_order(entry.site, entry.iteration))
 
 
 def _columns(stats: Stats | None) -> dict[str, np.ndarray]:
@@ -158,7 +158,7 @@ def _numbers(stats: dict[str, np.ndarray]) -> dict[str, float]:
     return out if out.get("count") else dict.fromkeys(out.keys() & {"count"}, 0.0)
 
 
-def _order(site: Site, index: tuple[int, ...]) -> tuple[float, ...]:
+def program_order(site: Site, index: tuple[int, ...]) -> tuple[float, ...]:
     """Sort by program order, iteration after iteration: the sites of one iteration stay together."""
     key: list[float] = []
     turns = dict(zip(site.loops, index, strict=True))
