@@ -44,6 +44,7 @@ OUTER = {
     "attribution.saliency": (MAP, {}),
     "attribution.smooth_grad": (DRAWN_MAP, {}),
     "attribution.tracin": ("(checkpoints, train, test, learning_rates)", {}),
+    "circuits.head_scores": ("(params, tokens, label, /)", {}),
     "curvature.fisher_vp": ("(params, vector, batch, /, *, label, weight=1.0, key=None)", {}),
     "curvature.ggn_vp": ("(params, vector, batch)", {}),
     "curvature.hessian_diagonal": (ESTIMATE, {}),
