@@ -1,8 +1,8 @@
-"""`gf.capture`: the values inside any JAX function by name, without a backward pass."""
+"""`gf.capture`: the values inside any JAX function by name, without a backward pass; and their tangents."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import jax
@@ -13,13 +13,16 @@ from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.inspection import flow
 from gradfn.inspection.observe import ByName, checked_stats, trace_sites, wanted
 from gradfn.inspection.summaries import DEFAULT_STATS, Stats
+from gradfn.inspection.tangents import Along, with_tangents
 from gradfn.jaxpr import Equation, Site, interpret
 from gradfn.jaxpr.interpreter import Evaluate
 from gradfn.jaxpr.sites import Selection
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["output", "stats", "values"], meta_fields=["sites"]
+    jax.tree_util.register_dataclass,
+    data_fields=["output", "stats", "values", "output_tangent", "tangent_stats", "tangents"],
+    meta_fields=["sites"],
 )
 @dataclass(frozen=True, repr=False)
 class Capture(ByName, ShowsTable):
@@ -32,12 +35,19 @@ class Capture(ByName, ShowsTable):
         stats: statistics (`Stats`) by site name.
         values: the values of the sites that `keep` selected, by name.
         sites: the sites, in the order of computation (static).
+        output_tangent: with `along`, the derivative of the output along it, None where a leaf is not floating.
+        tangent_stats: with `along`, statistics of the derivatives of the values, by site name; their count is 0
+            where a value does not depend on what `along` changes.
+        tangents: with `along`, the derivatives of the values that `keep` selected.
     """
 
     output: PyTree
     stats: dict[str, Stats]
     values: dict[str, jax.Array]
     sites: tuple[Site, ...]
+    output_tangent: PyTree = None
+    tangent_stats: dict[str, Stats] = field(default_factory=dict)
+    tangents: dict[str, jax.Array] = field(default_factory=dict)
 
     # There is no backward pass, so no site has a gradient.
     grad_stats = MappingProxyType[str, Stats]({})
@@ -49,7 +59,12 @@ class Capture(ByName, ShowsTable):
 
 
 def capture(
-    f: Callable, *, sites: Selection = None, keep: Selection = (), stats: Sequence[str] = DEFAULT_STATS
+    f: Callable,
+    *,
+    sites: Selection = None,
+    keep: Selection = (),
+    stats: Sequence[str] = DEFAULT_STATS,
+    along: Along | None = None,
 ) -> Callable[..., Capture]:
     """Return a function that computes `f` and records the values inside it.
 
@@ -63,12 +78,19 @@ def capture(
             all.
         keep: which of those to return themselves, not only their statistics, selected in the same way.
         stats: which statistics to take, as for `gf.inspect`.
+        along: also differentiate each value along a direction, by forward mode in the same pass. A tuple with one
+            tangent per positional argument: a tree of arrays like that argument, None for an argument or a leaf that
+            stays as it is. Or a dict from names of sites to directions that enter there: the derivative with respect
+            to a value inside. (In a scan, with the iterations in front, or the same for all of them.)
 
     Returns:
-        A function of the same arguments that returns a `Capture`.
+        A function of the same arguments that returns a `Capture`. With `along`, `captured["a1"].tangent_stats` and,
+        where `keep` selected it, `.tangent` are the derivatives.
 
     Raises:
-        ValueError: an unknown site (similar names are listed) or statistic.
+        ValueError: an unknown site (similar names are listed) or statistic; a direction of another structure or
+            shape, or for a value that is not floating.
+        TypeError: `along`, and a function inside has only a backward rule (`jax.custom_vjp`).
 
     Example:
         >>> import jax, jax.numpy as jnp, gradfn as gf
@@ -76,6 +98,10 @@ def capture(
         >>> captured = gf.capture(net.apply, keep="a1")(net.init(jax.random.key(0)), jnp.ones(4))
         >>> captured.output.shape, captured["a1"].value.shape, list(captured)
         ((2,), (3,), ['W1', 'z1', 'a1', 'W2', 'z2'])
+        >>> f = lambda w, x: gf.tap(w * x, "product") ** 2
+        >>> captured = gf.capture(f, keep="product", along=(1.0, None))(3.0, 2.0)  # with respect to w
+        >>> float(captured["product"].tangent), float(captured.output_tangent)
+        (2.0, 24.0)
     """
     stats = checked_stats(stats, "capture")
 
@@ -84,6 +110,11 @@ def capture(
         """Return the output of the function, and the values at its sites."""
         traced = trace_sites(f, args, kwargs, sites)
         program, want = traced.program, wanted(traced, sites, keep, stats)
+        if along is not None:
+            dual = with_tangents(traced, want, args, along)
+            values, tangents = (want.by_name(found, dual.same) for found in (dual.recorded, dual.tangents))
+            output = program.rebuild(dual.outs)
+            return Capture(output, *values, tuple(want.sites), dual.output_tangent, *tangents)
         at = want.by_path()
 
         def visit(

@@ -18,6 +18,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -49,6 +50,7 @@ class Row(NamedTuple):
     iteration: tuple[int, ...]
     stats: dict[str, float]
     grads: dict[str, float]
+    tangents: dict[str, float]
     norm: float | None
     """The norm of the gradient, None where there is none."""
     factor: float | None
@@ -64,6 +66,7 @@ class _Entry(NamedTuple):
     stats: dict[str, np.ndarray]
     """Each `[n]`."""
     grads: dict[str, np.ndarray]
+    tangents: dict[str, np.ndarray]
     reached: np.ndarray
     """Whether a gradient reaches it, `[n]`."""
     norm: np.ndarray
@@ -71,20 +74,26 @@ class _Entry(NamedTuple):
 
 
 def _entries(
-    sites: Iterable[Site], n: int, stats: Mapping[str, Stats], grad_stats: Mapping[str, Stats]
+    sites: Iterable[Site],
+    n: int,
+    stats: Mapping[str, Stats],
+    grad_stats: Mapping[str, Stats],
+    tangent_stats: Mapping[str, Stats] = MappingProxyType({}),
 ) -> list[_Entry]:
     """Return the entries of `n` stacked inspections, from the inputs to the loss; all arrays are `[n, ...]`."""
     out = []
     for site in sites:
-        of_values, of_grads = _columns(stats[site.name]), _columns(grad_stats.get(site.name))
+        every = stats[site.name], grad_stats.get(site.name), tangent_stats.get(site.name)
+        columns = [_columns(one) for one in every]
         for index in itertools.product(*[range(k) for k in site.axes]):
             at: tuple[Any, ...] = (slice(None), *index)
-            of_value = {name: column[at] for name, column in of_values.items()}
-            of_grad = {name: column[at] for name, column in of_grads.items()}
+            of_value, of_grad, of_tangent = (
+                {name: column[at] for name, column in of.items()} for of in columns
+            )
             count, rms = of_grad.get("count", np.zeros(n)), of_grad.get("rms")
             reached = (count > 0) & (rms is not None)
             norm = np.zeros(n) if rms is None else rms * np.sqrt(count)
-            out.append(_Entry(site, index, of_value, of_grad, reached, norm))
+            out.append(_Entry(site, index, of_value, of_grad, of_tangent, reached, norm))
     return sorted(out, key=lambda entry: program_order(entry.site, entry.iteration))
 
 
@@ -106,7 +115,7 @@ def _flags(entries: list[_Entry], n: int) -> list[dict[str, np.ndarray]]:
             first = entry.reached & np.isfinite(entry.norm) & (entry.norm != 0) & (reference == 0)
             reference = np.where(first, entry.norm, reference)
     out = []
-    for _, _, stats, grads, reached, norm in entries:
+    for _, _, stats, grads, _, reached, norm in entries:
         with np.errstate(invalid="ignore", over="ignore"):
             relative = np.divide(norm, reference, out=np.full(n, np.nan), where=reached & (reference != 0))
         none = np.zeros(n)
@@ -134,7 +143,8 @@ def rows_of(inspection: "ByName") -> list[Row]:
         factor = norm / after if norm is not None and after else None
         label = site.name + "".join(f"[{i}]" for i in index)
         found = [name for name, at in flags.items() if at[0]]
-        out.append(Row(site, label, index, _numbers(entry.stats), _numbers(entry.grads), norm, factor, found))
+        stats, grads, tangents = map(_numbers, (entry.stats, entry.grads, entry.tangents))
+        out.append(Row(site, label, index, stats, grads, tangents, norm, factor, found))
         if norm is not None and math.isfinite(norm):
             after = norm
     return out[::-1]
@@ -148,7 +158,7 @@ def _last(inspection: "ByName") -> dict[str, dict[str, Stats]]:
         values = np.asarray(stats.values)
         return replace(stats, values=values[(-1,) * (values.ndim - 1 - depths[name])][None])
 
-    every = {"stats": inspection.stats, "grad_stats": inspection.grad_stats}
+    every = {name: getattr(inspection, name) for name in ("stats", "grad_stats", "tangent_stats")}
     return {which: {name: last(name, one) for name, one in found.items()} for which, found in every.items()}
 
 
@@ -172,7 +182,8 @@ def program_order(site: Site, index: tuple[int, ...]) -> tuple[float, ...]:
 def flags(inspection: "Inspection") -> dict[str, list[str]]:
     """Return the flags by site name; those of a loop's iterations together."""
     inspection = jax.device_get(inspection)
-    return _flags_by_name(inspection.sites, 1, **_last(inspection))[0]
+    last = _last(inspection)
+    return _flags_by_name(inspection.sites, 1, last["stats"], last["grad_stats"])[0]
 
 
 def _flags_by_name(
@@ -293,6 +304,7 @@ def table(inspection: "ByName", rows: int | None, rest: str) -> TextTable:
     out.add_column("grad rms", drop=6)
     out.add_column("grad norm")
     out.add_column("grad ×")
+    out.add_column("tangent rms")
     out.add_column("flags")
     for row in shown:
         s, g = row.stats, row.grads
@@ -307,6 +319,7 @@ def table(inspection: "ByName", rows: int | None, rest: str) -> TextTable:
             g.get("rms") if g.get("count") else None,
             row.norm,
             row.factor,
+            row.tangents.get("rms") if row.tangents.get("count") else None,
             " ".join(row.flags),
             weight=math.inf if row.flags else change,
         )
@@ -330,6 +343,7 @@ def _summary(group: list[Row]) -> Row:
         iteration=(),
         stats=_over_iterations([row.stats for row in group]),
         grads=_over_iterations([row.grads for row in group]),
+        tangents=_over_iterations([row.tangents for row in group]),
         norm=math.hypot(*norms) if norms else None,
         factor=norms[0] / norms[-1] if norms and norms[-1] else None,
         flags=[f"{flag} ({count}/{len(group)})" for flag, count in flags.items()],

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from gradfn.jaxpr.twins import same_gradients, same_values
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["stats", "grad_stats", "kept_value", "kept_grad"],
+    data_fields=["stats", "grad_stats", "tangent_stats", "kept_value", "kept_grad", "kept_tangent"],
     meta_fields=["site"],
 )
 @dataclass(frozen=True)
@@ -36,15 +37,19 @@ class Observation:
         site: which site it is (static).
         stats: statistics of the value.
         grad_stats: statistics of the gradient of the loss with respect to the value; None where there is none.
+        tangent_stats: statistics of the value's derivative along a direction; None where there is none.
         kept_value: the value if it was kept, else None; `value` raises instead.
         kept_grad: the gradient if it was kept, else None; `grad` raises instead.
+        kept_tangent: the derivative if it was kept, else None; `tangent` raises instead.
     """
 
     site: Site
     stats: Stats
     grad_stats: Stats | None
+    tangent_stats: Stats | None
     kept_value: jax.Array | None
     kept_grad: jax.Array | None
+    kept_tangent: jax.Array | None
 
     @property
     def value(self) -> jax.Array:
@@ -74,6 +79,23 @@ class Observation:
             )
         return self.kept_grad
 
+    @property
+    def tangent(self) -> jax.Array:
+        """The derivative of the value along the direction given as `along`.
+
+        Raises:
+            AttributeError: it was not kept, or there is none.
+        """
+        if self.tangent_stats is None:
+            raise AttributeError(
+                f"site {self.site.name!r} has no tangent here: pass gf.capture(..., along=) a direction"
+            )
+        if self.kept_tangent is None:
+            raise AttributeError(
+                f"the tangent of site {self.site.name!r} was not kept: pass keep={self.site.name!r}"
+            )
+        return self.kept_tangent
+
 
 class ByName:
     """Access to what was recorded by the name of its site: `inspection["a1"]`."""
@@ -83,6 +105,8 @@ class ByName:
     grad_stats: Mapping[str, Stats]
     values: Mapping[str, jax.Array]
     value_grads: Mapping[str, jax.Array]
+    tangent_stats: Mapping[str, Stats] = MappingProxyType({})
+    tangents: Mapping[str, jax.Array] = MappingProxyType({})
 
     def __getitem__(self, name: str) -> Observation:
         """Return what was recorded at a site.
@@ -92,8 +116,9 @@ class ByName:
         """
         for site in self.sites:
             if site.name == name:
-                kept = self.values.get(name), self.value_grads.get(name)
-                return Observation(site, self.stats[name], self.grad_stats.get(name), *kept)
+                stats = self.stats[name], self.grad_stats.get(name), self.tangent_stats.get(name)
+                kept = self.values.get(name), self.value_grads.get(name), self.tangents.get(name)
+                return Observation(site, *stats, *kept)
         raise KeyError(unknown_site(name, [site.name for site in self.sites], type(self).__name__.lower()))
 
     def __contains__(self, name: object) -> bool:

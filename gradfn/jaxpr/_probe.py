@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from gradfn.jaxpr.varying import as_varying, varying_axes
+from gradfn.jaxpr.varying import as_varying, varying_axes, zeros
 
 Summary = Callable[[PyTree, PyTree], Any]
 
@@ -62,3 +62,46 @@ def _backward(summary: Summary, residual: PyTree, g: PyTree) -> tuple[PyTree, Py
 
 
 _probe.defvjp(_forward, _backward)
+
+
+def tangent_probe(summary: Callable[[PyTree], Any], x: jax.Array) -> PyTree:
+    """Return zeros; in forward mode, their tangent is `summary(tangent of x)`.
+
+    The summary need not be linear, so this is for `jax.jvp` alone. (What that returns can be differentiated again.)
+
+    Args:
+        summary: `tangent -> tree` of floating arrays.
+        x: a floating array.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> f = lambda x: tangent_probe(lambda t: jnp.sum(t * t), x**2)
+        >>> float(jax.jvp(f, (jnp.array([1.0, 2.0]),), (jnp.array([1.0, 1.0]),))[1])  # tangent of x**2: [2, 4]
+        20.0
+    """
+    return _tangent_probe(summary, x)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _tangent_probe(summary: Callable, x: jax.Array) -> PyTree:
+    return zeros(jax.eval_shape(summary, x))
+
+
+@_tangent_probe.defjvp
+def _tangent_of_probe(
+    summary: Callable, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[PyTree, PyTree]:
+    return _tangent_probe(summary, *primals), summary(*tangents)
+
+
+@jax.custom_jvp
+def entering(x: jax.Array, token: jax.Array) -> jax.Array:
+    """Return `x`, bit for bit; in forward mode, the tangent of the token is added to that of `x`."""
+    return x
+
+
+@entering.defjvp
+def _tangent_of_entering(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    return entering(*primals), tangents[0] + tangents[1]
