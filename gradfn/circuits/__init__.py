@@ -12,16 +12,38 @@ from gradfn.circuits._head_weights import (
     head_weights,
     singular_values,
 )
+from gradfn.circuits.edits import (
+    at,
+    interchange,
+    mean_ablate,
+    project_off,
+    resample,
+    splice,
+    steer,
+    swap,
+    zero,
+)
+from gradfn.inspection._patch import Using
 
 __all__ = [
     "Composition",
     "HeadScores",
     "HeadWeights",
     "SingularValues",
+    "Using",
+    "at",
     "composition",
     "head_scores",
     "head_weights",
+    "interchange",
+    "mean_ablate",
+    "project_off",
+    "resample",
     "singular_values",
+    "splice",
+    "steer",
+    "swap",
+    "zero",
 ]
 
 if not TYPE_CHECKING:

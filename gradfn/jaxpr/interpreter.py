@@ -4,6 +4,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, cached_property
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
@@ -106,6 +107,12 @@ def scope_of(eqn: Any, outer: str = "") -> str:
     """Return the named scopes around an equation, joined by `/`, without the wrappers that transforms add."""
     inner = _bare_scope(str(eqn.source_info.name_stack))
     return f"{outer}/{inner}" if outer and inner else outer or inner
+
+
+def within_scope_of(eqn: Any) -> AbstractContextManager:
+    """Return a context in which new equations get the named scopes of an equation."""
+    scope = scope_of(eqn)
+    return jax.named_scope(scope) if scope else nullcontext()
 
 
 @cache
@@ -297,7 +304,9 @@ def _body(
         def compute(inputs: Sequence[PyTree], eqn: Any = eqn, path: Path = path) -> list[PyTree]:
             if path not in run.containers:
                 return evaluate(eqn, inputs)
-            outs, inner = _container(run, eqn, path, list(inputs), inside.get(path, {}))
+            # A call that is inlined, and a loop that is rebuilt, keep the scope that they are in.
+            with within_scope_of(eqn):
+                outs, inner = _container(run, eqn, path, list(inputs), inside.get(path, {}))
             captures.update(inner)
             return outs
 

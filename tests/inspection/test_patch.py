@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
-from gradfn.inspection import inspect, patch
+import gradfn as gf
+from gradfn.inspection import capture, inspect, patch, sites
 
 X = jnp.linspace(-1.0, 1.0, 6).reshape(2, 3)
 PARAMS = {"W": jnp.linspace(-1.0, 2.0, 9).reshape(3, 3), "V": jnp.linspace(1.0, 2.0, 3).reshape(3, 1)}
@@ -60,6 +61,24 @@ def test_in_a_while_loop():
         return jax.lax.while_loop(lambda x: x < 10, lambda x: checkpoint_name(x * 2, "x"), x)
 
     assert float(patch(g, {"x": lambda x: x + 1})(jnp.array(1.0))) == 15.0  # 1, 3, 7, 15
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_an_edited_network_has_the_same_sites_and_shows_the_edited_values(scan):
+    net = gf.gpt(gf.GPTConfig(vocab=17, context=6, n_layers=2, n_heads=2, width=8, scan=scan))
+    args = net.init(jax.random.key(0)), jnp.arange(6)
+    edited = patch(net.apply, {"*residual": lambda x: 2 * x})
+    assert sites(edited)(*args).names == sites(net.apply)(*args).names
+    doubled = capture(patch(f, {"a": lambda a: 2 * a}), keep="a")(PARAMS, X)
+    np.testing.assert_allclose(doubled["a"].value, 2 * f(PARAMS, X)[1], rtol=1e-6)
+
+
+def test_a_fraction_is_not_rounded_to_an_integer():
+    def g(x):
+        return jnp.take(x, checkpoint_name(jnp.argmax(x), "i"))
+
+    with pytest.raises(TypeError, match="the value at site 'i' is int32, which cannot represent float32"):
+        patch(g, {"i": 0.5})(jnp.ones(2))
 
 
 def test_integers_and_half_precision_keep_their_type():
