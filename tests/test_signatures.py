@@ -45,6 +45,7 @@ OUTER = {
     "attribution.smooth_grad": (DRAWN_MAP, {}),
     "attribution.tracin": ("(checkpoints, train, test, learning_rates)", {}),
     "circuits.head_scores": ("(params, tokens, label, /)", {}),
+    "circuits.interchange": (SAME, {"sites": [], "source": ()}),
     "curvature.fisher_vp": ("(params, vector, batch, /, *, label, weight=1.0, key=None)", {}),
     "curvature.ggn_vp": ("(params, vector, batch)", {}),
     "curvature.hessian_diagonal": (ESTIMATE, {}),
@@ -62,7 +63,10 @@ OUTER = {
     "per_example.norm_test": (MAP, {}),
     "per_example.norms": (MAP, {}),
 }
-NOT_OF_A_FUNCTION = {"accuracy", "stalled", "train_step"}
+NOT_OF_A_FUNCTION = {
+    *("accuracy", "stalled", "train_step"),
+    *(f"circuits.{name}" for name in ("at", "mean_ablate", "project_off", "resample", "splice", "steer")),
+}
 
 
 def transforms():
@@ -92,7 +96,8 @@ def test_a_returned_function_tells_its_arguments(name):
     signature = inspect.signature(returned)
     bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     assert str(signature.replace(parameters=bare, return_annotation=signature.empty)) == expected
-    if name in ("patch", "curvature.product"):  # these return the same function, changed
+    # These return the same function, changed.
+    if name in ("patch", "circuits.interchange", "curvature.product"):
         assert returned.__name__ == "loss"
     else:
         assert returned.__name__ == name.rpartition(".")[2]
