@@ -3,6 +3,9 @@
 from typing import TYPE_CHECKING
 
 from gradfn._missing import namespace
+from gradfn.attribution._grad_cam import grad_cam
+from gradfn.attribution._guided_backprop import guided_backprop
+from gradfn.attribution._lrp import Absorbed, Relevance, lrp
 from gradfn.attribution._maximize import Maximized, maximize
 from gradfn.attribution._occlusion import occlusion
 from gradfn.attribution._regions import Regions, grid_regions, regions
@@ -17,13 +20,18 @@ from gradfn.attribution.influence import tracin
 from gradfn.attribution.randomize import Randomized, randomize_labels, randomize_weights
 
 __all__ = [
+    "Absorbed",
     "IntegratedGradients",
     "Maximized",
     "Randomized",
     "Regions",
+    "Relevance",
+    "grad_cam",
     "grad_times_input",
     "grid_regions",
+    "guided_backprop",
     "integrated_gradients",
+    "lrp",
     "maximize",
     "occlusion",
     "randomize_labels",

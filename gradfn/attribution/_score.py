@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from gradfn.inspection.observe import trace_sites
-from gradfn.jaxpr import Equation, Program, Site, interpret, select
+from gradfn.jaxpr import Equation, Site, interpret, select
 from gradfn.jaxpr.interpreter import Evaluate
 
 One: TypeAlias = int | jax.Array | slice | EllipsisType
@@ -75,11 +75,8 @@ def entry(
             lambda other: f(params, other, *rest),
         )
     program, offered, _ = trace_sites(f, (params, x, *rest), {}, at, what)
-    site, equation = _one_site(program, offered, at, what)
-    if not site.differentiable:
-        raise ValueError(f"{what}: site {at!r} ({site.dtype}{list(site.shape)}) has no gradient")
-    if site.reaches != "result":
-        raise ValueError(f"{what}: the score is not computed from site {at!r} ({site.line})")
+    site = explained_site(offered, at, what)
+    equation = program.equations()[site.path]
 
     def run(token: jax.Array, change: Callable) -> tuple[jax.Array, jax.Array]:
         def visit(
@@ -139,18 +136,29 @@ def _checked(index: Index, shape: tuple[int, ...], what: str) -> Index:
     return index
 
 
-def _one_site(program: Program, offered: Sequence[Site], name: str, what: str) -> tuple[Site, Equation]:
+def explained_site(offered: Sequence[Site], name: str, what: str) -> Site:
+    """Return the site of a name that a score is to be explained by; raise an error if it cannot be."""
+    site = _one_site(offered, name, what)
+    if not site.differentiable:
+        raise ValueError(f"{what}: site {name!r} ({site.dtype}{list(site.shape)}) has no gradient")
+    if site.reaches != "result":
+        raise ValueError(f"{what}: the score is not computed from site {name!r} ({site.line})")
+    return site
+
+
+def _one_site(offered: Sequence[Site], name: str, what: str) -> Site:
     chosen = select(offered, name, what)
     if len(chosen) > 1:
         names = ", ".join(site.name for site in chosen)
         raise ValueError(f"{what}: expected one site, got {name!r}, which matches {len(chosen)}: {names}")
     (site,) = chosen
-    return site, program.equations()[site.path]
+    return site
 
 
 def _site_value(f: Callable, name: str, args: Sequence[PyTree], what: str) -> jax.Array:
     program, offered, _ = trace_sites(f, args, {}, name, what)
-    site, equation = _one_site(program, offered, name, what)
+    site = _one_site(offered, name, what)
+    equation = program.equations()[site.path]
 
     def visit(
         _: Equation, evaluate: Evaluate, inputs: Sequence[PyTree], token: PyTree
