@@ -12,6 +12,7 @@ from gradfn.circuits._head_weights import (
     head_weights,
     singular_values,
 )
+from gradfn.circuits._sweep import PatchSweep, patch_sweep
 from gradfn.circuits.edits import (
     at,
     interchange,
@@ -29,6 +30,7 @@ __all__ = [
     "Composition",
     "HeadScores",
     "HeadWeights",
+    "PatchSweep",
     "SingularValues",
     "Using",
     "at",
@@ -37,6 +39,7 @@ __all__ = [
     "head_weights",
     "interchange",
     "mean_ablate",
+    "patch_sweep",
     "project_off",
     "resample",
     "singular_values",
