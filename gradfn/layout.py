@@ -1,7 +1,8 @@
 """What the files in a run's folder are called. This imports nothing, so a page of a run is made without jax."""
 
 METRICS, INSPECTIONS, NOISE = "metrics.jsonl", "inspections.jsonl", "noise.jsonl"
-LOGS = (METRICS, INSPECTIONS, NOISE)  # of rows, each a line of JSON
+SPIKES = "spikes.jsonl"
+LOGS = (METRICS, INSPECTIONS, NOISE, SPIKES)  # of rows, each a line of JSON
 CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINTS = "checkpoint"  # the folder of the checkpoints of a state that is split over devices
 KEPT = "kept"  # the folder of the parameters that stay

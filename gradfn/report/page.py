@@ -121,6 +121,18 @@ def page(kept: Sequence[Kept], about: Mapping[str, About] = {}) -> str:
         "shapes_left_out": shapes_left_out,
         "style": (ASSETS / "style.css").read_text(encoding="utf-8"),
         "import_map": import_map(),
+        "spikes": [
+            [
+                {
+                    "name": short(name),
+                    "texts": [short(text, VALUE) for text in part.spikes.texts],
+                    "more": part.spikes.n - len(part.spikes.texts),
+                }
+                for name, part in run.parts.items()
+                if part.spikes.n
+            ]
+            for run in kept
+        ],
         "too_large": len(kept) == 1 and kept[0].net_left_out,
     }
     # These parts share the remaining bytes.

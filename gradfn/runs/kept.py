@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypedDict
 
 from gradfn.display import reading_order
 from gradfn.files import FileError, inside, read_blocks_of_rows, read_bytes, read_rows
-from gradfn.layout import INSPECTIONS, METRICS, NOISE
+from gradfn.layout import INSPECTIONS, METRICS, NOISE, SPIKES
 from gradfn.runs.curve import Curve
 from gradfn.runs.digit_net import DIGIT_NET, DigitNet, load_digit_net
 from gradfn.runs.folder import (
@@ -33,9 +33,12 @@ from gradfn.runs.rows import (
     MetricsRow,
     NoiseRow,
     Shapes,
+    SpikeRow,
+    Spikes,
     inspections,
     metrics,
     noise,
+    spikes,
 )
 from gradfn.stored import newest, parameter_shapes
 from gradfn.stored import notes as notes_of
@@ -62,12 +65,14 @@ class Part(NamedTuple):
         inspections: its inspections of all gradients.
         shapes: of the parameters, by path, in reading order.
         noise: the running noise scale of the gradient.
+        spikes: its loss spikes.
     """
 
     history: Metrics
     inspections: Inspections
     shapes: Shapes
     noise: Curve
+    spikes: Spikes
 
 
 class Kept(NamedTuple):
@@ -176,8 +181,8 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def _part(folder: Path) -> Part:
-    files = [inside(folder, name) for name in (METRICS, INSPECTIONS, NOISE)]
-    evaluated, inspected, measured = (file if os.path.lexists(file) else None for file in files)
+    files = [inside(folder, name) for name in (METRICS, INSPECTIONS, NOISE, SPIKES)]
+    evaluated, inspected, measured, spiked = (file if os.path.lexists(file) else None for file in files)
     shapes = _shapes(folder)
     return Part(
         metrics(read_blocks_of_rows(evaluated, MetricsRow, limit=METRICS_ROW), str(evaluated))
@@ -188,6 +193,7 @@ def _part(folder: Path) -> Part:
         else Inspections(),
         shapes,
         noise(read_blocks_of_rows(measured, NoiseRow, limit=METRICS_ROW)) if measured else Curve(),
+        spikes(read_rows(spiked, SpikeRow, limit=INSPECTIONS_ROW)) if spiked else Spikes(),
     )
 
 

@@ -29,6 +29,7 @@ METRICS_ROW, INSPECTIONS_ROW = 2 << 20, 16 << 20
 WAITING = 1 << 15  # numbers that are added to curves at a time
 MAX_METRICS = 48  # of a training
 HEAT_ROWS = 100  # of a heat map: more would be too many to read
+MAX_SPIKES = 20  # of a training
 MAX_FLAGS = 200  # different ones of a training
 NO_CURVES = {*NOT_METRICS, NOT_FINITE} - {"step"}
 MAX_PAIRS = 2_000_000  # pairs of a parameter and a value whose names are compared
@@ -61,6 +62,20 @@ class NoiseRow(TypedDict):
 
     step: Step
     running_scale: Number | None
+
+
+class SpikeRow(TypedDict):
+    """What the page shows of a loss spike."""
+
+    step: Step
+    text: str
+
+
+class Spikes(NamedTuple):
+    """The loss spikes of a training: how many there are, and the first `MAX_SPIKES` of them in words."""
+
+    n: int = 0
+    texts: tuple[str, ...] = ()
 
 
 class Metrics(NamedTuple):
@@ -215,6 +230,15 @@ def noise(blocks: Iterable[Sequence[Mapping[str, Any]]]) -> Curve:
         points = [(row["step"], row["running_scale"]) for row in rows if (row["running_scale"] or 0) > 0]
         curve.extend([step for step, _ in points], [scale for _, scale in points])
     return curve
+
+
+def spikes(rows: Iterable[SpikeRow]) -> Spikes:
+    """Reduce loss spikes to the texts of the first ones."""
+    found = Spikes()
+    for row in rows:
+        few = (*found.texts, row["text"]) if found.n < MAX_SPIKES else found.texts
+        found = Spikes(found.n + 1, few)
+    return found
 
 
 def _extend(curves: Mapping[str, Mapping[str, Curve]], waiting: list[list[float]]) -> None:

@@ -12,6 +12,7 @@ from gradfn.train._shardings import (
     sharding_table,
     shardings,
 )
+from gradfn.train.bands import Spike
 from gradfn.train.checkpoint import CheckpointError
 from gradfn.train.decay import weight_decay_mask, weight_decay_table
 from gradfn.train.memory import keep_freed_memory
@@ -29,6 +30,7 @@ __all__ = [  # noqa: RUF022
     "FSDP_TENSOR_PARALLEL",
     "Fit",
     "Source",
+    "Spike",
     "TENSOR_PARALLEL",
     "TrainState",
     "adamw_warmup_cosine",

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from gradfn.core.params import named_leaves
 from gradfn.display import ShowsTable, TextTable
 from gradfn.flatten import BatchMean, Loss
 from gradfn.layout import CHECKPOINT, CHECKPOINTS, MEASURES
@@ -28,6 +29,7 @@ from gradfn.losses import check_targets
 from gradfn.stored import Stored
 from gradfn.timings import phase
 from gradfn.train import restore, sharded
+from gradfn.train.bands import Bands, Spike
 from gradfn.train.chunk import CAPACITY, chunks, finished, owned
 from gradfn.train.fault import fault, state_before
 from gradfn.train.folder import own, prepare
@@ -42,6 +44,7 @@ from gradfn.train.profiling import Profile
 from gradfn.train.rows import Row, Rows
 from gradfn.train.saver import Saver
 from gradfn.train.source import Source, source_of
+from gradfn.train.spikes import examined, find, spike_of
 from gradfn.train.split import check_mesh, split_of
 from gradfn.train.step import TrainState, placed_state
 from gradfn.train.stopping import deferred
@@ -59,6 +62,7 @@ class _Fit(NamedTuple):
     history: Sequence[Row]
     inspections: Sequence[Row]
     noise: Sequence[Row]
+    spikes: Sequence[Row] = ()
 
 
 class Fit(ShowsTable, _Fit):
@@ -75,6 +79,7 @@ class Fit(ShowsTable, _Fit):
         inspections: one row per inspection: `{"step": ...}` and the fields of `Inspection.to_dict`.
         noise: one row per measurement of the noise scale: `{"step": ...}`, the fields of `NoiseScale.to_dict`, and
             the `running_scale`.
+        spikes: one row per spike, see `inspect_when`.
     """
 
     def table(self, rows: int | None = LAST) -> TextTable:
@@ -114,6 +119,7 @@ def fit(
     evaluate: Callable[..., dict[str, Any]] | None = None,
     eval_every: int | None = None,
     inspect_every: int | None = None,
+    inspect_when: Literal["spike"] | Spike | None = None,
     noise_every: int | None = None,
     stop: Callable[[Sequence[Row]], bool] | None = None,
     folder: str | Path | None = None,
@@ -148,14 +154,19 @@ def fit(
         eval_every: in steps; by default an epoch (a tenth of all steps where `data` is a function).
         inspect_every: inspect all gradients and activations every N steps, with `gf.inspect`. The update of an
             inspected step uses the gradients of the inspection.
+        inspect_when: `"spike"`, or a `gf.train.Spike`, which says what is watched: inspect a step when the loss or the
+            gradient's norm leaves its running band upwards. A row of `spikes` says which, which parameters' gradients
+            left their bands first, the norm of each example's gradient (of a `gf.batch_mean`), the optimizer's
+            moments before the step, and the inspection. The state is held twice: at the start of a chunk of steps
+            and at its end.
         noise_every: measure the gradient's noise scale every N steps, with `gf.per_example.noise_scale`,
             on the step's own batch; the loss must be a `gf.batch_mean`. The running scale averages over about fifty
             measurements.
         stop: `(history) -> bool`, called after each evaluation; True ends the run. See `gf.stalled`.
-        folder: where to write `metrics.jsonl`, `inspections.jsonl`, `noise.jsonl`, TensorBoard events and the
-            checkpoint; None writes nothing. A run owns its folder: unless it resumes, files that an earlier run of
-            `fit` wrote there are removed (other files stay). `gradfn report FOLDER` makes a page of it. The checkpoint
-            holds the state and how far each file of rows reaches; a run that resumes truncates them to that.
+        folder: where to write `metrics.jsonl`, `inspections.jsonl`, `noise.jsonl`, `spikes.jsonl`, TensorBoard events
+            and the checkpoint; None writes nothing. A run owns its folder: unless it resumes, files that an earlier
+            run of `fit` wrote there are removed (other files stay). `gradfn report FOLDER` makes a page of it. The
+            checkpoint holds the state and how far each file of rows reaches; a run that resumes truncates them to that.
         checkpoint_seconds: write a checkpoint when this much time has passed since the last (more where
             writing one takes over a twentieth of it), and at the end. It is written while the next steps run.
         keep_every: also keep the parameters every N steps and at the end, which `gf.train.kept` reads. They
@@ -174,8 +185,8 @@ def fit(
             of them traces the rest.
 
     Returns:
-        `Fit(params, state, history, inspections, noise)`, and `.model_state`. `params` has the type of the argument.
-        A row of `history` has `step`, `epoch`, `loss` (averaged over the steps since the row before),
+        `Fit(params, state, history, inspections, noise, spikes)`, and `.model_state`. `params` has the type of the
+        argument. A row of `history` has `step`, `epoch`, `loss` (averaged over the steps since the row before),
         `examples_per_second` (and `tokens_per_second`, padding included, where examples are integers `[tokens]`),
         `seconds`, the scalars of aux and what `evaluate` returned. Of the step that it ends with it has `grad_norm`
         (before the optimizer clips or averages), `update_norm`, and the `learning_rate` where the optimizer's state
@@ -255,6 +266,7 @@ def fit(
         split = split_of(run.state.params)
         if split is not None:
             split.check_batch(source.examples())
+        spike = spike_of(inspect_when, run.state)
         if noise_every and run.state.model_state is not None:
             raise ValueError("fit: noise_every must be None where a state is carried from step to step")
         if folder is not None:
@@ -263,7 +275,9 @@ def fit(
             if sharded.is_split(run.state):
                 sharded.require()
         root = None if folder is None else Path(folder)
-        log = Log(root if is_first() else None, steps, source.tokens, progress and is_first())
+        log = Log(
+            root if is_first() else None, steps, source.tokens, progress and is_first(), spike is not None
+        )
         stack.enter_context(own(log.folder))
         if root:
             stored = restore.find(root) if resume else None
@@ -277,7 +291,8 @@ def fit(
         settings["eval_every"] = eval_every
         periods = [every for every in (eval_every, noise_every, keep_every, source.order_steps) if every]
         source = source.placed(None) if split is None else source.placed(split.mesh, split.axis)
-        programs = chunks(loss, optimizer, source, run.state, inspect_every)
+        programs = chunks(loss, optimizer, source, run.state, inspect_every, spike)
+        names = [name or "params" for name, _ in named_leaves(run.state.params)]
         most = peak_of(run.state.step)
         flops = programs.flops(run.state, source.order(source.epoch(run.step))) if most else 0.0
         if programs.donated and not run.step:
@@ -309,7 +324,7 @@ def fit(
                 on_host: Any = jax.device_get(recorded)
                 if programs.donated and not on_host.finite:
                     after, on_host = finished(programs, after, on_host, *here[1:], end - step, step)
-                columns, measures, finite, inspections = on_host
+                columns, measures, finite, inspections, watched = on_host
                 metrics = {name: column[: end - step] for name, column in columns.items()}
                 took = agreed(time.monotonic() - began)
                 if inspections:
@@ -321,6 +336,11 @@ def fit(
                 inspected = programs.due(step, end if broken is None else min(int(broken.step) + 1, end))
                 if inspected:
                     log.inspect(inspected, inspections.tree(len(inspected)))
+                if spike is not None:
+                    n = end - step if broken is None else int(broken.step) - step
+                    rows = {name: column[:n] for name, column in watched.items()}
+                    for one in find(spike, run.bands, rows, metrics["loss"][:n], names, step):
+                        log.spike(examined(programs, source, here, one))
                 if broken is not None:
                     raise fault(loss, programs, broken, *here[1:], metrics["loss"], step)
                 run.totals = run.totals.after_steps(metrics, source.batch_size, took)
@@ -374,6 +394,7 @@ class _Run:
         totals: its counters.
         identity: what distinguishes it from other runs; None where there is no folder.
         home: the caller's mesh; None where the state is not on one.
+        bands: what is known of the numbers that are watched for spikes.
     """
 
     settings: Settings
@@ -383,6 +404,7 @@ class _Run:
     totals: Totals = field(default_factory=Totals)
     identity: Identity | None = None
     home: Mesh | None = None
+    bands: Bands = field(default_factory=Bands)
 
     def resume(self, log: Log, folder: Path, stored: Stored) -> None:
         """Continue from the checkpoint that was found in a folder, with the rows up to there; nothing is written.
@@ -400,6 +422,7 @@ class _Run:
             found = f"{last:,} in the last row and {notes.n_steps:,} since"
             raise of_another_run(folder, f"is of step {self.step:,}, but counts {found}; it is damaged")
         self.totals = notes.totals
+        self.bands = notes.bands or Bands()
         # A run that took all its steps may take more; one that `stop` ended has ended.
         longer = last == notes.settings["steps"] < self.settings["steps"]
         self.finished = notes.finished and not longer
@@ -414,6 +437,7 @@ class _Run:
             logs=log.extents,
             identity=self.identity,
             versions=versions(),
+            bands=self.bands if self.bands.steps else None,
         )
 
     @property
@@ -424,7 +448,7 @@ class _Run:
     def result(self, log: Log) -> Fit:
         """Return what `fit` returns."""
         state = self.outside
-        return Fit(state.model, state, log.history, log.inspections, log.noise)
+        return Fit(state.model, state, log.history, log.inspections, log.noise, log.spikes)
 
 
 def _shapes(state: TrainState) -> TrainState:

@@ -18,6 +18,7 @@ from gradfn.core.stacking import stacked
 from gradfn.flatten import Loss, loss_of_example
 from gradfn.jaxpr.call import value_and_aux
 from gradfn.jaxpr.varying import zeros
+from gradfn.train.bands import Spike
 from gradfn.train.gathering import gather_where_used
 from gradfn.train.log import refuse_names
 from gradfn.train.measures import learning_rate, norm
@@ -25,6 +26,7 @@ from gradfn.train.model import batch_loss
 from gradfn.train.peak import step_flops
 from gradfn.train.placing import replicated
 from gradfn.train.source import Source
+from gradfn.train.spikes import Examined, examiner, watched
 from gradfn.train.split import Split, split_of
 from gradfn.train.stacked import Stacked, bytes_of
 from gradfn.train.step import Change, TrainState, apply_gradients, one_step, step_key, step_keywords
@@ -47,12 +49,14 @@ class Recorded(NamedTuple):
         measures: of the last step: see `measures_of`.
         finite: whether all parameters are finite.
         inspections: one row per step that is inspected, see `flow.summarized`; None where none ever is.
+        watched: of each step, see `gradfn.train.spikes.watched`; None where nothing is watched.
     """
 
     metrics: dict[str, jax.Array]
     measures: dict[str, jax.Array]
     finite: jax.Array
     inspections: Stacked | None
+    watched: dict[str, jax.Array] | None = None
 
     def joined(self, later: Recorded, start: int, inspected: int) -> Recorded:
         """Return what was recorded of a chunk, on the host, with what was recorded from one of its steps on.
@@ -94,6 +98,8 @@ class Chunks(NamedTuple):
     """`(state, order)`: the floating-point operations of a step, see `gradfn.train.peak`"""
     compile: Callable[[TrainState, Any], None]
     """`(state, order)`: compile `advance`, without taking a step"""
+    examine: Callable[..., Examined]
+    """`(state, order, row) -> Examined`: what is recorded of the next step if it spikes; it is not taken"""
     due: Callable[[int, int], range]
     """`(start, end)`: which of the steps from `start` to before `end` are inspected"""
     donated: bool
@@ -106,6 +112,7 @@ def chunks(
     source: Source,
     state: TrainState,
     inspect_every: int | None = None,
+    spike: Spike | None = None,
 ) -> Chunks:
     """Return the compiled functions of a training run; one program serves chunks of every length.
 
@@ -116,11 +123,13 @@ def chunks(
         state: the first one: where its arrays lie decides how the work is split over devices, and that later states
             lie there too.
         inspect_every: every how many steps one is inspected; None for none.
+        spike: what each step is watched for; None for nothing. The state is then never donated, because steps are
+            repeated from it.
     """
     from gradfn.per_example import noise_scale
 
     split = split_of(state.params)
-    donated = bytes_per_device(state) >= DONATED
+    donated = bytes_per_device(state) >= DONATED and spike is None
     # Compiled on their own, they are traced once, though their shapes are needed before the loop.
     step = jax.jit(one_step(loss, optimizer, split, guard=donated))
     inspected_step = jax.jit(one_inspected_step(loss, optimizer, split, guard=donated))
@@ -152,6 +161,10 @@ def chunks(
             )
             # Only a guarded step may not be taken.
             good = after.step > carry.state.step if donated else jnp.array(True)
+            if spike is not None:
+                of_step = watched(spike, change, after)
+                rows = jax.tree.map(lambda rows, row: rows.at[carry.i].set(row), carry.watched, of_step)
+                carry = carry._replace(watched=rows)
             return carry._replace(i=carry.i + 1, good=good, state=after, metrics=columns, measures=measures)
 
         def plain(carry: Progress) -> Progress:
@@ -178,10 +191,11 @@ def chunks(
             state,
             jax.eval_shape(taken if inspect_every is None else taken_and_inspected, state, row),
             inspect_every,
+            spike,
         )
         end = jax.lax.while_loop(lambda carry: carry.goes_on(n), each, start)
         finite = end.good & all_finite(end.state.params)
-        return end.state, Recorded(end.metrics, end.measures, finite, end.inspections)
+        return end.state, Recorded(end.metrics, end.measures, finite, end.inspections, end.watched)
 
     @functools.partial(
         jax.jit, donate_argnums=donate, out_shardings=(stays, everywhere), static_argnames="inspects"
@@ -208,6 +222,10 @@ def chunks(
         return noise_scale(lambda params, one, key: of_one(params, one, key=key))(params, batch, keys)
 
     @jax.jit
+    def examine(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> Examined:
+        return examiner(loss, inspected_step, source.batch_size)(state, batch_of(arrays, state, order, row))
+
+    @jax.jit
     def arguments(
         arrays: PyTree, state: TrainState, order: Any, row: jax.Array
     ) -> tuple[Any, dict[str, Any]]:
@@ -230,7 +248,7 @@ def chunks(
             else range(0)
         )
 
-    functions: tuple[Callable, ...] = (advance, careful, measure, arguments, flops, compile)
+    functions: tuple[Callable, ...] = (advance, careful, measure, arguments, flops, compile, examine)
     bound = (functools.partial(function, source.arrays) for function in functions)
     return Chunks(*bound, due=due, donated=donated)  # type: ignore[misc, arg-type]
 
@@ -246,6 +264,7 @@ class Progress(NamedTuple):
         metrics: of each step, `[CAPACITY]`.
         measures: of the last step.
         inspections: as in `Recorded`.
+        watched: as in `Recorded`.
     """
 
     i: jax.Array
@@ -255,9 +274,12 @@ class Progress(NamedTuple):
     metrics: dict[str, jax.Array]
     measures: dict[str, jax.Array]
     inspections: Stacked | None
+    watched: dict[str, jax.Array] | None
 
     @classmethod
-    def start(cls, state: TrainState, shapes: PyTree, inspect_every: int | None) -> Progress:
+    def start(
+        cls, state: TrainState, shapes: PyTree, inspect_every: int | None, spike: Spike | None
+    ) -> Progress:
         """Return the start of a loop, given the shapes of what a step returns."""
         after, metrics, change, *found = shapes
         refuse_names(metrics.keys() - {"loss"}, "the loss's aux")
@@ -267,7 +289,13 @@ class Progress(NamedTuple):
         if inspect_every:
             room = max(1, min(INSPECTED // bytes_of(found), -(-CAPACITY // inspect_every)))
             inspections = Stacked.zeros(found[0], room)
-        return cls(jnp.int32(0), jnp.int32(0), jnp.array(True), state, columns, measures, inspections)
+        of_steps = None
+        if spike is not None:
+            of_step = jax.eval_shape(functools.partial(watched, spike), change, after)
+            of_steps = jax.tree.map(lambda leaf: jnp.zeros([CAPACITY, *leaf.shape], leaf.dtype), of_step)
+        return cls(
+            jnp.int32(0), jnp.int32(0), jnp.array(True), state, columns, measures, inspections, of_steps
+        )
 
     def goes_on(self, n: jax.Array) -> jax.Array:
         """Whether there is another step to take, of `n`."""

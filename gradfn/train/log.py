@@ -15,7 +15,7 @@ import jax
 
 from gradfn.console import Output
 from gradfn.files import FileError, inner_folder
-from gradfn.layout import EVENTS, INSPECTIONS, LOGS, MEASURES, METRICS, NOISE, NOT_METRICS
+from gradfn.layout import EVENTS, INSPECTIONS, LOGS, MEASURES, METRICS, NOISE, NOT_METRICS, SPIKES
 from gradfn.train.checkpoint import CheckpointError
 from gradfn.train.events import Events
 from gradfn.train.lazy_rows import LazyRows
@@ -38,16 +38,21 @@ class Log:
         steps: the total number of steps of the run.
         tokens: per example, where examples are sequences of tokens.
         progress: whether to show a progress bar, or lines where there is no terminal.
+        watches: whether there may be spikes.
 
     Attributes:
         history: one row per evaluation.
         inspections: one row per inspection.
         noise: one row per measurement of the noise scale.
+        spikes: one row per spike, see `gradfn.train.spikes.row_of`.
     """
 
-    def __init__(self, folder: Path | None, steps: int, tokens: int | None, progress: bool) -> None:
+    def __init__(
+        self, folder: Path | None, steps: int, tokens: int | None, progress: bool, watches: bool = False
+    ) -> None:
         self.folder, self.tokens = folder, tokens
         self.history, self.noise = _rows(folder, METRICS), _rows(folder, NOISE)
+        self.spikes = _rows(folder if watches else None, SPIKES)
         self.inspections = LazyRows() if folder is None else Rows(folder / INSPECTIONS)
         self._steps, self._progress = steps, progress
         self._events: Events | None = None
@@ -56,9 +61,13 @@ class Log:
         self._started: tuple[float, int] | None = None
 
     @property
+    def _all(self) -> tuple[Rows | LazyRows | list[Row], ...]:
+        return self.history, self.inspections, self.noise, self.spikes
+
+    @property
     def files(self) -> list[Rows]:
         """The files of rows; none where there is no folder."""
-        return [rows for rows in (self.history, self.inspections, self.noise) if isinstance(rows, Rows)]
+        return [rows for rows in self._all if isinstance(rows, Rows)]
 
     @property
     def extents(self) -> dict[str, Extent]:
@@ -71,7 +80,7 @@ class Log:
         Raises:
             CheckpointError: the rows in the folder do not fit the checkpoint.
         """
-        for name, rows in zip(LOGS, (self.history, self.inspections, self.noise), strict=True):
+        for name, rows in zip(LOGS, self._all, strict=True):
             extent = extents.get(name, {"rows": 0, "bytes": 0, "crc": 0})
             found = rows if isinstance(rows, Rows) else Rows(folder / name)
             try:
@@ -128,6 +137,15 @@ class Log:
         self.noise.append({"step": step} | noise)
         if self._events and noise["running_scale"] is not None:
             self._events.add(step, {"noise scale": noise["running_scale"]})
+
+    def spike(self, row: Row) -> None:
+        """Append the row of a spike, and print it in short."""
+        self.spikes.append(row)
+        if self._progress:
+            if self._bar is None:
+                print(row["text"], file=Output(sys.stdout), flush=True)
+            else:
+                self._bar[0].console.print(row["text"], markup=False, highlight=False)
 
     def sync(self) -> None:
         """Wait until all rows are on the disk."""

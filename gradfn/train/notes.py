@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
+from gradfn.train.bands import Bands
 from gradfn.train.checkpoint import CheckpointError, Number
 from gradfn.train.identity import Identity, difference
 from gradfn.train.rows import Extent, Row
@@ -124,6 +125,7 @@ class Notes(Totals):
         logs: how far each file of rows reaches, by its name; None in checkpoints of earlier versions.
         identity: the identity of the run; None in checkpoints of earlier versions.
         versions: of the software that wrote it.
+        bands: what is known of the numbers that are watched for spikes; None where none are.
     """
 
     settings: Settings
@@ -131,6 +133,7 @@ class Notes(Totals):
     logs: dict[str, Extent] | None = None
     identity: Identity | None = None
     versions: dict[str, Any] = field(default_factory=dict)
+    bands: Bands | None = None
 
     @property
     def totals(self) -> Totals:

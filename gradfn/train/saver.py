@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -67,10 +68,10 @@ class Saver:
         self.step = step
         is_split = sharded.is_split(state)
         if is_split:
-            write = sharded.begin(self._folder / CHECKPOINTS, step, state, vars(notes))
+            write = sharded.begin(self._folder / CHECKPOINTS, step, state, asdict(notes))
         elif is_first():
             state = gathered(state)
-            content = tensors(host_copy(state) if self._copies else state), metadata(vars(notes), state)
+            content = tensors(host_copy(state) if self._copies else state), metadata(asdict(notes), state)
             write = functools.partial(self._write_file, *content)
         else:
             return

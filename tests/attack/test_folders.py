@@ -25,6 +25,7 @@ NAMES = [
         "metrics.jsonl",
         "inspections.jsonl",
         "noise.jsonl",
+        "spikes.jsonl",
         "kept",
     ),
     *(

@@ -139,6 +139,14 @@ DAMAGED = {
             *({"step": 1, "running_scale": scale} for scale in ("1", True, [1.0], 1e305)),
         ),
     ],
+    "spikes.jsonl": [
+        *ROWS,
+        *as_rows(
+            {"step": 1},
+            *({"step": step, "text": "a spike"} for step in (-1, 1.5, None, "1", 2**60)),
+            *({"step": 1, "text": text} for text in (None, 3, ["a spike"], {})),
+        ),
+    ],
     "digit_net.safetensors": [
         *BAD_TENSORS,
         save(ARRAYS),
@@ -205,6 +213,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = write_run(tmp_path / "run")
     (folder / "noise.jsonl").write_text('{"step": 1, "running_scale": null}\n', encoding="utf-8")
+    (folder / "spikes.jsonl").write_text('{"step": 1, "text": "step 1: spike"}\n', encoding="utf-8")
     (folder / "digit_net.safetensors").write_bytes(net())
     assert cli.main(["report", "run"]) == 0
     return folder
@@ -225,7 +234,7 @@ def test_rows_of_one_kind_may_be_absent_or_null(folder):
     (folder / "inspections.jsonl").write_bytes(b"".join(rows))
     (folder / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": null}\n{"step": 2.0, "other": 3}\n')
     assert cli.main(["report", "run"]) == 0
-    for name in ("metrics.jsonl", "inspections.jsonl", "noise.jsonl"):
+    for name in ("metrics.jsonl", "inspections.jsonl", "noise.jsonl", "spikes.jsonl"):
         (folder / name).write_bytes(b"")
     assert cli.main(["report", "run"]) == 0
 

@@ -13,7 +13,7 @@ from gradfn.runs import Expectation, judge
 from gradfn.runs.curve import Curve
 from gradfn.runs.digit_net import DigitNet
 from gradfn.runs.kept import Kept, Part
-from gradfn.runs.rows import inspections, metrics
+from gradfn.runs.rows import inspections, metrics, spikes
 
 PAYLOADS = (
     "<script>alert(1)</script>",
@@ -53,6 +53,7 @@ def a_run(folder, text, n):
         inspections([look | {"step": i} for i in range(n)], shapes),
         shapes,
         Curve([(1, 2.0)]),
+        spikes([{"step": i, "text": text} for i in range(n)]),
     )
     params = {"W1": np.zeros([10, 784], np.float32), "b1": np.zeros(10, np.float32)}
     about = {"activation": "relu", "output": None, "loss": "quadratic", "data": text}

@@ -20,7 +20,7 @@ from gradfn.runs import kept as keeping
 from gradfn.runs.curve import Curve
 from gradfn.runs.digit_net import DigitNet
 from gradfn.runs.kept import Kept, Part, read_run
-from gradfn.runs.rows import HEAT_ROWS, MAX_FLAGS, MAX_METRICS, inspections, metrics
+from gradfn.runs.rows import HEAT_ROWS, MAX_FLAGS, MAX_METRICS, Spikes, inspections, metrics
 from tests.report.test_page import picture, text_of, write_run
 
 LETTERS = "\"<&'x\x00\u20ac\U0001f600"  # of one byte to six in a page
@@ -42,7 +42,7 @@ def part(n_metrics, n_params, n_rows, letters):
     look = {"sites": stats, "site_grads": stats, "grads": stats, "flags": {name: [name] for name in params}}
     shapes = dict.fromkeys(params, (3, 5))
     looks = inspections([look | {"step": i} for i in range(n_rows)], shapes)
-    return Part(history, looks, shapes, Curve())
+    return Part(history, looks, shapes, Curve(), Spikes())
 
 
 def run(folder, n_parts, n_metrics, n_params, n_options, n_pictures, letters, hidden, n_rows):

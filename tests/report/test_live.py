@@ -21,7 +21,7 @@ from gradfn.report.page import _net, page
 from gradfn.runs.curve import Curve
 from gradfn.runs.digit_net import DigitNet
 from gradfn.runs.kept import Kept, Part
-from gradfn.runs.rows import Inspections, inspections, metrics
+from gradfn.runs.rows import Inspections, Spikes, inspections, metrics
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync")
@@ -276,7 +276,7 @@ def test_pictures_grow_when_clicked_and_curves_show_their_values(tmp_path):
     curves([{"step": 1, "loss": 2.3}]).savefig(out, format="png")
     history = [{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.5}, {"step": 30, "loss": 1.0}]
     run = kept_run(tmp_path, pictures={"weights": out.getvalue()})
-    part = Part(metrics([history]), Inspections(), {}, Curve())
+    part = Part(metrics([history]), Inspections(), {}, Curve(), Spikes())
     runs = [run._replace(parts={"": part}), run]
     script = """const result = () => {
       const images = [...document.images].map((image) => image.naturalWidth > 100);
@@ -316,7 +316,7 @@ def gpt_run(tmp_path):
     shapes = {name: (8,) for name in row["grads"]}
     shapes |= {f"more/{i}": (8,) for i in range(9)}  # a table that is folded
     looks = inspections([row | {"step": step} for step in (0, 10)], shapes)
-    part = Part(metrics([[{"step": 1, "loss": 2.0}]]), looks, shapes, Curve())
+    part = Part(metrics([[{"step": 1, "loss": 2.0}]]), looks, shapes, Curve(), Spikes())
     return kept_run(tmp_path)._replace(parts={"": part}), list(row["sites"])
 
 
