@@ -62,6 +62,9 @@ PER_EXAMPLE = {  # take the loss of one example, or its batch_mean
     "norm_test": lambda loss: gf.per_example.norm_test(loss)(PARAMS, BATCH),
     "grad_cosines": lambda loss: gf.per_example.grad_cosines(loss)(PARAMS, BATCH),
     "fisher_vp": lambda loss: gf.curvature.fisher_vp(loss)(PARAMS, STEP, BATCH),
+    "kfac": lambda loss: gf.curvature.kfac(loss)(PARAMS, BATCH),
+    "ekfac": lambda loss: gf.curvature.ekfac(loss)(PARAMS, BATCH),
+    "influence": lambda loss: gf.attribution.influence(loss)(PARAMS, BATCH, BATCH),
     "tracin": lambda loss: gf.attribution.tracin(loss)([PARAMS], BATCH, BATCH, 0.1),
 }
 

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING
 from gradfn._missing import namespace
 from gradfn.attribution._grad_cam import grad_cam
 from gradfn.attribution._guided_backprop import guided_backprop
+from gradfn.attribution._influence import influence
 from gradfn.attribution._lrp import Absorbed, Relevance, lrp
 from gradfn.attribution._maximize import Maximized, maximize
 from gradfn.attribution._occlusion import occlusion
 from gradfn.attribution._regions import Regions, grid_regions, regions
+from gradfn.attribution._tracin import tracin
 from gradfn.attribution.gradients import (
     IntegratedGradients,
     grad_times_input,
@@ -16,7 +18,6 @@ from gradfn.attribution.gradients import (
     saliency,
     smooth_grad,
 )
-from gradfn.attribution.influence import tracin
 from gradfn.attribution.randomize import Randomized, randomize_labels, randomize_weights
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "grad_times_input",
     "grid_regions",
     "guided_backprop",
+    "influence",
     "integrated_gradients",
     "lrp",
     "maximize",

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from gradfn._missing import namespace
+from gradfn.curvature._kfac import KroneckerCurvature, ekfac, ggn_diagonal, kfac
 from gradfn.curvature.eigenvalues import Eigs, Sharpness, hessian_eigs, sharpness
 from gradfn.curvature.landscape import Landscape, loss_landscape
 from gradfn.curvature.products import fisher_vp, ggn_vp, hvp, product
@@ -11,16 +12,20 @@ from gradfn.curvature.spectrum import Estimate, Spectrum, hessian_diagonal, hess
 __all__ = [
     "Eigs",
     "Estimate",
+    "KroneckerCurvature",
     "Landscape",
     "Sharpness",
     "Spectrum",
+    "ekfac",
     "fisher_vp",
+    "ggn_diagonal",
     "ggn_vp",
     "hessian_diagonal",
     "hessian_eigs",
     "hessian_spectrum",
     "hessian_trace",
     "hvp",
+    "kfac",
     "loss_landscape",
     "product",
     "sharpness",

@@ -279,28 +279,36 @@ def _gauss_newton(
 
 def _softmax_hessian(z: jax.Array, u: jax.Array, labels: ArrayLike) -> jax.Array:
     """Return the Hessian of the cross-entropy by the logits of one example, times u."""
+    p, weights = softmax_of(z, labels, "ggn_vp")
+    along = widen(u).reshape(p.shape)
+    hu = p * (along - (p * along).sum(-1, keepdims=True))
+    return (weights * hu).reshape(z.shape)
+
+
+def softmax_of(z: jax.Array, labels: ArrayLike, what: str) -> tuple[jax.Array, jax.Array]:
+    """Return the probabilities `[..., classes]` of one example, and the weights `[..., 1]` of its labels.
+
+    The weights sum to 1: they are 0 for padding, and NaN for unknown labels, as in the losses.
+    """
     labels = jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(
-            f"ggn_vp: softmax needs integer labels, got {labels.dtype}; for others pass a function (logits, y)"
+            f"{what}: softmax needs integer labels, got {labels.dtype}; for others pass a function (logits, y)"
         )
     if not labels.size or z.size % labels.size:
         raise ValueError(
-            f"ggn_vp: softmax needs logits [..., classes] and labels [...], got {list(z.shape)} and "
+            f"{what}: softmax needs logits [..., classes] and labels [...], got {list(z.shape)} and "
             f"{list(labels.shape)} for one example"
         )
     p = jax.nn.softmax(widen(z).reshape(*labels.shape, -1))  # [..., classes]
     if p.shape[-1] < 2:
-        raise ValueError(f"ggn_vp: softmax needs >= 2 classes, got logits {list(z.shape)} for one example")
-    along = widen(u).reshape(p.shape)
-    hu = p * (along - (p * along).sum(-1, keepdims=True))
+        raise ValueError(f"{what}: softmax needs >= 2 classes, got logits {list(z.shape)} for one example")
     labels = counting(labels)
     negative = (labels < 0)[..., None]
     padding = negative & _padded(z, labels)
     unknown = (labels >= p.shape[-1])[..., None] | (negative & ~padding)
-    # NaN for unknown labels, as in the losses.
-    hu = jnp.where(unknown, jnp.nan, jnp.where(padding, 0, hu))
-    return (hu / jnp.maximum((~padding).sum(dtype=p.dtype), 1)).reshape(z.shape)
+    weights = jnp.where(unknown, jnp.nan, jnp.where(padding, 0, jnp.ones_like(p[..., :1])))
+    return p, weights / jnp.maximum((~padding).sum(dtype=p.dtype), 1)
 
 
 def _padded(z: jax.Array, labels: ArrayLike) -> bool:

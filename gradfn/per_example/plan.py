@@ -16,7 +16,7 @@ from gradfn.jaxpr.interpreter import Evaluate, Path
 from gradfn.jaxpr.varying import as_varying
 from gradfn.jaxpr.views import Meeting, parameter_meetings
 from gradfn.per_example.ghost import Measure, at, averaged, in_chunks, safest, weighted
-from gradfn.per_example.strategies import FallBack, Found, Strategy, keeping, strategy_for
+from gradfn.per_example.strategies import FallBack, Found, Strategy, keeping, pairing, strategy_for
 from gradfn.per_example.traced_loss import Arrays, TracedLoss
 
 
@@ -67,6 +67,13 @@ class Plan:
         """Return the plan that keeps what weighted gradients are summed from, of parameters that all can be kept."""
         plan = copy.copy(self)
         plan.strategies = [s for s in map(keeping, self.strategies) if s is not None]
+        return plan
+
+    def pairing(self) -> "Plan":
+        """Return the plan that records inputs and cotangents, and computes the gradients of no parameter from them."""
+        plan = copy.copy(self)
+        plan.strategies = [pairing(s) for s in self.strategies]
+        plan.fallback = []
         return plan
 
     def of(self, arrays: Arrays) -> "Plan":

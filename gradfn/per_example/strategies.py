@@ -254,6 +254,40 @@ class _Kept(_Multiplied):
         return Found(measure_each(self.factors, gathered), weighted=total)
 
 
+class Paired(_Multiplied):
+    """Both sides of all products are recorded, in the parameter's order, and nothing is computed from them here."""
+
+    def sides(self, gathered: Sequence[tuple[PyTree, PyTree]]) -> list[tuple[PyTree, PyTree]]:
+        """Return both sides of each use's products for all examples, `[B, s, f, size]` or indices `[B, s, f]`."""
+        return jax.vmap(lambda one: [found.sides for found in self.factors(one)])(gathered)
+
+
+def pairing(strategy: Strategy) -> Strategy:
+    """Return the strategy that records pairs of inputs and cotangents; every example gets a copy if it cannot."""
+    parameter, real, uses = strategy.parameter, strategy.real, strategy.uses
+    if uses and all(map(_can_be_paired, uses.values())) and len({*map(_sizes, uses.values())}) == 1:
+        return Paired(parameter, real, uses)
+    return strategy if type(strategy) is Strategy else _Direct(parameter, real)
+
+
+def _can_be_paired(use: Use) -> bool:
+    """Tell whether the products are real, and the parameter's axes on either side of them are known."""
+    is_complex = jnp.issubdtype(_output_of(use).dtype, jnp.complexfloating)
+    return not is_complex and (leaf_axes(use) is not None or is_grouped(use))
+
+
+def is_grouped(use: Use) -> bool:
+    """Tell whether a use is a convolution in groups, of a kernel that is at most transposed or stacked."""
+    view, loops = use.view, [along for _, along in use.view.loops]
+    known = view.axes is not None and not view.part and None not in loops and len(loops) < 2
+    return known and use.rule.kind == "convolution" and use.rule.sizes[0] > 1
+
+
+def _sizes(use: Use) -> tuple[int, int]:
+    k, n = use.rule.sizes[2:]
+    return (n, k) if swaps(use) else (k, n)
+
+
 def keeping(strategy: Strategy) -> Strategy | None:
     """Return the strategy that knows sums of weighted gradients once the norms are known; None if there is none."""
     if isinstance(strategy, FallBack) or not all(map(_can_be_kept, strategy.uses.values())):
@@ -426,13 +460,18 @@ def _positions(
         if side.ndim == 3:
             side = _in_order(side, 2, [(axes[i], use.shape[i]) for i in of_side])
         out.append(side)
-    rows, columns = (sorted({axes[i] or 0 for i in side}) for side in (rule.rows, rule.columns))
-    swapped = rows > columns
     k, m = rule.sizes[2:]
     found = found._replace(sides=(out[0], out[1]))
-    if swapped:
+    if swaps(use):
         found = Factors((out[1], out[0]), (m, k), (False, rule.looks_up))
     return of_real(found, real)
+
+
+def swaps(use: Use) -> bool:
+    """Tell whether the columns of a use's products come first in the parameter's order."""
+    axes = use.view.axes or ()
+    rows, columns = (sorted({axes[i] or 0 for i in side}) for side in (use.rule.rows, use.rule.columns))
+    return rows > columns
 
 
 def _in_order(x: jax.Array, axis: int, parts: Sequence[tuple[int | None, int]]) -> jax.Array:
