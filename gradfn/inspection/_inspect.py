@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -15,7 +15,8 @@ from gradfn.core.signature import transform_of
 from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.flatten import BatchMean, flat_products
 from gradfn.inspection import flow
-from gradfn.inspection.observe import ByName, Wanted, checked_stats, trace_sites, wanted
+from gradfn.inspection.observe import ByName, Wanted, checked_stats, trace_sites_and_rules, wanted
+from gradfn.inspection.rule_sites import RuleSite
 from gradfn.inspection.summaries import DEFAULT_STATS, Stats
 from gradfn.jaxpr import (
     Equation,
@@ -24,6 +25,7 @@ from gradfn.jaxpr import (
     interpret,
     probe,
 )
+from gradfn.jaxpr.backward_rules import value_grads_and_logs, with_rule
 from gradfn.jaxpr.call import scalar_and_aux, value_and_aux, with_hint
 from gradfn.jaxpr.interpreter import Evaluate, Path
 from gradfn.jaxpr.program import hide_objects, params_first, show_objects
@@ -35,7 +37,7 @@ from gradfn.jaxpr.varying import shapes_of
     jax.tree_util.register_dataclass,
     data_fields=[
         *("value", "aux", "grads", "input_grads", "stats", "grad_stats", "values", "value_grads"),
-        "update_ratios",
+        *("update_ratios", "logs"),
     ],
     meta_fields=["sites", "param_order"],
 )
@@ -59,6 +61,8 @@ class Inspection(ByName, ShowsTable):
             once `with_updates` has set it.
         sites: the sites, in the order of computation (static).
         param_order: the names of the parameters, in the order in which the loss first uses each (static).
+        logs: what backward rules logged (`jax.custom_vjp.defvjp_with_logs`, from jax 0.12 on), as
+            `jax.vjp(...)[1].with_logs` returns it; in a scan with the iterations in front.
     """
 
     value: Float[Array, ""]
@@ -72,6 +76,7 @@ class Inspection(ByName, ShowsTable):
     update_ratios: PyTree
     sites: tuple[Site, ...]
     param_order: tuple[str, ...] = ()
+    logs: dict[str, PyTree] = field(default_factory=dict)
 
     def with_updates(self, params: PyTree, updates: PyTree) -> "Inspection":
         """Return the same with `update_ratios` of an optimizer's updates; about 1e-3 is usual.
@@ -143,6 +148,9 @@ def inspect(
     produced, so no large array is kept alive for them. The result can be differentiated, as a penalty on a gradient
     or an activation requires. Gradients of complex values are those of `jax.grad`: d/dRe - i d/dIm.
 
+    A backward rule of your own (`jax.custom_vjp`) can be inspected too: what `gf.tap` names in it is a site, with a
+    value and no gradient, that `gf.sites` does not list. What it logs with jax's `defvjp_with_logs` is in `logs`.
+
     Args:
         loss: any JAX function `(params, *args) -> scalar` or `-> (scalar, aux)`.
         sites: which values to inspect: names or globs of `gf.sites(loss)(...)`, or a function of a site; None
@@ -180,10 +188,10 @@ def inspect(
     def inspected(*args: PyTree, **kwargs: PyTree) -> Inspection:
         """Return the value of the loss, its gradients, and what the sites show."""
         args, kwargs = params_first(loss, args, kwargs, "inspect")
-        traced = trace_sites(with_hint(loss), args, kwargs, sites)
+        traced, rules = trace_sites_and_rules(with_hint(loss), args, kwargs, sites)
         program = traced.program
         scalar_and_aux(program.rebuild(program.jaxpr.out_avals), "inspect")
-        want = wanted(traced, sites, keep, stats)
+        want = wanted(traced, sites, keep, stats, rules)
         variables = _differentiable(program, input_grads)
         flat = _is_flattened(loss)
 
@@ -245,11 +253,16 @@ def _run(
     at = want.by_path()
     equations = program.equations(at)
 
+    def split(group: Sequence[Site]) -> tuple[list[Site], list[RuleSite]]:
+        rules = [want.rules[site.name] for site in group if site.name in want.rules]
+        return [site for site in group if site.name not in want.rules], rules
+
     def visit(
         equation: Equation, evaluate: Evaluate, inputs: Sequence[PyTree], token: PyTree
     ) -> tuple[list[PyTree], PyTree]:
-        outs, recorded = evaluate(inputs), {}
-        for site in at[equation.path]:
+        group, in_rule = split(at[equation.path])
+        outs, recorded = _evaluated(want, in_rule, evaluate, inputs, token), {}
+        for site in group:
             x = outs[site.index]
             if site.name not in want.same_values:
                 recorded[site.name] = want.of(site, lax.stop_gradient(x) if cut else x, site.kind)
@@ -265,23 +278,35 @@ def _run(
         value, aux = value_and_aux(program.rebuild(outs))
         return value, (hide_objects(aux), recorded)
 
-    tokens = {
-        path: {
+    tokens: dict[Path, dict[str, PyTree]] = {}
+    for path, sites in at.items():
+        group, rules = split(sites)
+        tokens[path] = {
             site.name: equations[path].zeros(
                 shapes_of(_of_cotangent(want, site), equations[path].eqn.outvars[site.index].aval)
             )
             for site in group
             if site.differentiable
         }
-        for path, group in at.items()
-    }
+        tokens[path] |= {
+            rule.site.name: rule.zeros(
+                jax.eval_shape(functools.partial(want.of, rule.site), rule.value.equation.eqn.outvars[0].aval)
+            )
+            for rule in rules
+        }
     # Sites are those of the loss as written; where its products are flattened, they are flattened here too.
-    differentiated = jax.value_and_grad(
-        flat_products(forward) if flat else forward, argnums=(0, 1), has_aux=True
+    (value, (aux, recorded)), (leaf_grads, token_grads), logs = value_grads_and_logs(
+        flat_products(forward) if flat else forward, [inputs[i] for i in variables], tokens
     )
-    (value, (aux, recorded)), (leaf_grads, token_grads) = differentiated(
-        [inputs[i] for i in variables], tokens
-    )
+    # What is recorded in a rule leaves it as a gradient, but it is a value.
+    in_rules = {
+        name: record for group in token_grads.values() for name, record in group.items() if name in want.rules
+    }
+    recorded = {**recorded, (): in_rules}
+    token_grads = {
+        path: {name: record for name, record in group.items() if name not in in_rules}
+        for path, group in token_grads.items()
+    }
     grads = dict(zip(variables, leaf_grads, strict=True))
     of_args = program.like_arguments([grads.get(i) for i in range(len(program.inputs))])
     stats, values = want.by_name(recorded, want.same_values)
@@ -297,6 +322,22 @@ def _run(
         value_grads=value_grads,
         update_ratios=None,
         sites=tuple(want.sites),
+        logs=logs,
+    )
+
+
+def _evaluated(
+    want: Wanted, rules: Sequence[RuleSite], evaluate: Evaluate, inputs: Sequence[PyTree], token: PyTree
+) -> list[PyTree]:
+    """Evaluate an equation; differentiated, record the values at sites in its backward rule."""
+    if not rules:
+        return evaluate(inputs)
+    by_path = {rule.value.equation.path: rule.site for rule in rules}
+    return with_rule(
+        evaluate,
+        inputs,
+        lambda path, value: want.of(by_path[path], value),
+        {path: token[site.name] for path, site in by_path.items()},
     )
 
 

@@ -243,7 +243,7 @@ def _of_stats(stats: Stats) -> list[dict[str, Any]]:
 def summarized(inspection: "Inspection") -> "Inspection":
     """Return what `to_dict` needs of an inspection: statistics of the gradients instead of the gradients."""
     grads = jax.tree.map(lambda grad: summarize(grad, OF_GRADIENT), inspection.grads)
-    return replace(inspection, aux=None, grads=grads, input_grads=(), values={}, value_grads={})
+    return replace(inspection, aux=None, grads=grads, input_grads=(), values={}, value_grads={}, logs={})
 
 
 def _leaves(tree: PyTree) -> list[tuple[str, PyTree]]:

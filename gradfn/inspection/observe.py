@@ -10,6 +10,7 @@ import jax
 from jaxtyping import PyTree
 
 from gradfn.core.attention_form import LONG
+from gradfn.inspection.rule_sites import RuleSite, rule_sites
 from gradfn.inspection.summaries import STATS, Stats, summarize
 from gradfn.jaxpr import (
     Program,
@@ -133,7 +134,7 @@ class Wanted(NamedTuple):
     """The sites to record, which of them raw as well, and the names of the statistics.
 
     `same_values` and `same_gradients` name the site that has the same statistics, for sites that need not be recorded
-    themselves.
+    themselves. `rules` are the sites inside backward rules, some of which may be wanted.
     """
 
     sites: list[Site]
@@ -141,9 +142,10 @@ class Wanted(NamedTuple):
     stats: tuple[str, ...]
     same_values: Mapping[str, str]
     same_gradients: Mapping[str, str]
+    rules: Mapping[str, RuleSite] = MappingProxyType({})
 
     def by_path(self) -> dict[Path, list[Site]]:
-        """Return the sites by the equation that they are results of."""
+        """Return the sites by the equation that they are results of, those in a rule by the call of its function."""
         out: dict[Path, list[Site]] = {}
         for site in self.sites:
             out.setdefault(site.path, []).append(site)
@@ -182,13 +184,35 @@ def trace_sites(
     Raises:
         ValueError: a site that the function does not have; the message lists similar names.
     """
-    program = trace_as_written(f, *args, **kwargs)
-    offered, order = find_sites_and_order(program)
+    return _trace(f, args, kwargs, sites, what, lambda program, found: {})[0]
+
+
+def trace_sites_and_rules(
+    f: Callable, args: Sequence[PyTree], kwargs: Mapping[str, Any], sites: Selection
+) -> tuple[Traced, Mapping[str, RuleSite]]:
+    """Do the same as `trace_sites`; the last sites are those inside backward rules, also returned by name."""
+    return _trace(f, args, kwargs, sites, "sites", rule_sites)
+
+
+def _trace(
+    f: Callable,
+    args: Sequence[PyTree],
+    kwargs: Mapping[str, Any],
+    sites: Selection,
+    what: str,
+    find_rules: Callable[[Program, list[Site]], Mapping[str, RuleSite]],
+) -> tuple[Traced, Mapping[str, RuleSite]]:
+    def traced(program: Program) -> tuple[Traced, Mapping[str, RuleSite]]:
+        found, order = find_sites_and_order(program)
+        rules = find_rules(program, found)
+        return Traced(program, [*found, *(rule.site for rule in rules.values())], order), rules
+
+    as_written = traced(trace_as_written(f, *args, **kwargs))
+    offered = as_written[0].sites
     long = set(filter(_is_long_attention, offered))
     if not long or not long.isdisjoint(select(offered, sites, what)):
-        return Traced(program, offered, order)
-    program = trace_without_probabilities(f, *args, **kwargs)
-    return Traced(program, *find_sites_and_order(program))
+        return as_written
+    return traced(trace_without_probabilities(f, *args, **kwargs))
 
 
 def _is_long_attention(site: Site) -> bool:
@@ -196,17 +220,24 @@ def _is_long_attention(site: Site) -> bool:
     return is_named and site.source == "name" and min(site.shape[-2:], default=0) >= LONG
 
 
-def wanted(traced: Traced, sites: Selection, keep: Selection, stats: tuple[str, ...]) -> Wanted:
-    """Choose among the sites of a program.
+def wanted(
+    traced: Traced,
+    sites: Selection,
+    keep: Selection,
+    stats: tuple[str, ...],
+    rules: Mapping[str, RuleSite] = MappingProxyType({}),
+) -> Wanted:
+    """Choose among the sites of a program, of which `rules` are inside backward rules.
 
     Raises:
         ValueError: a site that the program does not have; the message lists similar names.
     """
     chosen = select(traced.sites, sites)
     raw = frozenset(site.name for site in select(chosen, keep, "keep"))
-    values, gradients = same_values(traced.program, chosen), same_gradients(traced.program, chosen)
+    forward = [site for site in chosen if site.name not in rules]
+    values, gradients = same_values(traced.program, forward), same_gradients(traced.program, forward)
     same = [{name: twin for name, twin in twins.items() if name not in raw} for twins in (values, gradients)]
-    return Wanted(chosen, raw, stats, *same)
+    return Wanted(chosen, raw, stats, same[0], same[1], rules)
 
 
 def checked_stats(stats: Sequence[str], what: str) -> tuple[str, ...]:

@@ -89,7 +89,8 @@ class Site:
         dtype: of the value.
         axes: the leading axes that loops and devices add.
         loops: how many entries of the path lead to each of those loops.
-        source: of the name: `name` (`gf.tap`), `scope` (`jax.named_scope`) or `parameter`.
+        source: of the name: `name` (`gf.tap`), `scope` (`jax.named_scope`) or `parameter`; `backward` of a value named
+            in the backward rule of a `jax.custom_vjp`, which only `gf.inspect` has.
         line: the source line, `file:line (function)`.
         scope: its `jax.named_scope` stack.
         kind: the activation function that computes it, or empty.
