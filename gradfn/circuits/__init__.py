@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING
 
 from gradfn._missing import namespace
+from gradfn.circuits._backward_lens import BackwardLens, backward_lens
+from gradfn.circuits._direct_effects import DirectEffects, direct_effects
 from gradfn.circuits._head_scores import HeadScores, head_scores
 from gradfn.circuits._head_weights import (
     Composition,
@@ -12,6 +14,8 @@ from gradfn.circuits._head_weights import (
     head_weights,
     singular_values,
 )
+from gradfn.circuits._jacobian_lens import JacobianLens, jacobian_lens
+from gradfn.circuits._logit_lens import LogitLens, logit_lens
 from gradfn.circuits._sweep import PatchSweep, patch_sweep
 from gradfn.circuits.edits import (
     at,
@@ -27,17 +31,25 @@ from gradfn.circuits.edits import (
 from gradfn.inspection._patch import Using
 
 __all__ = [
+    "BackwardLens",
     "Composition",
+    "DirectEffects",
     "HeadScores",
     "HeadWeights",
+    "JacobianLens",
+    "LogitLens",
     "PatchSweep",
     "SingularValues",
     "Using",
     "at",
+    "backward_lens",
     "composition",
+    "direct_effects",
     "head_scores",
     "head_weights",
     "interchange",
+    "jacobian_lens",
+    "logit_lens",
     "mean_ablate",
     "patch_sweep",
     "project_off",

@@ -60,8 +60,6 @@ from gradfn.jaxpr.program import Program
 from gradfn.jaxpr.reach import Reach, reaching
 from gradfn.jaxpr.users import RESULT, Users
 
-Selection = str | Callable[["Site"], bool] | Iterable[str] | None
-
 _IDENTITIES = {
     "name",
     "reshape",
@@ -111,6 +109,9 @@ class Site:
     kind: str
     differentiable: bool
     reaches: str
+
+
+Selection = str | Callable[[Site], bool] | Iterable[str] | None
 
 
 class Use(NamedTuple):
