@@ -42,8 +42,8 @@ AIMS = {
         "every 20th step": 1.02,
         "nan_guard": 1.05,
     },
-    "fit MLP": {"every 20th step": 1.02},
-    "fit 784-16-10": {"every step": 1.25},
+    "fit MLP": {"every 20th step": 1.02, "at spikes": 1.05},
+    "fit 784-16-10": {"every step": 1.25, "at spikes": 1.25},
 }
 ROOT_MEAN_SQUARE = ("rms",)
 THREE = ("mean", "rms", "max")
@@ -207,6 +207,7 @@ def fits(
     return {
         baseline: contender(),
         "every 20th step": contender(inspect_every=20),
+        "at spikes": contender(inspect_when="spike"),
         "every step": contender(inspect_every=1),
         "every step, in a folder": contender(inspect_every=1, folder=folder, checkpoint_seconds=1e6),
     }, baseline

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -50,6 +50,9 @@ class Spike:
 
 # The deviation that a band has at least: of a logarithm, and of any other number relative to its mean.
 LEAST_OF_LOG, LEAST_OF_MEAN = 0.05, 0.01
+TINY = np.finfo(np.float64).tiny
+LARGE = 1e300
+BLOCK = 512  # steps that are learned from at once, at most
 
 
 @dataclass
@@ -70,40 +73,98 @@ class Bands:
     steps: int = 0
     since: Sequence[int] = field(default_factory=list)
 
-    def learn(self, values: np.ndarray, of_log: np.ndarray, step: int, spike: Spike) -> np.ndarray:
-        """Learn from the numbers of one step; return by how many deviations each lies above its mean.
+    def learn(self, values: np.ndarray, of_log: np.ndarray, step: int, spike: Spike) -> Learned:
+        """Learn from the numbers of consecutive steps.
 
         Args:
-            values: `[n]`.
+            values: `[steps, n]`.
             of_log: `[n]` booleans, which of them are compared by their logarithm.
-            step: its number.
+            step: the number of the first step.
             spike: what counts as one.
         """
-        x = np.where(of_log, np.log(np.maximum(values, np.finfo(np.float64).tiny)), values)
+        values = np.clip(values.astype(np.float64), -LARGE, LARGE)  # a square may have overflowed
+        x = np.where(of_log, np.log(np.maximum(values, TINY)), values)
+        if not self.steps and len(x):
+            self.means, self.variances, self.since = list(x[0]), [0.0] * x.shape[1], [-1] * x.shape[1]
+        parts, i = [], 0
+        while i < len(x):
+            settled = 1 / (self.steps + 1) <= _rate(spike) and self.steps >= spike.after
+            within = settled and max(self.since) < 0
+            part = self._within(x[i : i + BLOCK], of_log, spike) if within else None
+            if part is None or not len(part.above):
+                part = self._one(x[i], of_log, step + i, spike)
+            parts.append(part)
+            i += len(part.above)
+        return Learned(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+
+    def _one(self, x: np.ndarray, of_log: np.ndarray, step: int, spike: Spike) -> Learned:
+        """Learn from one step, `[n]`."""
         means, variances = (np.array([float(v) for v in old]) for old in (self.means, self.variances))
-        since = np.array(self.since, np.int64)
-        if not self.steps:
-            means, variances, since = x, np.zeros_like(x), np.full(len(x), -1)
-        least = np.where(of_log, LEAST_OF_LOG, LEAST_OF_MEAN * np.abs(means))
-        deviation = np.maximum(np.sqrt(variances), np.maximum(least, np.finfo(np.float64).tiny))
+        deviation = _deviation(means, variances, of_log)
         above = (x - means) / deviation
         outside = (above > spike.deviations) & (self.steps >= spike.after)
-        since = np.where(outside, np.where(since < 0, step, since), -1)
+        since = np.where(outside, np.where(np.array(self.since) < 0, step, self.since), -1)
+        edges = means + spike.deviations * deviation
         # A number outside moves its band as one at the edge would.
-        delta = np.where(outside, spike.deviations * deviation, x - means)
-        rate = max(1 / (self.steps + 1), 1 - 0.5 ** (1 / spike.half_life))
+        delta = np.where(outside, edges, x) - means
+        rate = max(1 / (self.steps + 1), _rate(spike))
         self.means = list(means + rate * delta)
         self.variances = list((1 - rate) * (variances + rate * delta**2))
         self.since = [int(each) for each in since]
         self.steps += 1
-        return above
+        return Learned(above[None], _values(edges[None], of_log), since[None])
 
-    def edge(self, i: int, of_log: bool, spike: Spike) -> float:
-        """Return the upper edge of a band."""
-        mean, deviation = float(self.means[i]), float(self.variances[i]) ** 0.5
-        least = LEAST_OF_LOG if of_log else LEAST_OF_MEAN * abs(mean)
-        edge = mean + spike.deviations * max(deviation, least)
-        return float(np.exp(edge)) if of_log else edge
+    def _within(self, x: np.ndarray, of_log: np.ndarray, spike: Spike) -> Learned:
+        """Learn from the steps up to the first at which a number is outside, `[steps, n]`, all at once."""
+        means, variances = (np.array([float(v) for v in old]) for old in (self.means, self.variances))
+        rate = _rate(spike)
+        after = _smoothed(rate * x, 1 - rate, means)
+        before = np.concatenate([means[None], after[:-1]])
+        of_delta = _smoothed((1 - rate) * rate * (x - before) ** 2, 1 - rate, variances)
+        spread = np.concatenate([variances[None], of_delta[:-1]])
+        deviation = _deviation(before, spread, of_log)
+        above = (x - before) / deviation
+        outside = (above > spike.deviations).any(1)
+        n = int(outside.argmax()) if outside.any() else len(x)
+        if n:
+            self.means, self.variances = list(after[n - 1]), list(of_delta[n - 1])
+            self.steps += n
+        edges = before + spike.deviations * deviation
+        return Learned(above[:n], _values(edges[:n], of_log), np.full(above.shape, -1)[:n])
+
+
+class Learned(NamedTuple):
+    """What bands say of the numbers of some steps, `[steps, n]` each.
+
+    Attributes:
+        above: by how many deviations each lies above its mean.
+        edges: the upper edges of the bands, before the step.
+        since: the step since which each is outside its band; -1 if it is inside.
+    """
+
+    above: np.ndarray
+    edges: np.ndarray
+    since: np.ndarray
+
+
+def _values(edges: np.ndarray, of_log: np.ndarray) -> np.ndarray:
+    return np.where(of_log, np.exp(np.where(of_log, np.minimum(edges, np.log(LARGE)), 0)), edges)
+
+
+def _rate(spike: Spike) -> float:
+    return 1 - 0.5 ** (1 / spike.half_life)
+
+
+def _deviation(means: np.ndarray, variances: np.ndarray, of_log: np.ndarray) -> np.ndarray:
+    least = np.where(of_log, LEAST_OF_LOG, LEAST_OF_MEAN * np.abs(means))
+    return np.maximum(np.sqrt(variances), np.maximum(least, TINY))
+
+
+def _smoothed(x: np.ndarray, keeps: float, start: np.ndarray) -> np.ndarray:
+    """Return `y[i] = x[i] + keeps * y[i - 1]` along the first axis, where `y[-1]` is `start`."""
+    from scipy.signal import lfilter
+
+    return lfilter([1.0], [1.0, -keeps], x, axis=0, zi=(keeps * start)[None])[0]
 
 
 def series(watched: dict[str, Any], losses: np.ndarray, spike: Spike) -> dict[str, np.ndarray]:

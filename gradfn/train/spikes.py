@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 
 from gradfn.core.net import takes_key
 from gradfn.core.params import named_leaves
+from gradfn.core.precision import widen
 from gradfn.flatten import BatchMean, Loss, loss_of_example
 from gradfn.train.bands import Bands, Spike, series
 from gradfn.train.measures import norm
@@ -81,11 +82,16 @@ def moments(opt_state: PyTree, params: PyTree) -> dict[str, PyTree]:
 
 def watched(spike: Spike, change: Change, after: TrainState) -> dict[str, jax.Array]:
     """Return what a step records to be watched: the norm of each array's gradient, and other norms by name."""
-    found = {"grad_norms": jnp.stack([norm(leaf) for leaf in jax.tree.leaves(change.grads)])}
+    found = {"grad_norms": jnp.stack([_quick_norm(leaf) for leaf in jax.tree.leaves(change.grads)])}
     if "update_norm" in spike.watch:
         found["update_norm"] = norm(change.updates)
     parts = moments(after.opt_state, after.params)
     return found | {name: norm(parts[name]) for name in spike.watch if name in parts}
+
+
+def _quick_norm(x: jax.Array) -> jax.Array:
+    """Return the norm of an array in one pass; infinite where a square overflows, which leaves every band."""
+    return jnp.sqrt(jnp.sum(jnp.square(jnp.abs(widen(x)))))
 
 
 class Examined(NamedTuple):
@@ -172,43 +178,40 @@ def find(
         names: of the parameters.
         step: the number of steps before the chunk.
     """
+    if not len(losses):
+        return []
     of_steps = series(dict(recorded), losses, spike)
     n = len(of_steps)
     columns = np.concatenate([np.stack(list(of_steps.values()), 1), recorded["grad_norms"]], 1).astype(
         np.float64
     )
     of_log = np.array([name != "loss" for name in of_steps] + [True] * len(names))
+    was_outside = bool(bands.steps) and max(bands.since[:n]) >= 0
+    above, edges, since = bands.learn(columns, of_log, step, spike)
+    outside: np.ndarray = np.any(since[:, :n] >= 0, axis=1)
+    starts = np.flatnonzero(outside & ~np.append(was_outside, outside[:-1]))
     found = []
-    for i, values in enumerate(columns):
-        before, edges = bands.since, None
-        if bands.steps:
-            edges = [bands.edge(k, bool(of_log[k]), spike) for k in range(n)]
-        above = bands.learn(values, of_log, step + i, spike)
-        new = [k for k in range(n) if bands.since[k] == step + i]
-        if not new or edges is None or any(since >= 0 for since in before[:n]):
-            continue
-        order = sorted(range(len(names)), key=lambda k: (_rank(bands.since[n + k]), -above[n + k]))
+    for i in map(int, starts):
+        # Those that left first, and of these the furthest; those inside last.
+        left = np.where(since[i, n:] >= 0, since[i, n:], np.inf)
+        order = np.lexsort((-above[i, n:], left))
         row = {
             "step": step + i,
-            "left": [name for k, name in enumerate(of_steps) if k in new],
-            "values": {name: float(values[k]) for k, name in enumerate(of_steps)},
-            "edges": {name: edges[k] for k, name in enumerate(of_steps)},
+            "left": [name for k, name in enumerate(of_steps) if since[i, k] >= 0],
+            "values": {name: float(columns[i, k]) for k, name in enumerate(of_steps)},
+            "edges": {name: float(edges[i, k]) for k, name in enumerate(of_steps)},
             "parameters": [
                 {
                     "name": names[k],
-                    "grad_norm": float(values[n + k]),
-                    "deviations": float(above[n + k]),
-                    "since": bands.since[n + k] if bands.since[n + k] >= 0 else None,
+                    "grad_norm": float(columns[i, n + k]),
+                    "deviations": float(above[i, n + k]),
+                    "since": int(since[i, n + k]) if since[i, n + k] >= 0 else None,
                 }
                 for k in order[:NAMED]
             ],
         }
         found.append(Found(i, row))
     return found
-
-
-def _rank(since: int) -> float:
-    return since if since >= 0 else np.inf
 
 
 def row_of(found: Found, examined: Examined, indices: np.ndarray | None) -> Row:

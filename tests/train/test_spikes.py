@@ -159,19 +159,41 @@ def test_a_loss_that_is_not_a_mean_has_no_norms_of_examples():
     assert found.spikes[0]["inspection"]["sites"]
 
 
+def learned(bands, values, step=0, spike=None):
+    spike = spike or Spike()
+    return bands.learn(np.array(values)[:, None], np.array([False]), step, spike)
+
+
 def test_a_band_is_the_running_mean_and_deviation():
     spike, known = Spike(deviations=3, half_life=1e9, after=20), Bands()
     values = np.random.default_rng(0).normal(5.0, 2.0, size=40)
-    for step, value in enumerate(values):
-        known.learn(np.array([value]), np.array([False]), step, spike)
+    learned(known, values, 0, spike)
     # With an endless half-life, these are the mean and the deviation of all.
     assert known.means[0] == pytest.approx(values.mean())
     assert known.variances[0] == pytest.approx(values.var())
-    assert known.edge(0, False, spike) == pytest.approx(values.mean() + 3 * values.std())
-    above = known.learn(np.array([values.mean() + 10 * values.std()]), np.array([False]), 40, spike)
-    assert above[0] == pytest.approx(10)
-    assert known.since == [40]
+    above, edges, since = learned(known, [values.mean() + 10 * values.std(), values.mean()], 40, spike)
+    assert above[0, 0] == pytest.approx(10)
+    assert edges[0, 0] == pytest.approx(values.mean() + 3 * values.std())
     # It learned as if the value had been at the edge.
-    assert known.means[0] == pytest.approx(values.mean() + 3 * values.std() / 41)
-    known.learn(np.array([values.mean()]), np.array([False]), 41, spike)
-    assert known.since == [-1]
+    assert edges[1, 0] > edges[0, 0]
+    assert since[:, 0].tolist() == [40, -1]
+
+
+def test_learning_at_once_equals_learning_step_by_step():
+    values = np.exp(np.random.default_rng(1).normal(size=400))
+    values[[150, 151, 300]] = 1e3
+    together, single = Bands(), Bands()
+    at_once = learned(together, values)
+    each = [learned(single, [value], step) for step, value in enumerate(values)]
+    for whole, parts in zip(at_once, zip(*each)):
+        np.testing.assert_allclose(whole, np.concatenate(parts), rtol=1e-9)
+    assert set(np.flatnonzero(at_once.since[:, 0] >= 0)) >= {150, 151, 300}
+    assert at_once.since[151, 0] == 150
+    # The recursion by hand, in the part where no value is outside.
+    rate = 1 - 0.5 ** (1 / Spike().half_life)
+    before, after = Bands(), Bands()
+    learned(before, values[:100])
+    learned(after, values[:101])
+    delta = values[100] - before.means[0]
+    assert after.means[0] == pytest.approx(before.means[0] + rate * delta)
+    assert after.variances[0] == pytest.approx((1 - rate) * (before.variances[0] + rate * delta**2))
