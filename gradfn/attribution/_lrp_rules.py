@@ -3,6 +3,9 @@
 The relevance of a value is the value times a *modified gradient* of the score. Each rule is the gradient that an
 equation then has; where that is the ordinary gradient, as for all equations that only move or sum data, nothing is
 changed. A rule also says what it *loses*: the relevance of the result that no operand gets, by cause.
+
+Products with weights have the rules of Bach et al., 2015, and Montavon et al., 2019; softmaxes, products of values,
+norms and activations those of Achtibat et al., *AttnLRP*, 2024.
 """
 
 from __future__ import annotations
@@ -184,10 +187,11 @@ def _rule_of(step: Step) -> Rule | None:
     if name in POINTWISE:
         return _identity if len(live) == 1 and all(value.constant for value in others) else None
     if name in EXTREMES:
-        return _ordinary if not others else _identity if all(v.number for v in others) else _extreme
+        one = _identity if all(value.number for value in others) else _extreme
+        return _ordinary if not others else one if len(live) == 1 else None
     if name in ("add", "sub") and others and others[0].number:
         return _identity
-    if name in MOVES | SUMS:
+    if name in MOVES | SUMS and not (name == "sort" and others):
         return _ordinary if all(value.zero for value in others) else _mixed
     return None
 
@@ -224,19 +228,24 @@ def _terms(call: Call, operands: Sequence[int]) -> list[jax.Array]:
 
 
 def _identity(call: Call) -> list[PyTree]:
-    """Pass the relevance of a function of one number to that number (Achtibat et al., 2024, section 3.2.1)."""
+    """Pass the relevance of a function of one number to that number."""
     (k,) = call.step.live
     x, y = call.inputs[k], call.without_gradient_to(k)
     # Relevance is the value times a gradient: that of 0 is 0.
-    small = jnp.abs(x) < jnp.finfo(x.dtype).tiny ** 0.5
+    small = jnp.abs(x) < float(jnp.finfo(x.dtype).tiny) ** 0.5
     slope = jnp.where(small, 0, y / jnp.where(small, 1, x))
     return [call.onto(k, y, slope, stabilizer=y - slope * x)]
 
 
 def _softmax(call: Call) -> list[PyTree]:
-    """Take the first-order Taylor expansion of a softmax, which is its ordinary gradient (ibid., section 3.2.2)."""
+    """Take the first-order Taylor expansion of a softmax, which is its ordinary gradient."""
     y, x = call.evaluate(call.inputs)[0], call.inputs[0]
-    shares = {"exp": lambda: x * y, "log": lambda: jnp.ones_like(y), "div": lambda: jnp.zeros_like(y)}
+    # A masked score is infinite, its exponential 0.
+    shares = {
+        "exp": lambda: jnp.where(y == 0, 0, x * y),
+        "log": lambda: jnp.ones_like(y),
+        "div": lambda: jnp.zeros_like(y),
+    }
     return [call.attached(y, 1, softmax=y - shares[call.step.name]())]
 
 
@@ -259,7 +268,7 @@ def _bias(call: Call) -> list[PyTree]:
 
 
 def _product(call: Call) -> list[PyTree]:
-    """Give half to each of two factors that depend on the data (ibid., section 3.2.2), or all to one that is scaled."""
+    """Give half to each of two factors that depend on the data, or all to one that is scaled."""
     step = call.step
     a, b = step.floating
     kinds = [step.operands[k].kind for k in (a, b)]
@@ -284,7 +293,7 @@ def _quotient(call: Call) -> list[PyTree]:
 
 
 def _scaled(call: Call, factor: int) -> list[PyTree]:
-    """Give all of a product to the operand that the factor scales: a norm is a constant (ibid., section 3.2.3)."""
+    """Give all of a product to the operand that the factor scales: a norm is a constant."""
     y = call.without_gradient_to(factor)
     return [y if any(k != factor for k in call.step.live) else call.attached(y, 0, other_paths=y)]
 
