@@ -3,8 +3,10 @@
 from typing import TYPE_CHECKING
 
 from gradfn._missing import namespace
+from gradfn.circuits._attribution_patch import NodeAttribution, attribution_patch
 from gradfn.circuits._backward_lens import BackwardLens, backward_lens
 from gradfn.circuits._direct_effects import DirectEffects, direct_effects
+from gradfn.circuits._edges import Edge, EdgeAttribution, edge_attribution_patch
 from gradfn.circuits._head_scores import HeadScores, head_scores
 from gradfn.circuits._head_weights import (
     Composition,
@@ -34,17 +36,22 @@ __all__ = [
     "BackwardLens",
     "Composition",
     "DirectEffects",
+    "Edge",
+    "EdgeAttribution",
     "HeadScores",
     "HeadWeights",
     "JacobianLens",
     "LogitLens",
+    "NodeAttribution",
     "PatchSweep",
     "SingularValues",
     "Using",
     "at",
+    "attribution_patch",
     "backward_lens",
     "composition",
     "direct_effects",
+    "edge_attribution_patch",
     "head_scores",
     "head_weights",
     "interchange",

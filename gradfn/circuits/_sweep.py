@@ -1,7 +1,6 @@
 """`gf.circuits.patch_sweep`: activation patching, exactly, at every layer, position and head."""
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -262,7 +261,8 @@ def mapped(f: Callable, sizes: tuple[int, ...], batch_size: int) -> PyTree:
 
     What does not depend on the index is computed once. The rest is batched, `batch_size` indices at a time.
     """
-    indices = jnp.asarray(list(itertools.product(*map(range, sizes))), jnp.int32).reshape(-1, len(sizes))
+    # Of jax's default integer type, as `jnp.arange`: with 64 bits enabled, that is not int32.
+    indices = jnp.asarray(np.array(list(np.ndindex(*sizes)), int).reshape(math.prod(sizes), len(sizes)))
     run, n = jax.vmap(hoisted(f, indices[0])), len(indices)
     if n <= batch_size:
         out = run(indices)
@@ -270,7 +270,7 @@ def mapped(f: Callable, sizes: tuple[int, ...], batch_size: int) -> PyTree:
         # Batches of equal size, so that one program serves them all; the last one is filled up with the first index.
         n_batches = math.ceil(n / batch_size)
         size = math.ceil(n / n_batches)
-        filled = jnp.concatenate([indices, jnp.zeros((n_batches * size - n, len(sizes)), jnp.int32)])
+        filled = jnp.concatenate([indices, jnp.zeros((n_batches * size - n, len(sizes)), indices.dtype)])
         # [n_batches * size, k] -> [n_batches, size, k]
         out = lax.map(run, filled.reshape(n_batches, size, len(sizes)))
         # [n_batches, size, ...] -> [n, ...]
