@@ -18,6 +18,7 @@ from gradfn.circuits._head_weights import (
 )
 from gradfn.circuits._jacobian_lens import JacobianLens, jacobian_lens
 from gradfn.circuits._logit_lens import LogitLens, logit_lens
+from gradfn.circuits._path_patch import path_patch
 from gradfn.circuits._sweep import PatchSweep, patch_sweep
 from gradfn.circuits.edits import (
     at,
@@ -59,6 +60,7 @@ __all__ = [
     "logit_lens",
     "mean_ablate",
     "patch_sweep",
+    "path_patch",
     "project_off",
     "resample",
     "singular_values",

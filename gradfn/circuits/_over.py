@@ -70,13 +70,7 @@ class Grid:
             site: any of the sites.
             index: one integer per word without `layer`, in the order of `over`.
         """
-        selected = jnp.ones([1] * len(site.shape), bool)
-        for axis, at in zip(self.axes.values(), index, strict=True):
-            shape = [1] * len(site.shape)
-            shape[axis] = -1
-            # [n] -> [1, n, 1], the axis where the value has it.
-            selected &= (jnp.arange(site.shape[axis]) == at).reshape(shape)
-        return selected
+        return one_hot(site.shape, dict(zip(self.axes.values(), index, strict=True)))
 
     def arrange(self, values: Mapping[str, jax.Array]) -> jax.Array:
         """Return values by site as one array with the axes of `over`, which must contain `layer`.
@@ -87,6 +81,18 @@ class Grid:
         """
         rows = jnp.stack([values[layer.site.name][layer.iteration] for layer in self.layers])
         return jnp.moveaxis(rows, 0, self.words.index(LAYER))
+
+
+def one_hot(shape: Sequence[int], index: Mapping[int, jax.Array | int]) -> jax.Array:
+    """Return which elements of an array have an index, given by axis: booleans that broadcast to `shape`."""
+    selected = jnp.ones([1] * len(shape), bool)
+    for axis, at in index.items():
+        along = [1] * len(shape)
+        along[axis] = -1
+        # [n] -> [1, n, 1]
+        numbers = jnp.arange(shape[axis], dtype=jnp.int32)
+        selected &= (numbers == jnp.asarray(at, jnp.int32)).reshape(along)
+    return selected
 
 
 def grid(sites: Sequence[Site], over: str, axes: Mapping[str, int] | None, what: str) -> Grid:

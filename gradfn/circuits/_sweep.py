@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,8 +12,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from gradfn.circuits._model import Edit, Model, scalar_metric, trace_model
-from gradfn.circuits._over import LAYER, Grid, grid
+from gradfn.circuits._model import Model, scalar_metric, trace_model
+from gradfn.circuits._over import LAYER, Grid, grid, one_hot
 from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.jaxpr import Site
 from gradfn.jaxpr.call import jit_arrays
@@ -164,8 +164,7 @@ def patch_sweep(
     """
     what = "patch_sweep"
     check_into(into, what)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"{what}: batch_size must be an integer >= 1, got {batch_size!r}")
+    check_size(batch_size, what)
     if sites is None:
         sites = "*mixed" if "head" in over.split(" x ") else "*residual"
 
@@ -183,10 +182,9 @@ def patch_sweep(
             loops = group[0].axes if LAYER in of.words else ()
 
             def one(index: jax.Array) -> jax.Array:
-                tokens = {s.name: token(s, index[: len(loops)], values[s.name]) for s in group}
-                edits = {s.name: replaced(s, of, index[len(loops) :], values[s.name]) for s in group}
-                of_loops = {name: of_one for name, of_one in tokens.items() if of_one is not None}
-                return scalar_metric(metric, model.run(target, edits, (), of_loops)[0], what)
+                iteration, part = index[: len(loops)], index[len(loops) :]
+                changes = {s.name: (selected(s, of, iteration, part), values[s.name]) for s in group}
+                return scalar_metric(metric, run_changed(model, target, changes)[0], what)
 
             return mapped(one, (*loops, *of.sizes.values()), batch_size)
 
@@ -207,6 +205,12 @@ def check_into(into: str, what: str) -> None:
         raise ValueError(f'{what}: into must be "corrupt" or "clean", got {into!r}')
 
 
+def check_size(batch_size: int, what: str) -> None:
+    """Raise a ValueError unless that many runs can be computed at a time."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"{what}: batch_size must be an integer >= 1, got {batch_size!r}")
+
+
 def always_computed(model: Model, wanted: Selection) -> list[Site]:
     """Return the sites selected, all of which each run computes.
 
@@ -224,36 +228,43 @@ def always_computed(model: Model, wanted: Selection) -> list[Site]:
     return chosen
 
 
-def token(site: Site, iteration: jax.Array, value: jax.Array) -> PyTree:
-    """Return what the edit of a site gets in each iteration: whether to patch it, and the value of that iteration.
+def selected(site: Site, of: Grid, iteration: jax.Array, index: jax.Array) -> jax.Array:
+    """Return which elements of a site's values in all iterations an index selects: booleans `[*site.axes, ...]`.
 
     Args:
-        site: the site; outside of loops it needs no token.
-        iteration: which one to patch, one index per loop; empty for all.
-        value: with the iterations in front.
+        site: one of the grid's.
+        of: what the index means.
+        iteration: one integer per loop around the site; empty for all iterations.
+        index: one integer per word without `layer`.
     """
-    if not site.axes:
-        return None
-    chosen = jnp.ones(site.axes, bool)
-    for axis, at in enumerate(iteration):
-        shape = [1] * len(site.axes)
-        shape[axis] = -1
-        # [n] -> [1, n, 1], the axis of the loop.
-        chosen &= (jnp.arange(site.axes[axis]) == at).reshape(shape)
-    return chosen, value
+    of_loops = jnp.broadcast_to(one_hot(site.axes, dict(enumerate(iteration))), site.axes)
+    of_value = of.mask(site, list(index))
+    # [*axes] and [...] -> [*axes, 1, ...] and [1, ..., *]
+    of_loops = jnp.expand_dims(of_loops, range(len(site.axes), len(site.axes) + len(site.shape)))
+    return of_loops & jnp.expand_dims(of_value, range(len(site.axes)))
 
 
-def replaced(site: Site, of: Grid, index: jax.Array, value: jax.Array) -> Edit:
-    """Return the edit of a site that puts in what `index` selects of another run's value."""
-    mask = of.mask(site, list(index))
+def run_changed(
+    model: Model,
+    inputs: Sequence[PyTree],
+    changes: Mapping[str, tuple[jax.Array, jax.Array]],
+    keep: Collection[str] = (),
+) -> tuple[PyTree, dict[str, jax.Array]]:
+    """Run a model with parts of the values at some sites replaced.
 
-    def edit(old: jax.Array, own: PyTree = None) -> jax.Array:
-        if own is None:
-            return jnp.where(mask, value, old)
-        chosen, of_iteration = own
-        return jnp.where(mask & chosen, of_iteration, old)
+    Args:
+        model: the model.
+        inputs: its inputs, flat.
+        changes: by the name of the site, which elements to replace (booleans that broadcast to a value) and the new
+            values, both with the iterations of the loops around the site in front.
+        keep: as for `Model.run`.
+    """
 
-    return edit
+    def edit(old: jax.Array, change: tuple[jax.Array, jax.Array]) -> jax.Array:
+        where, new = change
+        return jnp.where(where, new, old)
+
+    return model.run(inputs, dict.fromkeys(changes, edit), keep, changes)
 
 
 def mapped(f: Callable, sizes: tuple[int, ...], batch_size: int) -> PyTree:
