@@ -7,6 +7,7 @@ from gradfn.circuits._attribution_patch import NodeAttribution, attribution_patc
 from gradfn.circuits._backward_lens import BackwardLens, backward_lens
 from gradfn.circuits._direct_effects import DirectEffects, direct_effects
 from gradfn.circuits._edges import Edge, EdgeAttribution, edge_attribution_patch
+from gradfn.circuits._faithfulness import Faithfulness, faithfulness
 from gradfn.circuits._head_scores import HeadScores, head_scores
 from gradfn.circuits._head_weights import (
     Composition,
@@ -39,6 +40,7 @@ __all__ = [
     "DirectEffects",
     "Edge",
     "EdgeAttribution",
+    "Faithfulness",
     "HeadScores",
     "HeadWeights",
     "JacobianLens",
@@ -53,6 +55,7 @@ __all__ = [
     "composition",
     "direct_effects",
     "edge_attribution_patch",
+    "faithfulness",
     "head_scores",
     "head_weights",
     "interchange",

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from gradfn.circuits._attribution_patch import middles
 from gradfn.circuits._gradients import gradients
 from gradfn.circuits._model import scalar_metric, trace_model
-from gradfn.circuits._parts import READS, Residual, labels, precedes, residual_of
+from gradfn.circuits._parts import READS, Parts, labels, parts_of, precedes
 from gradfn.circuits._stream import saved
 from gradfn.circuits._sweep import Into, check_into
 from gradfn.display import ROWS, ShowsTable, TextTable
@@ -142,7 +142,7 @@ def edge_attribution_patch(
         >>> clean, corrupt = (params, jnp.array([1, 2, 3, 1])), (params, jnp.array([4, 2, 3, 1]))
         >>> edges = gf.circuits.edge_attribution_patch(net.apply, clean, corrupt, lambda out: out[-1, 2] - out[-1, 5])
         >>> edges.scores.shape, len(edges.edges), len(edges.top(3))
-        ((7, 15), 59, 3)
+        ((7, 15), 46, 3)
     """
     check_into(into, WHAT)
     if steps is not None and steps < 1:
@@ -154,8 +154,8 @@ def edge_attribution_patch(
 
     def compute(clean: tuple, corrupt: tuple) -> EdgeAttribution:
         model = trace_model(f, clean, WHAT)
-        graph = residual_of(model, axes["head"])
-        return _edges(graph, model.program.inputs, model.inputs(corrupt, "corrupt"), metric, steps, into)
+        parts = parts_of(model, axes["head"])
+        return _edges(parts, model.program.inputs, model.inputs(corrupt, "corrupt"), metric, steps, into)
 
     result = jit_arrays(compute)(clean, corrupt)
     if not isinstance(result.unexplained, jax.core.Tracer) and result.unexplained > UNEXPLAINED:
@@ -169,16 +169,16 @@ def edge_attribution_patch(
 
 
 def _edges(
-    graph: Residual,
+    parts: Parts,
     clean: Sequence[Any],
     corrupt: Sequence[Any],
     metric: Callable,
     steps: int | None,
     into: Into,
 ) -> EdgeAttribution:
-    model, roles = graph.model, graph.roles
+    model, roles = parts.model, parts.roles
     keep = [
-        graph.embedded.name,
+        parts.embedded.name,
         *(n for role in ("mixed", "feed_out", "residual") for n in roles[role].names),
     ]
     ends = {}
@@ -188,13 +188,13 @@ def _edges(
     base, (_, start) = (clean, ends["clean"]) if into == "clean" else (corrupt, ends["corrupt"])
     _, stop = ends["corrupt" if into == "clean" else "clean"]
 
-    embedded = graph.embedded.name
+    embedded = parts.embedded.name
     change = {name: stop[name] - start[name] for name in keep}
-    written = _written(graph, base, start, change)
+    written = _written(parts, base, start, change)
 
     def read_at(share: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         return _read(
-            graph, base, metric, None if share is None else start[embedded] + share * change[embedded]
+            parts, base, metric, None if share is None else start[embedded] + share * change[embedded]
         )
 
     if steps is None:
@@ -209,7 +209,7 @@ def _edges(
         )
         read, whole = jax.tree.map(lambda total: total / steps, sums)
 
-    senders, receivers = labels(graph)
+    senders, receivers = labels(parts)
     exists = np.array([[precedes(s, r) for r in receivers] for s in senders])
     # [senders, ..., features] and [receivers, ..., features] -> [senders, receivers]
     scores = jnp.einsum("sd,rd->sr", _flat(written), _flat(read), precision="highest")
@@ -236,10 +236,10 @@ def _share(whole: jax.Array, explained: jax.Array) -> jax.Array:
 
 
 def _written(
-    graph: Residual, base: Sequence[Any], start: Mapping[str, jax.Array], change: Mapping[str, jax.Array]
+    parts: Parts, base: Sequence[Any], start: Mapping[str, jax.Array], change: Mapping[str, jax.Array]
 ) -> jax.Array:
     """Return the change of what each sender writes: `[senders, ..., features]`."""
-    model, mixed, out = graph.model, graph.roles["mixed"], graph.roles["attention_out"]
+    model, mixed, out = parts.model, parts.roles["mixed"], parts.roles["attention_out"]
 
     def project(values: jax.Array) -> jax.Array:
         _, kept = model.run(base, {name: saved for name in mixed.names}, out.names, mixed.split(values))
@@ -247,21 +247,21 @@ def _written(
 
     _, along = jax.linearize(project, mixed.stacked(start))
     # [heads, layers, ..., features]
-    heads = jax.vmap(along)(graph.one_head("mixed", mixed.stacked(change)))
-    feeds = graph.roles["feed_out"].stacked(change)
+    heads = jax.vmap(along)(parts.one_head("mixed", mixed.stacked(change)))
+    feeds = parts.roles["feed_out"].stacked(change)
     by_layer = jnp.concatenate([jnp.moveaxis(heads, 0, 1), feeds[:, None]], 1)
     # [layers, heads + 1, ..., features] -> [layers * (heads + 1), ..., features]
-    parts = by_layer.reshape(-1, *feeds.shape[1:])
-    return jnp.concatenate([change[graph.embedded.name][None], parts])
+    written = by_layer.reshape(-1, *feeds.shape[1:])
+    return jnp.concatenate([change[parts.embedded.name][None], written])
 
 
 def _read(
-    graph: Residual, base: Sequence[Any], metric: Callable, embedded: jax.Array | None
+    parts: Parts, base: Sequence[Any], metric: Callable, embedded: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Return the gradients of the metric with respect to the input of each receiver, and to the embedding.
 
     Args:
-        graph: the model.
+        parts: the model.
         base: its inputs.
         metric: of its output.
         embedded: the embedding instead of that of the inputs, or None.
@@ -269,10 +269,10 @@ def _read(
     Returns:
         `[receivers, ..., features]`, through that receiver alone, and `[..., features]`.
     """
-    model, roles = graph.model, graph.roles
-    first, streams, mids = graph.embedded.name, roles["residual"], roles["residual_mid"]
+    model, roles = parts.model, parts.roles
+    first, streams, mids = parts.embedded.name, roles["residual"], roles["residual_mid"]
     reads, feeds = [roles[role] for role in READS], roles["feed_out"]
-    probed = [graph.embedded, *(site for role in (*reads, feeds, mids, streams) for site in role.sites)]
+    probed = [parts.embedded, *(site for role in (*reads, feeds, mids, streams) for site in role.sites)]
     _, values, grads = gradients(model, base, metric, probed, {} if embedded is None else {first: embedded})
 
     # With the input of every layer held fixed, a layer's reads depend on its own input alone: all layers at once.
@@ -290,7 +290,7 @@ def _read(
     inputs = jnp.concatenate([values[first][None], streams.stacked(values)[:-1]])
     _, back = jax.vjp(read, inputs)
     cotangents = [role.stacked(grads) for role in reads]
-    parts = []
+    through_each = []
     for k, role in enumerate(READS):
         others = [jnp.zeros_like(cotangent) for cotangent in cotangents]
 
@@ -298,9 +298,9 @@ def _read(
             return back([*others[:k], cotangent, *others[k + 1 :]])[0]
 
         # [heads, layers, ..., features]
-        parts.append(jax.vmap(through)(graph.one_head(role, cotangents[k])))
+        through_each.append(jax.vmap(through)(parts.one_head(role, cotangents[k])))
     _, back_feed = jax.vjp(feed, mids.stacked(values))
-    parts.append(back_feed(feeds.stacked(grads))[0][None])
+    through_each.append(back_feed(feeds.stacked(grads))[0][None])
     # [receivers of a layer, layers, ..., features] -> [layers * receivers of a layer, ..., features]
-    by_layer = jnp.moveaxis(jnp.concatenate(parts), 0, 1).reshape(-1, *inputs.shape[1:])
+    by_layer = jnp.moveaxis(jnp.concatenate(through_each), 0, 1).reshape(-1, *inputs.shape[1:])
     return jnp.concatenate([by_layer, streams.stacked(grads)[-1:]]), grads[first]

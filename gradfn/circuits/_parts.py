@@ -45,7 +45,7 @@ class Role(NamedTuple):
         return parts
 
 
-class Residual(NamedTuple):
+class Parts(NamedTuple):
     """Where the parts of a transformer read and write.
 
     Layer i reads `queries`, `keys` and `values` from the stream before it, writes `attention_out`, reads the input of
@@ -82,7 +82,7 @@ class Residual(NamedTuple):
         return jnp.where(mask, values[None], jnp.zeros((), values.dtype))
 
 
-def residual_of(model: Model, head: int) -> Residual:
+def parts_of(model: Model, head: int) -> Parts:
     """Find the parts of a transformer by the names that gradfn's own blocks give to them.
 
     Raises:
@@ -116,20 +116,20 @@ def residual_of(model: Model, head: int) -> Residual:
                 f"{model.what}: expected one {role!r} of one shape per layer, got "
                 f"{', '.join(f'{site.name} {list(site.axes + site.shape)}' for site in of_role.sites):.300}"
             )
-    return Residual(model, by_role["embedded"][0], roles, head)
+    return Parts(model, by_role["embedded"][0], roles, head)
 
 
-def labels(graph: Residual) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def labels(parts: Parts) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the names of the senders and of the receivers, layer by layer.
 
     Senders are `embedded`, heads `a0.h1` (layer 0, head 1) and MLPs `m0`; receivers `a0.h1.q`, `a0.h1.k`, `a0.h1.v`,
     `m0` and `final`, the stream after the last layer.
     """
     senders, receivers = ["embedded"], []
-    for layer in range(graph.n_layers):
+    for layer in range(parts.n_layers):
         for role in READS:
-            receivers += [f"a{layer}.h{head}.{role[0]}" for head in range(graph.n_heads(role))]
-        senders += [f"a{layer}.h{head}" for head in range(graph.n_heads("mixed"))]
+            receivers += [f"a{layer}.h{head}.{role[0]}" for head in range(parts.n_heads(role))]
+        senders += [f"a{layer}.h{head}" for head in range(parts.n_heads("mixed"))]
         senders.append(f"m{layer}")
         receivers.append(f"m{layer}")
     return tuple(senders), (*receivers, "final")
