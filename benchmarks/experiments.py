@@ -38,6 +38,7 @@ OPTIONS = {
     "regions": "--epochs 1",
     "regress": "--steps 100",
     "reverse": "--steps 40",
+    "spike": "--steps 200",
     "rnn": "--steps 40",
     "saliency": "--steps 40",
     "saturate": "--steps 10",

@@ -52,6 +52,7 @@ class Spike:
 LEAST_OF_LOG, LEAST_OF_MEAN = 0.05, 0.01
 TINY = np.finfo(np.float64).tiny
 LARGE = 1e300
+FEW = 10  # from so few steps no deviation is known
 BLOCK = 512  # steps that are learned from at once, at most
 
 
@@ -102,11 +103,12 @@ class Bands:
         means, variances = (np.array([float(v) for v in old]) for old in (self.means, self.variances))
         deviation = _deviation(means, variances, of_log)
         above = (x - means) / deviation
-        outside = (above > spike.deviations) & (self.steps >= spike.after)
+        extreme = (above > spike.deviations) & (self.steps >= FEW)
+        outside = extreme & (self.steps >= spike.after)
         since = np.where(outside, np.where(np.array(self.since) < 0, step, self.since), -1)
         edges = means + spike.deviations * deviation
         # A number outside moves its band as one at the edge would.
-        delta = np.where(outside, edges, x) - means
+        delta = np.where(extreme, edges, x) - means
         rate = max(1 / (self.steps + 1), _rate(spike))
         self.means = list(means + rate * delta)
         self.variances = list((1 - rate) * (variances + rate * delta**2))
