@@ -19,11 +19,10 @@ class SiteList(ShowsTable, list[Site]):
 
     Attributes:
         notes: which values it does not contain, and why.
-        program: the traced function, or None for sites that were put together by hand.
     """
 
     notes: tuple[str, ...] = ()
-    program: Program | None = None
+    _program: Program | None = None
 
     @functools.cached_property
     def costs(self) -> Costs:
@@ -36,7 +35,7 @@ class SiteList(ShowsTable, list[Site]):
         differentiate it with respect to its first argument; the compiler may get by with less. Those that are
         arguments are under `"inputs"`.
         """
-        return costs(self.program, self) if self.program is not None else Costs({}, {}, ())
+        return costs(self._program, self) if self._program is not None else Costs({}, {}, ())
 
     def svg(self, inspection: Inspection | None = None, *, depth: int | None = None) -> str:
         """Return a picture of the function as SVG: its sites folded by module, from its inputs to its result.
@@ -60,7 +59,7 @@ class SiteList(ShowsTable, list[Site]):
             >>> picture[:4], picture.count("<path")
             ('<svg', 6)
         """
-        if self.program is None:
+        if self._program is None:
             raise ValueError("svg: these sites have no program: call svg on what gf.sites(f)(*args) returns")
         if depth is not None and depth < 1:
             raise ValueError(f"svg: depth must be an integer >= 1, got {depth}")
@@ -69,7 +68,7 @@ class SiteList(ShowsTable, list[Site]):
             raise ValueError(
                 "svg: the inspection is of another function than the sites: use gf.inspect(f) of the same f"
             )
-        return svg(self.program, self, self.costs, gradients, depth)
+        return svg(self._program, self, self.costs, gradients, depth)
 
     @property
     def names(self) -> list[str]:
@@ -156,7 +155,7 @@ def sites(f: Callable) -> Callable[..., SiteList]:
         """Return the sites of the function for these arguments."""
         program = trace_as_written(f, *args, **kwargs)
         found = SiteList(find_sites(program))
-        found.notes, found.program = tuple(_notes(found, program)), program
+        found.notes, found._program = tuple(_notes(found, program)), program
         return found
 
     return listed

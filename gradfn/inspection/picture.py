@@ -20,7 +20,7 @@ from gradfn.jaxpr.interpreter import Path, bodies
 
 # More nodes than that are folded, unless the caller decides.
 MOST_NODES = 44
-NODE, HEIGHT, GAP, BETWEEN = 240, 26, 16, 14
+NODE, HEIGHT, GAP, BETWEEN = 256, 26, 16, 14
 LEFT, MARGIN = 100, 16
 # The width of the legend.
 LEGEND = 500

@@ -29,7 +29,7 @@ def test_edges_are_as_wide_as_gradients_are_long():
     args = jnp.eye(3), jnp.ones(3)
     listed = gf.sites(f)(*args)
     labels, edges = parts(listed.svg(gf.inspect(f)(*args)))
-    assert labels == ["data", "W", "a", "b", "c", "result"] or labels == ["data", "a", "b", "c", "result"]
+    assert labels == ["data", "a", "b", "c", "result"]
     # From a to b the gradient has 0.01 of its later length; the edge of a around b carries a as well.
     widths = dict.fromkeys(width for kind, width in edges if kind == "flow")
     assert len(widths) == 2
@@ -58,12 +58,7 @@ def test_modules_are_folded_to_a_depth():
     assert len(deep) <= 46
     # Without an inspection, every edge is there, thin: also the four around attention and feed-forward layers.
     assert len(edges) >= len(deep) - 1 + 4
-    table = (
-        str(gf.TextTable) and listed.table().to_text(width=200)
-        if hasattr(gf.TextTable, "to_text")
-        else str(listed)
-    )
-    assert "saved for the backward pass" in table
+    assert "saved for the backward pass" in str(listed)
 
 
 def test_an_iteration_leads_back_to_the_next():
