@@ -51,6 +51,7 @@ RUNS = {
         "--rounds 7 --only gf.gpt 'GPT, layers scanned' MLP 'fit MLP' 'fit 784-16-10'",
         4.4,
     ),
+    "capture_overhead": Run("benchmarks.capture_overhead", "--rounds 15", 0.5),
     "per_example": Run("benchmarks.per_example", "--rounds 9", 2.0),
     "per_example_kept": Run("benchmarks.per_example", "--rounds 9 --malloc kept --only GPT-12 LSTM", 0.4),
     "curvature": Run("benchmarks.curvature", "--rounds 9", 1.0),
