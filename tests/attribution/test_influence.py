@@ -10,13 +10,8 @@ from jax.flatten_util import ravel_pytree
 
 import gradfn as gf
 
+pytestmark = pytest.mark.usefixtures("x64")
 KEY = jax.random.key(0)
-
-
-@pytest.fixture(autouse=True)
-def _x64():
-    with jax.enable_x64(True):
-        yield
 
 
 def normal(i, *shape):

@@ -9,13 +9,8 @@ from jax.flatten_util import ravel_pytree
 
 import gradfn as gf
 
+pytestmark = pytest.mark.usefixtures("x64")
 KEY = jax.random.key(0)
-
-
-@pytest.fixture(autouse=True)
-def _x64():
-    with jax.enable_x64(True):
-        yield
 
 
 def normal(i, *shape):
@@ -233,6 +228,7 @@ def test_a_tied_weight_has_the_average_of_its_uses_factors():
     close(ravel_pytree(diagonal)[0], np.diagonal(exact))
 
 
+@pytest.mark.slow
 def test_stacked_layers_have_factors_each_and_recurrent_ones_share_theirs():
     params = {"layers": normal(0, 2, 3, 3), "again": normal(1, 3, 3), "bias": normal(2, 2, 3)}
 
@@ -271,8 +267,8 @@ def test_stacked_layers_have_factors_each_and_recurrent_ones_share_theirs():
     close(ravel_pytree(diagonal)[0], np.diagonal(exact))
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
+@pytest.mark.slow
+@pytest.mark.parametrize(("weight_sharing", "groups"), [("expand", 2), ("reduce", 1)])
 def test_convolutions(weight_sharing, groups):
     params = {"w": normal(0, 3, 2, 2 // groups, 4), "v": normal(1, 4, 2)}  # HWIO
     x, y = normal(2, 3, 6, 5, 2), np.array([0, 1, 1])

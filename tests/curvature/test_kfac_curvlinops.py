@@ -50,6 +50,7 @@ def convolutions():
     return outputs, params, dense(4, (N, 2, 6, 4)), model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("net", "loss", "fisher"),
     [

@@ -18,6 +18,11 @@ SHARED = {
         ("grok", r"Memorized at step ([\d,]+)", ["step of memorization"]),
         ("grok", r", generalized at step ([\d,]+)", ["step of generalization"]),
     ],
+    "influence": [
+        ("influence", r"rises by (-?[\d.]+) nats", ["rise of the loss without the digits that EK-FAC names"]),
+        ("influence", r"random ones by (-?[\d.]+)", ["rise of the loss without random digits"]),
+        ("agreement", r"EK-FAC \((-?[\d.]+)\)", ["linear datamodeling score, EK-FAC"]),
+    ],
     "mnist": [("confusion", r"^([\d.]+) %", ["best test accuracy"])],
     "moons": [("strip", r"([\d.]+) % at step [\d,]+$", ["test accuracy"])],
     "noise": [
