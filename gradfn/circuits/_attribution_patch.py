@@ -146,6 +146,9 @@ def attribution_patch(
     `"atp_grad_drop"` computes one gradient per layer that does not pass through what this layer adds to the stream,
     and adds up the magnitudes of the scores.
 
+    For a batch of pairs use `jax.vmap` and average. Each call compiles; for many calls, compile once:
+    `jax.jit(lambda a, b: gf.circuits.attribution_patch(f, (params, a), (params, b), metric))`.
+
     Args:
         f: any JAX function; its first argument counts as the parameters.
         clean: all arguments of `f`, parameters first.
