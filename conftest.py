@@ -90,11 +90,19 @@ def shared_data() -> Path:
     return folder
 
 
+SUMMARIES = {"attack": "attacks: withstood of attempts", "menagerie": "menagerie: held of tried"}
+
+
 def pytest_terminal_summary(terminalreporter):
-    """Print the number of attempts of each attack, and how many were withstood."""
+    """Print the number of attempts of each attack, and how many were withstood; the same of the menagerie."""
     reports = [report for each in ("passed", "failed") for report in terminalreporter.stats.get(each, ())]
-    figures = [value for report in reports if report.when == "call" for _, value in report.user_properties]
-    if figures:
-        terminalreporter.section("attacks: withstood of attempts")
-        for name, tries, held in figures:
+    recorded = [pair for report in reports if report.when == "call" for pair in report.user_properties]
+    for kind, title in SUMMARIES.items():
+        totals = {}
+        for name, tries, held in [value for key, value in recorded if key == kind]:
+            before = totals.get(name, (0, 0))
+            totals[name] = before[0] + tries, before[1] + held
+        if totals:
+            terminalreporter.section(title)
+        for name, (tries, held) in totals.items():
             terminalreporter.write_line(f"{held:>7,} of {tries:>7,}  {name}")

@@ -1,0 +1,133 @@
+"""Whether what gradfn says of a network is right for every architecture that can be built here.
+
+All layers and nets of gradfn, the layers and examples of Equinox, Flax Linen, Flax NNX and Haiku, each in a dozen
+contexts (`contexts`), the losses of optax, and random programs over the primitives of `jax.lax` (`random_programs`).
+For each of them four properties are compared with something that does not use gradfn (`check`). A sample runs with all
+other tests; all of them run with `pytest -m "attack and not optimized" tests/menagerie`. How many held is printed at
+the end.
+"""
+
+import importlib
+import re
+import zlib
+
+import jax
+import pytest
+
+from tests.menagerie import contexts, random_programs
+from tests.menagerie.check import PROPERTIES, check
+
+PROGRAMS = 400
+# All are run in parts, each of which takes a minute or so.
+PARTS = 80
+
+# What gradfn refuses, with the reason: by property, a pattern of its error.
+REFUSED = {
+    "norms": {"there is no floating parameter": "nothing to take the norm of"},
+}
+
+# Other libraries warn and promote as they please.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def theirs(x64):
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def family(module):
+    """Return the names and builders of a module's cases."""
+    if module == "random_programs":
+        names = {
+            f"random {seed}": lambda seed=seed: random_programs.program(seed) for seed in range(PROGRAMS)
+        }
+        return names
+    layers = importlib.import_module(f"tests.menagerie.{module}").LAYERS
+    return {
+        f"{name}, {context}": lambda name=name, make=make, context=context: contexts.case(
+            name, make(), context
+        )
+        for name, make in layers.items()
+        for context in contexts.names(name)
+    }
+
+
+FAMILIES = {"build": (14, ()), "losses": (6, ()), "random_programs": (12, ())}
+FAMILIES["frameworks"] = (18, ("equinox", "flax", "haiku"))
+
+
+@pytest.fixture
+def tally(request, record_property):
+    """Return a function that checks cases, prints each failure, and fails if there is one."""
+
+    def run(builders):
+        held, tried, refused, failures = dict.fromkeys(PROPERTIES, 0), dict.fromkeys(PROPERTIES, 0), [], []
+        for name, build in builders.items():
+            try:
+                case = build()
+            except Exception as error:
+                failures.append(f"{name}: is not built: {type(error).__name__}: {error!s:.300}")
+                continue
+            # A layer that does not fit into a context.
+            if case is None:
+                continue
+            for what, error in check(case).items():
+                if error and any(re.search(pattern, error) for pattern in REFUSED.get(what, ())):
+                    refused.append((name, what))
+                    continue
+                tried[what] += 1
+                held[what] += error is None
+                if error:
+                    failures.append(f"{case.name}: {what}: {error:.600}")
+        for what in PROPERTIES:
+            record_property("menagerie", (what, tried[what], held[what]))
+        record_property("menagerie", ("refused, as listed", len(refused), len(refused)))
+        assert not failures, "\n".join(failures)
+
+    return run
+
+
+def select(name, n):
+    """Return n cases of a family, evenly, the same ones in each run."""
+    builders = family(name)
+    names = sorted(builders, key=lambda name: zlib.crc32(name.encode()))
+    return {name: builders[name] for name in names[:n]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sample(name, tally):
+    n, libraries = FAMILIES[name]
+    for library in libraries:
+        pytest.importorskip(library)
+    tally(select(name, n))
+
+
+@pytest.mark.slow
+@pytest.mark.attack
+@pytest.mark.parametrize("part", range(PARTS))
+def test_all(part, tally):
+    every = {}
+    for name, (_, libraries) in FAMILIES.items():
+        for library in libraries:
+            pytest.importorskip(library)
+        every |= family(name)
+    names = list(every)[part::PARTS]
+    tally({name: every[name] for name in names})
+    jax.clear_caches()
+
+
+def test_every_public_layer_of_the_frameworks_is_there_or_listed():
+    for library in FAMILIES["frameworks"][1]:
+        pytest.importorskip(library)
+    frameworks = importlib.import_module("tests.menagerie.frameworks")
+    for framework, classes in frameworks.public_classes().items():
+        names = " ".join(name for name in frameworks.LAYERS if name.startswith(framework))
+        missing = [c for c in classes if c not in frameworks.OTHERS[framework] and c not in names]
+        assert not missing, f"{framework}: no entry for {missing}"
+
+
+def test_every_loss_of_optax_is_there():
+    losses = importlib.import_module("tests.menagerie.losses")
+    assert losses.public_losses() == sorted(losses.LOSSES)
