@@ -162,6 +162,13 @@ def _last(inspection: "ByName") -> dict[str, dict[str, Stats]]:
     return {which: {name: last(name, one) for name, one in found.items()} for which, found in every.items()}
 
 
+def _stacked_axes(captured: "ByName") -> tuple[int, ...]:
+    """Return the axes that `vmap` or `scan` around a capture put in front."""
+    for site in captured.sites:
+        return np.shape(captured.stats[site.name].values)[: -1 - len(site.axes)]
+    return ()
+
+
 def _numbers(stats: dict[str, np.ndarray]) -> dict[str, float]:
     """Return one inspection's statistics as Python floats, but for those of a value that was never computed."""
     out = {name: float(column[0]) for name, column in stats.items()}
@@ -282,6 +289,8 @@ def table(inspection: "ByName", rows: int | None, rest: str) -> TextTable:
         stacked = np.shape(inspection.value)
         title = f"value {float(np.asarray(inspection.value)[(-1,) * len(stacked)]):.6g}"
         title += f" (the last of {stacked} inspections)" if stacked else ""
+    elif stacked := _stacked_axes(inspection):
+        title = f"the last of {stacked} captures"
     caption = []
     if inspection.grad_stats:
         caption.append("grad ×: the norm of the gradient here over that at the next site toward the loss")

@@ -270,13 +270,17 @@ class _Analysis(Dataflow[_Value]):
         return path[:-2] in self.backward or "transpose(" in str(eqn.source_info.name_stack)
 
     def equation(self, path: Path, eqn: Any, operands: list[_Value]) -> list[_Value]:
-        name, aval = operation(eqn), eqn.outvars[0].aval if eqn.outvars else None
+        # Effects alone, such as those of `jax.debug.print`.
+        if not eqn.outvars:
+            return []
+        name, aval = operation(eqn), eqn.outvars[0].aval
         live, backward, origin = path in self.reach.outputs, self._is_backward(path, eqn), (path, 0)
         value = _computed(eqn, operands, backward)
         if self.calls.get(path):
             return [self._called(path, eqn, operands, value, live)] * len(eqn.outvars)
         sample, kind = _sampled(eqn, operands, path)
-        if name == "name":
+        # Of random keys there are no statistics.
+        if name == "name" and not jnp.issubdtype(aval.dtype, jax.dtypes.extended):
             origin = operands[0].origin or origin
             self.records.append(_Found(path, 0, params_of(eqn)["name"], "name", kind, origin))
             sample = fresh(origin, aval, origin)

@@ -76,6 +76,92 @@ def test_nothing_is_differentiated_and_nothing_but_what_was_requested_is_compute
     assert "reduce" not in program
 
 
+def tapped(x):
+    return 2 * gf.tap(jnp.tanh(x), "t")
+
+
+def test_functions_without_arguments_or_outputs_and_with_keywords():
+    np.testing.assert_allclose(gf.capture(tapped, keep="t")(X)["t"].value, np.tanh(X), rtol=1e-5)
+    constant = gf.capture(lambda: {"t": gf.tap(jnp.ones(2), "t")}, keep="t")()
+    np.testing.assert_array_equal(constant["t"].value, np.ones(2))
+    assert gf.capture(lambda x: None)(X).output is None
+
+    def scaled(params, x, scale=1.0, *, flip=False):
+        return gf.tap(-params * x if flip else params * x * scale, "y")
+
+    at = gf.capture(scaled, keep="y")
+    np.testing.assert_allclose(at(2.0, X, scale=3.0)["y"].value, 6 * X, rtol=1e-6)
+    np.testing.assert_allclose(at(2.0, X, flip=True)["y"].value, -2 * X, rtol=1e-6)
+    np.testing.assert_allclose(at(params=2.0, x=X)["y"].value, 2 * X, rtol=1e-6)
+
+
+def test_inside_the_branches_of_a_cond_and_the_body_of_a_users_scan():
+    at = gf.capture(tapped, keep="t", stats="rms")
+
+    @jax.jit
+    def chosen(flag, x):
+        return jax.lax.cond(flag, at, lambda x: at(2 * x), x)
+
+    for flag, x in ((True, X), (False, 2 * X)):
+        captured = chosen(flag, X)
+        np.testing.assert_allclose(captured["t"].value, np.tanh(x), rtol=1e-5)
+        np.testing.assert_allclose(captured.output, 2 * np.tanh(x), rtol=1e-5)
+
+    def body(h, _):
+        captured = at(h)
+        return captured.output, captured
+
+    _, each = jax.lax.scan(body, X, None, length=3)
+    h = np.asarray(X)
+    for i in range(3):
+        np.testing.assert_allclose(each["t"].value[i], np.tanh(h), rtol=1e-5)
+        h = 2 * np.tanh(h)
+    # The table of stacked captures shows the last one, and says so.
+    assert "the last of (3,) captures" in str(each)
+    assert "last of" not in str(at(X))
+
+
+def test_captured_gradients_and_nested_captures():
+    loss = lambda params, x: jnp.sum(NET.apply(params, x) ** 2)  # noqa: E731
+    captured = gf.capture(jax.grad(loss), keep="a1", stats="rms")(PARAMS, X[0])
+    np.testing.assert_allclose(captured["a1"].value, by_hand(PARAMS, X[0])["a1"], rtol=1e-5)
+    np.testing.assert_allclose(captured.output["W1"], jax.grad(loss)(PARAMS, X[0])["W1"], rtol=1e-5)
+    nested = gf.capture(lambda x: gf.capture(tapped)(x).output, keep="t")(X)
+    np.testing.assert_allclose(nested["t"].value, np.tanh(X), rtol=1e-5)
+    second = jax.hessian(lambda x: gf.capture(tapped, keep="t", stats=())(x)["t"].value.sum())(X[0])
+    np.testing.assert_allclose(jnp.diag(second), -2 * np.tanh(X[0]) / np.cosh(X[0]) ** 2, rtol=1e-4)
+
+
+def test_integers_complex_values_random_keys_and_effects(capfd):
+    def f(params, key, n):
+        jax.debug.print("parameter {}", params)
+        keys = gf.tap(jax.random.split(key), "keys")
+        spectrum = gf.tap(jnp.fft.fft(params * jax.random.normal(keys[0], (4,))), "spectrum")
+        return gf.tap(n > 1, "large"), jnp.abs(spectrum)
+
+    captured = jax.jit(gf.capture(f, keep=None))(2.0, jax.random.key(0), jnp.arange(3))
+    jax.block_until_ready(captured)
+    assert "parameter 2.0" in capfd.readouterr().out
+    # Of random keys there are no statistics.
+    assert list(captured) == ["params", "spectrum", "large"]
+    assert captured["large"].value.tolist() == [False, False, True]
+    assert captured["spectrum"].value.dtype == "complex64"
+    np.testing.assert_allclose(captured["large"].stats.mean, 1 / 3, rtol=1e-6)
+
+
+def test_in_a_shard_map_statistics_are_per_device():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    each = jax.shard_map(lambda x: tapped(x), mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data"))
+    x = jax.random.normal(jax.random.key(2), (4, 3))
+    captured = jax.jit(lambda x: gf.capture(each, keep="t", stats="max", along=(x,))(x))(x)
+    halves = np.tanh(x).reshape(2, 2, 3)
+    np.testing.assert_allclose(captured["t"].value, halves, rtol=1e-5)
+    np.testing.assert_allclose(captured["t"].stats.max, np.abs(halves).max((1, 2)), rtol=1e-5)
+    tangent = (x / np.cosh(x) ** 2).reshape(2, 2, 3)
+    np.testing.assert_allclose(captured["t"].tangent, tangent, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(captured["t"].tangent_stats.max, np.abs(tangent).max((1, 2)), rtol=1e-4)
+
+
 def test_errors_name_the_site_and_the_caller():
     with pytest.raises(ValueError, match=r"there is no site 'a9'. Did you mean .*a1"):
         gf.capture(NET.apply, sites="a9")(PARAMS, X[0])
