@@ -129,8 +129,8 @@ def lrp(
     @jit_arrays
     def compiled(params: PyTree, x: ArrayLike, rest: tuple[PyTree, ...]) -> Relevance:
         call = explained(scored, at, params, x, rest, "lrp")
-        found = rules_of(call.steps, call.program, "lrp")
-        ends = fuse_biases(found, call.steps, call.program)
+        found = rules_of(call.steps, "lrp")
+        ends = fuse_biases(found, call)
 
         def value(delta: jax.Array, tokens: PyTree) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             result, at_source = call.run(delta, Rules(found, layers, ends, tokens), found)

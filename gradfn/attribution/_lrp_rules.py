@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from gradfn.attribution._attach import Losses, attach
+from gradfn.attribution._modified import Explained
 from gradfn.attribution._roles import EXTREMES, MOVES, POINTWISE, PRODUCTS, SUMS, Step
-from gradfn.jaxpr import Equation, Program
+from gradfn.jaxpr import Equation, Site
 from gradfn.jaxpr.interpreter import Evaluate, Path
 from gradfn.jaxpr.users import RESULT, Users
 
@@ -148,7 +149,7 @@ class Rules:
         return rule(Call(step, evaluate, list(inputs), self))
 
 
-def rules_of(steps: dict[Path, Step], program: Program, what: str) -> dict[Path, tuple[Rule, Step]]:
+def rules_of(steps: dict[Path, Step], what: str) -> dict[Path, tuple[Rule, Step]]:
     """Return the rule of each step, without those whose ordinary gradient is the rule.
 
     Raises:
@@ -317,26 +318,26 @@ def _is_floating(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
-def fuse_biases(
-    found: dict[Path, tuple[Rule, Step]], steps: dict[Path, Step], program: Program
-) -> dict[Path, Path]:
+def fuse_biases(found: dict[Path, tuple[Rule, Step]], call: Explained) -> dict[Path, Path]:
     """Find where the bias of each product with weights is added, and let the rule of the layer apply there."""
-    users = Users(program.jaxpr.jaxpr)
+    users, steps = Users(call.program.jaxpr.jaxpr), call.steps
+    # What lies between a product and its bias is not seen by the rule, so a site there needs the two apart.
+    site = call.source.path if isinstance(call.source, Site) else None
     ends: dict[Path, Path] = {}
     for path, (rule, step) in list(found.items()):
-        end = _end(users, steps, step) if rule is _layer else None
+        end = _end(users, steps, step, site) if rule is _layer else None
         if end is not None and end not in ends.values():
             ends[path] = end
             found[end] = _bias, steps[end]
     return ends
 
 
-def _end(users: Users, steps: dict[Path, Step], step: Step) -> Path | None:
+def _end(users: Users, steps: dict[Path, Step], step: Step, site: Path | None) -> Path | None:
     """Return the path of the sum with a constant that is the only use of a product, up to its shape."""
     if any(frame.kind == "custom" for frame in step.equation.frames):
         return None
     path = step.equation.path
-    while True:
+    while path != site:
         body, uses = users.body(path[:-1])
         of_it = uses.get(body.eqns[path[-1]].outvars[0], [])
         if len(of_it) != 1 or of_it[0] == RESULT:
@@ -350,3 +351,4 @@ def _end(users: Users, steps: dict[Path, Step], step: Step) -> Path | None:
             return path if others and others[0].constant and not others[0].number else None
         if after.name not in _SHAPES:
             return None
+    return None

@@ -205,12 +205,15 @@ def test_a_transformer_conserves_all_but_what_its_softmaxes_absorb():
     close(jnp.stack(actual.absorbed), jnp.stack(expected.absorbed))
 
 
-def test_the_values_of_a_loop_have_their_own_relevance():
+# The second is between a product with weights and its bias, which have one rule.
+@pytest.mark.parametrize("site", ["residual", "attention/query/W"])
+def test_the_values_of_a_loop_have_their_own_relevance(site):
     net, looped = gpt(), gpt(scan=True)
-    params = weights(net)
-    stacked = lrp(looped.apply, (-1, 7), "residual")(gf.stack_blocks(params), TOKENS).attributions
-    alone = lrp(net.apply, (-1, 7), "blocks/0/residual")(params, TOKENS)
-    close(stacked[0], alone.attributions)
+    params, stacked_site = weights(net), site if site == "residual" else f"blocks/{site}"
+    stacked = lrp(looped.apply, (-1, 7), stacked_site)(gf.stack_blocks(params), TOKENS).attributions
+    alone = lrp(net.apply, (-1, 7), f"blocks/0/{site}")(params, TOKENS)
+    assert float(abs(alone.attributions).max()) > 1e-4
+    np.testing.assert_allclose(stacked[0], alone.attributions, rtol=1e-5, atol=1e-8)
     close(sum(alone.absorbed), alone.gap)
 
 
