@@ -23,6 +23,13 @@ SHARED = {
         ("influence", r"random ones by (-?[\d.]+)", ["rise of the loss without random digits"]),
         ("agreement", r"EK-FAC \((-?[\d.]+)\)", ["linear datamodeling score, EK-FAC"]),
     ],
+    "lens": [
+        (
+            "depth",
+            r"logit lens, ([\d.]+) nats fall to ([\d.]+)",
+            ["cross-entropy of the logit lens at the embedding", "cross-entropy of the last layer"],
+        )
+    ],
     "mnist": [("confusion", r"^([\d.]+) %", ["best test accuracy"])],
     "moons": [("strip", r"([\d.]+) % at step [\d,]+$", ["test accuracy"])],
     "noise": [
