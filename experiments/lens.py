@@ -1,4 +1,9 @@
-"""Read what each layer of a small GPT believes: the logit lens, the Jacobian lens, and the effects of its heads."""
+"""Read what each layer of a small GPT believes: the logit lens, the Jacobian lens, and the effects of its heads.
+
+The logit lens of the embedding, whose matrix is also the unembedding, is sure of the token that was just read. The
+Jacobian lens corrects that. After the first block the logit lens predicts the next token better: the mean Jacobian
+sums what a position does to all later ones, not only to its own prediction.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +25,7 @@ import numpy as np
 import gradfn as gf
 from gradfn import runs
 from gradfn.report.figures import LINE_COLORS, new_figure
-from gradfn.report.lenses import direct_effects_picture, lens_picture
+from gradfn.report.lenses import backward_lens_picture, direct_effects_picture, lens_picture
 from gradfn.report.sequences import MAX_TOKENS, visible
 from gradfn.timings import phase
 from gradfn.train import adamw_warmup_cosine
@@ -122,7 +127,9 @@ def run(config: Config) -> Result:
     tokens, targets = (part[0] for part in of_test)
     shown = {name: lens(fitted.params, tokens) for name, lens in lenses.items()}
     print(shown["logit lens"])
-    at, token = surest(shown["logit lens"], targets)
+    written = gf.circuits.backward_lens(gf.next_token_loss(net))(fitted.params, (tokens, targets))
+    print(written)
+    at, token = most_raised(shown["logit lens"], targets)
     effects = gf.circuits.direct_effects(net.apply, lambda logits: centered(logits[at])[token])(
         fitted.params, tokens
     )
@@ -130,11 +137,11 @@ def run(config: Config) -> Result:
     outcome = judge(config, losses, effects)
     with phase("pictures"):
         vocabulary = [data.tokenizer.decode([token]) for token in range(data.tokenizer.size)]
+        read, follow = [vocabulary[t] for t in tokens], targets.tolist()
         before = "".join(visible(vocabulary[t]) for t in tokens[max(0, at - 11) : at + 1])
         figures = {
-            "logits": lens_picture(
-                shown["logit lens"], [vocabulary[t] for t in tokens], targets.tolist(), vocabulary
-            ),
+            "logits": lens_picture(shown["logit lens"], read, follow, vocabulary),
+            "gradients": backward_lens_picture(written, read, follow, vocabulary),
             "depth": by_depth(losses, jacobians.layers),
             "effects": direct_effects_picture(
                 effects, f"Above the mean, the logit of '{visible(vocabulary[token])}' after '{before}'"
@@ -157,10 +164,10 @@ def mean_loss(lens: Any) -> Any:
     return measure
 
 
-def surest(lens: gf.circuits.LogitLens, targets: jax.Array) -> tuple[int, int]:
-    """Return the position, of those that are drawn, where the model is surest of the right token, and that token."""
-    own = lens.log_probability(targets)[-1, :MAX_TOKENS]
-    at = int(own.argmax())
+def most_raised(lens: gf.circuits.LogitLens, targets: jax.Array) -> tuple[int, int]:
+    """Return where the layers raise the probability of the right token most, of what is drawn, and that token."""
+    own = jnp.exp(lens.log_probability(targets)[:, :MAX_TOKENS])
+    at = int((own[-1] - own[0]).argmax())
     return at, int(targets[at])
 
 

@@ -14,7 +14,7 @@ import gradfn as gf
 def test_a_reduced_run(tmp_path, capsys):
     result = run(Config(steps=3, batch=2, context=12, layers=2, width=8, folder=str(tmp_path / "run")))
     files = {file.name for file in result.folder.iterdir()}
-    assert {"logits.png", "depth.png", "effects.png", "result.json"} <= files
+    assert {"logits.png", "gradients.png", "depth.png", "effects.png", "result.json"} <= files
     stored = json.loads((result.folder / "result.json").read_text())
     np.testing.assert_allclose(stored["losses"]["logit lens"], result.losses["logit lens"])
     assert result.losses["logit lens"][-1] == result.losses["Jacobian lens"][-1]
