@@ -70,6 +70,7 @@ class Value(NamedTuple):
         reduced: whether it is made of sums of data, such as a variance.
         exponentials: the `exp` equations whose output it is, up to a mask.
         partition: the `exp` equations whose outputs it is the sum of.
+        shifted: whether the logarithm of such a sum is one of its terms, as in log probabilities.
         positive: of a boolean, the value that it says is positive, and whether it says so by being true.
         origin: where it was computed, unchanged by calls.
     """
@@ -81,6 +82,7 @@ class Value(NamedTuple):
     reduced: bool = False
     exponentials: frozenset[Path] = frozenset()
     partition: frozenset[Path] = frozenset()
+    shifted: bool = False
     positive: tuple[_Origin, bool] | None = None
     origin: _Origin | None = None
 
@@ -194,6 +196,7 @@ class _Roles(Dataflow[Value]):
             reduced=all(v.reduced for v in values),
             exponentials=frozenset().union(*[v.exponentials for v in values]),
             partition=frozenset().union(*[v.partition for v in values]),
+            shifted=any(v.shifted for v in values),
         )
 
     def bind(self, path: Path, k: int, var: Any, value: Value, eqn: JaxprEqn | None) -> Value:
@@ -233,11 +236,15 @@ class _Roles(Dataflow[Value]):
             value = value._replace(partition=_only(v.partition for v in made))
         elif name == "reduce_sum" and made:
             value = value._replace(partition=made[0].exponentials)
-        if (name == "div" and operands[1].partition) or (name == "log" and operands[0].partition):
+        takes_logarithm = name == "log" and bool(operands[0].partition)
+        if takes_logarithm or (name == "div" and operands[1].partition):
             self.softmaxes |= operands[-1].partition
+        shifted = takes_logarithm or (name in MOVES | SUMS and any(v.shifted for v in made))
+        if name == "exp" and operands[0].shifted:
+            self.softmaxes.add(path)
         summed = name == "reduce_sum" or (name == "dot_general" and len(made) == 2)
         kept = name in MOVES | _ELEMENTWISE and bool(made) and all(v.reduced for v in made)
-        return [value._replace(reduced=summed or kept)] * len(eqn.outvars)
+        return [value._replace(reduced=summed or kept, shifted=shifted)] * len(eqn.outvars)
 
 
 def _kind(name: str, eqn: JaxprEqn, operands: Sequence[Value], made: Sequence[Value]) -> Kind:

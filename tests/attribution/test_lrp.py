@@ -145,7 +145,11 @@ def test_a_softmax_is_recognized_however_it_is_written():
 
     x, p = wide(X), jax.nn.softmax(wide(X))
     expected = x * p[1] * (np.arange(4) == 1).astype(float) - x * p[1] * p
-    for f in (by_hand, masked, lambda _, x: jax.nn.softmax(x)[1]):
+    from_logarithms = (
+        lambda _, x: jnp.exp(jax.nn.log_softmax(x)[1]),
+        lambda _, x: jnp.exp(x - jax.nn.logsumexp(x))[1],
+    )
+    for f in (by_hand, masked, lambda _, x: jax.nn.softmax(x)[1], *from_logarithms):
         close(relevance(f, None, x).attributions, expected)
     close(relevance(lambda _, x: jax.nn.log_softmax(x)[1], None, x).attributions, expected / p[1])
     close(relevance(lambda _, x: jax.nn.logsumexp(x), None, x).attributions, x * p)
@@ -220,6 +224,41 @@ def test_the_values_of_a_loop_have_their_own_relevance(site):
 def test_a_recurrent_net():
     net = gf.rnn(11, 5, cell="gru")
     relevance(net.apply, weights(net), TOKENS, target=(-1, 2), at="embedded")
+
+
+@pytest.fixture
+def usual_promotion():
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.mark.slow
+def test_models_of_other_frameworks_conserve_the_score(usual_promotion):
+    linen, eqx = pytest.importorskip("flax.linen"), pytest.importorskip("equinox")
+
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            x = linen.relu(linen.Conv(4, (3, 3), param_dtype=jnp.float64)(x))
+            x = linen.avg_pool(x[None], (2, 2), (2, 2))[0].reshape(4, 4)
+            y = linen.LayerNorm(param_dtype=jnp.float64)(x)
+            x = x + linen.MultiHeadDotProductAttention(2, param_dtype=jnp.float64)(y)
+            return linen.Dense(3, param_dtype=jnp.float64)(linen.gelu(x.mean(0)))
+
+    image = np.sin(np.arange(16.0)).reshape(4, 4, 1)
+    model, key = Model(), jax.random.key(0)
+    params = jax.jit(model.init)(key, image)
+    result = relevance(model.apply, params, image, target=1)
+    assert float(abs(result.score)) > 0.01
+    assert float(abs(result.absorbed.constants)) < 1e-9
+    layers = [eqx.nn.Conv2d(1, 4, 3, key=key), jax.nn.relu, eqx.nn.MaxPool2d(2, 2), jnp.ravel]
+    layers += [eqx.nn.Linear(4, 4, key=key), eqx.nn.LayerNorm(4), eqx.nn.Linear(4, 3, key=key)]
+    sequence = eqx.nn.Sequential(
+        [layer if isinstance(layer, eqx.Module) else eqx.nn.Lambda(layer) for layer in layers]
+    )
+    result = lrp(lambda model, x: model(x), 1, epsilon=0.0)(sequence, image.transpose(2, 0, 1))
+    assert float(abs(result.score)) > 0.01
+    close(sum(result.absorbed), result.gap)
 
 
 def test_sites_on_parallel_paths_share_the_score():
