@@ -18,11 +18,13 @@ from gradfn.inspection.origin import nan_origin
 from gradfn.inspection.summaries import Stats
 from gradfn.inspection.where import Loop
 from gradfn.jaxpr import Site
+from gradfn.jaxpr.costs import Costs
 
 __all__ = [
     "Backward",
     "Capture",
     "ChainRule",
+    "Costs",
     "Cotangent",
     "Event",
     "GradCheck",
