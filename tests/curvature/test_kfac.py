@@ -8,6 +8,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import gradfn as gf
+from gradfn.curvature import _factors
 
 pytestmark = pytest.mark.usefixtures("x64")
 KEY = jax.random.key(0)
@@ -313,3 +314,108 @@ def test_convolutions(weight_sharing, groups):
     exact = dense_ggn(outputs, cross_entropy, params, x, y)
     diagonal = gf.curvature.ggn_diagonal(outputs, "softmax")(params, (x, y))
     close(ravel_pytree(diagonal)[0], np.diagonal(exact))
+
+
+def test_large_sides_are_cut_to_their_diagonal_and_large_blocks_to_rows(monkeypatch):
+    params = {"w": normal(0, 2, 4), "b": normal(1, 3, 2), "c": normal(2, 3, 2)}
+    x, y = normal(3, 5, 4), normal(4, 5, 3, 2)
+
+    def outputs(params, x):
+        return jnp.tanh((params["w"] @ x)[None] * params["b"] + jnp.cumsum(params["c"], 0))
+
+    exact = dense_ggn(outputs, squared, params, x, y)
+    whole = gf.curvature.kfac(outputs, "squared")(params, (x, y))
+    close(block(matrix_of(whole, params), params, "b"), block(exact, params, "b"))
+    monkeypatch.setattr(_factors, "LARGEST_SIDE", 3)
+    monkeypatch.setattr(_factors, "LARGEST_BLOCK", 12)
+    cut = gf.curvature.kfac(outputs, "squared")(params, (x, y))
+    dense = consistent(cut, params)
+    assert dict(cut.methods) == {
+        "w": "K-FAC, dense, factor cut to its diagonal",
+        "b": "exact blocks of rows",
+        "c": "exact blocks of rows",
+    }
+    close(cut.blocks["w"].second[0], np.diagonal(whole.blocks["w"].second[0]))
+    close(block(dense, params, "b"), block(exact, params, "b") * np.kron(np.eye(3), np.ones([2, 2])))
+    monkeypatch.setattr(_factors, "LARGEST_BLOCK", 4)
+    diagonal = gf.curvature.ekfac(outputs, "squared")(params, (x, y))
+    assert dict(diagonal.methods)["c"] == "exact diagonal"
+    dense = consistent(diagonal, params)
+    close(block(dense, params, "c"), block(exact, params, "c") * np.eye(6))
+    close(np.trace(dense), np.trace(exact))
+
+
+def test_samples_have_the_second_moments_of_the_columns():
+    params, x = {"w": normal(0, 1, 4)}, normal(1, 3, 4)
+    outputs = lambda params, x: params["w"] @ x  # noqa: E731
+    y = normal(2, 3, 1)
+    of = lambda **options: gf.curvature.kfac(outputs, "squared", **options)(params, (x, y)).blocks["w"]  # noqa: E731
+    # With one output there is one column, up to its sign.
+    close(of(samples=3).first, of().first)
+    params, y = {"w": normal(0, 3, 4)}, np.array([0, 2, 1])
+    exact = gf.curvature.ggn_diagonal(outputs, "softmax")(params, (x, y))["w"]
+    sampled = gf.curvature.ggn_diagonal(outputs, "softmax", samples=2000)
+    first, other = (sampled(params, (x, y), key=jax.random.key(k))["w"] for k in (1, 2))
+    assert not np.array_equal(first, other)
+    np.testing.assert_allclose(first, exact, rtol=0.1)
+
+
+def test_it_can_be_compiled_and_mapped_and_shows_a_table():
+    net = gf.mlp([3, 2])
+    params, x, y = net.init(KEY), normal(0, 6, 3).astype(jnp.float32), np.arange(6) % 2
+    of = gf.curvature.kfac(net.apply, "softmax")
+    plain, compiled = of(params, (x, y)), jax.jit(of)(params, (x, y))
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(compiled), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8)
+    assert "K-FAC, dense" in str(plain)
+    assert "2 ⊗ 3" in str(plain)
+    many = jax.vmap(of, (None, 0))(params, (x.reshape(2, 3, 3), y.reshape(2, 3)))
+    assert many.blocks["W1"].first.shape == (2, 1, 2, 2)
+    assert "batched by vmap" in str(many)
+
+
+def test_what_the_loss_does_not_use_and_what_is_not_floating():
+    params = {"w": normal(0, 3), "n": jnp.array(3), "unused": normal(1, 2)}
+    loss = lambda params, x: jnp.vdot(params["w"], x) ** 2  # noqa: E731
+    curvature = gf.curvature.kfac(loss)(params, normal(2, 4, 3))
+    assert curvature.blocks["n"] is None
+    assert dict(curvature.methods)["unused"] == "unused"
+    product = curvature.inverse_product(params, 2.0)
+    assert product["n"] is None
+    close(product["unused"], params["unused"] / 2)
+    assert "unused" in str(curvature)
+
+
+def test_bad_input():
+    net = gf.mlp([3, 2])
+    params, batch = net.init(KEY), (normal(0, 4, 3).astype(jnp.float32), np.arange(4) % 2)
+    kfac = gf.curvature.kfac
+    with pytest.raises(ValueError, match=r"loss must be 'softmax', 'squared' or a function .*, got 'hinge'"):
+        kfac(net.apply, "hinge")
+    with pytest.raises(ValueError, match="weight_sharing must be 'expand' or 'reduce', got 'both'"):
+        kfac(net.apply, "softmax", weight_sharing="both")
+    with pytest.raises(ValueError, match=r"got 2. Pass kfac\(outputs, 'softmax', samples=2\)"):
+        kfac(gf.classification_loss(net), samples=2)
+    with pytest.raises(ValueError, match="batch_size must be an integer >= 1, got 0"):
+        kfac(net.apply, "softmax", batch_size=0)
+    with pytest.raises(ValueError, match=r"kfac: expected a batch \(x, y\), got list"):
+        kfac(net.apply, "softmax")(params, [batch[0], batch[1]])
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 2\), got 1 to 4"):
+        kfac(net.apply, "softmax")(params, (batch[0], np.arange(1, 5)))
+    with pytest.raises(TypeError, match="expected one floating array as the outputs, got tuple"):
+        kfac(lambda params, x: (x, x), "squared")(params, batch)
+    with pytest.raises(TypeError, match="loss of one example must return a floating scalar"):
+        kfac(lambda params, example: params["W1"] @ example[0])(params, batch)
+    with pytest.raises(gf.ParameterError, match="expected real parameters, got complex"):
+        kfac(lambda w, x: jnp.abs(w) * x)(jnp.ones(3, jnp.complex64), batch[0])
+    with pytest.raises(ValueError, match="ggn_diagonal: loss must be 'softmax'"):
+        gf.curvature.ggn_diagonal(net.apply, None)
+    found = kfac(net.apply, "softmax")(params, batch)
+    with pytest.raises(gf.ParameterError, match=r"W1: .*expected a vector of shape \[2, 3\], .*got \[3, 2\]"):
+        found.product({"W1": jnp.ones([3, 2]), "b1": jnp.ones(2)})
+    with pytest.raises(gf.ParameterError, match="expected the parameters' structure, W1, b1"):
+        found.product({"W1": jnp.ones([2, 3])})
+    with pytest.raises(ValueError, match="damping must be >= 0, got -1"):
+        found.inverse_product(params, -1.0)
+    with pytest.raises(ValueError, match="damping must be a scalar or a tree of one scalar per parameter"):
+        found.log_determinant({"W1": 1.0, "b1": 2.0, "c": 3.0})
