@@ -11,6 +11,7 @@ one by one, with all threads. The baseline is gradfn.
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -77,6 +78,10 @@ def difference(found: Any, operator: Any) -> float:
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in arrays)
 
 
+def _make(made: dict[str, Callable], settings: tuple[Any, ...], name: str) -> Callable[[], Any]:
+    return made[name](*settings)
+
+
 def main() -> None:
     """Compare the factors, then the times."""
     parser = harness.arguments(__doc__.partition("\n")[0], rounds=11)
@@ -87,11 +92,9 @@ def main() -> None:
     params = NET.init(jax.random.key(0))
     for kind in ("K-FAC", "EK-FAC") if options.only is None else (options.only,):
         for fisher in ("empirical Fisher", "Gauss-Newton matrix"):
-            contenders = {"gradfn": ours, "curvlinops": theirs}
-            ready, skipped = harness.available(
-                lambda name, kind=kind, fisher=fisher, of=contenders: of[name](kind, fisher, params, batch),
-                contenders,
-            )
+            made = {"gradfn": ours, "curvlinops": theirs}
+            settings = (kind, fisher, params, batch)
+            ready, skipped = harness.available(partial(_make, made, settings), made)
             if kind == "K-FAC" and not skipped:
                 apart = difference(ready["gradfn"](), ready["curvlinops"]())
                 print(f"factors of the {fisher} differ by {apart:.1e} of the largest element")
