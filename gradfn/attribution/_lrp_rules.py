@@ -83,12 +83,10 @@ class Layers:
             return raised, None if bias is None else jnp.maximum(bias, 0)
         # Contributions of the sign of the output are raised.
         raised = jnp.where(y > 0, raised, product(-1).reshape(y.shape))
-        of_bias = (
-            None
-            if bias is None
-            else bias + self.gamma * jnp.where(y > 0, jnp.maximum(bias, 0), jnp.minimum(bias, 0))
-        )
-        return product().reshape(y.shape) + self.gamma * raised, of_bias
+        total = product().reshape(y.shape) + self.gamma * raised
+        if bias is None:
+            return total, None
+        return total, bias + self.gamma * jnp.where(y > 0, jnp.maximum(bias, 0), jnp.minimum(bias, 0))
 
 
 def _ratio(y: jax.Array, total: jax.Array, epsilon: float) -> jax.Array:
@@ -177,14 +175,10 @@ def _rule_of(step: Step) -> Rule | None:
         return _layer if others and others[0].constant else _product
     if name == "mul":
         return _ordinary if others and others[0].constant else _product
+    if name == "div" and step.operands[1].constant:
+        return _ordinary
     if name == "div":
-        return (
-            _ordinary
-            if step.operands[1].constant
-            else _identity
-            if others and others[0].constant
-            else _quotient
-        )
+        return _identity if others and others[0].constant else _quotient
     if name in POINTWISE:
         return _identity if len(live) == 1 and all(value.constant for value in others) else None
     if name in EXTREMES:
@@ -235,7 +229,7 @@ def _identity(call: Call) -> list[PyTree]:
     # Relevance is the value times a gradient: that of 0 is 0.
     small = jnp.abs(x) < float(jnp.finfo(x.dtype).tiny) ** 0.5
     slope = jnp.where(small, 0, y / jnp.where(small, 1, x))
-    return [call.onto(k, y, slope, stabilizer=y - slope * x)]
+    return [call.onto(k, y, slope, stabilizer=jnp.where(small, y, 0))]
 
 
 def _softmax(call: Call) -> list[PyTree]:
