@@ -29,6 +29,7 @@ OPTIONS = {
     "digits": "--epochs 2",
     "gpt": "--steps 40",
     "grok": "--steps 100",
+    "induction": "--steps 50 --width 16 --heads 2",
     "influence": "--steps 40 --subsets 4 --nets 1",
     "mnist": "--recipe tutorial --epochs 1",
     "moons": "--steps 100",

@@ -31,7 +31,10 @@ def edge_circuit(
         )
     names = {role: sites.names for role, sites in roles.items()}
     streams = [parts.embedded.name, *names["residual"]]
-    keep = [*streams, *(name for role in ("mixed", "residual_mid", "feed_out") for name in names[role])]
+    keep = [
+        *streams,
+        *(name for role in ("mixed", "residual_mid", "feed_out") for name in names.get(role, ())),
+    ]
     _, old = model.run(corrupt, keep=keep)
     _, new = model.run(clean, keep=streams[:1])
     column = {name: i for i, name in enumerate(labels(parts)[1])}
@@ -66,11 +69,11 @@ def edge_circuit(
             project = only(mixed, [names["attention_out"][layer]])
             _, along = jax.linearize(lambda x, project=project: project(x)[0], old[mixed])
             change = parts.one_head("mixed", (value - old[mixed])[None])[:, 0]
-            heads = jax.vmap(along)(change)
-            middle, feed = names["residual_mid"][layer], names["feed_out"][layer]
-            changes += list(heads)
-            (value,) = only(middle, [feed])(read(middle, [f"m{layer}"])[0])
-            changes.append(value - old[feed])
+            changes += list(jax.vmap(along)(change))
+            if parts.has_mlps:
+                middle, feed = names["residual_mid"][layer], names["feed_out"][layer]
+                (value,) = only(middle, [feed])(read(middle, [f"m{layer}"])[0])
+                changes.append(value - old[feed])
         final = read(streams[-1], ["final"])[0]
         output, _ = model.run(corrupt, {streams[-1]: lambda _: final})
         return scalar_metric(metric, output, model.what)

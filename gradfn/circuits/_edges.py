@@ -117,7 +117,8 @@ def edge_attribution_patch(
 
     Args:
         f: a pre-norm transformer whose values are named as in gradfn's GPTs (`embedded`, and per layer `queries`,
-            `keys`, `values`, `mixed`, `attention_out`, `residual_mid`, `feed_out`, `residual`); in other models name
+            `keys`, `values`, `mixed`, `attention_out`, `residual_mid`, `feed_out`, `residual`; without MLPs, no
+            `residual_mid` and no `feed_out`); in other models name
             them with `gf.tap`. The layers may be in one `lax.scan`.
         clean: all arguments of `f`, parameters first.
         corrupt: other arguments, of the same shapes.
@@ -179,7 +180,7 @@ def _edges(
     model, roles = parts.model, parts.roles
     keep = [
         parts.embedded.name,
-        *(n for role in ("mixed", "feed_out", "residual") for n in roles[role].names),
+        *(n for role in ("mixed", "feed_out", "residual") if role in roles for n in roles[role].names),
     ]
     ends = {}
     for name, inputs in (("clean", clean), ("corrupt", corrupt)):
@@ -248,10 +249,12 @@ def _written(
     _, along = jax.linearize(project, mixed.stacked(start))
     # [heads, layers, ..., features]
     heads = jax.vmap(along)(parts.one_head("mixed", mixed.stacked(change)))
-    feeds = parts.roles["feed_out"].stacked(change)
-    by_layer = jnp.concatenate([jnp.moveaxis(heads, 0, 1), feeds[:, None]], 1)
-    # [layers, heads + 1, ..., features] -> [layers * (heads + 1), ..., features]
-    written = by_layer.reshape(-1, *feeds.shape[1:])
+    by_layer = jnp.moveaxis(heads, 0, 1)
+    if parts.has_mlps:
+        feeds = parts.roles["feed_out"].stacked(change)
+        by_layer = jnp.concatenate([by_layer, feeds[:, None]], 1)
+    # [layers, senders of a layer, ..., features] -> [layers * senders of a layer, ..., features]
+    written = by_layer.reshape(-1, *by_layer.shape[2:])
     return jnp.concatenate([change[parts.embedded.name][None], written])
 
 
@@ -270,9 +273,10 @@ def _read(
         `[receivers, ..., features]`, through that receiver alone, and `[..., features]`.
     """
     model, roles = parts.model, parts.roles
-    first, streams, mids = parts.embedded.name, roles["residual"], roles["residual_mid"]
-    reads, feeds = [roles[role] for role in READS], roles["feed_out"]
-    probed = [parts.embedded, *(site for role in (*reads, feeds, mids, streams) for site in role.sites)]
+    first, streams = parts.embedded.name, roles["residual"]
+    reads = [roles[role] for role in READS]
+    of_mlps = [roles["feed_out"], roles["residual_mid"]] if parts.has_mlps else []
+    probed = [parts.embedded, *(site for role in (*reads, *of_mlps, streams) for site in role.sites)]
     _, values, grads = gradients(model, base, metric, probed, {} if embedded is None else {first: embedded})
 
     # With the input of every layer held fixed, a layer's reads depend on its own input alone: all layers at once.
@@ -281,11 +285,6 @@ def _read(
         names = [name for role in reads for name in role.names]
         _, kept = model.run(base, dict.fromkeys(tokens, saved), names, tokens)
         return [role.stacked(kept) for role in reads]
-
-    def feed(inputs: jax.Array) -> jax.Array:
-        tokens = mids.split(inputs)
-        _, kept = model.run(base, dict.fromkeys(tokens, saved), feeds.names, tokens)
-        return feeds.stacked(kept)
 
     inputs = jnp.concatenate([values[first][None], streams.stacked(values)[:-1]])
     _, back = jax.vjp(read, inputs)
@@ -299,8 +298,16 @@ def _read(
 
         # [heads, layers, ..., features]
         through_each.append(jax.vmap(through)(parts.one_head(role, cotangents[k])))
-    _, back_feed = jax.vjp(feed, mids.stacked(values))
-    through_each.append(back_feed(feeds.stacked(grads))[0][None])
+    if parts.has_mlps:
+        feeds, mids = of_mlps
+
+        def feed(inputs: jax.Array) -> jax.Array:
+            tokens = mids.split(inputs)
+            _, kept = model.run(base, dict.fromkeys(tokens, saved), feeds.names, tokens)
+            return feeds.stacked(kept)
+
+        _, back_feed = jax.vjp(feed, mids.stacked(values))
+        through_each.append(back_feed(feeds.stacked(grads))[0][None])
     # [receivers of a layer, layers, ..., features] -> [layers * receivers of a layer, ..., features]
     by_layer = jnp.moveaxis(jnp.concatenate(through_each), 0, 1).reshape(-1, *inputs.shape[1:])
     return jnp.concatenate([by_layer, streams.stacked(grads)[-1:]]), grads[first]

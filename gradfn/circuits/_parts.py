@@ -11,6 +11,8 @@ from gradfn.jaxpr import Site
 
 READS = ("queries", "keys", "values")
 _ROLES = (*READS, "mixed", "attention_out", "residual_mid", "feed_out", "residual")
+# What a model of attention layers alone does not have.
+_OF_MLPS = {"residual_mid", "feed_out"}
 
 
 class Role(NamedTuple):
@@ -48,8 +50,8 @@ class Role(NamedTuple):
 class Parts(NamedTuple):
     """Where the parts of a transformer read and write.
 
-    Layer i reads `queries`, `keys` and `values` from the stream before it, writes `attention_out`, reads the input of
-    its MLP from `residual_mid`, and writes `feed_out`.
+    Layer i reads `queries`, `keys` and `values` from the stream before it, writes `attention_out`, and, if it has an
+    MLP, reads its input from `residual_mid` and writes `feed_out`.
 
     Attributes:
         model: the traced function.
@@ -67,6 +69,11 @@ class Parts(NamedTuple):
     def n_layers(self) -> int:
         """The number of layers."""
         return self.roles["mixed"].n_layers
+
+    @property
+    def has_mlps(self) -> bool:
+        """Whether each layer has an MLP behind its attention."""
+        return "feed_out" in self.roles
 
     def n_heads(self, role: str) -> int:
         """Return the number of heads of `queries`, `keys`, `values` or `mixed`."""
@@ -95,20 +102,23 @@ def parts_of(model: Model, head: int) -> Parts:
         if last in by_role:
             by_role[last].append(site)
     missing = [role for role, sites in by_role.items() if not sites]
-    if missing:
+    if set(missing) == _OF_MLPS:
+        by_role = {role: sites for role, sites in by_role.items() if sites}
+    elif missing:
         raise ValueError(
             f"{model.what}: the function has no site named {', '.join(map(repr, missing))}. Edges are between the "
             f"parts of a residual network, with sites named embedded, {', '.join(_ROLES)}, as in gf.gpt with blocks "
-            "that add attention, then an MLP. In another model name these values: x = gf.tap(x, 'embedded')."
+            "that add attention, then an MLP (or attention alone). In another model name these values: "
+            "x = gf.tap(x, 'embedded')."
         )
-    if len(by_role["embedded"]) > 1 or any(len(site.axes) > 1 for role in _ROLES for site in by_role[role]):
+    if len(by_role["embedded"]) > 1 or any(len(site.axes) > 1 for role in by_role.values() for site in role):
         raise ValueError(
             f"{model.what}: expected one 'embedded' and layers one after the other, or in one loop; got "
             f"{', '.join(site.name for role in by_role.values() for site in role):.300}"
         )
     # Those in a while loop, where values are overwritten, are refused by `select`.
     model.select([site.name for sites in by_role.values() for site in sites])
-    roles = {role: Role(tuple(by_role[role])) for role in _ROLES}
+    roles = {role: Role(tuple(by_role[role])) for role in _ROLES if role in by_role}
     for role, of_role in roles.items():
         shapes = {(site.shape, site.dtype) for site in of_role.sites}
         if len(shapes) > 1 or of_role.n_layers != roles["mixed"].n_layers:
@@ -130,8 +140,9 @@ def labels(parts: Parts) -> tuple[tuple[str, ...], tuple[str, ...]]:
         for role in READS:
             receivers += [f"a{layer}.h{head}.{role[0]}" for head in range(parts.n_heads(role))]
         senders += [f"a{layer}.h{head}" for head in range(parts.n_heads("mixed"))]
-        senders.append(f"m{layer}")
-        receivers.append(f"m{layer}")
+        if parts.has_mlps:
+            senders.append(f"m{layer}")
+            receivers.append(f"m{layer}")
     return tuple(senders), (*receivers, "final")
 
 

@@ -72,6 +72,38 @@ def test_layers_in_a_scan_have_the_edges_of_unrolled_ones():
     assert result.edges[0] == ("embedded", "a0.h0.q", float(result.scores[0, 0]))
 
 
+def attention_alone(net):
+    """The same network without its MLPs."""
+    norm, attention = gf.layers.layer_norm(8), gf.layers.attention(8, 2, causal=True)
+
+    def apply(params, tokens):
+        x = gf.tap(params["embed"]["W"][tokens] + params["positions"]["W"][: len(tokens)], "embedded")
+        for i in ("0", "1"):
+            own = params["blocks"][i]
+            y = attention.apply(own["attention"], norm.apply(own["attention_norm"], x))
+            x = gf.tap(x + gf.tap(y, "attention_out"), "residual")
+        return norm.apply(params["final_norm"], x) @ params["embed"]["W"].T
+
+    return apply
+
+
+def test_without_mlps_the_edges_are_those_of_mlps_that_write_nothing():
+    net, params = model()
+    off = jax.tree.map(lambda x: x, params)
+    for block in off["blocks"].values():
+        block["feed"] = block["feed"] | {"down": jax.tree.map(np.zeros_like, block["feed"]["down"])}
+    with_mlps = gf.circuits.edge_attribution_patch(net.apply, (off, CLEAN), (off, CORRUPT), metric)
+    pair = attention_alone(net), (off, CLEAN), (off, CORRUPT), metric
+    alone = gf.circuits.edge_attribution_patch(*pair)
+    assert alone.senders == ("embedded", "a0.h0", "a0.h1", "a1.h0", "a1.h1")
+    for i, sender in enumerate(alone.senders):
+        for j, receiver in enumerate(alone.receivers):
+            expected = with_mlps.scores[with_mlps.senders.index(sender), with_mlps.receivers.index(receiver)]
+            np.testing.assert_allclose(alone.scores[i, j], expected, atol=1e-12)
+    curve = gf.circuits.faithfulness(*pair, alone, counts=(0, alone.exists.sum()))
+    np.testing.assert_allclose(curve.normalized[-1], 1, rtol=1e-9)
+
+
 def test_there_are_edges_only_forward():
     result = edges()
     # embedded: 2 x 7 + final; heads of layer 0: m0, 7 of layer 1, final; m0; heads of layer 1: m1, final; m1.

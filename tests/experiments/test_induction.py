@@ -34,12 +34,20 @@ def test_the_net_has_the_names_that_the_methods_take():
     net = induction.attention_only(8, 2)
     params = net.init(jax.random.key(0))
     names = gf.sites(net.apply)(params, jnp.zeros(5, jnp.int32)).names
-    for name in ("embedded", "blocks/0/attention/mixed", "blocks/1/attention/keys", "blocks/1/residual", "logits"):
+    for name in (
+        "embedded",
+        "blocks/0/attention/mixed",
+        "blocks/1/attention/keys",
+        "blocks/1/residual",
+        "logits",
+    ):
         assert name in names
 
 
 def test_the_outcome():
-    history = [{"test_loss": loss, "induction_score": score} for loss, score in ((3.0, 0.1), (1.0, 0.8), (0.9, 0.9))]
+    history = [
+        {"test_loss": loss, "induction_score": score} for loss, score in ((3.0, 0.1), (1.0, 0.8), (0.9, 0.9))
+    ]
     scores = gf.circuits.HeadScores(
         jnp.array([[0.1, 0.9], [0, 0]]), jnp.zeros((2, 2)), jnp.array([[0, 0], [0.8, 0.2]]), ("a", "b")
     )
@@ -54,6 +62,8 @@ def test_the_outcome():
 @pytest.mark.slow
 def test_the_methods_agree_on_a_trained_net(tmp_path):
     result = induction.run(induction.Config(steps=400, batch=32, folder=str(tmp_path / "run")))
-    best = {int(of.argmax()) for name, of in result.methods.items() if name != "key composition of the weights"}
+    best = {
+        int(of.argmax()) for name, of in result.methods.items() if name != "key composition of the weights"
+    }
     assert len(best) == 1
     assert {"bump.png", "heads.png", "attention.png"} <= {file.name for file in result.folder.iterdir()}
