@@ -62,7 +62,6 @@ class _Fit(NamedTuple):
     history: Sequence[Row]
     inspections: Sequence[Row]
     noise: Sequence[Row]
-    spikes: Sequence[Row] = ()
 
 
 class Fit(ShowsTable, _Fit):
@@ -79,8 +78,10 @@ class Fit(ShowsTable, _Fit):
         inspections: one row per inspection: `{"step": ...}` and the fields of `Inspection.to_dict`.
         noise: one row per measurement of the noise scale: `{"step": ...}`, the fields of `NoiseScale.to_dict`, and
             the `running_scale`.
-        spikes: one row per spike, see `inspect_when`.
+        spikes: one row per spike, see `inspect_when`; not among what is unpacked.
     """
+
+    spikes: Sequence[Row] = ()
 
     def table(self, rows: int | None = LAST) -> TextTable:
         """Return the last rows of the history as a table, at most that many; None for all."""
@@ -185,8 +186,8 @@ def fit(
             of them traces the rest.
 
     Returns:
-        `Fit(params, state, history, inspections, noise, spikes)`, and `.model_state`. `params` has the type of the
-        argument. A row of `history` has `step`, `epoch`, `loss` (averaged over the steps since the row before),
+        `Fit(params, state, history, inspections, noise)`, with `.spikes` and `.model_state`. `params` has the type of
+        the argument. A row of `history` has `step`, `epoch`, `loss` (averaged over the steps since the row before),
         `examples_per_second` (and `tokens_per_second`, padding included, where examples are integers `[tokens]`),
         `seconds`, the scalars of aux and what `evaluate` returned. Of the step that it ends with it has `grad_norm`
         (before the optimizer clips or averages), `update_norm`, and the `learning_rate` where the optimizer's state
@@ -448,7 +449,9 @@ class _Run:
     def result(self, log: Log) -> Fit:
         """Return what `fit` returns."""
         state = self.outside
-        return Fit(state.model, state, log.history, log.inspections, log.noise, log.spikes)
+        fitted = Fit(state.model, state, log.history, log.inspections, log.noise)
+        fitted.spikes = log.spikes
+        return fitted
 
 
 def _shapes(state: TrainState) -> TrainState:
