@@ -56,6 +56,7 @@ RUNS = {
     "per_example_kept": Run("benchmarks.per_example", "--rounds 9 --malloc kept --only GPT-12 LSTM", 0.4),
     "curvature": Run("benchmarks.curvature", "--rounds 9", 1.0),
     "kfac": Run("benchmarks.kfac", "--rounds 3", 0.8),
+    "circuits": Run("benchmarks.circuits", "--rounds 2", 1.2),
     "compile_time": Run("benchmarks.compile_time", "", 3.0),
     "commands": Run("benchmarks.commands", "", 0.3),
     "experiments": Run("benchmarks.experiments", "--only digits moons rnn", 0.7),

@@ -1,5 +1,6 @@
 """`patch_sweep`: each entry is a run with one value patched by hand."""
 
+import functools
 import itertools
 
 import jax
@@ -24,10 +25,19 @@ def gpt(scan=False):
     return net, gf.stack_blocks(params) if scan else params, tokens
 
 
-def by_hand(net, params, source, target, name, at):
-    """The metric of one patched run; `at` indexes the part of the value to patch."""
-    value = gf.capture(net.apply, sites=name, keep=name)(params, source)[name].value
-    return metric(gf.patch(net.apply, {name: lambda old: old.at[at].set(value[at])})(params, target))
+def by_hand(net, params, source, target, sites):
+    """Return a function of a site and an index into its value: the metric of the run with that part patched."""
+    values = jax.jit(gf.capture(net.apply, keep=sites))(params, source).values
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(name, mask):
+        edit = {name: lambda old: jnp.where(mask, values[name], old)}
+        return metric(gf.patch(net.apply, edit)(params, target))
+
+    def patched(name, at):
+        return run(name, jnp.zeros(values[name].shape, bool).at[at].set(True))
+
+    return patched
 
 
 @pytest.mark.parametrize("into", ["corrupt", "clean"])
@@ -38,11 +48,10 @@ def test_every_entry_is_a_run_patched_by_hand(into):
     )
     assert sweep.metric.shape == (2, 5, 2)
     source, target = (a, b) if into == "corrupt" else (b, a)
-    for layer, position, head in itertools.product(
-        range(2), (0, 4) if into == "clean" else range(5), range(2)
-    ):
+    patched = by_hand(net, params, source, target, "*mixed")
+    for layer, position, head in itertools.product(range(2), range(5), range(2)):
         name = f"blocks/{layer}/attention/mixed"
-        expected = by_hand(net, params, source, target, name, (position, head))
+        expected = patched(name, (position, head))
         np.testing.assert_allclose(sweep.metric[layer, position, head], expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(sweep.clean, metric(net.apply(params, a)), rtol=1e-5)
     np.testing.assert_allclose(sweep.corrupt, metric(net.apply(params, b)), rtol=1e-5)
@@ -51,8 +60,9 @@ def test_every_entry_is_a_run_patched_by_hand(into):
 def test_streams_are_patched_by_position_and_the_last_one_restores_the_clean_metric():
     net, params, (a, b) = gpt()
     sweep = jax.jit(lambda a, b: patch_sweep(net.apply, (params, a), (params, b), metric))(a, b)
+    patched = by_hand(net, params, a, b, "*residual")
     for layer, position in itertools.product(range(2), range(5)):
-        expected = by_hand(net, params, a, b, f"blocks/{layer}/residual", position)
+        expected = patched(f"blocks/{layer}/residual", position)
         np.testing.assert_allclose(sweep.metric[layer, position], expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(sweep.normalized[1], [0, 0, 0, 0, 1], atol=1e-5)
     np.testing.assert_allclose(sweep.effect, sweep.metric - sweep.corrupt)
