@@ -111,8 +111,9 @@ def direct_effects(
     """Return a function that decomposes a metric into the direct effects of the embedding, heads, and layers.
 
     Elhage et al., *A Mathematical Framework for Transformer Circuits*, 2021: the stream before the unembedding is a
-    sum of what each part adds to it. With the scale of the final normalization held fixed, a logit, or a difference
-    of logits, is an affine function of the stream, and so the sum of one term for each part, exactly.
+    sum of what each part adds to it. With the scale of the final normalization held fixed (the square roots behind the
+    stream), a logit, or a difference of logits, is an affine function of the stream, and so the sum of one term for
+    each part, exactly.
 
     A metric that is not affine in the logits, such as a loss, is decomposed by its gradient, averaged over the
     straight line from an empty stream to the stream (integrated gradients, Sundararajan et al., 2017), by
