@@ -494,7 +494,15 @@ def _fold(of: _Hashable, y: PyTree, V: Any, token: PyTree, left: Any) -> PyTree:
 
 
 def _forward(of: _Hashable, y: PyTree, V: Any, token: PyTree, left: Any) -> tuple[PyTree, PyTree]:
-    return y, (left, token, jnp.zeros((0, *V.shape), V.dtype))
+    return y, (left, token, _empty_like(V))
+
+
+def _empty_like(V: Any) -> jax.Array:
+    """Return an array `[0, *V.shape]` that is batched under `vmap` where V is.
+
+    In a branch of a `cond` that examples choose, each example has its own V, and its gradients must not be summed.
+    """
+    return V[None][:0]
 
 
 def _backward(of: _Hashable, kept: Any, g: PyTree) -> tuple[PyTree, PyTree, PyTree, None]:
@@ -502,7 +510,7 @@ def _backward(of: _Hashable, kept: Any, g: PyTree) -> tuple[PyTree, PyTree, PyTr
     rule = of.rule
     sides = rule.right(g, left), left
     columns_first = (*rule.own, *rule.columns, *rule.rows) == tuple(range(like.ndim - 1))  # [out, in]
-    total, size = _products(*(sides if columns_first else sides[::-1]), jnp.zeros((), token.dtype))
+    total, size = _products(*(sides if columns_first else sides[::-1]), jnp.zeros((), token.dtype), like)
     total = total.reshape(like.shape[1:]) if columns_first else rule.assemble(total)
     return g, total.astype(like.dtype), size, None
 
@@ -511,15 +519,18 @@ _fold.defvjp(_forward, _backward)
 
 
 @custom_vmap
-def _products(a: jax.Array, b: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return `sum_f a[s, f, i] b[s, f, j]` and its norm; under `vmap` the former summed over examples."""
+def _products(a: jax.Array, b: jax.Array, like: jax.Array, of: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return `sum_f a[s, f, i] b[s, f, j]` and its norm; under `vmap` the former summed over examples.
+
+    It is not summed if `of` is batched: see `_empty_like`.
+    """
     d = _einsum("sfi,sfj->sij", a, b, like.dtype)
     return d, norm(d)
 
 
 @_products.def_vmap
 def _products_of_all(
-    n: int, batched: PyTree, a: jax.Array, b: jax.Array, like: jax.Array
+    n: int, batched: PyTree, a: jax.Array, b: jax.Array, like: jax.Array, of: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[bool, bool]]:
     """Process some examples at a time, so that their products stay in the CPU's cache.
 
@@ -528,6 +539,9 @@ def _products_of_all(
     a, b = (
         x if known else jnp.broadcast_to(x, (n, *x.shape)) for x, known in zip((a, b), batched, strict=False)
     )
+    if batched[3]:
+        each = _einsum("csfi,csfj->csij", a, b, like.dtype)
+        return (each, jax.vmap(norm)(each)), (True, True)
     flat = [x.reshape(-1, x.shape[-1]) for x in (a, b)]  # [n * s * f, i]
     split = explicit_spec(a) is not None
 
@@ -563,7 +577,7 @@ def _averaged(of: _Hashable, n: int, y: PyTree, V: Any, left: Any) -> PyTree:
 
 
 def _averaged_forward(of: _Hashable, n: int, y: PyTree, V: Any, left: Any) -> tuple[PyTree, PyTree]:
-    return y, (left, jnp.zeros((0, *V.shape), V.dtype))
+    return y, (left, _empty_like(V))
 
 
 def _averaged_backward(of: _Hashable, n: int, kept: Any, g: PyTree) -> tuple[PyTree, PyTree, None]:
@@ -571,21 +585,25 @@ def _averaged_backward(of: _Hashable, n: int, kept: Any, g: PyTree) -> tuple[PyT
     rule = of.rule
 
     @custom_vmap
-    def total(left: Any, g: PyTree) -> jax.Array:
+    def total(left: Any, g: PyTree, like: jax.Array) -> jax.Array:
         return product([factors(rule, left, g, False)])
 
     @total.def_vmap
-    def total_of_all(size: int, batched: PyTree, left: Any, g: PyTree) -> tuple[jax.Array, bool]:
+    def total_of_all(
+        size: int, batched: PyTree, left: Any, g: PyTree, like: jax.Array
+    ) -> tuple[jax.Array, bool]:
         left, g = (
             x if known else jnp.broadcast_to(x, (size, *x.shape))
-            for x, known in zip((left, g), batched, strict=True)
+            for x, known in zip((left, g), batched, strict=False)
         )
+        if batched[2]:
+            return jax.vmap(lambda left, g: product([factors(rule, left, g, False)]))(left, g), True
         each = jax.vmap(lambda left, g: factors(rule, left, g, False).sides)(left, g)
         # Examples become positions: [examples, s, f, ...] -> [s, examples * f, ...]
         a, b = (x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:]) for x in each)
         return product([Factors((a, b), rule.sizes[2:], (rule.looks_up, False))]), False
 
-    return g, (rule.assemble(total(left, g)) / n).astype(like.dtype), None
+    return g, (rule.assemble(total(left, g, like)) / n).astype(like.dtype), None
 
 
 _averaged.defvjp(_averaged_forward, _averaged_backward)

@@ -148,13 +148,18 @@ def _operation(eqn, args, path):
     rule = _NUMPY.get(eqn.primitive.name)
     if eqn.primitive.name in _SEVERAL:
         return {}, [_array(x) for x in _SEVERAL[eqn.primitive.name](eqn.params, *args)]
-    if rule is None or any(_is_key(v.aval) for v in [*eqn.invars, *eqn.outvars]):
+    if rule is None or not all(_is_plain(v.aval.dtype) for v in [*eqn.invars, *eqn.outvars]):
         return {}, _bind(eqn, args)
     out = np.require(np.asarray(rule(eqn.params, *args)), requirements="C")
     expected = eqn.outvars[0].aval
     if (out.shape, out.dtype) != (expected.shape, expected.dtype):
         return {}, _bind(eqn, args)
     return {}, [out]
+
+
+def _is_plain(dtype):
+    """Tell whether a dtype is one of numpy's own: no key, no bfloat16."""
+    return isinstance(dtype, np.dtype) and dtype.kind in "biufc"
 
 
 def _bind(eqn, args):

@@ -7,14 +7,18 @@ other tests; all of them run with `pytest -m "attack and not optimized" tests/me
 the end.
 """
 
+import functools
 import importlib
 import re
 import zlib
 
 import jax
+import numpy as np
 import pytest
 
+import gradfn as gf
 from tests.menagerie import contexts, random_programs
+from tests.menagerie.by_hand import traced
 from tests.menagerie.check import PROPERTIES, check
 
 PROGRAMS = 400
@@ -39,22 +43,23 @@ def theirs(x64):
 def family(module):
     """Return the names and builders of a module's cases."""
     if module == "random_programs":
-        names = {
-            f"random {seed}": lambda seed=seed: random_programs.program(seed) for seed in range(PROGRAMS)
+        return {
+            f"random {seed}": functools.partial(random_programs.program, seed) for seed in range(PROGRAMS)
         }
-        return names
-    layers = importlib.import_module(f"tests.menagerie.{module}").LAYERS
-    return {
-        f"{name}, {context}": lambda name=name, make=make, context=context: contexts.case(
-            name, make(), context
-        )
-        for name, make in layers.items()
-        for context in contexts.names(name)
-    }
+    cases = {}
+    for name, make in importlib.import_module(f"tests.menagerie.{module}").LAYERS.items():
+        layer = functools.cache(make)
+        for context in contexts.names(name):
+            cases[f"{name}, {context}"] = lambda args=(name, layer, context): _in_context(*args)
+    return cases
 
 
-FAMILIES = {"build": (14, ()), "losses": (6, ()), "random_programs": (12, ())}
-FAMILIES["frameworks"] = (18, ("equinox", "flax", "haiku"))
+def _in_context(name, layer, context):
+    return contexts.case(name, layer(), context)
+
+
+FAMILIES = {"build": (14, ()), "losses": (6, ()), "random_programs": (10, ())}
+FAMILIES["frameworks"] = (14, ("equinox", "flax", "haiku"))
 
 
 @pytest.fixture
@@ -116,6 +121,32 @@ def test_all(part, tally):
     names = list(every)[part::PARTS]
     tally({name: every[name] for name in names})
     jax.clear_caches()
+
+
+def test_values_in_linen_are_those_that_linen_itself_captures():
+    """By the scopes of its modules: in a transformer, an autoencoder and a network of convolutions."""
+    pytest.importorskip("flax")
+    models = importlib.import_module("tests.menagerie.frameworks")
+    tokens, floats = models.TOKENS, models.floats
+    cases = (
+        (models.LinenLM(), tokens, 11),
+        (models.LinenVAE(), floats(4), 5),
+        (models.LinenCNN(), floats(4, 4, 1), 4),
+    )
+    for model, x, least in cases:
+        keys = {"params": jax.random.key(0), "noise": jax.random.key(1)}
+        params = {"params": model.init(keys, x)["params"]}
+        f = lambda p, x, model=model, keys=keys: model.apply(p, x, rngs=keys)  # noqa: E731
+        captured = traced(gf.capture(f, keep=None), params, x)(params, x)
+        _, state = model.apply(params, x, rngs=keys, capture_intermediates=True, mutable=["intermediates"])
+        flat = jax.tree_util.tree_leaves_with_path(state["intermediates"])
+        theirs = {
+            "/".join([type(model).__name__, *[e.key for e in path[:-2]]]): value for path, value in flat
+        }
+        same = [name for name in theirs if name in captured]
+        assert len(same) >= least, f"{sorted(theirs)} in {list(captured)}"
+        for name in same:
+            np.testing.assert_allclose(captured[name].value, theirs[name], rtol=1e-5, atol=1e-6)
 
 
 def test_every_public_layer_of_the_frameworks_is_there_or_listed():

@@ -459,3 +459,29 @@ def test_equinox(their_promotion):
     methods = check(loss, arrays, *tokens())
     assert methods["cell/weight_hh"] == methods["cell/weight_ih"] == "dense, in a loop"
     assert methods["mlp/layers/0/weight"] == "dense, Gram"
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kind", ["convolution", "dense"])
+def test_gradients_are_summed_once_if_examples_choose_a_branch(kind, dtype):
+    """Under `vmap` such a branch has a copy of the parameter for each example."""
+    W = jax.random.normal(jax.random.key(0), (3, 2, 2) if kind == "convolution" else (2, 2)).astype(dtype)
+    xs = jax.random.normal(jax.random.key(1), (4, 5, 2)).astype(dtype)
+
+    def product(W, x):
+        if kind == "dense":
+            return x @ W
+        return jax.lax.conv_general_dilated(
+            x[None], W, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+        )[0]
+
+    def loss(W, x):
+        y = jax.lax.cond(x[0, 0] > -1, lambda: product(W, x), lambda: jnp.zeros_like(x))
+        return jnp.sum(jnp.sin(y).astype(jnp.float32))
+
+    found = gf.per_example.norms(loss)(W, xs)
+    each = jax.vmap(jax.grad(loss), (None, 0))(W, xs).astype(jnp.float32)
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    scale = float(jnp.abs(each).max())
+    np.testing.assert_allclose(found.grads.astype(jnp.float32), each.mean(0), atol=tolerance * scale)
+    np.testing.assert_allclose(found.total, jnp.sqrt(jnp.sum(each**2, range(1, each.ndim))), rtol=tolerance)
