@@ -81,6 +81,11 @@ class KroneckerBlock:
         return jnp.sum(_diagonal(self.first).sum(-1) * _diagonal(self.second).sum(-1))
 
     @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the block."""
+        return self.first.dtype
+
+    @property
     def is_batched(self) -> bool:
         """Whether the arrays have further axes in front, added by vmap."""
         return self.first.shape[0] != self.layout.sizes[0] or self.first.ndim > 3
@@ -133,6 +138,11 @@ class EigenBlock:
     def trace(self) -> jax.Array:
         """Return the trace, a scalar."""
         return jnp.sum(self.values)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the block."""
+        return self.values.dtype
 
     @property
     def is_batched(self) -> bool:

@@ -168,7 +168,8 @@ class KroneckerCurvature(ShowsTable):
                     f"got {list(jnp.shape(part))}",
                 )
             part = jnp.asarray(part)
-            out.append(f(block, part).astype(part.dtype))
+            found = f(block, part.astype(block.dtype))
+            out.append(found.astype(part.dtype) if jnp.issubdtype(part.dtype, jnp.floating) else found)
         return jax.tree.unflatten(structure, out)
 
     def _dampings(self, damping: PyTree, what: str) -> list[jax.Array]:

@@ -419,3 +419,40 @@ def test_bad_input():
         found.inverse_product(params, -1.0)
     with pytest.raises(ValueError, match="damping must be a scalar or a tree of one scalar per parameter"):
         found.log_determinant({"W1": 1.0, "b1": 2.0, "c": 3.0})
+
+
+@pytest.mark.slow
+def test_attention_and_norms_of_flax():
+    nn = pytest.importorskip("flax.linen")
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            h = nn.Dense(4)(x)
+            h = nn.LayerNorm()(h + nn.MultiHeadDotProductAttention(num_heads=2)(h, h))
+            return nn.Dense(3)(nn.Conv(3, (3,))(h[None])[0].mean(0))
+
+    x, y = normal(0, 4, 5, 3).astype(jnp.float32), np.arange(4) % 3
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"), jax.enable_x64(False):
+        params = Net().init(KEY, x[0])
+        curvature = gf.curvature.ekfac(Net().apply, "softmax")(params, (x, y))
+        methods = dict(curvature.methods)
+        assert {method for path, method in methods.items() if path.endswith("kernel")} == {
+            "EK-FAC, dense",
+            "EK-FAC, convolution",
+        }
+        assert {method for path, method in methods.items() if not path.endswith("kernel")} == {"exact block"}
+        exact = dense_ggn(Net().apply, cross_entropy, params, x, y)
+        np.testing.assert_allclose(curvature.trace(), np.trace(exact), rtol=1e-4)
+
+
+def test_narrow_parameters_have_wide_blocks():
+    params = {"w": normal(0, 2, 4).astype(jnp.bfloat16)}
+    x, y = normal(1, 3, 4).astype(jnp.bfloat16), np.array([0, 1, 1])
+    found = gf.curvature.kfac(lambda params, x: params["w"] @ x, "softmax")(params, (x, y))
+    assert found.blocks["w"].first.dtype == found.blocks["w"].second.dtype == jnp.float32
+    assert found.inverse_product(params, 0.1)["w"].dtype == jnp.bfloat16
+    whole = found.product({"w": jnp.ones([2, 4], int)})["w"]
+    np.testing.assert_array_equal(whole, found.product({"w": jnp.ones([2, 4], jnp.float32)})["w"])
+    wide = np.asarray(x, np.float32)
+    np.testing.assert_allclose(found.blocks["w"].second[0], wide.T @ wide / 3, rtol=1e-5)
