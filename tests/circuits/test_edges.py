@@ -104,6 +104,14 @@ def test_without_mlps_the_edges_are_those_of_mlps_that_write_nothing():
     np.testing.assert_allclose(curve.normalized[-1], 1, rtol=1e-9)
 
 
+def test_half_precision():
+    net, params = model()
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    result = gf.circuits.edge_attribution_patch(net.apply, (half, CLEAN), (half, CORRUPT), metric)
+    assert result.scores.dtype == jnp.float32
+    assert np.corrcoef(np.ravel(result.scores), np.ravel(edges().scores))[0, 1] > 0.99
+
+
 def test_there_are_edges_only_forward():
     result = edges()
     # embedded: 2 x 7 + final; heads of layer 0: m0, 7 of layer 1, final; m0; heads of layer 1: m1, final; m1.
