@@ -242,14 +242,16 @@ def judge(config: Config, history: Sequence[Mapping[str, Any]], scores: Any, fou
     """Compare the scores of the heads, and whether the methods agree, with what is expected."""
     best = int(scores.previous_token[0].argmax())
     loss, induction = (np.array([row[name] for row in history]) for name in ("test_loss", "induction_score"))
+    fall = int(np.diff(loss).argmin())
     measured = {
+        "step at which the loss has fallen fastest": history[fall + 1]["step"],
         "induction score of the best head": float(scores.induction[1].max()),
         "previous-token score of the best head": float(scores.previous_token[0].max()),
         "methods that name that previous-token head": sum(
             int(of.argmax()) == best for of in found.methods.values()
         ),
         "evaluations between the fall of the loss and the rise of the induction score": abs(
-            int(np.diff(loss).argmin()) - int(np.diff(induction).argmax())
+            fall - int(np.diff(induction).argmax())
         ),
     }
     return runs.judge(EXPECTED, measured, defaults(config))

@@ -150,7 +150,7 @@ def of_loss(
     >>> rows = [{"step": 2, "loss": 2.0}, {"step": 4, "loss": 1.0}]
     >>> spike = {"step": 3, "values": {"loss": 9.0}, "edges": {"loss": 2.0}}
     >>> of_loss(rows, [spike], {3: "noise", 4: "zeros"}).get_suptitle()
-    '1 of the 2 planted batches found, and no other step'
+    '50 % of the planted batches found, and 0 other steps'
     """
     figure = new_figure(9.0, 4.6)
     panel = figure.subplots()
@@ -176,8 +176,8 @@ def of_loss(
     panel.spines[["top", "right"]].set_visible(False)
     found = {row["step"] for row in spikes}
     others = len(found - set(planted))
-    rest = "no other step" if not others else f"{others} other step{'s' * (others > 1)}"
-    figure.suptitle(f"{len(found & set(planted))} of the {len(planted)} planted batches found, and {rest}")
+    share = len(found & set(planted)) / len(planted)
+    figure.suptitle(f"{share:.0%} of the planted batches found, and {others} other steps".replace("%", " %"))
     return figure
 
 

@@ -23,6 +23,11 @@ SHARED = {
         ("influence", r"random ones by (-?[\d.]+)", ["rise of the loss without random digits"]),
         ("agreement", r"EK-FAC \((-?[\d.]+)\)", ["linear datamodeling score, EK-FAC"]),
     ],
+    "induction": [("bump", r"at step ([\d,]+)", ["step at which the loss has fallen fastest"])],
+    "spike": [
+        ("spikes", r"^(\d+) % of the planted", ["planted batches that are found"]),
+        ("spikes", r"and (\d+) other steps$", ["other steps that are found"]),
+    ],
     "lens": [
         (
             "depth",

@@ -46,7 +46,8 @@ def test_the_net_has_the_names_that_the_methods_take():
 
 def test_the_outcome():
     history = [
-        {"test_loss": loss, "induction_score": score} for loss, score in ((3.0, 0.1), (1.0, 0.8), (0.9, 0.9))
+        {"step": 30, "test_loss": loss, "induction_score": score}
+        for loss, score in ((3.0, 0.1), (1.0, 0.8), (0.9, 0.9))
     ]
     scores = gf.circuits.HeadScores(
         jnp.array([[0.1, 0.9], [0, 0]]), jnp.zeros((2, 2)), jnp.array([[0, 0], [0.8, 0.2]]), ("a", "b")
