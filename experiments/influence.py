@@ -45,7 +45,8 @@ LEFT_OUT = 8  # of them, those that are trained for again without the digits tha
 REMOVED = 10  # training digits that are removed for one test digit
 RATE = 0.01  # of Adam, falling to zero
 DECAY = 1e-3  # times the squared weights, in the loss
-# Of the Gauss-Newton matrix: that of the squared weights, times 5.
+# Of the Gauss-Newton matrix, for conjugate gradients: five times what the squared weights add. It matters little: with
+# what they add themselves the score is 0.849 instead of 0.852. EK-FAC chooses its own.
 DAMPING = 10 * DECAY
 
 
