@@ -266,17 +266,7 @@ def kfac(
     {'W1': [3, 4], 'b1': [3]}
     """
     source = _source("kfac", function, loss, samples, batch_size)
-    if weight_sharing not in get_args(WeightSharing):
-        raise ValueError(f"kfac: weight_sharing must be 'expand' or 'reduce', got {weight_sharing!r}")
-    compiled = jit_arrays(functools.partial(_kfac, source, weight_sharing == "reduce"))
-
-    @transform_of(function, "kfac", own=2)
-    def curvature(params: PyTree, batch: PyTree, *, key: Key[Array, ""] | None = None) -> KroneckerCurvature:
-        """Return the Kronecker-factored curvature at `params`, averaged over the examples of `batch`."""
-        _check(source, params, batch)
-        return compiled(params, batch, key)
-
-    return curvature
+    return _transform("kfac", _kfac, function, source, weight_sharing)
 
 
 def ekfac(
@@ -320,13 +310,20 @@ def ekfac(
     1.0000
     """
     source = _source("ekfac", function, loss, samples, batch_size)
-    if weight_sharing not in get_args(WeightSharing):
-        raise ValueError(f"ekfac: weight_sharing must be 'expand' or 'reduce', got {weight_sharing!r}")
-    compiled = jit_arrays(functools.partial(_ekfac, source, weight_sharing == "reduce"))
+    return _transform("ekfac", _ekfac, function, source, weight_sharing)
 
-    @transform_of(function, "ekfac", own=2)
+
+def _transform(
+    name: str, compute: Callable, function: Callable, source: Source, weight_sharing: str
+) -> Callable[..., KroneckerCurvature]:
+    """Return what `kfac` and `ekfac` return; `compute` is `_kfac` or `_ekfac`."""
+    if weight_sharing not in get_args(WeightSharing):
+        raise ValueError(f"{name}: weight_sharing must be 'expand' or 'reduce', got {weight_sharing!r}")
+    compiled = jit_arrays(functools.partial(compute, source, weight_sharing == "reduce"))
+
+    @transform_of(function, name, own=2)
     def curvature(params: PyTree, batch: PyTree, *, key: Key[Array, ""] | None = None) -> KroneckerCurvature:
-        """Return the eigenvalue-corrected curvature at `params`, averaged over the examples of `batch`."""
+        """Return the Kronecker-factored curvature at `params`, averaged over the examples of `batch`."""
         _check(source, params, batch)
         return compiled(params, batch, key)
 
