@@ -1,4 +1,4 @@
-"""A net of two attention layers learns to repeat: which heads do it, by five methods."""
+"""A net of two attention layers learns to repeat: which heads do it, by six methods."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 EXPECTED = (
     runs.Expectation("induction score of the best head", at_least=0.7),
     runs.Expectation("previous-token score of the best head", at_least=0.5),
-    runs.Expectation("methods that name that previous-token head", at_least=4),
+    runs.Expectation("methods that name that previous-token head", at_least=5),
     runs.Expectation(
         "evaluations between the fall of the loss and the rise of the induction score", at_most=1
     ),
@@ -221,16 +221,25 @@ def find_heads(net: gf.Net, params: Any, key: jax.Array, scores: gf.circuits.Hea
             )
         )
         paths[name] = np.asarray(patched.normalized)
+    edges = over_pairs(lambda *pair: gf.circuits.edge_attribution_patch(net.apply, *pair, steps=8))
     strength = gf.circuits.composition(gf.circuits.head_weights(params, net_heads(scores)))
     induction = int(scores.induction[1].argmax())
     methods = {
         "attention to the token before": np.asarray(scores.previous_token[0]),
         "exact patch": np.asarray(exact.normalized[0]),
         "attribution patch": np.asarray(estimate.scores[0]),
+        "edges to the keys": to_the_keys(edges),
         "path to the keys": paths["keys"],
         "key composition of the weights": np.asarray(strength.key[0, :, 1, induction]),
     }
     return Found(methods, np.asarray(exact.normalized), np.asarray(estimate.scores), paths)
+
+
+def to_the_keys(edges: gf.circuits.EdgeAttribution) -> np.ndarray:
+    """Return the sum of the scores of the edges from each head of the first layer to all keys of the second."""
+    senders = [i for i, name in enumerate(edges.senders) if name.startswith("a0.")]
+    keys = [i for i, name in enumerate(edges.receivers) if name.startswith("a1.") and name.endswith(".k")]
+    return np.asarray(edges.scores)[np.ix_(senders, keys)].sum(1)
 
 
 def net_heads(scores: gf.circuits.HeadScores) -> int:

@@ -52,7 +52,7 @@ def test_the_outcome():
     scores = gf.circuits.HeadScores(
         jnp.array([[0.1, 0.9], [0, 0]]), jnp.zeros((2, 2)), jnp.array([[0, 0], [0.8, 0.2]]), ("a", "b")
     )
-    agree = dict.fromkeys("abcde", np.array([0.0, 1.0]))
+    agree = dict.fromkeys("abcdef", np.array([0.0, 1.0]))
     found = induction.Found(agree, np.zeros((2, 2)), np.zeros((2, 2)), {})
     assert induction.judge(induction.Config(), history, scores, found).state == "reached"
     split = agree | dict.fromkeys("ab", np.array([1.0, 0.0]))
