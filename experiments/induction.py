@@ -24,7 +24,7 @@ from gradfn.report.sequences import attention_maps
 from gradfn.timings import phase
 from gradfn.train import adamw_warmup_cosine
 
-from ._common import SeededOptions, check_heads, conclude, defaults
+from ._common import SeededOptions, check_heads, conclude, defaults, heads_for
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +51,9 @@ class Config(SeededOptions):
     steps: int = runs.option(1500, "training steps", at_least=EVALUATIONS)
     batch: int = runs.option(64, "sequences per step", at_least=1)
     width: int = runs.option(64, "features of a position", at_least=1)
-    heads: int = runs.option(4, "attention heads of each layer", at_least=1)
+    heads: int | None = runs.option(
+        None, "attention heads per layer (default: 4, or as many below that as divide the width)", at_least=1
+    )
     rate: float = runs.option(3e-3, "AdamW's learning rate after warm-up", above=0)
 
     def __post_init__(self) -> None:
@@ -73,7 +75,7 @@ def run(config: Config) -> Result:
     """Train, find the heads, and draw; it writes into the folder of the result."""
     config = runs.settle("induction", config)
     folder = runs.start("induction", config)
-    net = attention_only(config.width, config.heads)
+    net = attention_only(config.width, heads_for(config))
     print(gf.table(net.spec))
     loss = gf.batch_mean(gf.next_token_loss(net))
     test = repeated(jax.random.key(2**32 - 1 - config.seed), 128)
