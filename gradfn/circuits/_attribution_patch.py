@@ -144,8 +144,8 @@ def attribution_patch(
     and keys have almost no gradient: `"atp_qk"` computes the change of the attention probabilities exactly, and is
     linear after them. Where the direct and the indirect effect of a part cancel, a small error of one hides the part:
     `"atp_grad_drop"` computes one gradient per layer that does not pass through what this layer adds to the stream,
-    and adds up the magnitudes of the scores, divided by the number of layers minus 1, as a part has no gradient when
-    its own layer is dropped.
+    and adds up the magnitudes of the scores, divided by the number of layers L minus 1, as a part has no gradient when
+    its own layer is dropped. (A value of the stream itself has one in every pass: its score is larger by L / (L - 1).)
 
     For a batch of pairs use `jax.vmap` and average. Each call compiles; for many calls, compile once:
     `jax.jit(lambda a, b: gf.circuits.attribution_patch(f, (params, a), (params, b), metric))`.
