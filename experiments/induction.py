@@ -48,7 +48,7 @@ EVALUATIONS = 50
 class Config(SeededOptions):
     """Options of a run."""
 
-    steps: int = runs.option(1500, "training steps", at_least=EVALUATIONS)
+    steps: int = runs.option(1500, "training steps", at_least=50)
     batch: int = runs.option(64, "sequences per step", at_least=1)
     width: int = runs.option(64, "features of a position", at_least=1)
     heads: int | None = runs.option(

@@ -48,7 +48,7 @@ class Config(DigitOptions):
 
     hidden: int = runs.option(32, "nodes in the hidden layer", at_least=1)
     steps: int = runs.option(400, "training steps", at_least=200)
-    batch: int = runs.option(32, "digits per step", at_least=BROKEN + 1)
+    batch: int = runs.option(32, "digits per step", at_least=8)
     rate: float = runs.option(1e-3, "Adam's learning rate", above=0)
 
 
