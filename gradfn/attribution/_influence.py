@@ -78,8 +78,9 @@ def influence(
     >>> train = jnp.eye(2), jnp.array([1.0, 2.0])  # the Hessian of the mean loss is I / 2
     >>> test = jnp.array([[1.0, 0.0]]), jnp.array([3.0])
     >>> hessian = gf.curvature.hvp(gf.batch_mean(loss))  # gradients: [-1 0], [0 -2] and [-3 0]
-    >>> gf.attribution.influence(loss, hessian, damping=0)(jnp.zeros(2), train, test).round(3) + 0.0
-    Array([[6., 0.]], dtype=float32)
+    >>> scores = gf.attribution.influence(loss, hessian, damping=0)(jnp.zeros(2), train, test)
+    >>> scores.shape, [round(float(score), 3) + 0.0 for score in scores[0]]
+    ((1, 2), [6.0, 0.0])
     """
     is_product = getattr(curvature, "is_curvature_product", False)
     if batch_size < 1:
