@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, PyTree
 
 from gradfn.attribution.randomize import rank_correlation
 from gradfn.circuits._gradients import Values, check_differentiable, gradients
-from gradfn.circuits._model import Model, scalar_metric, trace_model
+from gradfn.circuits._model import Model, always_computed, scalar_metric, trace_model
 from gradfn.circuits._over import LAYER, Grid, grid
 from gradfn.circuits._softmax_change import attention_of, through_probabilities
-from gradfn.circuits._sweep import Into, PatchSweep, always_computed, check_into
+from gradfn.circuits._sweep import Into, PatchSweep, check_into
 from gradfn.core.precision import wide, widen
 from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.jaxpr import Site

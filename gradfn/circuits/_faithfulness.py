@@ -12,10 +12,10 @@ from jaxtyping import Array, Float, PyTree
 from gradfn.circuits._attribution_patch import NodeAttribution
 from gradfn.circuits._edge_circuit import edge_circuit
 from gradfn.circuits._edges import EdgeAttribution
-from gradfn.circuits._model import Model, scalar_metric, trace_model
+from gradfn.circuits._model import Model, always_computed, scalar_metric, trace_model
 from gradfn.circuits._over import LAYER, Grid, grid
 from gradfn.circuits._parts import parts_of
-from gradfn.circuits._sweep import always_computed, mapped
+from gradfn.circuits._sweep import mapped
 from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.jaxpr.call import jit_arrays
 

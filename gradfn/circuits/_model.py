@@ -154,6 +154,23 @@ def trace_model(f: Callable, args: Any, what: str, sites: Selection = None) -> M
     return Model(traced.program, tuple(traced.sites), what)
 
 
+def always_computed(model: Model, wanted: Selection) -> list[Site]:
+    """Return the sites selected, all of which each run computes.
+
+    Raises:
+        ValueError: nothing is selected, or a site is inside a while loop or a branch of a cond.
+    """
+    chosen = model.select(wanted)
+    equations = model.program.equations({site.path for site in chosen})
+    for site in chosen:
+        if any(frame.kind == "cond" for frame in equations[site.path].frames):
+            raise ValueError(
+                f"{model.what}: site {site.name!r} is inside a branch of a lax.cond ({site.line}), which one run may "
+                "take and the other not. Patch what the cond returns, or write it as jnp.where."
+            )
+    return chosen
+
+
 def scalar_metric(metric: Callable, output: PyTree, what: str) -> jax.Array:
     """Return `metric(output)`, a real floating scalar.
 

@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from gradfn.circuits._model import Model, scalar_metric, trace_model
+from gradfn.circuits._model import Model, always_computed, scalar_metric, trace_model
 from gradfn.circuits._over import LAYER, grid
 from gradfn.circuits._sweep import (
     Into,
     PatchSweep,
-    always_computed,
     check_into,
     check_size,
     mapped,

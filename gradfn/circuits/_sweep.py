@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from gradfn.circuits._model import Model, scalar_metric, trace_model
+from gradfn.circuits._model import Model, always_computed, scalar_metric, trace_model
 from gradfn.circuits._over import LAYER, Grid, grid, one_hot
 from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.jaxpr import Site
@@ -209,23 +209,6 @@ def check_size(batch_size: int, what: str) -> None:
     """Raise a ValueError unless that many runs can be computed at a time."""
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"{what}: batch_size must be an integer >= 1, got {batch_size!r}")
-
-
-def always_computed(model: Model, wanted: Selection) -> list[Site]:
-    """Return the sites selected, all of which each run computes.
-
-    Raises:
-        ValueError: nothing is selected, or a site is inside a while loop or a branch of a cond.
-    """
-    chosen = model.select(wanted)
-    equations = model.program.equations({site.path for site in chosen})
-    for site in chosen:
-        if any(frame.kind == "cond" for frame in equations[site.path].frames):
-            raise ValueError(
-                f"{model.what}: site {site.name!r} is inside a branch of a lax.cond ({site.line}), which one run may "
-                "take and the other not. Patch what the cond returns, or write it as jnp.where."
-            )
-    return chosen
 
 
 def selected(site: Site, of: Grid, iteration: jax.Array, index: jax.Array) -> jax.Array:

@@ -5,16 +5,15 @@ and returns a function like `gf.patch` does.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from gradfn.circuits._model import Model, trace_model
+from gradfn.circuits._model import always_computed, trace_model
 from gradfn.inspection._patch import Using
-from gradfn.jaxpr import Site
 from gradfn.jaxpr.sites import Selection
 
 Edit = Callable[[jax.Array], jax.Array]
@@ -271,9 +270,7 @@ def interchange(
     @functools.wraps(f)
     def interchanged(*args: PyTree, **kwargs: PyTree) -> PyTree:
         model = trace_model(functools.partial(f, **kwargs), args, "interchange", sites)
-        chosen = model.select(sites)
-        _check_always_run(model, chosen)
-        names = [site.name for site in chosen]
+        names = [site.name for site in always_computed(model, sites)]
         _, values = model.run(model.inputs(source, "source"), keep=names)
 
         def moved(value: jax.Array, other: jax.Array) -> jax.Array:
@@ -283,18 +280,3 @@ def interchange(
         return output
 
     return interchanged
-
-
-def _check_always_run(model: Model, sites: Sequence[Site]) -> None:
-    """Check that both runs compute the values, whatever the input: those of another branch would be zeros.
-
-    Raises:
-        ValueError: a site is in a branch of `lax.cond`.
-    """
-    equations = model.program.equations({site.path for site in sites})
-    for site in sites:
-        if any(frame.kind == "cond" for frame in equations[site.path].frames):
-            raise ValueError(
-                f"interchange: site {site.name!r} is inside a branch of lax.cond ({site.line}), which may run for one "
-                "input and not for the other. Choose a site outside of the branches."
-            )
