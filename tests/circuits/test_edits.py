@@ -201,7 +201,7 @@ def test_interchange_in_a_scan_and_where_it_is_impossible():
     def branching(w, x):
         return jax.lax.cond(x > 0, lambda: gf.tap(w * x, "a"), lambda: x)
 
-    with pytest.raises(ValueError, match=r"'a' is inside a branch of lax\.cond"):
+    with pytest.raises(ValueError, match=r"'a' is inside a branch of a lax\.cond"):
         circuits.interchange(branching, "a", (2.0, 3.0))(2.0, 1.0)
     with pytest.raises(ValueError, match=r"expected float32\[5, 3\], .* got float32\[2, 3\] in source"):
         circuits.interchange(f, "a", (PARAMS, X[:2]))(PARAMS, X)
