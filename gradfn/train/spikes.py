@@ -279,7 +279,9 @@ def line_of(row: Row) -> str:
     text = f"step {row['step']:,}: spike: {numbers}"
     if row["parameters"]:
         first = row["parameters"][0]
-        text += f"; first {first['name']} (gradient {first['grad_norm']:.3g}, {first['deviations']:.3g} deviations "
+        # No gradient may have left its band, though the loss has.
+        place = "first" if first["since"] is not None else "no gradient outside its band, the furthest"
+        text += f"; {place} {first['name']} (gradient {first['grad_norm']:.3g}, {first['deviations']:.3g} deviations "
         text += "above its mean)"
     if row["examples"]:
         most = row["examples"]["largest"][0]
