@@ -224,7 +224,7 @@ def find_heads(net: gf.Net, params: Any, key: jax.Array, scores: gf.circuits.Hea
         )
         paths[name] = np.asarray(patched.normalized)
     edges = over_pairs(lambda *pair: gf.circuits.edge_attribution_patch(net.apply, *pair, steps=8))
-    strength = gf.circuits.composition(gf.circuits.head_weights(params, net_heads(scores)))
+    strength = gf.circuits.composition(gf.circuits.head_weights(params, n_heads=scores.induction.shape[1]))
     induction = int(scores.induction[1].argmax())
     methods = {
         "attention to the token before": np.asarray(scores.previous_token[0]),
@@ -242,11 +242,6 @@ def to_the_keys(edges: gf.circuits.EdgeAttribution) -> np.ndarray:
     senders = [i for i, name in enumerate(edges.senders) if name.startswith("a0.")]
     keys = [i for i, name in enumerate(edges.receivers) if name.startswith("a1.") and name.endswith(".k")]
     return np.asarray(edges.scores)[np.ix_(senders, keys)].sum(1)
-
-
-def net_heads(scores: gf.circuits.HeadScores) -> int:
-    """Return the number of heads of a layer."""
-    return scores.induction.shape[1]
 
 
 def judge(config: Config, history: Sequence[Mapping[str, Any]], scores: Any, found: Found) -> runs.Outcome:

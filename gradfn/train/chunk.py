@@ -13,9 +13,8 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from gradfn.core.net import takes_key
 from gradfn.core.stacking import stacked
-from gradfn.flatten import Loss, loss_of_example
+from gradfn.flatten import Loss
 from gradfn.jaxpr.call import value_and_aux
 from gradfn.jaxpr.varying import zeros
 from gradfn.train.bands import Spike
@@ -29,7 +28,15 @@ from gradfn.train.source import Source
 from gradfn.train.spikes import Examined, examiner, watched
 from gradfn.train.split import Split, split_of
 from gradfn.train.stacked import Stacked, bytes_of
-from gradfn.train.step import Change, TrainState, apply_gradients, one_step, step_key, step_keywords
+from gradfn.train.step import (
+    Change,
+    TrainState,
+    apply_gradients,
+    of_examples,
+    one_step,
+    step_key,
+    step_keywords,
+)
 
 if TYPE_CHECKING:
     from gradfn.inspection import Inspection
@@ -215,11 +222,8 @@ def chunks(
     def measure(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> NoiseScale:
         batch = batch_of(arrays, state, order, row)
         params = state.params if split is None else split.gather(state.params)
-        of_one = loss_of_example(loss) if state.rest is None else state.rest.loss(loss_of_example(loss))
-        if not takes_key(of_one):
-            return noise_scale(of_one)(params, batch)
-        keys = jax.random.split(step_key(state), source.batch_size)  # as batch_mean splits it
-        return noise_scale(lambda params, one, key: of_one(params, one, key=key))(params, batch, keys)
+        of_one, keys = of_examples(loss, state, source.batch_size)
+        return noise_scale(of_one)(params, batch, *keys)
 
     @jax.jit
     def examine(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> Examined:

@@ -16,14 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from gradfn.core.net import takes_key
 from gradfn.core.params import named_leaves
 from gradfn.core.precision import widen
-from gradfn.flatten import BatchMean, Loss, loss_of_example
+from gradfn.flatten import BatchMean, Loss
 from gradfn.train.bands import Bands, Spike, series
 from gradfn.train.measures import norm
 from gradfn.train.rows import Row
-from gradfn.train.step import Change, TrainState, step_key
+from gradfn.train.step import Change, TrainState, of_examples
 
 if TYPE_CHECKING:
     from gradfn.inspection import Inspection
@@ -135,11 +134,8 @@ def _example_norms(loss: Loss, state: TrainState, batch: PyTree, batch_size: int
 
     if not isinstance(loss, BatchMean) or state.model_state is not None:
         return None
-    of_one = loss_of_example(loss) if state.rest is None else state.rest.loss(loss_of_example(loss))
-    if not takes_key(of_one):
-        return norms(of_one)(state.params, batch).total
-    keys = jax.random.split(step_key(state), batch_size)  # as batch_mean splits it
-    return norms(lambda params, one, key: of_one(params, one, key=key))(state.params, batch, keys).total
+    of_one, keys = of_examples(loss, state, batch_size)
+    return norms(of_one)(state.params, batch, *keys).total
 
 
 def _rms(x: jax.Array) -> jax.Array:

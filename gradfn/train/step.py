@@ -16,7 +16,7 @@ from jaxtyping import Array, Int, Key, PyTree
 
 from gradfn.core.net import takes_key
 from gradfn.core.params import named_leaves
-from gradfn.flatten import Loss
+from gradfn.flatten import Loss, loss_of_example
 from gradfn.jaxpr.call import value_and_aux
 from gradfn.jaxpr.varying import zeros
 from gradfn.train.gathering import gather_where_used
@@ -292,6 +292,15 @@ def step_keywords(loss: Loss, state: TrainState) -> dict[str, Any]:
         )
     keywords = {"state": state.model_state} if given else {}
     return keywords | ({"key": step_key(state)} if takes_key(loss) else {})
+
+
+def of_examples(loss: Loss, state: TrainState, n: int) -> tuple[Callable, tuple[jax.Array, ...]]:
+    """Return the loss of one example in the next step, and its keys if it takes any, one for each of `n` examples."""
+    of_one = loss_of_example(loss) if state.rest is None else state.rest.loss(loss_of_example(loss))
+    if not takes_key(of_one):
+        return of_one, ()
+    keys = jax.random.split(step_key(state), n)  # as batch_mean splits it
+    return lambda params, one, key: of_one(params, one, key=key), (keys,)
 
 
 def step_key(state: TrainState) -> jax.Array:
