@@ -42,9 +42,12 @@ def stop(number: int, frame: FrameType | None = None) -> None:
         return
     raised = number
     handle(stop_at_once)
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise SystemExit(128 + number)
+    raise end_of(number)
+
+
+def end_of(number: int) -> BaseException:
+    """Return the exception that ends a process after a signal: KeyboardInterrupt, or SystemExit with 128 plus it."""
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
 
 
 def _ignores_exceptions(frame: FrameType | None) -> bool:
@@ -90,11 +93,20 @@ def handle(handler: Handler) -> dict[int, Any]:
 
 @contextlib.contextmanager
 def handling(handler: Handler) -> Iterator[None]:
-    """Handle the signals of `SIGNALS` during the block: see `handle`."""
+    """Handle the signals of `SIGNALS` during the block: see `handle`.
+
+    Raises:
+        KeyboardInterrupt, SystemExit: after a signal, also where the interrupted code replaced `stop`'s exception by
+            another, as NumPy does in an import that fails for whatever reason (by an ImportError).
+    """
     global raised
     before = handle(handler)
     try:
         yield
+    except Exception as error:
+        if raised is not None:
+            raise end_of(raised) from error
+        raise
     finally:
         raised = None
         for number, old in before.items():

@@ -5,8 +5,10 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -262,3 +264,17 @@ def test_a_report_on_a_full_disk_gets_one_line(tmp_path, monkeypatch, capsys):
     for words in (["report", "x" * 5000], ["sample", "x" * 5000]):
         assert cli.main(words) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_command_whose_library_replaces_its_exception(tmp_path, monkeypatch, capsys, number):
+    """NumPy's C interface raises an ImportError for whatever ends its import; the command is interrupted all the same."""
+    monkeypatch.chdir(tmp_path)
+    lines = "try:\n    %s\nexcept BaseException as error:\n    raise ImportError('NumPy failed to import') from error"
+    signals = textwrap.indent(lines % f"import signal; signal.raise_signal({int(number)})", " " * 8).lstrip()
+    (tmp_path / "echo.py").write_text(
+        EXPERIMENT.replace("raise KeyboardInterrupt", signals), encoding="utf-8"
+    )
+    monkeypatch.setattr(cli, "experiments", lambda: {"echo": tmp_path / "echo.py"})
+    assert cli.main(["run", "echo", "--hidden", "13", "--folder", "run"]) == 128 + number
+    assert "to resume: gradfn run echo --resume --folder run" in capsys.readouterr().err

@@ -40,7 +40,7 @@ class Stop:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
-            raise _end(number)
+            raise console.end_of(number)
         self.signal = number
 
 
@@ -62,7 +62,7 @@ def deferred(active: bool) -> Iterator[Stop]:
     stop, previous = Stop(), {}
     main = threading.current_thread() is threading.main_thread()
     if active and main and console.raised is not None:
-        raise _end(console.raised)
+        raise console.end_of(console.raised)
     try:
         for number in console.numbers() if active and main else ():
             handler = signal.getsignal(number)
@@ -81,14 +81,10 @@ def deferred(active: bool) -> Iterator[Stop]:
             with contextlib.suppress(OSError, ValueError):
                 print(stop.message, file=sys.stderr, flush=True)
         _call(handler, ended)
-        raise _end(ended)
+        raise console.end_of(ended)
 
 
 def _call(handler: Any, number: int) -> None:
     """Call the program's own handler for a signal, if any."""
     if callable(handler) and handler is not signal.default_int_handler:
         handler(number, inspect.currentframe())
-
-
-def _end(number: int) -> BaseException:
-    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
