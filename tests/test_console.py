@@ -268,7 +268,7 @@ def test_a_report_on_a_full_disk_gets_one_line(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_command_whose_library_replaces_its_exception(tmp_path, monkeypatch, capsys, number):
-    """NumPy's C interface raises an ImportError for whatever ends its import; the command is interrupted all the same."""
+    """NumPy raises an ImportError for whatever ends the import of its C interface."""
     monkeypatch.chdir(tmp_path)
     lines = "try:\n    %s\nexcept BaseException as error:\n    raise ImportError('NumPy failed to import') from error"
     signals = textwrap.indent(lines % f"import signal; signal.raise_signal({int(number)})", " " * 8).lstrip()

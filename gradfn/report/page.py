@@ -12,17 +12,17 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from gradfn.files import open_regular, replace_file
 from gradfn.report.charts import MAX_COLUMNS, Line, heat_map, line_chart, log_bounds, short
+from gradfn.report.live import live_parts
 from gradfn.report.pictures import Picture, PictureError, fitting, read_picture
 from gradfn.runs.about import About
 from gradfn.runs.curve import Curve
-from gradfn.runs.digit_net import DigitNet
 from gradfn.runs.folder import STARTED, RunError, started
 from gradfn.runs.kept import Kept, Part, read_run
 from gradfn.runs.outcome import Outcome, listed
@@ -31,7 +31,6 @@ T = TypeVar("T")
 
 ASSETS = Path(__file__).parent / "assets"
 LIMIT = 5_000_000  # bytes, of the whole page
-NET_LIMIT = 2_500_000  # bytes of a network's parameters and samples in it
 DRAWN_LIVE = ("curves",)  # pictures that the page replaces by charts of its own, where the run has metrics
 GENERATOR = b'<meta name="generator" content="gradfn">'  # in every page: only such files are overwritten
 # Bytes that parts of the page may take, at most.
@@ -42,6 +41,7 @@ CHARTS_ROOM, OPTIONS_ROOM, SHAPES_ROOM, VERSIONS_ROOM, NOTES_ROOM = (
     50_000,
     20_000,
 )
+OTHERS_ROOM = 400_000  # bytes for the heat maps and the pictures, at least
 LINES = 48  # of a chart
 MIN_COLUMNS = 15  # of a heat map
 NO_MAPS = {"params": "", "values": "", "left_out": 0, "values_left_out": 0, "flags": [], "looks": 0}
@@ -119,7 +119,7 @@ def page(kept: Sequence[Kept], about: Mapping[str, About] = {}) -> str:
         "versions_left_out": versions_left_out,
         "shapes": shapes,
         "shapes_left_out": shapes_left_out,
-        "style": (ASSETS / "style.css").read_text(encoding="utf-8"),
+        "style": style(set()),
         "import_map": import_map(),
         "spikes": [
             [
@@ -133,10 +133,9 @@ def page(kept: Sequence[Kept], about: Mapping[str, About] = {}) -> str:
             ]
             for run in kept
         ],
-        "too_large": len(kept) == 1 and kept[0].net_left_out,
     }
     # These parts share the remaining bytes.
-    content |= {"charts": [], "charts_left_out": 0, "net": None, "live": None, "flows": []}
+    content |= {"charts": [], "charts_left_out": 0, "live": [], "live_left_out": [], "flows": []}
     content |= {"pictures": [], "pictures_left_out": []}
 
     def room() -> int:
@@ -145,12 +144,11 @@ def page(kept: Sequence[Kept], about: Mapping[str, About] = {}) -> str:
     all_charts = charts(kept)
     content["charts"] = _that_fit(all_charts, _size, min(CHARTS_ROOM, room()))
     content["charts_left_out"] = len(all_charts) - len(content["charts"])
-    if len(kept) == 1 and (net := kept[0].net):
-        n_bytes = sum(array.nbytes for array in (*net.params.values(), net.samples, net.labels))
-        described = _net(net) if n_bytes <= NET_LIMIT else None
-        # Leave room for the heat maps and the pictures.
-        fits = described is not None and _size(described) <= room() - 400_000
-        content |= {"net": described, "live": _live(net)} if fits else {"too_large": True}
+    # Leave room for the heat maps and the pictures.
+    found = [live_parts(run, (room() - OTHERS_ROOM) // len(kept)) for run in kept]
+    content["live"] = [(i, part) for i, (parts, _) in enumerate(found) for part in parts]
+    content["live_left_out"] = [(i, why) for i, (_, reasons) in enumerate(found) for why in reasons]
+    content["style"] = style({part.kind for _, part in content["live"]})
     content["flows"] = flows(kept, room() // 2)
     content["pictures"], content["pictures_left_out"] = _pictures(kept, room() - NOTES_ROOM)
     return template.render(**content)
@@ -205,11 +203,18 @@ def _environment() -> Any:
 @functools.cache
 def import_map() -> str:
     """Return an import map with the page's modules as data URLs: native modules in a file that works offline."""
+    encoded = {file: base64.b64encode(file.read_bytes()).decode() for file in sorted(ASSETS.rglob("*.js"))}
     modules = {
-        f"gradfn/{file.name}": f"data:text/javascript;base64,{base64.b64encode(file.read_bytes()).decode()}"
-        for file in sorted(ASSETS.glob("*.js"))
+        f"gradfn/{file.relative_to(ASSETS).as_posix()}": f"data:text/javascript;base64,{code}"
+        for file, code in encoded.items()
     }
     return json.dumps({"imports": modules}, indent=0)
+
+
+def style(kinds: Set[str]) -> str:
+    """Return the page's style sheet, with those of the kinds of networks in it."""
+    files = [ASSETS / "style.css", *(ASSETS / kind / "style.css" for kind in sorted(kinds))]
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
 def verdict(result: Mapping[str, Any] | None) -> Verdict:
@@ -511,33 +516,6 @@ def _pictures(kept: Sequence[Kept], room: int) -> tuple[list[dict[str, Any]], li
     described = _that_fit(lines, lambda line: 50 + _size(escape(line)), NOTES_ROOM - 1000)
     more = len(lines) - len(described)
     return found, described + ([f"and {more:,} more"] if more else [])
-
-
-def _live(net: DigitNet) -> dict[str, Any]:
-    """Return the description of the network in the page."""
-    n_layers = sum(1 for name in net.params if name.startswith("W"))
-    sizes = [net.params["W1"].shape[1], *(len(net.params[f"W{i}"]) for i in range(1, n_layers + 1))]
-    return {
-        "sizes": short("-".join(map(str, sizes))),
-        "data": short(net.about["data"]),
-        "small": net.spline is not None,
-    }
-
-
-def _net(net: DigitNet) -> str:
-    """Return the network as JSON: arrays as base64 of little-endian float32."""
-    arrays = net.params | {"samples": net.samples} | ({} if net.spline is None else {"spline": net.spline})
-    described = net.about | {
-        "labels": net.labels.tolist(),
-        "arrays": {
-            name: {
-                "shape": list(array.shape),
-                "data": base64.b64encode(array.astype("<f4").tobytes()).decode(),
-            }
-            for name, array in arrays.items()
-        },
-    }
-    return json.dumps(described).replace("<", "\\u003c")
 
 
 def _value(value: Any) -> str:

@@ -3,10 +3,6 @@
 import functools
 import io
 import json
-import re
-import shutil
-import subprocess
-from html import unescape
 from pathlib import Path
 
 import jax
@@ -17,28 +13,21 @@ import pytest
 import gradfn as gf
 from gradfn.data._digits import enlarge, spline
 from gradfn.report.figures import curves
-from gradfn.report.page import _net, page
+from gradfn.report.live._digits import described
+from gradfn.report.live.arrays import as_json
 from gradfn.runs.curve import Curve
 from gradfn.runs.digit_net import DigitNet
 from gradfn.runs.kept import Kept, Part
 from gradfn.runs.rows import Inspections, Spikes, inspections, metrics
+from tests.report.browser import in_page as in_plain_page
+from tests.report.browser import needs_browser
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync")
-FLAGS += ("disable-background-networking", "disable-component-update", "window-size=1200,900")
-FLAGS += ("enable-logging=stderr", "dump-dom")
 NETS = {
     "sigmoid": ([784, 6, 10], "sigmoid", None, "cross-entropy"),
     "nielsen": ([784, 5, 10], "sigmoid", "sigmoid", "quadratic"),
     "relu": ([784, 7, 10], "relu", None, "cross-entropy"),
     "deep": ([784, 4, 3, 10], "gelu", "tanh", "quadratic"),
 }
-# Errors are recorded from the start.
-LISTEN = """<script>
-window.wrong = [];
-for (const kind of ["error", "unhandledrejection", "securitypolicyviolation"])
-  addEventListener(kind, (event) => wrong.push(`${kind}: ${event.message || event.reason || event.violatedDirective}`));
-</script>"""
 # Helpers for the scripts that run in the page; each script defines a function `result`.
 HELPERS = """
 const at = (target, type, x, y) => {
@@ -54,20 +43,13 @@ const drag = (target, ...points) => {
 };
 const press = (target, key, more = {}) =>
   target.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true, ...more }));
-const find = (selector) => document.querySelector(selector);
-const text = (selector) => find(selector).innerText.replace(/\\s+/g, " ").trim();
-const plain = (value) =>
-  ArrayBuffer.isView(value) ? Array.from(value)
-  : Array.isArray(value) ? value.map(plain)
-  : value && typeof value === "object" ? Object.fromEntries(Object.entries(value).map(([k, v]) => [k, plain(v)]))
-  : value;
 const numbers = ({ pass, loss, probabilities, steps }) =>
   plain({ z: pass.z, a: pass.a, loss, probabilities, grads: gradfn.gradients(steps) });
 """
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH, to run the page in"),
+    needs_browser,
 ]
 
 
@@ -91,29 +73,7 @@ def kept_run(tmp_path, net=None, pictures=None):
 
 
 def in_page(tmp_path, kept, script, **inputs):
-    """Run a script in the page of some runs; return what its function `result` returns."""
-    inputs = json.dumps(inputs).replace("<", "\\u003c")
-    driver = (
-        f'<pre id="result"></pre><script type="module">const inputs = {inputs};{HELPERS}{script}\n'
-        'find("#result").textContent = JSON.stringify([result(), wrong]);</script>'
-    )
-    html = page(kept).replace("<head>", f"<head>{LISTEN}", 1).replace("</body>", f"{driver}</body>")
-    file = tmp_path / "page.html"
-    file.write_text(html)
-    command = [
-        CHROMIUM,
-        *(f"--{flag}" for flag in FLAGS),
-        f"--user-data-dir={tmp_path / 'profile'}",
-        file.as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    messages = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert messages == []
-    found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found, done.stderr[-2000:]
-    result, wrong = json.loads(unescape(found[1]))
-    assert wrong == []
-    return result
+    return in_plain_page(tmp_path, kept, HELPERS + script, **inputs)
 
 
 @functools.cache
@@ -151,7 +111,7 @@ def test_every_value_and_gradient_is_that_of_jax(tmp_path):
     x, label = np.linspace(-1, 1, 784, dtype=np.float32), 4
     script = """const result = () => Object.fromEntries(Object.entries(inputs.nets).map(([name, net]) =>
         [name, numbers(gradfn.compute(gradfn.build(JSON.parse(net)).net, inputs.x, inputs.label))]));"""
-    page_nets = {name: _net(kept) for name, (kept, *_) in nets.items()}
+    page_nets = {name: as_json(described(kept)) for name, (kept, *_) in nets.items()}
     result = in_page(
         tmp_path, [kept_run(tmp_path, nets["sigmoid"][0])], script, nets=page_nets, x=x.tolist(), label=label
     )
@@ -164,38 +124,39 @@ const result = () => {
   const out = {};
   const see = (name) => (out[name] = { ...numbers(gradfn.now()), label: gradfn.state.label, x: plain(gradfn.state.x) });
   see("first");
-  find("#samples button:nth-child(2)").click();
+  find("#live-0-samples button:nth-child(2)").click();
   see("second");
-  find('#labels input[value="5"]').click();
+  find('#live-0-labels input[value="5"]').click();
   see("label 5");
   const tiles = document.querySelectorAll(".tiles button");
   tiles[2].click();
-  out.node = text("#node-title");
+  out.node = text("#live-0-node-title");
   press(tiles[2], "ArrowRight");
-  out.next = [text("#node-title"), document.activeElement === tiles[3]];
-  drag(find("#node-weights"), [0.26, 0.01], [0.3, 0.3], [0.49, 0.99]);
+  out.next = [text("#live-0-node-title"), document.activeElement === tiles[3]];
+  drag(find("#live-0-node-weights"), [0.26, 0.01], [0.3, 0.3], [0.49, 0.99]);
   see("region");
   out.caption = text("figcaption");
-  press(find("#node-weights"), "ArrowRight");
+  press(find("#live-0-node-weights"), "ArrowRight");
   out.moved = gradfn.net.layers[0].W.slice(3 * 784, 3 * 784 + 28).findIndex((weight) => weight !== 0);
-  at(find("#node-weights"), "pointerdown", 0.9, 0.9);
-  at(find("#node-weights"), "pointerup", 0.9, 0.9);
-  const slider = find("#bias");
+  at(find("#live-0-node-weights"), "pointerdown", 0.9, 0.9);
+  at(find("#live-0-node-weights"), "pointerup", 0.9, 0.9);
+  const slider = find("#live-0-bias");
   slider.value = -7.5;
   slider.dispatchEvent(new Event("input"));
   see("bias");
-  out.fires = text("#node-fires");
-  find("#undo").click();
+  out.fires = text("#live-0-node-fires");
+  find("#live-0-undo").click();
   see("as trained");
-  out.steps = [document.querySelectorAll("#steps .view").length];
-  for (let i = 0; i < 9; i++) find("#next").click();
-  out.steps.push(document.querySelectorAll("#steps .view").length, find("#next").disabled);
-  out.headings = [...document.querySelectorAll("#steps h3")].map((each) => each.textContent.replace(/\\s+/g, ""));
-  find("#previous").click();
-  out.steps.push(document.querySelectorAll("#steps .view").length);
-  drag(find("#pad"), [0.5, 0.1], [0.5, 0.5], [0.5, 0.9]);
+  out.steps = [document.querySelectorAll("#live-0-steps .view").length];
+  for (let i = 0; i < 9; i++) find("#live-0-next").click();
+  out.steps.push(document.querySelectorAll("#live-0-steps .view").length, find("#live-0-next").disabled);
+  const headings = [...document.querySelectorAll("#live-0-steps h3")];
+  out.headings = headings.map((each) => each.textContent.replace(/\\s+/g, ""));
+  find("#live-0-previous").click();
+  out.steps.push(document.querySelectorAll("#live-0-steps .view").length);
+  drag(find("#live-0-pad"), [0.5, 0.1], [0.5, 0.5], [0.5, 0.9]);
   see("drawn");
-  find("#clear").click();
+  find("#live-0-clear").click();
   see("cleared");
   find("#theme").click();
   out.scheme = document.documentElement.style.colorScheme;
@@ -356,7 +317,7 @@ def test_in_dark_mode_pictures_are_dark_and_every_variable_is_defined(tmp_path):
       return { out, undefined, used: used.size }; };"""
     # In the page the scripts are encoded.
     scripts = "".join(
-        file.read_text() for file in (Path(gf.__file__).parent / "report" / "assets").glob("*.js")
+        file.read_text() for file in (Path(gf.__file__).parent / "report" / "assets").rglob("*.js")
     )
     result = in_page(tmp_path, [run], script, scripts=scripts)
     assert result["out"] == [["none", "none"], ["invert(0.92) hue-rotate(180deg)", "block"]]

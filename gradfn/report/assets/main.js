@@ -1,6 +1,5 @@
-// The page: its light or dark theme, its pictures and, if it contains one, the running network.
-import { liveCurves } from "gradfn/curves.js";
-import { live } from "gradfn/live.js";
+// The page: its light or dark theme, its pictures and the running networks that it contains.
+import { liveCurves } from "gradfn/core/curves.js";
 
 const root = document.documentElement;
 const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -36,5 +35,12 @@ large.addEventListener("click", (event) => {
 
 liveCurves();
 
-const content = document.getElementById("net");
-if (content) window.gradfn = live(JSON.parse(content.textContent));
+// The running networks. For tests, and for use in the browser's console: `gradfn` is the first, `gradfnAll` are all of them.
+window.gradfnAll = [];
+for (const section of document.querySelectorAll("section.live")) {
+  const { start } = await import(`gradfn/${section.dataset.kind}/page.js`);
+  const content = section.querySelector("script.content");
+  gradfnAll.push(start(section, JSON.parse(content.textContent)));
+}
+if (gradfnAll.length) window.gradfn = gradfnAll[0];
+window.ready = true;

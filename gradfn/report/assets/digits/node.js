@@ -1,11 +1,11 @@
 // One node in detail: its weights, its signal, its bias for inactivity, its region, its gradient.
-import { bars, element, find, follow, gradientOf, number, perRow, sub } from "gradfn/dom.js";
-import { gradients } from "gradfn/mlp.js";
-import { PIXELS } from "gradfn/network.js";
-import { paint, scaleOf } from "gradfn/paint.js";
+import { bars, element, follow, gradientOf, number, perRow, sub } from "gradfn/core/dom.js";
+import { gradients } from "gradfn/digits/mlp.js";
+import { PIXELS } from "gradfn/digits/network.js";
+import { paint, scaleOf } from "gradfn/core/paint.js";
 
 // Call `biasMoved(value)` and `regionDrawn(region or null)` for the shown node.
-export function makeNode(model, biasMoved, regionDrawn, undone) {
+export function makeNode(find, model, biasMoved, regionDrawn, undone) {
   const { net, trained, regions } = model;
   const last = net.layers.length - 1;
   const scales = trained.layers.map(({ W }) => scaleOf(W));

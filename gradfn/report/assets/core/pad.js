@@ -1,8 +1,8 @@
 // The pad to draw on, with the mouse, a pen or a finger.
-import { find, follow } from "gradfn/dom.js";
+import { follow } from "gradfn/core/dom.js";
 
 // Call `drawn(ink, side)` at each stroke, ink [side * side] from 0 to 1. `pen` is a share of the pad's width.
-export function makePad(pen, drawn) {
+export function makePad(find, pen, drawn) {
   const pad = find("pad"), side = pad.width;
   const context = pad.getContext("2d", { willReadFrequently: true });
   let strokes = [];

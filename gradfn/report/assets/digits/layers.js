@@ -1,12 +1,12 @@
 // The layers: a button for each node, with its weights as an image and its activation as a bar.
-import { element, find, number, perRow } from "gradfn/dom.js";
-import { paint, scaleOf } from "gradfn/paint.js";
-import { PIXELS } from "gradfn/network.js";
+import { element, number, perRow } from "gradfn/core/dom.js";
+import { paint, scaleOf } from "gradfn/core/paint.js";
+import { PIXELS } from "gradfn/digits/network.js";
 
 const HINT = "Image: its weights (red excites, blue inhibits). Bar: its activation.";
 
 // Call `clicked(layer, node)` for a click, `reached(layer, node)` for the arrow keys.
-export function makeLayers(model, clicked, reached) {
+export function makeLayers(find, model, clicked, reached) {
   const { net, trained } = model;
   const last = net.layers.length - 1;
   const scale = scaleOf(trained.layers[0].W);

@@ -1,6 +1,8 @@
 // Elements, pointers and words: what every part of the page needs.
 
-export const find = (id) => document.getElementById(id);
+// Return a function that finds the elements of a section, whose ids start with the section's own: two networks on one page
+// have the same parts.
+export const within = (section) => (name) => document.getElementById(`${section.id}-${name}`);
 
 // Make an element; attributes that start with "on" are listeners.
 export function element(tag, attributes = {}, ...children) {

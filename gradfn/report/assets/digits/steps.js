@@ -1,17 +1,17 @@
 // The backward pass, one step at a time, each with its equation and its picture.
-import { bars, element, find, gradientOf, number, perRow, sub } from "gradfn/dom.js";
-import { PIXELS } from "gradfn/network.js";
-import { paint, paintTiles } from "gradfn/paint.js";
+import { bars, element, gradientOf, number, perRow, sub } from "gradfn/core/dom.js";
+import { PIXELS } from "gradfn/digits/network.js";
+import { paint, paintTiles } from "gradfn/core/paint.js";
 
 // Call `chosen(label)` when another correct label is chosen.
-export function makeSteps(net, chosen) {
+export function makeSteps(find, net, chosen) {
   const last = net.layers.length - 1;
   const entropy = net.loss === "cross-entropy";
   let steps = [];
   let shown = 1;
 
   const labels = Array.from({ length: net.layers[last].nOut }, (_, label) => {
-    const input = element("input", { type: "radio", name: "label", value: label, onchange: () => chosen(label) });
+    const input = element("input", { type: "radio", name: find("labels").id, value: label, onchange: () => chosen(label) });
     find("labels").append(element("label", {}, input, element("span", {}, `${label}`)));
     return input;
   });

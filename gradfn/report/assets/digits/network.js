@@ -1,19 +1,12 @@
 // The network of the page: as it was trained, and as it is now, with changed biases and regions.
-import { backward, forward, lossOf, probabilities } from "gradfn/mlp.js";
+import { decodeAll } from "gradfn/core/arrays.js";
+import { backward, forward, lossOf, probabilities } from "gradfn/digits/mlp.js";
 
 export const PIXELS = 28; // of an image, in each direction
 
-// Decode an array from base64 of little-endian float32.
-function decode({ data, shape }) {
-  const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
-  const view = new DataView(bytes.buffer);
-  const values = Float64Array.from({ length: bytes.length / 4 }, (_, i) => view.getFloat32(4 * i, true));
-  return { values, shape };
-}
-
 // Return the network that the page contains, and all its arrays.
 export function build(content) {
-  const arrays = Object.fromEntries(Object.entries(content.arrays).map(([name, each]) => [name, decode(each)]));
+  const arrays = decodeAll(content.arrays);
   const n = Object.keys(arrays).filter((name) => /^W\d+$/.test(name)).length;
   const layers = Array.from({ length: n }, (_, l) => ({
     nIn: arrays[`W${l + 1}`].shape[1],

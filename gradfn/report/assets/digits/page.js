@@ -1,15 +1,16 @@
 // The running network: it computes every node's activation for an image, and the gradient of the loss.
-import { enlarge, prepare } from "gradfn/digit.js";
-import { element, find } from "gradfn/dom.js";
-import { makeLayers } from "gradfn/layers.js";
-import { gradients } from "gradfn/mlp.js";
-import { build, changeable, compute, PIXELS } from "gradfn/network.js";
-import { makeNode } from "gradfn/node.js";
-import { makePad } from "gradfn/pad.js";
-import { newPalette, paint } from "gradfn/paint.js";
-import { makeSteps } from "gradfn/steps.js";
+import { enlarge, prepare } from "gradfn/digits/prepare.js";
+import { element, within } from "gradfn/core/dom.js";
+import { makeLayers } from "gradfn/digits/layers.js";
+import { gradients } from "gradfn/digits/mlp.js";
+import { build, changeable, compute, PIXELS } from "gradfn/digits/network.js";
+import { makeNode } from "gradfn/digits/node.js";
+import { makePad } from "gradfn/core/pad.js";
+import { newPalette, paint } from "gradfn/core/paint.js";
+import { makeSteps } from "gradfn/digits/steps.js";
 
-export function live(content) {
+export function start(section, content) {
+  const find = within(section);
   const { net: trained, arrays } = build(content);
   const model = changeable(trained);
   const { net } = model;
@@ -22,7 +23,7 @@ export function live(content) {
 
   const prepared = (ink, side) => prepare(ink, side, spline);
   const drawn = (ink, side) => change({ x: prepared(ink, side) || new Float64Array(784), sample: null, asked: false });
-  const pad = makePad(pen, drawn);
+  const pad = makePad(find, pen, drawn);
   const select = (layer, node) => {
     Object.assign(state, { layer, node });
     show();
@@ -32,8 +33,9 @@ export function live(content) {
     const panel = find("node");
     if (panel.getBoundingClientRect().top > innerHeight - 100) panel.scrollIntoView({ block: "center" }); // on a phone
   };
-  const layers = makeLayers(model, click, select);
+  const layers = makeLayers(find, model, click, select);
   const node = makeNode(
+    find,
     model,
     (value) => setBias(state.layer, state.node, value),
     (region) => setRegion(state.node, region),
@@ -44,7 +46,7 @@ export function live(content) {
     },
   );
   const setLabel = (label) => change({ label, asked: true });
-  const steps = makeSteps(net, setLabel);
+  const steps = makeSteps(find, net, setLabel);
 
   const buttons = samples.map((_, i) => {
     const name = `Test digit, a ${content.labels[i]}${i < 10 ? "" : ", which the network misclassifies"}`;

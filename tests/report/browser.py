@@ -1,0 +1,85 @@
+"""Pages in a real browser: Chromium without a window, driven by Playwright."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import shutil
+
+import pytest
+
+from gradfn.report.page import page
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH, to run the page in")
+# Functions for the scripts that run in the page.
+HELPERS = """
+const plain = (value) =>
+  ArrayBuffer.isView(value) ? Array.from(value)
+  : Array.isArray(value) ? value.map(plain)
+  : value && typeof value === "object" ? Object.fromEntries(Object.entries(value).map(([k, v]) => [k, plain(v)]))
+  : value;
+const find = (selector) => document.querySelector(selector);
+const text = (selector) => find(selector).innerText.replace(/\\s+/g, " ").trim();
+"""
+
+
+@functools.cache
+def browser():
+    """Return the browser of this process, started once."""
+    from playwright.sync_api import sync_playwright
+
+    playwright = sync_playwright().start()
+    found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+    atexit.register(playwright.stop)
+    return found
+
+
+@contextlib.contextmanager
+def opened(tmp_path, kept, width=1280, dark=False, touch=False, hash_="", about=None, html=None):
+    """Open the page of some runs, without a network; assert at the end that nothing went wrong in it.
+
+    Args:
+        tmp_path: where to write the page.
+        kept: the runs.
+        width: of the window, in pixels.
+        dark: whether the system prefers dark colors.
+        touch: whether the screen is one to touch.
+        hash_: of the address, `"#live-0/..."`.
+        about: descriptions of the experiments.
+        html: the page itself, instead of that of runs.
+
+    Yields:
+        Playwright's page, once its networks run.
+    """
+    file = tmp_path / "page.html"
+    file.write_text(page(kept, about or {}) if html is None else html)
+    context = browser().new_context(
+        viewport={"width": width, "height": 900 if width > 640 else 844},
+        color_scheme="dark" if dark else "light",
+        has_touch=touch,
+        is_mobile=touch,
+        offline=True,
+        reduced_motion="reduce",
+    )
+    context.set_default_timeout(30_000)
+    found, wrong = context.new_page(), []
+    found.on("console", lambda message: wrong.append(message.text))
+    found.on("pageerror", lambda error: wrong.append(str(error)))
+    found.on("request", lambda request: wrong.append(request.url) if request.url.startswith("http") else None)
+    try:
+        found.goto(file.as_uri() + hash_)
+        found.wait_for_function("window.ready")
+        yield found
+        assert wrong == []
+    finally:
+        context.close()
+
+
+def in_page(tmp_path, kept, script, **inputs):
+    """Run a script in the page of some runs; return what its function `result` returns."""
+    with opened(tmp_path, kept) as found:
+        return found.evaluate(
+            f"async (inputs) => {{ {HELPERS}{script}\nreturn plain(await result()); }}", inputs
+        )
