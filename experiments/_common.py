@@ -17,7 +17,7 @@ import optax
 
 import gradfn as gf
 from gradfn import runs
-from gradfn.report.figures import History, confusion, curves, mistakes, save_all
+from gradfn.pages.figures import History, confusion, curves, mistakes, save_all
 from gradfn.timings import phase
 from gradfn.train.augment import shifted
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import gradfn as gf
-from gradfn.report.figures import History, curves
-from gradfn.report.sequences import MAX_TOKENS, attention_maps, token_probabilities
+from gradfn.pages.figures import History, curves
+from gradfn.pages.sequences import MAX_TOKENS, attention_maps, token_probabilities
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

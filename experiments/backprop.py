@@ -23,7 +23,7 @@ from jax.flatten_util import ravel_pytree
 import gradfn as gf
 from gradfn import runs
 from gradfn.files import replace_file
-from gradfn.report.figures import LINE_COLORS, new_figure, weight_images
+from gradfn.pages.figures import LINE_COLORS, new_figure, weight_images
 from gradfn.timings import phase
 
 from ._common import DigitOptions, conclude, load_digits

@@ -17,7 +17,7 @@ import numpy as np
 
 import gradfn as gf
 from gradfn import runs
-from gradfn.report.images import filter_images, image_maps
+from gradfn.pages.images import filter_images, image_maps
 
 from ._common import ClassifierResult, DigitOptions, load_digits, six_digits, train_classifier
 

@@ -23,7 +23,7 @@ import optax
 import gradfn as gf
 from gradfn import runs
 from gradfn.files import inner_folder
-from gradfn.report.figures import LINE_COLORS, new_figure
+from gradfn.pages.figures import LINE_COLORS, new_figure
 from gradfn.timings import phase
 
 from ._common import SeededOptions, conclude, defaults

@@ -16,7 +16,7 @@ import numpy as np
 
 import gradfn as gf
 from gradfn import runs
-from gradfn.report.figures import weight_images
+from gradfn.pages.figures import weight_images
 from gradfn.runs.digit_net import keep_digit_net
 from gradfn.timings import phase
 

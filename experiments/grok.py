@@ -24,7 +24,7 @@ import gradfn as gf
 from gradfn import runs
 from gradfn.files import inner_folder
 from gradfn.layers._embed import look_up
-from gradfn.report.figures import LINE_COLORS, History, new_figure
+from gradfn.pages.figures import LINE_COLORS, History, new_figure
 from gradfn.timings import phase
 
 from ._common import SeededOptions, conclude, defaults

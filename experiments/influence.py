@@ -21,8 +21,8 @@ import optax
 import gradfn as gf
 from gradfn import runs
 from gradfn.display import TextTable
-from gradfn.report.figures import LINE_COLORS, new_figure
-from gradfn.report.images import bare
+from gradfn.pages.figures import LINE_COLORS, new_figure
+from gradfn.pages.images import bare
 from gradfn.timings import phase
 
 from ._common import DigitOptions, conclude, defaults, start_on_digits

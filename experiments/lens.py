@@ -24,9 +24,9 @@ import numpy as np
 
 import gradfn as gf
 from gradfn import runs
-from gradfn.report.figures import LINE_COLORS, new_figure
-from gradfn.report.lenses import backward_lens_picture, direct_effects_picture, lens_picture
-from gradfn.report.sequences import MAX_TOKENS, visible
+from gradfn.pages.figures import LINE_COLORS, new_figure
+from gradfn.pages.lenses import backward_lens_picture, direct_effects_picture, lens_picture
+from gradfn.pages.sequences import MAX_TOKENS, visible
 from gradfn.timings import phase
 from gradfn.train import adamw_warmup_cosine
 

@@ -21,7 +21,7 @@ import optax
 import gradfn as gf
 from gradfn import runs
 from gradfn.files import inner_folder
-from gradfn.report.figures import weight_images
+from gradfn.pages.figures import weight_images
 from gradfn.runs.digit_net import keep_digit_net
 from gradfn.timings import phase
 

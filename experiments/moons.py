@@ -22,7 +22,7 @@ import optax
 import gradfn as gf
 from gradfn import runs
 from gradfn.files import replace_file
-from gradfn.report.figures import curves, new_figure
+from gradfn.pages.figures import curves, new_figure
 from gradfn.timings import phase
 
 from ._common import SeededOptions, conclude, defaults

@@ -19,7 +19,7 @@ import numpy as np
 
 import gradfn as gf
 from gradfn import runs
-from gradfn.report.figures import LINE_COLORS, new_figure
+from gradfn.pages.figures import LINE_COLORS, new_figure
 from gradfn.timings import phase
 
 from ._common import DigitOptions, conclude, defaults, start_on_digits

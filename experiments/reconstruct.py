@@ -20,8 +20,8 @@ import numpy as np
 import gradfn as gf
 from gradfn import runs
 from gradfn.files import inner_folder
-from gradfn.report.figures import new_figure
-from gradfn.report.images import bare
+from gradfn.pages.figures import new_figure
+from gradfn.pages.images import bare
 from gradfn.timings import phase
 from gradfn.train.augment import shifted
 

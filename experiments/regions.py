@@ -19,8 +19,8 @@ import numpy as np
 
 import gradfn as gf
 from gradfn import runs
-from gradfn.report.figures import new_figure
-from gradfn.report.images import bare, signed_image
+from gradfn.pages.figures import new_figure
+from gradfn.pages.images import bare, signed_image
 from gradfn.runs.digit_net import keep_digit_net
 from gradfn.timings import phase
 

@@ -21,7 +21,7 @@ import optax
 
 import gradfn as gf
 from gradfn import runs
-from gradfn.report.figures import LINE_COLORS, curves, new_figure
+from gradfn.pages.figures import LINE_COLORS, curves, new_figure
 from gradfn.timings import phase
 
 from ._common import SeededOptions, conclude, defaults

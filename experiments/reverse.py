@@ -19,8 +19,8 @@ import numpy as np
 
 import gradfn as gf
 from gradfn import runs
-from gradfn.report.figures import curves
-from gradfn.report.sequences import attention_maps
+from gradfn.pages.figures import curves
+from gradfn.pages.sequences import attention_maps
 from gradfn.timings import phase
 from gradfn.train import adamw_warmup_cosine
 

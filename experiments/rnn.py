@@ -22,8 +22,8 @@ import numpy as np
 import gradfn as gf
 from gradfn import runs
 from gradfn.files import inner_folder
-from gradfn.report.figures import LINE_COLORS, LINE_STYLES, curves, new_figure
-from gradfn.report.sequences import token_probabilities, visible
+from gradfn.pages.figures import LINE_COLORS, LINE_STYLES, curves, new_figure
+from gradfn.pages.sequences import token_probabilities, visible
 from gradfn.runs import sample
 from gradfn.timings import phase
 from gradfn.train import adamw_warmup_cosine

@@ -22,8 +22,8 @@ import gradfn as gf
 from gradfn import runs
 from gradfn.attribution import Randomized
 from gradfn.display import TextTable
-from gradfn.report.figures import new_figure
-from gradfn.report.images import bare, robust_limit, signed_image
+from gradfn.pages.figures import new_figure
+from gradfn.pages.images import bare, robust_limit, signed_image
 from gradfn.timings import phase
 
 from ._common import DigitOptions, conclude, defaults, start_on_digits

@@ -22,7 +22,7 @@ import optax
 
 import gradfn as gf
 from gradfn import runs
-from gradfn.report.figures import LINE_COLORS, LINE_STYLES, new_figure
+from gradfn.pages.figures import LINE_COLORS, LINE_STYLES, new_figure
 from gradfn.timings import phase
 
 from ._common import DigitOptions, conclude, defaults, start_on_digits

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradfn as gf
 from gradfn import runs
-from gradfn.report.images import filter_images, image_maps
+from gradfn.pages.images import filter_images, image_maps
 
 from ._common import (
     ClassifierResult,

@@ -187,7 +187,7 @@ def _table(words: list[str]) -> None:
 
 def _report(words: list[str]) -> int:
     from gradfn.files import FileError
-    from gradfn.report.page import write_report
+    from gradfn.pages.page import write_report
     from gradfn.runs.about import read_about
 
     runs: list[str] = []

@@ -18,7 +18,7 @@ import pytest
 import gradfn as gf
 from gradfn import cli
 from gradfn.layout import METRICS
-from gradfn.report.figures import curves, save
+from gradfn.pages.figures import curves, save
 from gradfn.train import checkpoint
 from gradfn.train.rows import Rows
 from tests.report.test_page import write_run

@@ -14,8 +14,8 @@ import pytest
 
 from gradfn import runs
 from gradfn.files import FileError
-from gradfn.report.figures import curves, save
-from gradfn.report.page import page, write_report
+from gradfn.pages.figures import curves, save
+from gradfn.pages.page import page, write_report
 from gradfn.runs.kept import find_run, read_run
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}

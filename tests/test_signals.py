@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gradfn import cli
-from gradfn.report import page
+from gradfn.pages import page
 from gradfn.runs import sample
 from tests.attack.children import wait_for_handlers
 from tests.test_cli import EXPERIMENT

@@ -116,7 +116,7 @@ def faithfulness(
         batch_size: how many runs to compute at a time. More take more memory.
 
     Returns:
-        A `Faithfulness`; `gradfn.report.attribution_patch` draws it.
+        A `Faithfulness`; `gradfn.pages.attribution_patch` draws it.
 
     Raises:
         ValueError: scores of another function, a site that is scored twice, counts that are not in increasing order

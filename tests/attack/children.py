@@ -31,7 +31,7 @@ PRELOADED = [
     "PIL.Image",
 ]
 PRELOADED += [
-    "gradfn.report.page",
+    "gradfn.pages.page",
     "gradfn.runs.sample",
     "jinja2",
     "matplotlib.figure",

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from gradfn import cli, runs
 from gradfn.experiments import backprop, curvature, noise, rnn
-from gradfn.report.figures import curves, save
+from gradfn.pages.figures import curves, save
 from gradfn.runs.about import read_about
 
 # Titles without a number of the outcome, or that the tests below compare.

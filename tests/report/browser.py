@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 
-from gradfn.report.page import page
+from gradfn.pages.page import page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH, to run the page in")

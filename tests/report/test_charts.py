@@ -8,7 +8,7 @@ from html import unescape
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gradfn.report.charts import (
+from gradfn.pages.charts import (
     HEIGHT,
     LEFT,
     MAX_COLUMNS,

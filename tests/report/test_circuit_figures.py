@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gradfn.circuits import PatchSweep
-from gradfn.report.circuits import path_picture, sweep_picture
+from gradfn.pages.circuits import path_picture, sweep_picture
 
 SITES = ("embedded", "blocks/0/residual", "blocks/1/residual")
 

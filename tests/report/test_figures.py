@@ -5,7 +5,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from gradfn.report.figures import confusion, curves, mistakes, save, weight_images
+from gradfn.pages.figures import confusion, curves, mistakes, save, weight_images
 
 
 def images_in(figure):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from gradfn.report.page import page
+from gradfn.pages.page import page
 from gradfn.runs import Expectation, judge
 from gradfn.runs.curve import Curve
 from gradfn.runs.digit_net import DigitNet

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gradfn.circuits import BackwardLens, DirectEffects, LogitLens
-from gradfn.report.lenses import backward_lens_picture, direct_effects_picture, lens_picture
+from gradfn.pages.lenses import backward_lens_picture, direct_effects_picture, lens_picture
 
 RANDOM = np.random.default_rng(0)
 

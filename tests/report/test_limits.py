@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from gradfn.report import page as report
-from gradfn.report.page import LIMIT, flows, page
+from gradfn.pages import page as report
+from gradfn.pages.page import LIMIT, flows, page
 from gradfn.runs import Expectation, judge
 from gradfn.runs import kept as keeping
 from gradfn.runs.curve import Curve

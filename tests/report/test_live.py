@@ -12,9 +12,9 @@ import pytest
 
 import gradfn as gf
 from gradfn.data._digits import enlarge, spline
-from gradfn.report.figures import curves
-from gradfn.report.live._digits import described
-from gradfn.report.live.arrays import as_json
+from gradfn.pages.figures import curves
+from gradfn.pages.live._digits import described
+from gradfn.pages.live.arrays import as_json
 from gradfn.runs.curve import Curve
 from gradfn.runs.digit_net import DigitNet
 from gradfn.runs.kept import Kept, Part
@@ -317,7 +317,7 @@ def test_in_dark_mode_pictures_are_dark_and_every_variable_is_defined(tmp_path):
       return { out, undefined, used: used.size }; };"""
     # In the page the scripts are encoded.
     scripts = "".join(
-        file.read_text() for file in (Path(gf.__file__).parent / "report" / "assets").rglob("*.js")
+        file.read_text() for file in (Path(gf.__file__).parent / "pages" / "assets").rglob("*.js")
     )
     result = in_page(tmp_path, [run], script, scripts=scripts)
     assert result["out"] == [["none", "none"], ["invert(0.92) hue-rotate(180deg)", "block"]]

@@ -15,9 +15,9 @@ import pytest
 import gradfn as gf
 from gradfn import cli
 from gradfn.data.dataset import Dataset
-from gradfn.report import page as report
-from gradfn.report.page import command, page, write_report
-from gradfn.report.pictures import _scaled, _still, read_picture
+from gradfn.pages import page as report
+from gradfn.pages.page import command, page, write_report
+from gradfn.pages.pictures import _scaled, _still, read_picture
 from gradfn.runs import Expectation, RunError, finish, judge, write_json
 from gradfn.runs.about import About
 from gradfn.runs.digit_net import keep_digit_net, load_digit_net

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from gradfn.report import pictures
-from gradfn.report.page import page
-from gradfn.report.pictures import MAX_PIXELS, PictureError, fitting, read_picture
+from gradfn.pages import pictures
+from gradfn.pages.page import page
+from gradfn.pages.pictures import MAX_PIXELS, PictureError, fitting, read_picture
 from gradfn.runs import kept as keeping
 from gradfn.runs.kept import read_run
 from tests.report.test_page import picture, text_of, write_run

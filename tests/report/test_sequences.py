@@ -7,7 +7,7 @@ from gradfn.experiments._language import loss_per_token
 from gradfn.experiments.rnn import gradient_through_time
 
 import gradfn as gf
-from gradfn.report.sequences import attention_maps, token_probabilities
+from gradfn.pages.sequences import attention_maps, token_probabilities
 
 
 def causal(heads, n):

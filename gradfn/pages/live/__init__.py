@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gradfn.report.live._digits import digits
-from gradfn.report.live.part import Live
+from gradfn.pages.live._digits import digits
+from gradfn.pages.live.part import Live
 from gradfn.runs.kept import Kept
 
 # Each takes a run and the bytes that are left. It returns a part of the page; None where the run has no such network;

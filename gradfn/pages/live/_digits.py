@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from gradfn.report.charts import short
-from gradfn.report.live.arrays import as_json, encoded
-from gradfn.report.live.part import Live
+from gradfn.pages.charts import short
+from gradfn.pages.live.arrays import as_json, encoded
+from gradfn.pages.live.part import Live
 from gradfn.runs.digit_net import DigitNet
 from gradfn.runs.kept import Kept
 
@@ -13,7 +13,7 @@ TOO_LARGE = "The network is too large to run in the page."
 
 
 def digits(run: Kept, room: int) -> Live | str | None:
-    """Return the digit network of a run: see `gradfn.report.live.KINDS`."""
+    """Return the digit network of a run: see `gradfn.pages.live.KINDS`."""
     net = run.net
     if net is None:
         return TOO_LARGE if run.net_left_out else None

@@ -9,7 +9,7 @@ class Live(NamedTuple):
     """A network that runs in the page.
 
     Attributes:
-        kind: the folder of its assets in `gradfn/report/assets`: `page.html` is its part of the page, `page.js` has
+        kind: the folder of its assets in `gradfn/pages/assets`: `page.html` is its part of the page, `page.js` has
             `start(section, content)`, which makes it work, and `style.css` is its style.
         title: what the page's navigation calls it.
         about: what its `page.html` shows.

@@ -1,4 +1,4 @@
-// Arrays of numbers, as gradfn/report/live/arrays.py encodes them.
+// Arrays of numbers, as gradfn/pages/live/arrays.py encodes them.
 
 // Decode { dtype, shape, data } to { shape, values }; values is a Float32Array, row after row, or of integers as they are.
 export function decode({ dtype, shape, data }) {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradfn.report.figures import new_figure
+from gradfn.pages.figures import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ def attention_maps(
     Raises:
         ValueError: a shape of weights does not match the tokens and queries.
 
-    >>> from gradfn.report.sequences import attention_maps
+    >>> from gradfn.pages.sequences import attention_maps
     >>> figure = attention_maps({"block 0": np.full([2, 3, 3], 1 / 3)}, "abc")
     >>> [panel.get_title() for panel in figure.axes][:2]
     ['block 0, head 0', 'block 0, head 1']
@@ -104,7 +104,7 @@ def token_probabilities(
     Raises:
         ValueError: there is not one target and one row of probabilities per token.
 
-    >>> from gradfn.report.sequences import token_probabilities
+    >>> from gradfn.pages.sequences import token_probabilities
     >>> token_probabilities("ab", [1, 0], [[0.25, 0.75], [0.5, 0.5]], "ab", n_best=2).get_suptitle()
     'Of 2 tokens, 100 % were the likeliest or second; the targets had a probability of 61 % (geometric mean)'
     """

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from gradfn.files import open_regular, replace_file
-from gradfn.report.charts import MAX_COLUMNS, Line, heat_map, line_chart, log_bounds, short
-from gradfn.report.live import live_parts
-from gradfn.report.pictures import Picture, PictureError, fitting, read_picture
+from gradfn.pages.charts import MAX_COLUMNS, Line, heat_map, line_chart, log_bounds, short
+from gradfn.pages.live import live_parts
+from gradfn.pages.pictures import Picture, PictureError, fitting, read_picture
 from gradfn.runs.about import About
 from gradfn.runs.curve import Curve
 from gradfn.runs.folder import STARTED, RunError, started

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradfn.circuits import BackwardLens, DirectEffects, LogitLens
-from gradfn.report.figures import LINE_COLORS, new_figure
-from gradfn.report.sequences import MAX_TOKENS, visible
+from gradfn.pages.figures import LINE_COLORS, new_figure
+from gradfn.pages.sequences import MAX_TOKENS, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

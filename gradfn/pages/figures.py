@@ -48,7 +48,7 @@ def weight_images(W: Any, shape: Sequence[int] = (28, 28), name: str = "W1", wha
     Raises:
         ValueError: the rows do not have as many weights as the images have pixels.
 
-    >>> from gradfn.report.figures import weight_images
+    >>> from gradfn.pages.figures import weight_images
     >>> figure = weight_images(np.ones([16, 784]))
     >>> len(figure.axes)  # 16 images and the color bar
     17
@@ -98,7 +98,7 @@ def curves(history: History, loss_unit: str = "nats", ends: Mapping[str, float] 
     Raises:
         ValueError: the history is empty.
 
-    >>> from gradfn.report.figures import curves
+    >>> from gradfn.pages.figures import curves
     >>> figure = curves([{"step": 1, "loss": 2.3, "test_accuracy": 0.1}, {"step": 2, "loss": 2.0}])
     >>> [panel.get_ylabel() for panel in figure.axes]
     ['loss (nats)', 'accuracy (%)']
@@ -135,7 +135,7 @@ def confusion(labels: Any, predictions: Any, what: str = "examples") -> Figure:
     Raises:
         ValueError: there are no examples, or there is not one prediction per label.
 
-    >>> from gradfn.report.figures import confusion
+    >>> from gradfn.pages.figures import confusion
     >>> confusion([0, 1, 1, 1], [0, 1, 0, 0]).get_suptitle()
     '50.0 % of 4 examples right; 1 is most often taken for 0 (2 times)'
     """
@@ -203,7 +203,7 @@ def mistakes(
     Raises:
         ValueError: there is not one label and one row of probabilities per image.
 
-    >>> from gradfn.report.figures import mistakes
+    >>> from gradfn.pages.figures import mistakes
     >>> mistakes(np.zeros([2, 784]), [0, 1], [[0.1, 0.9], [0.2, 0.8]]).get_suptitle()
     '1 of 2 examples misclassified, the most confident first'
     """
@@ -250,7 +250,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
         The path.
 
     >>> import tempfile
-    >>> from gradfn.report.figures import curves, save
+    >>> from gradfn.pages.figures import curves, save
     >>> save(curves([{"step": 1, "loss": 2.3}]), f"{tempfile.mkdtemp()}/curves.png").name
     'curves.png'
     """
@@ -278,7 +278,7 @@ def save_all(figures: Mapping[str, Figure], folder: Path, data: str = "") -> lis
         The files, in order.
 
     >>> import tempfile
-    >>> from gradfn.report.figures import curves, save_all
+    >>> from gradfn.pages.figures import curves, save_all
     >>> figure = curves([{"step": 1, "loss": 2.3}])
     >>> [file.name for file in save_all({"curves": figure}, Path(tempfile.mkdtemp()), "digits")]
     ['curves.png']

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradfn.report.figures import new_figure, weight_images
+from gradfn.pages.figures import new_figure, weight_images
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

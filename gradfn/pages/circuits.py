@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradfn.circuits import PatchSweep
-from gradfn.report.figures import new_figure
-from gradfn.report.sequences import visible
+from gradfn.pages.figures import new_figure
+from gradfn.pages.sequences import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradfn.circuits import EdgeAttribution, Faithfulness, NodeAttribution, PatchSweep
-from gradfn.report.charts import short
-from gradfn.report.figures import LINE_COLORS, LINE_STYLES, new_figure
+from gradfn.pages.charts import short
+from gradfn.pages.figures import LINE_COLORS, LINE_STYLES, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
