@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
 import shutil
 
 import pytest
@@ -25,15 +23,13 @@ const text = (selector) => find(selector).innerText.replace(/\\s+/g, " ").trim()
 """
 
 
-@functools.cache
+@contextlib.contextmanager
 def browser():
-    """Return the browser of this process, started once."""
+    """Start the browser, and stop it: Playwright runs an event loop in this thread, beside which no other can run."""
     from playwright.sync_api import sync_playwright
 
-    playwright = sync_playwright().start()
-    found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-    atexit.register(playwright.stop)
-    return found
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
 
 
 @contextlib.contextmanager
@@ -55,26 +51,26 @@ def opened(tmp_path, kept, width=1280, dark=False, touch=False, hash_="", about=
     """
     file = tmp_path / "page.html"
     file.write_text(page(kept, about or {}) if html is None else html)
-    context = browser().new_context(
-        viewport={"width": width, "height": 900 if width > 640 else 844},
-        color_scheme="dark" if dark else "light",
-        has_touch=touch,
-        is_mobile=touch,
-        offline=True,
-        reduced_motion="reduce",
-    )
-    context.set_default_timeout(30_000)
-    found, wrong = context.new_page(), []
-    found.on("console", lambda message: wrong.append(message.text))
-    found.on("pageerror", lambda error: wrong.append(str(error)))
-    found.on("request", lambda request: wrong.append(request.url) if request.url.startswith("http") else None)
-    try:
+    with browser() as started:
+        context = started.new_context(
+            viewport={"width": width, "height": 900 if width > 640 else 844},
+            color_scheme="dark" if dark else "light",
+            has_touch=touch,
+            is_mobile=touch,
+            offline=True,
+            reduced_motion="reduce",
+        )
+        context.set_default_timeout(30_000)
+        found, wrong = context.new_page(), []
+        found.on("console", lambda message: wrong.append(message.text))
+        found.on("pageerror", lambda error: wrong.append(str(error)))
+        found.on(
+            "request", lambda request: wrong.append(request.url) if request.url.startswith("http") else None
+        )
         found.goto(file.as_uri() + hash_)
         found.wait_for_function("window.ready")
         yield found
         assert wrong == []
-    finally:
-        context.close()
 
 
 def in_page(tmp_path, kept, script, **inputs):
