@@ -3,23 +3,7 @@
 // A network is { layers: [{ nIn, nOut, W, b, squash }], loss }, W an array [nOut * nIn], row after row.
 // Values have the names that they have in Python: z1 = W1 a0 + b1, a1 = squash(z1), ...; a0 is the input x.
 
-const GELU = Math.sqrt(2 / Math.PI);
-const sigmoid = (z) => 1 / (1 + Math.exp(-z));
-
-// The activation of a node for its weighted sum z, and its slope at z, where the activation is a.
-const squashes = {
-  none: { of: (z) => z, slope: () => 1 },
-  sigmoid: { of: sigmoid, slope: (z, a) => a * (1 - a) },
-  tanh: { of: Math.tanh, slope: (z, a) => 1 - a * a },
-  relu: { of: (z) => Math.max(z, 0), slope: (z) => (z > 0 ? 1 : 0) },
-  gelu: {
-    of: (z) => 0.5 * z * (1 + Math.tanh(GELU * (z + 0.044715 * z ** 3))),
-    slope: (z) => {
-      const t = Math.tanh(GELU * (z + 0.044715 * z ** 3));
-      return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * GELU * (1 + 3 * 0.044715 * z * z);
-    },
-  },
-};
+import { activations } from "gradfn/core/activations.js";
 
 export function forward(net, x) {
   const z = [], a = [];
@@ -32,7 +16,7 @@ export function forward(net, x) {
       sums[i] = sum + b[i];
     }
     z.push(sums);
-    input = sums.map(squashes[squash].of);
+    input = sums.map(activations[squash].of);
     a.push(input);
   }
   return { x, z, a, output: input };
@@ -72,7 +56,7 @@ export function backward(net, pass, label) {
     const { nIn, nOut, W, squash } = net.layers[l];
     if (squash !== "none") {
       add("a", l, out);
-      out = out.map((g, i) => g * squashes[squash].slope(pass.z[l][i], pass.a[l][i]));
+      out = out.map((g, i) => g * activations[squash].slope(pass.z[l][i], pass.a[l][i]));
     }
     add("z", l, out);
     const input = l ? pass.a[l - 1] : pass.x;

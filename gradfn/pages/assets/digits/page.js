@@ -1,5 +1,5 @@
 // The running network: it computes every node's activation for an image, and the gradient of the loss.
-import { enlarge, prepare } from "gradfn/digits/prepare.js";
+import { enlarge, prepare } from "gradfn/core/prepare.js";
 import { element, within } from "gradfn/core/dom.js";
 import { makeLayers } from "gradfn/digits/layers.js";
 import { gradients } from "gradfn/digits/mlp.js";
