@@ -1,5 +1,6 @@
 // The page: its light or dark theme, its pictures and the running networks that it contains.
 import { liveCurves } from "gradfn/core/curves.js";
+import { connectTerms } from "gradfn/core/terms.js";
 
 const root = document.documentElement;
 const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -42,5 +43,6 @@ for (const section of document.querySelectorAll("section.live")) {
   const content = section.querySelector("script.content");
   gradfnAll.push(start(section, JSON.parse(content.textContent)));
 }
+connectTerms();
 if (gradfnAll.length) window.gradfn = gradfnAll[0];
 window.ready = true;
