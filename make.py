@@ -5,6 +5,7 @@
     python3 make.py quick     use the same environment and run only the fast tests
     python3 make.py matrix    run the tests with each of Python 3.11, 3.12 and 3.13 that is on the PATH, each with the
                               newest jax available for it, and once more with jax's next `jax.checkpoint`
+    python3 make.py gallery   create .venv, train the networks of docs/gallery and write their pages
     python3 make.py remat     run the fast tests of traced programs with the latter, on Python 3.12 or newer
 
 It needs no packages; each command creates its environment at first use.
@@ -43,6 +44,9 @@ def main():
     if command == "digits":
         python = environment(".venv", "run")
         return run([python, "-m", "gradfn", "run", "digits", *options])
+    if command == "gallery":
+        python = environment(".venv", "run")
+        return run([python, os.path.join("docs", "gallery", "build.py"), *options])
     if command in CHECKS:
         python = environment(".venv-test", "test,frameworks")
         failed = [check for check in CHECKS[command] if run([python, *check])]
