@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -27,6 +28,7 @@ Layout = Literal["constrained", "compressed"]  # compressed: for grids of images
 
 MAX_WEIGHT_IMAGES = 100  # more would be too small to read
 MAX_MISTAKES = 24
+MAX_CHART = 300_000  # bytes of a chart as SVG; one of more, such as of thousands of dots, is PNG alone
 LINE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito's, safe for color-blind readers
 LINE_STYLES = ("-", "--", "-.", ":")  # so that the lines are distinguished in black and white, too
 
@@ -256,18 +258,47 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    out = io.BytesIO()
     # The title is stored as metadata; a page shows it as the description of the picture.
-    title = {"Title": figure.get_suptitle()}
+    about: dict[str, Any] = {"Title": figure.get_suptitle()}
     kind = path.suffix.removeprefix(".") or "png"
-    figure.savefig(out, format=kind, dpi=130, bbox_inches="tight", pad_inches=0.12, metadata=title)
-    replace_file(path, out.getvalue())
+    replace_file(path, _drawn(figure, kind, about))
     return path
+
+
+def _drawn(figure: Figure, kind: str, about: dict[str, Any]) -> bytes:
+    """Return a figure as a file of a kind."""
+    from matplotlib import rc_context
+
+    out = io.BytesIO()
+    # In an SVG texts stay texts, and the same figure gives the same file.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gradfn"}):
+        if kind == "svg":
+            about |= {"Date": None}
+        figure.savefig(out, format=kind, dpi=130, bbox_inches="tight", pad_inches=0.12, metadata=about)
+    if kind != "svg":
+        return out.getvalue()
+    # Each text lists ten fonts, of which most computers have one.
+    sans = re.sub(rb"'DejaVu Sans'[^;\"]*", b"'DejaVu Sans', sans-serif", out.getvalue())
+    return re.sub(rb"'DejaVu Sans Mono'[^;\"]*", b"'DejaVu Sans Mono', monospace", sans)
+
+
+def is_chart(figure: Figure) -> bool:
+    """Return whether a figure draws data with lines, marks or texts, and not only images.
+
+    >>> from gradfn.pages.figures import curves, weight_images
+    >>> is_chart(curves([{"step": 1, "loss": 2.3}])), is_chart(weight_images(np.ones([4, 784])))
+    (True, False)
+    """
+    # The panel of a color bar belongs to an image.
+    panels = [panel for panel in figure.axes if not hasattr(panel, "_colorbar")]
+    return any(panel.lines or panel.patches or panel.collections or panel.texts for panel in panels)
 
 
 @phase("pictures")
 def save_all(figures: Mapping[str, Figure], folder: Path, data: str = "") -> list[Path]:
     """Write figures as PNG under their names, each with the name of its data below its title.
+
+    A chart of at most 300 kB is also written as SVG beside it, which a page shows in its own colors.
 
     Args:
         figures: by name.
@@ -275,7 +306,7 @@ def save_all(figures: Mapping[str, Figure], folder: Path, data: str = "") -> lis
         data: the name of the data; where it is empty, titles do not change.
 
     Returns:
-        The files, in order.
+        The PNG files, in order.
 
     >>> import tempfile
     >>> from gradfn.pages.figures import curves, save_all
@@ -288,7 +319,19 @@ def save_all(figures: Mapping[str, Figure], folder: Path, data: str = "") -> lis
     if data:
         for figure in figures.values():
             figure.suptitle(f"{figure.get_suptitle()}\n(data: {data})")
+    for name, figure in figures.items():
+        _save_chart(figure, folder / f"{name}.svg")
     return [save(figure, folder / f"{name}.png") for name, figure in figures.items()]
+
+
+def _save_chart(figure: Figure, path: Path) -> None:
+    """Write a figure as SVG if it is a small chart; remove the file of an earlier one if it is not."""
+    data = _drawn(figure, "svg", {"Title": figure.get_suptitle()}) if is_chart(figure) else b""
+    if 0 < len(data) <= MAX_CHART:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, data)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def new_figure(width: float, height: float, layout: Layout = "constrained") -> Figure:

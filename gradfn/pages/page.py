@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import itertools
 import json
 import math
 import os
@@ -490,14 +491,19 @@ def _pictures(kept: Sequence[Kept], room: int) -> tuple[list[dict[str, Any]], li
         By name, the picture of each run (None where it does not have one); and the lines.
     """
     live = DRAWN_LIVE if any(part.history.n for run in kept for part in run.parts.values()) else ()
-    names = dict.fromkeys(name for run in kept for name in run.pictures if name not in live)
+    # In the order of the PNG files, which all pictures of gradfn are, too.
+    names = dict.fromkeys(name for run in kept for name in (*run.pictures, *run.drawings) if name not in live)
     pictures: dict[tuple[str, int], Picture] = {}
     left_out: dict[tuple[str, int], str] = {}
-    for key in [(name, i) for name in names for i, run in enumerate(kept) if name in run.pictures]:
-        try:
-            pictures[key] = read_picture(kept[key[1]].pictures[key[0]])
-        except PictureError as error:
-            left_out[key] = str(error)
+    for name, (i, run) in itertools.product(names, enumerate(kept)):
+        for found, ending in ((run.pictures, ""), (run.drawings, ".svg")):
+            still = pictures.get((name, i))
+            if name not in found or (still and still.kind == "gif"):
+                continue
+            try:
+                pictures[name, i] = read_picture(found[name])._replace(still=still)
+            except PictureError as error:
+                left_out[name + ending, i] = str(error)
     around = sum(
         600 + 3 * _size(escape(name)) + _size(escape(picture.title))
         for (name, _), picture in pictures.items()

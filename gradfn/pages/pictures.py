@@ -14,11 +14,14 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from gradfn.pages.svg import SVGError, read_svg
+
 MAX_PIXELS = 25_000_000  # of a picture; a figure of matplotlib's at 130 dpi has about a million
 ALL_PIXELS = 100_000_000  # of all pictures of a page that are decoded, and of the frames of a film
 SCALES = (1.0, 0.8, 0.64, 0.51, 0.41, 0.33, 0.26, 0.2)  # of the sides of pictures that do not fit
 TITLE = 1000  # letters of a picture's title
 NO_ROOM = "the page would be too large"
+SVG = "svg+xml"
 PNG, GIF = b"\x89PNG\r\n\x1a\n", (b"GIF87a", b"GIF89a")
 
 
@@ -31,10 +34,11 @@ class Picture(NamedTuple):
 
     Attributes:
         data: the file's content.
-        kind: "png" or "gif".
+        kind: "png", "gif" or "svg+xml".
         width: in pixels.
         height: in pixels.
         title: what its text says that it is; "" where it says nothing.
+        still: of an SVG, the same picture as PNG, for a page without room for it; None where there is none.
     """
 
     data: bytes
@@ -42,6 +46,7 @@ class Picture(NamedTuple):
     width: int
     height: int
     title: str = ""
+    still: Picture | None = None
 
     @property
     def address(self) -> str:
@@ -53,14 +58,17 @@ def read_picture(data: bytes) -> Picture:
     """Return a picture, which is not decoded.
 
     Raises:
-        PictureError: it is neither PNG nor GIF, is damaged, or has too many pixels.
+        PictureError: it is not PNG, GIF or SVG, is damaged, has too many pixels, or is an SVG that contains more than
+            a chart.
     """
+    if data.lstrip()[:1] == b"<":
+        return _drawing(data)
     if data.startswith(PNG) and len(data) >= 24:
         kind, (width, height) = "png", struct.unpack(">II", data[16:24])
     elif data.startswith(GIF) and len(data) >= 10:
         kind, (width, height) = "gif", struct.unpack("<HH", data[6:10])
     else:
-        raise PictureError("is neither PNG nor GIF")
+        raise PictureError("is neither PNG nor GIF nor SVG")
     if not 0 < width * height <= MAX_PIXELS:
         raise PictureError(f"expected at most {MAX_PIXELS:,} pixels, got {width:,} x {height:,}")
     image = _opened(data)
@@ -74,7 +82,8 @@ def read_picture(data: bytes) -> Picture:
 def fitting(pictures: Mapping[Any, Picture], room: int) -> tuple[dict[Any, Picture], dict[Any, str]]:
     """Return pictures that fit in `room` bytes as base64, and why others are left out.
 
-    If they do not fit as they are they get fewer colors, then fewer pixels; of films the last frame is shown.
+    If they do not fit as they are they get fewer colors, then fewer pixels; of films the last frame is shown, and of an
+    SVG the same picture as PNG where that is smaller.
 
     Args:
         pictures: by any keys, the most important ones first.
@@ -91,15 +100,19 @@ def fitting(pictures: Mapping[Any, Picture], room: int) -> tuple[dict[Any, Pictu
         try:
             if n_pixels > ALL_PIXELS:
                 raise PictureError(NO_ROOM)
-            still = _still(picture, ALL_PIXELS // n_films) if picture.kind == "gif" else picture
-            _scaled(still, SCALES[-1])  # whether it can be decoded
+            still = picture.still or picture
+            if picture.kind == "gif":
+                still = _still(picture, ALL_PIXELS // n_films)
+            if still.kind != SVG:
+                _scaled(still, SCALES[-1])  # whether it can be decoded
             decoded[key] = picture, still
         except PictureError as error:
             left_out[key] = str(error)
     small: dict[Any, Picture] = {}
     for scale in SCALES:
         small = {
-            key: min(picture, _scaled(still, scale), key=_bytes) for key, (picture, still) in decoded.items()
+            key: picture if still.kind == SVG else min(picture, _scaled(still, scale), key=_bytes)
+            for key, (picture, still) in decoded.items()
         }
         if _size(small) <= room:
             break
@@ -115,8 +128,20 @@ def _bytes(picture: Picture) -> int:
 def _size(pictures: Mapping[Any, Picture]) -> int:
     """Return how many bytes the addresses of pictures take."""
     return sum(
-        (_bytes(picture) + 2) // 3 * 4 + len("data:image/png;base64,") for picture in pictures.values()
+        (_bytes(picture) + 2) // 3 * 4 + len(f"data:image/{picture.kind};base64,")
+        for picture in pictures.values()
     )
+
+
+def _drawing(data: bytes) -> Picture:
+    """Return an SVG as a picture."""
+    try:
+        width, height, title = read_svg(data)
+    except SVGError as error:
+        raise PictureError(str(error)[:200]) from error
+    if not 0 < width * height <= MAX_PIXELS:
+        raise PictureError(f"expected at most {MAX_PIXELS:,} pixels, got {width:,} x {height:,}")
+    return Picture(data, SVG, width, height, title[:TITLE])
 
 
 def _opened(data: bytes) -> Any:

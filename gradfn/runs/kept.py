@@ -90,6 +90,7 @@ class Kept(NamedTuple):
         parts_left_out: how many trainings there are beyond `MAX_PARTS`.
         pictures_left_out: files of pictures that are not shown, with the reason.
         net_left_out: whether there is a digit network that is too large to be read.
+        drawings: SVG files, by their names without the ending, which the page prefers to a PNG of the same name.
     """
 
     folder: Path
@@ -103,6 +104,7 @@ class Kept(NamedTuple):
     parts_left_out: int = 0
     pictures_left_out: Mapping[str, str] = {}
     net_left_out: bool = False
+    drawings: Mapping[str, bytes] = {}
 
 
 def read_run(run: str | Path) -> Kept:
@@ -120,7 +122,7 @@ def read_run(run: str | Path) -> Kept:
         return _of_fit(folder)
     config = read_config(folder)
     net, parts = inside(folder, DIGIT_NET), _parts(folder)
-    pictures, pictures_left_out = _pictures(folder)
+    pictures, drawings, pictures_left_out = _pictures(folder)
     has_net = os.path.lexists(net)
     net_left_out = net.is_file() and net.stat().st_size > NET_LIMIT
     return Kept(
@@ -137,6 +139,7 @@ def read_run(run: str | Path) -> Kept:
         parts_left_out=max(len(parts) - MAX_PARTS, 0),
         pictures_left_out=pictures_left_out,
         net_left_out=net_left_out,
+        drawings=drawings,
     )
 
 
@@ -206,23 +209,44 @@ def _of_fit(folder: Path) -> Kept:
         last = part.history.last
         result = {"outcome": judge([], {"training loss": last.get("loss", math.nan)})}
     versions = notes.get("versions", {}) | ({"seed": settings["seed"]} if "seed" in settings else {})
-    pictures, left_out = _pictures(folder)
-    return Kept(folder, "", settings, versions, result, {"": part}, pictures, None, 0, left_out)
+    pictures, drawings, left_out = _pictures(folder)
+    return Kept(
+        folder,
+        "",
+        settings,
+        versions,
+        result,
+        {"": part},
+        pictures,
+        None,
+        pictures_left_out=left_out,
+        drawings=drawings,
+    )
 
 
-def _pictures(folder: Path) -> tuple[dict[str, bytes], dict[str, str]]:
-    """Return the pictures in a folder; and of those that cannot be read, or are too large or too many, why."""
-    files = [file for ending in ("png", "gif") for file in sorted(folder.glob(f"*.{ending}"))]
-    found: dict[str, bytes] = {}
-    left_out = {file.name: f"there are more than {MAX_PICTURES} pictures" for file in files[MAX_PICTURES:]}
+def _pictures(folder: Path) -> tuple[dict[str, bytes], dict[str, bytes], dict[str, str]]:
+    """Return the pictures in a folder, those that are SVG; and of those that are not read, why."""
+    files = [file for ending in ("png", "gif", "svg") for file in sorted(folder.glob(f"*.{ending}"))]
+    pictures: dict[str, bytes] = {}
+    drawings: dict[str, bytes] = {}
+    # A chart and its PNG count as one.
+    names = list(dict.fromkeys(file.stem for file in files))
+    many = set(names[MAX_PICTURES:])
+    left_out = {
+        file.name: f"there are more than {MAX_PICTURES} pictures" for file in files if file.stem in many
+    }
     room = PICTURES_LIMIT
-    for file in files[:MAX_PICTURES]:
+    for file in files:
+        if file.name in left_out:
+            continue
         try:
-            found[file.stem] = read_bytes(inside(folder, file.name), min(PICTURE_LIMIT, room))
-            room -= len(found[file.stem])
+            data = read_bytes(inside(folder, file.name), min(PICTURE_LIMIT, room))
         except FileError as error:
             left_out[file.name] = str(error).removeprefix(f"{file}: ")
-    return found, left_out
+            continue
+        (drawings if file.suffix == ".svg" else pictures)[file.stem] = data
+        room -= len(data)
+    return pictures, drawings, left_out
 
 
 def _shapes(folder: Path) -> Shapes:

@@ -44,9 +44,9 @@ BOMBS = {
         png(1, 1, chunk(b"zTXt", b"Title\0\0" + zlib.compress(b"x" * 50_000_000)), pixels=b"\0\0"),
         "is damaged",
     ),
-    "not a picture": (b"<svg onload=alert(1)>", "is neither PNG nor GIF"),
-    "a JPEG": (b"\xff\xd8\xff\xe0" + bytes(100), "is neither PNG nor GIF"),
-    "nothing": (b"", "is neither PNG nor GIF"),
+    "not a picture": (b"svg onload=alert(1)>", "is neither PNG nor GIF nor SVG"),
+    "a JPEG": (b"\xff\xd8\xff\xe0" + bytes(100), "is neither PNG nor GIF nor SVG"),
+    "nothing": (b"", "is neither PNG nor GIF nor SVG"),
     "a header alone": (png(1, 1)[:24], "is damaged"),
     "truncated": (picture(np.random.default_rng(0), 30)[:-100], "is damaged"),
     "a wrong checksum": (
@@ -149,6 +149,6 @@ def test_both_runs_name_their_pictures(tmp_path):
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
     (b / "weights.png").write_bytes(b"no")
     html = page([read_run(a), read_run(b)])
-    assert "Pictures that are not shown: B weights: is neither PNG nor GIF" in text_of(html)
+    assert "Pictures that are not shown: B weights: is neither PNG nor GIF nor SVG" in text_of(html)
     assert base64.b64encode((a / "weights.png").read_bytes()).decode() in html
     assert MAX_PIXELS == 25_000_000

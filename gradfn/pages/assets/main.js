@@ -1,5 +1,6 @@
 // The page: its light or dark theme, its pictures and the running networks that it contains.
 import { liveCurves } from "gradfn/core/curves.js";
+import { livePictures } from "gradfn/core/pictures.js";
 import { connectTerms } from "gradfn/core/terms.js";
 
 const root = document.documentElement;
@@ -22,18 +23,7 @@ document.getElementById("theme").addEventListener("click", () => {
 dark.addEventListener("change", showTheme);
 showTheme();
 
-// Show a picture in its original size.
-const large = document.getElementById("large");
-for (const button of document.querySelectorAll(".enlarge")) {
-  button.addEventListener("click", () => {
-    large.querySelector(".scroll").replaceChildren(button.firstElementChild.cloneNode());
-    large.showModal();
-  });
-}
-large.addEventListener("click", (event) => {
-  if (event.target === large || event.target.tagName === "IMG") large.close();
-});
-
+livePictures();
 liveCurves();
 
 // The running networks. For tests, and for use in the browser's console: `gradfn` is the first, `gradfnAll` are all of them.
