@@ -3,6 +3,7 @@
 METRICS, INSPECTIONS, NOISE = "metrics.jsonl", "inspections.jsonl", "noise.jsonl"
 SPIKES = "spikes.jsonl"
 LOGS = (METRICS, INSPECTIONS, NOISE, SPIKES)  # of rows, each a line of JSON
+MODEL = "model.json"  # what the network was made with
 CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINTS = "checkpoint"  # the folder of the checkpoints of a state that is split over devices
 KEPT = "kept"  # the folder of the parameters that stay

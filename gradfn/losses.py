@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,11 +30,13 @@ class NetLoss:
         name: of the function in gradfn that made it.
         function: `(params, (x, y)) -> scalar`, with `key=` where the net has noise in it.
         check: of a batch `(x, y)` whose targets are known; raises an error for targets that the loss is not made for.
+        description: the net's, see `gf.Net`, with the `name` as `"loss"`; None for a net without one.
     """
 
     name: str
     function: ExampleLoss = field(repr=False)
     check: Callable[[PyTree], None] = field(repr=False)
+    description: Mapping[str, Any] | None = field(repr=False)
 
     def __call__(self, *args: PyTree, **keywords: PyTree) -> jax.Array:
         """Return the loss of one example."""
@@ -283,6 +285,12 @@ def check_targets(loss: Loss, batch: PyTree) -> None:
         one.check(batch)
 
 
+def description_of(loss: Loss) -> Mapping[str, Any] | None:
+    """Return what the net of a loss, or of its mean, was made with, see `NetLoss`; None where it is not known."""
+    one = loss_of_example(loss)
+    return one.description if isinstance(one, NetLoss) else None
+
+
 def _on_net(
     name: str,
     net: Net,
@@ -311,7 +319,9 @@ def _on_net(
         one = jax.tree.map(lambda leaf: jax.eval_shape(lambda a: a[0], leaf), x)
         check(jax.eval_shape(net.apply, net.spec, one), y)
 
-    return NetLoss(name, noisy_loss if takes_key(net.apply) else loss, check_batch)
+    description = getattr(net, "description", None)
+    described = None if description is None else {**description, "loss": name}
+    return NetLoss(name, noisy_loss if takes_key(net.apply) else loss, check_batch, described)
 
 
 def _pair(batch: PyTree, what: str) -> tuple[PyTree, PyTree]:

@@ -13,13 +13,14 @@ import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, TypeVar
+from typing import Any, NamedTuple, NotRequired, TypedDict, TypeVar
 
 from gradfn.files import FileError, inside, parse_json, read_json
-from gradfn.layout import CHECKPOINT, CHECKPOINTS, DIGITS
+from gradfn.layout import CHECKPOINT, CHECKPOINTS, DIGITS, MODEL
 from gradfn.tensors import CHECKSUM, open_tensors
 
 T = TypeVar("T")
+MODEL_LIMIT = 16 << 20  # bytes; a tokenizer of characters is most of them
 STEP = "[0-9]" * DIGITS  # in names of files, for `glob`
 
 
@@ -53,6 +54,24 @@ class Description(TypedDict):
     checksum: int
 
 
+class ModelFile(TypedDict):
+    """`model.json`: what a network was made with.
+
+    Attributes:
+        net: the function of gradfn that made it: mlp, cnn, rnn, gpt or vit.
+        settings: its arguments, or the fields of its config.
+        loss: the function of gradfn that made the loss; left out where it is `next_token_loss`.
+        tokenizer: see `gradfn.data.Tokenizer.to_dict`; None where it is not known.
+        lines: whether a language model was trained on lines that are texts of their own.
+    """
+
+    net: str
+    settings: dict[str, Any]
+    loss: NotRequired[str]
+    tokenizer: dict[str, Any] | None
+    lines: bool
+
+
 class Stored(NamedTuple):
     """A checkpoint, or parameters that were kept.
 
@@ -77,6 +96,16 @@ def newest(folder: Path) -> Stored | None:
         return split[0] if split else None
     # A run that changed from one kind to the other was killed before it removed the older one.
     return split[0] if split and int(split[0].file.stem) > _step(file) else Stored(file)
+
+
+def model_file(folder: Path) -> ModelFile | None:
+    """Return what the network of a run was made with; None where it is not known.
+
+    Raises:
+        FileError: the file leads out of the folder, or cannot be read, or has another form.
+    """
+    file = inside(folder, MODEL)
+    return read_json(file, ModelFile, MODEL_LIMIT) if os.path.lexists(file) else None
 
 
 def finished(folder: Path, name: str) -> list[Stored]:

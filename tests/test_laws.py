@@ -1,6 +1,7 @@
 """Laws that every layer and net obeys. A new one is added to CASES and is tested with the rest."""
 
 import functools
+import json
 
 import chex
 import jax
@@ -24,7 +25,8 @@ tower = gf.serial(
 def on_tokens(net, vocab, n=5):
     """Return a net of floats from a net of tokens: its output for fixed tokens, times the floats."""
     tokens = np.arange(n) * 3 % vocab
-    return gf.Net(net.spec, lambda params, x: net.apply(params, tokens).astype(x.dtype) * x)
+    apply = lambda params, x: net.apply(params, tokens).astype(x.dtype) * x  # noqa: E731
+    return gf.Net(net.spec, apply, description=net.description)
 
 
 GPT = {"vocab": 7, "context": 6, "n_layers": 2, "n_heads": 2, "width": 4}
@@ -79,6 +81,14 @@ CASES = {
     "noisy tower": (gf.repeat(gf.serial(mix=gf.layers.dense(4, 4), drop=gf.layers.dropout(0.5)), 2), (4,)),
 }
 
+WHOLE = ("mlp", "gpt", "llama", "cnn", "rnn", "vit")  # names of whole networks start with these
+MAKE = {
+    "mlp": gf.mlp,
+    "cnn": gf.cnn,
+    "rnn": lambda **settings: on_tokens(gf.rnn(**settings), 7),
+    "gpt": lambda **settings: on_tokens(gf.gpt(gf.GPTConfig(**settings)), 7),
+    "vit": lambda **settings: gf.vit(gf.ViTConfig(**settings)),
+}
 QUICK = {"dense", "rms_norm", "mlp", "serial, residual, repeat"}  # one of each kind; all others are slow
 pytestmark = pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
@@ -196,3 +206,16 @@ def test_a_wrong_shape_of_any_parameter_raises_with_its_path(name):
         name = "/".join(entry.key for entry in path)
         assert str(error.value).startswith(f"{name}: expected {list(leaf.shape)}")
         assert str([*leaf.shape, 7]) in str(error.value)
+
+
+def test_a_whole_net_is_made_again_from_its_description(name):
+    net, params, xs = case(name)
+    if not name.startswith(WHOLE) and "deep mlp" not in name:
+        assert net.description is None
+        return
+    description = json.loads(json.dumps(net.description))
+    again = MAKE[description["net"]](**description["settings"])
+    assert again.description == net.description
+    assert again.spec.keys() == net.spec.keys()
+    chex.assert_trees_all_equal_shapes_and_dtypes(again.spec, net.spec)
+    np.testing.assert_array_equal(jax.jit(again.apply)(params, xs[0]), jax.jit(net.apply)(params, xs[0]))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -28,6 +28,9 @@ class Net:
     Args:
         spec: a nested dict of `Param`.
         apply: `(params, x) -> y` for one example, or `(params, x, key=None) -> y` if the net is stochastic.
+        description: what the net was made with, as JSON: `{"net": "mlp", "settings": {"sizes": [2, 1], ...}}`. Whole
+            networks of gradfn have one, unless an activation is a function without a name in
+            `gf.layers.activations`; it is None for other nets. `gf.fit` writes it into a run's folder.
 
     `net.apply` first checks the parameters against the spec, and raises `ParameterError` if they differ.
 
@@ -39,6 +42,7 @@ class Net:
 
     spec: Spec
     apply: Callable
+    description: Mapping[str, Any] | None = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         _params.named_leaves(self.spec, _params.is_param)  # raises if two leaves have the same path

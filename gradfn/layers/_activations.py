@@ -52,3 +52,15 @@ def activation(name: str | Activation) -> Activation:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"activation: expected one of {', '.join(activations)}; got {name!r}.{hint}")
     return activations[name]
+
+
+def name_of(squash: str | Activation) -> str | None:
+    """Return the name of an activation in `gf.layers.activations`; None for a function without one.
+
+    >>> import jax, jax.numpy as jnp
+    >>> name_of(jax.nn.relu), name_of("tanh"), name_of(jnp.sin)
+    ('relu', 'tanh', None)
+    """
+    if isinstance(squash, str):
+        return squash
+    return next((name for name, function in activations.items() if function is squash), None)

@@ -17,6 +17,7 @@ from gradfn.layers._activations import activation as activation_named
 from gradfn.layers._conv import conv, max_pool
 from gradfn.layers._dense import dense
 from gradfn.layers._dropout import dropout as dropout_layer
+from gradfn.nets._description import described
 from gradfn.nets.transformer import cast
 
 
@@ -60,6 +61,16 @@ def cnn(
     >>> gf.count(net.spec), net.apply(net.init(jax.random.key(0)), jnp.zeros(784)).shape
     (421642, (10,))
     """
+    settings = {
+        "image": image,
+        "channels": channels,
+        "hidden": hidden,
+        "classes": classes,
+        "window": window,
+        "activation": activation,
+        "dropout": dropout,
+        "compute": compute,
+    }
     height, width, n_in = image = tuple(image)
     squash = activation_named(activation)
     convs: dict[str, Net] = {}
@@ -98,4 +109,5 @@ def cnn(
 
     spec: Spec = {name: layer.spec for name, layer in (convs | denses).items()}
     spec[last] = with_axes(spec[last], None, "mlp_in")
-    return Net(spec, with_or_without_key(run, bool(dropout)))
+    apply = with_or_without_key(run, bool(dropout))
+    return Net(spec, apply, description=described("cnn", settings))

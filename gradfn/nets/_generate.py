@@ -39,6 +39,7 @@ class LanguageModel(Net):
         context: the number of tokens that a state can hold; None for no limit.
         hidden: `(params, tokens) -> [T, width]`, with `key=` like `apply`: what the head reads; None without a head.
         head: `(params, hidden [T, width]) -> logits [T, vocab_size]`, the rest of `apply`.
+        description: as in `gf.Net`.
     """
 
     start: Callable[[Params], Any]

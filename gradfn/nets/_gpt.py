@@ -19,6 +19,7 @@ from gradfn.layers._dropout import dropout
 from gradfn.layers._embed import embed, sinusoidal
 from gradfn.layers._feed_forward import feed_forward, swiglu
 from gradfn.layers.norms import layer_norm, rms_norm
+from gradfn.nets._description import described
 from gradfn.nets._generate import LanguageModel
 from gradfn.nets.transformer import block, cast, gpt2_init, stack_blocks, stack_of
 
@@ -178,7 +179,10 @@ def gpt(config: GPTConfig) -> LanguageModel:
         return logits_of(params, x), {"blocks": caches, "length": state["length"] + len(tokens)}
 
     forward = apply_with_dropout if config.dropout else apply
-    return LanguageModel(spec, forward, start, step, config.context, hidden, logits_of)
+    description = described("gpt", vars(config))
+    return LanguageModel(
+        spec, forward, start, step, config.context, hidden, logits_of, description=description
+    )
 
 
 def _attention(config: GPTConfig) -> Net:

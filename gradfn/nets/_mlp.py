@@ -14,6 +14,7 @@ from gradfn.core.params import Param, Params
 from gradfn.layers._activations import Activation
 from gradfn.layers._activations import activation as activation_named
 from gradfn.layers._dense import affine
+from gradfn.nets._description import described
 
 
 def hidden_width(n_in: int, n_out: int) -> int:
@@ -79,7 +80,8 @@ def mlp(
             a = z if squash is None else tap(squash(z), f"a{i}")
         return a.reshape(-1, 1) if column else a  # [n] -> [n, 1]
 
-    return Net(spec, apply)
+    settings = {"sizes": sizes, "activation": activation, "output": output}
+    return Net(spec, apply, description=described("mlp", settings))
 
 
 def _wrong_input(sizes: list[int], actual: tuple[int, ...]) -> str:

@@ -17,6 +17,7 @@ from gradfn.core.params import Params
 from gradfn.layers._dense import dense
 from gradfn.layers._embed import embed
 from gradfn.layers.recurrent import gru, lstm, recurrent_state, vanilla_rnn
+from gradfn.nets._description import described
 from gradfn.nets._generate import LanguageModel
 
 _CELLS: dict[str, Callable[[int, int], Net]] = {"vanilla": vanilla_rnn, "gru": gru, "lstm": lstm}
@@ -94,4 +95,6 @@ def rnn(
     def apply(params: Params, tokens: jax.Array) -> jax.Array:
         return logits_of(params, hidden(params, tokens))
 
-    return LanguageModel(spec, apply, start, step, None, hidden, logits_of)
+    settings = {"vocab": vocab, "width": width, "cell": cell, "n_layers": n_layers}
+    description = described("rnn", settings)
+    return LanguageModel(spec, apply, start, step, None, hidden, logits_of, description=description)

@@ -19,6 +19,7 @@ from gradfn.layers._dense import dense
 from gradfn.layers._dropout import dropout
 from gradfn.layers._feed_forward import feed_forward
 from gradfn.layers.norms import layer_norm
+from gradfn.nets._description import described
 from gradfn.nets.transformer import block, cast, gpt2_init, stack_of
 
 
@@ -137,4 +138,5 @@ def vit(config: ViTConfig) -> Net:
         with scope("head"):
             return tap(head.apply(params["head"], x).astype(output_dtype), "logits")
 
-    return Net(spec, with_or_without_key(run, bool(config.dropout)))
+    apply = with_or_without_key(run, bool(config.dropout))
+    return Net(spec, apply, description=described("vit", vars(config)))

@@ -20,14 +20,13 @@ from gradfn.core.params import Params
 from gradfn.data import DataError, Tokenizer, tokenizer_from
 from gradfn.data._tokenizer import TokenizerFile
 from gradfn.files import FileError, inside, read_json
-from gradfn.layout import CHECKPOINT
+from gradfn.layout import CHECKPOINT, MODEL
 from gradfn.nets import GPTConfig, LanguageModel, gpt, rnn, stream
 from gradfn.runs.config import check, option
 from gradfn.runs.folder import RUNS, RunError, latest, write_json
-from gradfn.stored import newest, parameter_shapes
+from gradfn.stored import model_file, newest, parameter_shapes
 from gradfn.train import load_params
 
-MODEL = "model.json"
 CACHE_LIMIT = 1 << 30  # values that a GPT keeps of a whole context while it writes
 
 
@@ -36,7 +35,7 @@ class ModelFile(TypedDict):
 
     net: Literal["gpt", "rnn"]
     settings: dict[str, Any]  # fields of GPTConfig, or of RNNSettings
-    tokenizer: TokenizerFile
+    tokenizer: TokenizerFile | None  # None in a file of `gf.fit`, which does not know it
     lines: bool
 
 
@@ -90,9 +89,12 @@ def save_model(folder: Path, net: str, settings: dict[str, Any], tokenizer: Toke
     """
     content = {"net": net, "settings": settings, "tokenizer": tokenizer.to_dict(), "lines": lines}
     file = inside(folder, MODEL)
-    if os.path.lexists(file) and read_json(file, ModelFile) != content:
-        raise RunError(f"{file} belongs to another model or text. Use another folder")
-    write_json(file, content)
+    found: Any = read_json(file, ModelFile) if os.path.lexists(file) else {}
+    if found:
+        of_fit = content | {"tokenizer": None, "lines": False}
+        if {name: found[name] for name in content} not in (content, of_fit):
+            raise RunError(f"{file} belongs to another model or text. Use another folder")
+    write_json(file, {**found, **content})
 
 
 def load_model(run: str | Path) -> Model:
@@ -114,7 +116,14 @@ def load_model(run: str | Path) -> Model:
     file = inside(folder, MODEL)
     if not os.path.lexists(file):
         raise RunError(_no_model(folder))
+    if not _writes(folder):
+        raise RunError(_no_model(folder))
     content = read_json(file, ModelFile)
+    if content["tokenizer"] is None:
+        raise RunError(
+            f"{folder}: was trained on tokens, and no tokenizer is known that makes texts of them; generate tokens "
+            "with gf.generate(net, params, prompt, n)"
+        )
     stored = newest(folder)
     if stored is None:
         raise FileError(f"{folder / CHECKPOINT}: there is no such file")
@@ -163,14 +172,25 @@ def _net(kind: str, settings: dict[str, Any], vocab: int, shapes: list[tuple[int
 
 def _no_model(run: str | Path) -> str:
     """Return the error for a run without a model to sample from."""
-    parts = sorted(file.parent for file in Path(run).glob(f"*/{MODEL}"))
+    parts = sorted(file.parent for file in Path(run).glob(f"*/{MODEL}") if _writes(file.parent))
     if not parts and (last := latest(run)):
-        parts = sorted(file.parent for file in last.glob(f"*/{MODEL}"))
+        parts = sorted(file.parent for file in last.glob(f"*/{MODEL}") if _writes(file.parent))
     if parts:
         return f"{run}: has several models; name one of {', '.join(map(str, parts))}"
     if not Path(run).exists() and not latest(run):
         return f"{run}: neither a run's folder nor an experiment with a run in {RUNS / run}; gradfn run gpt makes one"
-    return f"{run}: not a run of a language model (it has no {MODEL}); gradfn run gpt trains one"
+    file = Path(run) / MODEL
+    why = f"its {MODEL} describes another network" if os.path.lexists(file) else f"it has no {MODEL}"
+    return f"{run}: not a run of a language model ({why}); gradfn run gpt trains one"
+
+
+def _writes(folder: Path) -> bool:
+    """Return whether a folder has a language model, or a description that cannot be read."""
+    try:
+        found = model_file(folder)
+    except FileError:
+        return True
+    return found is not None and found["net"] in ("gpt", "rnn")
 
 
 def write(model: Model, config: Config) -> Iterator[int]:

@@ -36,6 +36,7 @@ from gradfn.train.folder import own, prepare
 from gradfn.train.identity import Identity, identity
 from gradfn.train.log import Log, refuse_names
 from gradfn.train.memory import keep_blocks_of_steps
+from gradfn.train.model_file import check_model_file, write_model_file
 from gradfn.train.notes import Notes, Settings, Totals, check_same_run, of_another_run
 from gradfn.train.peak import peak_of
 from gradfn.train.placing import automatic, mesh_context, mesh_of, place
@@ -166,7 +167,8 @@ def fit(
         stop: `(history) -> bool`, called after each evaluation; True ends the run. See `gf.stalled`.
         folder: where to write `metrics.jsonl`, `inspections.jsonl`, `noise.jsonl`, `spikes.jsonl`, TensorBoard events
             and the checkpoint; None writes nothing. A run owns its folder: unless it resumes, files that an earlier
-            run of `fit` wrote there are removed (other files stay). `gradfn report FOLDER` makes a page of it. The
+            run of `fit` wrote there are removed (other files stay). `gf.report(folder)` makes a page of it. Where the
+            loss is gradfn's own and its net has a description (see `gf.Net`), `model.json` holds that. The
             checkpoint holds the state and how far each file of rows reaches; a run that resumes truncates them to that.
         checkpoint_seconds: write a checkpoint when this much time has passed since the last (more where
             writing one takes over a twentieth of it), and at the end. It is written while the next steps run.
@@ -211,7 +213,8 @@ def fit(
         TypeError: a loss of one example; labels that are not integers; an optimizer that is not one; an iterable of
             batches; nothing in `params` can be trained, or it holds state that must not be (it says what to write); a
             loss that does not return the state that it takes.
-        FileError: another run trains in the folder; or something in it is a link, which is not followed.
+        FileError: another run trains in the folder; or something in it is a link, which is not followed; or its
+            `model.json`, with a tokenizer, describes another network.
         OSError: a file in the folder cannot be written (the disk is full, for instance); it names the file. The last
             good checkpoint is kept, and `resume` continues from it.
         CheckpointError: `resume` finds a checkpoint of another run, or one that cannot be read; it says what
@@ -281,6 +284,7 @@ def fit(
         )
         stack.enter_context(own(log.folder))
         if root:
+            check_model_file(root, loss)
             stored = restore.find(root) if resume else None
             if stored:
                 run.resume(log, root, stored)
@@ -288,6 +292,7 @@ def fit(
                 return run.result(log)
             if log.folder:
                 prepare(log.folder, resume=stored is not None, keep=keep_every is not None)
+                write_model_file(log.folder, loss)
         eval_every = settings["eval_every"] or min(source.epoch_steps or max(steps // 10, 1), steps)
         settings["eval_every"] = eval_every
         periods = [every for every in (eval_every, noise_every, keep_every, source.order_steps) if every]
