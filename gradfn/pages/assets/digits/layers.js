@@ -1,9 +1,10 @@
 // The layers: a button for each node, with its weights as an image and its activation as a bar.
 import { element, number, perRow } from "gradfn/core/dom.js";
 import { paint, scaleOf } from "gradfn/core/paint.js";
+import { term } from "gradfn/core/terms.js";
 import { PIXELS } from "gradfn/digits/network.js";
 
-const HINT = "Image: its weights (red excites, blue inhibits). Bar: its activation.";
+const hint = () => ["Image: its weights (red excites, blue inhibits). Bar: its ", term("activation"), "."];
 
 // Call `clicked(layer, node)` for a click, `reached(layer, node)` for the arrow keys.
 export function makeLayers(find, model, clicked, reached) {
@@ -30,10 +31,11 @@ export function makeLayers(find, model, clicked, reached) {
     group.style.setProperty("--tile", of.length > 40 ? "2.1rem" : of.length > 20 ? "3rem" : "3.9rem");
     group.addEventListener("keydown", (event) => move(event, l));
     const title = element("h3", {}, names[l]);
+    if (l === last && net.loss === "cross-entropy") title.append(element("small", {}, term("softmax")));
     const made = element("div", { class: `column ${kind}-column` }, title, group);
     if (l === 0 && last) {
       title.append(element("span", { class: "call" }, "click one"));
-      made.append(element("p", { class: "hint" }, HINT));
+      made.append(element("p", { class: "hint" }, ...hint()));
     }
     return made;
   }

@@ -1,8 +1,11 @@
 // One node in detail: its weights, its signal, its bias for inactivity, its region, its gradient.
+import { activations } from "gradfn/core/activations.js";
 import { bars, element, follow, gradientOf, number, perRow, sub } from "gradfn/core/dom.js";
 import { gradients } from "gradfn/digits/mlp.js";
 import { PIXELS } from "gradfn/digits/network.js";
 import { paint, scaleOf } from "gradfn/core/paint.js";
+import { term } from "gradfn/core/terms.js";
+import { stateOf } from "gradfn/digits/terms.js";
 
 // Call `biasMoved(value)` and `regionDrawn(region or null)` for the shown node.
 export function makeNode(find, model, biasMoved, regionDrawn, undone) {
@@ -12,8 +15,11 @@ export function makeNode(find, model, biasMoved, regionDrawn, undone) {
   const weights = find("node-weights"), slider = find("bias");
   let chosen = null; // { layer, node }
 
-  slider.addEventListener("input", () => biasMoved(Number(slider.value)));
-  find("undo").addEventListener("click", undone);
+  slider.addEventListener("input", () => biasMoved(Number(Number(slider.value).toFixed(3))));
+  find("undo").addEventListener("click", () => {
+    if (document.activeElement === find("undo")) slider.focus({ preventScroll: true }); // the button disappears
+    undone();
+  });
 
   // Dragging on the weights selects a region; a click restores the whole image.
   const canHaveRegion = () => chosen.layer === 0;
@@ -79,7 +85,7 @@ export function makeNode(find, model, biasMoved, regionDrawn, undone) {
     Object.assign(slider, { min: -reach, max: reach, value: bias });
     const plain = squash === "none";
     find("bias-value").textContent = number(bias);
-    find("node-sum").innerHTML = `Weighted sum &ensp; w · ${layer ? `a${sub(layer)}` : "x"} = <b>${number(sum)}</b>`;
+    find("node-sum").innerHTML = `w · ${layer ? `a${sub(layer)}` : "x"} = <b>${number(sum)}</b>`;
     find("node-fires").textContent = plain
       ? "Added to the weighted sum."
       : `It fires where the weighted sum is over ${number(-bias)}.`;
@@ -87,7 +93,9 @@ export function makeNode(find, model, biasMoved, regionDrawn, undone) {
     find("node-out").innerHTML = plain ? sums : `${sums}<br>a = ${squash}(z) = <b>${number(a)}</b>`;
     const names = plain ? [`z${layer + 1}`] : [`a${layer + 1}`, `z${layer + 1}`];
     const gradientTexts = names.map((name) => `${gradientOf(name)} = ${number(grads[name][node])}`);
-    find("node-gradients").innerHTML = `Gradient of the loss: ${gradientTexts.join(", ")} = ${gradientOf("b")}`;
+    find("node-gradients").innerHTML = `${gradientTexts.join(", ")} = ${gradientOf("b")}.`;
+    const looks = stateOf(squash, activations[squash].slope(z, a));
+    if (find("node-state").textContent !== looks) find("node-state").replaceChildren(...(looks ? [term(looks)] : []));
   }
 
   // The node's contribution to each node of the next layer.

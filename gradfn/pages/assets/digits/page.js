@@ -1,13 +1,18 @@
 // The running network: it computes every node's activation for an image, and the gradient of the loss.
 import { enlarge, prepare } from "gradfn/core/prepare.js";
+import { activations } from "gradfn/core/activations.js";
 import { element, within } from "gradfn/core/dom.js";
+import { keepInAddress } from "gradfn/core/hash.js";
+import { changesFromText, changesToText, index } from "gradfn/digits/address.js";
 import { makeLayers } from "gradfn/digits/layers.js";
+import { makeDigitsLesson } from "gradfn/digits/lesson.js";
 import { gradients } from "gradfn/digits/mlp.js";
 import { build, changeable, compute, PIXELS } from "gradfn/digits/network.js";
 import { makeNode } from "gradfn/digits/node.js";
 import { makePad } from "gradfn/core/pad.js";
 import { newPalette, paint } from "gradfn/core/paint.js";
 import { makeSteps } from "gradfn/digits/steps.js";
+import { defineTerms } from "gradfn/digits/terms.js";
 
 export function start(section, content) {
   const find = within(section);
@@ -20,6 +25,7 @@ export function start(section, content) {
   // `asked` is false while no label was chosen: then the label is the network's own prediction.
   const state = { x: samples[0], sample: 0, label: content.labels[0], asked: true, layer: 0, node: 0 };
   let now = compute(net, state.x, state.label);
+  let changed = () => {}; // tells the address and the lesson, once they are there
 
   const prepared = (ink, side) => prepare(ink, side, spline);
   const drawn = (ink, side) => change({ x: prepared(ink, side) || new Float64Array(784), sample: null, asked: false });
@@ -27,6 +33,7 @@ export function start(section, content) {
   const select = (layer, node) => {
     Object.assign(state, { layer, node });
     show();
+    changed();
   };
   const click = (layer, i) => {
     select(layer, i);
@@ -46,7 +53,7 @@ export function start(section, content) {
     },
   );
   const setLabel = (label) => change({ label, asked: true });
-  const steps = makeSteps(find, net, setLabel);
+  const steps = makeSteps(find, net, setLabel, () => changed());
 
   const buttons = samples.map((_, i) => {
     const name = `Test digit, a ${content.labels[i]}${i < 10 ? "" : ", which the network misclassifies"}`;
@@ -80,6 +87,47 @@ export function start(section, content) {
       now = compute(net, state.x, predicted);
     }
     show();
+    changed();
+  }
+
+  // The numbers of the node that is open.
+  function opened() {
+    const { layer, node } = state, { nIn, W, b, squash } = net.layers[layer];
+    const [weights, ofTraining] = [W, trained.layers[layer].W].map((all) => Array.from(all.subarray(node * nIn, (node + 1) * nIn)));
+    const input = layer ? now.pass.a[layer - 1] : state.x;
+    const sumOf = (row) => row.reduce((sum, weight, j) => sum + weight * input[j], 0);
+    const z = now.pass.z[layer][node], a = now.pass.a[layer][node];
+    const biases = { bias: b[node], trainedBias: trained.layers[layer].b[node] };
+    const sums = { sum: sumOf(weights), whole: sumOf(ofTraining), z, a, slope: activations[squash].slope(z, a) };
+    return { layer, node, weights, input, squash, ...biases, ...sums };
+  }
+
+  // The state as texts by name, without what is as at the start; and back.
+  function address() {
+    const { sample, label, asked, layer, node } = state;
+    return {
+      sample: sample || null,
+      ink: sample === null ? pad.text() : "",
+      label: asked && label !== content.labels[sample ?? -1] ? label : null,
+      node: layer || node !== firstNode ? `${layer}.${node}` : null,
+      ...changesToText(model),
+      steps: steps.shown() === 1 ? null : steps.shown(),
+    };
+  }
+
+  function restore(texts) {
+    const { biases, regions } = changesFromText(texts, model, PIXELS);
+    model.asTrained();
+    biases.forEach((each) => model.setBias(...each));
+    regions.forEach((each) => model.setRegion(...each));
+    layers.paintAll();
+    const [layer, node] = (texts.node ?? "").split(".");
+    const l = index(layer, net.layers.length) ?? 0, i = index(node, net.layers[l].nOut);
+    Object.assign(state, i === null ? { layer: 0, node: firstNode } : { layer: l, node: i });
+    if (!texts.ink || !pad.read(texts.ink)) pick(index(texts.sample, samples.length) ?? 0);
+    const label = index(texts.label, 10);
+    if (label !== null) setLabel(label);
+    steps.reveal(index(texts.steps, 1000) ?? 1);
   }
 
   function show() {
@@ -98,18 +146,27 @@ export function start(section, content) {
     show();
   }
 
-  // Select the node that contributes most to the output for the first digit.
+  // Open the node that contributes most to the output for the first digit.
   if (net.layers.length > 1) {
     const { nIn, W } = net.layers[1];
     const predicted = net.layers.length === 2 ? state.label : 0;
     const contributions = now.pass.a[0].map((a, i) => W[predicted * nIn + i] * a);
     state.node = contributions.indexOf(Math.max(...contributions));
   }
+  const firstNode = state.node;
   document.documentElement.addEventListener("theme", paintAll);
   paintAll();
+  defineTerms(section, net, opened, () => now, () => state.label);
+  const page = { model, state, labels: content.labels, now: () => now, open: opened, shown: steps.shown, steps: () => now.steps };
+  const lesson = makeDigitsLesson(section, find, page);
+  const keep = keepInAddress(section, restore);
+  changed = () => {
+    keep(address());
+    lesson.update();
+  };
 
   // For tests, and for use in the browser's console.
   const tools = { build, compute, gradients, prepare: prepared, enlarge: (gray) => enlarge(gray, spline) };
   const controls = { pick, select, setBias, setRegion, setLabel, step: steps.next };
-  return { ...tools, ...controls, net, samples, state, now: () => now };
+  return { ...tools, ...controls, lesson, address, opened, net, samples, state, now: () => now };
 }

@@ -3,8 +3,8 @@ import { bars, element, gradientOf, number, perRow, sub } from "gradfn/core/dom.
 import { PIXELS } from "gradfn/digits/network.js";
 import { paint, paintTiles } from "gradfn/core/paint.js";
 
-// Call `chosen(label)` when another correct label is chosen.
-export function makeSteps(find, net, chosen) {
+// Call `chosen(label)` when another correct label is chosen, `revealed()` when more or fewer steps are shown.
+export function makeSteps(find, net, chosen, revealed) {
   const last = net.layers.length - 1;
   const entropy = net.loss === "cross-entropy";
   let steps = [];
@@ -19,6 +19,7 @@ export function makeSteps(find, net, chosen) {
   function reveal(n) {
     shown = Math.min(Math.max(n, 0), steps.length);
     draw();
+    revealed();
   }
   find("next").addEventListener("click", () => reveal(shown + 1));
   find("previous").addEventListener("click", () => reveal(shown - 1));
@@ -75,17 +76,23 @@ export function makeSteps(find, net, chosen) {
 
   function draw() {
     find("steps").replaceChildren(...steps.map(card));
+    const focused = document.activeElement, buttons = ["next", "every", "previous"].map(find);
     find("next").disabled = find("every").disabled = shown === steps.length;
     find("previous").disabled = shown === 0;
+    // A button that can no longer be pressed passes the keyboard's focus on.
+    if (buttons.includes(focused) && focused.disabled) buttons.find((each) => !each.disabled).focus();
   }
 
   return {
     next: () => reveal(shown + 1),
+    reveal,
+    shown: () => shown,
     show(now, label) {
       steps = now.steps;
       labels[label].checked = true;
       const formula = entropy ? `−log p${sub(label)}` : `½ Σ (a${sub(last + 1)} − y)²`;
-      find("loss").innerHTML = `Loss L = ${formula} = <b>${number(now.loss)}</b>${entropy ? " nats" : ""}`;
+      find("loss").innerHTML = `${formula} = <b>${number(now.loss)}</b>`;
+      find("loss-unit").hidden = !entropy;
       draw();
     },
   };
