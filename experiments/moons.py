@@ -23,6 +23,7 @@ import gradfn as gf
 from gradfn import runs
 from gradfn.files import replace_file
 from gradfn.pages.figures import curves, new_figure
+from gradfn.runs.training_set import TrainingSet, keep_training_set
 from gradfn.timings import phase
 
 from ._common import SeededOptions, conclude, defaults
@@ -92,6 +93,7 @@ def run(config: Config) -> Result:
         for step, loss, share in zip(steps, losses, accuracies, strict=True)
     ]
     runs.keep_training(folder, history, params)
+    keep_for_page(folder, config, start, train, test)
     with phase("pictures"):
         figures = {"strip": strip(steps, frames, accuracies, axes, train), "curves": curves(history)}
         animation(steps, frames, accuracies, axes, train, folder / "boundary.gif")
@@ -110,6 +112,22 @@ def moons(config: Config) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarr
     x, y = make_moons(config.points + N_TEST, noise=config.noise, random_state=config.seed)
     x, y = x.astype(np.float32), y.astype(np.int32)
     return (x[N_TEST:], y[N_TEST:]), (x[:N_TEST], y[:N_TEST])
+
+
+def keep_for_page(folder: Path, config: Config, start: Any, train: Any, test: Any) -> None:
+    """Keep the points and the initial parameters, so that the page of the run can train on them."""
+    about = {
+        "inputs": "plane",
+        "data": "two moons",
+        "activation": config.activation,
+        "rate": config.rate,
+        "batch": 0,
+        "steps": config.steps,
+        "seed": config.seed,
+        "examples": len(train[1]),
+        "levels": 1,
+    }
+    keep_training_set(folder, TrainingSet(jax.tree.map(np.asarray, start), train, test, None, about))
 
 
 def moments(steps: int) -> np.ndarray:

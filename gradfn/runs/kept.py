@@ -40,6 +40,7 @@ from gradfn.runs.rows import (
     noise,
     spikes,
 )
+from gradfn.runs.training_set import TRAINING_SET, TrainingSet, load_training_set
 from gradfn.stored import newest, parameter_shapes
 from gradfn.stored import notes as notes_of
 
@@ -91,6 +92,8 @@ class Kept(NamedTuple):
         pictures_left_out: files of pictures that are not shown, with the reason.
         net_left_out: whether there is a digit network that is too large to be read.
         drawings: SVG files, by their names without the ending, which the page prefers to a PNG of the same name.
+        training_set: what the page trains with; None where the run has kept no such file.
+        training_set_left_out: whether there is one that is too large to be read.
     """
 
     folder: Path
@@ -105,6 +108,8 @@ class Kept(NamedTuple):
     pictures_left_out: Mapping[str, str] = {}
     net_left_out: bool = False
     drawings: Mapping[str, bytes] = {}
+    training_set: TrainingSet | None = None
+    training_set_left_out: bool = False
 
 
 def read_run(run: str | Path) -> Kept:
@@ -125,6 +130,9 @@ def read_run(run: str | Path) -> Kept:
     pictures, drawings, pictures_left_out = _pictures(folder)
     has_net = os.path.lexists(net)
     net_left_out = net.is_file() and net.stat().st_size > NET_LIMIT
+    training_set = inside(folder, TRAINING_SET)
+    has_set = os.path.lexists(training_set)
+    set_left_out = training_set.is_file() and training_set.stat().st_size > NET_LIMIT
     return Kept(
         folder=folder,
         experiment=config["experiment"],
@@ -140,6 +148,8 @@ def read_run(run: str | Path) -> Kept:
         pictures_left_out=pictures_left_out,
         net_left_out=net_left_out,
         drawings=drawings,
+        training_set=load_training_set(training_set) if has_set and not set_left_out else None,
+        training_set_left_out=set_left_out,
     )
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gradfn.pages.live._digits import digits
+from gradfn.pages.live._train import train
 from gradfn.pages.live.part import Live
 from gradfn.runs.kept import Kept
 
 # Each takes a run and the bytes that are left. It returns a part of the page; None where the run has no such network;
 # or a sentence, where it has one that is left out.
-KINDS: tuple[Callable[[Kept, int], Live | str | None], ...] = (digits,)
+KINDS: tuple[Callable[[Kept, int], Live | str | None], ...] = (digits, train)
 
 
 def live_parts(run: Kept, room: int) -> tuple[list[Live], list[str]]:
