@@ -2,7 +2,7 @@
 
 const probe = document.createElement("i");
 
-function color(name) {
+export function color(name) {
   document.body.append(probe);
   probe.style.color = `var(--${name})`;
   const rgb = getComputedStyle(probe).color.match(/[\d.]+/g).slice(0, 3).map(Number);

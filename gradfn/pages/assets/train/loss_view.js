@@ -1,0 +1,23 @@
+// The loss over the steps, on the training and on the test examples.
+import { makeLines } from "gradfn/train/lines.js";
+
+const WIDE = 30; // the ratio of losses from which their axis is logarithmic
+
+export function makeLossView(find) {
+  const chart = makeLines(find("loss"), { title: "Loss (nats)", unit: "nats" });
+  return {
+    show({ records, tests, step }) {
+      const training = records.map((record) => [record.step, record.loss]);
+      const values = training.map(([, loss]) => loss).filter(Number.isFinite);
+      const log = values.reduce((a, b) => Math.max(a, b), 0) > WIDE * values.reduce((a, b) => Math.min(a, b), Infinity);
+      chart.show(
+        [
+          { name: "training", color: "var(--c0)", points: training },
+          { name: "test", color: "var(--c1)", points: tests.map((test) => [test.step, test.loss]), dashed: true },
+        ],
+        step,
+        { log },
+      );
+    },
+  };
+}

@@ -1,0 +1,83 @@
+// Signs that a training goes wrong: which quantity left its range, at which step, with its value.
+import { number } from "gradfn/core/dom.js";
+import { countedFor } from "gradfn/train/units.js";
+
+// As the flags of gf.inspect: a gradient relative to the last layer's; the share of units.
+const VANISHING = 1e-3, EXPLODING = 1e3, SHARE = 0.5;
+const TOO_LONG = 1, TOO_SHORT = 1e-3, EARLY = 20; // updates relative to the weights; steps
+const RISEN = 2, STALLED = 0.9, LATE = 200; // losses relative to the first one; steps
+
+const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
+
+// Where the values of layers are furthest in a direction, and cross a limit there: { layer, value }, else null.
+function worst(values, limit, larger) {
+  const sign = larger ? 1 : -1;
+  let layer = 0;
+  values.forEach((value, l) => {
+    if (sign * value > sign * values[layer]) layer = l;
+  });
+  return values.length && sign * values[layer] > sign * limit ? { layer, value: values[layer] } : null;
+}
+
+// Each sign returns a sentence where it shows in a record, given the first record of the training.
+const signs = {
+  loss: ({ loss }, first) =>
+    loss > RISEN * Math.max(first.loss, 0.1) &&
+    `The loss is ${number(loss)} nats, ${number(loss / first.loss)} times the first one.`,
+  vanishing: ({ norms }) => {
+    const last = norms[norms.length - 1];
+    const found = worst(norms.slice(0, -1).map((each) => each / last), VANISHING, false);
+    return found && `The gradient vanishes: its norm at layer ${found.layer + 1} is ${number(norms[found.layer])}, ` +
+      `${number(found.value)} times the last layer's.`;
+  },
+  exploding: ({ norms }) => {
+    const last = norms[norms.length - 1];
+    const found = worst(norms.slice(0, -1).map((each) => each / last), EXPLODING, true);
+    return found && `The gradient explodes: its norm at layer ${found.layer + 1} is ${number(norms[found.layer])}, ` +
+      `${number(found.value)} times the last layer's.`;
+  },
+  units: ({ units }, first, activation) => {
+    const found = units && worst(units, SHARE, true);
+    if (!found) return null;
+    const layer = `layer ${found.layer + 1}`, share = percent(found.value);
+    return countedFor(activation) === "dead"
+      ? `Units are dead: ${share} of ${layer} are zero for every example of the batch.`
+      : `Units are saturated: ${share} of the activations of ${layer} have almost no slope.`;
+  },
+  large: ({ ratios }) => {
+    const found = ratios && worst(ratios, TOO_LONG, true);
+    return found && `The update is too large: that of layer ${found.layer + 1} is ${number(found.value)} times as long as its weights.`;
+  },
+  small: ({ step, ratios }) => {
+    if (step !== EARLY || !ratios || Math.max(...ratios) >= TOO_SHORT) return null;
+    return `The update is too small: in no layer is it longer than ${number(Math.max(...ratios))} times the weights.`;
+  },
+  stalled: ({ step, loss }, first) =>
+    step === LATE && loss > STALLED * first.loss &&
+    `It hardly learns: the loss is ${number(loss)} nats, after ${number(first.loss)} at the start.`,
+};
+
+const fault = ({ first, loss }) =>
+  first
+    ? `A number is not finite, and the training has stopped: ${first.name}${first.layer + 1}, ${first.of} of layer ` +
+      `${first.layer + 1}, is ${first.value}. It was the first one.`
+    : `The loss is not finite (${loss}), and the training has stopped.`;
+
+// Collect signs over the records of a training, each once: `look(record)`, then `found` is [{ kind, step, text }].
+export function makeSigns(activation) {
+  const found = [];
+  let first = null;
+  return {
+    found,
+    look(record) {
+      first ??= record;
+      const add = (kind, text) => found.push({ kind, step: record.step, text });
+      if (record.fault) return add("fault", fault(record.fault));
+      for (const [kind, sentence] of Object.entries(signs)) {
+        if (found.some((each) => each.kind === kind)) continue;
+        const text = sentence(record, first, activation);
+        if (text) add(kind, text);
+      }
+    },
+  };
+}
