@@ -105,7 +105,7 @@ function makeTiles(canvas) {
     show({ layers }) {
       const { nOut, nIn, W } = layers[0];
       const tiles = Array.from({ length: nOut }, (_, i) => W.subarray(i * nIn, (i + 1) * nIn));
-      const perRow = nOut <= 8 ? nOut : nOut <= 16 ? 8 : Math.ceil(Math.sqrt(1.8 * nOut));
+      const perRow = nOut <= 6 ? nOut : nOut <= 16 ? 6 : Math.ceil(Math.sqrt(1.8 * nOut));
       paintTiles(canvas, tiles, PIXELS, scaleOf(W), perRow);
     },
     repaint() {},

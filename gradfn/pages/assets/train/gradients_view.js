@@ -1,15 +1,16 @@
 // What reaches each layer, and what it does there: the gradient's norm, the length of the update, dead and saturated units.
+import { term } from "gradfn/core/terms.js";
 import { layerColor, makeLines } from "gradfn/train/lines.js";
 import { countedFor } from "gradfn/train/units.js";
 
 const percent = (value) => `${value.toFixed(1)} %`;
 
 export function makeGradientsView(find) {
-  const charts = {
-    norms: makeLines(find("norms"), { title: "Gradient norm, by layer", unit: "nats" }),
-    ratios: makeLines(find("ratios"), { title: "Length of the update ÷ length of the weights" }),
-    saturated: makeLines(find("units"), { title: "Saturated, % of the activations", describe: percent }),
-    dead: null,
+  const norms = makeLines(find("norms"), [term("gradient norm", "Gradient norm"), " of each layer"]);
+  const ratios = makeLines(find("ratios"), [term("update", "Update"), " ÷ weights, in length"]);
+  const unitCharts = {
+    dead: () => makeLines(find("units"), [term("dead unit", "Dead"), ", % of the units"], percent),
+    saturated: () => makeLines(find("units"), [term("saturated unit", "Saturated"), ", % of the activations"], percent),
   };
 
   function byLayer(records, n, value) {
@@ -23,15 +24,14 @@ export function makeGradientsView(find) {
     }));
   }
 
-  let titled = "saturated", units = charts.saturated;
+  let titled = null, units = null;
   return {
     show({ records, step, layers, activation }) {
-      charts.norms.show(byLayer(records, layers, ({ norms }) => norms), step, { log: true });
-      charts.ratios.show(byLayer(records, layers, ({ ratios }) => ratios), step, { log: true });
+      norms.show(byLayer(records, layers, (record) => record.norms), step, { log: true });
+      ratios.show(byLayer(records, layers, (record) => record.ratios), step, { log: true });
       const counted = countedFor(activation);
       if (counted && counted !== titled) {
-        const title = counted === "dead" ? "Dead, % of the units" : "Saturated, % of the activations";
-        units = makeLines(find("units"), { title, describe: percent });
+        units = unitCharts[counted]();
         titled = counted;
       }
       const shown = counted && layers > 1;

@@ -48,7 +48,7 @@ export function spread(wanted, top, bottom) {
 const short = (value, log) => {
   if (value === 0) return "0";
   const power = Math.log10(value);
-  if (log && (power < -2.5 || power > 3.5)) return `1e${Math.round(power)}`.replace("-", "−");
+  if (log && (power < -3.5 || power > 4.5)) return `1e${Math.round(power)}`.replace("-", "−");
   return Number(value.toPrecision(3)).toLocaleString("en", { maximumSignificantDigits: 3 });
 };
 
@@ -58,11 +58,12 @@ function thinned(points) {
   return every < 2 ? points : points.filter((_, i) => i % every === 0 || i === points.length - 1);
 }
 
-// `show(lines, last, { log, top })`: lines are [{ name, color, points: [[step, value], ...] }], `last` the last step.
-export function makeLines(figure, { title, unit, describe = number }) {
+// `caption` is text, or parts with terms. `show(lines, last, { log, top })`: lines are [{ name, color, dashed, points }], their
+// points [[step, value], ...]; `last` is the last step.
+export function makeLines(figure, caption, describe = number) {
   const drawing = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img" });
-  const caption = element("figcaption", {}, title);
-  figure.replaceChildren(caption, drawing);
+  const head = element("figcaption", {}, ...[caption].flat());
+  figure.replaceChildren(head, drawing);
 
   function show(lines, last, { log = false, top } = {}) {
     const end = Math.max(last, 10), bottom = HEIGHT - BOTTOM;
@@ -97,7 +98,7 @@ export function makeLines(figure, { title, unit, describe = number }) {
     });
     drawing.replaceChildren(...parts);
     const values = shown.map(({ name }, i) => `${name} ${describe(ends[i][1])}`);
-    drawing.setAttribute("aria-label", `${title}${unit ? `, in ${unit}` : ""}. Now: ${values.join(", ") || "nothing yet"}.`);
+    drawing.setAttribute("aria-label", `${head.textContent}. Now: ${values.join(", ") || "nothing yet"}.`);
   }
   return { show };
 }

@@ -1,10 +1,11 @@
 // The loss over the steps, on the training and on the test examples.
+import { term } from "gradfn/core/terms.js";
 import { makeLines } from "gradfn/train/lines.js";
 
 const WIDE = 30; // the ratio of losses from which their axis is logarithmic
 
 export function makeLossView(find) {
-  const chart = makeLines(find("loss"), { title: "Loss (nats)", unit: "nats" });
+  const chart = makeLines(find("loss"), [term("loss", "Loss"), ", in ", term("nats")]);
   return {
     show({ records, tests, step }) {
       const training = records.map((record) => [record.step, record.loss]);
