@@ -300,6 +300,7 @@ def train_classifier(
     decay: float,
     expected: Sequence[runs.Expectation],
     figures: Callable[[Any, Any], dict[str, Figure]],
+    keep: Callable[[Path, Any, Any], object] | None = None,
 ) -> ClassifierResult:
     """Train a network on digits that are shifted by up to two pixels, evaluate it on the test digits and draw both.
 
@@ -312,6 +313,8 @@ def train_classifier(
         decay: AdamW's weight decay.
         expected: the expectations of the experiment.
         figures: `(loss, params)` to the experiment's own figures, by name.
+        keep: called with the folder, the parameters and the probabilities of the test digits; it keeps what the page
+            of the run needs.
     """
     n_train = len(data.train[1])
     batch = batch_for(config, n_train, "training digits")
@@ -340,6 +343,8 @@ def train_classifier(
     outcome = judge_classifier(config, expected, accuracy)
     with phase("pictures"):
         all_figures = figures(loss, fitted.params) | classifier_figures(fitted.history, data, probabilities)
+    if keep:
+        keep(folder, fitted.params, probabilities)
     conclude(folder, outcome, all_figures, data.name, test_accuracy=accuracy)
     return ClassifierResult(fitted.params, fitted.history, accuracy, folder, outcome)
 

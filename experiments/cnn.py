@@ -9,6 +9,7 @@ if __name__ == "__main__":
     run_script(__file__)
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,6 +19,7 @@ import numpy as np
 import gradfn as gf
 from gradfn import runs
 from gradfn.pages.images import filter_images, image_maps
+from gradfn.runs.cnn_net import keep_cnn_net
 
 from ._common import ClassifierResult, DigitOptions, load_digits, six_digits, train_classifier
 
@@ -61,7 +63,12 @@ def run(config: Config) -> ClassifierResult:
         filters = filter_images(params["conv1"]["W"], "conv1")
         return {"filters": filters, "maps": maps(loss, params, data)}
 
-    return train_classifier("cnn", config, net, data, epochs, 0.03, EXPECTED, figures)
+    def keep(folder: Path, params: Any, probabilities: Any) -> None:
+        keep_cnn_net(
+            folder, params, data, probabilities, enlarged_from=8 if config.data == "digits" else None
+        )
+
+    return train_classifier("cnn", config, net, data, epochs, 0.03, EXPECTED, figures, keep)
 
 
 def maps(loss: Any, params: Any, data: gf.data.Dataset) -> Figure:

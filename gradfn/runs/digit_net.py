@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, get_args
 
 import numpy as np
 
-from gradfn.files import FileError, open_regular, parse_json, replace_file
-from gradfn.tensors import open_tensors
+from gradfn.runs.live_net import check_arrays, check_labels, choose_samples, read_net, write_net
 
 if TYPE_CHECKING:
     from gradfn.data import Dataset
 
 DIGIT_NET = "digit_net.safetensors"
-Activation = Literal["sigmoid", "tanh", "relu", "gelu"]  # those that assets/mlp.js knows
+Activation = Literal["sigmoid", "tanh", "relu", "gelu"]  # those that the page's modules know
 ACTIVATIONS = get_args(Activation)
-MISTAKES = 2
 PIXELS, LABELS = 784, 10
-LIMIT = 1 << 30  # bytes of the file
 
 
 class About(TypedDict):
@@ -88,9 +84,7 @@ def keep_digit_net(
             raise ValueError(f"keep_digit_net: expected one of {', '.join(ACTIVATIONS)}, got {name!r}")
     if tuple(data.shape) != (28, 28):
         raise ValueError(f"keep_digit_net: expected images of 28x28 pixels, got {list(data.shape)}")
-    from safetensors.numpy import save
-
-    chosen = _samples(data.test[1], np.asarray(probabilities))
+    chosen = choose_samples(data.test[1], np.asarray(probabilities))
     arrays = {name: np.asarray(array, np.float32) for name, array in params.items()}
     arrays |= {"samples": data.test[0][chosen], "labels": np.asarray(data.test[1][chosen], np.int32)}
     if enlarged_from is not None:
@@ -98,9 +92,7 @@ def keep_digit_net(
 
         arrays["spline"] = spline(enlarged_from, 28).astype(np.float32)
     about = {"activation": activation, "output": output, "loss": loss, "data": data.name}
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    replace_file(folder / DIGIT_NET, save(contiguous, metadata={"about": json.dumps(about)}))
-    return folder / DIGIT_NET
+    return write_net(folder / DIGIT_NET, arrays, about)
 
 
 def load_digit_net(file: Path) -> DigitNet:
@@ -109,10 +101,7 @@ def load_digit_net(file: Path) -> DigitNet:
     Raises:
         FileError: the file cannot be read, or its arrays are not those of such a network.
     """
-    open_regular(file, LIMIT).close()
-    with open_tensors(file) as content:
-        about = parse_json(content.metadata()["about"], About, str(file))
-        arrays = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    about, arrays = read_net(file, About)
     _check(file, arrays)
     return DigitNet(
         samples=arrays.pop("samples"),
@@ -130,37 +119,11 @@ def _check(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
     # -1 is any length from 1 up.
     shapes: dict[str, tuple[int, ...]] = {"samples": (-1, PIXELS), "labels": (n_samples,)}
     n_in = PIXELS
-    for layer in range(1, n_layers + 1):
+    for layer in range(1, max(n_layers, 1) + 1):
         n_out = LABELS if layer == n_layers else max(arrays.get(f"b{layer}", np.zeros(0)).size, 1)
         shapes |= {f"W{layer}": (n_out, n_in), f"b{layer}": (n_out,)}
         n_in = n_out
     if "spline" in arrays:
         shapes["spline"] = (28, -1)
-    if not n_layers or shapes.keys() != arrays.keys():
-        found = ", ".join(sorted(arrays))
-        raise FileError(f"{file}: expected the arrays W1, b1, ..., samples and labels, got {found!r:.200}")
-    for name, shape in shapes.items():
-        array, dtype = arrays[name], "int32" if name == "labels" else "float32"
-        fits = len(array.shape) == len(shape) and all(
-            n == m or (m == -1 and n > 0) for n, m in zip(array.shape, shape, strict=True)
-        )
-        if not fits or array.dtype != dtype:
-            expected = f"[{', '.join('n' if n == -1 else str(n) for n in shape)}] {dtype}"
-            raise FileError(f"{file}: {name}: expected {expected}, got {list(array.shape)} {array.dtype}")
-        if not np.isfinite(array).all():
-            raise FileError(f"{file}: {name}: expected finite numbers")
-    labels = arrays["labels"]
-    if labels.min() < 0 or labels.max() >= LABELS:
-        raise FileError(f"{file}: labels: expected 0 to 9, got {labels.min()} to {labels.max()}")
-
-
-def _samples(labels: np.ndarray, probabilities: np.ndarray) -> list[int]:
-    """Return the first correctly classified test example of each label, then the most confident mistakes."""
-    predicted, sure = probabilities.argmax(1), probabilities.max(1)
-    right, wrong = np.flatnonzero(predicted == labels), np.flatnonzero(predicted != labels)
-    firsts = []
-    for label in np.unique(labels):
-        known = right[labels[right] == label]
-        firsts.append(int(known[0] if len(known) else np.flatnonzero(labels == label)[0]))
-    confident = [int(i) for i in wrong[np.argsort(-sure[wrong], kind="stable")] if i not in firsts]
-    return firsts + confident[:MISTAKES]
+    check_arrays(file, arrays, shapes, "W1, b1, ..., samples and labels")
+    check_labels(file, arrays["labels"], LABELS)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 from gradfn.display import reading_order
 from gradfn.files import FileError, inside, read_blocks_of_rows, read_bytes, read_rows
 from gradfn.layout import INSPECTIONS, METRICS, NOISE, SPIKES
+from gradfn.runs.cnn_net import CNN_NET, CnnNet, load_cnn_net
 from gradfn.runs.curve import Curve
 from gradfn.runs.digit_net import DIGIT_NET, DigitNet, load_digit_net
 from gradfn.runs.folder import (
@@ -44,10 +45,11 @@ from gradfn.runs.training_set import TRAINING_SET, TrainingSet, load_training_se
 from gradfn.stored import newest, parameter_shapes
 from gradfn.stored import notes as notes_of
 
+N = TypeVar("N")
 MAX_PARTS = 64  # trainings that a page shows
 MAX_PICTURES = 100
 PICTURE_LIMIT, PICTURES_LIMIT = 16 << 20, 64 << 20  # bytes of a picture, and of all those of a run
-NET_LIMIT = 16 << 20  # bytes of a digit network, of which a page holds fewer
+NET_LIMIT = 16 << 20  # bytes of a network for the page, which holds fewer
 
 
 class Notes(TypedDict, total=False):
@@ -94,6 +96,8 @@ class Kept(NamedTuple):
         drawings: SVG files, by their names without the ending, which the page prefers to a PNG of the same name.
         training_set: what the page trains with; None where the run has kept no such file.
         training_set_left_out: whether there is one that is too large to be read.
+        cnn: the convolutional network that it trained; None where it is of another kind.
+        cnn_left_out: whether there is a convolutional network that is too large to be read.
     """
 
     folder: Path
@@ -110,6 +114,8 @@ class Kept(NamedTuple):
     drawings: Mapping[str, bytes] = {}
     training_set: TrainingSet | None = None
     training_set_left_out: bool = False
+    cnn: CnnNet | None = None
+    cnn_left_out: bool = False
 
 
 def read_run(run: str | Path) -> Kept:
@@ -126,13 +132,11 @@ def read_run(run: str | Path) -> Kept:
     if not os.path.lexists(folder / CONFIG):
         return _of_fit(folder)
     config = read_config(folder)
-    net, parts = inside(folder, DIGIT_NET), _parts(folder)
+    parts = _parts(folder)
     pictures, drawings, pictures_left_out = _pictures(folder)
-    has_net = os.path.lexists(net)
-    net_left_out = net.is_file() and net.stat().st_size > NET_LIMIT
-    training_set = inside(folder, TRAINING_SET)
-    has_set = os.path.lexists(training_set)
-    set_left_out = training_set.is_file() and training_set.stat().st_size > NET_LIMIT
+    net, net_left_out = _net(folder, DIGIT_NET, load_digit_net)
+    cnn, cnn_left_out = _net(folder, CNN_NET, load_cnn_net)
+    training_set, set_left_out = _net(folder, TRAINING_SET, load_training_set)
     return Kept(
         folder=folder,
         experiment=config["experiment"],
@@ -143,14 +147,26 @@ def read_run(run: str | Path) -> Kept:
             "" if part == folder else str(part.relative_to(folder)): _part(part) for part in parts[:MAX_PARTS]
         },
         pictures=pictures,
-        net=load_digit_net(net) if has_net and not net_left_out else None,
+        net=net,
         parts_left_out=max(len(parts) - MAX_PARTS, 0),
         pictures_left_out=pictures_left_out,
         net_left_out=net_left_out,
         drawings=drawings,
-        training_set=load_training_set(training_set) if has_set and not set_left_out else None,
+        training_set=training_set,
         training_set_left_out=set_left_out,
+        cnn=cnn,
+        cnn_left_out=cnn_left_out,
     )
+
+
+def _net(folder: Path, name: str, load: Callable[[Path], N]) -> tuple[N | None, bool]:
+    """Return a network for the page, where a run has it; and whether it has one that is too large to be read."""
+    file = inside(folder, name)
+    if not os.path.lexists(file):
+        return None, False
+    if file.is_file() and file.stat().st_size > NET_LIMIT:
+        return None, True
+    return load(file), False
 
 
 def find_run(run: str | Path) -> Path:
