@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def write_net(file: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> Path:
-    """Write arrays and what is said of them, as JSON, into one safetensors file; return the file."""
+    """Write arrays and their description, as JSON, into one safetensors file; return the file."""
     from safetensors.numpy import save
 
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -31,10 +31,10 @@ def read_net(file: Path, form: type[T]) -> tuple[T, dict[str, np.ndarray]]:
 
     Args:
         file: its path.
-        form: of what is said of the arrays, as in `gradfn.files.read_json`.
+        form: of the description, as in `gradfn.files.read_json`.
 
     Raises:
-        FileError: the file cannot be read, or says something else.
+        FileError: the file cannot be read, or its description has another form.
     """
     open_regular(file, LIMIT).close()
     with open_tensors(file) as content:
