@@ -160,7 +160,7 @@ def read_run(run: str | Path) -> Kept:
 
 
 def _net(folder: Path, name: str, load: Callable[[Path], N]) -> tuple[N | None, bool]:
-    """Return a network for the page, where a run has it; and whether it has one that is too large to be read."""
+    """Return what a run has kept for its page in a file, None without it; and whether it is too large to be read."""
     file = inside(folder, name)
     if not os.path.lexists(file):
         return None, False
