@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
@@ -24,6 +24,7 @@ from gradfn.runs.folder import (
     read_config,
     read_versions,
 )
+from gradfn.runs.language_net import LanguageNet, load_language_net
 from gradfn.runs.outcome import judge, read_result
 from gradfn.runs.rows import (
     INSPECTIONS_ROW,
@@ -98,6 +99,8 @@ class Kept(NamedTuple):
         training_set_left_out: whether there is one that is too large to be read.
         cnn: the convolutional network that it trained; None where it is of another kind.
         cnn_left_out: whether there is a convolutional network that is too large to be read.
+        language_net: the GPT that it trained, in the first of its parts that has one; a sentence where it has one that
+            cannot run in a page; None where it has no GPT.
     """
 
     folder: Path
@@ -116,6 +119,7 @@ class Kept(NamedTuple):
     training_set_left_out: bool = False
     cnn: CnnNet | None = None
     cnn_left_out: bool = False
+    language_net: LanguageNet | str | None = None
 
 
 def read_run(run: str | Path) -> Kept:
@@ -156,6 +160,7 @@ def read_run(run: str | Path) -> Kept:
         training_set_left_out=set_left_out,
         cnn=cnn,
         cnn_left_out=cnn_left_out,
+        language_net=_language_net([folder, *parts]),
     )
 
 
@@ -167,6 +172,10 @@ def _net(folder: Path, name: str, load: Callable[[Path], N]) -> tuple[N | None, 
     if file.is_file() and file.stat().st_size > NET_LIMIT:
         return None, True
     return load(file), False
+
+
+def _language_net(folders: Iterable[Path]) -> LanguageNet | str | None:
+    return next((net for net in map(load_language_net, folders) if net is not None), None)
 
 
 def find_run(run: str | Path) -> Path:
@@ -236,6 +245,7 @@ def _of_fit(folder: Path) -> Kept:
         result = {"outcome": judge([], {"training loss": last.get("loss", math.nan)})}
     versions = notes.get("versions", {}) | ({"seed": settings["seed"]} if "seed" in settings else {})
     pictures, drawings, left_out = _pictures(folder)
+    language_net = _language_net([folder])
     return Kept(
         folder,
         "",
@@ -247,6 +257,7 @@ def _of_fit(folder: Path) -> Kept:
         None,
         pictures_left_out=left_out,
         drawings=drawings,
+        language_net=language_net,
     )
 
 
