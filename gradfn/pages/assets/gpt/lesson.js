@@ -17,7 +17,7 @@ export function lessonOf(find, model, state, now) {
     const row = now().pass.logits.subarray(state.position * vocab, (state.position + 1) * vocab);
     return distribution(row, { temperature, topK: null });
   };
-  let initial = {}; // the state in which a step initial
+  let initial = {}; // the state when the step was opened
   const starts = () => (initial = { ...state, loss: now().loss });
   const withLoss = () => state.position + 1 < state.tokens.length && !Number.isNaN(now().losses[state.position]);
 
