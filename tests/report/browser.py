@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 
 import pytest
 
@@ -68,9 +69,23 @@ def opened(tmp_path, kept, width=1280, dark=False, touch=False, hash_="", about=
             "request", lambda request: wrong.append(request.url) if request.url.startswith("http") else None
         )
         found.goto(file.as_uri() + hash_)
-        found.wait_for_function("window.ready")
+        until(found, "window.ready")
         yield found
         assert wrong == []
+
+
+def until(page, condition, timeout=30):
+    """Wait until a condition in JavaScript holds in a page; Playwright's own waiting needs `eval`, which pages forbid.
+
+    Args:
+        page: Playwright's.
+        condition: an expression.
+        timeout: in seconds.
+    """
+    end = time.monotonic() + timeout
+    while not page.evaluate(f"() => Boolean({condition})"):
+        assert time.monotonic() < end, f"after {timeout} s still not true: {condition}"
+        page.wait_for_timeout(20)
 
 
 def in_page(tmp_path, kept, script, **inputs):
