@@ -45,6 +45,7 @@ def line_chart(
     x_name: str = "training step",
     percent: bool = False,
     note: str = "",
+    unit: str = "",
 ) -> str:
     """Return a chart of lines with a legend that says where each ends.
 
@@ -52,11 +53,12 @@ def line_chart(
     from the smallest to the largest of them. It has a gap where a number is not finite.
 
     Args:
-        title: what is drawn, with its unit.
+        title: what is drawn.
         lines: at least one.
         x_name: what x is.
         percent: whether the values are shares in [0, 1], to be shown in %.
         note: a text below the chart.
+        unit: of the values, which the title states.
 
     Returns:
         A `<figure>`.
@@ -95,7 +97,9 @@ def line_chart(
     parts.append(
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">{x_name}</text>'
     )
-    unit = " %" if percent else ""
+    suffix = " %" if percent else ""
+    if percent:
+        unit = "%"
     legend, texts = [], {}
     for line, buckets in zip(lines, buckets_of, strict=True):
         pieces = _pieces(buckets)
@@ -106,13 +110,14 @@ def line_chart(
             pieces[-1] = [*pieces[-1], end]
             parts.append(_band(buckets, line, at))
         parts.append(_path(pieces, line, at))
-        name, end_y = short(line.name), f"{number(scale * line.curve.ends[-1][1])}{unit}"
+        name, end_y = short(line.name), f"{number(scale * line.curve.ends[-1][1])}{suffix}"
         texts[name] = end_y
         legend.append(_entry(line, name, [point for piece in pieces for point in piece], end_y))
     ends = "; ".join(f"{name} ends at {end}" for name, end in texts.items())
+    of_unit = f'<span class="unit">({escape(unit)})</span> ' if unit else ""
     return (
-        f'<figure class="chart" data-unit="{unit}" data-left="{LEFT}" data-right="{WIDTH - RIGHT}" '
-        f'data-last="{last}"><figcaption>{escape(title)} <small></small></figcaption>'
+        f'<figure class="chart" data-unit="{suffix}" data-left="{LEFT}" data-right="{WIDTH - RIGHT}" '
+        f'data-last="{last}"><figcaption>{escape(title)} {of_unit}<small></small></figcaption>'
         f'<ul class="legend">{"".join(legend)}</ul>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}: {escape(ends)}">'
         f'{"".join(parts)}<line class="here" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg>'

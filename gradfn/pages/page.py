@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from html import escape
@@ -31,6 +32,7 @@ from gradfn.runs.outcome import Outcome, listed
 T = TypeVar("T")
 
 ASSETS = Path(__file__).parent / "assets"
+ALL_KINDS = frozenset(file.parent.name for file in ASSETS.glob("*/page.js"))  # of networks that run in pages
 LIMIT = 5_000_000  # bytes, of the whole page
 DRAWN_LIVE = ("curves",)  # pictures that the page replaces by charts of its own, where the run has metrics
 GENERATOR = b'<meta name="generator" content="gradfn">'  # in every page: only such files are overwritten
@@ -45,7 +47,29 @@ CHARTS_ROOM, OPTIONS_ROOM, SHAPES_ROOM, VERSIONS_ROOM, NOTES_ROOM = (
 OTHERS_ROOM = 400_000  # bytes for the heat maps and the pictures, at least
 LINES = 48  # of a chart
 MIN_COLUMNS = 15  # of a heat map
-NO_MAPS = {"params": "", "values": "", "left_out": 0, "values_left_out": 0, "flags": [], "looks": 0}
+NO_MAPS = {
+    "params": "",
+    "values": "",
+    "left_out": 0,
+    "values_left_out": 0,
+    "flags": [],
+    "meanings": {},
+    "looks": 0,
+}
+# By the functions of gradfn that make losses, and by the names in the files of digit networks.
+LOSS_UNITS = {"classification_loss": "nats", "next_token_loss": "nats per token", "cross-entropy": "nats"}
+NOISE_SCALE = (
+    "The batch size at which the noise of a batch's gradient is as large as the gradient itself. Much smaller batches "
+    "give mostly noise; much larger ones hardly help."
+)
+# What the flags of inspections mean; see `gradfn.inspection.flow`.
+FLAGS = {
+    "vanishing": "the gradient there was below a thousandth of that at the last value before the loss",
+    "exploding": "the gradient there was over a thousand times that at the last value before the loss",
+    "saturated": "more than half of the values were where sigmoid or tanh is almost flat, so little gradient passes",
+    "dead": "more than half of the relu nodes were zero for all examples of the batch, so no gradient passes",
+    "non-finite": "there was a NaN or an infinity",
+}
 VALUE, TEXT, COMMAND = 300, 1000, 2000  # letters of a value in a table, of a text, of a command
 
 
@@ -121,7 +145,7 @@ def page(kept: Sequence[Kept], about: Mapping[str, About] = {}) -> str:
         "shapes": shapes,
         "shapes_left_out": shapes_left_out,
         "style": style(set()),
-        "import_map": import_map(),
+        "import_map": import_map(set()),
         "spikes": [
             [
                 {
@@ -145,11 +169,13 @@ def page(kept: Sequence[Kept], about: Mapping[str, About] = {}) -> str:
     all_charts = charts(kept)
     content["charts"] = _that_fit(all_charts, _size, min(CHARTS_ROOM, room()))
     content["charts_left_out"] = len(all_charts) - len(content["charts"])
-    # Leave room for the heat maps and the pictures.
+    # Leave room for the heat maps and the pictures, and for the code of any network.
+    content["style"], content["import_map"] = style(ALL_KINDS), import_map(ALL_KINDS)
     found = [live_parts(run, (room() - OTHERS_ROOM) // len(kept)) for run in kept]
     content["live"] = [(i, part) for i, (parts, _) in enumerate(found) for part in parts]
     content["live_left_out"] = [(i, why) for i, (_, reasons) in enumerate(found) for why in reasons]
-    content["style"] = style({part.kind for _, part in content["live"]})
+    kinds = {part.kind for _, part in content["live"]}
+    content["style"], content["import_map"] = style(kinds), import_map(kinds)
     content["flows"] = flows(kept, room() // 2)
     content["pictures"], content["pictures_left_out"] = _pictures(kept, room() - NOTES_ROOM)
     return template.render(**content)
@@ -201,15 +227,34 @@ def _environment() -> Any:
     )
 
 
-@functools.cache
-def import_map() -> str:
-    """Return an import map with the page's modules as data URLs: native modules in a file that works offline."""
-    encoded = {file: base64.b64encode(file.read_bytes()).decode() for file in sorted(ASSETS.rglob("*.js"))}
+def import_map(kinds: Set[str]) -> str:
+    """Return an import map with modules as data URLs: native modules in a file that works offline.
+
+    Args:
+        kinds: of the networks in the page; modules that only others need are left out.
+    """
+    needed = {f"gradfn/{file.relative_to(ASSETS).as_posix()}" for file in ASSETS.glob("core/*.js")}
+    found, waiting = set[str](), {"gradfn/main.js", *needed, *(f"gradfn/{kind}/page.js" for kind in kinds)}
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        waiting |= _imported(name) - found
     modules = {
-        f"gradfn/{file.relative_to(ASSETS).as_posix()}": f"data:text/javascript;base64,{code}"
-        for file, code in encoded.items()
+        name: f"data:text/javascript;base64,{base64.b64encode(_module(name)).decode()}"
+        for name in sorted(found)
     }
     return json.dumps({"imports": modules}, indent=0)
+
+
+@functools.cache
+def _module(name: str) -> bytes:
+    return (ASSETS / name.removeprefix("gradfn/")).read_bytes()
+
+
+@functools.cache
+def _imported(name: str) -> Set[str]:
+    """Return the modules that a module imports by their names."""
+    return {found.decode() for found in re.findall(rb'"(gradfn/[\w/]+\.js)"', _module(name))}
 
 
 def style(kinds: Set[str]) -> str:
@@ -253,8 +298,16 @@ def charts(kept: Sequence[Kept]) -> list[str]:
     for name in dict.fromkeys(name for _, part, _ in trainings for name in part.history.curves):
         group = next((kind for kind in ("loss", "accuracy") if name.endswith(kind)), words(name))
         groups.setdefault(group, []).append(name)
+    unit = _loss_unit(kept)
+    why = _why_losses_differ(kept)
     all_charts = [
-        _chart(_capital(group), lines, percent=group == "accuracy")
+        _chart(
+            _capital(group),
+            lines,
+            percent=group == "accuracy",
+            unit=unit if group == "loss" else "",
+            note=why if group == "loss" and len(metrics) > 1 else "",
+        )
         for group, metrics in groups.items()
         if (lines := _lines(trainings, metrics))
     ]
@@ -263,13 +316,36 @@ def charts(kept: Sequence[Kept]) -> list[str]:
         for i, (name, part, _) in enumerate(trainings)
         if part.noise.ends
     ]
-    return all_charts + ([_chart("Noise scale of the gradient (examples)", scales)] if scales else [])
+    return all_charts + (
+        [_chart("Noise scale of the gradient", scales, unit="examples", note=NOISE_SCALE)] if scales else []
+    )
 
 
-def _chart(title: str, lines: Sequence[Line], percent: bool = False) -> str:
+def _chart(title: str, lines: Sequence[Line], percent: bool = False, unit: str = "", note: str = "") -> str:
     """Return a chart of the first `LINES` lines."""
-    note = f"The first {LINES} of {len(lines):,} lines." if len(lines) > LINES else ""
-    return line_chart(short(title), lines[:LINES], percent=percent, note=note)
+    more = f"The first {LINES} of {len(lines):,} lines." if len(lines) > LINES else ""
+    notes = " ".join(filter(None, [more, note]))
+    return line_chart(short(title), lines[:LINES], percent=percent, note=notes, unit=unit)
+
+
+def _loss_unit(kept: Sequence[Kept]) -> str:
+    """Return the unit of the losses; "" where it is not known or not the same."""
+    losses = {
+        part.loss or (run.net.about["loss"] if run.net else "") for run in kept for part in run.parts.values()
+    }
+    units = {LOSS_UNITS.get(loss, "") for loss in losses}
+    return units.pop() if len(units) == 1 else ""
+
+
+def _why_losses_differ(kept: Sequence[Kept]) -> str:
+    """Return why the loss of training and that of a validation are not comparable point by point."""
+    dropped = any(run.options.get("dropout") for run in kept)
+    noisy = ", and with dropout" if dropped else ""
+    return (
+        f"The training loss of a point is the mean over the steps since the one before, while the network was still "
+        f"changing{noisy}. The other losses are measured at the point itself{', without dropout' if dropped else ''}. "
+        "So the training loss can be higher than these."
+    )
 
 
 def _lines(trainings: Sequence[tuple[str, Part, Mapping[str, Any]]], metrics: Sequence[str]) -> list[Line]:
@@ -313,10 +389,17 @@ def flows(kept: Sequence[Kept], room: int = LIMIT) -> list[list[dict[str, Any]]]
                 inspections.site_grads,
                 value_bounds,
                 columns,
-            ),
+            )
+            if inspections.site_grads
+            else "",
             "left_out": inspections.left_out,
             "values_left_out": inspections.sites_left_out,
             "flags": [(short(site), short(flag), n) for site, flag, n in inspections.flags],
+            "meanings": {
+                flag: FLAGS[flag]
+                for flag in dict.fromkeys(flag for _, flag, _ in inspections.flags)
+                if flag in FLAGS
+            },
             "looks": inspections.n,
         }
 

@@ -43,7 +43,7 @@ from gradfn.runs.rows import (
     spikes,
 )
 from gradfn.runs.training_set import TRAINING_SET, TrainingSet, load_training_set
-from gradfn.stored import newest, parameter_shapes
+from gradfn.stored import model_file, newest, parameter_shapes
 from gradfn.stored import notes as notes_of
 
 N = TypeVar("N")
@@ -70,6 +70,7 @@ class Part(NamedTuple):
         shapes: of the parameters, by path, in reading order.
         noise: the running noise scale of the gradient.
         spikes: its loss spikes.
+        loss: the function of gradfn that made its loss; "" where it is not known.
     """
 
     history: Metrics
@@ -77,6 +78,7 @@ class Part(NamedTuple):
     shapes: Shapes
     noise: Curve
     spikes: Spikes
+    loss: str = ""
 
 
 class Kept(NamedTuple):
@@ -232,7 +234,17 @@ def _part(folder: Path) -> Part:
         shapes,
         noise(read_blocks_of_rows(measured, NoiseRow, limit=METRICS_ROW)) if measured else Curve(),
         spikes(read_rows(spiked, SpikeRow, limit=INSPECTIONS_ROW)) if spiked else Spikes(),
+        _loss(folder),
     )
+
+
+def _loss(folder: Path) -> str:
+    """Return the name of the function that made a loss; "" where it is not known, as in a model.json of others."""
+    try:
+        model = model_file(folder)
+    except FileError:
+        return ""
+    return model.get("loss", "next_token_loss") if model else ""
 
 
 def _of_fit(folder: Path) -> Kept:
