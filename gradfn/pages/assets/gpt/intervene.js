@@ -9,6 +9,7 @@ import {
 } from "gradfn/gpt/parts.js";
 import { patchLines, setupLines } from "gradfn/gpt/python.js";
 import { distribution } from "gradfn/gpt/sampling.js";
+import { signed } from "gradfn/gpt/signed.js";
 import { makeStrip, roving } from "gradfn/gpt/strip.js";
 import { encode, names as namesOf } from "gradfn/gpt/tokenizer.js";
 
@@ -17,7 +18,6 @@ export { applicable, editsFromText, editsToText } from "gradfn/gpt/parts.js";
 const SHOWN = 8; // tokens whose probabilities are compared
 const UNCHANGED = "Without a change it is the loss itself. Switch off a part, and its edit appears here.";
 const capital = (text) => text[0].toUpperCase() + text.slice(1);
-const signed = (value) => `${value > 0 ? "+" : ""}${number(value)}`;
 const times = (scale) => `×${Number(scale.toFixed(2))}`;
 
 export function makeIntervene(find, model, change) {
@@ -146,7 +146,10 @@ export function makeIntervene(find, model, change) {
         ? times(scale)
         : `from ${quoted(from.length > 40 ? `${from.slice(0, 40)}…` : from)}, positions ${rangesOf(positions, ", ")}` +
           (fits ? "" : `. Not applied: it has ${length} tokens, and the text has ${now.pass.tokens.length}`);
-      const undo = () => change({ edits: without(model, state.edits, part) });
+      const undo = () => {
+        change({ edits: without(model, state.edits, part) });
+        (find("undo-all").disabled ? buttons.get(parts[0][0]) : find("undo-all")).focus();
+      };
       return element("li", { class: fits ? "" : "unfit" },
         element("span", {}, `${capital(partName(part))}: ${what} `, element("code", {}, indexed(part))),
         element("button", { type: "button", class: "small", onclick: undo, "aria-label": `Undo: ${partName(part)}` }, "Undo"));

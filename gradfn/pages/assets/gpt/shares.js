@@ -1,9 +1,9 @@
 // How much each head and each feed-forward layer counts: the estimate of a backward pass, and the exact change of the loss.
 import { element, number } from "gradfn/core/dom.js";
 import { partName, shortName } from "gradfn/gpt/parts.js";
+import { signed } from "gradfn/gpt/signed.js";
 
 const ROWS = 8; // shown at first
-const signed = (value) => `${value > 0 ? "+" : ""}${number(value)}`;
 
 // Make it: `toggle(part)` switches a part off or on, `exactly(part)` returns the change of the loss without it.
 export function makeShares(find, toggle, exactly) {
@@ -19,8 +19,12 @@ export function makeShares(find, toggle, exactly) {
 
   // Show parts, the most important first; `off(part)` says which are switched off.
   function show(newShares, off) {
-    [shares, isOff] = [newShares, off];
+    // Parts that are switched off count for nothing now; they stay on top, to be switched on again.
+    shares = [...newShares.filter(({ part }) => off(part)), ...newShares.filter(({ part }) => !off(part))];
+    isOff = off;
+    const list = find("back-shares"), focused = list.contains(document.activeElement) && document.activeElement.dataset.part;
     draw();
+    if (focused) list.querySelector(`[data-part="${focused}"]`)?.focus();
   }
 
   function draw() {
