@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import gradfn as gf
-from gradfn.data import Tokenizer
+from gradfn.data._tokenizer import characters
 from gradfn.pages.live import _gpt
 from gradfn.runs import sample
 from gradfn.runs.kept import Kept
@@ -43,7 +43,7 @@ def exact_parameters(monkeypatch):
 @functools.cache
 def trained(name):
     """Return the folder of a GPT after a few steps, its loss, and its parameters."""
-    tokenizer = Tokenizer.characters(TEXT + OTHER)
+    tokenizer = characters(TEXT + OTHER)
     config = gf.GPTConfig(vocab=tokenizer.size, context=32, **CONFIGS[name])
     net = gf.gpt(config)
     folder = Path(tempfile.mkdtemp())
@@ -132,7 +132,8 @@ const weights = blame.weightsOf(targets, inputs.position);
 const gradients = backward(model, pass, targets, weights, { params: false });
 const sites = blame.steps(model).map(({ site }) => site);
 const loss = blame.weighted(own, weights);
-const exact = (part) => blame.weighted(losses(forward(model, pass.tokens, scaled(model, part, 0)), targets), weights) - loss;
+const off = (part) => losses(forward(model, pass.tokens, scaled(model, part, 0)), targets);
+const exact = (part) => blame.weighted(off(part), weights) - loss;
 return plain({
   loss,
   sites,
@@ -294,8 +295,8 @@ def run_shown(found, name):
 
 def after_edits(found, name, edits):
     """Assert that the page's losses and probabilities are those of `gf.patch`, and so are those that it shows."""
-    _, _, loss, params = trained(name)
-    tokens, targets = batch_of(name)
+    params = trained(name)[3]
+    tokens, _ = batch_of(name)
     actual = found.evaluate(
         "() => ({ logits: [...gradfn.now().pass.sites.logits.values], position: gradfn.state.position })"
     )
@@ -513,8 +514,8 @@ def test_one_block_with_shared_values_by_touch_on_a_phone_in_the_dark(tmp_path):
         unnamed = found.evaluate(
             """() => [...document.querySelectorAll("#live-0-back, #live-0-intervene")].flatMap((part) =>
               [...part.querySelectorAll("button, input, select, [role=region], [role=group]")].filter((each) =>
-                !(each.ariaLabel || each.getAttribute("aria-labelledby") || each.labels?.length || each.innerText.trim()))
-              .map((each) => each.outerHTML))"""
+                !each.ariaLabel && !each.getAttribute("aria-labelledby") && !each.labels?.length && !each.innerText.trim()
+              ).map((each) => each.outerHTML))"""
         )
         assert unnamed == []
         small = found.evaluate(
