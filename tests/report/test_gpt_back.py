@@ -61,7 +61,7 @@ def trained(name):
 def kept_run(name):
     folder = trained(name)[0]
     net = load_language_net(folder)._replace(samples=[TEXT])
-    return Kept(folder, "toy", {"seed": 0}, {}, {"verdict": "done"}, {}, {}, language_net=net)
+    return Kept(folder, "toy", {"seed": 0}, {}, {"verdict": "done"}, {}, {}, None, language_net=net)
 
 
 def batch_of(name, position=None, text=TEXT):
@@ -167,6 +167,11 @@ def test_gradients_blame_and_effects_are_those_of_jax(tmp_path, name):
                 np.testing.assert_allclose(values, expected[each["part"]], err_msg=each["part"], **CLOSE)
 
 
+def each_of(locator, expression):
+    """Return the value of a script's expression of `each` element."""
+    return locator.evaluate_all(f"all => all.map((each) => {expression})")
+
+
 def near(found, part):
     """Scroll to a part of the page, and wait until what it computes there is shown."""
     found.locator(f"#live-0-{part}").scroll_into_view_if_needed()
@@ -190,13 +195,9 @@ def test_the_backward_pass_is_stepped_by_mouse_and_keyboard_and_shows_the_number
         get("back-next").focus()
         for i, site in enumerate(order):
             norms = np.asarray(jnp.linalg.norm(sites[site].grad, axis=-1))
-            titles = get("back-bars").locator("button").evaluate_all("all => all.map((each) => each.title)")
+            titles = each_of(get("back-bars").locator("button"), "each.title")
             np.testing.assert_allclose([numbers(title)[0] for title in titles], norms, rtol=0.06, atol=6e-4)
-            heights = (
-                get("back-bars")
-                .locator("i")
-                .evaluate_all("all => all.map((each) => Number(each.style.getPropertyValue('--level')))")
-            )
+            heights = each_of(get("back-bars").locator("i"), "Number(each.style.getPropertyValue('--level'))")
             np.testing.assert_allclose(heights, norms / norms.max(), atol=1e-4)
             reached = int(np.sum(norms > 0))
             assert f"Gradient at {site}: norm" in get("back-sizes").inner_text()
@@ -228,14 +229,11 @@ def test_the_backward_pass_is_stepped_by_mouse_and_keyboard_and_shows_the_number
         get("back-signed").focus()
         found.keyboard.press("Space")
         products = np.asarray(jnp.sum(sites["embedded"].grad * sites.values["embedded"], -1))
-        titles = get("back-blame").locator("button").evaluate_all("all => all.map((each) => each.title)")
+        titles = each_of(get("back-blame").locator("button"), "each.title")
         np.testing.assert_allclose([numbers(title)[0] for title in titles], products, rtol=0.06, atol=6e-4)
-        shares = (
-            get("back-blame")
-            .locator("button")
-            .evaluate_all(
-                "all => all.map((each) => [each.style.getPropertyValue('--color'), each.style.getPropertyValue('--share')])"
-            )
+        shares = each_of(
+            get("back-blame").locator("button"),
+            "[each.style.getPropertyValue('--color'), each.style.getPropertyValue('--share')]",
         )
         most = np.abs(products).max()
         assert [float(share.rstrip("%")) for _, share in shares] == pytest.approx(
@@ -250,7 +248,7 @@ def test_the_backward_pass_is_stepped_by_mouse_and_keyboard_and_shows_the_number
         assert get("back-more").is_hidden()  # 8 parts
         found.wait_for_function("!document.querySelector('#live-0-back-shares').textContent.includes('…')")
         rows = get("back-shares").locator("li")
-        parts = rows.locator("button").evaluate_all("all => all.map((each) => each.dataset.part)")
+        parts = each_of(rows.locator("button"), "each.dataset.part")
         assert parts == sorted(expected, key=lambda part: -abs(expected[part][1]))
         for part, text in zip(parts, rows.locator(".both").all_inner_texts(), strict=True):
             np.testing.assert_allclose(numbers(text), expected[part][1:], rtol=6e-3, atol=6e-4)
@@ -359,7 +357,7 @@ def test_interventions_are_those_of_patch_and_the_shown_python_gives_the_shown_n
         assert found.evaluate("document.activeElement.dataset.part") == "b1"
         found.keyboard.press("Space")
         both = {
-            "blocks/0/attention/mixed": lambda mixed: mixed * jnp.array([1, 0.5, 0])[:, None],
+            "blocks/0/attention/mixed": lambda mixed: mixed * jnp.array([1, 0.5, 0])[None, :, None],
             "blocks/1/attention_out": 0.0,
             "blocks/1/feed_out": 0.0,
         }
@@ -451,13 +449,13 @@ GARBAGE = [
         "h0.1*1e0",
         "<script>",
         "h0.1<",
-        "h0.1<abc@0",
+        "h0.1<xyz@0",
         "h0.1<the%@0",
         "r0<the@0-9",
     ),
     *(
         "r0<the@2-1",
-        "r0<the@0,0",
+        "r0<the@0.,0",
         "constructor*0",
         "h00.1*0",
         "h0.01*0",
@@ -514,7 +512,7 @@ def test_one_block_with_shared_values_by_touch_on_a_phone_in_the_dark(tmp_path):
         unnamed = found.evaluate(
             """() => [...document.querySelectorAll("#live-0-back, #live-0-intervene")].flatMap((part) =>
               [...part.querySelectorAll("button, input, select, [role=region], [role=group]")].filter((each) =>
-                !each.ariaLabel && !each.getAttribute("aria-labelledby") && !each.labels?.length && !each.innerText.trim()
+                !each.ariaLabel && !each.hasAttribute("aria-labelledby") && !each.labels?.length && !each.textContent
               ).map((each) => each.outerHTML))"""
         )
         assert unnamed == []

@@ -41,7 +41,7 @@ function edited(model, ofSite, texts) {
   if (ofSite.length > 1 && ofHeads) {
     const factors = Array.from({ length: model.config.n_heads }, () => 1);
     for (const { head, scale } of ofSite) factors[head] *= scale;
-    return `lambda mixed: mixed * jnp.array([${factors.map(float).join(", ")}])[:, None]`;
+    return `lambda mixed: mixed * jnp.array([${factors.map(float).join(", ")}])[None, :, None]`;
   }
   const each = ofSite.map((edit) => single(edit, texts));
   if (each.length === 1) return each[0];
