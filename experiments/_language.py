@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,12 +13,20 @@ import numpy as np
 import gradfn as gf
 from gradfn.pages.figures import History, curves
 from gradfn.pages.sequences import MAX_TOKENS, attention_maps, token_probabilities
+from gradfn.train import is_first
+from gradfn.train.restore import keep
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 ATTENTION_TOKENS = 24  # with more, the labels would not fit
+
+
+def keep_start(folder: Path, net: gf.Net, seed: int) -> None:
+    """Keep the parameters that a run started with beside those that `gf.fit` kept, for the page of the run."""
+    if is_first():
+        keep(folder, 0, net.init(jax.random.key(seed)))
 
 
 def loss_per_token(loss: Any, batch: tuple[Any, Any]) -> Callable[[Any], jax.Array]:

@@ -35,7 +35,7 @@ from ._common import (
     mesh_for,
     not_empty,
 )
-from ._language import language_figures, loss_per_token
+from ._language import keep_start, language_figures, loss_per_token
 
 EXPECTED = (
     runs.Expectation("validation loss", at_most=1.45, unit="nats per token"),
@@ -57,6 +57,8 @@ TEXTS = {
 }
 ON_HOST = 1 << 28  # bytes; larger texts stay in their files
 SHOWN = 200  # characters of a sample
+KEPT = 16  # times that the parameters are kept along the way, for the page
+EXCERPTS = 4  # texts that the page starts with
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,8 @@ def run(config: Config) -> Result:
     )
     folder = runs.start("gpt", config)
     if is_first():
-        sample.save_model(folder, "gpt", dataclasses.asdict(model), data.tokenizer, config.lines)
+        texts = excerpts(data, config, context)
+        sample.save_model(folder, "gpt", dataclasses.asdict(model), data.tokenizer, config.lines, texts)
 
     net = gf.gpt(model)
     print(gf.table(net.spec))
@@ -183,10 +186,13 @@ def run(config: Config) -> Result:
         eval_every=max(steps // 8, 1),
         inspect_every=steps // 20 or None,  # a run of a few steps is not inspected
         folder=folder,
+        keep_every=max(steps // KEPT, 1),
         resume=config.resume,
         profile_steps=config.profile_steps or None,
     )
 
+    if mesh is None:
+        keep_start(folder, net, config.seed)
     params = gathered(fitted.params)
     validation_loss = float(loss_per_token(loss, at_the_end)(params))
     outcome = judge(config, data, validation_loss)
@@ -220,6 +226,19 @@ def sequences(data: Any, config: Config, context: int) -> tuple[Any, Any, Any]:
         batches = gf.data.windows(data.train, context, config.batch)
     on_the_way, at_the_end = (gf.data.fixed_windows(data.validation, context, most) for most in (300, 5000))
     return batches, on_the_way, at_the_end
+
+
+def excerpts(data: Any, config: Config, context: int) -> list[str]:
+    """Return texts of the validation part for the page of the run; of a long text, from evenly spaced starts."""
+    if config.lines:
+        inputs, targets = (part[:EXCERPTS] for part in data.validation)
+        lines = [row[: int((of >= 0).sum())] for row, of in zip(inputs, targets, strict=True)]
+        return [data.tokenizer.decode(line).strip("\n") for line in lines]
+    starts = [len(data.validation) * i // EXCERPTS for i in range(EXCERPTS)]
+    texts = [data.tokenizer.decode(data.validation[start : start + 3 * context]) for start in starts]
+    # A text starts where a line does, if one does soon; and it does not start within a character.
+    texts = [text[text.find("\n", 0, context) + 1 :].lstrip("\n\ufffd")[:context] for text in texts]
+    return list(dict.fromkeys(text for text in texts if text))
 
 
 def written(model: sample.Model, characters: int = SHOWN) -> str:

@@ -21,10 +21,13 @@ import gradfn as gf
 from gradfn import runs
 from gradfn.pages.figures import LINE_COLORS, new_figure
 from gradfn.pages.sequences import attention_maps
+from gradfn.runs import sample
+from gradfn.runs.language_net import Quiet
 from gradfn.timings import phase
 from gradfn.train import adamw_warmup_cosine
 
 from ._common import SeededOptions, check_heads, conclude, defaults, heads_for
+from ._language import keep_start
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,6 +45,9 @@ VOCAB, LENGTH = 32, 48
 SHORTEST, LONGEST = LENGTH // 4, LENGTH // 2
 PAIRS = 32  # of a clean and a corrupt sequence
 EVALUATIONS = 50
+# Times that the parameters are kept along the way, and sequences to start with, for the page.
+KEPT, EXCERPTS = 25, 3
+SYMBOLS = "012345ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # what stands for each token
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,17 @@ def run(config: Config) -> Result:
     folder = runs.start("induction", config)
     net = attention_only(config.width, heads_for(config))
     print(gf.table(net.spec))
+    settings = {"vocab": VOCAB, "context": LENGTH, "n_layers": 2, "n_heads": heads_for(config)}
+    texts = ["".join(SYMBOLS[token] for token in tokens.tolist()) for tokens in examples(EXCERPTS)]
+    sample.save_model(
+        folder,
+        "attention",
+        settings | {"width": config.width},
+        gf.data.characters(SYMBOLS),
+        lines=False,
+        samples=texts,
+        quiet=Quiet(repeats=True),
+    )
     loss = gf.batch_mean(gf.next_token_loss(net))
     test = repeated(jax.random.key(2**32 - 1 - config.seed), 128)
     detect = gf.circuits.head_scores(jax.vmap(net.apply, (None, 0)))
@@ -102,9 +119,11 @@ def run(config: Config) -> Result:
         evaluate=evaluate,
         eval_every=config.steps // EVALUATIONS,
         folder=folder,
+        keep_every=max(config.steps // KEPT, 1),
         resume=config.resume,
         progress=False,
     )
+    keep_start(folder, net, config.seed)
     params, scores = fitted.params, detect(fitted.params, test[0])
     print(scores)
     with phase("circuits"):
@@ -138,12 +157,29 @@ def attention_only(width: int, n_heads: int) -> gf.Net:
         for i in ("0", "1"):
             own = params["blocks"][i]
             with jax.named_scope(f"blocks/{i}"):
+                with jax.named_scope("attention_norm"):
+                    normed = norm.apply(own["attention_norm"], x)
                 with jax.named_scope("attention"):
-                    added = attention.apply(own["attention"], norm.apply(own["attention_norm"], x))
+                    added = attention.apply(own["attention"], normed)
                 x = gf.tap(x + gf.tap(added, "attention_out"), "residual")
-        return gf.tap(head.apply(params["head"], norm.apply(params["norm"], x)), "logits")
+        normed = gf.tap(norm.apply(params["final_norm"], x), "final_norm")
+        return gf.tap(head.apply(params["head"], normed), "logits")
 
-    return gf.Net(spec | {"norm": norm.spec, "head": head.spec}, apply)
+    return gf.Net(spec | {"final_norm": norm.spec, "head": head.spec}, apply)
+
+
+def examples(n: int) -> np.ndarray:
+    """Return sequences for the page of the run: random tokens that repeat, each period of them without a repetition.
+
+    Returns:
+        `[n, LENGTH]`.
+
+    >>> [tokens] = examples(1)
+    >>> bool((tokens[SHORTEST + 4 :] == tokens[: -SHORTEST - 4]).all())
+    True
+    """
+    random = np.random.default_rng(0)
+    return np.stack([np.resize(random.permutation(VOCAB)[: SHORTEST + 4], LENGTH) for _ in range(n)])
 
 
 def repeated(key: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
@@ -336,5 +372,4 @@ def attention(net: gf.Net, params: Any, tokens: jax.Array, n: int = 30) -> Figur
     capture = gf.capture(net.apply, sites="*probabilities", keep="*probabilities", stats=["mean"])
     values = jax.jit(capture)(params, tokens).values
     layers = {f"layer {i}": np.asarray(value) for i, value in enumerate(values.values())}
-    symbols = "ABCDEFGHIJKLMNOPQRSTUVWXYZ012345"
-    return attention_maps(layers, [symbols[token] for token in tokens.tolist()])
+    return attention_maps(layers, [SYMBOLS[token] for token in tokens.tolist()])

@@ -8,6 +8,7 @@ if __name__ == "__main__":
 
     run_script(__file__)
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +22,20 @@ import gradfn as gf
 from gradfn import runs
 from gradfn.pages.figures import curves
 from gradfn.pages.sequences import attention_maps
+from gradfn.runs import sample
+from gradfn.runs.language_net import Quiet
 from gradfn.timings import phase
 from gradfn.train import adamw_warmup_cosine
 
 from ._common import SeededOptions, check_heads, conclude
-from ._language import attention_of
+from ._language import attention_of, keep_start
 
 EXPECTED = (runs.Expectation("sequences reversed without a mistake", at_least=1, unit="%"),)
 END_OF_INPUT = 10  # the token after the digits 0 to 9: "now you"
 SYMBOLS = "0123456789="
 N_TEST = 1000
+# Times that the parameters are kept along the way, and sequences to start with, for the page.
+KEPT, EXCERPTS = 16, 3
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,16 @@ def run(config: Config) -> Result:
     config = runs.settle("reverse", config)
     folder = runs.start("reverse", config)
     n = config.digits
-    net = gf.gpt(gf.GPTConfig(len(SYMBOLS), 2 * n, n_layers=1, n_heads=config.heads, width=config.width))
+    model = gf.GPTConfig(len(SYMBOLS), 2 * n, n_layers=1, n_heads=config.heads, width=config.width)
+    net = gf.gpt(model)
     print(gf.table(net.spec))
     loss = gf.next_token_loss(net)
     # Of 10^16 sequences training sees a hundred thousand: that it meets one of these is next to impossible.
     test = reversals(jax.random.key(2**32 - 1 - config.seed), N_TEST, n)
+    letters = gf.data.characters(SYMBOLS)
+    texts = [as_text(tokens) for tokens in test[0][:EXCERPTS]]
+    quiet = Quiet(until=END_OF_INPUT)
+    sample.save_model(folder, "gpt", dataclasses.asdict(model), letters, False, texts, quiet)
     answer = jax.jit(jax.vmap(net.apply, (None, 0)))
     fitted = gf.fit(
         gf.batch_mean(loss),
@@ -84,8 +94,10 @@ def run(config: Config) -> Result:
         evaluate=lambda params: {"test_accuracy": all_right(answer(params, test[0]), test[1])},
         inspect_every=config.steps // 20 or None,  # a run of a few steps is not inspected
         folder=folder,
+        keep_every=max(config.steps // KEPT, 1),
         resume=config.resume,
     )
+    keep_start(folder, net, config.seed)
 
     accuracy = float(all_right(answer(fitted.params, test[0]), test[1]))
     written = gf.generate(net, fitted.params, test[0][0, : n + 1], n, temperature=0)

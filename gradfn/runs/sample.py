@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
@@ -24,6 +24,7 @@ from gradfn.layout import CHECKPOINT, MODEL
 from gradfn.nets import GPTConfig, LanguageModel, gpt, rnn, stream
 from gradfn.runs.config import check, option
 from gradfn.runs.folder import RUNS, RunError, latest, write_json
+from gradfn.runs.language_net import Quiet
 from gradfn.stored import model_file, newest, parameter_shapes
 from gradfn.train import load_params
 
@@ -73,15 +74,25 @@ class Model(NamedTuple):
     lines: bool  # whether it was trained on lines that are texts of their own
 
 
-def save_model(folder: Path, net: str, settings: dict[str, Any], tokenizer: Tokenizer, lines: bool) -> None:
+def save_model(
+    folder: Path,
+    net: str,
+    settings: dict[str, Any],
+    tokenizer: Tokenizer,
+    lines: bool,
+    samples: Sequence[str] = (),
+    quiet: Quiet | None = None,
+) -> None:
     """Write into a folder what `load_model` needs beside the checkpoint that `gf.fit` keeps there.
 
     Args:
         folder: where to.
-        net: `"gpt"` or `"rnn"`.
+        net: `"gpt"` or `"rnn"`; `"attention"` for a GPT without feed-forward layers, which only the page uses.
         settings: what `gf.GPTConfig`, or `gf.rnn`, takes.
         tokenizer: of the text that it was trained on.
         lines: whether that was lines that are texts of their own.
+        samples: texts that the page of the run starts with.
+        quiet: where it was not trained to predict; None where it predicts each next token.
 
     Raises:
         RunError: the folder contains another model, or one trained on another text.
@@ -94,7 +105,8 @@ def save_model(folder: Path, net: str, settings: dict[str, Any], tokenizer: Toke
         of_fit = content | {"tokenizer": None, "lines": False}
         if {name: found[name] for name in content} not in (content, of_fit):
             raise RunError(f"{file} belongs to another model or text. Use another folder")
-    write_json(file, {**found, **content})
+    of_page = {"samples": list(samples)} | ({"quiet": quiet} if quiet else {})
+    write_json(file, {**found, **content, **of_page})
 
 
 def load_model(run: str | Path) -> Model:
