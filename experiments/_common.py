@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Examples evaluated at a time: the values inside a network for all examples at once would fill the memory.
 PART = 1000
+# Why a training loss is larger than it would be on the images as they are.
+SHIFTED = "on digits shifted at random"
 
 
 @dataclass(frozen=True)
@@ -342,7 +344,9 @@ def train_classifier(
     accuracy = float((probabilities.argmax(1) == data.test[1]).mean())
     outcome = judge_classifier(config, expected, accuracy)
     with phase("pictures"):
-        all_figures = figures(loss, fitted.params) | classifier_figures(fitted.history, data, probabilities)
+        all_figures = figures(loss, fitted.params) | classifier_figures(
+            fitted.history, data, probabilities, harder=SHIFTED
+        )
     if keep:
         keep(folder, fitted.params, probabilities)
     conclude(folder, outcome, all_figures, data.name, test_accuracy=accuracy)
@@ -404,7 +408,7 @@ def six_digits(data: gf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 
 def classifier_figures(
-    history: History, data: gf.data.Dataset, probabilities: Any, loss_unit: str = "nats"
+    history: History, data: gf.data.Dataset, probabilities: Any, loss_unit: str = "nats", harder: str = ""
 ) -> dict[str, Figure]:
     """Return the figures curves, confusion and mistakes of a classifier of images.
 
@@ -413,10 +417,11 @@ def classifier_figures(
         data: whose test examples were classified.
         probabilities: `[n, classes]`, of each class for each test example.
         loss_unit: of the losses in the history.
+        harder: what makes training harder than evaluation, see `curves`.
     """
     images, labels = data.test
     return {
-        "curves": curves(history, loss_unit),
+        "curves": curves(history, loss_unit, harder=harder),
         "confusion": confusion(labels, np.asarray(probabilities).argmax(1), "test digits"),
         "mistakes": mistakes(images, labels, probabilities, data.shape, "test digits"),
     }

@@ -12,7 +12,7 @@ import numpy as np
 
 import gradfn as gf
 from gradfn.pages.figures import History, curves
-from gradfn.pages.sequences import MAX_TOKENS, attention_maps, token_probabilities
+from gradfn.pages.sequences import MAX_TOKENS, clearest_head, token_probabilities
 from gradfn.train import is_first
 from gradfn.train.restore import keep
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 ATTENTION_TOKENS = 24  # with more, the labels would not fit
+ATTENTION_SEQUENCES = 20  # over which a head's attention is averaged
 
 
 def keep_start(folder: Path, net: gf.Net, seed: int) -> None:
@@ -65,6 +66,7 @@ def language_figures(
     examples: tuple[Any, Any],
     tokenizer: gf.data.Tokenizer,
     ends: Mapping[str, float] = {},
+    harder: str = "",
 ) -> dict[str, Figure]:
     """Draw what a language model has learned: its curves, its predictions for a text, and its attention.
 
@@ -76,6 +78,7 @@ def language_figures(
         examples: tokens and targets of some sequences, `[N, T]` each; as many are drawn as 40 tokens make.
         tokenizer: of the tokens.
         ends: what the curves' title reports instead of the history's last row, see `curves`.
+        harder: what makes training harder than evaluation, see `curves`.
 
     Returns:
         The figures curves, probabilities, and attention where the network has any, by name.
@@ -83,19 +86,20 @@ def language_figures(
     tokens, targets = map(np.asarray, examples)
     vocabulary = [tokenizer.decode([token]) for token in range(tokenizer.size)]
     read, actual, probabilities = expectations(net, params, tokens, targets)
-    longest = int((targets[:20] >= 0).sum(1).argmax())
-    n = min(int((targets[longest] >= 0).sum()), ATTENTION_TOKENS)
-    shown = tokens[longest, :n], targets[longest, :n]
+    # The longest first: it is drawn.
+    n_counted = (targets[:ATTENTION_SEQUENCES] >= 0).sum(1)
+    n = min(int(n_counted.max()), ATTENTION_TOKENS)
+    order = np.argsort(-n_counted, kind="stable")[: int((n_counted >= n).sum())]
+    examples_shown = tokens[order, :n], targets[order, :n]
     figures = {
-        "curves": curves(history, "nats per token", ends),
+        "curves": curves(history, "nats per token", ends, harder),
         "probabilities": token_probabilities(
             [vocabulary[token] for token in read], actual, probabilities, vocabulary
         ),
     }
-    weights = attention_of(loss, params, jax.tree.map(lambda part: part[None], shown))
+    weights = attention_of(loss, params, examples_shown)
     if weights:
-        of_one = {name: layer[0] for name, layer in weights.items()}
-        figures["attention"] = attention_maps(of_one, [vocabulary[token] for token in shown[0]])
+        figures["attention"] = clearest_head(weights, [vocabulary[token] for token in examples_shown[0][0]])
     return figures
 
 

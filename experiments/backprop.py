@@ -8,7 +8,6 @@ if __name__ == "__main__":
 
     run_script(__file__)
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -149,7 +148,7 @@ MARKERS = ("o", "s", "^", "D")
 
 
 def equations(by_hand: Any, W2: Any, label: int, shape: Sequence[int] = (28, 28)) -> Figure:
-    """Draw the four equations of backpropagation for one image and a net with one hidden layer.
+    """Draw the backward pass for one image through a net with one hidden layer, as its four equations.
 
     Args:
         by_hand: from `gf.chain_rule` with cross-entropy, as numpy arrays.
@@ -158,68 +157,61 @@ def equations(by_hand: Any, W2: Any, label: int, shape: Sequence[int] = (28, 28)
         shape: the image's height and width.
 
     Returns:
-        A figure with a row of panels for the error that goes back, and one for the gradients that it leaves.
+        A figure with three panels of bars on one scale, for the error that goes back, and the gradient of one node's
+        weights. Its title reports how long the error is at both layers.
 
     >>> import jax, gradfn as gf
     >>> params = {"W1": np.ones([3, 4]), "b1": np.zeros(3), "W2": np.ones([2, 3]), "b2": np.zeros(2)}
-    >>> equations(jax.jit(gf.chain_rule())(params, np.ones(4), 1), params["W2"], 1, (2, 2)).get_suptitle()
-    'The chain rule for one 1: the error goes back (BP1, BP2) and leaves the gradients (BP3, BP4)'
+    >>> by_hand = jax.jit(gf.chain_rule())(params, np.ones(4), 1)
+    >>> equations(by_hand, params["W2"] + [[0], [1]], 1, (2, 2)).get_suptitle()
+    'Backwards through the hidden layer the error of one 1 shrinks from 0.707 to 0'
     """
-    answer, error, error_before = (
-        np.asarray(x) for x in (by_hand.a[2], by_hand.deltas[2], by_hand.deltas[1])
+    error, error_before = (np.asarray(each, np.float64) for each in (by_hand.deltas[2], by_hand.deltas[1]))
+    image = np.asarray(by_hand.a[0], np.float64)
+    arriving = np.asarray(W2, np.float64).T @ error
+    lengths = [float(np.linalg.norm(each)) for each in (error, arriving, error_before)]
+    node = int(np.abs(error_before).argmax())
+
+    figure = new_figure(12.4, 4.6)
+    panels = figure.subplots(1, 4, width_ratios=[1, 1, 1, 1.15])
+    limit = 1.05 * max(float(np.abs(each).max()) for each in (error, arriving, error_before)) or 1.0
+    for panel, values, title, about, rows in zip(
+        panels[:3],
+        (error, arriving, error_before),
+        ("BP1:  δ² = a² − y", "BP2:  (W²)ᵀ δ²", "BP2:  δ¹ = (W²)ᵀ δ² ⊙ σ'(z¹)"),
+        (
+            f"prediction minus truth:\nlength {lengths[0]:.3g}",
+            f"through the weights:\nlength {lengths[1]:.3g}",
+            f"times the slope, at most 1/4:\nlength {lengths[2]:.3g}",
+        ),
+        ("class", "hidden node", "hidden node"),
+        strict=True,
+    ):
+        colors = ["#b2182b" if value > 0 else "#2166ac" for value in values]
+        panel.barh(range(len(values)), values, 0.72, color=colors)
+        panel.axvline(0, color="0.4", linewidth=0.8)
+        panel.set_xlim(-limit, limit)
+        panel.set_ylim(len(values) - 0.4, -0.6)
+        panel.set_title(f"{title}\n{about}", fontsize=10)
+        panel.set_ylabel(rows)
+        panel.set_xlabel("error")
+        if len(values) <= 20:
+            panel.set_yticks(range(len(values)))
+        panel.tick_params(axis="y", length=0, labelsize=8)
+        panel.spines[["top", "right", "left"]].set_visible(False)
+    panels[2].set_xlabel("error; BP3: it is also the\ngradient of the biases, ∂C/∂b¹")
+    grad = error_before[node] * image.reshape(shape)
+    largest = float(np.abs(grad).max()) or 1.0
+    mapped = panels[3].imshow(grad, cmap="RdBu_r", vmin=-largest, vmax=largest, interpolation="nearest")
+    panels[3].set_title(f"BP4:  ∂C/∂W¹ = δ¹ (a⁰)ᵀ\nthe image times the error\nof node {node}", fontsize=10)
+    _bare(panels[3])
+    figure.colorbar(mapped, ax=panels[3], label="gradient of a weight", shrink=0.8)
+    change = (
+        "shrinks" if lengths[2] < 0.95 * lengths[0] else "grows" if lengths[2] > 1.05 * lengths[0] else "goes"
     )
-    slope = np.asarray(by_hand.a[1]) * (1 - np.asarray(by_hand.a[1]))
-    image = np.asarray(by_hand.a[0]).reshape(shape)
-    target = np.arange(len(answer)) == label
-    W2 = np.asarray(W2)
-
-    figure = new_figure(10.8, 8.0)
-    halves: Any = figure.subfigures(2, 1)
-    above, below = halves
-    bp1, bp2 = above.subfigures(1, 2, width_ratios=[1, 2.1])
-    bp3, bp4 = below.subfigures(1, 2, width_ratios=[1, 3.7])
-    panels = bp1.subplots(1, 3)
-    _vector(panels[0], answer, "a²\nthe prediction", range(len(answer)))
-    _vector(panels[1], -target.astype(float), "− y\nthe truth")
-    _vector(panels[2], error, "= δ²\nthe error")
-    panels = bp2.subplots(1, 5, width_ratios=[2.4, 1, 1, 1, 1])
-    _matrix(panels[0], W2.T, "(W²)ᵀ\nthe weights, read backwards")
-    panels[0].set_ylabel("hidden node")
-    _vector(panels[1], error, "· δ²\n ")
-    _vector(panels[2], W2.T @ error, "= what\ncomes back")
-    _vector(panels[3], slope, "⊙ σ'(z¹)\nthe slope")
-    _vector(panels[4], error_before, "= δ¹\nthe error")
-    _vector(bp3.subplots(), error_before, "one a node", range(len(error_before)))
-
-    n_columns = math.ceil(math.sqrt(2.2 * len(error_before)))
-    n_rows = math.ceil(len(error_before) / n_columns)
-    parts = bp4.add_gridspec(1, 3, width_ratios=[0.5, 1.4, n_columns * 3.4 / n_rows])
-    _vector(bp4.add_subplot(parts[0]), error_before, "δ¹\n ")
-    panel = bp4.add_subplot(parts[1])
-    panel.imshow(image, cmap="gray_r", interpolation="nearest")
-    panel.set_title("· (a⁰)ᵀ\nthe image", fontsize=9)
-    _bare(panel)
-    grads = np.outer(error_before, image.ravel())
-    limit = float(np.abs(grads).max()) or 1.0
-    cells = parts[2].subgridspec(n_rows, n_columns)
-    for i, grad in enumerate(grads):
-        cell = bp4.add_subplot(cells[i // n_columns, i % n_columns])
-        cell.imshow(grad.reshape(shape), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-        cell.set_title(f"= node {i}" if i == 0 else f"node {i}", fontsize=8, pad=2)
-        _bare(cell)
-    equation = {
-        bp1: "BP1:  δ² = a² − y",
-        bp2: "BP2:  δ¹ = (W²)ᵀ δ² ⊙ σ'(z¹)",
-        bp3: "BP3:  ∂C/∂b¹ = δ¹",
-        bp4: "BP4:  ∂C/∂W¹ = δ¹ (a⁰)ᵀ: the image for each node, as red or blue as its error",
-    }
-    for part, text in equation.items():
-        part.suptitle(text, fontsize=12, color=LINE_COLORS[0])
     figure.suptitle(
-        f"The chain rule for one {label}: the error goes back (BP1, BP2) and leaves the gradients (BP3, BP4)"
-    )
-    figure.supxlabel(
-        "Red is above zero, blue below; a panel's colors reach to the number under it.", fontsize=9
+        f"Backwards through the hidden layer the error of one {label} {change} from {lengths[0]:.3g} to "
+        f"{lengths[2]:.3g}"
     )
     return figure
 
@@ -298,19 +290,3 @@ def agreement(
 def _bare(panel: Any) -> None:
     panel.set_xticks([])
     panel.set_yticks([])
-
-
-def _vector(panel: Any, values: Any, title: str, names: Sequence[Any] | range | None = None) -> None:
-    _matrix(panel, np.asarray(values, np.float64)[:, None], title)
-    if names is not None:
-        panel.set_yticks(range(len(values)), [str(name) for name in names], fontsize=8)
-        panel.tick_params(length=0)
-
-
-def _matrix(panel: Any, values: Any, title: str) -> None:
-    """Draw values as cells, red above zero and blue below, and write under them how far the colors reach."""
-    limit = float(np.abs(values).max()) or 1.0
-    panel.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-    panel.set_title(title, fontsize=9)
-    _bare(panel)
-    panel.set_xlabel(f"±{limit:.2g}", fontsize=8)

@@ -208,6 +208,7 @@ def run(config: Config) -> Result:
             at_the_end,
             data.tokenizer,
             {"validation_loss": validation_loss},
+            f"with {100 * config.dropout:.0f} % dropout" if config.dropout else "",
         )
     print(f"{folder}: it writes\n{written(sample.Model(net, params, data.tokenizer, config.lines), 600)}")
     conclude(folder, outcome, figures, data.name, validation_loss=validation_loss)

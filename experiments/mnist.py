@@ -25,7 +25,15 @@ from gradfn.pages.figures import weight_images
 from gradfn.runs.digit_net import keep_digit_net
 from gradfn.timings import phase
 
-from ._common import SeededOptions, adamw_cosine, classifier_figures, classifier_measures, conclude, given
+from ._common import (
+    SHIFTED,
+    SeededOptions,
+    adamw_cosine,
+    classifier_figures,
+    classifier_measures,
+    conclude,
+    given,
+)
 
 EXPECTED = (
     runs.Expectation("mean test accuracy", at_least=0.949, unit="%", given="--recipe tutorial"),
@@ -178,7 +186,8 @@ def run(config: Config) -> Result:
     probabilities = recipe.probabilities(jnp.asarray(answers[top]))
     with phase("pictures"):
         figures = {"weights": weight_images(params["W1"], data.shape)}
-        figures |= classifier_figures(history, data, probabilities, recipe.loss_unit)
+        harder = SHIFTED if config.recipe == "best" else ""
+        figures |= classifier_figures(history, data, probabilities, recipe.loss_unit, harder)
     outcome = judge(config.recipe, accuracies, epochs)
     keep_digit_net(folder, params, data, probabilities, **recipe.shown)
     conclude(folder, outcome, figures, data.name, test_accuracies=accuracies)

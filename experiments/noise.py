@@ -20,7 +20,7 @@ import optax
 
 import gradfn as gf
 from gradfn import runs
-from gradfn.pages.figures import LINE_COLORS, new_figure
+from gradfn.pages.figures import LINE_COLORS, label_lines, new_figure
 from gradfn.timings import phase
 
 from ._common import DigitOptions, conclude, defaults, start_on_digits
@@ -150,35 +150,50 @@ def noise_over_training(
 
     >>> row = {"gradient_square": 1.0, "variance": 9.0, "scale": 9.0, "running_scale": 9.0}
     >>> noise_over_training([row | {"step": 0}, row | {"step": 10}], 32).axes[0].get_ylabel()
-    'examples in a batch'
+    'noise scale (examples)'
     """
     known = [row for row in rows if row["running_scale"]]
     if not known:
         raise ValueError(
             "noise_over_training: no row has a running scale above zero, so there is nothing to draw"
         )
-    figure = new_figure(7.6, 4.4)
+    figure = new_figure(8.6, 4.4)
     panel = figure.subplots()
     each = [row for row in rows if row["scale"]]
     panel.plot(
-        [r["step"] for r in each], [r["scale"] for r in each], ".", color="0.75", label="each batch alone"
+        [r["step"] for r in each],
+        [r["scale"] for r in each],
+        ".",
+        color="0.8",
+        markersize=4,
+        label="_batches",
     )
     steps, running = [row["step"] for row in known], [row["running_scale"] for row in known]
-    panel.plot(steps, running, color=LINE_COLORS[0], linewidth=2, label="running estimate of the noise scale")
+    panel.plot(steps, running, color=LINE_COLORS[0], linewidth=2, label="estimate\nfrom batches")
     true = [
         (row["step"], row["variance"] / row["gradient_square"]) for row in exact if row["gradient_square"] > 0
     ]
     if true:
-        panel.plot(*zip(*true, strict=True), "D", color=LINE_COLORS[1], label="from all training examples")
-    panel.axhline(batch_size, color=LINE_COLORS[2], linestyle="--", label=f"batch in use: {batch_size}")
+        panel.plot(*zip(*true, strict=True), "D", color=LINE_COLORS[1], label="all training\nexamples")
+    last = max(row["step"] for row in [*rows, *exact])
+    panel.plot([0, last], [batch_size] * 2, "--", color=LINE_COLORS[2], label=f"batch in use:\n{batch_size}")
     panel.set_yscale("log")
-    panel.set_xlim(left=0)
+    # Single batches scatter over many powers of ten; a few of them are not worth the space of the rest.
+    heights = [*running, *(scale for _, scale in true), float(batch_size)]
+    panel.set_ylim(min(heights) / 3, 5 * max(heights))
+    panel.set_xlim(0, max(last, 1))
     panel.set_xlabel("training step")
-    panel.set_ylabel("examples in a batch")
+    panel.set_ylabel("noise scale (examples)")
     panel.grid(color="0.9")
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False, fontsize=9)
+    label_lines(panel, gap=0.13)
     missing = len(rows) - len(each)
+    gray = "gray: one batch each" + (
+        f" (in {missing} of {len(rows)} measures noise hid the gradient: no gray dot there)"
+        if missing
+        else ""
+    )
+    panel.set_title(gray, fontsize=10)
     if scales is None:
         n = len(running)
         early, late = float(np.median(running[: n // 4 + 1])), float(np.median(running[-n // 4 :]))
@@ -189,8 +204,6 @@ def noise_over_training(
             f"The noise scale goes from {early:.0f} examples at the start to {late:.0f} in the second half:\n"
         )
     finding += "large batches pay late" if late > 2 * early else "one size of batch serves throughout"
-    if missing:
-        finding += f"\n(in {missing} of {len(rows)} measures noise hid the gradient: no gray dot there)"
     figure.suptitle(finding)
     return figure
 

@@ -192,11 +192,8 @@ def wanted_figure(drawings: dict[str, Drawings], data: gf.data.Dataset) -> Any:
         }
         notes[drawing] = [f"{100 * sure:.0f} % sure" for sure in one.sure]
         notes[nearest] = [f"a {label}" for label in labels[one.nearest]]
-    counts = [f"{one.of_own_class} of the {name}'s" for name, one in drawings.items()]
-    title = (
-        f"What each class wants to see: for {' and '.join(counts)} ten drawings\n"
-        "the training digit that is most like it is of its class"
-    )
+    counts = [f"{one.of_own_class} of {N_CLASSES} drawings of the {name}" for name, one in drawings.items()]
+    title = f"The nearest training digit is of the wanted class for {' and '.join(counts)}"
     return image_rows(rows, [str(k) for k in range(N_CLASSES)], title, notes)
 
 

@@ -137,7 +137,20 @@ def attention(loss: Any, params: Any, test: tuple[jax.Array, jax.Array], n: int)
     rows = {name: layer[0, :, n:, :] for name, layer in weights.items()}  # [1, heads, T, T] -> [heads, n, T]
     tokens = [SYMBOLS[token] for token in test[0][0].tolist()]
     figure = attention_maps(rows, tokens, tokens[n:])
-    figure.suptitle("While it writes (rows, downwards), it attends to the digits from the last to the first")
+    # Row i writes the digit n - 1 - i.
+    copied = np.arange(n)[::-1]
+    shares = {
+        (name, head): float(one[np.arange(n), copied].mean())
+        for name, layer in rows.items()
+        for head, one in enumerate(layer)
+    }
+    best = max(shares, key=lambda which: shares[which])
+    of_best = f"{100 * shares[best]:.0f} % of the attention of {best[0]}, head {best[1]}, is on it"
+    figure.suptitle(
+        f"While it writes (rows, downwards), it attends to the digit that it copies:\n{of_best}"
+        if shares[best] > 0.4
+        else f"While it writes (rows, downwards), no head attends to the digit that it copies:\nat most {of_best}"
+    )
     return figure
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import gradfn as gf
 from gradfn import runs
 from gradfn.files import inner_folder
-from gradfn.pages.figures import LINE_COLORS, LINE_STYLES, curves, new_figure
+from gradfn.pages.figures import LINE_COLORS, LINE_STYLES, curves, label_lines, new_figure
 from gradfn.pages.sequences import token_probabilities, visible
 from gradfn.runs import sample
 from gradfn.timings import phase
@@ -121,10 +121,10 @@ def run(config: Config) -> Result:
     with phase("pictures"):
         figures = {
             "gradients": gradient_through_time(after, before, "last letter"),
-            "curves": curves(joined(histories), "nats per letter"),
+            # The lines lie close together, far from zero.
+            "curves": curves(joined(histories), "nats per letter", from_zero=False),
             "probabilities": drawn_expectations(net, params["lstm"], data),
         }
-    figures["curves"].axes[0].autoscale(axis="y")  # the lines lie close together, far from zero
     outcome = judge(config, data, losses, after)
     conclude(folder, outcome, figures, data.name, validation_losses=losses)
     print(f"more of its writing: gradfn sample {shlex.quote(str(folder / 'lstm'))}")
@@ -181,9 +181,7 @@ def drawn_expectations(net: gf.Net, params: Any, data: gf.data.Lines) -> Any:
     read, actual, probabilities = expectations(net, params, *data.validation)
     symbols = data.tokenizer.symbols
     figure = token_probabilities([symbols[token] for token in read], actual, probabilities, symbols)
-    figure.axes[0].set_title(
-        f"what the LSTM has read ({visible(chr(10))} starts and ends a line)", fontsize=10
-    )
+    figure.axes[0].set_xlabel(f"validation lines, letter by letter ({visible(chr(10))} ends a line)")
     return figure
 
 
@@ -221,31 +219,38 @@ def gradient_through_time(
         ValueError: nothing to draw, or a gradient that is zero at the last step.
 
     >>> gradient_through_time({"vanilla": [0.01, 0.1, 1.0]}).get_suptitle()
-    'The gradient 2 steps back, of what it is at the last step: vanilla 1/100'
+    '2 steps back from the last step: vanilla keeps 1/100 of the gradient'
     """
     if not norms:
         raise ValueError("gradient_through_time: there is no network to draw")
-    figure = new_figure(8.0, 4.6)
+    figure = new_figure(8.0, 4.4)
     panel = figure.subplots()
-    texts = []
+    left_of = {}
     for (name, sizes), color, style in zip(
         norms.items(), cycle(LINE_COLORS), cycle(LINE_STYLES[:3]), strict=False
     ):
         shares = _shares(name, sizes)
         back = np.arange(len(shares))[::-1]
-        panel.plot(back, shares, style, color=color, label=name)
+        panel.plot(back[::-1], shares[::-1], style, color=color, label=name, linewidth=2)
         if untrained is not None:
-            panel.plot(back, _shares(name, untrained[name]), ":", color=color, label=f"{name}, untrained")
-        texts.append(f"{name} {_ratio(shares[0])}")
+            before = _shares(name, untrained[name])
+            panel.plot(back[::-1], before[::-1], ":", color=color, label="_untrained", linewidth=1.2)
+        left_of[name] = shares[0]
     panel.set_yscale("log")
-    panel.invert_xaxis()
+    panel.set_xlim(0, max(len(shares) - 1, 1))
     panel.set_xlabel(f"steps back from the {what}")
     panel.set_ylabel("gradient of the state (rms),\nas a share of that at the last step")
     panel.grid(color="0.9")
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False)
-    n_back = len(shares) - 1
-    figure.suptitle(f"The gradient {n_back} steps back, of what it is at the {what}: {', '.join(texts)}")
+    if untrained is not None:
+        panel.set_title("dotted: before training", fontsize=10)
+    label_lines(panel)
+    order = sorted(left_of, key=lambda name: -np.nan_to_num(left_of[name]))
+    texts = [
+        f"{name} {'keeps ' if i == 0 else ''}{_ratio(left_of[name])}{' of the gradient' if i == 0 else ''}"
+        for i, name in enumerate(order)
+    ]
+    figure.suptitle(f"{len(shares) - 1} steps back from the {what}: {', '.join(texts)}")
     return figure
 
 
@@ -260,6 +265,7 @@ def _shares(name: str, sizes: Any) -> np.ndarray:
 def _ratio(share: float) -> str:
     if not share > 0:
         return "nothing"
-    if share < 1e-4:
-        return f"{share:.0e}"  # nobody reads 1/108,587,896
+    for size, word in ((1e9, "billion"), (1e6, "million")):
+        if share < 1 / size:
+            return f"1/{float(f'{1 / share / size:.2g}'):,.10g} {word}"
     return f"{100 * share:.0f} %" if share > 0.1 else f"1/{1 / share:,.0f}"

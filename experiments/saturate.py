@@ -22,7 +22,7 @@ import optax
 
 import gradfn as gf
 from gradfn import runs
-from gradfn.pages.figures import LINE_COLORS, LINE_STYLES, new_figure
+from gradfn.pages.figures import LINE_COLORS, LINE_STYLES, label_lines, new_figure
 from gradfn.timings import phase
 
 from ._common import DigitOptions, conclude, defaults, start_on_digits
@@ -49,6 +49,17 @@ STARTS: dict[str, Callable[[int], float]] = {
     "He": lambda n_in: math.sqrt(2 / n_in),  # keeps the scale through relus
     "N(0, 1)": lambda n_in: 1.0,
 }
+
+# The networks that are drawn: activation, wiring and initial weights. The printed lines report all.
+SHOWN = {
+    "sigmoid (LeCun)": ("sigmoid", "plain", "LeCun"),
+    "sigmoid with residual": ("sigmoid", "residual", "LeCun"),
+    "sigmoid with layer norm": ("sigmoid", "layer norm", "LeCun"),
+    "relu (He)": ("relu", "plain", "He"),
+    "relu (N(0, 1))": ("relu", "plain", "N(0, 1)"),
+}
+COLORS = (*LINE_COLORS, "0.35")
+CLEAR = 0.1  # of all values, from which on they are named as saturated
 
 
 @dataclass(frozen=True)
@@ -93,32 +104,19 @@ def run(config: Config) -> Result:
             )
             print(f"{activation}, {wiring}: with {DEPTHS[-1]} hidden layers {deepest} right")
 
-    lecun = list(STARTS).index("LeCun")
-    plain, residual = (outcomes["sigmoid", wiring] for wiring in ("plain", "residual"))
-    lost, kept = (100 * found.norms[lecun, 0] / found.norms[lecun, -1] for found in (plain, residual))
-    stuck, learns = (found.accuracies[lecun, -1] for found in (plain, residual))
+    shown = {name: outcomes[activation, wiring] for name, (activation, wiring, _) in SHOWN.items()}
+    starts = {name: list(STARTS).index(start) for name, (_, _, start) in SHOWN.items()}
     off = {name: shares for name in ACTIVATIONS if (shares := outcomes[name, "plain"].off) is not None}
-    shut = off["tanh"][list(STARTS).index("N(0, 1)")].mean()
     with phase("pictures"):
         figures = {
-            "flow": gradient_flow(
-                {kind: found.norms for kind, found in outcomes.items()},
-                list(STARTS),
-                f"Of the last layer's gradient, ten layers of sigmoids (LeCun) leave the first {lost:.1g} %, "
-                f"with residual connections {kept:.0f} %",
-            ),
+            "flow": gradient_flow({name: found.norms[starts[name]] for name, found in shown.items()}),
             "saturated": saturation(
                 off,
                 list(STARTS),
                 {"sigmoid": "saturated values", "tanh": "saturated values", "relu": "dead nodes"},
-                f"Weights from N(0, 1) shut {100 * shut:.0f} % of all tanh values before training starts",
             ),
             "learned": learned(
-                {kind: found.accuracies for kind, found in outcomes.items()},
-                list(STARTS),
-                DEPTHS,
-                f"After {config.steps} steps, ten layers of sigmoids (LeCun) read {100 * stuck:.0f} % of the test "
-                f"digits, with residual connections {100 * learns:.0f} %",
+                {name: found.accuracies[starts[name]] for name, found in shown.items()}, DEPTHS, config.steps
             ),
         }
     judged = judge(config, outcomes)
@@ -243,134 +241,136 @@ def judge(config: Config, outcomes: dict[tuple[str, str], Outcome]) -> runs.Outc
     return runs.judge(EXPECTED, measured, defaults(config))
 
 
-Kinds = Mapping[tuple[str, str], Any]  # by the name of a column of panels (an activation) and that of a row
-
-
-def gradient_flow(norms: Kinds, lines: Sequence[str], title: str) -> Figure:
-    """Draw how large the gradient is at each layer, as a share of that at the last.
+def gradient_flow(norms: Mapping[str, Any]) -> Figure:
+    """Draw how large the gradient is at each layer, as a share of that at the last, where it starts.
 
     Args:
-        norms: by the panel's column and row, `[lines, layers]`.
-        lines: what each line is.
-        title: the figure's.
+        norms: by the name of a network, of its layers from the first to the last, `[layers]`.
 
     Returns:
-        A figure with a grid of panels that share their axes.
+        A figure with one line per network; its title reports what is left of the gradient at the first layer.
 
-    >>> gradient_flow({("relu", "plain"): [[0.1, 1.0]]}, ["He"], "A tenth").axes[0].get_title()
-    'relu'
+    >>> gradient_flow({"relu": [0.1, 1.0], "sigmoid": [1e-4, 1.0]}).get_suptitle()
+    'Of the gradient at layer 2, 1/10,000 arrives at layer 1 with sigmoid, 10 % with relu'
     """
-    columns, rows = (list(dict.fromkeys(kind[i] for kind in norms)) for i in range(2))
-    figure = new_figure(2.7 * len(columns) + 1.6, 2.1 * len(rows) + 1.2)
-    panels = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)
-    for (column, row), values in norms.items():
-        panel = panels[rows.index(row), columns.index(column)]
-        values = np.asarray(values, np.float64)
-        layers = np.arange(1, values.shape[1] + 1)
-        for name, line, color, style in zip(
-            lines, values, cycle(LINE_COLORS), cycle(LINE_STYLES), strict=False
-        ):
-            last = line[-1] if line[-1] > 0 else np.nan
-            shares = np.where(line > 0, line / last, np.nan)  # zeros are not defined on a logarithmic scale
-            panel.plot(layers, shares, style, color=color, label=name, linewidth=1.8)
-        panel.axhline(1e-3, color="0.6", linewidth=0.8)
-        panel.set_yscale("log")
-        panel.set_xticks(layers)
-        panel.tick_params(labelsize=8)
-        panel.grid(color="0.92")
-        panel.spines[["top", "right"]].set_visible(False)
-        if row == rows[0]:
-            panel.set_title(column, fontsize=11)
-        if column == columns[0]:
-            panel.set_ylabel(row, fontsize=11)
-    panels[-1, 0].text(layers[-1], 1.2e-3, "1/1,000: vanished", color="0.4", fontsize=8, ha="right")
-    low, high = panels[0, 0].get_ylim()
-    panels[0, 0].set_ylim(max(low, 1e-9), min(high, 1e6))
-    figure.supxlabel("layer (the loss is on the right, the gradient goes to the left)", fontsize=10)
-    figure.supylabel("gradient of the weighted sums (norm), as a share of the last layer's", fontsize=10)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", title="initial weights", frameon=False)
-    figure.suptitle(title)
+    figure = new_figure(8.6, 4.4)
+    panel = figure.subplots()
+    left = {}
+    for (name, sizes), color, style in zip(norms.items(), cycle(COLORS), cycle(LINE_STYLES), strict=False):
+        sizes = np.asarray(sizes, np.float64)
+        n = len(sizes)
+        last = sizes[-1] if sizes[-1] > 0 else np.nan
+        # Zeros are not defined on a logarithmic scale.
+        shares = np.where(sizes > 0, sizes / last, np.nan)
+        left[name] = float(shares[0])
+        panel.plot(np.arange(1, n + 1)[::-1], shares[::-1], style, color=color, label=name, linewidth=2)
+    panel.set_yscale("log")
+    low, high = panel.get_ylim()
+    panel.set_ylim(max(low, 1e-9), min(high, 1e7))
+    panel.axhline(1e-3, color="0.6", linewidth=0.8)
+    panel.text(n, 1.25e-3, "1/1,000: vanished", color="0.4", fontsize=9)
+    panel.set_xticks(range(1, n + 1))
+    panel.set_xlim(n, 1)
+    panel.set_xlabel("layer: the loss is on the left, the gradient goes back to the right")
+    panel.set_ylabel("gradient of the weighted sums (norm),\nas a share of the last layer's")
+    panel.grid(color="0.92")
+    panel.spines[["top", "right"]].set_visible(False)
+    label_lines(panel)
+    first = min(left, key=lambda name: np.nan_to_num(left[name]))
+    others = [name for name in left if name != first][:1]
+    texts = [f"{_left(left[name])} with {name}" for name in others]
+    figure.suptitle(
+        f"Of the gradient at layer {n}, {_left(left[first])} arrives at layer 1 with {first}"
+        + "".join(f", {text}" for text in texts)
+    )
     return figure
 
 
-def saturation(shares: Mapping[str, Any], rows: Sequence[str], what: Mapping[str, str], title: str) -> Figure:
-    """Draw the share of each layer that is saturated (sigmoid, tanh) or dead (relu).
+def _left(share: float) -> str:
+    if not share > 0:
+        return "nothing"
+    if share < 1e-6:
+        return f"1/{float(f'{1e-6 / share:.2g}'):,.10g} million"
+    return f"1/{float(f'{1 / share:.2g}'):,.0f}" if share < 0.01 else f"{100 * share:,.0f} %"
+
+
+def saturation(shares: Mapping[str, Any], rows: Sequence[str], what: Mapping[str, str]) -> Figure:
+    """Draw the share of values that are saturated or of nodes that are dead, averaged over layers.
 
     Args:
         shares: by activation, `[rows, layers]` in [0, 1].
-        rows: what each row is.
+        rows: what each row is, initial weights.
         what: by activation, what the shares are of.
-        title: the figure's.
 
     Returns:
-        A figure with one panel per activation.
+        A figure with one panel per activation; its title names the largest share, or says that all are small.
 
-    >>> saturation({"relu": [[0.0, 0.5]]}, ["He"], {"relu": "dead nodes"}, "Half").axes[0].get_title()
-    'relu: dead nodes'
+    >>> saturation({"relu": [[0.0, 0.5]]}, ["He"], {"relu": "dead nodes"}).get_suptitle()
+    'Before training, initial weights He give 25 % dead nodes with relu, the most of all'
     """
-    figure = new_figure(4.2 * len(shares) + 1.6, 0.5 * len(rows) + 1.9)
+    means = {name: np.asarray(values, np.float64).mean(1) for name, values in shares.items()}
+    figure = new_figure(3.2 * len(shares) + 1.0, 0.42 * len(rows) + 1.5)
     panels = figure.subplots(1, len(shares), squeeze=False, sharey=True)[0]
-    for panel, (name, values) in zip(panels, shares.items(), strict=True):
-        mapped = _shares(panel, np.asarray(values, np.float64))
+    for panel, (name, values) in zip(panels, means.items(), strict=True):
+        colors = [LINE_COLORS[1] if value >= CLEAR else "0.6" for value in values]
+        panel.barh(range(len(rows)), 100 * values, 0.62, color=colors)
+        for row, value in enumerate(values):
+            panel.text(100 * value + 2, row, f"{100 * value:.0f} %", va="center", fontsize=9)
         panel.set_title(f"{name}: {what[name]}", fontsize=11)
-        panel.set_xticks(range(np.shape(values)[1]), range(1, np.shape(values)[1] + 1))
         panel.set_yticks(range(len(rows)), rows)
-        panel.set_xlabel("layer")
+        panel.set_ylim(len(rows) - 0.4, -0.6)
+        panel.set_xlim(0, 100)
+        panel.set_xticks((0, 25, 50, 75))
+        panel.set_xlabel("share, over all layers (%)")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(axis="y", length=0)
     panels[0].set_ylabel("initial weights")
-    figure.colorbar(mapped, ax=list(panels), label="share of the layer (%)", pad=0.01)
-    figure.suptitle(title)
+    most = max(means, key=lambda name: means[name].max())
+    row, share = int(means[most].argmax()), float(means[most].max())
+    if share >= CLEAR:
+        title = (
+            f"initial weights {rows[row]} give {100 * share:.0f} % {what[most]} with {most}, the most of all"
+        )
+    else:
+        title = f"no initial weights saturate much: at most {100 * share:.0f} % {what[most]} ({most}, {rows[row]})"
+    figure.suptitle(f"Before training, {title}")
     return figure
 
 
-def learned(accuracies: Kinds, rows: Sequence[str], depths: Sequence[int], title: str) -> Figure:
-    """Draw which networks have learned: one panel per wiring, a group of rows per activation, one column per depth.
+def learned(accuracies: Mapping[str, Any], depths: Sequence[int], steps: int) -> Figure:
+    """Draw which networks have learned, by their depth.
 
     Args:
-        accuracies: by activation and wiring, `[rows, depths]` in [0, 1].
-        rows: what each row of a group is.
+        accuracies: by the name of a network, `[depths]` in [0, 1].
         depths: numbers of hidden layers.
-        title: the figure's.
+        steps: of the training.
 
     Returns:
-        A figure with one panel per wiring.
+        A figure with one line per network; its title reports the accuracies of the first two at the largest depth.
 
-    >>> learned({("relu", "plain"): [[0.5, 0.9]]}, ["He"], [1, 2], "Two").axes[0].get_title()
-    'plain'
+    >>> learned({"relu": [0.9, 0.1], "sigmoid": [0.9, 0.8]}, [1, 2], 30).get_suptitle()
+    'After 30 steps, 2 layers of relu read 10 % of the test digits, sigmoid 80 %'
     """
-    activations, wirings = (list(dict.fromkeys(kind[i] for kind in accuracies)) for i in range(2))
-    n = len(rows)
-    figure = new_figure(3.1 * len(wirings) + 2.8, 0.27 * n * len(activations) + 1.8)
-    panels = figure.subplots(1, len(wirings), squeeze=False, sharey=True)[0]
-    for panel, wiring in zip(panels, wirings, strict=True):
-        mapped = _shares(
-            panel, np.concatenate([np.asarray(accuracies[name, wiring]) for name in activations])
-        )
-        for group in range(1, len(activations)):
-            panel.axhline(n * group - 0.5, color="white", linewidth=4)
-        panel.set_title(wiring, fontsize=11)
-        panel.set_xticks(range(len(depths)), depths)
-        panel.set_xlabel("hidden layers")
-        panel.set_yticks(range(n * len(activations)), list(rows) * len(activations), fontsize=9)
-    for group, name in enumerate(activations):
-        panels[0].text(
-            -0.36, n * (group + 0.5) - 0.5, name, rotation=90, va="center", ha="center", fontsize=11,
-            transform=panels[0].get_yaxis_transform(),
-        )  # fmt: skip
-    figure.colorbar(mapped, ax=list(panels), label="test digits right (%)", pad=0.01)
-    figure.supxlabel("10 %: it guesses; 0 %: its numbers are no longer finite", fontsize=10)
-    figure.suptitle(title)
-    return figure
-
-
-def _shares(panel: Any, values: np.ndarray) -> Any:
-    """Draw shares as colored cells with their percentages in them."""
-    mapped = panel.imshow(
-        100 * values, cmap="cividis", vmin=0, vmax=100, aspect="auto", interpolation="nearest"
+    figure = new_figure(8.6, 4.4)
+    panel = figure.subplots()
+    for (name, values), color, style in zip(
+        accuracies.items(), cycle(COLORS), cycle(LINE_STYLES), strict=False
+    ):
+        values = 100 * np.asarray(values, np.float64)
+        panel.plot(depths, values, style, color=color, label=name, linewidth=2, marker="o", markersize=4)
+    panel.set_ylim(-3, 103)
+    panel.axhline(10, color="0.6", linewidth=0.8)
+    panel.text(depths[0], 11.5, "10 %: guessing", color="0.4", fontsize=9)
+    panel.set_xticks(depths)
+    panel.set_xlabel("hidden layers")
+    panel.set_ylabel("test digits right (%); 0: no longer finite")
+    panel.grid(color="0.92")
+    panel.spines[["top", "right"]].set_visible(False)
+    label_lines(panel)
+    ends = [f"{100 * float(values[-1]):.0f} %" for values in accuracies.values()]
+    names = list(accuracies)
+    second = f", {names[1]} {ends[1]}" if len(names) > 1 else ""
+    figure.suptitle(
+        f"After {steps:,} steps, {depths[-1]} layers of {names[0]} read {ends[0]} of the test digits{second}"
     )
-    for row, column in np.ndindex(*values.shape):
-        color = "black" if values[row, column] > 0.5 else "white"
-        text = f"{100 * values[row, column]:.0f}"
-        panel.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
-    panel.tick_params(length=0)
-    return mapped
+    return figure

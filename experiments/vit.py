@@ -1,4 +1,4 @@
-"""Train a vision transformer to read handwritten digits, and draw its patches and its attention."""
+"""Train a vision transformer to read handwritten digits, and draw which patches its attention goes to."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ if __name__ == "__main__":
 
     run_script(__file__)
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 import gradfn as gf
 from gradfn import runs
-from gradfn.pages.images import filter_images, image_maps
+from gradfn.pages.figures import LINE_COLORS, new_figure
+from gradfn.pages.images import bare
 
 from ._common import (
     ClassifierResult,
@@ -81,26 +86,56 @@ def run(config: Config) -> ClassifierResult:
     epochs = config.epochs or EPOCHS[config.data]
 
     def figures(loss: Any, params: Any) -> dict[str, Figure]:
-        patches = filter_images(params["patches"]["W"], "patches")
-        return {"patches": patches, "attention": attention(loss, params, data, 28 // config.patch)}
+        images, labels = six_digits(data)
+        weights = attention_of(loss, params, (images, labels))
+        return {"attention": attention(images.reshape(-1, *data.shape), weights)}
 
     return train_classifier("vit", config, net, data, epochs, 0.05, EXPECTED, figures)
 
 
-def attention(loss: Any, params: Any, data: gf.data.Dataset, side: int) -> Figure:
-    """Draw how much of the attention each patch gets, head by head in the first and the last block."""
-    images, labels = six_digits(data)
-    of_blocks = attention_of(loss, params, (images, labels))
-    columns: dict[str, Any] = {}
-    # [digits, side * patch, side * patch] -> which patches have ink, [digits, patches]
-    pictures = images.reshape(len(images), side, 28 // side, side, 28 // side)
-    ink = (pictures.mean((2, 4)) > 0.1).reshape(len(images), -1)
-    inked = []
-    for block in dict.fromkeys([min(of_blocks), max(of_blocks)]):
-        weights = of_blocks[block]  # [digits, heads, patches, patches]
-        shares = weights.mean(2).reshape(len(images), -1, side, side)  # averaged over the queries
-        inked.append((weights.mean((1, 2)) * ink).sum(1).mean())
-        columns |= {f"{block}\nhead {head}": shares[:, head] for head in range(shares.shape[1])}
-    texts = " and ".join(f"{100 * share:.0f} %" for share in inked)
-    title = f"Patches with ink, {100 * ink.mean():.0f} % of all, get {texts} of the attention of these blocks"
-    return image_maps(images.reshape(-1, *data.shape), columns, title, "attention")
+def attention(images: Any, weights: Mapping[str, Any]) -> Figure:
+    """Draw how much of the attention each patch gets in the first and the last block, averaged over heads and queries.
+
+    Args:
+        images: `[n, height, width]`.
+        weights: by block, in order, `[n, heads, patches, patches]`.
+
+    Returns:
+        A figure with one row per block and one column per image. Its title compares the attention that patches with ink
+        get with their number.
+
+    >>> even = np.full([2, 1, 4, 4], 0.25)
+    >>> attention(np.ones([2, 28, 28]), {"block 0": even}).get_suptitle()
+    'No block prefers ink: patches with ink, 100 % of all, get 100 % of the attention in block 0'
+    """
+    images = np.asarray(images, np.float64)
+    n, height, width = images.shape
+    blocks = dict.fromkeys([next(iter(weights)), next(reversed(weights))])
+    shares = {name: np.asarray(weights[name], np.float64).mean((1, 2)) for name in blocks}  # [n, patches]
+    side = math.isqrt(next(iter(shares.values())).shape[1])
+    # [n, height, width] -> which patches have ink, [n, patches]
+    patches = images.reshape(n, side, height // side, side, width // side)
+    ink = (patches.mean((2, 4)) > 0.1).reshape(n, -1)
+
+    figure = new_figure(1.5 * n + 1.0, 1.62 * len(shares) + 1.0, "compressed")
+    panels = figure.subplots(len(shares), n, squeeze=False)
+    centers = (np.arange(side) + 0.5) * height / side - 0.5
+    x, y = np.meshgrid(centers, centers)
+    for row, (name, of_images) in zip(panels, shares.items(), strict=True):
+        for panel, image, share in zip(row, images, of_images, strict=True):
+            # Pale, so that the dots stand out.
+            panel.imshow(image, cmap="gray_r", vmin=0, vmax=2.5, interpolation="nearest")
+            panel.scatter(x, y, 1400 * share, color=LINE_COLORS[1], alpha=0.75, linewidth=0)
+            bare(panel)
+        row[0].set_ylabel(name, fontsize=11)
+    figure.supxlabel("area of a dot: share of the attention that the patch gets", fontsize=10)
+
+    of_ink = {name: float((of_images * ink).sum(1).mean()) for name, of_images in shares.items()}
+    best = max(of_ink, key=lambda name: of_ink[name])
+    texts = [f"{100 * share:.0f} % of the attention in {name}" for name, share in of_ink.items()]
+    texts[1:] = [text.replace(" of the attention", "") for text in texts[1:]]
+    prefers = (
+        f"In {best} the attention goes to ink" if of_ink[best] > ink.mean() + 0.05 else "No block prefers ink"
+    )
+    figure.suptitle(f"{prefers}: patches with ink, {100 * ink.mean():.0f} % of all, get {', '.join(texts)}")
+    return figure

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -84,8 +85,16 @@ def weight_images(W: Any, shape: Sequence[int] = (28, 28), name: str = "W1", wha
     return figure
 
 
-def curves(history: History, loss_unit: str = "nats", ends: Mapping[str, float] = {}) -> Figure:
+def curves(
+    history: History,
+    loss_unit: str = "nats",
+    ends: Mapping[str, float] = {},
+    harder: str = "",
+    from_zero: bool = True,
+) -> Figure:
     """Draw the loss and the accuracy over training.
+
+    Where the training loss is larger than the validation loss, which is unusual, the figure says why.
 
     Args:
         history: one dict per evaluation with `step`, `loss`, and other losses and accuracies, which are the
@@ -93,6 +102,9 @@ def curves(history: History, loss_unit: str = "nats", ends: Mapping[str, float] 
         loss_unit: of the losses.
         ends: by name, what the title reports instead of the last row, where the run measured it anew at the end
             (on all examples, say).
+        harder: what makes training harder than evaluation, such as "with dropout"; "" where nothing does.
+        from_zero: whether the axis of the losses starts at zero; lines that lie close together need an axis of their
+            own range.
 
     Returns:
         A figure with a panel for the losses and, if there are any, one for the accuracies.
@@ -110,15 +122,24 @@ def curves(history: History, loss_unit: str = "nats", ends: Mapping[str, float] 
     names = dict.fromkeys(name for row in history for name in row)
     losses = [name for name in names if name.endswith("loss")]
     accuracies = [name for name in names if name.endswith("accuracy")]
-    figure = new_figure(5.2 * (1 + bool(accuracies)), 4.0)
+    figure = new_figure(11.2 if accuracies else 7.4, 4.0)
     panels = figure.subplots(1, 1 + bool(accuracies), squeeze=False).ravel()
     _lines(panels[0], history, losses, 1.0)
-    panels[0].set_ylim(bottom=0)
+    if from_zero:
+        panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel(f"loss ({loss_unit})")
+    label_lines(panels[0])
+    why = _why_above(history, harder)
+    if why:
+        note = panels[0].text(
+            0.98, 0.98, fill(why, 40), transform=panels[0].transAxes, ha="right", va="top", fontsize=9
+        )
+        note.set_color("0.35")
     if accuracies:
         _lines(panels[1], history, accuracies, 100.0)
         panels[1].set_ylabel("accuracy (%)")
         panels[1].set_ylim(top=100)
+        label_lines(panels[1])
     figure.suptitle(_finding(history, accuracies or losses, ends))
     return figure
 
@@ -352,6 +373,63 @@ def new_figure(width: float, height: float, layout: Layout = "constrained") -> F
     return Figure(figsize=(width, height), layout=layout)
 
 
+def label_lines(panel: Any, gap: float = 0.07, size: float = 10.0) -> None:
+    """Write the name of each line of a panel beside its right end, in its color, instead of a legend.
+
+    The panel's limits have to be final. Names whose lines end close together are moved apart.
+
+    Args:
+        panel: whose lines have labels; those whose label starts with "_" get no name.
+        gap: the smallest distance of two names, as a share of the panel's height.
+        size: of the letters, in points.
+    """
+    found = []
+    for line in panel.lines:
+        x, y = (np.asarray(part, np.float64) for part in (line.get_xdata(), line.get_ydata()))
+        known = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
+        if str(line.get_label()).startswith("_") or not len(known):
+            continue
+        end = panel.transData.transform((x[known[-1]], y[known[-1]]))
+        height = float(panel.transAxes.inverted().transform(end)[1])
+        found.append((min(max(height, 0.0), 1.0), line.get_label(), line.get_color()))
+    found.sort(key=lambda each: each[0])
+    heights = spread([height for height, *_ in found], gap)
+    for height, (_, name, color) in zip(heights, found, strict=True):
+        panel.annotate(
+            name, (1.02, height), xycoords="axes fraction", color=color, fontsize=size, va="center",
+            annotation_clip=False,
+        )  # fmt: skip
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Return ascending heights, moved as little as needed so that neighbors are at least `gap` apart.
+
+    >>> [round(height, 2) for height in spread([0.0, 0.5, 0.52], 0.1)]
+    [0.0, 0.46, 0.56]
+    """
+    groups: list[tuple[float, int]] = []  # the mean height of names that touch, and how many they are
+    for height in heights:
+        mean, n = height, 1
+        while groups and mean - (n - 1) * gap / 2 < groups[-1][0] + (groups[-1][1] + 1) * gap / 2 - 1e-12:
+            before, n_before = groups.pop()
+            mean, n = (before * n_before + mean * n) / (n_before + n), n_before + n
+        groups.append((mean, n))
+    return [mean + gap * (i - (n - 1) / 2) for mean, n in groups for i in range(n)]
+
+
+def _why_above(history: History, harder: str) -> str:
+    """Return why the training loss is above the validation loss, or "" where it hardly ever is."""
+    rows = [row for row in history if "loss" in row and "validation_loss" in row]
+    n_above = sum(row["loss"] > row["validation_loss"] for row in rows)
+    if not rows or n_above < 0.2 * len(rows):
+        return ""
+    share = "all" if n_above == len(rows) else f"{n_above} of {len(rows)}"
+    return (
+        f"Training loss above validation loss in {share} rows: it is averaged over the steps before a row"
+        f"{f', {harder},' if harder else ''} while the network improves; validation is measured at their end."
+    )
+
+
 def _columns(n: int) -> int:
     """Return the number of columns of a grid of n cells that is slightly wider than high."""
     widest = max(1, math.ceil(math.sqrt(1.6 * n)))
@@ -371,7 +449,6 @@ def _lines(panel: Any, history: History, names: Sequence[str], scale: float) -> 
     panel.set_xlabel("training step")
     panel.grid(color="0.9")
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False)
 
 
 def _finding(history: History, names: Sequence[str], measured: Mapping[str, float]) -> str:

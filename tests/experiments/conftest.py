@@ -48,7 +48,7 @@ SHARED = {
     "reconstruct": [
         (
             "wanted",
-            r"for (\d+) of the dense",
+            r"class for (\d+) of 10 drawings of the dense",
             ["drawings of the dense network most like a digit of their class"],
         )
     ],
@@ -65,7 +65,13 @@ SHARED = {
         ("curves", rf"{cell} validation loss ([\d.]+)", [f"{cell} validation loss"])
         for cell in ("vanilla", "gru", "lstm")
     ],
-    "saturate": [("learned", r"\(LeCun\) read (\d+) %", ["test accuracy of ten sigmoid layers"])],
+    "saturate": [
+        (
+            "learned",
+            r"\(LeCun\) read (\d+) % .* residual (\d+) %",
+            ["test accuracy of ten sigmoid layers", "the same with residual connections"],
+        )
+    ],
     "vit": [("confusion", r"^([\d.]+) %", ["test accuracy"])],
     "width": [
         ("trade", r"base case \S+ x \S+ reads ([\d.]+) %", ["test accuracy of the base case"]),

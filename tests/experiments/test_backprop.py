@@ -41,6 +41,29 @@ def test_an_example_out_of_range_does_not_start_a_run(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("scale", "change"), [(0.1, "shrinks"), (30.0, "grows")])
+def test_the_title_of_the_equations_says_whether_the_error_shrinks(scale, change):
+    rng = np.random.default_rng(0)
+    params = {"W1": rng.normal(size=[16, 784]) / 28, "b1": np.zeros(16), "b2": np.zeros(10)}
+    params["W2"] = scale * rng.normal(size=[10, 16])
+    x = rng.uniform(size=784)
+    by_hand = jax.tree.map(np.asarray, jax.jit(gf.chain_rule())(params, x, 3))
+    figure = backprop.equations(by_hand, params["W2"], 3)
+    before, after = (np.linalg.norm(by_hand.deltas[i]) for i in (2, 1))
+    title = f"the error of one 3 {change} from {before:.3g} to {after:.3g}"
+    assert figure.get_suptitle() == f"Backwards through the hidden layer {title}"
+    panels = [panel for panel in figure.axes if panel.get_title()]
+    assert len(panels) == 4
+    assert [panel.get_title()[:3] for panel in panels] == ["BP1", "BP2", "BP2", "BP4"]
+    bars = [np.array([bar.get_width() for bar in panel.patches]) for panel in panels[:3]]
+    np.testing.assert_allclose(bars[0], by_hand.deltas[2], rtol=1e-5)
+    np.testing.assert_allclose(bars[1], params["W2"].T @ by_hand.deltas[2], rtol=1e-4)
+    np.testing.assert_allclose(bars[2], by_hand.deltas[1], rtol=1e-5)
+    assert len({panel.get_xlim() for panel in panels[:3]}) == 1
+    node = np.abs(by_hand.deltas[1]).argmax()
+    np.testing.assert_allclose(panels[3].images[0].get_array().ravel(), by_hand.grads["W1"][node], rtol=1e-4)
+
+
 @pytest.mark.slow
 def test_a_run_agrees_with_float32_gradients_and_draws(tmp_path):
     result = backprop.run(backprop.Config(hidden=2, example=7, seed=3, folder=str(tmp_path / "run")))

@@ -30,12 +30,31 @@ def test_options_out_of_range_are_named(experiment, options, message):
         experiment.Config(**options)
 
 
+def test_the_title_of_the_attention_says_whether_it_goes_to_ink():
+    images = np.zeros([3, 28, 28])
+    images[:, :14] = 1  # half of the 16 patches
+    even = np.full([3, 2, 16, 16], 1 / 16)
+    on_ink = np.zeros([3, 2, 16, 16])
+    on_ink[..., :8] = 1 / 8
+    figure = vit.attention(images, {"block 0": even, "block 1": even, "block 2": on_ink})
+    assert figure.get_suptitle() == (
+        "In block 2 the attention goes to ink: patches with ink, 50 % of all, get 50 % of the attention in block 0, "
+        "100 % in block 2"
+    )
+    assert len(figure.axes) == 6
+    assert [panel.get_ylabel() for panel in figure.axes[::3]] == ["block 0", "block 2"]
+    title = vit.attention(images, {"block 0": even, "block 1": even}).get_suptitle()
+    assert title.startswith(
+        "No block prefers ink: patches with ink, 50 % of all, get 50 % of the attention in block 0, 50 %"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("experiment", "options", "pictures"),
     [
         (cnn, {"channels": (4, 4), "hidden": 16, "epochs": 2}, {"filters.png", "maps.png"}),
-        (vit, {"layers": 1, "width": 16, "hidden": 16, "epochs": 2}, {"patches.png", "attention.png"}),
+        (vit, {"layers": 1, "width": 16, "hidden": 16, "epochs": 2}, {"attention.png"}),
     ],
 )
 def test_a_run_learns_and_draws(experiment, options, pictures, tmp_path):

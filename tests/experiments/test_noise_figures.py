@@ -22,9 +22,12 @@ def test_the_title_says_whether_it_grew():
 
 def test_hidden_gradients_are_counted():
     hidden = {"step": 9, "gradient_square": -1.0, "variance": 1.0, "scale": None, "running_scale": None}
-    assert (
-        "in 1 of 3 measures noise hid" in noise_over_training([*rows([5.0, 5.0]), hidden], 32).get_suptitle()
-    )
+    [panel] = noise_over_training([*rows([5.0, 5.0]), hidden], 32).axes
+    assert "in 1 of 3 measures noise hid" in panel.get_title()
+    [panel] = noise_over_training(rows([5.0, 5.0]), 32).axes
+    assert panel.get_title() == "gray: one batch each"
+    assert panel.get_legend() is None
+    assert [text.get_text() for text in panel.texts] == ["estimate\nfrom batches", "batch in use:\n32"]
     with pytest.raises(ValueError, match="nothing to draw"):
         noise_over_training([hidden], 32)
 

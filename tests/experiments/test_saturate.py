@@ -86,3 +86,47 @@ def of_few_activations(outcome):
         return measured["plain"]
 
     return of
+
+
+def test_the_title_of_the_flow_reports_the_network_that_keeps_least():
+    vanishing = {"plain": np.geomspace(2e-6, 1, 10), "residual": np.full(10, 3.0)}
+    figure = saturate.gradient_flow(vanishing)
+    assert len(figure.axes) == 1
+    assert (
+        figure.get_suptitle()
+        == "Of the gradient at layer 10, 1/500,000 arrives at layer 1 with plain, 100 % with residual"
+    )
+    assert {text.get_text() for text in figure.axes[0].texts} == {"plain", "residual", "1/1,000: vanished"}
+    even = saturate.gradient_flow({"plain": np.ones(10), "residual": np.full(10, 3.0)})
+    assert even.get_suptitle().startswith("Of the gradient at layer 10, 100 % arrives at layer 1 with plain")
+    lost = saturate.gradient_flow({"plain": np.array([0.0, 1.0]), "other": np.array([1e-9, 1.0])})
+    assert (
+        lost.get_suptitle()
+        == "Of the gradient at layer 2, nothing arrives at layer 1 with plain, 1/1,000 million with other"
+    )
+
+
+def test_the_title_of_the_saturation_says_whether_there_is_any():
+    what = {"tanh": "saturated values", "relu": "dead nodes"}
+    off = {"tanh": np.zeros([2, 10]), "relu": np.full([2, 10], 0.05)}
+    figure = saturate.saturation(off, ["He", "N(0, 1)"], what)
+    assert (
+        figure.get_suptitle()
+        == "Before training, no initial weights saturate much: at most 5 % dead nodes (relu, He)"
+    )
+    assert len(figure.axes) == 2
+    off["tanh"][1] = np.linspace(0.6, 0.8, 10)
+    title = saturate.saturation(off, ["He", "N(0, 1)"], what).get_suptitle()
+    assert (
+        title
+        == "Before training, initial weights N(0, 1) give 70 % saturated values with tanh, the most of all"
+    )
+
+
+def test_the_title_of_what_was_learned_has_the_accuracies_of_the_deepest():
+    found = {"sigmoid (LeCun)": [0.9, 0.1], "sigmoid with residual": [0.9, 0.88], "relu": [0.9, np.nan]}
+    figure = saturate.learned(found, [1, 10], 300)
+    assert len(figure.axes) == 1
+    title = "After 300 steps, 10 layers of sigmoid (LeCun) read 10 % of the test digits, sigmoid with residual 88 %"
+    assert figure.get_suptitle() == title
+    assert {text.get_text() for text in figure.axes[0].texts} == {*found, "10 %: guessing"}

@@ -63,7 +63,7 @@ def test_sharpness_in_the_title_over_its_limit_is_that_of_the_outcome():
 def test_gradients_in_the_title_have_the_ratio_of_the_outcome():
     sizes = {"vanilla": np.geomspace(2e-3, 1.0, 50), "lstm": np.geomspace(0.5, 1.0, 50)}
     title = rnn.gradient_through_time(sizes).get_suptitle()
-    assert "vanilla 1/500, lstm 50 %" in title
+    assert title == "49 steps back from the last step: lstm keeps 50 % of the gradient, vanilla 1/500"
     data = type("data", (), {"sha256": ""})
     outcome = rnn.judge(rnn.Config(steps=9), data, dict.fromkeys(sizes, 2.0), sizes)
     assert outcome.measured["LSTM gradient / vanilla gradient"] == pytest.approx(250)

@@ -1,11 +1,15 @@
 """Figures: their panels, titles and color scales, not their pixels."""
 
+import itertools
+
 import matplotlib
 import matplotlib.image
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from gradfn.pages.figures import confusion, curves, mistakes, save, weight_images
+from gradfn.pages.figures import confusion, curves, mistakes, save, spread, weight_images
 
 
 def images_in(figure):
@@ -55,6 +59,51 @@ def test_curves_have_a_panel_for_losses_and_one_for_accuracies_in_percent():
     np.testing.assert_allclose(accuracies.lines[0].get_ydata(), [50.0, 93.6])
     assert (losses.get_xlabel(), losses.get_ylabel()) == ("training step", "loss (nats)")
     assert accuracies.get_ylabel() == "accuracy (%)"
+
+
+def test_lines_have_their_names_at_their_ends_and_no_legend():
+    figure = curves(HISTORY)
+    for panel in figure.axes:
+        assert panel.get_legend() is None
+        names = {text.get_text(): text for text in panel.texts}
+        assert set(names) == {line.get_label() for line in panel.lines}
+        for line in panel.lines:
+            assert names[line.get_label()].get_color() == line.get_color()
+        heights = sorted(text.xy[1] for text in panel.texts)
+        assert np.diff(heights).min() >= 0.07 - 1e-9
+
+
+@given(st.lists(st.floats(0, 1), max_size=8).map(sorted), st.floats(0.01, 0.1))
+def test_names_are_moved_apart_and_keep_their_order_and_center(heights, gap):
+    found = spread(heights, gap)
+    assert len(found) == len(heights)
+    assert all(b - a >= gap - 1e-9 for a, b in itertools.pairwise(found))
+    assert sum(found) == pytest.approx(sum(heights))
+    if all(b - a >= gap for a, b in itertools.pairwise(heights)):
+        np.testing.assert_allclose(found, heights)
+
+
+def test_a_training_loss_above_the_validation_loss_is_explained_where_it_is():
+    rows = lambda training: [  # noqa: E731
+        {"step": i, "loss": training, "validation_loss": 1.0} for i in range(10)
+    ]
+
+    def note(history, **options):
+        panel = curves(history, **options).axes[0]
+        return " ".join(
+            " ".join(text.get_text().split()) for text in panel.texts if "above" in text.get_text()
+        )
+
+    assert note(rows(0.9)) == ""
+    assert note(rows(0.9)[:9] + rows(1.1)[9:]) == ""  # one row of ten
+    assert note([{"step": 1, "loss": 2.0}]) == ""
+    some = note(rows(1.1)[:4] + rows(0.9)[4:], harder="with 10 % dropout")
+    assert some.startswith(
+        "Training loss above validation loss in 4 of 10 rows: it is averaged over the steps"
+    )
+    assert ", with 10 % dropout, while the network improves" in some
+    assert "in all rows" in note(rows(1.1))
+    assert "dropout" not in note(rows(1.1))
 
 
 def test_the_title_of_curves_is_the_final_row():
