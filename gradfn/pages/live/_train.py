@@ -8,7 +8,10 @@ from gradfn.pages.live.part import Live
 from gradfn.runs.kept import Kept
 from gradfn.runs.training_set import TrainingSet, sizes
 
-ACTIVATIONS = ("sigmoid", "tanh", "relu", "gelu", "identity")  # those that assets/train/net.js knows
+# Those that assets/core/activations.js knows.
+ACTIVATIONS = (
+    *("sigmoid", "tanh", "relu", "leaky_relu", "elu", "selu", "gelu", "gelu_exact", "silu", "softplus", "identity"),
+)  # fmt: skip
 MAX_DEPTH, MAX_WIDTH = 10, 256  # hidden layers, and nodes in each
 LIMIT = 1_500_000  # bytes of the content
 TOO_LARGE = "The data set is too large to train on in the page."

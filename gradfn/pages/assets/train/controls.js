@@ -29,7 +29,7 @@ export const PRESETS = {
   "Ten sigmoid layers": { depth: 10, activation: "sigmoid" },
   "Learning rate 100": { rate: 100 },
   "Learning rate 0.0001": { rate: 0.0001 },
-  "ReLU, rate 10: dead units": { activation: "relu", rate: 10 },
+  "ReLU, SGD, rate 10: dead units": { depth: 2, activation: "relu", optimizer: "sgd", rate: 10 },
   "Overflow: linear, SGD, rate 100": { depth: 3, activation: "identity", optimizer: "sgd", rate: 100, scale: 3 },
   "As it was": {},
 };

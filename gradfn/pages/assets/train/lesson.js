@@ -76,11 +76,12 @@ export function lessonSteps(find, { state, data, trainer, records, tests, last, 
     },
     {
       see: `A relu unit that is 0 for every example is ${dfn("dead unit", "dead")}: it gets no gradient, so nothing revives it.`,
-      act: "Press “ReLU, rate 10: dead units”.",
-      done: preset("ReLU, rate 10: dead units", 20),
+      act: "Press “ReLU, SGD, rate 10: dead units”.",
+      done: preset("ReLU, SGD, rate 10: dead units", 20),
       happened: () =>
         last().units && last().units.length
-          ? `${percent(last().units[0], 0)} of the units of layer 1 are dead at step ${last().step}; the test accuracy is ${accuracy()}.`
+          ? `At step ${last().step} ${percent(last().units[0], 0)} of the units of layer 1 are dead and ${percent(last().units.at(-1), 0)} of ` +
+            `those of layer ${last().units.length}; the test accuracy is ${accuracy()}.`
           : "Without hidden layers, or with fewer than 8 examples in a batch, no units are counted.",
       at: () => find("units").parentElement,
     },

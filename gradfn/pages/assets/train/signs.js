@@ -87,6 +87,7 @@ export function makeSigns(activation, classes) {
       if (record.fault) return add("fault", fault(record.fault));
       for (const [kind, sentence] of Object.entries(signs)) {
         if (found.some((each) => each.kind === kind)) continue;
+        if (kind === "small" && found.length) continue; // a consequence of what showed before
         const text = sentence(record, { first, activation, guessing });
         if (text) add(kind, text);
       }
