@@ -1,5 +1,5 @@
 // The lesson: train, then break it in five ways, and see each time which number shows it first.
-import { number } from "gradfn/core/dom.js";
+import { plain } from "gradfn/train/signs.js";
 
 const dfn = (name, text = name) => `<dfn data-term="${name}">${text}</dfn>`;
 const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
@@ -25,7 +25,7 @@ export function lessonSteps(find, { state, data, trainer, records, tests, last, 
       act: "Press Start.",
       done: () => step() >= 100,
       happened: () =>
-        `After ${step()} steps the training loss fell from ${number(first().loss)} to ${number(last().loss)} nats, and the ` +
+        `After ${step()} steps the training loss fell from ${plain(first().loss)} to ${plain(last().loss)} nats, and the ` +
         `${dfn("test accuracy")} is ${accuracy()}.`,
       at: screen,
     },
@@ -33,7 +33,7 @@ export function lessonSteps(find, { state, data, trainer, records, tests, last, 
       see: `This is the ${dfn("loss")}: solid on the training examples, dashed on test examples, which it never trains on.`,
       act: "Press Restart, then Step a few times: each is one update of all weights.",
       done: () => step() >= 3 && step() < 100,
-      happened: () => `${step()} steps took the loss from ${number(first().loss)} to ${number(last().loss)} nats.`,
+      happened: () => `${step()} steps took the loss from ${plain(first().loss)} to ${plain(last().loss)} nats.`,
       at: part("loss"),
     },
     {
@@ -41,29 +41,29 @@ export function lessonSteps(find, { state, data, trainer, records, tests, last, 
       act: "Press “Ten sigmoid layers”.",
       done: preset("Ten sigmoid layers", 5),
       happened: () =>
-        `At step ${last().step} the gradient norm is ${number(last().norms[0])} at layer 1 and ${number(last().norms.at(-1))} at ` +
-        `layer ${last().norms.length}: a ratio of ${number(ratio())}. This is the ${dfn("vanishing gradient")}.`,
+        `At step ${last().step} the gradient norm is ${plain(last().norms[0])} at layer 1 and ${plain(last().norms.at(-1))} at ` +
+        `layer ${last().norms.length}: a ratio of ${plain(ratio())}. This is the ${dfn("vanishing gradient")}.`,
       at: part("norms"),
     },
     {
       see: "“What showed first” lists each number that leaves its range, with the step.",
       act: "Let the ten sigmoid layers train on for 250 steps.",
       done: () => state.settings.depth === 10 && state.settings.activation === "sigmoid" && step() >= 250,
-      happened: () => `${firstSign()} After ${step()} steps the loss is still ${number(last().loss)} nats; at the start it was ${number(first().loss)}.`,
+      happened: () => `${firstSign()} After ${step()} steps the loss is ${plain(last().loss)} nats; at the start it was ${plain(first().loss)}.`,
       at: board,
     },
     {
       see: "A sigmoid multiplies the gradient by at most 0.25 in each layer. Others multiply it by up to 1.",
       act: "Keep the ten layers, set Activation to tanh, and press Start.",
       done: () => state.settings.depth === 10 && state.settings.activation === "tanh" && step() >= 50,
-      happened: () => `Now the gradient at layer 1 is ${number(ratio())} times the last layer's, and the test accuracy is ${accuracy()}.`,
+      happened: () => `Now the gradient at layer 1 is ${plain(ratio())} times the last layer's, and the test accuracy is ${accuracy()}.`,
       at: part("setup"),
     },
     {
       see: `The ${dfn("update")} divided by the weights says how much one step changes a layer. Usual is 0.001 to 0.1.`,
       act: "Press “Learning rate 100”.",
       done: preset("Learning rate 100", 5),
-      happened: () => `${firstSign()} The loss is ${number(last().loss)} nats, after ${number(first().loss)} at the start.`,
+      happened: () => `${firstSign()} The loss is ${plain(last().loss)} nats, after ${plain(first().loss)} at the start.`,
       at: part("ratios"),
     },
     {
@@ -71,7 +71,7 @@ export function lessonSteps(find, { state, data, trainer, records, tests, last, 
       act: "Press “Learning rate 0.0001”, and wait for 250 steps.",
       done: preset("Learning rate 0.0001", 250),
       happened: () =>
-        `${firstSign()} After ${step()} steps the loss is ${number(last().loss)} nats, after ${number(first().loss)} at the start.`,
+        `${firstSign()} After ${step()} steps the loss is ${plain(last().loss)} nats, after ${plain(first().loss)} at the start.`,
       at: part("ratios"),
     },
     {
@@ -98,8 +98,8 @@ export function lessonSteps(find, { state, data, trainer, records, tests, last, 
       done: () => state.settings.batch === 8 && step() >= 100,
       happened: () => {
         const losses = records().slice(-50).map(({ loss }) => loss);
-        return `The losses of the last ${losses.length} steps lie between ${number(Math.min(...losses))} and ` +
-          `${number(Math.max(...losses))} nats. The address of this page has your settings: it is a link to this training.`;
+        return `The losses of the last ${losses.length} steps lie between ${plain(Math.min(...losses))} and ` +
+          `${plain(Math.max(...losses))} nats. The address of this page has your settings: it is a link to this training.`;
       },
       at: part("loss"),
     },

@@ -1,5 +1,5 @@
 // Training in the page: controls, the loop of steps, and the views of what was measured.
-import { element, number, within } from "gradfn/core/dom.js";
+import { element, within } from "gradfn/core/dom.js";
 import { keepInAddress } from "gradfn/core/hash.js";
 import { makeLesson } from "gradfn/core/lesson.js";
 import { newPalette } from "gradfn/core/paint.js";
@@ -8,7 +8,7 @@ import { makeControls, PRESETS, RESTARTING, settingsOf, validSettings } from "gr
 import { makeGradientsView } from "gradfn/train/gradients_view.js";
 import { lessonSteps } from "gradfn/train/lesson.js";
 import { makeLossView } from "gradfn/train/loss_view.js";
-import { makeSigns } from "gradfn/train/signs.js";
+import { makeSigns, plain } from "gradfn/train/signs.js";
 import { defineTerms } from "gradfn/train/terms.js";
 import { build, makeTrainer, sizesFor, startsAsRun } from "gradfn/train/trainer.js";
 
@@ -149,7 +149,7 @@ export function start(section, content) {
     const parts = [
       `Step ${trainer.step.toLocaleString("en")}`,
       `epoch ${trainer.epoch.toFixed(trainer.epoch < 100 ? 1 : 0)}`,
-      `training loss ${record ? number(record.loss) : "–"}`,
+      `training loss ${record ? plain(record.loss) : "–"}`,
       `test accuracy ${(100 * test.accuracy).toFixed(1)} %`,
     ];
     find("now").textContent = parts.join(" · ");

@@ -8,10 +8,11 @@ const TOO_LONG = 1, TOO_SHORT = 1e-3, EARLY = 20; // updates relative to the wei
 // A loss relative to the first one; relative to that of guessing at LATE; and one that falls well, whatever else shows.
 const RISEN = 2, STALLED = 0.9, LATE = 200, FALLEN = 0.5;
 
-// Format a factor or a loss, also where it is large.
-function plain(value) {
+// Format a factor or a loss, with powers of ten only where it is very large or very small.
+export function plain(value) {
   const size = Math.abs(value);
-  return size >= 1000 && size < 1e6 ? value.toLocaleString("en", { maximumSignificantDigits: 2 }) : number(value);
+  if (size >= 1000 && size < 1e6) return value.toLocaleString("en", { maximumSignificantDigits: 2 });
+  return size >= 1e-4 && size < 0.01 ? value.toPrecision(2) : number(value);
 }
 
 const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
@@ -59,12 +60,12 @@ const signs = {
   },
   small: ({ step, ratios }) => {
     if (step !== EARLY || !ratios || Math.max(...ratios) >= TOO_SHORT) return null;
-    return `The update is too small: in no layer is it longer than ${number(Math.max(...ratios))} times the weights.`;
+    return `The update is too small: in no layer is it longer than ${plain(Math.max(...ratios))} times the weights.`;
   },
   stalled: ({ step, loss }, { guessing }) =>
     step === LATE &&
     loss > STALLED * guessing &&
-    `It has hardly learned: the loss is ${plain(loss)} nats; guessing costs ${number(guessing)}.`,
+    `It has hardly learned: the loss is ${plain(loss)} nats; guessing costs ${plain(guessing)}.`,
 };
 
 const fault = ({ first, loss }) =>
