@@ -425,6 +425,7 @@ def test_every_control_by_mouse_and_keyboard(tmp_path):
         at("step").focus()
         page.keyboard.press("Enter")
         assert step() == 1
+        at("speed").select_option("10")
         page.get_by_role("button", name="Ten sigmoid layers").focus()
         page.keyboard.press("Space")
         until(page, "gradfn.trainer().step > 2")
