@@ -273,8 +273,8 @@ def test_each_preset_breaks_the_training_and_the_page_says_what_showed_first(tmp
         ratio = record["norms"][0] / record["norms"][-1]
         assert ratio < 1e-5
         assert "Step 0: The gradient vanishes: its norm at layer 1 is" in board.inner_text()
-        said = [float(number.replace("−", "-")) for number in re.findall(r"[\d.]+e−\d+", first["text"])]
-        assert said == pytest.approx([record["norms"][0], ratio], rel=0.06)
+        shown = [float(number.replace("−", "-")) for number in re.findall(r"[\d.]+e−\d+", first["text"])]
+        assert shown == pytest.approx([record["norms"][0], ratio], rel=0.06)
 
         press("Learning rate 100", 5)
         kinds = {each["kind"]: each["step"] for each in signs(page)}
