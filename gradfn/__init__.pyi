@@ -61,6 +61,7 @@ from .nets import stack_blocks as stack_blocks
 from .nets import stream as stream
 from .nets import unstack_blocks as unstack_blocks
 from .nets import vit as vit
+from .pages._report import report as report
 from .train import CheckpointError as CheckpointError
 from .train import Fit as Fit
 from .train import TrainState as TrainState

@@ -40,7 +40,8 @@ USAGE = """\
 gradfn: networks as pure functions over plain dicts of arrays, with every gradient visible
 
   gradfn run NAME [options]   run an experiment; gradfn run NAME --help shows its options, --timings what took how long
-  gradfn report RUN [B]       write one HTML page that shows a run (or a folder of gf.fit), or two side by side
+  gradfn report RUN [B]       write one HTML page that shows a run (or a folder of gf.fit), or two side by side;
+                              --open opens it in the browser, --out FILE writes it there
   gradfn sample RUN [options] write with the language model of a run; gradfn sample --help shows the options
   gradfn list                 say which experiments there are, and what to expect of them
   gradfn table 784 16 10      show the parameters of a network with N nodes per layer
@@ -192,6 +193,7 @@ def _report(words: list[str]) -> int:
 
     runs: list[str] = []
     out: str | None = None
+    opens = False
     rest = iter(words)
     try:
         for word in rest:
@@ -200,8 +202,12 @@ def _report(words: list[str]) -> int:
                 out = value if equals else next(rest, "")
                 if not out:
                     raise UserError("--out needs the name of a file")
+            elif word == "--open":
+                opens = True
             elif word.startswith("-"):
-                raise UserError(f"no option {word!r}{near(option, ['--out', '--help'])}; there is --out FILE")
+                raise UserError(
+                    f"no option {word!r}{near(option, ['--out', '--open', '--help'])}; there are --out FILE and --open"
+                )
             else:
                 runs.append(word)
         if not 1 <= len(runs) <= 2:
@@ -215,8 +221,25 @@ def _report(words: list[str]) -> int:
     except (UserError, FileError, ImportError, OSError) as error:
         return _fail(f"gradfn report: {_message(error)}", 2)
     with optional("stdout"):
-        print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB): open it in a browser")
+        size = f"{file.stat().st_size / 1e6:.1f} MB"
+        print(f"wrote {file} ({size})" if opens else f"wrote {file} ({size}): open it in a browser")
+    if opens:
+        _open(file)
     return 0
+
+
+def _open(file: Path) -> None:
+    """Open a file in the user's browser, or say that there is none."""
+    import webbrowser
+
+    try:
+        found = webbrowser.open(file.resolve().as_uri())
+    except (webbrowser.Error, OSError):
+        found = False
+    if not found:
+        print(
+            "gradfn report: no browser was found that could be started; open the file in one", file=sys.stderr
+        )
 
 
 def _sample(words: list[str], own_process: bool) -> int:

@@ -44,6 +44,7 @@ FLAT = [
         "accuracy",
     ),
     *("fit", "train_step", "train_state", "stalled", "Fit", "TrainState", "CheckpointError"),
+    "report",
     *(
         "inspect",
         "capture",

@@ -19,9 +19,12 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+
 from gradfn.files import open_regular, replace_file
 from gradfn.pages.charts import MAX_COLUMNS, Line, heat_map, line_chart, log_bounds, short
 from gradfn.pages.live import live_parts
+from gradfn.pages.live.examples import with_examples
 from gradfn.pages.pictures import Picture, PictureError, fitting, read_picture
 from gradfn.runs.about import About
 from gradfn.runs.curve import Curve
@@ -88,7 +91,10 @@ class Verdict(NamedTuple):
 
 
 def write_report(
-    runs: Sequence[str | Path], out: str | Path | None = None, about: Mapping[str, About] = {}
+    runs: Sequence[str | Path],
+    out: str | Path | None = None,
+    about: Mapping[str, About] = {},
+    examples: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Path:
     """Write the page of a run, or of two side by side.
 
@@ -98,6 +104,7 @@ def write_report(
         runs: one or two of them: folders, or experiments' names for their latest runs.
         out: the file; by default `report.html` in the run's folder, or `against-<B>.html` in the first one's.
         about: descriptions of the experiments, by name.
+        examples: inputs and targets for the networks in the page, see `gf.report`.
 
     Returns:
         The file.
@@ -106,8 +113,11 @@ def write_report(
         RunError: there is no such run; or `out` cannot be written, or is an existing file that is not a page of
             gradfn.
         FileError: a file of the run cannot be read; it names the file.
+        ValueError: examples that do not fit the network of any run.
     """
     kept = [read_run(run) for run in runs]
+    if examples is not None:
+        kept = with_examples(kept, *examples)
     if out is not None and os.path.lexists(out) and GENERATOR not in _head(Path(out)):
         raise RunError(f"{out}: already exists and is not a page that gradfn wrote. Name another file")
     if out is None:

@@ -30,6 +30,14 @@ class About(NamedTuple):
     config: type[Any] | None = None
 
 
+def abouts() -> dict[str, About]:
+    """Return the descriptions of all experiments, by name."""
+    from gradfn.experiments import __path__ as folders
+
+    files = sorted(file for file in Path(folders[0]).glob("*.py") if not file.stem.startswith("_"))
+    return {file.stem: read_about(file) for file in files}
+
+
 @functools.cache
 def read_about(file: Path) -> About:
     """Return the description of an experiment: its docstring, `EXPECTED` and `Config`, which contain only literals.

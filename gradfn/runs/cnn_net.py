@@ -149,6 +149,15 @@ def load_cnn_net(file: Path) -> CnnNet:
         FileError: the file cannot be read, or its arrays are not those of such a network.
     """
     about, arrays = read_net(file, About)
+    return cnn_net(file, about, arrays)
+
+
+def cnn_net(file: Path, about: About, arrays: dict[str, np.ndarray]) -> CnnNet:
+    """Return a network of its arrays, with `samples` and `labels` among them, which is removed from `arrays`.
+
+    Raises:
+        FileError: the arrays are not those of such a network; it names the file.
+    """
     _check(file, about["image"], arrays)
     return CnnNet(
         samples=arrays.pop("samples"),

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple, TypedDict, TypeVar
 
 from gradfn.display import reading_order
 from gradfn.files import FileError, inside, read_blocks_of_rows, read_bytes, read_rows
-from gradfn.layout import INSPECTIONS, METRICS, NOISE, SPIKES
+from gradfn.layout import INSPECTIONS, METRICS, MODEL, NOISE, SPIKES
 from gradfn.runs.cnn_net import CNN_NET, CnnNet, load_cnn_net
 from gradfn.runs.curve import Curve
+from gradfn.runs.described_net import DescribedNet, load_described_net
 from gradfn.runs.digit_net import DIGIT_NET, DigitNet, load_digit_net
 from gradfn.runs.folder import (
     CONFIG,
@@ -50,6 +51,11 @@ N = TypeVar("N")
 MAX_PARTS = 64  # trainings that a page shows
 MAX_PICTURES = 100
 PICTURE_LIMIT, PICTURES_LIMIT = 16 << 20, 64 << 20  # bytes of a picture, and of all those of a run
+NOT_DESCRIBED = (
+    "No network runs in this page, because the run does not say which one it trained. To have it run, train a network "
+    "of gf.mlp, gf.cnn or gf.gpt, whose activations have names, with one of gradfn's losses, such as "
+    "gf.batch_mean(gf.classification_loss(net))."
+)
 NET_LIMIT = 16 << 20  # bytes of a network for the page, which holds fewer
 
 
@@ -103,6 +109,7 @@ class Kept(NamedTuple):
         cnn_left_out: whether there is a convolutional network that is too large to be read.
         language_net: the GPT that it trained, in the first of its parts that has one; a sentence where it has one that
             cannot run in a page; None where it has no GPT.
+        described: the network in its folder that describes itself, where it is none of these; or why there is none.
     """
 
     folder: Path
@@ -122,6 +129,7 @@ class Kept(NamedTuple):
     cnn: CnnNet | None = None
     cnn_left_out: bool = False
     language_net: LanguageNet | str | None = None
+    described: DescribedNet | str | None = None
 
 
 def read_run(run: str | Path) -> Kept:
@@ -163,6 +171,7 @@ def read_run(run: str | Path) -> Kept:
         cnn=cnn,
         cnn_left_out=cnn_left_out,
         language_net=_language_net([folder, *parts]),
+        described=None if net or net_left_out or cnn or cnn_left_out else load_described_net(folder),
     )
 
 
@@ -270,6 +279,7 @@ def _of_fit(folder: Path) -> Kept:
         pictures_left_out=left_out,
         drawings=drawings,
         language_net=language_net,
+        described=load_described_net(folder) if os.path.lexists(folder / MODEL) else NOT_DESCRIBED,
     )
 
 

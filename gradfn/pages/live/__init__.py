@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gradfn.pages.live._cnn import cnn
+from gradfn.pages.live._described import described
 from gradfn.pages.live._digits import digits
 from gradfn.pages.live._gpt import gpt
 from gradfn.pages.live._train import train
@@ -13,7 +14,7 @@ from gradfn.runs.kept import Kept
 
 # Each takes a run and the bytes that are left. It returns a part of the page; None where the run has no such network;
 # or a sentence, where it has one that is left out.
-KINDS: tuple[Callable[[Kept, int], Live | str | None], ...] = (digits, cnn, gpt, train)
+KINDS: tuple[Callable[[Kept, int], Live | str | None], ...] = (digits, cnn, gpt, train, described)
 
 
 def live_parts(run: Kept, room: int) -> tuple[list[Live], list[str]]:

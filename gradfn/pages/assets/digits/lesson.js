@@ -29,11 +29,11 @@ export function makeDigitsLesson(section, find, page) {
   const changedNodes = () =>
     net.layers.reduce((n, { nOut }, l) => n + Array.from({ length: nOut }, (_, i) => model.changed(l, i)).filter(Boolean).length, 0);
 
-  return makeLesson(section, [
+  const steps = [
     {
       see: `On the left is an image of 784 pixels, on the right the probabilities of ten labels. Between them is a trained network of ${
         deep ? `${net.layers.slice(0, -1).map(({ nOut }) => nOut).join(" and ")} hidden nodes` : "ten nodes"}.`,
-      act: "Draw a 3. Without a pointer, pick a test digit.",
+      act: page.labels.length > 1 ? "Draw a 3. Without a pointer, pick a test digit." : "Draw a 3.",
       start: remember,
       done: () => state.x !== before.x && state.x.some((value) => value > 0),
       happened: () => `The prediction is ${best()}. Draw on, and watch the bars: the network computes at each stroke.`,
@@ -44,6 +44,7 @@ export function makeDigitsLesson(section, find, page) {
         ? "These are digits from the test set, on which it was not trained. The first ten are classified correctly, the last ones are not."
         : "These are digits from the test set, on which the network was not trained.",
       act: missed ? "Pick the last one." : "Pick another one.",
+      ofSamples: true,
       start: remember,
       done: () => state.sample !== null && state.sample !== before.sample && (!missed || state.sample >= 10),
       happened: () => `The correct label is ${state.label}, the prediction ${best()}. The correct label has ${
@@ -150,5 +151,6 @@ export function makeDigitsLesson(section, find, page) {
         net.layers.reduce((n, { nOut }) => n + nOut, 0)} nodes. The address of this page now contains your changes: it is a link to them.`,
       at: () => find("node"),
     },
-  ]);
+  ];
+  return makeLesson(section, steps.filter((step) => !step.ofSamples || page.labels.length > 1));
 }

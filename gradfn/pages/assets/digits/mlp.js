@@ -46,12 +46,18 @@ export function lossOf(net, pass, label) {
 // The chain rule, step by step from the loss to the input: [{ name, layer, kind, values }].
 // kind is "a" (the output of a layer), "z" (its weighted sums), "W" (its weights; with its biases) or "x".
 export function backward(net, pass, label) {
+  // Both losses have the same derivative: prediction minus target.
+  const shares = probabilities(net, pass);
+  return backwardFrom(net, pass, Float64Array.from(shares, (share, i) => share - (i === label)));
+}
+
+// The same from the derivative of any loss with respect to the output.
+export function backwardFrom(net, pass, ofOutput) {
   const steps = [];
   const add = (kind, layer, values, more = {}) => {
     steps.push({ name: kind === "x" ? "x" : `${kind}${layer + 1}`, kind, layer, values, ...more });
   };
-  // Both losses have the same derivative: prediction minus target.
-  let out = Float64Array.from(probabilities(net, pass), (share, i) => share - (i === label));
+  let out = ofOutput;
   for (let l = net.layers.length - 1; l >= 0; l--) {
     const { nIn, nOut, W, squash } = net.layers[l];
     if (squash !== "none") {

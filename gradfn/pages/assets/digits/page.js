@@ -23,8 +23,14 @@ export function start(section, content) {
   const pen = spline ? 0.13 : 0.08; // digits of 8x8 pixels have thick lines
   const samples = content.labels.map((_, i) => arrays.samples.values.slice(784 * i, 784 * (i + 1)));
   // `asked` is false while no label was chosen: then the label is the network's own prediction.
-  const state = { x: samples[0], sample: 0, label: content.labels[0], asked: true, layer: 0, node: 0 };
+  const blank = () => ({ x: new Float64Array(784), sample: null, label: 0, asked: false }); // a run may have no samples
+  const state = { ...blank(), layer: 0, node: 0 };
+  if (samples.length) Object.assign(state, { x: samples[0], sample: 0, label: content.labels[0], asked: true });
   let now = compute(net, state.x, state.label);
+  if (!state.asked) {
+    state.label = now.probabilities.indexOf(Math.max(...now.probabilities));
+    now = compute(net, state.x, state.label);
+  }
   let changed = () => {}; // tells the address and the lesson, once they are there
 
   const prepared = (ink, side) => prepare(ink, side, spline);
@@ -56,15 +62,17 @@ export function start(section, content) {
   const steps = makeSteps(find, net, setLabel, () => changed());
 
   const buttons = samples.map((_, i) => {
-    const name = `Test digit, a ${content.labels[i]}${i < 10 ? "" : ", which the network misclassifies"}`;
+    const predicted = compute(trained, samples[i], content.labels[i]).probabilities;
+    const isWrong = predicted.indexOf(Math.max(...predicted)) !== content.labels[i];
+    const name = `Test digit, a ${content.labels[i]}${isWrong ? ", which the network misclassifies" : ""}`;
     const canvas = element("canvas", { class: "pixels" });
     return element("button", { type: "button", "aria-label": name, onclick: () => pick(i) }, canvas);
   });
-  find("samples").append(...buttons);
+  if (samples.length) find("samples").append(...buttons);
 
   function pick(i) {
     pad.empty();
-    change({ x: samples[i], sample: i, label: content.labels[i], asked: true });
+    change(samples.length ? { x: samples[i], sample: i, label: content.labels[i], asked: true } : blank());
   }
 
   function setBias(layer, i, value) {
