@@ -53,8 +53,8 @@ STARTS: dict[str, Callable[[int], float]] = {
 # The networks that are drawn: activation, wiring and initial weights. The printed lines report all.
 SHOWN = {
     "sigmoid (LeCun)": ("sigmoid", "plain", "LeCun"),
-    "sigmoid with residual": ("sigmoid", "residual", "LeCun"),
-    "sigmoid with layer norm": ("sigmoid", "layer norm", "LeCun"),
+    "sigmoid + residual": ("sigmoid", "residual", "LeCun"),
+    "sigmoid + layer norm": ("sigmoid", "layer norm", "LeCun"),
     "relu (He)": ("relu", "plain", "He"),
     "relu (N(0, 1))": ("relu", "plain", "N(0, 1)"),
 }

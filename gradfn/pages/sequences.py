@@ -151,7 +151,7 @@ def clearest_head(probabilities: Mapping[str, Any], tokens: Sequence[str]) -> Fi
     """
     patterns = attention_patterns(probabilities)
     best = patterns[0]
-    figure = new_figure(11.0, 5.4)
+    figure = new_figure(11.6, 5.0)
     left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
     weights = np.asarray(probabilities[best.layer], np.float64)[0, best.head]
     # The square root keeps small weights visible.
@@ -160,7 +160,7 @@ def clearest_head(probabilities: Mapping[str, Any], tokens: Sequence[str]) -> Fi
     left.set_xticks(range(len(tokens)), map(visible, tokens), fontsize=size, family="monospace")
     left.set_yticks(range(len(tokens)), map(visible, tokens), fontsize=size, family="monospace")
     left.tick_params(length=0, pad=2)
-    left.set_title(f"{best.layer}, head {best.head}: darker is more attention", fontsize=10)
+    left.set_title(f"{best.layer}, head {best.head}: stronger color, more attention", fontsize=10)
     left.set_xlabel("token that is attended to")
     left.set_ylabel("token that attends")
 

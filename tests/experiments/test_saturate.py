@@ -124,9 +124,11 @@ def test_the_title_of_the_saturation_says_whether_there_is_any():
 
 
 def test_the_title_of_what_was_learned_has_the_accuracies_of_the_deepest():
-    found = {"sigmoid (LeCun)": [0.9, 0.1], "sigmoid with residual": [0.9, 0.88], "relu": [0.9, np.nan]}
+    found = {"sigmoid (LeCun)": [0.9, 0.1], "sigmoid + residual": [0.9, 0.88], "relu": [0.9, np.nan]}
     figure = saturate.learned(found, [1, 10], 300)
     assert len(figure.axes) == 1
-    title = "After 300 steps, 10 layers of sigmoid (LeCun) read 10 % of the test digits, sigmoid with residual 88 %"
+    title = (
+        "After 300 steps, 10 layers of sigmoid (LeCun) read 10 % of the test digits, sigmoid + residual 88 %"
+    )
     assert figure.get_suptitle() == title
     assert {text.get_text() for text in figure.axes[0].texts} == {*found, "10 %: guessing"}

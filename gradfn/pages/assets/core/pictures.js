@@ -30,19 +30,25 @@ export function pageColor(color, palette) {
   return name ? hex(palette[name]) : color;
 }
 
-// Exchange the colors and fonts of a chart. Images in it, and so the texts on them, have light and dark exchanged on dark paper.
+// Exchange the colors and fonts of a chart; on a dark page images in it have light and dark exchanged, as their texts.
 export function recolored(svg, palette) {
   const colored = svg.replace(COLORED, (_, before, color) => before + pageColor(color, palette));
   const fonts = colored
     .replace(/'DejaVu Sans Mono'[^;"]*/g, palette.mono)
     .replace(/'DejaVu Sans'[^;"]*/g, palette.sans);
-  const filter = palette.dark
-    ? `<filter id="exchanged" color-interpolation-filters="sRGB" x="0" y="0" width="1" height="1"><feComponentTransfer>${
-      ["R", "G", "B"].map((name) => `<feFunc${name} type="table" tableValues="0.92 0.08"/>`).join("")
-    }</feComponentTransfer><feColorMatrix type="hueRotate" values="180"/></filter><style>image{filter:url(#exchanged)}</style>`
-    : "";
   // Black is not written into the file, as it is the color of what has no other.
-  return fonts.replace(/<svg\b[^>]*>/, (start) => `${start.replace(/\sfill="[^"]*"/, "").slice(0, -1)} fill="${hex(palette.ink)}">${filter}`);
+  const inked = (start) => `${start.replace(/\sfill="[^"]*"/, "").slice(0, -1)} fill="${hex(palette.ink)}">`;
+  return fonts.replace(/<svg\b[^>]*>/, (start) => inked(start) + (palette.dark ? exchange(palette) : ""));
+}
+
+// Return a filter for the images of a file: white becomes paper and black ink, and hues stay.
+function exchange({ ink, paper }) {
+  const channel = (name, i) => `<feFunc${name} type="table" tableValues="${ink[i] / 255} ${paper[i] / 255}"/>`;
+  return (
+    '<filter id="exchanged" color-interpolation-filters="sRGB" x="0" y="0" width="1" height="1">' +
+    `<feComponentTransfer>${["R", "G", "B"].map(channel).join("")}</feComponentTransfer>` +
+    '<feColorMatrix type="hueRotate" values="180"/></filter><style>image{filter:url(#exchanged)}</style>'
+  );
 }
 
 function pagePalette() {
@@ -56,9 +62,10 @@ function pagePalette() {
   // Within an attribute of the file, so with the other quotes.
   const font = (name) => style.getPropertyValue(name).replaceAll('"', "'").replace(/[<>&]/g, "");
   const named = Object.fromEntries(Object.values(NAMED).map((name) => [name, color(name)]));
-  const palette = { ...named, paper: color("--raised"), ink: color("--ink"), sans: font("--sans"), mono: font("--mono") };
+  const [paper, ink] = [color("--raised"), color("--ink")];
+  const palette = { ...named, paper, ink, sans: font("--sans"), mono: font("--mono"), dark: paper[1] < ink[1] };
   probe.remove();
-  return { ...palette, dark: palette.paper[1] < palette.ink[1] };
+  return palette;
 }
 
 function textOf(address) {
@@ -67,7 +74,7 @@ function textOf(address) {
 }
 
 export function livePictures() {
-  const charts = [...document.querySelectorAll(`img.drawing[src^="${SVG}"]`)].map((image) => [image, textOf(image.src)]);
+  const charts = Array.from(document.querySelectorAll("img.drawing"), (image) => [image, textOf(image.src)]);
   const repaint = () => {
     const palette = pagePalette();
     for (const [image, svg] of charts) image.src = `${SVG},${encodeURIComponent(recolored(svg, palette))}`;
