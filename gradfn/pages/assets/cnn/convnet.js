@@ -1,4 +1,4 @@
-// A convolutional network on plain arrays: forward, loss and backward, in double precision.
+// A convolutional network on plain arrays: forward, loss and backward; sums are in double precision.
 //
 // Values have the names and the order of computation that they have in Python: z1 (convolution), a1 (activation), p1 (pooling),
 // ..., then the dense layers' z3, a3, z4. Images and maps lie channel after channel, [channels, height, width], so that a
@@ -96,7 +96,7 @@ function* pools({ nOut, height, width }) {
 }
 
 function pool(layer, a) {
-  const p = new Float64Array(layer.nOut * (layer.height >> 1) * (layer.width >> 1));
+  const p = new Float32Array(layer.nOut * (layer.height >> 1) * (layer.width >> 1));
   for (const [at, i, j, k, l] of pools(layer)) p[at] = Math.max(a[i], a[j], a[k], a[l]);
   return p;
 }
@@ -148,7 +148,8 @@ function multiplyBack({ nIn, nOut, W }, x, dz) {
 export function forward(net, x, off = new Set()) {
   const squash = activations[net.activation].of, values = { x };
   net.convs.forEach((layer, l) => {
-    const z = convolve(layer, l ? values[`p${l}`] : x);
+    // Maps are in single precision, as in JAX: which pixels are equal decides which of them pooling takes.
+    const z = Float32Array.from(convolve(layer, l ? values[`p${l}`] : x));
     const a = z.map(squash), area = layer.height * layer.width;
     for (let o = 0; o < layer.nOut; o++) if (off.has(`${l}.${o}`)) a.fill(0, o * area, (o + 1) * area);
     Object.assign(values, { [`z${l + 1}`]: z, [`a${l + 1}`]: a, [`p${l + 1}`]: pool(layer, a) });
