@@ -205,12 +205,12 @@ def test_every_control_works_with_the_mouse(tmp_path):
         for y in (0.3, 0.5, 0.7, 0.9):
             shown.mouse.move(*at(0.5, y))
         shown.mouse.up()
-        drawn = now(shown)
-        assert_shown(drawn, params, loss)
-        assert np.sum(drawn["x"]) > 20
-        assert drawn["label"] == np.argmax(drawn["probabilities"])
+        sketch = now(shown)
+        assert_shown(sketch, params, loss)
+        assert np.sum(sketch["x"]) > 20
+        assert sketch["label"] == np.argmax(sketch["probabilities"])
         best = shown.locator("#live-0-outputs .best b").inner_text()
-        assert best == str(drawn["label"])
+        assert best == str(sketch["label"])
 
         # A filter, a kind of map, a pixel.
         shown.locator(".maps-row button").nth(3 + 2).click()
@@ -225,7 +225,7 @@ def test_every_control_works_with_the_mouse(tmp_path):
         # Convolution 2 has 14x14 pixels: row 3, column 12.
         shown.mouse.move(*at(12.5 / 14, 3.5 / 14))
         assert text(shown, "place") == "Row 3, column 12 of z2[2]"
-        values = {name: np.reshape(value, SHAPES[name]) for name, value in drawn["values"].items()}
+        values = {name: np.reshape(value, SHAPES[name]) for name, value in sketch["values"].items()}
         W, b = np.asarray(params["conv2"]["W"])[2], float(params["conv2"]["b"][2])
         padded = np.pad(values["p1"], ((0, 0), (2, 2), (2, 2)))[:, 3:8, 12:17]
         parts = (W * padded).sum((1, 2))
@@ -255,7 +255,7 @@ def test_every_control_works_with_the_mouse(tmp_path):
         off = now(shown)
         assert sorted(off["off"]) == ["0.0", "1.2"]
         assert_shown(off, params, loss)
-        assert off["loss"] != drawn["loss"]
+        assert off["loss"] != sketch["loss"]
         assert not np.any(np.reshape(off["values"]["a2"], (4, 14, 14))[2])
         assert text(shown, "change").startswith("2 filters are off: the probability of")
         assert shown.locator(".maps-row .is-off").count() == 2
@@ -265,7 +265,7 @@ def test_every_control_works_with_the_mouse(tmp_path):
         shown.locator("#live-0-restore").click()
         again = now(shown)
         assert again["off"] == []
-        assert again["loss"] == drawn["loss"]
+        assert again["loss"] == sketch["loss"]
         assert shown.locator("#live-0-outputs .best small").inner_text() == before
 
         # The correct label, and the steps.
@@ -323,9 +323,9 @@ def test_every_control_works_by_touch_on_a_phone(tmp_path):
             kind = "touchMove" if i else "touchStart"
             finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [point]})
         finger.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
-        drawn = now(shown)
-        assert np.sum(drawn["x"]) > 20
-        assert_shown(drawn, params, loss)
+        sketch = now(shown)
+        assert np.sum(sketch["x"]) > 20
+        assert_shown(sketch, params, loss)
 
         shown.locator(".maps-row button").nth(1).tap()
         until(shown, "gradfn.state.filter === 1")
@@ -344,7 +344,7 @@ def test_every_control_works_by_touch_on_a_phone(tmp_path):
         assert_shown(off, params, loss)
         shown.locator("#live-0-restore").tap()
         until(shown, "gradfn.state.off.size === 0")
-        assert now(shown)["loss"] == drawn["loss"]
+        assert now(shown)["loss"] == sketch["loss"]
         shown.locator("#live-0-every").tap()
         until(shown, "document.querySelectorAll('#live-0-steps .picture').length > 1")
         assert shown.locator("#live-0-steps .picture").count() == 14
@@ -439,13 +439,13 @@ def test_the_lesson_says_what_happened_at_each_step(tmp_path):
             return document.querySelector(".meaning-of").textContent;
         })""")
     assert [before for before, _ in lesson["found"]] == [""] * 10
-    told = [after for _, after in lesson["found"]]
-    assert all(told)
+    after = [happened for _, happened in lesson["found"]]
+    assert all(after)
     assert lesson["closed"]
-    assert "so z = " in told[2]
-    assert "would cost" in told[7]
-    assert f"{printed(state['loss'])} nats" in told[7]
-    assert f"{printed(np.abs(state['gradients']['x']).max())} at most" in told[9]
+    assert "so z = " in after[2]
+    assert "would cost" in after[7]
+    assert f"{printed(state['loss'])} nats" in after[7]
+    assert f"{printed(np.abs(state['gradients']['x']).max())} at most" in after[9]
     assert len(terms) >= 4
     assert all(terms)
 

@@ -4,7 +4,7 @@ import { paint, scaleOf } from "gradfn/core/paint.js";
 import { before, explain } from "gradfn/cnn/convnet.js";
 import { largest, paintMap, paintWeights, scaleOfMaps } from "gradfn/cnn/pictures.js";
 
-const CELLS = 7; // a window of at most so many pixels in each direction is written out, cell by cell
+const CELLS = 7; // windows of up to this height and width are written out, cell by cell
 const COLORS = ["red", "green", "blue"];
 const plus = (value) => `${value < 0 ? "−" : "+"} ${number(Math.abs(value))}`;
 const percent = (share) => `${100 * share}%`;
@@ -77,11 +77,11 @@ export function makeFilter(find, net, painter, act) {
     caption("a", `a${n}[${filter}] = ${net.activation}(z${n}[${filter}])`);
     caption("p", `p${n}[${filter}], the maximum of each 2 × 2`);
 
-    const input = l ? values[`p${l}`] : values.x, seen = input.subarray(channel * area, (channel + 1) * area);
+    const input = l ? values[`p${l}`] : values.x, inputMap = input.subarray(channel * area, (channel + 1) * area);
     if (l) {
       const ofInputs = scaleOfMaps(input);
-      paintMap(find("input"), seen, width, ofInputs.scale, ofInputs.signed);
-    } else painter.paintChannel(find("input"), seen);
+      paintMap(find("input"), inputMap, width, ofInputs.scale, ofInputs.signed);
+    } else painter.paintChannel(find("input"), inputMap);
     caption("input", `Input: ${inputName(l, channel)}`);
     const k = window * window, own = W.subarray(filter * nIn * k, (filter + 1) * nIn * k);
     paintWeights(find("weights"), own, nIn, window, scaleOf(own));

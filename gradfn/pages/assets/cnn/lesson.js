@@ -98,7 +98,7 @@ export function makeCnnLesson(section, find, page) {
       at: () => find("restore"),
     },
     {
-      see: `The <dfn data-term="loss">loss</dfn> is −log of the probability of the correct label, in <dfn data-term="nats">nats</dfn>. Where does it come from? The backward pass answers, from the end.`,
+      see: `The <dfn data-term="loss">loss</dfn> is −log of the probability of the correct label, in <dfn data-term="nats">nats</dfn>. The backward pass finds what it comes from, starting at the end.`,
       act: "Choose another correct label.",
       start: remember,
       done: () => state.asked && state.label !== before.label,
@@ -108,7 +108,7 @@ export function makeCnnLesson(section, find, page) {
     },
     {
       see: `The first gradient is P − y: what the network said minus what is correct. Each step takes it one layer further back.`,
-      act: "Go on until the gradient has gone through a pooling: it reaches the largest pixel of each 2 × 2.",
+      act: "Continue until the gradient has gone through a pooling: it reaches the largest pixel of each 2 × 2.",
       start: remember,
       done: () => page.shown() > page.now().steps.findIndex(({ name }) => name === `a${n}`),
       happened: () => `∂L/∂a${n} is 0 at three of four pixels: they were not the largest, so they did not matter.`,

@@ -31,8 +31,8 @@ export function makeOutputs(find, net) {
         if (without) was.style.left = `${100 * without[of]}%`;
         row.classList.toggle("best", of === best);
       });
-      const told = order.slice(0, rows.length).map((of) => `${of}: ${percent(probabilities[of])}`).join(", ");
-      find("outputs").setAttribute("aria-label", `Most probable: ${best}. ${told}`);
+      const listed = order.slice(0, rows.length).map((of) => `${of}: ${percent(probabilities[of])}`).join(", ");
+      find("outputs").setAttribute("aria-label", `Most probable: ${best}. ${listed}`);
     },
   };
 }
