@@ -8,16 +8,13 @@ import { fromAddress, toAddress } from "gradfn/gpt/address.js";
 import { makeAttention } from "gradfn/gpt/attention.js";
 import { makeBack } from "gradfn/gpt/back.js";
 import { paramsAt } from "gradfn/gpt/checkpoints.js";
-import { checkEdit } from "gradfn/gpt/edits.js";
-import { forward } from "gradfn/gpt/forward.js";
 import { editsFromText, editsToText, makeIntervene } from "gradfn/gpt/intervene.js";
 import { makeLens } from "gradfn/gpt/lens_view.js";
 import { lessonOf } from "gradfn/gpt/lesson.js";
-import { losses, targets } from "gradfn/gpt/loss.js";
 import { build } from "gradfn/gpt/model.js";
 import { percent, quoted } from "gradfn/gpt/names.js";
 import { makeNext, most } from "gradfn/gpt/next.js";
-import { compute, mean, withLoss } from "gradfn/gpt/now.js";
+import { compute } from "gradfn/gpt/now.js";
 import { distribution } from "gradfn/gpt/sampling.js";
 import { termsOf } from "gradfn/gpt/terms.js";
 import { makeText } from "gradfn/gpt/text.js";
@@ -26,6 +23,7 @@ import { decode, encode, newLine } from "gradfn/gpt/tokenizer.js";
 import { extended, makeWriting, readBy } from "gradfn/gpt/write.js";
 
 const ADDRESS_DELAY = 300, SAID_DELAY = 500; // milliseconds; browsers refuse addresses that change much more often
+const BYTES = 4; // of a character, at most
 const UNDONE = 50; // texts to go back to
 const COMPUTED = ["tokens", "checkpoint", "edits"]; // parts of the state that need a forward pass
 
@@ -78,30 +76,15 @@ export function start(section, content) {
     if ("position" in what && what.position === null) what = { ...what, position: Infinity };
     Object.assign(state, what);
     state.position = Math.min(Math.max(state.position, 0), state.tokens.length - 1);
-    if ("tokens" in what) state.edits = state.edits.filter(fits);
     if ("checkpoint" in what && checkpoints.length) model.params = paramsAt(model, state.checkpoint);
     if (COMPUTED.some((part) => part in what)) now = compute(model, state);
-    else if ("position" in what || "whole" in what) withLoss(model, now, state);
     show();
-  }
-
-  // Whether an edit can be applied to the text: values of another text can only where both have as many tokens.
-  function fits(edit) {
-    try {
-      checkEdit(model, edit, state.tokens.length);
-      return true;
-    } catch {
-      return false;
-    }
   }
 
   // Append a token at the end, as the model writes.
   function append(token) {
     if (!state.written) remember();
-    const tokens = extended(state.tokens, token, model.context);
-    const text = joined(state.text, state.start ? state.tokens : [], token);
-    const written = Math.min(state.written + 1, tokens.length);
-    change({ text, tokens, total: state.total + 1, unknown: [], start: "", written, position: tokens.length - 1 });
+    extend(state, token);
   }
 
   // Continue after the chosen position with another token: what followed is dropped.
@@ -111,15 +94,31 @@ export function start(section, content) {
     if (position === tokens.length - 1) return append(token);
     remember();
     const kept = tokens.slice(0, position + 1);
-    const dropped = tokens.length - kept.length;
-    Object.assign(state, { text: decode(model, kept), tokens: kept, total: state.total - dropped, written: 1, start: "" });
-    append(token);
+    const total = state.total - (tokens.length - kept.length);
+    extend({ text: decode(model, kept), tokens: kept, total, written: 0, start: "" }, token);
   }
 
-  // The text with one more token. Integers stand apart, and what the model read instead of an empty text comes before them.
+  function extend({ text, tokens: old, total, written, start }, token) {
+    const tokens = extended(old, token, model.context);
+    change({
+      text: start ? decode(model, tokens) : joined(text, old, token),
+      tokens,
+      total: total + 1,
+      unknown: [],
+      start: "",
+      written: Math.min(written + 1, tokens.length),
+      position: tokens.length - 1,
+    });
+  }
+
+  // The text with one more token. Integers stand apart; the last bytes of a character are read together with the first.
   function joined(typed, before, token) {
-    if (!model.tokenizer) return `${typed.trim() || [...before].join(" ")} ${token}`.trim();
-    return typed + decode(model, Int32Array.of(...before, token));
+    if (!model.tokenizer) return `${typed.trim()} ${token}`;
+    for (let n = Math.min(BYTES - 1, before.length); n > 0; n--) {
+      const last = before.slice(-n), end = decode(model, last);
+      if (typed.endsWith(end)) return typed.slice(0, typed.length - end.length) + decode(model, Int32Array.of(...last, token));
+    }
+    return typed + decode(model, Int32Array.of(token));
   }
 
   function remember() {
@@ -139,7 +138,7 @@ export function start(section, content) {
   function lossAt(i) {
     const params = model.params;
     model.params = paramsAt(model, i);
-    const loss = mean(losses(forward(model, state.tokens, state.edits), targets(model, state.tokens)));
+    const { loss } = compute(model, state);
     model.params = params;
     return loss;
   }

@@ -48,7 +48,7 @@ export function makeTime(find, model, change, lossAt) {
     const said = `Step ${step.toLocaleString("en")} of ${kept[last].step.toLocaleString("en")}.${validation}${own}`;
     find("checkpoint-said").textContent = said;
     slider.setAttribute("aria-valuetext", said);
-    const of = `${state.tokens.join()}/${JSON.stringify(state.edits.map(({ values, ...edit }) => edit))}`;
+    const of = `${state.tokens.join()}/${state.edits.map(({ site, head, scale, from }) => [site, head, scale, from])}`;
     if (of !== key) losses = new Map();
     key = of;
     if (Number.isFinite(now.loss)) {
