@@ -24,6 +24,16 @@ dark.addEventListener("change", showTheme);
 showTheme();
 
 livePictures();
+
+// What can be scrolled can be scrolled by keys.
+const scrolled = new ResizeObserver((entries) => {
+  for (const { target } of entries) {
+    if (target.scrollWidth > target.clientWidth) target.tabIndex = 0;
+    else target.removeAttribute("tabindex");
+  }
+});
+for (const each of document.querySelectorAll(".scroll")) scrolled.observe(each);
+
 liveCurves();
 
 // The running networks. For tests, and for use in the browser's console: `gradfn` is the first, `gradfnAll` are all of them.

@@ -122,7 +122,7 @@ export function makeLesson(section, steps) {
     if (!target) return;
     const focusable = 'button:not(:disabled), input:not(:disabled), select, textarea, a[href], summary, [tabindex="0"]';
     const control = target.matches(focusable) ? target : target.querySelector(focusable);
-    const pressed = target.querySelector('[aria-pressed="true"]:not([tabindex="-1"])');
+    const pressed = target.querySelector('[aria-pressed="true"]:not([tabindex="-1"]), input:checked');
     if (!control) target.tabIndex = -1;
     (pressed || control || target).focus({ preventScroll: true });
     bringIntoView(target);

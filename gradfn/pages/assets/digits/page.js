@@ -130,7 +130,7 @@ export function start(section, content) {
     regions.forEach((each) => model.setRegion(...each));
     layers.paintAll();
     const [layer, node] = (texts.node ?? "").split(".");
-    const l = index(layer, net.layers.length) ?? 0, i = index(node, net.layers[l].nOut);
+    const l = index(layer, net.layers.length), i = l === null ? null : index(node, net.layers[l].nOut);
     Object.assign(state, i === null ? { layer: 0, node: firstNode } : { layer: l, node: i });
     if (!texts.ink || !pad.read(texts.ink)) pick(index(texts.sample, samples.length) ?? 0);
     const label = index(texts.label, 10);
