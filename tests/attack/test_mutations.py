@@ -25,6 +25,7 @@ FILES = {
         ("inspections.jsonl", "rows", "report"),
         ("noise.jsonl", "rows", "report"),
         ("digit_net.safetensors", "tensors", "report"),
+        ("training_set.safetensors", "tensors", "report"),
         ("checkpoint.safetensors", "tensors", "report"),
         ("picture.png", "bytes", "report"),
     ],
@@ -71,6 +72,7 @@ def make(kind, folder):
     from gradfn.experiments import digits
     from gradfn.runs import sample
     from gradfn.runs.digit_net import keep_digit_net
+    from gradfn.runs.training_set import TrainingSet, keep_training_set
 
     folder.mkdir()
     config = gf.GPTConfig(vocab=65, context=8, n_layers=2, n_heads=2, width=4)
@@ -82,6 +84,18 @@ def make(kind, folder):
         net = gf.mlp([784, 4, 10])
         data = gf.data.digits()
         keep_digit_net(folder, net.init(jax.random.key(0)), data, np.full([len(data.test[1]), 10], 0.1))
+        points = np.zeros([3, 2], np.float32), np.array([0, 1, 1])
+        about = {
+            "inputs": "plane",
+            "data": "points",
+            "activation": "tanh",
+            "rate": 0.1,
+            "batch": 0,
+            "steps": 9,
+        }
+        about |= {"seed": 0, "examples": 3, "levels": 1}
+        start = gf.mlp([2, 3, 2]).init(jax.random.key(0))
+        keep_training_set(folder, TrainingSet(start, points, points, None, about))
         Image.new("RGB", (30, 20)).save(folder / "picture.png")
         runs.finish(folder, runs.judge(digits.EXPECTED, {"test accuracy": 0.5}), test_accuracy=0.5)
     elif kind == "writer":

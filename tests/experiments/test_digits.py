@@ -8,11 +8,17 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from gradfn.experiments.digits import Config, run
+from gradfn.experiments.digits import PAGE_TEST, PAGE_TRAIN, Config, keep_for_page, run
 from safetensors.numpy import load_file
 
+import gradfn as gf
+from gradfn.data._digits import enlarge
+from gradfn.pages.live._train import train
+from gradfn.runs.kept import Kept
+from gradfn.runs.training_set import load_training_set
 from gradfn.tensors import CHECKSUM
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +34,14 @@ def test_a_run_as_a_function(tmp_path, capsys):
     assert result.params["W1"].shape == (4, 784)
     assert [row["epoch"] for row in result.history] == [1.0, 2.0]
     assert json.loads((tmp_path / "run" / "result.json").read_text())["test_accuracy"] == result.test_accuracy
+    kept = load_training_set(result.folder / "training_set.safetensors")
+    data = gf.data.digits()
+    for (images, labels), (x, y) in ((kept.train, data.train), (kept.test, data.test)):
+        enlarged = enlarge(images.reshape(-1, 8, 8) / 16, 28).reshape(len(images), -1)
+        np.testing.assert_allclose(enlarged, x, atol=1e-6)
+        np.testing.assert_array_equal(labels, y)
+    start_params = gf.mlp([784, 4, 10]).init(jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, kept.params, dict(start_params))
     out = capsys.readouterr().out
     assert "8x8 resized to 28x28" in out
     assert "3,176 weights + 14 biases = 3,190 parameters" in out
@@ -63,6 +77,20 @@ def test_a_batch_larger_than_the_data_does_not_start_a_run(tmp_path):
     with pytest.raises(ValueError, match="batch: there are 1,257 training digits, got 1258"):
         run(Config(batch=1258, folder=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
+
+
+def test_of_mnist_the_page_holds_a_part_and_says_so(tmp_path):
+    rng = np.random.default_rng(0)
+    part = rng.random([600, 784], np.float32), rng.integers(0, 10, 600).astype(np.int32)
+    data = gf.data.Dataset(part, part, part, "MNIST", (28, 28), tuple("0123456789"))
+    start_params = gf.mlp([784, 16, 10]).init(jax.random.key(0))
+    keep_for_page(tmp_path, Config(data="mnist"), start_params, data, 40)
+    kept = load_training_set(tmp_path / "training_set.safetensors")
+    assert (len(kept.train[1]), len(kept.test[1]), kept.spline) == (PAGE_TRAIN, PAGE_TEST, None)
+    run_of = Kept(tmp_path, "digits", {}, {}, None, {}, {}, None, training_set=kept)
+    live = train(run_of, 5_000_000)
+    assert (live.about["n_train"], live.about["examples"]) == (str(PAGE_TRAIN), "600")
+    assert len(live.content) < 700_000  # the images, and 70 kB of parameters
 
 
 @pytest.mark.slow

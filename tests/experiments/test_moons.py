@@ -8,6 +8,7 @@ import pytest
 
 import gradfn as gf
 from gradfn.experiments import moons
+from gradfn.runs.training_set import load_training_set
 
 
 def test_moments_start_at_0_and_end_with_the_last_step():
@@ -47,6 +48,10 @@ def test_the_frames_are_those_of_a_plain_training(tmp_path):
     net, optimizer = gf.mlp([2, 3, 2], activation="tanh"), optax.adam(config.rate)
     step = gf.train_step(gf.batch_mean(gf.classification_loss(net)), optimizer)
     state = gf.train_state(net.init(jax.random.key(1)), optimizer, jax.random.key(0))
+    kept = load_training_set(result.folder / "training_set.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, kept.params, dict(state.params))
+    jax.tree.map(np.testing.assert_array_equal, (kept.train, kept.test), moons.moons(config))
+    assert kept.about["rate"] == config.rate
     batch = jax.tree.map(jnp.asarray, moons.moons(config)[0])
     for _ in range(4):
         state, _ = step(state, batch)

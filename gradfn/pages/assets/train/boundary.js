@@ -1,9 +1,9 @@
 // What the network has learned so far: the boundary in the plane, or the images of the first layer's weights.
 import { color, paintTiles, scaleOf } from "gradfn/core/paint.js";
-import { forward, lastProbability, makeSpace } from "gradfn/train/net.js";
+import { forward, makeSpace, margins } from "gradfn/train/net.js";
 
 const PLANE = { left: -1.7, right: 2.7, bottom: -1.2, top: 1.7 };
-const PRODUCTS = 2_500_000; // of a picture, about 4 ms: deeper networks are drawn on a coarser grid
+const PRODUCTS = 5_000_000; // of a picture, about 8 ms: deeper networks are drawn on a coarser grid
 const PIXELS = 28;
 
 export function makePicture(find, data) {
@@ -36,28 +36,29 @@ function makeBoundary(canvas, data) {
     if (fresh || !plane) resize(net);
     const { columns, rows, x } = plane, n = columns * rows;
     space ??= makeSpace(net, n);
-    const share = lastProbability(forward(net, x, n, space), n, 2);
+    const margin = margins(forward(net, x, n, space), n);
     const image = ofGrid.createImageData(columns, rows);
     for (let k = 0; k < n; k++) {
-      const t = Number.isFinite(share[k]) ? 2 * share[k] - 1 : 0, end = t < 0 ? colors.c0 : colors.c1;
+      // 2p - 1; white where the output is not a number.
+      const t = Number.isNaN(margin[k]) ? 0 : Math.tanh(margin[k] / 2), end = t < 0 ? colors.c0 : colors.c1;
       for (let i = 0; i < 3; i++) image.data[4 * k + i] = colors.raised[i] + 0.62 * Math.abs(t) * (end[i] - colors.raised[i]);
       image.data[4 * k + 3] = 255;
     }
     ofGrid.putImageData(image, 0, 0);
     context.imageSmoothingEnabled = true;
     context.drawImage(grid, 0, 0, canvas.width, canvas.height);
-    line(share, columns, rows);
+    line(margin, columns, rows);
     points();
   }
 
   // The line of 50 %, cell by cell between the grid's points (marching squares).
-  function line(share, columns, rows) {
+  function line(margin, columns, rows) {
     const [w, h] = [canvas.width / columns, canvas.height / rows];
     context.beginPath();
     for (let i = 0; i + 1 < rows; i++) {
       for (let j = 0; j + 1 < columns; j++) {
         const corners = [[j, i], [j + 1, i], [j + 1, i + 1], [j, i + 1]];
-        const values = corners.map(([u, v]) => share[v * columns + u] - 0.5);
+        const values = corners.map(([u, v]) => margin[v * columns + u]);
         const crossings = corners.flatMap(([u, v], k) => {
           const next = (k + 1) % 4, [s, t] = corners[next];
           if (values[k] > 0 === values[next] > 0) return [];

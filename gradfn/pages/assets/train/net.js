@@ -54,12 +54,9 @@ export function lossOf(logits, labels, n, classes) {
   return { loss: loss / n, accuracy: right / n };
 }
 
-// The probability of the last class for each of n rows of logits.
-export function lastProbability(logits, n, classes) {
-  return Float32Array.from({ length: n }, (_, k) => {
-    const row = logits.subarray(k * classes, (k + 1) * classes), top = Math.max(...row);
-    return Math.exp(row[classes - 1] - top) / row.reduce((sum, z) => sum + Math.exp(z - top), 0);
-  });
+// The logit of the second class minus that of the first, for each of n rows of two: its sigmoid is the second's probability.
+export function margins(logits, n) {
+  return Float32Array.from({ length: n }, (_, k) => logits[2 * k + 1] - logits[2 * k]);
 }
 
 // After `forward`: the gradients of the mean loss, into dz, W and b of the space.

@@ -149,7 +149,7 @@ export function start(section, content) {
     const parts = [
       `Step ${trainer.step.toLocaleString("en")}`,
       `epoch ${trainer.epoch.toFixed(trainer.epoch < 100 ? 1 : 0)}`,
-      `training loss ${record ? plain(record.loss) : "–"}`,
+      trainer.fault ? "stopped: a number is not finite" : `training loss ${record ? plain(record.loss) : "–"}`,
       `test accuracy ${(100 * test.accuracy).toFixed(1)} %`,
     ];
     find("now").textContent = parts.join(" · ");
@@ -181,8 +181,9 @@ export function start(section, content) {
     find("origin").textContent = startsAsRun(data, settings)
       ? `${sizes}. It starts from the run's own initial parameters.`
       : `${sizes}. Its initial weights have the distribution of gf.mlp (a truncated normal of variance 1 ÷ inputs), but the page draws them.`;
+    const without = settings.activation === "identity" ? "Without an activation" : `With the activation ${settings.activation}`;
     find("no-units").textContent = settings.depth
-      ? `Units with the activation ${settings.activation === "identity" ? "none" : settings.activation} are neither dead nor saturated in this sense.`
+      ? `${without}, units are neither dead nor saturated.`
       : "Without hidden layers there are no units that could be dead or saturated.";
     showProgress();
     keepState();
