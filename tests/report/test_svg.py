@@ -94,9 +94,9 @@ def test_a_drawing_has_a_size_and_a_title():
 
 
 def test_charts_are_also_written_as_svg_with_texts_and_images_are_not(tmp_path):
-    chart = curves([{"step": 1, "loss": 2.3, "validation_loss": 2.0}, {"step": 9, "loss": 1.3}])
+    history = [{"step": 1, "loss": 2.3, "validation_loss": 2.0}, {"step": 9, "loss": 1.3}]
     made = {
-        "curves": chart,
+        "curves": curves(history),
         "confusion": confusion([0, 1, 1], [0, 1, 0]),
         "weights": weight_images(np.ones([4, 784])),
     }
@@ -115,7 +115,7 @@ def test_charts_are_also_written_as_svg_with_texts_and_images_are_not(tmp_path):
     text = (tmp_path / "curves.svg").read_text(encoding="utf-8")
     assert ">training step<" in text.replace("\n", "")
     before = (tmp_path / "curves.svg").read_bytes()
-    save_all({"curves": chart}, tmp_path)
+    save_all({"curves": curves(history)}, tmp_path, "a < b")
     assert before == (tmp_path / "curves.svg").read_bytes()
 
 
