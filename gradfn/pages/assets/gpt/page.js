@@ -179,6 +179,7 @@ export function start(section, content) {
     change(found);
     if (position !== null) change({ position });
   });
+  before.length = 0; // what the address restores is where the page starts
 
   document.documentElement.addEventListener("theme", () => {
     newPalette();

@@ -11,7 +11,7 @@ export function makeText(find, model, change, preview) {
 
   area.addEventListener("input", () => change({ text: area.value }));
   const samples = (model.samples || []).map((sample) => {
-    const name = visible(sample.trim()).slice(0, 28);
+    const name = visible(sample.trim()).slice(0, 20);
     return element("button", { type: "button", class: "small", onclick: () => change({ text: sample }) }, name || "↵");
   });
   const none = element("button", { type: "button", class: "small", onclick: () => change({ text: "" }) }, "Clear");
@@ -40,7 +40,6 @@ export function makeText(find, model, change, preview) {
       const [glyph] = buttons[i].children;
       const text = visible(name);
       if (glyph.textContent !== text) glyph.textContent = text;
-      buttons[i].classList.toggle("blank", !name.trim());
       return name === "↵" && i < names.length - 1 ? [buttons[i], element("span", { class: "break" })] : [buttons[i]];
     });
     if (children.length !== strip.childNodes.length || children.some((child, i) => child !== strip.childNodes[i])) {
