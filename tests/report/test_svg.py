@@ -183,6 +183,8 @@ def test_charts_have_the_colors_of_the_page_in_light_and_dark(tmp_path, width):
     history = [{"step": i, "loss": 2.3 - i / 9, "validation_loss": 1.9} for i in range(9)]
     figure = curves(history)
     figure.axes[0].text(4, 0.1, "\u2588" * 6)  # black where nothing else is written
+    for line in figure.axes[0].lines:  # thick, so that a small picture has pixels of its color alone
+        line.set_linewidth(8)
     save_all({"chart": figure}, tmp_path)
     chart = (tmp_path / "chart.svg").read_bytes()
     run = run_with(tmp_path, {"chart.svg": chart, "photo.png": picture(np.random.default_rng(0), 40)})
