@@ -231,6 +231,17 @@ def draw(found, points):
     touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
 
 
+def tap(found, selector, condition):
+    """Tap an element until a condition holds: while the page still scrolls, the browser makes no click of a tap."""
+    for _ in range(5):
+        found.locator(selector).tap()
+        for _ in range(20):
+            if evaluate(found, condition):
+                return
+            found.wait_for_timeout(50)
+    raise AssertionError(f"tapping {selector} does not lead to {condition}")
+
+
 NOW = "{ x: gradfn.state.x, label: gradfn.state.label, loss: gradfn.now().loss, address: gradfn.address() }"
 
 
@@ -244,10 +255,10 @@ def test_what_was_drawn_and_changed_by_touch_is_a_link(tmp_path):
         sketch = evaluate(found, NOW)
         assert np.sum(sketch["x"]) > 10
         assert sketch["address"]["ink"].isalnum()
-        found.locator(".tiles button").nth(5).tap()
+        tap(found, ".tiles button:nth-child(6)", "gradfn.state.node === 5")
         assert evaluate(found, 'text("#live-0-node-title")') == "Hidden node 5"
-        found.locator("#live-0-labels label").nth(7).tap()
-        found.locator("#live-0-next").tap()
+        tap(found, "#live-0-labels label:nth-of-type(8)", "gradfn.state.label === 7")
+        tap(found, "#live-0-next", "gradfn.address().steps === 2")
         evaluate(found, "gradfn.setBias(0, 5, -1.234)")
         evaluate(found, "gradfn.setRegion(3, { left: 2, right: 9, top: 1, bottom: 20 })")
         last = evaluate(found, NOW)
@@ -260,13 +271,12 @@ def test_what_was_drawn_and_changed_by_touch_is_a_link(tmp_path):
         link = evaluate(found, "location.hash")
 
         # A meaning by touch.
-        found.locator(".node dfn").first.tap()
+        shown = '!!document.querySelector(".meaning-of:popover-open")'
+        tap(found, ".sums p:first-child dfn", shown)
         assert evaluate(found, 'find(".meaning-of b").innerText') == "weighted sum"
-        assert evaluate(found, 'find(".meaning-of").matches(":popover-open")')
         box = evaluate(found, 'find(".meaning-of").getBoundingClientRect().toJSON()')
         assert 0 <= box["left"] < box["right"] <= 390
-        found.locator("#live-0-node-title").tap()
-        assert not evaluate(found, 'find(".meaning-of").matches(":popover-open")')
+        tap(found, "#live-0-node-title", f"!({shown})")
     with opened(tmp_path, [run], hash_=link) as found:
         again = evaluate(found, NOW)
         assert again == last
