@@ -25,16 +25,20 @@ def mean_loss(
         texts: tokens `[T]` of each.
         quiet: see `LanguageNet`.
     """
-    losses = []
-    for tokens in texts:
-        wanted = targets(tokens, quiet)
-        z = logits(architecture, params, tokens)
-        top = z.max(-1)
-        total = top + np.log(np.exp(z - top[:, None]).sum(-1))
-        at = np.flatnonzero(wanted >= 0)
-        losses.append(total[at] - z[at, wanted[at]])
-    every = np.concatenate(losses) if losses else np.zeros(0)
-    return float(every.mean()) if len(every) else math.nan
+    if not texts:
+        return math.nan
+    # Texts of one length are one batch. What is after the end of a text does not matter before it.
+    length = max(map(len, texts))
+    tokens = np.stack([np.pad(text, (0, length - len(text))) for text in texts])
+    wanted = np.stack(
+        [np.pad(targets(text, quiet), (0, length - len(text)), constant_values=-1) for text in texts]
+    )
+    z = logits(architecture, params, tokens)[wanted >= 0]  # [positions, vocab]
+    if not len(z):
+        return math.nan
+    top = z.max(-1)
+    total = top + np.log(np.exp(z - top[:, None]).sum(-1))
+    return float((total - z[np.arange(len(z)), wanted[wanted >= 0]]).mean())
 
 
 def targets(tokens: np.ndarray, quiet: object = None) -> np.ndarray:
@@ -50,14 +54,14 @@ def targets(tokens: np.ndarray, quiet: object = None) -> np.ndarray:
 
 
 def logits(of: Architecture, params: Params, tokens: np.ndarray) -> np.ndarray:
-    """Return the logits of each next token, `[T, vocab]`."""
+    """Return the logits of each next token, `[..., T, vocab]`, of texts of one length, `[..., T]`."""
     x = params["embed/W"][tokens]
-    positions = np.arange(len(tokens))
+    positions = np.arange(tokens.shape[-1])
     if of.positions == "learned":
         x = x + params["positions/W"][positions]
     elif of.positions == "sinusoidal":
         angles = positions[:, None] * _frequencies(of.width, 10_000.0)
-        x = x + np.stack([np.sin(angles), np.cos(angles)], -1).reshape(x.shape)
+        x = x + np.stack([np.sin(angles), np.cos(angles)], -1).reshape(x.shape[-2:]).astype(x.dtype)
     for i in range(of.n_layers):
         x = _block(of, params, f"blocks/{i}", x)
     x = _norm(of, params, "final_norm", x)
@@ -103,17 +107,19 @@ def decode(net: LanguageNet, tokens: Sequence[int] | np.ndarray) -> str:
 def _block(of: Architecture, params: Params, path: str, x: np.ndarray) -> np.ndarray:
     normed = _norm(of, params, f"{path}/attention_norm", x)
     heads = {"query": of.n_heads, "key": of.n_kv_heads, "value": of.n_kv_heads}
-    # [T, heads * size] -> [heads, T, size]
+    # [..., T, heads * size] -> [..., heads, T, size]
     query, key, value = (
-        _dense(params, f"{path}/attention/{name}", normed).reshape(len(x), n, of.head_size).transpose(1, 0, 2)
+        _dense(params, f"{path}/attention/{name}", normed)
+        .reshape(*x.shape[:-1], n, of.head_size)
+        .swapaxes(-3, -2)
         for name, n in heads.items()
     )
     if of.positions == "rope":
         query, key = (_rotated(array, of.rope_base) for array in (query, key))
-    key, value = (array.repeat(of.n_heads // of.n_kv_heads, 0) for array in (key, value))
-    scores = query @ key.transpose(0, 2, 1) * of.head_size**-0.5
-    scores = np.where(np.tri(len(x), dtype=bool), scores, -np.inf)
-    mixed = (_softmax(scores) @ value).transpose(1, 0, 2).reshape(len(x), -1)
+    key, value = (array.repeat(of.n_heads // of.n_kv_heads, -3) for array in (key, value))
+    scores = query @ key.swapaxes(-1, -2) * of.head_size**-0.5
+    scores = np.where(np.tri(x.shape[-2], dtype=bool), scores, -np.inf)
+    mixed = (_softmax(scores) @ value).swapaxes(-3, -2).reshape(*x.shape[:-1], -1)
     x = x + _dense(params, f"{path}/attention/out", mixed)
     if not of.feed:
         return x
@@ -127,7 +133,8 @@ def _block(of: Architecture, params: Params, path: str, x: np.ndarray) -> np.nda
 
 
 def _dense(params: Params, path: str, x: np.ndarray) -> np.ndarray:
-    z = x @ params[f"{path}/W"].T
+    # One product of two matrices, whatever the number of texts.
+    z = (x.reshape(-1, x.shape[-1]) @ params[f"{path}/W"].T).reshape(*x.shape[:-1], -1)
     return z + params[f"{path}/b"] if f"{path}/b" in params else z
 
 
@@ -139,7 +146,7 @@ def _norm(of: Architecture, params: Params, path: str, x: np.ndarray) -> np.ndar
 
 
 def _rotated(x: np.ndarray, base: float) -> np.ndarray:
-    angles = np.arange(x.shape[1])[:, None] * _frequencies(x.shape[-1], base)  # [T, size / 2]
+    angles = np.arange(x.shape[-2])[:, None] * _frequencies(x.shape[-1], base)  # [T, size / 2]
     cos, sin = np.cos(angles).astype(x.dtype), np.sin(angles).astype(x.dtype)
     first, second = np.split(x, 2, -1)
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
@@ -159,7 +166,7 @@ def _sigmoid(z: np.ndarray) -> np.ndarray:
 
 
 def _gelu(z: np.ndarray) -> np.ndarray:
-    return 0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+    return 0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z * z * z)))
 
 
 def _elu(z: np.ndarray) -> np.ndarray:
