@@ -169,6 +169,7 @@ def page(kept: Sequence[Kept], about: Mapping[str, About] = {}) -> str:
             for run in kept
         ],
     }
+    content["hints"] = _hints(kept)
     # These parts share the remaining bytes.
     content |= {"charts": [], "charts_left_out": 0, "live": [], "live_left_out": [], "flows": []}
     content |= {"pictures": [], "pictures_left_out": []}
@@ -189,6 +190,25 @@ def page(kept: Sequence[Kept], about: Mapping[str, About] = {}) -> str:
     content["flows"] = flows(kept, room() // 2)
     content["pictures"], content["pictures_left_out"] = _pictures(kept, room() - NOTES_ROOM)
     return template.render(**content)
+
+
+def _hints(kept: Sequence[Kept]) -> list[tuple[int, str]]:
+    """Return for each run of `gf.fit`, by its place, what it did not record, and how it would."""
+    found = []
+    inspected = any(part.inspections.n for run in kept for part in run.parts.values())
+    for i, run in enumerate(kept):
+        parts = run.parts.values()
+        if run.experiment:
+            continue
+        if not any(part.history.n for part in parts):
+            found.append((i, "No evaluation has been recorded yet, so there are no curves."))
+        if not inspected:
+            found.append(
+                (i, "To see how the gradient flows through the layers, train with inspect_every=10.")
+            )
+        if not any(part.noise.ends for part in parts):
+            found.append((i, "To see the noise scale of the gradient, train with noise_every=10."))
+    return found
 
 
 def _head(file: Path) -> bytes:

@@ -266,11 +266,16 @@ def _of_fit(folder: Path) -> Kept:
         result = {"outcome": judge([], {"training loss": last.get("loss", math.nan)})}
     versions = notes.get("versions", {}) | ({"seed": settings["seed"]} if "seed" in settings else {})
     pictures, drawings, left_out = _pictures(folder)
-    language_net = _language_net([folder])
+    try:
+        model = model_file(folder)
+    except FileError:  # which `load_described_net` reports
+        model = None
+    network = {"network": f"gf.{model['net']}", **model["settings"]} if model else {}
+    loss = {"loss": f"gf.{model['loss']}"} if model and "loss" in model else {}
     return Kept(
         folder,
         "",
-        settings,
+        network | loss | settings,
         versions,
         result,
         {"": part},
@@ -278,7 +283,7 @@ def _of_fit(folder: Path) -> Kept:
         None,
         pictures_left_out=left_out,
         drawings=drawings,
-        language_net=language_net,
+        language_net=_language_net([folder]) if model else None,
         described=load_described_net(folder) if os.path.lexists(folder / MODEL) else NOT_DESCRIBED,
     )
 

@@ -52,10 +52,12 @@ def live_mlp(net: DenseNet, room: int) -> Live | str:
         "examples": len(net.x),
     }
     for dtype in ("float32", "float16"):
-        content = as_json(described(net, dtype))
-        if len(content) <= room and (
-            dtype == "float32" or is_close(net.params, net.activation, net.output, net.loss, net.x, net.y)
+        if dtype == "float16" and not is_close(
+            net.params, net.activation, net.output, net.loss, net.x, net.y
         ):
+            break
+        content = as_json(described(net, dtype))
+        if len(content) <= room:
             return Live("mlp", "Network", about | {"half": dtype == "float16"}, content)
     return too_large(sum(array.size for array in net.params.values()), room)
 
