@@ -7,11 +7,12 @@ import { forward } from "gradfn/gpt/forward.js";
 import { makeMap } from "gradfn/gpt/gradient_map.js";
 import { losses } from "gradfn/gpt/loss.js";
 import { quoted } from "gradfn/gpt/names.js";
-import { applicable, changedParts, scaled, without } from "gradfn/gpt/parts.js";
+import { changedParts, scaled, without } from "gradfn/gpt/parts.js";
 import { makeShares } from "gradfn/gpt/shares.js";
 import { makeStrip } from "gradfn/gpt/strip.js";
 import { names as namesOf } from "gradfn/gpt/tokenizer.js";
 
+const PAUSE = 80; // milliseconds without a change before another pass is differentiated
 const QUIET = 150; // milliseconds without a change before exact changes are computed
 const NO_LOSS = "There is no loss yet: a loss needs a token and the one that follows it. Type at least two characters.";
 const BLAME = {
@@ -42,7 +43,7 @@ export function makeBack(find, model, change) {
   for (const name of ["back-norm", "back-signed"]) find(name).addEventListener("change", drawBlame);
 
   // Compute only what is near the window: typing stays quick while this part of the page is far away.
-  let near = false, stale = false;
+  let near = false, stale = false, timer = 0;
   const watching = new IntersectionObserver((entries) => {
     near = entries[entries.length - 1].isIntersecting;
     if (!near) shares.pause();
@@ -54,7 +55,13 @@ export function makeBack(find, model, change) {
   function show(newNow, newState) {
     [now, state] = [newNow, newState];
     stale = true;
-    if (near) draw();
+    clearTimeout(timer);
+    shares.pause();
+    if (!near) return;
+    // Another pass that was made elsewhere on the page, by typing or with a slider, is differentiated after a pause.
+    const elsewhere = found && found.pass !== now.pass && !find("back").contains(document.activeElement);
+    if (elsewhere) timer = setTimeout(draw, PAUSE);
+    else draw();
   }
 
   const hasLoss = () => now.targets.some((target) => target >= 0);
@@ -65,6 +72,7 @@ export function makeBack(find, model, change) {
 
   function draw() {
     stale = false;
+    clearTimeout(timer);
     shares.pause();
     names = namesOf(model, now.pass.tokens);
     find("back-parts").hidden = !hasLoss();
@@ -159,8 +167,8 @@ export function makeBack(find, model, change) {
 
   // The change of the chosen loss if a part is switched off, by a forward pass without it.
   function exactly(part) {
-    const { tokens } = found.pass;
-    const pass = forward(model, tokens, [...applicable(state.edits, tokens.length), ...scaled(model, part, 0)]);
+    const { tokens, edits } = found.pass;
+    const pass = forward(model, tokens, [...edits, ...scaled(model, part, 0)]);
     return weighted(losses(pass, found.targets), found.weights) - found.loss;
   }
 

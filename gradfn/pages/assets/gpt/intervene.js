@@ -233,7 +233,7 @@ export function makeIntervene(find, model, change) {
     const what = position === null ? "of the whole text, per token" : `at position ${position}`;
     const loss = weighted(now.losses, weights).toPrecision(6);
     find("python-value").textContent = some ? `It returns the loss ${what}: ${loss} nats.` : "";
-    find("setup").textContent = setupLines(tokens, counted, stepNow()).join("\n");
+    find("setup").textContent = setupLines(model, tokens, counted, stepNow()).join("\n");
   }
 
   // The step of the checkpoint that is shown; null for the trained model.

@@ -19,20 +19,38 @@ export function patchLines(model, edits) {
   return { before, line: `gf.patch(loss, ${inside})(params, (tokens, targets))` };
 }
 
-// The lines that load what the line above needs: a run's model and a text.
-export function setupLines(tokens, targets, step = null) {
-  const note = step === null ? [] : [`# The page shows the parameters of step ${step}: load those of that step into params.`];
+// The lines that load what the line above needs: the model, its parameters, and a text. `step` is that of a checkpoint that
+// was kept along the way; null for the last one.
+export function setupLines({ config }, tokens, targets, step) {
+  const file = step === null ? "FOLDER" : `FOLDER/kept/${String(step).padStart(10, "0")}.safetensors`;
   return [
     "import jax.numpy as jnp",
     "import gradfn as gf",
-    "from gradfn.runs import sample",
-    "",
-    'model = sample.load_model("FOLDER")  # the folder of this run',
-    "loss, params = gf.next_token_loss(model.net), model.params",
-    ...note,
+    ...(config.feed ? gptLines(config) : attentionLines(config)),
+    "loss = gf.next_token_loss(net)",
+    `params = gf.train.load_params("${file}")  # FOLDER: of this run`,
     `tokens = jnp.array(${list(tokens)})`,
     `targets = jnp.array(${list(targets)})  # -1 does not count`,
   ];
+}
+
+function gptLines(config) {
+  const settings = Object.entries(config).map(([name, value]) => `    ${name}=${literal(value)},`);
+  return ["", "net = gf.gpt(gf.GPTConfig(", ...settings, "))"];
+}
+
+// The net without feed-forward layers is that of an experiment.
+function attentionLines({ width, n_heads: nHeads }) {
+  return [
+    "from gradfn.experiments.induction import attention_only",
+    "",
+    `net = attention_only(width=${width}, n_heads=${nHeads})`,
+  ];
+}
+
+function literal(value) {
+  if (typeof value === "boolean") return value ? "True" : "False";
+  return value === null ? "None" : JSON.stringify(value);
 }
 
 // One edit of a value: of a single part where that is all, else one after the other.
