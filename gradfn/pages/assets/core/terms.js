@@ -9,8 +9,8 @@ const LINGER = 200; // milliseconds in which the pointer may move from a term to
 const common = new Map();
 const own = new Map(); // by section: the terms of one network of the page
 
-// Add terms: { name: { meaning, formula } }. `meaning` is text; `formula`, where there is one, returns HTML with the actual
-// numbers, or null. With a section they hold in it alone, so that each network of a page shows its own numbers.
+// Add terms: { name: { meaning, formula } }. `meaning` is text; `formula`, where there is one, returns HTML with the
+// actual numbers, or null. With a section they hold in it alone, so that each network of a page shows its own numbers.
 export function define(more, section = null) {
   const terms = section ? own.get(section) || own.set(section, new Map()).get(section) : common;
   for (const [name, each] of Object.entries(more)) {
@@ -63,7 +63,8 @@ export function connectTerms() {
     event.preventDefault();
     hide();
   }, true);
-  for (const kind of ["scroll", "resize"]) addEventListener(kind, () => shown && place(), { capture: true, passive: true });
+  const options = { capture: true, passive: true };
+  for (const kind of ["scroll", "resize"]) addEventListener(kind, () => shown && place(), options);
 }
 
 // Screen readers get the meaning as the description of the term.
@@ -133,38 +134,47 @@ function place() {
 
 define({
   nats: {
-    meaning: "The unit of the loss: −log p, where p is the probability of the correct label or token. 0 nats is certain and " +
-      "right, 0.69 nats are p = 50 %, 2.3 nats are p = 10 %.",
+    meaning: "The unit of the loss: −log p, where p is the probability of the correct label or token. 0 nats is " +
+      "certain and right, 0.69 nats are p = 50 %, 2.3 nats are p = 10 %.",
   },
   loss: { meaning: "One number that says how wrong the prediction is. Training decreases it." },
   gradient: {
-    meaning: "How fast the loss changes if a value increases slightly. Positive (red): the loss increases. Negative (blue): it " +
-      "decreases. Training moves each parameter against its gradient.",
+    meaning: "How fast the loss changes if a value increases slightly. Positive (red): the loss increases. Negative " +
+      "(blue): it decreases. Training moves each parameter against its gradient.",
   },
   weight: { meaning: "A number that is learned: a node multiplies one of its inputs by it." },
   bias: { meaning: "A number that is learned: a node adds it to its weighted sum." },
-  "weighted sum": { meaning: "Each input times its weight, all added up. With the bias it is z, the input of the activation." },
-  activation: { meaning: "The output of a node: a function such as sigmoid or relu of its weighted sum plus its bias." },
+  "weighted sum": {
+    meaning: "Each input times its weight, all added up. With the bias it is z, the input of the activation.",
+  },
+  activation: {
+    meaning: "The output of a node: a function such as sigmoid or relu of its weighted sum plus its bias.",
+  },
   rms: {
-    meaning: "Root mean square: the square root of the mean of the squares. The typical size of many numbers, whatever their " +
-      "signs.",
+    meaning: "Root mean square: the square root of the mean of the squares. The typical size of many numbers, " +
+      "whatever their signs.",
   },
   saturated: {
-    meaning: "The node is at the flat end of its activation: its slope is almost 0, so almost no gradient passes through it, and " +
-      "its weights hardly learn.",
+    meaning: "The node is at the flat end of its activation: its slope is almost 0, so almost no gradient passes " +
+      "through it, and its weights hardly learn.",
   },
-  dead: { meaning: "The node is 0 for every example. No gradient passes through it, so its weights do not learn any more." },
+  dead: {
+    meaning: "The node is 0 for every example. No gradient passes through it, so its weights do not learn any more.",
+  },
   "bias for inactivity": {
     meaning: "A negative bias keeps a node inactive: its weighted sum must be larger than that before it fires.",
   },
-  logit: { meaning: "A score before softmax: any number. The larger it is against the others, the more probable its label or token." },
+  logit: {
+    meaning: "A score before softmax: any number. The larger it is against the others, the more probable its label " +
+      "or token.",
+  },
   softmax: {
-    meaning: "Turns scores into probabilities: e to the power of each score, divided by the sum of these. They are positive and " +
-      "add up to 100 %.",
+    meaning: "Turns scores into probabilities: e to the power of each score, divided by the sum of these. They are " +
+      "positive and add up to 100 %.",
   },
   "noise scale": {
-    meaning: "The number of examples in a batch at which noise and signal of its gradient are equally large. Much smaller batches " +
-      "give mostly noise; much larger ones hardly help.",
+    meaning: "The number of examples in a batch at which noise and signal of its gradient are equally large. Much " +
+      "smaller batches give mostly noise; much larger ones hardly help.",
   },
   step: { meaning: "One update of all parameters, from the gradient of one batch of examples." },
   epoch: { meaning: "One pass through all training examples, in batches." },

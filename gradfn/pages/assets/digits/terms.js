@@ -60,7 +60,8 @@ export function defineTerms(section, net, open, now, label) {
   function softmax() {
     const { output } = now().pass, best = output.indexOf(Math.max(...output));
     const total = output.reduce((sum, z) => sum + Math.exp(z), 0);
-    return `p${sub(best)} = e<sup>z${sub(best)}</sup> / Σ e<sup>z</sup> = ${number(Math.exp(output[best]))} / ${number(total)} = <b>${
+    return `p${sub(best)} = e<sup>z${sub(best)}</sup> / Σ e<sup>z</sup> = ${number(Math.exp(output[best]))} / ` +
+      `${number(total)} = <b>${
       percent(now().probabilities[best])}</b>`;
   }
 
@@ -76,36 +77,37 @@ export function defineTerms(section, net, open, now, label) {
     },
     "bias for inactivity": {
       meaning: "A negative bias keeps a node inactive: its weighted sum must be larger than that before it fires.",
-      formula: () => `Open node: w · input = ${number(open().sum)}, and it fires over −b = <b>${number(-open().bias)}</b>`,
+      formula: () => `Open node: w · input = ${number(open().sum)}, and it fires over −b = ` +
+        `<b>${number(-open().bias)}</b>`,
     },
     activation: {
       meaning: "The output of a node: a function such as sigmoid or relu of its weighted sum plus its bias.",
       formula: activation,
     },
     saturated: {
-      meaning: "The node is at the flat end of its activation: its slope is below a tenth of the largest. Almost no gradient " +
-        "passes through it, so its weights hardly learn from this image.",
+      meaning: "The node is at the flat end of its activation: its slope is below a tenth of the largest. Almost no " +
+        "gradient passes through it, so its weights hardly learn from this image.",
       formula: slope,
     },
     off: {
-      meaning: "The weighted sum plus bias is negative, where relu is 0 and flat. No gradient passes through the node, so its " +
-        "weights do not learn from this image. A node that is off for every image is called dead.",
+      meaning: "The weighted sum plus bias is negative, where relu is 0 and flat. No gradient passes through the " +
+        "node, so its weights do not learn from this image. A node that is off for every image is called dead.",
       formula: slope,
     },
     loss: { meaning: "One number that says how wrong the prediction is. Training decreases it.", formula: loss },
     nats: {
-      meaning: "The unit of the loss: −log p, where p is the probability of the correct label. 0 nats is certain and right, " +
-        "0.69 nats are p = 50 %, 2.3 nats are p = 10 %.",
+      meaning: "The unit of the loss: −log p, where p is the probability of the correct label. 0 nats is certain and " +
+        "right, 0.69 nats are p = 50 %, 2.3 nats are p = 10 %.",
       formula: loss,
     },
     gradient: {
-      meaning: "How fast the loss changes if a value increases slightly. Positive (red): the loss increases. Negative (blue): it " +
-        "decreases. Training moves each weight and bias against its gradient.",
+      meaning: "How fast the loss changes if a value increases slightly. Positive (red): the loss increases. " +
+        "Negative (blue): it decreases. Training moves each weight and bias against its gradient.",
       formula: gradient,
     },
     softmax: {
-      meaning: "Turns scores into probabilities: e to the power of each score, divided by the sum of these. They are positive and " +
-        "add up to 100 %.",
+      meaning: "Turns scores into probabilities: e to the power of each score, divided by the sum of these. They are " +
+        "positive and add up to 100 %.",
       formula: entropy ? softmax : null,
     },
   }, section);
