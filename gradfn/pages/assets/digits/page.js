@@ -101,7 +101,8 @@ export function start(section, content) {
   // The numbers of the node that is open.
   function opened() {
     const { layer, node } = state, { nIn, W, b, squash } = net.layers[layer];
-    const [weights, ofTraining] = [W, trained.layers[layer].W].map((all) => Array.from(all.subarray(node * nIn, (node + 1) * nIn)));
+    const row = (all) => Array.from(all.subarray(node * nIn, (node + 1) * nIn));
+    const weights = row(W), ofTraining = row(trained.layers[layer].W);
     const input = layer ? now.pass.a[layer - 1] : state.x;
     const sumOf = (row) => row.reduce((sum, weight, j) => sum + weight * input[j], 0);
     const z = now.pass.z[layer][node], a = now.pass.a[layer][node];
@@ -165,7 +166,8 @@ export function start(section, content) {
   document.documentElement.addEventListener("theme", paintAll);
   paintAll();
   defineTerms(section, net, opened, () => now, () => state.label);
-  const page = { model, state, labels: content.labels, now: () => now, open: opened, shown: steps.shown, steps: () => now.steps };
+  const actual = { now: () => now, open: opened, shown: steps.shown, steps: () => now.steps };
+  const page = { model, state, labels: content.labels, ...actual };
   const lesson = makeDigitsLesson(section, find, page);
   const keep = keepInAddress(section, restore);
   changed = () => {

@@ -11,7 +11,8 @@ export function makeSteps(find, net, chosen, revealed) {
   let shown = 1;
 
   const labels = Array.from({ length: net.layers[last].nOut }, (_, label) => {
-    const input = element("input", { type: "radio", name: find("labels").id, value: label, onchange: () => chosen(label) });
+    const name = find("labels").id;
+    const input = element("input", { type: "radio", name, value: label, onchange: () => chosen(label) });
     find("labels").append(element("label", {}, input, element("span", {}, `${label}`)));
     return input;
   });
