@@ -63,6 +63,7 @@ RUNS = {
     "attention": Run("benchmarks.attention", "--rounds 3 --lengths 512 1024 2048", 0.5),
     "saving": Run("benchmarks.saving", "--gigabytes 0.2", 0.2),
     "scaling": Run("benchmarks.scaling", "--devices 1 8 --rules FSDP", 0.5),
+    "page": Run("benchmarks.page", "", 0.3),
     "accelerator": Run("benchmarks.accelerator", "", 8.0, accelerator=True),
 }
 # Compiled programs that a run could load instead of compiling them would make its first calls too fast.
