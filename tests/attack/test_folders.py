@@ -31,6 +31,7 @@ NAMES = [
     *(
         "checkpoint.safetensors",
         "digit_net.safetensors",
+        "cnn_net.safetensors",
         "training_set.safetensors",
         "picture.png",
         "events",

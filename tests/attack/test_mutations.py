@@ -26,6 +26,7 @@ FILES = {
         ("noise.jsonl", "rows", "report"),
         ("digit_net.safetensors", "tensors", "report"),
         ("training_set.safetensors", "tensors", "report"),
+        ("cnn_net.safetensors", "tensors", "report"),
         ("checkpoint.safetensors", "tensors", "report"),
         ("picture.png", "bytes", "report"),
     ],
@@ -71,6 +72,7 @@ def make(kind, folder):
     from gradfn import runs
     from gradfn.experiments import digits
     from gradfn.runs import sample
+    from gradfn.runs.cnn_net import keep_cnn_net
     from gradfn.runs.digit_net import keep_digit_net
     from gradfn.runs.training_set import TrainingSet, keep_training_set
 
@@ -83,7 +85,10 @@ def make(kind, folder):
         train(str(folder))
         net = gf.mlp([784, 4, 10])
         data = gf.data.digits()
-        keep_digit_net(folder, net.init(jax.random.key(0)), data, np.full([len(data.test[1]), 10], 0.1))
+        unsure = np.full([len(data.test[1]), 10], 0.1)
+        keep_digit_net(folder, net.init(jax.random.key(0)), data, unsure)
+        convolutional = gf.cnn((28, 28, 1), (2,), (), 10)
+        keep_cnn_net(folder, convolutional.init(jax.random.key(0)), data, unsure, enlarged_from=8)
         points = np.zeros([3, 2], np.float32), np.array([0, 1, 1])
         about = {
             "inputs": "plane",

@@ -53,7 +53,11 @@ def test_the_title_of_the_attention_says_whether_it_goes_to_ink():
 @pytest.mark.parametrize(
     ("experiment", "options", "pictures"),
     [
-        (cnn, {"channels": (4, 4), "hidden": 16, "epochs": 2}, {"filters.png", "maps.png"}),
+        (
+            cnn,
+            {"channels": (4, 4), "hidden": 16, "epochs": 2},
+            {"filters.png", "maps.png", "cnn_net.safetensors"},
+        ),
         (vit, {"layers": 1, "width": 16, "hidden": 16, "epochs": 2}, {"attention.png"}),
     ],
 )

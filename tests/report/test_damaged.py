@@ -51,6 +51,24 @@ def net(about=ABOUT, **changed):
     return save(arrays, metadata={"about": text})
 
 
+CNN_ABOUT = {"activation": "relu", "image": [4, 6, 2], "data": "noise"}
+CNN_ARRAYS = {
+    "conv1/W": np.ones([3, 2, 3, 3], np.float32),
+    "conv1/b": np.ones(3, np.float32),
+    "dense1/W": np.ones([5, 18], np.float32),
+    "dense1/b": np.ones(5, np.float32),
+    "samples": np.ones([2, 48], np.float32),
+    "labels": np.array([0, 4], np.int32),
+}
+
+
+def cnn(about=CNN_ABOUT, **changed):
+    """Return the file of a convolutional network, as `net` does; `conv1_W` is the array `conv1/W`."""
+    changed = {name.replace("_", "/"): array for name, array in changed.items()}
+    arrays = {name: array for name, array in (CNN_ARRAYS | changed).items() if array is not None}
+    return save(arrays, metadata={"about": about if isinstance(about, str) else json.dumps(about)})
+
+
 def tensors(**header):
     """Return a safetensors file of 8 bytes of data, with any header."""
     text = json.dumps(header).encode()
@@ -177,6 +195,43 @@ DAMAGED = {
         net(spline=np.ones([27, 8], np.float32)),
         net(spline=np.ones([28, 0], np.float32)),
     ],
+    "cnn_net.safetensors": [
+        *BAD_TENSORS,
+        save(CNN_ARRAYS),
+        *(cnn(about=text) for text in ("{", "[]", "3", "{}", DEEP.decode())),
+        *(cnn(CNN_ABOUT | {name: value}) for name in CNN_ABOUT for value in (3, [], None, ["a"], {})),
+        *(cnn(CNN_ABOUT | {"activation": name}) for name in ("softmax", "none", "Relu", "__proto__")),
+        *(
+            cnn(CNN_ABOUT | {"image": image})
+            for image in (
+                *([4, 6], [4, 6, 2, 1], [0, 6, 2], [-4, -6, 2], [1, 6, 2], [6, 4, 4], [4.5, 6, 2]),
+                *([True, 6, 2], ["4", 6, 2], [2**40, 2**40, 2], [10**30, 6, 2], [2, 2, 2]),
+            )
+        ),
+        *(cnn(**{name.replace("/", "_"): None}) for name in CNN_ARRAYS),
+        cnn(extra=np.ones(2, np.float32)),
+        cnn(conv2_W=np.ones([3, 3, 3, 3], np.float32), conv2_b=np.ones(3, np.float32)),
+        cnn(conv3_W=np.ones([3, 3, 3, 3], np.float32), conv3_b=np.ones(3, np.float32)),
+        cnn(dense2_W=np.ones([5, 4], np.float32), dense2_b=np.ones(5, np.float32)),
+        *(
+            cnn(conv1_W=np.ones(shape, np.float32))
+            for shape in ([3, 2, 3, 4], [3, 1, 3, 3], [4, 2, 3, 3], [3, 2, 0, 0], [3, 2, 3], [], [0, 2, 3, 3])
+        ),
+        cnn(conv1_W=np.ones([3, 2, 3, 3], np.float64)),
+        cnn(conv1_W=np.full([3, 2, 3, 3], np.nan, np.float32)),
+        cnn(conv1_b=np.ones([], np.float32)),
+        cnn(dense1_W=np.ones([5, 48], np.float32)),
+        cnn(dense1_b=np.full(5, np.inf, np.float32)),
+        cnn(samples=np.ones([], np.float32)),
+        cnn(samples=np.ones([2, 24], np.float32)),
+        cnn(samples=np.ones([0, 48], np.float32)),
+        cnn(samples=np.full([2, 48], np.inf, np.float32)),
+        cnn(labels=np.array([0, 1, 2], np.int32)),
+        cnn(labels=np.array([0, 5], np.int32)),
+        cnn(labels=np.array([-1, 1], np.int32)),
+        cnn(labels=np.array([0.0, 1.0], np.float32)),
+        cnn(spline=np.ones([28, 8], np.float32)),  # for images of another size
+    ],
     "checkpoint.safetensors": [
         *BAD_TENSORS,
         save({"params/W" + "1" * 5000: np.ones(2, np.float32)}),
@@ -215,6 +270,7 @@ def folder(tmp_path, monkeypatch):
     (folder / "noise.jsonl").write_text('{"step": 1, "running_scale": null}\n', encoding="utf-8")
     (folder / "spikes.jsonl").write_text('{"step": 1, "text": "step 1: spike"}\n', encoding="utf-8")
     (folder / "digit_net.safetensors").write_bytes(net())
+    (folder / "cnn_net.safetensors").write_bytes(cnn())
     assert cli.main(["report", "run"]) == 0
     return folder
 

@@ -39,7 +39,9 @@ def live_cnn(net: CnnNet, room: int) -> Live | str:
         "image": net.about["image"],
         "classes": net.classes,
         "samples": len(net.labels),
-        "pad": net.about["image"] == [PAD_SIDE, PAD_SIDE, 1],
+        # What is drawn has values from 0 to 1: images that are scaled otherwise would not look like it to the network.
+        "pad": net.about["image"] == [PAD_SIDE, PAD_SIDE, 1]
+        and (not net.samples.size or (net.samples.min() >= 0 and net.samples.max() <= 1)),
         "small": net.spline is not None,
     }
     return Live("cnn", "Network", about, content)
