@@ -7,8 +7,8 @@ import { largest, paintWeights } from "gradfn/cnn/pictures.js";
 const RADIOS = 12; // classes that are shown as buttons; of more, one is chosen from a list
 const BARS = 40; // values that are drawn as bars; more are pixels
 
-// Call `labeled(label)` when another correct label is chosen, `revealed()` when another number of steps is shown.
-export function makeBack(find, net, labeled, revealed) {
+// `isInk` says whether a pixel's value is ink. Call `labeled(label)` when another correct label is chosen, `revealed()` when another number of steps is shown.
+export function makeBack(find, net, isInk, labeled, revealed) {
   const n = net.convs.length, last = n + net.denses.length;
   let steps = [], shown = 1, now = null;
 
@@ -71,7 +71,8 @@ export function makeBack(find, net, labeled, revealed) {
     if (kind === "p" || kind === "x") {
       const formula = `${own} = Σ W${sub(l + 1)} · ${ofNext}`;
       return [formula, kind === "x"
-        ? "To the pixels. Each adds up the gradients of all sums whose window saw it. More ink on a red pixel increases the loss, on a blue one decreases it."
+        ? `To the pixels. Each adds up the gradients of all sums whose window saw it. ${
+          isInk ? "More ink on" : "A larger value of"} a red pixel increases the loss, ${isInk ? "on" : "of"} a blue one decreases it.`
         : "Back through the convolution: each pixel adds up the gradients of all sums whose window saw it, times the weights."];
     }
     return [`${own} = W${sub(l + 1)}ᵀ ${ofNext}`, "Through the weights: the sum over all nodes that a node feeds."];

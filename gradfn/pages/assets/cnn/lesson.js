@@ -30,12 +30,12 @@ export function makeCnnLesson(section, find, page) {
       at: () => section.querySelector(draws ? ".drawing" : ".picking"),
     },
     {
-      see: `Each <dfn data-term="filter">filter</dfn> is ${nIn > 1 ? `${nIn} windows` : "a window"} of ${window} × ${window} weights. It slides over the image and gives a <dfn data-term="feature map">map</dfn>: dark where the image looks like its weights.`,
+      see: `Each <dfn data-term="filter">filter</dfn> is ${nIn > 1 ? `${nIn} windows` : "a window"} of ${window} × ${window} weights. It slides over the image and gives a <dfn data-term="feature map">map</dfn>, which is strong where the image looks like its weights.`,
       act: "Click another filter of convolution 1.",
       start: remember,
       done: () => state.layer === 0 && state.filter !== before.filter,
       happened: () => `This is ${filter()}. Its largest activation here is ${
-        number(largest(mapOf("a")))}. Its weights are below: red ones look for ink, blue ones for its absence.`,
+        number(largest(mapOf("a")))}. Its weights are below: it is most active where red ones meet large pixels and blue ones small pixels.`,
       at: () => section.querySelector(".maps-row"),
     },
     {
@@ -119,7 +119,8 @@ export function makeCnnLesson(section, find, page) {
       act: "Show all steps.",
       start: remember,
       done: () => page.shown() === nSteps(),
-      happened: () => `The last picture is the gradient at the pixels, ${number(largest(page.now().gradients.x))} at most. More ink on a <b class="more">red</b> pixel increases the loss, on a <b class="less">blue</b> one decreases it.`,
+      happened: () => `The last picture is the gradient at the pixels, ${number(largest(page.now().gradients.x))} at most. ${
+        draws ? "More ink on" : "A larger value of"} a <b class="more">red</b> pixel increases the loss, ${draws ? "on" : "of"} a <b class="less">blue</b> one decreases it.`,
       at: () => section.querySelector(".stepper"),
     },
   ]);

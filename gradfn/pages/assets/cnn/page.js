@@ -65,7 +65,7 @@ export function start(section, content) {
     channel: (channel) => select({ channel }),
     toggle: () => toggle(state.layer, state.filter),
   });
-  const back = makeBack(find, net, (label) => change({ label, asked: true }), () => changed());
+  const back = makeBack(find, net, Boolean(pad), (label) => change({ label, asked: true }), () => changed());
 
   const names = (key) => (key in made ? { noise: "Noise", blank: "Blank" }[key] : `Test image, class ${content.labels[key]}`);
   const buttons = Object.keys(images).map((key) => {
@@ -85,7 +85,7 @@ export function start(section, content) {
 
   function open(layer, i, clicked = false) {
     const panel = find("filter"), moved = layer !== state.layer || i !== state.filter;
-    select({ layer, filter: i, ...(moved ? { at: brightest(layer, i) } : {}) });
+    select({ layer, filter: i, ...(moved ? where(layer, i) : {}) });
     // On a phone it is below the window. By the keyboard the focus, and with it the window, stays at the maps.
     if (clicked && panel.getBoundingClientRect().top > 0.6 * innerHeight) panel.scrollIntoView({ block: "start" });
   }
@@ -95,6 +95,12 @@ export function start(section, content) {
     const { height, width } = net.convs[layer], n = height * width;
     const map = now.pass.values[`z${layer + 1}`].subarray(i * n, (i + 1) * n), at = map.indexOf(Math.max(...map));
     return [Math.floor(at / width), at % width];
+  }
+
+  // That pixel, and the input channel that contributes most to it.
+  function where(layer, i) {
+    const at = brightest(layer, i), sums = explain(net, now.pass, layer, i, ...at).channels.map(({ sum }) => Math.abs(sum));
+    return { at, channel: sums.indexOf(Math.max(...sums)) };
   }
 
   function toggle(layer, i) {
@@ -179,7 +185,7 @@ export function start(section, content) {
     const [layer, i] = filterFrom(texts.filter, net) || firstFilter;
     const { nIn, height, width } = net.convs[layer], [row, column] = (texts.at ?? "").split(".");
     const [y, x] = [index(row, height), index(column, width)];
-    const at = y === null || x === null ? brightest(layer, i) : [y, x];
+    const at = y === null || x === null ? where(layer, i).at : [y, x];
     select({ layer, filter: i, at, channel: index(texts.channel, nIn) ?? 0 });
     back.reveal(index(texts.steps, 1000) ?? 1);
   }
@@ -194,7 +200,7 @@ export function start(section, content) {
   newPalette();
   pick(String(first));
   const firstFilter = [0, mostActive()];
-  Object.assign(state, { filter: firstFilter[1], at: brightest(...firstFilter) });
+  Object.assign(state, { filter: firstFilter[1], ...where(...firstFilter) });
   document.documentElement.addEventListener("theme", paintAll);
   paintAll();
   const explained = () => explain(net, now.pass, state.layer, state.filter, ...state.at);
