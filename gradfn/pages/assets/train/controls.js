@@ -34,6 +34,12 @@ export const PRESETS = {
   "As it was": {},
 };
 
+// The settings of a preset, given those of the run; and whether settings are these.
+export const presetSettings = (name, defaults) => ({ ...defaults, ...PRESETS[name] });
+export function isPreset(name, settings, defaults) {
+  return Object.entries(presetSettings(name, defaults)).every(([key, value]) => settings[key] === value);
+}
+
 // Settings from texts, for example of the address: what is not a valid setting is left out.
 export function validSettings(texts, content, maxWidth) {
   const integer = (from, to) => (text) => (/^\d+$/.test(text) && +text >= from && +text <= to ? +text : undefined);
@@ -49,12 +55,12 @@ export function validSettings(texts, content, maxWidth) {
     scale: (text) => (Object.hasOwn(SCALES, text) ? +text : undefined),
     seed: integer(0, 2 ** 32 - 1),
   };
-  const found = Object.entries(texts).map(([name, text]) => [name, rules[name] && rules[name](String(text))]);
+  const found = Object.entries(texts).map(([name, text]) => [name, Object.hasOwn(rules, name) ? rules[name](String(text)) : undefined]);
   return Object.fromEntries(found.filter(([, value]) => value !== undefined));
 }
 
-// Call `changed(some settings)` for a setting and `chosen(name of a preset)`; `show(settings, preset)` shows them.
-export function makeControls(find, content, changed, chosen) {
+// Call `changed(some settings)` for a setting and `chosen(name of a preset)`; `show(settings)` shows them.
+export function makeControls(find, content, defaults, changed, chosen) {
   const maxWidth = Number(find("width").max), n = content.n;
   const fill = (name, of) => find(name).append(...of.map(([value, text]) => element("option", { value }, text)));
   fill("activation", Object.entries({ [content.activation]: content.activation, ...ACTIVATIONS }));
@@ -77,7 +83,7 @@ export function makeControls(find, content, changed, chosen) {
   });
   find("setup").addEventListener("submit", (event) => event.preventDefault());
   // A field that is left with something invalid shows the setting again.
-  find("setup").addEventListener("focusout", () => shown && show(...shown));
+  find("setup").addEventListener("focusout", () => shown && show(shown));
 
   const buttons = Object.keys(PRESETS).map((name) =>
     element("button", { type: "button", class: "small", onclick: () => chosen(name) }, name),
@@ -85,8 +91,8 @@ export function makeControls(find, content, changed, chosen) {
   find("presets").append(...buttons);
 
   let shown = null;
-  function show(settings, preset) {
-    shown = [settings, preset];
+  function show(settings) {
+    shown = settings;
     for (const name of ["depth", "width", "activation", "optimizer", "rate", "batch", "scale", "seed"]) {
       const field = find(name);
       // Not while someone types, "1e-" for example.
@@ -101,7 +107,7 @@ export function makeControls(find, content, changed, chosen) {
     const slider = find("rate-slider");
     if (slider !== document.activeElement) slider.value = Math.log10(settings.rate);
     slider.setAttribute("aria-valuetext", `${settings.rate}`);
-    buttons.forEach((button) => button.setAttribute("aria-pressed", button.textContent === preset));
+    buttons.forEach((button) => button.setAttribute("aria-pressed", isPreset(button.textContent, settings, defaults)));
   }
   return { show };
 }

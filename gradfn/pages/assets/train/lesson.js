@@ -5,13 +5,13 @@ const dfn = (name, text = name) => `<dfn data-term="${name}">${text}</dfn>`;
 const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
 
 // `view` has the functions of page.js.
-export function lessonSteps(find, { state, data, trainer, records, tests, last, signs }) {
+export function lessonSteps(find, { state, data, trainer, records, tests, last, signs, chosen }) {
   const image = data.sizes[0] > 2;
   const step = () => trainer().step;
   const first = () => records()[0];
   const accuracy = () => percent(tests()[tests().length - 1].accuracy);
   const ratio = () => last().norms[0] / last().norms[last().norms.length - 1];
-  const preset = (name, steps) => () => state.preset === name && (step() >= steps || trainer().fault);
+  const preset = (name, steps) => () => chosen(name) && (step() >= steps || trainer().fault);
   const firstSign = () => (signs().length ? `Step ${signs()[0].step}: ${signs()[0].text}` : "No sign of trouble so far.");
   const part = (name) => () => find(name);
   const screen = () => find("picture").closest(".screen");
@@ -30,7 +30,7 @@ export function lessonSteps(find, { state, data, trainer, records, tests, last, 
       at: screen,
     },
     {
-      see: `This is the ${dfn("loss")}: solid on the training examples, dashed on test examples, which it never trains on.`,
+      see: `This is the ${dfn("loss")}: solid on the training examples of a step, dashed on test examples, which it never trains on.`,
       act: "Press Restart, then Step a few times: each is one update of all weights.",
       done: () => step() >= 3 && step() < 100,
       happened: () => `${step()} steps took the loss from ${plain(first().loss)} to ${plain(last().loss)} nats.`,

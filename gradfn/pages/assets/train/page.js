@@ -4,7 +4,7 @@ import { keepInAddress } from "gradfn/core/hash.js";
 import { makeLesson } from "gradfn/core/lesson.js";
 import { newPalette } from "gradfn/core/paint.js";
 import { makePicture } from "gradfn/train/boundary.js";
-import { makeControls, PRESETS, RESTARTING, settingsOf, validSettings } from "gradfn/train/controls.js";
+import { isPreset, makeControls, presetSettings, RESTARTING, settingsOf, validSettings } from "gradfn/train/controls.js";
 import { makeGradientsView } from "gradfn/train/gradients_view.js";
 import { lessonSteps } from "gradfn/train/lesson.js";
 import { makeLossView } from "gradfn/train/loss_view.js";
@@ -23,17 +23,17 @@ export function start(section, content) {
   const data = build(content);
   const defaults = settingsOf(content), maxWidth = Number(find("width").max);
   const calm = matchMedia("(prefers-reduced-motion: reduce)");
-  const state = { settings: { ...defaults }, preset: "As it was", running: false, speed: "100", clean: true };
+  const state = { settings: { ...defaults }, running: false, speed: "100", clean: true };
   let trainer = null, records = [], tests = [], signs = null, every = 1, drawnAt = 0, fresh = true;
   let until = 0, hurry = false; // the step at which the training pauses, and whether it goes there as fast as possible
   let replay = 0, writes = false; // the steps that the address asks for, and whether the address is written
 
-  const controls = makeControls(find, { ...content, n: data.train.n }, (some) => change(some), choose);
+  const controls = makeControls(find, { ...content, n: data.train.n }, defaults, (some) => change(some), choose);
   const picture = makePicture(find, data);
   const lossView = makeLossView(find), gradientsView = makeGradientsView(find);
   const tools = { state, data, defaults, trainer: () => trainer, records: () => records, tests: () => tests };
   defineTerms(section, { ...tools, last });
-  const lesson = makeLesson(section, lessonSteps(find, { ...tools, last, signs: () => signs.found }));
+  const lesson = makeLesson(section, lessonSteps(find, { ...tools, last, chosen: (name) => isPreset(name, state.settings, defaults), signs: () => signs.found }));
 
   function last() {
     return records[records.length - 1] || null;
@@ -120,7 +120,6 @@ export function start(section, content) {
     const running = state.running;
     const again = Object.keys(some).some((name) => RESTARTING.includes(name));
     state.settings = { ...state.settings, ...some };
-    state.preset = null;
     if (again) restart();
     else {
       Object.assign(trainer.settings, some);
@@ -131,8 +130,7 @@ export function start(section, content) {
   }
 
   function choose(name) {
-    state.settings = { ...defaults, ...PRESETS[name] };
-    state.preset = name;
+    state.settings = presetSettings(name, defaults);
     restart();
     if (name !== "As it was") run();
   }
@@ -144,12 +142,13 @@ export function start(section, content) {
     picture.show(trainer.net, fresh);
     fresh = false;
     const layers = trainer.net.layers.length;
-    lossView.show({ records, tests, step: trainer.step });
+    const whole = !state.settings.batch || state.settings.batch >= data.train.n;
+    lossView.show({ records, tests, step: trainer.step, whole });
     gradientsView.show({ records, step: trainer.step, layers, activation: state.settings.activation });
     const parts = [
       `Step ${trainer.step.toLocaleString("en")}`,
       `epoch ${trainer.epoch.toFixed(trainer.epoch < 100 ? 1 : 0)}`,
-      trainer.fault ? "stopped: a number is not finite" : `training loss ${record ? plain(record.loss) : "–"}`,
+      trainer.fault ? "stopped: a number is not finite" : `${whole ? "training" : "batch"} loss ${record ? plain(record.loss) : "–"}`,
       `test accuracy ${(100 * test.accuracy).toFixed(1)} %`,
     ];
     find("now").textContent = parts.join(" · ");
@@ -171,7 +170,7 @@ export function start(section, content) {
 
   function show() {
     evaluate();
-    controls.show(state.settings, state.preset);
+    controls.show(state.settings);
     find("run").textContent = state.running ? "Pause" : "Start";
     find("run").disabled = find("step").disabled = Boolean(trainer.fault);
     find("step").disabled ||= state.running;
@@ -191,7 +190,6 @@ export function start(section, content) {
 
   const keep = keepInAddress(section, (texts) => {
     state.settings = { ...defaults, ...validSettings(texts, content, maxWidth) };
-    state.preset = Object.hasOwn(PRESETS, texts.preset) ? texts.preset : null;
     replay = /^\d{1,6}$/.test(texts.step) ? Math.min(Number(texts.step), MAX_REPLAY) : 0;
     if (trainer) {
       restart();
@@ -208,10 +206,10 @@ export function start(section, content) {
 
   function keepState() {
     if (state.running || !writes) return;
-    const { settings, preset } = state;
+    const { settings } = state;
     const changed = Object.entries(settings).filter(([name, value]) => value !== defaults[name]);
     const step = state.clean && trainer.step && trainer.step <= MAX_REPLAY ? trainer.step : null;
-    keep({ ...Object.fromEntries(changed), preset: preset === "As it was" ? null : preset, step });
+    keep({ ...Object.fromEntries(changed), step });
   }
 
   find("run").addEventListener("click", () => (state.running ? pause() : run()));

@@ -15,7 +15,7 @@ export function plain(value) {
   return size >= 1e-4 && size < 0.01 ? value.toPrecision(2) : number(value);
 }
 
-const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
+const percent = (share) => `${(100 * share).toFixed(1)} %`;
 
 // Where the values of layers are furthest in a direction, and cross a limit there: { layer, value }, else null.
 function worst(values, limit, larger) {
