@@ -458,7 +458,7 @@ def test_reduced_motion_redraws_once_a_second_and_the_page_responds_while_it_tra
         page.emulate_media(reduced_motion="no-preference")
         moving = page.evaluate(watch)
     for found in (calm, moving):
-        assert 15 <= found["step"] <= 26  # 10 steps a second
+        assert 15 <= found["step"] <= 26  # 10 steps per second
         assert found["frames"] > 20
     assert 3 <= calm["redrawn"] <= 5  # with that of the restart, of the start and of the pause
     assert moving["redrawn"] >= 10

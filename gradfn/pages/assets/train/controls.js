@@ -55,7 +55,8 @@ export function validSettings(texts, content, maxWidth) {
     scale: (text) => (Object.hasOwn(SCALES, text) ? +text : undefined),
     seed: integer(0, 2 ** 32 - 1),
   };
-  const found = Object.entries(texts).map(([name, text]) => [name, Object.hasOwn(rules, name) ? rules[name](String(text)) : undefined]);
+  const known = Object.entries(texts).filter(([name]) => Object.hasOwn(rules, name));
+  const found = known.map(([name, text]) => [name, rules[name](String(text))]);
   return Object.fromEntries(found.filter(([, value]) => value !== undefined));
 }
 

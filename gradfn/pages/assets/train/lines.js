@@ -80,7 +80,8 @@ export function makeLines(figure, caption, describe = number) {
       svg("text", { x: LEFT, y: HEIGHT - 5 }, "0"),
       svg("text", { x: WIDTH - RIGHT, y: HEIGHT - 5, "text-anchor": "end" }, `step ${end.toLocaleString("en")}`),
     );
-    const shown = lines.map((line) => ({ ...line, points: thinned(line.points.filter(usable)) })).filter(({ points }) => points.length);
+    const withPoints = lines.map((line) => ({ ...line, points: thinned(line.points.filter(usable)) }));
+    const shown = withPoints.filter(({ points }) => points.length);
     const ends = shown.map(({ points }) => points[points.length - 1]);
     const labels = spread(ends.map(([, value]) => y(value)), TOP + 2, bottom);
     shown.forEach(({ name, color, points, dashed }, i) => {

@@ -33,7 +33,8 @@ export function start(section, content) {
   const lossView = makeLossView(find), gradientsView = makeGradientsView(find);
   const tools = { state, data, defaults, trainer: () => trainer, records: () => records, tests: () => tests };
   defineTerms(section, { ...tools, last });
-  const lesson = makeLesson(section, lessonSteps(find, { ...tools, last, chosen: (name) => isPreset(name, state.settings, defaults), signs: () => signs.found }));
+  const chosen = (name) => isPreset(name, state.settings, defaults);
+  const lesson = makeLesson(section, lessonSteps(find, { ...tools, last, chosen, signs: () => signs.found }));
 
   function last() {
     return records[records.length - 1] || null;
@@ -145,10 +146,11 @@ export function start(section, content) {
     const whole = !state.settings.batch || state.settings.batch >= data.train.n;
     lossView.show({ records, tests, step: trainer.step, whole });
     gradientsView.show({ records, step: trainer.step, layers, activation: state.settings.activation });
+    const loss = record ? plain(record.loss) : "–";
     const parts = [
       `Step ${trainer.step.toLocaleString("en")}`,
       `epoch ${trainer.epoch.toFixed(trainer.epoch < 100 ? 1 : 0)}`,
-      trainer.fault ? "stopped: a number is not finite" : `${whole ? "training" : "batch"} loss ${record ? plain(record.loss) : "–"}`,
+      trainer.fault ? "stopped: a number is not finite" : `${whole ? "training" : "batch"} loss ${loss}`,
       `test accuracy ${(100 * test.accuracy).toFixed(1)} %`,
     ];
     find("now").textContent = parts.join(" · ");
@@ -158,13 +160,14 @@ export function start(section, content) {
 
   let shownSigns = null;
   function showSigns() {
-    const text = signs.found.map(({ step, text: sign }) => `${step}${sign}`).join() + (signs.found.length ? "" : trainer.step > 0);
+    const text = JSON.stringify([signs.found, trainer.step > 0]);
     if (text === shownSigns) return;
     shownSigns = text;
     const none = trainer.step ? "Nothing is wrong so far." : "Nothing yet: press Start.";
-    const items = signs.found.map(({ step, text: sign, harmless }, i) =>
-      element("li", { class: i ? "" : harmless ? "first harmless" : "first" }, element("b", {}, `Step ${step.toLocaleString("en")}: `), sign),
-    );
+    const items = signs.found.map(({ step, text: sign, harmless }, i) => {
+      const kind = i ? "" : harmless ? "first harmless" : "first";
+      return element("li", { class: kind }, element("b", {}, `Step ${step.toLocaleString("en")}: `), sign);
+    });
     find("signs").replaceChildren(items.length ? element("ol", {}, ...items) : element("p", { class: "hint" }, none));
   }
 
@@ -179,8 +182,10 @@ export function start(section, content) {
     const sizes = sizesFor(data, settings.depth, settings.width).join("-");
     find("origin").textContent = startsAsRun(data, settings)
       ? `${sizes}. It starts from the run's own initial parameters.`
-      : `${sizes}. Its initial weights have the distribution of gf.mlp (a truncated normal of variance 1 ÷ inputs), but the page draws them.`;
-    const without = settings.activation === "identity" ? "Without an activation" : `With the activation ${settings.activation}`;
+      : `${sizes}. Its initial weights have the distribution of gf.mlp (a truncated normal of variance 1 ÷ inputs), but the ` +
+        "page draws them.";
+    const { activation } = settings;
+    const without = activation === "identity" ? "Without an activation" : `With the activation ${activation}`;
     find("no-units").textContent = settings.depth
       ? `${without}, units are neither dead nor saturated.`
       : "Without hidden layers there are no units that could be dead or saturated.";

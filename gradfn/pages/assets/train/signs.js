@@ -56,7 +56,8 @@ const signs = {
   },
   large: ({ ratios }) => {
     const found = ratios && worst(ratios, TOO_LONG, true);
-    return found && `The update is too large: that of layer ${found.layer + 1} is ${plain(found.value)} times as long as its weights.`;
+    return found && `The update is too large: that of layer ${found.layer + 1} is ${plain(found.value)} times as long as ` +
+      "its weights.";
   },
   small: ({ step, ratios }) => {
     if (step !== EARLY || !ratios || Math.max(...ratios) >= TOO_SHORT) return null;
