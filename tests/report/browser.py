@@ -71,7 +71,7 @@ def opened(tmp_path, kept, width=1280, dark=False, touch=False, hash_="", about=
         found.goto(file.as_uri() + hash_)
         until(found, "window.ready")
         yield found
-        assert wrong == []
+        assert wrong == [], wrong
 
 
 def until(page, condition, timeout=30):

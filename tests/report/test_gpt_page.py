@@ -88,10 +88,10 @@ def as_tree(arrays):
 class Expected:
     """What JAX computes for a text."""
 
-    def __init__(self, trained, text, step=30):
+    def __init__(self, trained, text, params=None):
         self.tokens = np.asarray(trained.tokenizer.encode(text))[-CONTEXT:].astype(np.int32)
         self.tokenizer = trained.tokenizer
-        params = trained.params[step]
+        params = trained.params[30] if params is None else params
         captured = gf.capture(trained.net.apply, keep="*probabilities")(params, self.tokens)
         self.attention = [np.asarray(captured[f"blocks/{i}/attention/probabilities"].value) for i in range(2)]
         self.logits = np.asarray(captured.output)
@@ -244,6 +244,50 @@ def test_what_it_shows_is_what_jax_computes_and_the_mouse_works(trained, tmp_pat
             in page.locator("#live-0-text-note").inner_text()
         )
         agree(page, Expected(trained, "\n"), 0)
+
+
+def test_time_goes_back_to_the_checkpoints(trained, tmp_path):
+    def agree_at(page, step):
+        # What is kept as differences is not exact; what is computed with it is.
+        arrays = page.evaluate(
+            "() => Object.entries(gradfn.model.params).map(([path, { shape, values }]) => [path, shape, [...values]])"
+        )
+        params = as_tree({path: np.float32(values).reshape(shape) for path, shape, values in arrays})
+        at = Expected(trained, HERE, params)
+        agree(page, at, 15)
+        true = Expected(trained, HERE, trained.params[step])
+        assert at.losses.mean() == pytest.approx(true.losses.mean(), rel=0.02)
+        text = page.locator("#live-0-checkpoint-said").inner_text()
+        assert text.startswith(f"Step {step} of 30.")
+        own = float(re.search(r"This text ([\d.]+) nats", text)[1])
+        assert abs(own - at.losses.mean()) < 0.01
+
+    with opened(tmp_path, [trained.run], width=390, touch=True) as page:
+        type_text(page, HERE)
+        slider = page.locator("#live-0-checkpoint")
+        for step in STEPS:
+            slider.fill(str(STEPS.index(step)))
+            agree_at(page, step)
+        # With reduced motion, time goes one checkpoint per tap.
+        for name, step in (("From the start", 10), ("Next checkpoint", 20), ("Next checkpoint", 30)):
+            page.get_by_role("button", name=name).tap()
+            agree_at(page, step)
+        slider.focus()
+        for key, step in (("ArrowLeft", 20), ("Home", 10), ("End", 30)):
+            page.keyboard.press(key)
+            agree_at(page, step)
+        # The line has the loss at each of them.
+        until(page, "document.querySelectorAll('#live-0-time-line .dot').length === 3")
+        for i, step in enumerate(STEPS):
+            true = Expected(trained, HERE, trained.params[step]).losses.mean()
+            assert page.evaluate(f"gradfn.lossAt({i})") == pytest.approx(true, rel=0.02)
+        # It plays where motion is welcome, and stops at the end.
+        page.emulate_media(reduced_motion="no-preference")
+        page.get_by_role("button", name="Play").tap()
+        assert state(page)["checkpoint"] == 0
+        until(page, "gradfn.state.checkpoint === 2")
+        until(page, "document.querySelector('#live-0-play').textContent === 'Play'")
+        agree_at(page, 30)
 
 
 def test_it_writes_as_generate_does(trained, tmp_path):
@@ -400,6 +444,7 @@ def test_a_link_restores_the_view_and_nonsense_does_not_break_it(trained, tmp_pa
         type_text(page, HERE + "\n a&b=c%41#+?")
         tokens(page).nth(5).click()
         page.locator("#live-0-heads .head").nth(3).click()
+        page.locator("#live-0-checkpoint").fill("1")
         page.locator("#live-0-temperature").fill("0.7")
         page.locator("#live-0-top-k").fill("4")
         page.locator("#live-0-seed").fill("99")
@@ -410,8 +455,10 @@ def test_a_link_restores_the_view_and_nonsense_does_not_break_it(trained, tmp_pa
     with opened(tmp_path, [trained.run], hash_=hash_) as page:
         after = state(page)
         assert after["tokens"] == before["tokens"]
-        same = ("position", "head", "direction", "temperature", "topK", "seed")
-        assert [after[name] for name in same] == [before[name] for name in same] == [5, 3, "to", 0.7, 4, 99]
+        same = ("position", "head", "direction", "checkpoint", "temperature", "topK", "seed")
+        assert (
+            [after[name] for name in same] == [before[name] for name in same] == [5, 3, "to", 1, 0.7, 4, 99]
+        )
         assert candidates(page) == shown
         # A link within the page.
         page.evaluate("location.hash = '#live-0/text=mat&at=1'")
@@ -519,6 +566,7 @@ def test_the_lesson_leads_through_the_page(trained, tmp_path):
             ),
             (lambda: page.get_by_text("to this token", exact=True).click(), ""),
             (lambda: tokens(page).nth(2).click(), "after the embedding it had"),
+            (lambda: page.locator("#live-0-checkpoint").fill("0"), "At step 10"),
             (lambda: page.evaluate("gradfn.change({ step: gradfn.state.step + 3 })"), "Step"),
             (lambda: page.locator("#live-0-switches [data-part='h0.1']").click(), "nats"),
         ]

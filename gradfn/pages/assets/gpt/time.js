@@ -51,9 +51,9 @@ export function makeTime(find, model, change, lossAt) {
     const of = `${state.tokens.join()}/${state.edits.map(({ site, head, scale, from }) => [site, head, scale, from])}`;
     if (of !== key) losses = new Map();
     key = of;
+    clearTimeout(filling);
     if (Number.isFinite(now.loss)) {
       losses.set(at, now.loss);
-      clearTimeout(filling);
       filling = setTimeout(fill, QUIET);
     }
     draw();
@@ -78,6 +78,8 @@ export function makeTime(find, model, change, lossAt) {
     const parts = [shape("polyline", { points: points.join(" "), class: "line c0" })];
     for (const [i, loss] of known) parts.push(shape("circle", { cx: x(i), cy: y(loss), r: i === at ? 5 : 2.5, class: "dot" }));
     find("time-line").replaceChildren(...parts);
+    const to = known.length ? `: 0 (bottom) to ${number(largest)} nats per token` : " is unknown: it predicts nothing yet";
+    find("time-caption").textContent = `Loss of this text at each checkpoint${to}`;
   }
 
   return { show, stop };
