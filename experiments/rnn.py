@@ -90,7 +90,12 @@ def run(config: Config) -> Result:
     before: dict[str, np.ndarray] = {}
     after: dict[str, np.ndarray] = {}
     for cell in CELLS:
-        settings: dict[str, Any] = {"vocab": data.tokenizer.size, "width": config.width, "cell": cell}
+        settings: dict[str, Any] = {
+            "vocab": data.tokenizer.size,
+            "width": config.width,
+            "cell": cell,
+            "n_layers": 1,
+        }
         net = gf.rnn(**settings)
         loss = gf.next_token_loss(net)
         start = net.init(jax.random.key(config.seed))
