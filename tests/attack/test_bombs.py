@@ -40,6 +40,14 @@ def png(width, height, title=b""):
     return b"\x89PNG\r\n\x1a\n" + header + text + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
+def laughs(depth):
+    """Return an SVG that draws one path `10 ** depth` times."""
+    groups = ['<path id="g0" d="M 0 0 L 9 9"/>']
+    groups += [f'<g id="g{i + 1}">{f"""<use href="#g{i}"/>""" * 10}</g>' for i in range(depth)]
+    start = '<svg xmlns="http://www.w3.org/2000/svg" width="300pt" height="200pt" viewBox="0 0 300 200">'
+    return f'{start}<defs>{"".join(groups)}</defs><use href="#g{depth}"/></svg>'.encode()
+
+
 def gif(n_frames):
     """Return a GIF animation of tiny frames."""
     frame = b"\x21\xf9\x04\x04\x01\0\0\0\x2c\0\0\0\0\x01\0\x01\0\0\x02\x02\x44\x01\0"
@@ -92,6 +100,17 @@ BOMBS = {
         "report",
     ),
     "GIF of 100,000 frames": ("run", lambda f: (f / "film.gif").write_bytes(gif(100_000)), "report"),
+    "SVG that draws a path 10^12 times": (
+        "run",
+        lambda f: (f / "chart.svg").write_bytes(laughs(12)),
+        "report",
+    ),
+    "SVG of 1 GB": ("run", lambda f: sparse(f / "chart.svg", 1 << 30), "report"),
+    "3,000 charts": (
+        "run",
+        lambda f: [(f / f"p{i}.svg").write_bytes(laughs(1)) for i in range(3000)],
+        "report",
+    ),
     "3,000 pictures": (
         "run",
         lambda f: [(f / f"p{i}.png").write_bytes(png(300, 200)) for i in range(3000)],
