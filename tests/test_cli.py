@@ -316,3 +316,20 @@ def test_a_full_disk_and_options_that_do_not_go_together_get_one_line(capsys):
     assert (code, err) == (2, "gradfn run echo: hidden: not with this data\n")
     with pytest.raises(ValueError, match="the experiment's own"):  # which is not the user's mistake
         main(["run", "echo", "--hidden", "10"])
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_a_report_is_opened_in_the_browser(tmp_path, monkeypatch, capsys, can):
+    run = tmp_path / "a run"
+    run.mkdir()
+    (run / "config.json").write_text('{"experiment": "digits", "options": {}}')
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or can)
+    code, out, err = run_cli(capsys, "report", "--open", str(run))
+    assert (code, opened) == (0, [(run / "report.html").as_uri()])
+    assert out.startswith(f"wrote {run / 'report.html'} (")
+    assert ("no browser was found" in err) is not can
+    code, out, _ = run_cli(capsys, "report", str(run))
+    assert (code, len(opened)) == (0, 1)
+    assert "open it in a browser" in out
+    assert "there are --out FILE and --open" in run_cli(capsys, "report", str(run), "--opne")[2]

@@ -18,7 +18,7 @@ export function rangesOf(examples, nIn) {
 }
 
 // Call `moved(j, value)` when one input changes, `placed(x)` when a point of the plane is chosen.
-export function makeInputs(find, net, examples, moved, placed) {
+export function makeInputs(find, net, examples, targets, moved, placed) {
   const nIn = net.layers[0].nIn, ranges = rangesOf(examples, nIn);
   const rows = Array.from({ length: Math.min(nIn, SHOWN) }, (_, j) => {
     const name = `Input ${j}`, [low, high] = ranges[j];
@@ -31,7 +31,7 @@ export function makeInputs(find, net, examples, moved, placed) {
     find("inputs").append(element("p", { class: "input-row" }, label, slider, field));
     return { slider, field };
   });
-  const plane = nIn === 2 ? makePlane(find, net, examples, ranges, placed) : null;
+  const plane = nIn === 2 ? makePlane(find, net, examples, targets, ranges, placed) : null;
 
   return {
     ranges,
@@ -47,7 +47,7 @@ export function makeInputs(find, net, examples, moved, placed) {
 }
 
 // The plane of two inputs, colored by an output.
-function makePlane(find, net, examples, ranges, placed) {
+function makePlane(find, net, examples, targets, ranges, placed) {
   const canvas = find("plane"), context = canvas.getContext("2d"), side = canvas.width;
   const grid = document.createElement("canvas"), [[left, right], [bottom, top]] = ranges;
   const products = net.layers.reduce((sum, { nIn, nOut }) => sum + nIn * nOut, 0);
@@ -69,7 +69,8 @@ function makePlane(find, net, examples, ranges, placed) {
       values[i] = isClassifier(net) ? 2 * softmax(found)[output] - 1 : found[output];
     }
     largest = isClassifier(net) ? 1 : values.reduce((most, value) => Math.max(most, Math.abs(value)), 0) || 1;
-    const dots = examples.length ? " Dots: examples." : "";
+    const filled = net.labels ? `, filled where the label is ${output}` : "";
+    const dots = examples.length ? ` Dots: examples${filled}.` : "";
     find("plane-legend").textContent = isClassifier(net)
       ? `Red: output ${output} has more than 50 %. Blue: less.${dots}`
       : `Output ${output}. Red: positive, blue: negative; the strongest color is ±${number(largest)}.${dots}`;
@@ -86,7 +87,7 @@ function makePlane(find, net, examples, ranges, placed) {
     ofGrid.putImageData(image, 0, 0);
     context.drawImage(grid, 0, 0, side, side);
     const [ink, paper] = ["ink", "page"].map((name) => `rgb(${color(name).join(" ")})`);
-    for (const x of examples) dot(toCanvas(x), 4, paper, ink);
+    examples.forEach((x, i) => dot(toCanvas(x), 4, net.labels && targets[i] === output ? ink : paper, ink));
     const [x, y] = toCanvas(point);
     context.strokeStyle = ink;
     context.lineWidth = 2;

@@ -16,7 +16,7 @@ export function makeNodes(find, net, clicked, reached) {
     }),
   );
   buttons.forEach((of, l) => {
-    const group = element("div", { class: l === last ? "values" : "cells-of-nodes", role: "group", "aria-label": names[l] }, ...of);
+    const group = element("div", { class: l < last ? "cells-of-nodes" : isClassifier(net) ? "values shares" : "values", role: "group", "aria-label": names[l] }, ...of);
     group.style.setProperty("--per-row", columns(l));
     group.addEventListener("keydown", (event) => move(event, l));
     const { nOut, squash } = net.layers[l];

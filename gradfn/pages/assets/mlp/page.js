@@ -26,7 +26,7 @@ export function start(section, content) {
   let changed = () => {}; // tells the address and the lesson, once they are there
 
   const moved = (j, value) => change({ x: state.x.map((old, i) => (i === j ? value : old)), example: null });
-  const inputs = makeInputs(find, net, examples, moved, (x) => change({ x: Float64Array.from(x), example: null }));
+  const inputs = makeInputs(find, net, examples, targets, moved, (x) => change({ x: Float64Array.from(x), example: null }));
   const select = (layer, node) => change({ layer, node, ...(layer === last ? { output: node } : {}) });
   const nodes = makeNodes(find, net, select, select);
   const table = makeNodeTable(find, net);
