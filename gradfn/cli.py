@@ -255,11 +255,14 @@ def _sample(words: list[str], own_process: bool) -> int:
         about = read_about(Path(runs.__file__).with_name("sample.py"))
         _check_options(about, options, command, about.what)
         found = experiments()
-        writers = [name for name, file in found.items() if "save_model(" in file.read_text(encoding="utf-8")]
+        texts = {name: file.read_text(encoding="utf-8") for name, file in found.items()}
+        # A net of attention layers alone has a page, but cannot be sampled from.
+        writers = [
+            name for name, text in texts.items() if "save_model(" in text and '"attention"' not in text
+        ]
         if run in found and run not in writers and not Path(run).exists():
-            raise UserError(
-                f"{run} does not train a language model; {' and '.join(f'gradfn run {name}' for name in writers)} do"
-            )
+            *first, last = [f"gradfn run {name}" for name in writers]
+            raise UserError(f"{run} does not train a language model; {', '.join(first)} and {last} do")
         from gradfn.compiled import keep_programs
         from gradfn.runs import sample
 

@@ -276,7 +276,10 @@ def test_processes_end_with_the_exit_code(command):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("digits", "digits does not train a language model; gradfn run gpt and gradfn run rnn do"),
+        (
+            "digits",
+            "digits does not train a language model; gradfn run gpt, gradfn run reverse and gradfn run rnn do",
+        ),
         (
             "gpt",
             "gpt: neither a run's folder nor an experiment with a run in runs/gpt; gradfn run gpt makes one",
