@@ -360,11 +360,16 @@ def _chart(title: str, lines: Sequence[Line], percent: bool = False, unit: str =
 
 def _loss_unit(kept: Sequence[Kept]) -> str:
     """Return the unit of the losses; "" where it is not known or not the same."""
-    losses = {
-        part.loss or (run.net.about["loss"] if run.net else "") for run in kept for part in run.parts.values()
-    }
+    losses = {part.loss or _loss(run) for run in kept for part in run.parts.values()}
     units = {LOSS_UNITS.get(loss, "") for loss in losses}
     return units.pop() if len(units) == 1 else ""
+
+
+def _loss(run: Kept) -> str:
+    """Return the name of the loss that the networks of a run's page have; "" where there are none."""
+    if run.training_set:
+        return "classification_loss"
+    return run.net.about["loss"] if run.net else ""
 
 
 def _why_losses_differ(kept: Sequence[Kept]) -> str:
@@ -643,7 +648,7 @@ def _value(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
-        return ", ".join(map(_value, value))
+        return ", ".join(map(_value, value)) or "–"
     return str(value)
 
 
