@@ -428,6 +428,7 @@ def test_interventions_are_those_of_patch_and_the_shown_python_gives_the_shown_n
         other = gf.capture(of.loss, keep="*")(of.params, of.batch(text=OTHER))
         get("other").locator("summary").focus()
         found.keyboard.press("Enter")
+        expect(get("other-text")).to_have_value(TEXT)
         get("other-text").fill(OTHER[:-3])
         assert (
             get("other-note").inner_text().startswith(f"It has {len(OTHER) - 3} tokens; it needs {len(TEXT)}")
@@ -464,6 +465,12 @@ def test_interventions_are_those_of_patch_and_the_shown_python_gives_the_shown_n
     with opened(tmp_path, [kept_run(name)], hash_=address) as found:
         assert found.evaluate("gradfn.state.edits.map(({ part }) => part)") == ["r0", "h1.0", "h1.2"]
         assert after_edits(found, name, taken) == pytest.approx(trained(name).patched(taken), abs=1e-4)
+        # Parameters that training kept along the way: the page has them in 8 bits per difference.
+        found.evaluate("gradfn.change({ checkpoint: 0 })")
+        assert "kept/0000000001.safetensors" in found.locator("#live-0-setup").text_content()
+        at_start, number = run_shown(found, name)
+        assert number == pytest.approx(at_start, rel=0.01)
+        assert abs(at_start - trained(name).patched(taken)) > 0.02 * at_start
 
 
 ADDRESSES = """

@@ -1,7 +1,9 @@
 // The backward pass of a text's loss: step by step, on a map, as blame of the tokens, and as shares of the parts.
 import { element, number } from "gradfn/core/dom.js";
 import { backward } from "gradfn/gpt/backward.js";
-import { largest, norms, products, shares as sharesOf, steps as stepsOf, weighted, weightsOf } from "gradfn/gpt/blame.js";
+import {
+  largest, norms, products, shares as sharesOf, steps as stepsOf, weighted, weightsOf,
+} from "gradfn/gpt/blame.js";
 import { explained } from "gradfn/gpt/equations.js";
 import { forward } from "gradfn/gpt/forward.js";
 import { makeMap } from "gradfn/gpt/gradient_map.js";
@@ -155,7 +157,8 @@ export function makeBack(find, model, change) {
     const one = position === null ? "" : `The loss of ${nameOf(targets[position])} after position ${position}`;
     const what = one || "The loss of the whole text";
     const rest = others.length ? `, then on ${others.join(" and ")}` : "";
-    find("back-blamed").textContent = `${what} ${first ? `depends most on ${first}${rest}` : "does not depend on the text"}.`;
+    const on = first ? `depends most on ${first}${rest}` : "does not depend on the text";
+    find("back-blamed").textContent = `${what} ${on}.`;
     find("back-blame-hint").textContent = BLAME[kind];
   }
 

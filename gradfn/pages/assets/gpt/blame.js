@@ -39,8 +39,8 @@ function perPosition(shape, head, term) {
 
 const total = (values) => values.reduce((sum, value) => sum + value, 0);
 
-// Each head and each feed-forward layer: the norm of its gradient, and the change of the loss if it is switched off, as a
-// first-order estimate: minus gradient times value.
+// Each head and each feed-forward layer: the norm of its gradient, and the change of the loss if it is switched off, as
+// a first-order estimate: minus gradient times value.
 export function shares(model, pass, gradients) {
   const parts = switches(model).flat().filter((part) => part[0] === "h" || part[0] === "m");
   return parts.map((part) => {

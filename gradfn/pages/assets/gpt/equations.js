@@ -1,5 +1,5 @@
-// The equations of the backward pass, step by step, as HTML. x with index i is the residual stream after block i, m the one
-// between its attention and its feed-forward layer.
+// The equations of the backward pass, step by step, as HTML. x with index i is the residual stream after block i, m the
+// one between its attention and its feed-forward layer.
 import { sub } from "gradfn/core/dom.js";
 
 const grad = (name) => `<span class="whole">∂L/∂${name}</span>`;
@@ -44,7 +44,7 @@ const kinds = {
     ];
   },
   attention({ feed }, block) {
-    const after = grad(`${feed ? "m" : "x"}${sub(block)}`), before = grad(block ? `x${sub(block - 1)}` : `x${sub("emb")}`);
+    const after = grad(`${feed ? "m" : "x"}${sub(block)}`), before = grad(`x${sub(block ? block - 1 : "emb")}`);
     const inside = ["Q", "K", "V"].map((name) => times(name, name)).join(" + ");
     const values = `${grad(`V${sub("s")}`)} = Σ${sub("t")} A${sub("ts")} ${grad(`Y${sub("t")}`)}`;
     return [

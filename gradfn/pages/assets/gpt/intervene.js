@@ -11,7 +11,7 @@ import { patchLines, setupLines } from "gradfn/gpt/python.js";
 import { distribution } from "gradfn/gpt/sampling.js";
 import { signed } from "gradfn/gpt/signed.js";
 import { makeStrip, roving } from "gradfn/gpt/strip.js";
-import { encode, names as namesOf } from "gradfn/gpt/tokenizer.js";
+import { decode, encode, names as namesOf } from "gradfn/gpt/tokenizer.js";
 
 export { applicable, editsFromText, editsToText } from "gradfn/gpt/parts.js";
 
@@ -49,7 +49,8 @@ export function makeIntervene(find, model, change) {
       chosen = part;
       setScale(part, scaleOf(part) === 1 ? 0 : 1);
     };
-    return [part, element("button", { type: "button", "data-part": part, onclick: toggle, onfocus: () => choose(part) })];
+    const attributes = { type: "button", "data-part": part, onclick: toggle, onfocus: () => choose(part) };
+    return [part, element("button", attributes)];
   }));
   find("switches").append(...parts.map((ofBlock, block) =>
     element("tr", {}, element("th", { scope: "row" }, `${block}`),
@@ -68,15 +69,20 @@ export function makeIntervene(find, model, change) {
   // Values from another text.
   const otherText = find("other-text"), otherPart = find("other-part"), otherPositions = find("other-positions");
   otherPart.append(...sources(model).map((part) => element("option", { value: part }, partName(part))));
+  otherPart.value = "r0";
   for (const input of [otherText, otherPart, otherPositions]) input.addEventListener("input", drawOther);
   const takeIt = () => {
     const { edits } = otherEdits();
     if (edits) change({ edits: [...without(model, state.edits, otherPart.value), ...edits] });
   };
   find("take").addEventListener("click", takeIt);
-  for (const input of [otherText, otherPositions]) {
-    input.addEventListener("keydown", (event) => event.key === "Enter" && takeIt());
-  }
+  otherPositions.addEventListener("keydown", (event) => event.key === "Enter" && takeIt());
+  // It starts as this text, to change a few characters of.
+  find("other").addEventListener("toggle", () => {
+    if (!find("other").open || otherText.value || !now) return;
+    otherText.value = decode(model, now.pass.tokens);
+    drawOther();
+  });
 
   // The edits that the form describes, or why there are none.
   function otherEdits() {
@@ -146,15 +152,17 @@ export function makeIntervene(find, model, change) {
         ? times(scale)
         : `from ${quoted(from.length > 40 ? `${from.slice(0, 40)}…` : from)}, positions ${rangesOf(positions, ", ")}` +
           (fits ? "" : `. Not applied: it has ${length} tokens, and the text has ${now.pass.tokens.length}`);
+      const said = `Undo: ${partName(part)}`;
       const undo = () => {
         change({ edits: without(model, state.edits, part) });
         (find("undo-all").disabled ? buttons.get(parts[0][0]) : find("undo-all")).focus();
       };
       return element("li", { class: fits ? "" : "unfit" },
         element("span", {}, `${capital(partName(part))}: ${what} `, element("code", {}, indexed(part))),
-        element("button", { type: "button", class: "small", onclick: undo, "aria-label": `Undo: ${partName(part)}` }, "Undo"));
+        element("button", { type: "button", class: "small", onclick: undo, "aria-label": said }, "Undo"));
     }));
-    if (!changed.length) find("changes").append(element("li", { class: "hint" }, "None: this is the model as trained."));
+    const none = element("li", { class: "hint" }, "None: this is the model as trained.");
+    if (!changed.length) find("changes").append(none);
     find("undo-all").disabled = !changed.length;
   }
 
@@ -165,7 +173,8 @@ export function makeIntervene(find, model, change) {
     const rows = some ? [["whole text, per token", weighted(before, all), weighted(after, all)]] : [];
     if (now.targets[position] >= 0) {
       const [next] = namesOf(model, [now.targets[position]]);
-      rows.push([`position ${position}: ${quoted(names[position])}, then ${quoted(next)}`, before[position], after[position]]);
+      const name = `position ${position}: ${quoted(names[position])}, then ${quoted(next)}`;
+      rows.push([name, before[position], after[position]]);
     }
     find("effect-rows").replaceChildren(...rows.map(([name, was, is]) => {
       const kind = is > was ? "more" : is < was ? "less" : "";
@@ -178,7 +187,8 @@ export function makeIntervene(find, model, change) {
     else if (!changed) find("effect").textContent = "Nothing is changed yet: switch off a part.";
     else {
       const [, was, is] = rows[0];
-      find("effect").textContent = `Loss of the text: ${number(was)} → ${number(is)} nats per token (${signed(is - was)}).`;
+      const change = `${number(was)} → ${number(is)} nats per token (${signed(is - was)})`;
+      find("effect").textContent = `Loss of the text: ${change}.`;
     }
   }
 

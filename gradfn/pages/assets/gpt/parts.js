@@ -1,4 +1,4 @@
-// The parts of the network that can be changed, their names in the address, and the edits of values that they stand for.
+// The parts of the network that can be changed, their names in the address, and the edits that they stand for.
 //
 // A part is a letter, its block and perhaps its head: h0.2 (head 2 of block 0), m1 (the feed-forward layer of block 1).
 import { encode } from "gradfn/gpt/tokenizer.js";
@@ -60,8 +60,8 @@ export function scaled(model, part, scale) {
   return sitesOf(model, part).map(({ site, head }) => ({ part, site, head, positions: null, scale }));
 }
 
-// The edits that give a part, at some positions, the values that it has for another text. They are computed where they are
-// used, so that they are those of the parameters that the model has then. null where the text does not fit.
+// The edits that give a part, at some positions, the values that it has for another text. These are computed when they
+// are used, with the parameters that the model has then. null where the text does not fit.
 export function taken(model, part, from, positions) {
   const { tokens } = encode(model, from);
   if (!tokens.length || tokens.length > model.context || !positions.length) return null;

@@ -19,8 +19,8 @@ export function patchLines(model, edits) {
   return { before, line: `gf.patch(loss, ${inside})(params, (tokens, targets))` };
 }
 
-// The lines that load what the line above needs: the model, its parameters, and a text. `step` is that of a checkpoint that
-// was kept along the way; null for the last one.
+// The lines that load what the line above needs: the model, its parameters, and a text. `step` is that of a checkpoint
+// that was kept along the way; null for the last one.
 export function setupLines({ config }, tokens, targets, step) {
   const file = step === null ? "FOLDER" : `FOLDER/kept/${String(step).padStart(10, "0")}.safetensors`;
   return [
@@ -69,7 +69,8 @@ function edited(model, ofSite, texts) {
 function single({ site, head, positions, scale, from }, texts) {
   const rows = positions === null ? "slice(None)" : `jnp.array(${list(positions)})`;
   const index = head === null ? rows : `(${rows}, ${head})`;
-  if (from !== undefined) return `gf.circuits.at(${index}, values${texts.indexOf(from)}[${quoted(site)}].value[${index}])`;
+  const other = `values${texts.indexOf(from)}[${quoted(site)}].value[${index}]`;
+  if (from !== undefined) return `gf.circuits.at(${index}, ${other})`;
   const function_ = scale === 0 ? "gf.circuits.zero" : `lambda value: ${float(scale)} * value`;
   return head === null && positions === null ? function_ : `gf.circuits.at(${index}, ${function_})`;
 }

@@ -1,4 +1,4 @@
-// How much each head and each feed-forward layer counts: the estimate of a backward pass, and the exact change of the loss.
+// How much each head and each feed-forward layer counts: an estimate by the backward pass, and the exact change.
 import { element, number } from "gradfn/core/dom.js";
 import { partName, shortName } from "gradfn/gpt/parts.js";
 import { signed } from "gradfn/gpt/signed.js";
@@ -22,7 +22,8 @@ export function makeShares(find, toggle, exactly) {
     // Parts that are switched off count for nothing now; they stay on top, to be switched on again.
     shares = [...newShares.filter(({ part }) => off(part)), ...newShares.filter(({ part }) => !off(part))];
     isOff = off;
-    const list = find("back-shares"), focused = list.contains(document.activeElement) && document.activeElement.dataset.part;
+    const list = find("back-shares"), active = document.activeElement;
+    const focused = list.contains(active) && active.dataset.part;
     draw();
     if (focused) list.querySelector(`[data-part="${focused}"]`)?.focus();
   }
@@ -37,7 +38,8 @@ export function makeShares(find, toggle, exactly) {
   }
 
   function row({ part, norm }) {
-    const name = element("span", { class: "name" }, shortName(part), element("small", {}, `gradient's norm ${number(norm)}`));
+    const size = element("small", {}, `gradient's norm ${number(norm)}`);
+    const name = element("span", { class: "name" }, shortName(part), size);
     const said = { "aria-pressed": isOff(part), "aria-label": `Switch off ${partName(part)}`, "data-part": part };
     const button = element("button", { type: "button", class: "small", onclick: () => toggle(part), ...said }, "Off");
     return element("li", {}, name, element("span", { class: "both" }), button);

@@ -3,15 +3,12 @@ import { element } from "gradfn/core/dom.js";
 import { spoken, visible } from "gradfn/gpt/names.js";
 import { only, rove } from "gradfn/gpt/rove.js";
 
-// Make the arrow keys move the focus between the buttons of a box, in rows of `columns()`; `moved(i)` is called with each.
-// Call the returned function after the buttons have changed.
-export function roving(box, columns, moved = () => {}) {
+// Make the arrow keys move the focus between the buttons of a box, in rows of `columns()`. Call the returned function
+// after the buttons have changed.
+export function roving(box, columns) {
   const buttons = () => [...box.querySelectorAll("button")];
   const steps = () => ({ ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns(), ArrowDown: columns() });
-  rove(box, buttons, steps, (i) => {
-    only(buttons(), i);
-    moved(i);
-  });
+  rove(box, buttons, steps, (i) => only(buttons(), i));
   box.addEventListener("focusin", (event) => {
     const i = buttons().indexOf(event.target);
     if (i >= 0) only(buttons(), i);
@@ -29,7 +26,7 @@ export function makeStrip(box, label, picked) {
   const buttons = [];
   const roved = roving(box, () => buttons.filter(({ offsetTop }) => offsetTop === buttons[0].offsetTop).length);
   return {
-    // `look(i)` returns { title, share, level }: a color from -1 (blue) to 1 (red), and the height of a bar from 0 to 1.
+    // `look(i)` returns { title, share, level }: a color from -1 (blue) to 1 (red), and a bar's height from 0 to 1.
     show(names, look, selected, target) {
       while (buttons.length > names.length) buttons.pop().remove();
       while (buttons.length < names.length) {
