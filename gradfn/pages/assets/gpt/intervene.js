@@ -187,8 +187,8 @@ export function makeIntervene(find, model, change) {
     else if (!changed) find("effect").textContent = "Nothing is changed yet: switch off a part.";
     else {
       const [, was, is] = rows[0];
-      const change = `${number(was)} → ${number(is)} nats per token (${signed(is - was)})`;
-      find("effect").textContent = `Loss of the text: ${change}.`;
+      const moved = `${number(was)} → ${number(is)} nats per token (${signed(is - was)})`;
+      find("effect").textContent = `Loss of the text: ${moved}.`;
     }
   }
 
