@@ -34,7 +34,7 @@ ACTIVATIONS = (
     "identity",
 )
 FEEDS = (*ACTIVATIONS, "swiglu")
-LARGEST, MAX_LAYERS = 1 << 24, 1000  # of a size in the settings
+LARGEST, MAX_LAYERS, MAX_HEADS = 1 << 24, 1000, 256  # of a size in the settings
 
 
 class TokenizerFile(TypedDict):
@@ -271,7 +271,11 @@ def _architecture(file: Path, content: ModelFile) -> Architecture:
     # The defaults are those of gf.GPTConfig, which a test compares.
     is_gpt = content.get("net") == "gpt"
     vocab, context = number("vocab", 50257), number("context", 1024)
-    n_layers, n_heads, width = number("n_layers", 12, MAX_LAYERS), number("n_heads", 12), number("width", 768)
+    n_layers, n_heads, width = (
+        number("n_layers", 12, MAX_LAYERS),
+        number("n_heads", 12, MAX_HEADS),
+        number("width", 768),
+    )
     n_kv_heads = number("n_kv_heads", n_heads)
     if settings.get("head_size") is None and width % n_heads:
         raise FileError(f"{file}: settings: expected heads that divide the width {width:,}, got {n_heads:,}")

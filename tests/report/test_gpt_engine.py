@@ -11,12 +11,14 @@ import pytest
 
 import gradfn as gf
 from gradfn.core.params import named_leaves
+from gradfn.experiments import induction
 from gradfn.files import FileError
 from gradfn.pages.live import _gpt_numpy as forward
 from gradfn.pages.live._gpt import described, gpt
 from gradfn.pages.live._gpt_checkpoints import coded, pack
 from gradfn.pages.live.arrays import as_json
 from gradfn.runs import language_net as language_net_module
+from gradfn.runs import sample
 from gradfn.runs.kept import Kept, read_run
 from gradfn.runs.language_net import Architecture, LanguageNet, load_language_net, load_params
 from gradfn.train import checkpoint, restore
@@ -489,3 +491,48 @@ def test_the_defaults_of_settings_are_those_of_the_config(tmp_path):
     default = gf.GPTConfig()
     derived = {"n_kv_heads": default.n_heads, "head_size": 64, "hidden": 4 * default.width}
     assert found._asdict() == {name: getattr(default, name) for name in found._fields} | derived
+
+
+def test_a_net_of_attention_layers_is_that_of_jax(tmp_path, compute):
+    """The one of the experiment `induction`, with settings as it writes them."""
+    net = induction.attention_only(8, 2)
+    random = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: random.normal(0.3, 0.5, leaf.shape).astype(np.float32),
+        jax.eval_shape(net.init, jax.random.key(0)),
+    )
+    (tmp_path / "run").mkdir()
+    settings = {
+        "vocab": induction.VOCAB,
+        "context": induction.LENGTH,
+        "n_layers": 2,
+        "n_heads": 2,
+        "width": 8,
+    }
+    letters = gf.data.characters(induction.SYMBOLS)
+    quiet = {"repeats": True}
+    sample.save_model(tmp_path / "run", "attention", settings, letters, False, ["0AB0AB0"], quiet)
+    checkpoint.save(tmp_path / "run" / "checkpoint.safetensors", {"params": params}, {})
+    found = load_language_net(tmp_path / "run")
+    assert (found.samples, found.quiet) == (["0AB0AB0"], quiet)
+    tokens = np.array([3, 31, 3, 31, 3], np.int32)
+    weights = np.array([0, 0, 1, 2], np.float32)  # the tokens repeat after two
+
+    def loss(params, tokens):
+        log_p = jax.nn.log_softmax(net.apply(params, tokens)[:4])
+        return -(weights * log_p[jnp.arange(4), tokens[1:]]).sum()
+
+    inspection = jax.jit(gf.inspect(loss, keep=None, stats=("rms",)))(params, tokens)
+    inputs = {"tokens": tokens.tolist(), "weights": [1, 1, 1, 2]}
+    result = compute(BOTH, content=as_json(described(found, "float32")), **inputs)
+    assert result["names"] == [site.name for site in inspection.sites if site.name in result["names"]]
+    assert len(result["names"]) == 2 * 8 + 3
+    for site, actual in result["sites"].items():
+        close(actual["values"], inspection.values[site], site)
+        close(result["back"]["sites"][site]["values"], inspection.value_grads[site], f"gradient at {site}")
+    grads = dict(named_leaves(inspection.grads))
+    assert grads.keys() == result["back"]["params"].keys()
+    for path, expected in grads.items():
+        close(result["back"]["params"][path]["values"], expected, path)
+    close(forward.logits(found.architecture, found.params, tokens), net.apply(params, tokens), "logits")
+    assert np.isfinite(result["losses"]).tolist() == [False, False, True, True, False]

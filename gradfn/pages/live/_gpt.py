@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from gradfn.runs.language_net import LanguageNet, load_params, too_large
 TOLERANCE = 0.01  # of the loss, that rounded parameters may change
 MOST = 8  # earlier checkpoints
 NEWEST = -1  # stands for the newest checkpoint's step
+MAX_SAMPLES = 8
 MARGIN = 10_000  # bytes for what the page says about the network
 # In which parameters may be in the page: the first that is exact enough.
 DTYPES = ("float16", "bfloat16", "float32")
@@ -72,7 +74,8 @@ def described(net: LanguageNet, dtype: str | None = None, room: int | None = Non
         "checkpoints": [],
     }
     left = None if room is None else room - len(as_json(content)) - MARGIN
-    last = {"step": net.step, "loss": loss(net, params, texts)}
+    known = loss(net, params, texts)
+    last = {"step": net.step, "loss": known if math.isfinite(known) else None}
     return content | {"checkpoints": [*checkpoints(net, params, texts, left), last]}
 
 
@@ -116,7 +119,7 @@ def checkpoints(
 
 def sample_tokens(net: LanguageNet) -> list[np.ndarray]:
     """Return the tokens of the texts that the page starts with: those of the run, or what the network writes."""
-    found = [tokens for text in net.samples if len(tokens := forward.encode(net, text)) > 1]
+    found = [tokens for text in net.samples[:MAX_SAMPLES] if len(tokens := forward.encode(net, text)) > 1]
     return found or forward.samples(net, net.params, forward.MAX_SAMPLE)
 
 

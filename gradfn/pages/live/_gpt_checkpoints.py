@@ -60,7 +60,8 @@ def coded(params: Params, following: Params, is_exact: Callable[[Params], bool])
             break
         best = multiples, scales, made
     if best is None:
-        whole = {name: params[name].astype(np.float16) for name in following}
+        with np.errstate(over="ignore"):
+            whole = {name: params[name].astype(np.float16) for name in following}
         made = {name: array.astype(np.float32) for name, array in whole.items()}
         arrays = {name: encoded(array) for name, array in whole.items()}
         return Coded({"whole": arrays}, made) if is_exact(made) else None
@@ -78,13 +79,16 @@ def _quantized(
     multiples, scales, made = [], [], {}
     for name, after in following.items():
         rows = (params[name] - after).reshape(-1, after.shape[-1])
-        size = np.sqrt(np.square(rows).mean(1, keepdims=True))
-        # A step that is large enough for the largest difference.
-        step = np.maximum(fraction * size, np.abs(rows).max(1, keepdims=True) / LARGEST)
-        scale = step.astype(ml_dtypes.bfloat16)
-        wide = scale.astype(np.float32)
-        k = np.rint(np.divide(rows, wide, out=np.zeros_like(rows), where=wide > 0)).clip(-LARGEST, LARGEST)
-        made[name] = after + (k * wide).reshape(after.shape)
+        # Differences that overflow are not exact enough.
+        with np.errstate(all="ignore"):
+            size = np.sqrt(np.square(rows).mean(1, keepdims=True))
+            # A step that is large enough for the largest difference.
+            step = np.maximum(fraction * size, np.abs(rows).max(1, keepdims=True) / LARGEST)
+            scale = step.astype(ml_dtypes.bfloat16)
+            wide = scale.astype(np.float32)
+            k = np.divide(rows, wide, out=np.zeros_like(rows), where=wide > 0)
+            k = np.nan_to_num(np.rint(k)).clip(-LARGEST, LARGEST)
+            made[name] = after + (k * wide).reshape(after.shape)
         multiples.append(k.astype(np.int16).ravel())
         scales.append(scale.ravel())
     return np.concatenate(multiples), np.concatenate(scales), made

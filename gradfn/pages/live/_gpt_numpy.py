@@ -33,12 +33,14 @@ def mean_loss(
     wanted = np.stack(
         [np.pad(targets(text, quiet), (0, length - len(text)), constant_values=-1) for text in texts]
     )
-    z = logits(architecture, params, tokens)[wanted >= 0]  # [positions, vocab]
-    if not len(z):
-        return math.nan
-    top = z.max(-1)
-    total = top + np.log(np.exp(z - top[:, None]).sum(-1))
-    return float((total - z[np.arange(len(z)), wanted[wanted >= 0]]).mean())
+    # Parameters that training has driven too far may overflow; the loss is then not finite.
+    with np.errstate(all="ignore"):
+        z = logits(architecture, params, tokens)[wanted >= 0]  # [positions, vocab]
+        if not len(z):
+            return math.nan
+        top = z.max(-1)
+        total = top + np.log(np.exp(z - top[:, None]).sum(-1))
+        return float((total - z[np.arange(len(z)), wanted[wanted >= 0]]).mean())
 
 
 def targets(tokens: np.ndarray, quiet: object = None) -> np.ndarray:
@@ -74,15 +76,17 @@ def samples(net: LanguageNet, params: Params, n: int) -> list[np.ndarray]:
     for _ in range(SAMPLES):
         tokens = [int(random.integers(net.architecture.vocab))]
         while len(tokens) < min(n, net.architecture.context):
-            z = logits(net.architecture, params, np.array(tokens))[-1] / TEMPERATURE
-            probabilities = np.exp(z - z.max())
-            tokens.append(int(random.choice(len(z), p=probabilities / probabilities.sum())))
+            with np.errstate(all="ignore"):
+                z = logits(net.architecture, params, np.array(tokens))[-1] / TEMPERATURE
+                probabilities = _softmax(z.astype(np.float64))
+            known = np.isfinite(probabilities).all()
+            tokens.append(int(random.choice(len(z), p=probabilities if known else None)))
         found.append(np.array(tokens))
     return found
 
 
 def encode(net: LanguageNet, text: str) -> np.ndarray:
-    """Return the tokens of a text, those that the network has, as many as its context holds."""
+    """Return the tokens of a text that the network has: at most `MAX_SAMPLE`, and as many as its context holds."""
     if net.tokenizer is None:
         words = [int(word) for word in text.split() if word.isdecimal() and len(word) < 10]
         tokens = [word for word in words if word < net.architecture.vocab]
@@ -92,7 +96,7 @@ def encode(net: LanguageNet, text: str) -> np.ndarray:
         known = {symbol: token for token, symbol in enumerate(net.tokenizer.get("symbols", ""))}
         text = "\n" + text.removeprefix("\n") if net.lines and "\n" in known else text
         tokens = [known[letter] for letter in text if letter in known]
-    return np.array(tokens[: net.architecture.context], np.int32)
+    return np.array(tokens[: min(net.architecture.context, MAX_SAMPLE)], np.int32)
 
 
 def decode(net: LanguageNet, tokens: Sequence[int] | np.ndarray) -> str:
