@@ -10,9 +10,12 @@ import pytest
 import gradfn as gf
 from gradfn import runs
 from gradfn.cli import main
+from gradfn.core.params import named_leaves
 from gradfn.experiments import _common, gpt
 from gradfn.options import read_options
 from gradfn.runs import sample
+from gradfn.runs.kept import read_run
+from gradfn.runs.language_net import load_params
 
 SMALL = {"steps": 8, "layers": 1, "heads": 2, "width": 8, "context": 8, "batch": 4, "warmup": 1}
 
@@ -49,6 +52,24 @@ def test_a_run_leaves_pictures_and_a_model(of_text, capsys):
     assert of_text.outcome.state == "open"
     stored = json.loads((of_text.folder / "result.json").read_text())
     assert stored["validation_loss"] == of_text.validation_loss
+
+
+@pytest.mark.slow
+def test_a_run_keeps_what_its_page_shows(of_text, of_names, texts):
+    """Texts of its data, and the parameters along the way, from the initial ones on."""
+    for result, file in ((of_text, "text.txt"), (of_names, "names.txt")):
+        net = read_run(result.folder).language_net
+        whole = (texts / file).read_text()
+        assert net.samples
+        assert all(text and text in whole for text in net.samples)
+        assert net.lines == (file == "names.txt")
+        steps = list(net.kept)
+        assert (steps[0], steps[-1]) == (0, net.step)
+        assert len(steps) > 5
+        settings = json.loads((result.folder / "model.json").read_text())["settings"]
+        start = gf.gpt(gf.GPTConfig(**settings)).init(jax.random.key(0))
+        kept = load_params(net.kept[0], net.architecture)
+        jax.tree.map(np.testing.assert_array_equal, kept, dict(named_leaves(start)))
 
 
 @pytest.mark.slow

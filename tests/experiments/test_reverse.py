@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from gradfn.experiments import reverse
+from gradfn.runs import sample
+from gradfn.runs.kept import read_run
 
 
 def test_the_targets_are_the_reversed_digits():
@@ -34,3 +36,12 @@ def test_it_learns_to_reverse(tmp_path):
     result = reverse.run(reverse.Config(digits=4, steps=200, width=32, folder=str(tmp_path / "run")))
     assert result.accuracy == 1
     assert {"attention.png", "curves.png"} <= {file.name for file in result.folder.iterdir()}
+
+    # For the page of the run, and for `gradfn sample`.
+    model = sample.load_model(result.folder)
+    written = sample.write(model, sample.Config(prompt="1234=", n=4, temperature=0))
+    assert model.tokenizer.decode(written) == "4321"
+    net = read_run(result.folder).language_net
+    assert net.quiet == {"until": reverse.END_OF_INPUT}
+    assert [text[5:] for text in net.samples] == [text[3:0:-1] for text in net.samples]
+    assert list(net.kept) == [0, *range(12, 200, 12), 200]
