@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import re
 import time
 
@@ -16,7 +17,7 @@ from gradfn.data._digits import enlarge, spline
 from gradfn.files import FileError
 from gradfn.pages.live._train import described, train
 from gradfn.pages.live.arrays import as_json
-from gradfn.runs.kept import Kept
+from gradfn.runs.kept import Kept, read_run
 from gradfn.runs.training_set import TrainingSet, keep_training_set, load_training_set
 from tests.report.browser import in_page, needs_browser, opened
 
@@ -26,7 +27,6 @@ OPTIMIZERS = {
     "momentum": lambda rate: optax.sgd(rate, momentum=0.9),
     "adam": optax.adam,
 }
-in_browser = [pytest.mark.slow, needs_browser]
 
 
 def about(**more):
@@ -216,6 +216,51 @@ def check_batches(batches, size, n):
         assert min(epoch) >= 0
         assert max(epoch) < n
     assert epochs[0] != epochs[1]
+
+
+@pytest.mark.slow
+@needs_browser
+def test_the_page_of_moons_repeats_the_run_itself(tmp_path):
+    from gradfn.experiments import moons
+
+    result = moons.run(moons.Config(hidden=(3, 2), steps=40, points=30, folder=str(tmp_path / "run")))
+    kept = read_run(result.folder)
+    rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    with opened(tmp_path, [kept._replace(pictures={})]) as page:
+        page.evaluate("gradfn.steps(40)")
+        records = page.evaluate("gradfn.records()")
+        assert len(rows) > 10
+        for row in rows[:-1]:
+            assert records[row["step"]]["loss"] == pytest.approx(row["loss"], rel=1e-4)
+        shown = page.locator("#live-0-now").inner_text()
+        assert f"Step 40 · epoch 40.0 · training loss {records[-1]['loss']:.3f}" in shown
+        assert f"test accuracy {100 * result.test_accuracy:.1f} %" in shown
+        weights = page.evaluate("gradfn.trainer().net.layers.map(({ W }) => Array.from(W))")
+        for layer, found in enumerate(weights, 1):
+            np.testing.assert_allclose(found, np.ravel(result.params[f"W{layer}"]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@needs_browser
+def test_small_and_unusual_runs_train_without_an_error(tmp_path):
+    x, y = plane().train
+    runs = {
+        "no hidden layer": plane((2, 2)),
+        "two points": plane()._replace(train=(x[:2], y[:2])),
+        "images without a hidden layer": images((784, 10)),
+        "an activation of its own": plane((2, 70, 5, 2), "selu"),
+        "markup": plane()._replace(about=about(data="<img src=x onerror=alert(1)>")),
+    }
+    for name, training_set in runs.items():
+        with opened(tmp_path, [kept_run(tmp_path, training_set)]) as page:
+            page.evaluate("gradfn.steps(30)")
+            assert page.evaluate("gradfn.trainer().step") == 30, name
+            assert "the run's own initial parameters" in page.locator("#live-0-origin").inner_text()
+            for preset in ("Ten sigmoid layers", "Overflow: linear, SGD, rate 100", "As it was"):
+                page.evaluate("(name) => { gradfn.choose(name); gradfn.pause(); gradfn.steps(3); }", preset)
+            assert page.evaluate("gradfn.state.settings") == page.evaluate("gradfn.defaults"), name
+            if name == "markup":
+                assert "<img src=x onerror=alert(1)>" in page.locator("#live-0 .lead").inner_text()
 
 
 @pytest.mark.slow
