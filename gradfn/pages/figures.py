@@ -131,10 +131,7 @@ def curves(
     label_lines(panels[0])
     why = _why_above(history, harder)
     if why:
-        note = panels[0].text(
-            0.98, 0.98, fill(why, 40), transform=panels[0].transAxes, ha="right", va="top", fontsize=9
-        )
-        note.set_color("0.35")
+        figure.supxlabel(fill(why, 130 if accuracies else 95), fontsize=9, color="0.35")
     if accuracies:
         _lines(panels[1], history, accuracies, 100.0)
         panels[1].set_ylabel("accuracy (%)")

@@ -240,7 +240,8 @@ def token_probabilities(
     panel.set_xticks(range(n), names, family="monospace")
     panel.tick_params(axis="x", length=0)
     panel.set_xlim(-0.8, n - 0.2)
-    panel.set_ylim(0, 104)
+    # All of the scale, unless the model is sure of nothing.
+    panel.set_ylim(0, min(max(125 * float(p[:n].max()), 20.0), 104.0))
     panel.set_ylabel("probability (%)")
     panel.set_xlabel(f"the text, token by token, after {visible(tokens[0])!r}" if n else "")
     panel.spines[["top", "right"]].set_visible(False)

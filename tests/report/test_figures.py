@@ -89,10 +89,7 @@ def test_a_training_loss_above_the_validation_loss_is_explained_where_it_is():
     ]
 
     def note(history, **options):
-        panel = curves(history, **options).axes[0]
-        return " ".join(
-            " ".join(text.get_text().split()) for text in panel.texts if "above" in text.get_text()
-        )
+        return " ".join(curves(history, **options).get_supxlabel().split())
 
     assert note(rows(0.9)) == ""
     assert note(rows(0.9)[:9] + rows(1.1)[9:]) == ""  # one row of ten
