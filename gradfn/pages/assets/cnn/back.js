@@ -2,9 +2,10 @@
 import { bars, element, gradientOf, number, perRow, sub } from "gradfn/core/dom.js";
 import { paint, paintTiles, scaleOf } from "gradfn/core/paint.js";
 import { probability } from "gradfn/cnn/outputs.js";
-import { largest, paintWeights } from "gradfn/cnn/pictures.js";
+import { largest, paintWeights, shrunk } from "gradfn/cnn/pictures.js";
 
 const RADIOS = 12; // classes that are shown as buttons; of more, one is chosen from a list
+const CELLS = 256; // rows and columns of a picture of dense weights, at most
 const BARS = 40; // values that are drawn as bars; more are pixels
 
 // `isInk` says whether a pixel's value is ink. Call `labeled(label)` when another correct label is chosen, `revealed()` when another number of steps is shown.
@@ -56,7 +57,8 @@ export function makeBack(find, net, isInk, labeled, revealed) {
     if (kind === "W" && dense) {
       const input = l === n + 1 ? `p${sub(n)}` : `a${sub(l - 1)}`;
       return [`${own} = ${ofZ} ${input}ᵀ, &ensp; ${gradientOf(`b${l}`)} = ${ofZ}`,
-        `Each of ${count} weights: the gradient of its node times its input.`];
+        `Each of ${count} weights: the gradient of its node times its input. A row for each node${
+          net.denses[l - n - 1].nIn > CELLS ? "; of neighboring weights the largest is shown" : ""}.`];
     }
     if (kind === "W") {
       const input = l > 1 ? `p${sub(l - 1)}` : "x";
@@ -92,17 +94,19 @@ export function makeBack(find, net, isInk, labeled, revealed) {
   function picture({ name, kind, layer: l, dense, values }) {
     if (dense && kind !== "W" && values.length <= BARS) return bars(Array.from(values), l === last);
     const canvas = element("canvas", { class: "pixels", role: "img", "aria-label": `Gradient of ${name}` });
-    const scale = scaleOf(values);
     if (dense && kind === "W") {
       // A row for each node.
-      const { nIn } = net.denses[l - n - 1];
-      paint(canvas, values, nIn, scale);
+      const { values: cells, columns } = shrunk(values, net.denses[l - n - 1].nIn, CELLS);
+      paint(canvas, cells, columns, scaleOf(cells));
       canvas.classList.add("matrix");
-    } else if (dense) paint(canvas, values, perRow(values.length), scale);
+      return canvas;
+    }
+    const scale = scaleOf(values);
+    if (dense) paint(canvas, values, perRow(values.length), scale);
     else if (kind === "W") {
-      const { nIn, nOut, window } = net.convs[l - 1], k = nIn * window * window;
+      const { nIn, nOut, window } = net.convs[l - 1];
       if (nIn === 1) tiles(canvas, values, nOut, window, scale);
-      else paintWeights(canvas, values, nIn * nOut, window, scaleOf(values.subarray(0, k * nOut)));
+      else paintWeights(canvas, values, nIn * nOut, window, scale);
     } else {
       const layer = net.convs[Math.max(l - 1, 0)], channels = kind === "x" ? net.channels : layer.nOut;
       tiles(canvas, values, channels, kind === "p" ? layer.width >> 1 : layer.width, scale);

@@ -60,5 +60,20 @@ export function paintWeights(canvas, weights, nIn, window, scale) {
   paintTiles(canvas, tiles, window, scale, perRowOf(nIn), 1);
 }
 
+// A matrix [rows, columns] of at most `most` in each direction: where it is larger, each cell is that of the largest size in
+// its block.
+export function shrunk(values, columns, most) {
+  const rows = values.length / columns, wide = Math.min(columns, most), high = Math.min(rows, most);
+  const found = new Float64Array(wide * high);
+  for (let i = 0; i < rows; i++) {
+    const to = Math.floor((i * high) / rows) * wide;
+    for (let j = 0; j < columns; j++) {
+      const at = to + Math.floor((j * wide) / columns), value = values[i * columns + j];
+      if (Math.abs(value) > Math.abs(found[at])) found[at] = value;
+    }
+  }
+  return { values: found, columns: wide };
+}
+
 export const perRowOf = (n) => (n <= 4 ? n : Math.ceil(Math.sqrt(n)));
 export const largest = (values) => values.reduce((top, value) => Math.max(top, Math.abs(value)), 0);
