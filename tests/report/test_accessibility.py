@@ -75,6 +75,24 @@ OPEN = """() => {
   for (const each of document.querySelectorAll(".lesson-open")) each.click();
   return [...document.querySelectorAll("section.live")].map((section) => section.dataset.kind);
 }"""
+# What every page has to have, with what breaks it: terms without a meaning, folded parts without content, ...
+BROKEN = """() => {
+  const all = (selector) => [...document.querySelectorAll(selector)];
+  const empty = (each) => {
+    const text = each.innerText.replace(each.querySelector("summary").innerText, "").trim();
+    return !text && !each.querySelector("input, select, textarea, canvas, svg, table");
+  };
+  const described = (each) => document.getElementById(each.getAttribute("aria-describedby"))?.textContent;
+  const steps = (section) => section.querySelector(".lesson-open")?.innerText ?? "no lesson";
+  const lessons = all("section.live").map((section) => [section.dataset.kind, steps(section)]);
+  return {
+    details: all("details").filter(empty).map((each) => each.outerHTML),
+    terms: all("[data-term]").filter((each) => !described(each)).map((each) => each.outerHTML),
+    lessons: lessons.filter(([, steps]) => !/^Lesson, (8|9|10|11|12) steps$/.test(steps)),
+    wider: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+  };
+}"""
+WHOLE = {"details": [], "terms": [], "lessons": [], "wider": 0}
 
 
 def faults(page):
@@ -89,12 +107,13 @@ def faults(page):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_no_serious_fault(tmp_path, kept, name):
+def test_no_serious_fault_and_nothing_empty(tmp_path, kept, name):
     found = {}
     for width in (1280, 390):
         for dark in (False, True):
             with opened(tmp_path, kept(PAGES[name]), width=width, dark=dark, touch=width < 640) as page:
                 page.evaluate(OPEN)
+                assert page.evaluate(BROKEN) == WHOLE
                 found[width, dark] = faults(page)
     assert found == {key: [] for key in found}
 
