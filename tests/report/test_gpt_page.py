@@ -429,7 +429,7 @@ def test_it_works_by_keyboard_alone(trained, tmp_path):
         page.keyboard.press("ArrowRight")
         assert state(page)["direction"] == "to"
         until(page, "document.querySelector('#live-0-status').textContent.startsWith('After')")
-        unnamed = """all => all.filter((each) => !each.ariaLabel && !each.labels?.length && !each.innerText.trim()
+        unnamed = """all => all.filter((each) => !each.ariaLabel && !each.labels?.length && !each.textContent.trim()
           && !each.getAttribute("aria-labelledby")).map((each) => each.outerHTML)"""
         assert (
             page.locator("#live-0 .reading :is(button, input, textarea, [role=img]):visible").evaluate_all(
@@ -540,6 +540,20 @@ def test_models_of_lines_and_of_integers(trained, tmp_path):
         page.locator("#live-0-text").fill("")
         page.get_by_role("button", name="Write 1 token").click()
         assert state(page)["tokens"][0] == 0
+
+
+def test_a_model_of_attention_alone(trained, tmp_path):
+    net = trained.run.language_net
+    params = {name: array for name, array in net.params.items() if "/feed" not in name}
+    attention = net._replace(architecture=net.architecture._replace(feed=None), params=params, kept={})
+    with opened(tmp_path, [kept(tmp_path, attention)]) as page:
+        type_text(page, HERE)
+        rows = page.locator("#live-0-lens th[scope=row]").all_inner_texts()
+        assert rows == ["embedding", "block 0", "block 1"]
+        page.locator("#live-0-heads .head").nth(2).click()
+        page.get_by_role("button", name="Write 1 token").click()
+        assert state(page)["written"] == 1
+        assert not page.locator("#live-0-time").is_visible()  # there is one checkpoint only
 
 
 def test_the_lesson_leads_through_the_page(trained, tmp_path):

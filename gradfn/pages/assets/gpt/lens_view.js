@@ -9,7 +9,6 @@ const ALL = 6; // blocks, up to which the table has a row after each block's att
 
 export function makeLens(find, model) {
   const body = find("lens"), heading = find("lens-target");
-  const last = `${model.config.n_layers - 1}`;
 
   function show(now, { position }) {
     const layers = logitLens(model, now.pass, position).filter(({ site }) => model.config.n_layers <= ALL || !site.endsWith("_mid"));
@@ -28,7 +27,7 @@ export function makeLens(find, model) {
         });
         const share = element("td", { class: "reached" }, element("span", { class: "share" }, element("i")), percent(probabilities[target]));
         share.firstChild.style.setProperty("--share", probabilities[target]);
-        return element("tr", {}, element("th", { scope: "row" }, layerOf(site, last)), ...cells, share);
+        return element("tr", {}, element("th", { scope: "row" }, layerOf(model, site)), ...cells, share);
       }),
     );
   }
@@ -37,8 +36,9 @@ export function makeLens(find, model) {
 }
 
 // What a site of the residual stream comes after, in words.
-export function layerOf(site, last = "0") {
+export function layerOf({ config }, site) {
   if (site === "embedded") return "embedding";
-  const block = site.startsWith("blocks/") ? site.split("/")[1] : last;
-  return `block ${block} ${site.endsWith("_mid") ? "attention" : "MLP"}`;
+  const block = `block ${site.startsWith("blocks/") ? site.split("/")[1] : 0}`;
+  if (!config.feed) return block; // of attention alone
+  return `${block} ${site.endsWith("_mid") ? "attention" : "MLP"}`;
 }

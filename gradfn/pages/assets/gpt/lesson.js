@@ -109,9 +109,8 @@ export function lessonOf(find, model, state, now) {
         const layers = logitLens(model, now().pass, state.position), end = layers[layers.length - 1];
         const [top] = most(end.probabilities, 1);
         const at = layers.findIndex((_, i) => layers.slice(i).every(({ probabilities: p }) => most(p, 1)[0] === top));
-        const last = `${model.config.n_layers - 1}`;
         return `The model's prediction is ${called(top)}, ${percent(end.probabilities[top])}. It is the first choice from “after ` +
-          `${layerOf(layers[at].site, last)}” on; after the embedding it had ${percent(layers[0].probabilities[top])}.`;
+          `${layerOf(model, layers[at].site)}” on; after the embedding it had ${percent(layers[0].probabilities[top])}.`;
       },
     },
   ];

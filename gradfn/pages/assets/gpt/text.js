@@ -3,6 +3,8 @@ import { element, number } from "gradfn/core/dom.js";
 import { headsOf, nameOf, patternOf, percent, quoted, spoken, visible } from "gradfn/gpt/names.js";
 import { only, rove } from "gradfn/gpt/rove.js";
 
+const LABEL = 16; // characters of a sample on its button
+
 // Make it: `change` takes new parts of the state, `preview(position)` shows the attention of a token under the pointer.
 export function makeText(find, model, change, preview) {
   const area = find("text"), strip = find("tokens");
@@ -11,8 +13,10 @@ export function makeText(find, model, change, preview) {
 
   area.addEventListener("input", () => change({ text: area.value }));
   const samples = (model.samples || []).map((sample) => {
-    const name = visible(sample.trim()).slice(0, 20);
-    return element("button", { type: "button", class: "small", onclick: () => change({ text: sample }) }, name || "↵");
+    const name = sample.trim().replace(/\s+/g, " ");
+    const short = name.length > LABEL ? `${name.slice(0, LABEL).trim()}…` : name || "↵";
+    const start = () => change({ text: sample });
+    return element("button", { type: "button", class: "small", title: name, onclick: start }, short);
   });
   const none = element("button", { type: "button", class: "small", onclick: () => change({ text: "" }) }, "Clear");
   find("samples").append(...samples, none);
@@ -34,18 +38,14 @@ export function makeText(find, model, change, preview) {
       const button = element("button", { type: "button", class: "token" });
       button.append(element("span"), element("i"));
       buttons.push(button);
+      strip.append(button);
     }
     buttons.splice(names.length).forEach((button) => button.remove());
-    const children = names.flatMap((name, i) => {
+    names.forEach((name, i) => {
       const [glyph] = buttons[i].children;
       const text = visible(name);
       if (glyph.textContent !== text) glyph.textContent = text;
-      return name === "↵" && i < names.length - 1 ? [buttons[i], element("span", { class: "break" })] : [buttons[i]];
     });
-    if (children.length !== strip.childNodes.length || children.some((child, i) => child !== strip.childNodes[i])) {
-      for (const old of [...strip.childNodes]) if (!children.includes(old)) old.remove();
-      children.forEach((child, i) => strip.childNodes[i] !== child && strip.insertBefore(child, strip.childNodes[i] || null));
-    }
   }
 
   function show(now, state) {
