@@ -294,6 +294,9 @@ def test_the_backward_pass_is_stepped_by_mouse_and_keyboard_and_shows_the_number
         assert parts == sorted(expected, key=lambda part: -abs(expected[part][1]))
         for part, text in zip(parts, rows.locator(".both").all_inner_texts(), strict=True):
             np.testing.assert_allclose(numbers(text), expected[part][1:], rtol=6e-3, atol=6e-4)
+        get("back").locator("[data-term='first-order estimate']").focus()
+        estimate, exact = numbers(found.locator(".meaning-of .formula").inner_text().split("=")[1])
+        np.testing.assert_allclose([estimate, exact], expected[parts[0]][1:], rtol=6e-3, atol=6e-4)
         # Switched off by keyboard: the part stays on top, with the focus, and is switched on again.
         button = rows.locator("button").nth(2)
         part = parts[2]

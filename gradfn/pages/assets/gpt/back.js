@@ -1,5 +1,7 @@
 // The backward pass of a text's loss: step by step, on a map, as blame of the tokens, and as shares of the parts.
 import { element, number } from "gradfn/core/dom.js";
+import { define } from "gradfn/core/terms.js";
+import { backTerms } from "gradfn/gpt/back_terms.js";
 import { backward } from "gradfn/gpt/backward.js";
 import {
   largest, norms, products, shares as sharesOf, steps as stepsOf, weighted, weightsOf,
@@ -25,6 +27,7 @@ const BLAME = {
 };
 
 export function makeBack(find, model, change) {
+  define(backTerms(() => found), find("back").closest("section"));
   const steps = stepsOf(model);
   let now = null, state = null, names = [];
   let found = null; // the gradients of the chosen loss: see `compute`
