@@ -31,6 +31,8 @@ MAX_WEIGHT_IMAGES = 100  # more would be too small to read
 MAX_MISTAKES = 24
 MAX_CHART = 300_000  # bytes of a chart as SVG; one of more, such as of thousands of dots, is PNG alone
 LINE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito's, safe for color-blind readers
+# The same colors for texts, dark enough to be read on white; a page in dark mode replaces them by its own.
+TEXT_COLORS = {"#d55e00": "#b34f00", "#009e73": "#007a59", "#cc79a7": "#a8487f"}
 LINE_STYLES = ("-", "--", "-.", ":")  # so that the lines are distinguished in black and white, too
 
 
@@ -388,7 +390,8 @@ def label_lines(panel: Any, gap: float = 0.07, size: float = 10.0) -> None:
             continue
         end = panel.transData.transform((x[known[-1]], y[known[-1]]))
         height = float(panel.transAxes.inverted().transform(end)[1])
-        found.append((min(max(height, 0.0), 1.0), line.get_label(), line.get_color()))
+        color = TEXT_COLORS.get(line.get_color(), line.get_color())
+        found.append((min(max(height, 0.0), 1.0), line.get_label(), color))
     found.sort(key=lambda each: each[0])
     heights = spread([height for height, *_ in found], gap)
     for height, (_, name, color) in zip(heights, found, strict=True):

@@ -3,13 +3,14 @@
 import itertools
 
 import matplotlib
+import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradfn.pages.figures import confusion, curves, mistakes, save, spread, weight_images
+from gradfn.pages.figures import TEXT_COLORS, confusion, curves, mistakes, save, spread, weight_images
 
 
 def images_in(figure):
@@ -61,6 +62,13 @@ def test_curves_have_a_panel_for_losses_and_one_for_accuracies_in_percent():
     assert accuracies.get_ylabel() == "accuracy (%)"
 
 
+def contrast_with_white(color):
+    """Return the contrast ratio of WCAG 2."""
+    channels = np.array(matplotlib.colors.to_rgb(color))
+    linear = np.where(channels <= 0.03928, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return 1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05)
+
+
 def test_lines_have_their_names_at_their_ends_and_no_legend():
     figure = curves(HISTORY)
     for panel in figure.axes:
@@ -68,7 +76,9 @@ def test_lines_have_their_names_at_their_ends_and_no_legend():
         names = {text.get_text(): text for text in panel.texts}
         assert set(names) == {line.get_label() for line in panel.lines}
         for line in panel.lines:
-            assert names[line.get_label()].get_color() == line.get_color()
+            color = names[line.get_label()].get_color()
+            assert color == TEXT_COLORS.get(line.get_color(), line.get_color())
+            assert contrast_with_white(color) >= 4.5
         heights = sorted(text.xy[1] for text in panel.texts)
         assert np.diff(heights).min() >= 0.07 - 1e-9
 

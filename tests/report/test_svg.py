@@ -182,6 +182,7 @@ COLORS = """() => Object.fromEntries(["--raised", "--ink", "--c0", "--c1"].map((
 def test_charts_have_the_colors_of_the_page_in_light_and_dark(tmp_path, width):
     history = [{"step": i, "loss": 2.3 - i / 9, "validation_loss": 1.9} for i in range(9)]
     figure = curves(history)
+    figure.axes[0].texts[-1].set_fontsize(40)
     figure.axes[0].text(4, 0.1, "\u2588" * 6)  # black where nothing else is written
     for line in figure.axes[0].lines:  # thick, so that a small picture has pixels of its color alone
         line.set_linewidth(8)
@@ -201,6 +202,9 @@ def test_charts_have_the_colors_of_the_page_in_light_and_dark(tmp_path, width):
             assert shares["--raised"] > 0.7
             assert all(shares[name] > 1e-4 for name in ("--ink", "--c0", "--c1"))
             assert (shot.mean() > 128) == (theme == "light")
+            # The name of the second line is darker than the line on light paper, and like the line on dark paper.
+            label = (np.abs(shot - (0xB3, 0x4F, 0x00)).max(1) <= 3).any()
+            assert label == (theme == "light")
             assert image.evaluate("(image) => getComputedStyle(image).filter") == "none"
             found.click("#theme")
         # In dark mode, enlarged by the keyboard, it is dark, too.

@@ -7,6 +7,8 @@ const NAMED = {
   "#0072b2": "--c0", "#d55e00": "--c1", "#009e73": "--c2", "#cc79a7": "--c3",
   "#2166ac": "--less", "#b2182b": "--more",
 };
+// The same colors for texts, dark enough on light paper; on dark paper those of the page are lighter.
+const TEXTS = { "#b34f00": "--c1", "#007a59": "--c2", "#a8487f": "--c3" };
 const SVG = "data:image/svg+xml";
 const COLORED = /((?:fill|stroke|stop-color|color)\s*[:=]\s*["']?)(#[0-9a-f]{6}|#[0-9a-f]{3}\b|white\b|black\b)/gi;
 
@@ -26,7 +28,7 @@ export function pageColor(color, palette) {
     const light = rgb[1] / 255;
     return hex(palette.paper.map((paper, i) => palette.ink[i] + light * (paper - palette.ink[i])));
   }
-  const name = NAMED[hex(rgb)];
+  const name = NAMED[hex(rgb)] ?? (palette.dark ? TEXTS[hex(rgb)] : undefined);
   return name ? hex(palette[name]) : color;
 }
 
