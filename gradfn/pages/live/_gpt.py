@@ -19,6 +19,9 @@ from gradfn.runs.language_net import LanguageNet, load_params, too_large
 TOLERANCE = 0.01  # of the loss, that rounded parameters may change
 MOST = 8  # earlier checkpoints
 NEWEST = -1  # stands for the newest checkpoint's step
+SMALLEST = (
+    0.29  # bytes per parameter that an earlier checkpoint takes, as base64, with the coarsest differences
+)
 MAX_SAMPLES = 8
 MARGIN = 10_000  # bytes for what the page says about the network
 # In which parameters may be in the page: the first that is exact enough.
@@ -96,6 +99,8 @@ def checkpoints(
         room: bytes for all of them; None for no limit.
     """
     steps, n = earlier(net), MOST
+    if room is not None:
+        n = min(n, int(room / (SMALLEST * sum(array.size for array in params.values()))))
     while n and steps:
         found: list[dict[str, Any]] = []
         following, left = dict(params), room

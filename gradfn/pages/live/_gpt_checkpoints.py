@@ -52,22 +52,27 @@ def coded(params: Params, following: Params, is_exact: Callable[[Params], bool])
         following: those of the checkpoint after it, as the page has them.
         is_exact: whether decoded parameters are exact enough.
     """
-    best = None
-    # A coarse step may be exact by chance: all finer ones must be, too.
-    for fraction in reversed(FRACTIONS):
-        multiples, scales, made = _quantized(params, following, fraction)
-        if not is_exact(made):
+    best, middle = None, len(FRACTIONS) // 2
+    # From the middle to coarser steps while they are exact, or to finer ones until one is.
+    for fraction in reversed(FRACTIONS[:middle]):
+        made = _quantized(params, following, fraction)
+        if not is_exact(made[2]):
             break
-        best = multiples, scales, made
+        best = made
+    for fraction in FRACTIONS[middle:] if best is None else ():
+        made = _quantized(params, following, fraction)
+        if is_exact(made[2]):
+            best = made
+            break
     if best is None:
         with np.errstate(over="ignore"):
             whole = {name: params[name].astype(np.float16) for name in following}
-        made = {name: array.astype(np.float32) for name, array in whole.items()}
+        halves = {name: array.astype(np.float32) for name, array in whole.items()}
         arrays = {name: encoded(array) for name, array in whole.items()}
-        return Coded({"whole": arrays}, made) if is_exact(made) else None
-    multiples, scales, made = best
+        return Coded({"whole": arrays}, halves) if is_exact(halves) else None
+    multiples, scales, decoded = best
     lengths, bits = pack(multiples + 128)
-    return Coded({"lengths": encoded(lengths), "bits": encoded(bits), "scales": encoded(scales)}, made)
+    return Coded({"lengths": encoded(lengths), "bits": encoded(bits), "scales": encoded(scales)}, decoded)
 
 
 def _quantized(
