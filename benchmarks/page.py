@@ -56,7 +56,7 @@ def untrained(folder: Path) -> Kept:
     derived = {"n_kv_heads": config.n_heads, "head_size": 32, "hidden": 512}
     architecture = Architecture(**{name: getattr(config, name) for name in Architecture._fields} | derived)
     arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(params)}
-    net = LanguageNet(architecture, None, False, None, [], arrays, None, {})
+    net = LanguageNet(architecture, None, False, None, [], arrays, 0, {})
     return Kept(folder, "gpt", {}, {}, None, {}, {}, None, language_net=net)
 
 

@@ -101,7 +101,7 @@ class LanguageNet(NamedTuple):
         quiet: where it was not trained to predict; None where it predicts each next token.
         samples: texts to start with.
         params: by path, float32; those of blocks under `lax.scan` as those of unrolled blocks.
-        step: of the newest checkpoint; None where it does not say.
+        step: of the newest checkpoint; 0 where it does not say.
         kept: the files with the parameters after earlier steps, by step: see `load_kept`.
     """
 
@@ -111,7 +111,7 @@ class LanguageNet(NamedTuple):
     quiet: Quiet | None
     samples: list[str]
     params: dict[str, np.ndarray]
-    step: int | None
+    step: int
     kept: dict[int, Path]
 
 
@@ -351,11 +351,11 @@ def _check_shapes(
             raise FileError(f"{file}: {name:.200}: expected {texts[0]}, got {texts[1]}")
 
 
-def _step(stored: Stored) -> int | None:
-    """Return the step of a checkpoint; None where it has no such number."""
+def _step(stored: Stored) -> int:
+    """Return the step of a checkpoint; 0 where it has no such number."""
     with open_tensors(stored.file) as content:
         if "step" not in content.keys():  # noqa: SIM118
-            return None
+            return 0
         return int(content.get_tensor("step"))
 
 

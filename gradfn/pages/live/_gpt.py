@@ -19,9 +19,8 @@ from gradfn.runs.language_net import LanguageNet, load_params, too_large
 TOLERANCE = 0.01  # of the loss, that rounded parameters may change
 MOST = 8  # earlier checkpoints
 NEWEST = -1  # stands for the newest checkpoint's step
-SMALLEST = (
-    0.29  # bytes per parameter that an earlier checkpoint takes, as base64, with the coarsest differences
-)
+# Bytes per parameter that an earlier checkpoint takes, as base64, with the coarsest differences.
+SMALLEST = 0.29
 MAX_SAMPLES = 8
 MARGIN = 10_000  # bytes for what the page says about the network
 # In which parameters may be in the page: the first that is exact enough.
@@ -84,7 +83,7 @@ def described(net: LanguageNet, dtype: str | None = None, room: int | None = Non
 
 def earlier(net: LanguageNet) -> list[int]:
     """Return the steps of the parameters that a run kept before its newest checkpoint."""
-    return sorted(step for step in net.kept if net.step is None or step < net.step)
+    return sorted(step for step in net.kept if step < net.step)
 
 
 def checkpoints(

@@ -43,9 +43,9 @@ export function makeTime(find, model, change, lossAt) {
     at = state.checkpoint;
     slider.value = at;
     const { step, loss } = kept[at];
-    const validation = Number.isFinite(loss) ? ` Validation loss ${number(loss)} nats.` : "";
+    const ofSamples = Number.isFinite(loss) ? ` The texts to start from ${number(loss)} nats per token.` : "";
     const own = Number.isFinite(now.loss) ? ` This text ${number(now.loss)} nats per token.` : "";
-    const said = `Step ${step.toLocaleString("en")} of ${kept[last].step.toLocaleString("en")}.${validation}${own}`;
+    const said = `Step ${step.toLocaleString("en")} of ${kept[last].step.toLocaleString("en")}.${ofSamples}${own}`;
     find("checkpoint-said").textContent = said;
     slider.setAttribute("aria-valuetext", said);
     const of = `${state.tokens.join()}/${state.edits.map(({ site, head, scale, from }) => [site, head, scale, from])}`;
