@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import re
 import shlex
 import sys
 import time
@@ -256,10 +257,9 @@ def _sample(words: list[str], own_process: bool) -> int:
         _check_options(about, options, command, about.what)
         found = experiments()
         texts = {name: file.read_text(encoding="utf-8") for name, file in found.items()}
-        # A net of attention layers alone has a page, but cannot be sampled from.
-        writers = [
-            name for name, text in texts.items() if "save_model(" in text and '"attention"' not in text
-        ]
+        # Other networks have a page, but are not sampled from.
+        saves = re.compile(r'save_model\([^"]{0,80}"(gpt|rnn)"')
+        writers = [name for name, text in texts.items() if saves.search(text)]
         if run in found and run not in writers and not Path(run).exists():
             *first, last = [f"gradfn run {name}" for name in writers]
             raise UserError(f"{run} does not train a language model; {', '.join(first)} and {last} do")
