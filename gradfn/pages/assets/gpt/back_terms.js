@@ -23,7 +23,8 @@ export function backTerms(found) {
     },
     "first-order estimate": {
       meaning: "The loss is taken to be a straight line: its change is the gradient times the change of the value. " +
-        "A value that is set to zero changes by minus itself. One backward pass estimates all parts; the curvature is ignored.",
+        "A value that is set to zero changes by minus itself. One backward pass estimates all parts; " +
+        "the curvature is ignored.",
       formula: () => found() && exampleOf(found().shares),
     },
   };
