@@ -225,6 +225,8 @@ def heat_map(
         f'<span>{name}</span><div class="cells">{"".join(_cell(name, bucket, bounds) for bucket in buckets)}</div>'
         for name, buckets in ((escape(short(name)), buckets) for name, buckets in cells.items())
     ]
+    marked = any(bucket.n_other for buckets in cells.values() for bucket in buckets)
+    hatched = '<small class="hatched">hatched: NaN or infinite</small>' if marked else ""
     first, last = (columns[0].first, columns[-1].last) if columns else (0, 0)
     low, high = bounds
     return (
@@ -232,7 +234,7 @@ def heat_map(
         f'<div class="rows" role="img" aria-label="{escape(title)}, {len(rows)} rows, '
         f'{len(columns)} steps">{"".join(texts)}'
         f'<span></span><div class="axis"><small>step {first:,}</small><small>{last:,}</small></div></div>'
-        f'<div class="scale"><small>{low:.0e}</small><i></i><small>{high:.0e}</small></div></figure>'
+        f'<div class="scale">{hatched}<small>{low:.0e}</small><i></i><small>{high:.0e}</small></div></figure>'
     )
 
 

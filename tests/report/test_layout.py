@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 
+from gradfn.pages.charts import heat_map
 from gradfn.pages.page import charts, page
 from gradfn.runs.curve import Curve
 from gradfn.runs.digit_net import DigitNet
@@ -415,6 +416,14 @@ def test_charts_have_units_and_say_why_losses_differ(tmp_path):
     scale = charts([noisy])[-1]
     assert 'Noise scale of the gradient <span class="unit">(examples)</span>' in scale
     assert "The batch size at which" in scale
+
+
+def test_cells_that_are_hatched_are_explained():
+    curves = {"W1": Curve([(0, 0.1), (1, 0.2)])}
+    assert "hatched" not in heat_map("rms", curves, (0.1, 1.0))
+    assert "hatched: NaN or infinite" in heat_map(
+        "rms", curves | {"b1": Curve([(0, 0.1), (1, None)])}, (0.1, 1.0)
+    )
 
 
 def test_details_without_content_are_left_out(tmp_path):
