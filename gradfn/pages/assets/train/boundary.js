@@ -3,7 +3,8 @@ import { color, paintTiles, scaleOf } from "gradfn/core/paint.js";
 import { forward, makeSpace, margins } from "gradfn/train/net.js";
 
 const PLANE = { left: -1.7, right: 2.7, bottom: -1.2, top: 1.7 };
-const PRODUCTS = 5_000_000; // of a picture, about 8 ms: deeper networks are drawn on a coarser grid
+// Products of a picture while the network learns, about 8 ms, and when it pauses: deeper networks have a coarser grid.
+const PRODUCTS = { moving: 5_000_000, still: 12_000_000 };
 const PIXELS = 28;
 
 export function makePicture(find, data) {
@@ -14,11 +15,11 @@ export function makePicture(find, data) {
 function makeBoundary(canvas, data) {
   const context = canvas.getContext("2d"), grid = document.createElement("canvas"), ofGrid = grid.getContext("2d");
   const { left, right, bottom, top } = PLANE;
-  let colors = null, space = null, plane = null;
+  let colors = null, space = null, plane = null, made = null;
 
-  function resize({ layers }) {
+  function resize({ layers }, quality) {
     const products = layers.reduce((sum, { nIn, nOut }) => sum + nIn * nOut + nOut, 0);
-    const columns = Math.round(Math.min(Math.max(Math.sqrt((1.5 * PRODUCTS) / products), 30), 110));
+    const columns = Math.round(Math.min(Math.max(Math.sqrt((1.5 * PRODUCTS[quality]) / products), 30), 110));
     const rows = Math.round((columns * (top - bottom)) / (right - left));
     const x = new Float32Array(2 * columns * rows);
     for (let i = 0; i < rows; i++) {
@@ -32,8 +33,11 @@ function makeBoundary(canvas, data) {
     space = null;
   }
 
-  function show(net, fresh) {
-    if (fresh || !plane) resize(net);
+  // `fresh`: whether the network has other sizes than before.
+  function show(net, { fresh, moving }) {
+    const quality = moving ? "moving" : "still";
+    if (fresh || made !== quality) resize(net, quality);
+    made = quality;
     const { columns, rows, x } = plane, n = columns * rows;
     space ??= makeSpace(net, n);
     const margin = margins(forward(net, x, n, space), n);

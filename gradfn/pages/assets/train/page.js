@@ -140,7 +140,7 @@ export function start(section, content) {
 
   function showProgress() {
     const record = last(), test = tests[tests.length - 1];
-    picture.show(trainer.net, fresh);
+    picture.show(trainer.net, { fresh, moving: state.running });
     fresh = false;
     const layers = trainer.net.layers.length;
     const whole = !state.settings.batch || state.settings.batch >= data.train.n;
