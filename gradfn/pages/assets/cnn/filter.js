@@ -67,7 +67,7 @@ export function makeFilter(find, net, painter, act) {
     const { scale } = scaleOfMaps(map(values[`z${n}`], area));
     const show = (name, canvas, size, columns) => {
       const shown = map(values[name], size);
-      paintMap(canvas, shown, columns, scale, values[name].some((value) => value < 0));
+      paintMap(canvas, shown, columns, scale, values[name[0] === "z" ? name : `a${n}`].some((value) => value < 0));
     };
     show(`z${n}`, z, area, width);
     show(`a${n}`, find("a"), area, width);
@@ -79,7 +79,7 @@ export function makeFilter(find, net, painter, act) {
 
     const input = l ? values[`p${l}`] : values.x, inputMap = input.subarray(channel * area, (channel + 1) * area);
     if (l) {
-      const ofInputs = scaleOfMaps(input);
+      const ofInputs = scaleOfMaps(input, values[`a${l}`]);
       paintMap(find("input"), inputMap, width, ofInputs.scale, ofInputs.signed);
     } else painter.paintChannel(find("input"), inputMap);
     caption("input", `Input: ${inputName(l, channel)}`);

@@ -48,7 +48,7 @@ export function makeMaps(find, net, opened, chosen) {
       rows.forEach((buttons, l) => {
         const { nOut, height, width } = net.convs[l];
         const values = pass.values[`${kind}${l + 1}`], area = values.length / nOut;
-        const { scale, signed } = scaleOfMaps(values);
+        const { scale, signed } = scaleOfMaps(values, pass.values[`${kind === "z" ? "z" : "a"}${l + 1}`]);
         buttons.forEach((button, i) => {
           const isOff = off.has(`${l}.${i}`);
           paintMap(button.firstChild, values.subarray(i * area, (i + 1) * area), kind === "p" ? width >> 1 : width, scale, signed);

@@ -48,9 +48,10 @@ export function paintMap(canvas, values, columns, scale, signed) {
   else paint(canvas, values.map((value) => Math.min(scale ? value / scale : 0, 1)), columns, null);
 }
 
-// How a layer's maps of one kind are shown: all on the same scale.
-export function scaleOfMaps(values) {
-  return { scale: scaleOf(values), signed: values.some((value) => value < 0) };
+// How a layer's maps of one kind are shown: all on the same scale. The signs are those of `before`: pooled maps are shown as
+// those that they were made of, also where their negative values are gone.
+export function scaleOfMaps(values, before = values) {
+  return { scale: scaleOf(values), signed: before.some((value) => value < 0) };
 }
 
 // Paint the weights of a filter, or their gradient: a tile for each input channel.
