@@ -257,7 +257,7 @@ def test_a_cnn_and_a_gpt_of_fit_run_in_their_pages(tmp_path):
     tokens = [3, 1, 4, 1, 5, 9]
     logits = NETS["gpt"].apply(params, jnp.array(tokens))
     with opened(tmp_path, [read_run(tmp_path / "gpt")]) as page:
-        page.locator("#live-0 textarea").fill(" ".join(map(str, tokens)))
+        page.locator("#live-0-text").fill(" ".join(map(str, tokens)))
         script = f"async () => {{ {HELPERS} return plain(gradfn.now().pass.logits); }}"
         page.wait_for_function("gradfn.now().pass.tokens.length === 6")
         found = np.reshape(page.evaluate(script), logits.shape)
