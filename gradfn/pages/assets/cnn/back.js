@@ -8,7 +8,8 @@ const RADIOS = 12; // classes that are shown as buttons; of more, one is chosen 
 const CELLS = 256; // rows and columns of a picture of dense weights, at most
 const BARS = 40; // values that are drawn as bars; more are pixels
 
-// `isInk` says whether a pixel's value is ink. Call `labeled(label)` when another correct label is chosen, `revealed()` when another number of steps is shown.
+// `isInk` says whether a pixel's value is ink.
+// Call `labeled(label)` when another correct label is chosen, `revealed()` when another number of steps is shown.
 export function makeBack(find, net, isInk, labeled, revealed) {
   const n = net.convs.length, last = n + net.denses.length;
   let steps = [], shown = 1, now = null;
@@ -63,7 +64,8 @@ export function makeBack(find, net, isInk, labeled, revealed) {
     if (kind === "W") {
       const input = l > 1 ? `p${sub(l - 1)}` : "x";
       return [`${own} = Σ ${ofZ} · ${input}, &ensp; ${gradientOf(`b${l}`)} = Σ ${ofZ}`,
-        `A filter is used at every pixel. So each of ${count} weights adds up, over all pixels of the map, their gradient times what the weight saw there.`];
+        `A filter is used at every pixel. So each of ${count} weights adds up, over all pixels of the map, their gradient times ` +
+          "what the weight saw there."];
     }
     if (kind === "a" && !dense)
       return [`${own} = ${gradientOf(`p${l}`)} at the maximum, else 0`,

@@ -131,7 +131,8 @@ export function makeFilter(find, net, painter, act) {
     if (!cells.hidden) {
       cells.style.setProperty("--columns", window);
       cells.replaceChildren(...Array.from(products, (product, i) => {
-        const shown = element("span", {}, element("b", {}, short(product)), element("small", {}, `${short(weights[i])} × ${short(inputs[i])}`));
+        const factors = element("small", {}, `${short(weights[i])} × ${short(inputs[i])}`);
+        const shown = element("span", {}, element("b", {}, short(product)), factors);
         shown.style.setProperty("--share", percent(top ? Math.abs(product) / top : 0));
         shown.classList.toggle("negative", product < 0);
         return shown;
@@ -139,7 +140,8 @@ export function makeFilter(find, net, painter, act) {
     }
     const ofInput = nIn > 1 ? ` on ${inputName(l, channel)}` : "";
     const written = cells.hidden ? "" : " Each cell: weight × input, and above it their product.";
-    find("cells-caption").textContent = `The window${ofInput}: its products add up to ${number(sum)}.${written} Outside of the image the input is 0.`;
+    const outside = "Outside of the image the input is 0.";
+    find("cells-caption").textContent = `The window${ofInput}: its products add up to ${number(sum)}.${written} ${outside}`;
     contributions(found, l, channel);
   }
 
@@ -153,7 +155,8 @@ export function makeFilter(find, net, painter, act) {
       const bar = element("i", { class: sum < 0 ? "negative" : "" });
       bar.style.setProperty("--level", percent(Math.abs(sum) / top));
       const attributes = { type: "button", "aria-pressed": i === channel, onclick: () => act.channel(i) };
-      return element("button", attributes, element("span", {}, inputName(l, i)), element("span", { class: "level" }, bar), element("small", {}, number(sum)));
+      const level = element("span", { class: "level" }, bar), name = element("span", {}, inputName(l, i));
+      return element("button", attributes, name, level, element("small", {}, number(sum)));
     });
     target.replaceChildren(element("h4", {}, "What each input contributes"), element("div", {}, ...buttons));
     if (focused) buttons[channel].focus();

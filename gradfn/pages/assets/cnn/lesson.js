@@ -21,7 +21,8 @@ export function makeCnnLesson(section, find, page) {
 
   return makeLesson(section, [
     {
-      see: `An image of ${net.height} × ${net.width} pixels goes in, a probability for each of ${net.classes} labels comes out. In between are ${
+      see: `An image of ${net.height} × ${net.width} pixels goes in, a probability for each of ${net.classes} labels
+          comes out. In between are ${
         n === 1 ? "a convolution" : `${n} convolutions`} and dense layers.`,
       act: draws ? "Draw a 3. Without a pointer, pick a test digit." : "Pick another image.",
       start: remember,
@@ -30,7 +31,9 @@ export function makeCnnLesson(section, find, page) {
       at: () => section.querySelector(draws ? ".drawing" : ".picking"),
     },
     {
-      see: `Each <dfn data-term="filter">filter</dfn> is ${nIn > 1 ? `${nIn} windows` : "a window"} of ${window} × ${window} weights. It slides over the image and gives a <dfn data-term="feature map">map</dfn>, which is strong where the image looks like its weights.`,
+      see: `Each <dfn data-term="filter">filter</dfn> is ${nIn > 1 ? `${nIn} windows` : "a window"} of ${window} ×
+          ${window} weights. It slides over the image and gives a <dfn data-term="feature map">map</dfn>, which is
+          strong where the image looks like its weights.`,
       act: "Click another filter of convolution 1.",
       start: remember,
       done: () => state.layer === 0 && state.filter !== before.filter,
@@ -45,7 +48,8 @@ export function makeCnnLesson(section, find, page) {
       done: () => state.at.join() !== before.at.join(),
       happened: () => {
         const { sum, bias, z } = page.explained();
-        return `Row ${state.at[0]}, column ${state.at[1]}: the products add up to ${number(sum)}, the bias is ${number(bias)}, so z = <b>${
+        return `Row ${state.at[0]}, column ${state.at[1]}: the products add up to ${number(sum)}, the bias is
+          ${number(bias)}, so z = <b>${
           number(z)}</b>.`;
       },
       at: () => find("z"),
@@ -62,14 +66,16 @@ export function makeCnnLesson(section, find, page) {
     },
     n > 1
       ? {
-        see: `A filter of convolution 2 sees all ${nOut} maps at once. It has a window of weights for each of these <dfn data-term="channel">channels</dfn>.`,
+        see: `A filter of convolution 2 sees all ${nOut} maps at once. It has a window of weights for each of these
+          <dfn data-term="channel">channels</dfn>.`,
         act: "Click a filter of convolution 2.",
         start: remember,
         done: () => state.layer === 1,
         happened: () => {
           const sums = page.explained().channels.map(({ sum }) => sum), top = sums.map(Math.abs);
           const most = top.indexOf(Math.max(...top));
-          return `At row ${state.at[0]}, column ${state.at[1]}, most comes from p1[${most}]: ${number(sums[most])} of z = ${number(page.explained().z)}.`;
+          return `At row ${state.at[0]}, column ${state.at[1]}, most comes from p1[${most}]: ${number(sums[most])} of
+          z = ${number(page.explained().z)}.`;
         },
         at: () => section.querySelectorAll(".maps-row")[1],
       }
@@ -86,7 +92,8 @@ export function makeCnnLesson(section, find, page) {
       act: "Switch the open filter off.",
       start: remember,
       done: () => state.off.size > before.off,
-      happened: () => `Without ${filter()} the prediction is ${best()}. The loss goes from ${number(before.loss)} to <b>${loss()}</b>.`,
+      happened: () => `Without ${filter()} the prediction is ${best()}. The loss goes from ${number(before.loss)} to
+          <b>${loss()}</b>.`,
       at: () => find("off"),
     },
     {
@@ -98,16 +105,19 @@ export function makeCnnLesson(section, find, page) {
       at: () => find("restore"),
     },
     {
-      see: `The <dfn data-term="loss">loss</dfn> is −log of the probability of the correct label, in <dfn data-term="nats">nats</dfn>. The backward pass finds what it comes from, starting at the end.`,
+      see: `The <dfn data-term="loss">loss</dfn> is −log of the probability of the correct label, in
+          <dfn data-term="nats">nats</dfn>. The backward pass finds what it comes from, starting at the end.`,
       act: "Choose another correct label.",
       start: remember,
       done: () => state.asked && state.label !== before.label,
-      happened: () => `If ${state.label} were correct, its probability of ${percent(page.now().probabilities[state.label])} would cost <b>${
+      happened: () => `If ${state.label} were correct, its probability of
+          ${percent(page.now().probabilities[state.label])} would cost <b>${
         loss()}</b>.`,
       at: () => section.querySelector(".correct"),
     },
     {
-      see: `The first gradient is P − y: what the network said minus what is correct. Each step takes it one layer further back.`,
+      see: `The first gradient is P − y: what the network said minus what is correct. Each step takes it one layer
+          further back.`,
       act: "Continue until the gradient has gone through a pooling: it reaches the largest pixel of each 2 × 2.",
       start: remember,
       done: () => page.shown() > page.now().steps.findIndex(({ name }) => name === `a${n}`),
