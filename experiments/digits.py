@@ -21,7 +21,7 @@ from gradfn import runs
 from gradfn.data._digits import spline
 from gradfn.pages.figures import weight_images
 from gradfn.runs.digit_net import keep_digit_net
-from gradfn.runs.training_set import TrainingSet, keep_training_set
+from gradfn.runs.training_set import About, TrainingSet, keep_training_set
 from gradfn.timings import phase
 
 from ._common import (
@@ -96,23 +96,23 @@ def keep_for_page(folder: Path, config: Config, start: Any, data: gf.data.Datase
     source = gf.data.digits(size=8) if small else data  # the same split, 8x8 pixels in 17 levels
     levels = 16 if small else 255
     n_train, n_test = (None, None) if small else (PAGE_TRAIN, PAGE_TEST)
-    parts = [
+    train, test = (
         (np.round(levels * images[:n]).astype(np.uint8), labels[:n])
         for (images, labels), n in ((source.train, n_train), (source.test, n_test))
-    ]
-    about = {
+    )
+    about: About = {
         "inputs": "image",
         "data": data.name,
         "activation": "sigmoid",
         "rate": config.rate,
-        "batch": min(config.batch, len(parts[0][1])),
+        "batch": min(config.batch, len(train[1])),
         "steps": max(steps, 1),
         "seed": config.seed,
         "examples": len(data.train[1]),
         "levels": levels,
     }
     enlarging = spline(8, 28) if small else None
-    keep_training_set(folder, TrainingSet(jax.tree.map(np.asarray, start), *parts, enlarging, about))
+    keep_training_set(folder, TrainingSet(jax.tree.map(np.asarray, start), train, test, enlarging, about))
 
 
 def judge(config: Config, accuracy: float) -> runs.Outcome:

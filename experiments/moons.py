@@ -23,7 +23,7 @@ import gradfn as gf
 from gradfn import runs
 from gradfn.files import replace_file
 from gradfn.pages.figures import curves, new_figure
-from gradfn.runs.training_set import TrainingSet, keep_training_set
+from gradfn.runs.training_set import About, TrainingSet, keep_training_set
 from gradfn.timings import phase
 
 from ._common import SeededOptions, conclude, defaults
@@ -116,7 +116,7 @@ def moons(config: Config) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarr
 
 def keep_for_page(folder: Path, config: Config, start: Any, train: Any, test: Any) -> None:
     """Keep the points and the initial parameters, so that the page of the run can train on them."""
-    about = {
+    about: About = {
         "inputs": "plane",
         "data": "two moons",
         "activation": config.activation,

@@ -110,7 +110,7 @@ def attention(images: Any, weights: Mapping[str, Any]) -> Figure:
     """
     images = np.asarray(images, np.float64)
     n, height, width = images.shape
-    blocks = dict.fromkeys([next(iter(weights)), next(reversed(weights))])
+    blocks = dict.fromkeys([next(iter(weights)), list(weights)[-1]])
     shares = {name: np.asarray(weights[name], np.float64).mean((1, 2)) for name in blocks}  # [n, patches]
     side = math.isqrt(next(iter(shares.values())).shape[1])
     # [n, height, width] -> which patches have ink, [n, patches]

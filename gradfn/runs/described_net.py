@@ -10,6 +10,7 @@ import numpy as np
 
 from gradfn.files import FileError, inside
 from gradfn.layout import MODEL
+from gradfn.runs.language_net import NETS as LANGUAGE_NETS
 from gradfn.stored import model_file, newest, parameter_shapes
 from gradfn.tensors import CHECKSUM, open_tensors
 
@@ -39,8 +40,8 @@ def load_described_net(folder: Path) -> DescribedNet | str | None:
     """Read the network that `gf.fit` has trained so far in a folder.
 
     Returns:
-        The network; None where none describes itself, or it is a GPT, which
-        `gradfn.runs.language_net` reads; or a sentence that says why it cannot run in a page.
+        The network; None where none describes itself, or `gradfn.runs.language_net` reads it; or a sentence that
+        says why it cannot run in a page.
 
     Raises:
         FileError: the checkpoint cannot be read, or leads out of the folder.
@@ -49,7 +50,7 @@ def load_described_net(folder: Path) -> DescribedNet | str | None:
         content = model_file(folder)
     except FileError:
         return f"The network does not run in the page, because its {MODEL} is not a description that gradfn wrote."
-    if content is None or content["net"] == "gpt":
+    if content is None or content["net"] in LANGUAGE_NETS:
         return None
     net = content["net"]
     if net not in ("mlp", "cnn"):

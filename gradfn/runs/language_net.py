@@ -16,6 +16,7 @@ from gradfn.layout import KEPT, MODEL
 from gradfn.stored import STEP, Stored, newest, parameter_shapes
 from gradfn.tensors import CHECKSUM, open_tensors
 
+NETS = ("gpt", "attention")  # those that this module reads, by their names in `model.json`
 LIMIT = 64 << 20  # bytes of the parameters in float32, of which a page holds fewer
 MAX_CHECKPOINTS = 10_000
 PREFIX = "params/"
@@ -131,7 +132,7 @@ def load_language_net(folder: Path) -> LanguageNet | str | None:
     if not os.path.lexists(file):
         return None
     content = read_json(file, ModelFile)
-    if content.get("net") not in ("gpt", "attention"):
+    if content.get("net") not in NETS:
         return None
     stored = newest(folder)
     if stored is None:

@@ -7,6 +7,8 @@ import pytest
 
 import gradfn as gf
 from gradfn.experiments import induction
+from gradfn.pages.live import live_parts
+from gradfn.runs.kept import read_run
 
 
 def test_sequences_repeat_and_only_repeated_tokens_are_predicted():
@@ -68,3 +70,5 @@ def test_the_methods_agree_on_a_trained_net(tmp_path):
     }
     assert len(best) == 1
     assert {"bump.png", "heads.png", "attention.png"} <= {file.name for file in result.folder.iterdir()}
+    parts, left_out = live_parts(read_run(result.folder), 4_000_000)
+    assert ([part.kind for part in parts], left_out) == (["gpt"], [])
