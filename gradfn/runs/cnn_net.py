@@ -6,32 +6,25 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 
 from gradfn.files import FileError
-from gradfn.runs.live_net import check_arrays, check_labels, choose_samples, read_net, write_net
+from gradfn.runs.live_net import (
+    ACTIVATIONS,
+    Activation,
+    check_arrays,
+    check_labels,
+    choose_samples,
+    read_net,
+    write_net,
+)
 
 if TYPE_CHECKING:
     from gradfn.data import Dataset
 
 CNN_NET = "cnn_net.safetensors"
-# Those that assets/core/activations.js knows.
-Activation = Literal[
-    "sigmoid",
-    "tanh",
-    "relu",
-    "leaky_relu",
-    "elu",
-    "selu",
-    "gelu",
-    "gelu_exact",
-    "silu",
-    "softplus",
-    "identity",
-]
-ACTIVATIONS = get_args(Activation)
 PAD_SIDE = 28  # pixels per side of the images that can be drawn in the page
 
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 
-from gradfn.runs.live_net import check_arrays, check_labels, choose_samples, read_net, write_net
+from gradfn.runs.live_net import (
+    ACTIVATIONS,
+    Activation,
+    check_arrays,
+    check_labels,
+    choose_samples,
+    read_net,
+    write_net,
+)
 
 if TYPE_CHECKING:
     from gradfn.data import Dataset
 
 DIGIT_NET = "digit_net.safetensors"
-Activation = Literal["sigmoid", "tanh", "relu", "gelu"]  # those that the page's modules know
-ACTIVATIONS = get_args(Activation)
 PIXELS, LABELS = 784, 10
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from gradfn.files import FileError, inside, read_json
 from gradfn.layout import KEPT, MODEL
+from gradfn.runs.live_net import ACTIVATIONS
 from gradfn.stored import STEP, Stored, newest, parameter_shapes
 from gradfn.tensors import CHECKSUM, open_tensors
 
@@ -20,21 +21,7 @@ NETS = ("gpt", "attention")  # those that this module reads, by their names in `
 LIMIT = 64 << 20  # bytes of the parameters in float32, of which a page holds fewer
 MAX_CHECKPOINTS = 10_000
 PREFIX = "params/"
-ACTIVATIONS = (
-    "sigmoid",
-    "tanh",
-    "relu",
-    "leaky_relu",
-    "elu",
-    "selu",
-    "gelu",
-    "gelu_exact",
-    "silu",
-    "softplus",
-    "softmax",
-    "identity",
-)
-FEEDS = (*ACTIVATIONS, "swiglu")
+FEEDS = (*ACTIVATIONS, "softmax", "swiglu")
 LARGEST, MAX_LAYERS, MAX_HEADS = 1 << 24, 1000, 256  # of a size in the settings
 
 

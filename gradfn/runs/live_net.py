@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -14,6 +14,21 @@ from gradfn.tensors import open_tensors
 
 LIMIT = 1 << 30  # bytes of the file
 MISTAKES = 2
+# Of a node, those that assets/core/activations.js knows.
+Activation = Literal[
+    "sigmoid",
+    "tanh",
+    "relu",
+    "leaky_relu",
+    "elu",
+    "selu",
+    "gelu",
+    "gelu_exact",
+    "silu",
+    "softplus",
+    "identity",
+]
+ACTIVATIONS = get_args(Activation)
 T = TypeVar("T")
 
 

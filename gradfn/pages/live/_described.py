@@ -19,12 +19,8 @@ from gradfn.runs.cnn_net import cnn_net
 from gradfn.runs.described_net import DescribedNet
 from gradfn.runs.digit_net import LABELS, PIXELS, DigitNet
 from gradfn.runs.kept import Kept
+from gradfn.runs.live_net import ACTIVATIONS
 
-# Those that assets/core/activations.js knows.
-ACTIVATIONS = (
-    *("sigmoid", "tanh", "relu", "leaky_relu", "elu", "selu"),
-    *("gelu", "gelu_exact", "silu", "softplus", "identity"),
-)
 SHOWN = 10  # examples of images in a page
 
 

@@ -6,12 +6,9 @@ from gradfn.pages.charts import short
 from gradfn.pages.live.arrays import as_json, encoded
 from gradfn.pages.live.part import Live
 from gradfn.runs.kept import Kept
+from gradfn.runs.live_net import ACTIVATIONS
 from gradfn.runs.training_set import TrainingSet, sizes
 
-# Those that assets/core/activations.js knows.
-ACTIVATIONS = (
-    *("sigmoid", "tanh", "relu", "leaky_relu", "elu", "selu", "gelu", "gelu_exact", "silu", "softplus", "identity"),
-)  # fmt: skip
 MAX_DEPTH, MAX_WIDTH = 10, 256  # hidden layers, and nodes in each
 LIMIT = 1_500_000  # bytes of the content
 TOO_LARGE = "The data set is too large to train on in the page."
