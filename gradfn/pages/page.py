@@ -408,7 +408,8 @@ def flows(kept: Sequence[Kept], room: int = LIMIT) -> list[list[dict[str, Any]]]
     Returns:
         For each run a list with, for each of its trainings, `name`, `params` and `values` (heat maps of the
         gradient's rms at the parameters and at the values inside the network, both from the inputs to the loss),
-        `left_out` and `values_left_out` (how many rows they lack) and `flags` (what was wrong, and where).
+        `left_out` and `values_left_out` (how many rows they lack) and `flags` (what was wrong, and where: see
+        `grouped`).
     """
     parts = [part for run in kept for part in run.parts.values() if part.inspections.n]
     bounds = _bounds(curve for part in parts for curve in part.inspections.grads.values())
@@ -429,7 +430,7 @@ def flows(kept: Sequence[Kept], room: int = LIMIT) -> list[list[dict[str, Any]]]
             else "",
             "left_out": inspections.left_out,
             "values_left_out": inspections.sites_left_out,
-            "flags": [(short(site), short(flag), n) for site, flag, n in inspections.flags],
+            "flags": grouped(inspections.flags),
             "meanings": {
                 flag: FLAGS[flag]
                 for flag in dict.fromkeys(flag for _, flag, _ in inspections.flags)
@@ -467,8 +468,31 @@ def _bounds(curves: Iterable[Curve]) -> tuple[float, float]:
 
 
 def _size_of_maps(described: Mapping[str, Any]) -> int:
-    flags = sum(60 + _size(escape(site + flag)) for site, flag, _ in described["flags"])
+    flags = sum(
+        300 + _size(escape(each["flag"])) + sum(100 + 2 * _size(escape(site)) for site, _ in each["sites"])
+        for each in described["flags"]
+    )
     return _size(described["params"]) + _size(described["values"]) + flags + 1000
+
+
+def grouped(flags: Iterable[tuple[str, str, int]]) -> list[dict[str, Any]]:
+    """Return for each flag the sites that have it, in their order, with the number of inspections of each.
+
+    >>> grouped([("a1", "dead", 3), ("a2", "dead", 5), ("a1", "vanishing", 1)])[0]
+    {'flag': 'dead', 'sites': [('a1', 3), ('a2', 5)], 'least': 3, 'most': 5}
+    """
+    found: dict[str, list[tuple[str, int]]] = {}
+    for site, flag, n in flags:
+        found.setdefault(short(flag), []).append((short(site), n))
+    return [
+        {
+            "flag": flag,
+            "sites": sites,
+            "least": min(n for _, n in sites),
+            "most": max(n for _, n in sites),
+        }
+        for flag, sites in found.items()
+    ]
 
 
 def differences(tables: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str], bool]]:

@@ -1,6 +1,8 @@
 """The page as a whole, and its digit network by keys, by touch and by links."""
 
 import functools
+import re
+from html import unescape
 
 import numpy as np
 import pytest
@@ -398,6 +400,25 @@ def test_flags_are_explained_and_do_not_question_a_result_that_was_reached(tmp_p
     sentence = "the run reached what was expected all the same"
     assert sentence in reached
     assert sentence not in missed
+
+
+def test_a_flag_of_many_sites_is_one_line_with_the_sites_in_details(tmp_path):
+    run = flagged_run(tmp_path, 0.8)
+    stats = {f"blocks/{i}/residual": {"rms": 0.1} for i in range(5)}
+    row = {"sites": stats, "site_grads": stats, "grads": {"W1": {"rms": 0.1}}}
+    rows = [
+        row | {"step": 0, "flags": {site: ["vanishing"] for site in stats}},
+        row | {"step": 1, "flags": {"blocks/0/residual": ["vanishing"], "blocks/4/residual": ["non-finite"]}},
+    ]
+    part = run.parts[""]
+    html = page([run._replace(parts={"": part._replace(inspections=inspections(rows, part.shapes))})])
+    text = " ".join(unescape(re.sub(r"<[^>]*>", " ", html[html.index('class="flags"') :])).split())
+    first = "blocks/0/residual, blocks/1/residual, blocks/2/residual, …"
+    assert f"vanishing at 5 sites, in 1 to 2 of 2 inspections: {first} All 5 sites" in text
+    assert "non-finite blocks/4/residual, in 1 of 2 inspections" in text
+    assert html.count("<b>vanishing</b>") == 1
+    for i in range(5):
+        assert f"<li>blocks/{i}/residual, in {2 if i == 0 else 1}</li>" in html
 
 
 def test_charts_have_units_and_say_why_losses_differ(tmp_path):
