@@ -172,7 +172,7 @@ DAMAGED = {
         *(
             net(ABOUT | {name: value})
             for name in ABOUT
-            for value in (3, [], "elu" * (name != "data") or None)
+            for value in (3, [], "swish" * (name != "data") or None)
         ),
         *(net(**{name: None}) for name in ARRAYS),
         net(extra=np.ones(2, np.float32)),
