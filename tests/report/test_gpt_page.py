@@ -192,7 +192,7 @@ def test_what_it_shows_is_what_jax_computes_and_the_mouse_works(trained, tmp_pat
         rows = page.locator("#live-0-lens tr").all()
         assert [row.locator("th").inner_text() for row in rows] == [
             "embedding",
-            *(f"block {i} {part}" for i in range(2) for part in ("attention", "MLP")),
+            *(f"block {i} {part}" for i in range(2) for part in ("attention", "feed-forward")),
         ]
         for row, share in zip(rows, shares, strict=True):
             cells = row.locator("td").all_inner_texts()
@@ -263,7 +263,7 @@ def test_time_goes_back_to_the_checkpoints(trained, tmp_path):
         found[step] = at.losses.mean()
         text = page.locator("#live-0-checkpoint-said").inner_text()
         assert text.startswith(f"Step {step} of 30.")
-        own = float(re.search(r"This text ([\d.]+) nats", text)[1])
+        own = float(re.search(r"Of this text: (\d+\.\d+)", text)[1])
         assert abs(own - at.losses.mean()) < 0.01
 
     with opened(tmp_path, [trained.run], width=390, touch=True) as page:

@@ -256,7 +256,7 @@ def test_small_and_unusual_runs_train_without_an_error(tmp_path):
             page.evaluate("gradfn.steps(30)")
             assert page.evaluate("gradfn.trainer().step") == 30, name
             assert "the run's own initial parameters" in page.locator("#live-0-origin").inner_text()
-            for preset in ("Ten sigmoid layers", "Overflow: linear, SGD, rate 100", "As it was"):
+            for preset in ("Ten sigmoid layers", "Overflow: linear, SGD, rate 100", "As in the run"):
                 page.evaluate("(name) => { gradfn.choose(name); gradfn.pause(); gradfn.steps(3); }", preset)
             assert page.evaluate("gradfn.state.settings") == page.evaluate("gradfn.defaults"), name
             if name == "markup":
@@ -357,7 +357,7 @@ def test_each_preset_breaks_the_training_and_the_page_says_what_showed_first(tmp
         assert page.locator("#live-0-run").is_enabled()
         assert "Nothing yet: press Start." in board.inner_text()
 
-        page.get_by_role("button", name="As it was", exact=True).click()
+        page.get_by_role("button", name="As in the run", exact=True).click()
         assert page.evaluate("gradfn.state.settings") == page.evaluate("gradfn.defaults")
         page.locator("#live-0-run").click()
         until(page, "gradfn.trainer().step >= 250")
@@ -435,7 +435,7 @@ def test_every_control_by_mouse_and_keyboard(tmp_path):
         assert "step=" not in address(page)  # as this training cannot be repeated from the settings alone
 
         # By keyboard alone: Tab leads to each control.
-        page.get_by_role("button", name="As it was").click()
+        page.get_by_role("button", name="As in the run").click()
         at("run").focus()
         order = []
         for _ in range(40):
@@ -619,7 +619,7 @@ def test_each_step_of_the_lesson_can_be_done_and_says_what_happened(tmp_path):
                     if not page.evaluate("gradfn.state.running"):
                         page.locator("#live-0-run").click()
                 if number == 10:
-                    page.locator("#live-0-presets").get_by_text("As it was").click()
+                    page.locator("#live-0-presets").get_by_text("As in the run").click()
                     page.locator("#live-0-batch").select_option("8")
                     page.locator("#live-0-run").click()
                 page.wait_for_selector(".lesson-panel.done")

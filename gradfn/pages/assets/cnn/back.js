@@ -89,7 +89,7 @@ export function makeBack(find, net, isInk, labeled, revealed) {
     const [formula, meaning] = explained(step);
     const equation = element("p", { class: "formula" });
     equation.innerHTML = formula;
-    const hint = element("p", { class: "hint" }, `${meaning} Largest: ${number(largest(step.values))}.`);
+    const hint = element("p", { class: "hint" }, `${meaning} Largest magnitude: ${number(largest(step.values))}.`);
     return element("li", {}, title, element("div", { class: "picture" }, picture(step)), equation, hint);
   }
 

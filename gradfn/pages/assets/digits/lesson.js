@@ -36,13 +36,13 @@ export function makeDigitsLesson(section, find, page) {
       act: page.labels.length > 1 ? "Draw a 3. Without a pointer, pick a test digit." : "Draw a 3.",
       start: remember,
       done: () => state.x !== before.x && state.x.some((value) => value > 0),
-      happened: () => `The prediction is ${best()}. Draw on, and watch the bars: the network computes at each stroke.`,
+      happened: () => `The prediction is ${best()}. Keep drawing, and watch the bars: the network runs again at each stroke.`,
       at: () => section.querySelector(".drawing"),
     },
     {
       see: missed
-        ? "These are digits from the test set, on which it was not trained. The first ten are classified correctly, " +
-          "the last ones are not."
+        ? "These are digits from the test set, on which the network was not trained. The first ten are classified " +
+          "correctly, the last ones are not."
         : "These are digits from the test set, on which the network was not trained.",
       act: missed ? "Pick the last one." : "Pick another one.",
       ofSamples: true,
@@ -96,7 +96,7 @@ export function makeDigitsLesson(section, find, page) {
       at: () => find("node"),
     },
     {
-      see: `The bias decides when a node fires: where its weighted sum is over −b. A very negative one keeps it ` +
+      see: `The bias decides when a node fires: where its weighted sum is above −b. A very negative one keeps it ` +
         `inactive, whatever the image: the <dfn data-term="bias for inactivity">bias for inactivity</dfn>.`,
       act: "Move the slider far to the left.",
       start: remember,
@@ -104,7 +104,7 @@ export function makeDigitsLesson(section, find, page) {
       happened: () => {
         const { bias, squash, slope, a } = page.open();
         const flat = squash === "none" ? "" : `, and its slope ${number(slope)}`;
-        return `It fires over ${number(-bias)} only. Its ${squash === "none" ? "output" : "activation"} is ` +
+        return `It fires only above ${number(-bias)}. Its ${squash === "none" ? "output" : "activation"} is ` +
           `<b>${number(a)}</b>${flat}.`;
       },
       at: () => section.querySelector(".slide"),
@@ -140,14 +140,14 @@ export function makeDigitsLesson(section, find, page) {
       happened: () => {
         const { name, values } = page.steps()[Math.max(page.shown() - 1, 0)];
         const named = `∂L/∂${name[0]}${sub(name.slice(1))}`;
-        return `Step ${page.shown()} is ${named}: ${values.length.toLocaleString("en")} numbers, the largest of them ` +
+        return `Step ${page.shown()} is ${named}: ${values.length.toLocaleString("en")} numbers, the largest magnitude is ` +
           `${largest(values)}.`;
       },
       at: () => section.querySelector(".stepper"),
     },
     {
-      see: "Each step uses the one before it, so one pass back gives every derivative: of the weights, the biases " +
-        "and the pixels.",
+      see: "Each step uses the one before it, so one backward pass gives every derivative: of the weights, the " +
+        "biases and the pixels.",
       act: "Press “All steps”.",
       start: remember,
       done: () => page.shown() === page.steps().length,
@@ -155,7 +155,8 @@ export function makeDigitsLesson(section, find, page) {
         const all = net.layers.reduce((n, { W, b }) => n + W.length + b.length, 0);
         const ofPixels = page.steps()[page.steps().length - 1].values;
         return `That is ${all.toLocaleString("en")} derivatives of parameters, from a single pass. The last picture ` +
-          `is that of the pixels: ink on red ones increases the loss, at most by ${largest(ofPixels)} per unit.`;
+          `is that of the pixels: ink on red ones increases the loss, on blue ones it decreases the loss, by at most ` +
+          `${largest(ofPixels)} per unit.`;
       },
       at: () => section.querySelector(".backward"),
     },

@@ -40,5 +40,5 @@ export function layerOf({ config }, site) {
   if (site === "embedded") return "embedding";
   const block = `block ${site.startsWith("blocks/") ? site.split("/")[1] : 0}`;
   if (!config.feed) return block; // of attention alone
-  return `${block} ${site.endsWith("_mid") ? "attention" : "MLP"}`;
+  return `${block} ${site.endsWith("_mid") ? "attention" : "feed-forward"}`;
 }

@@ -26,7 +26,7 @@ export function lessonOf(find, model, state, now) {
       see: "The model reads the text as <dfn data-term=\"token\">tokens</dfn>. After each one it predicts the next: a probability for " +
         "every token that it knows. The bars show the ten largest.",
       act: "Choose a token in the middle of the text.",
-      at: () => find("tokens"),
+      at: () => find("tokens").closest(".strip"),
       start: starts,
       done: () => state.position !== initial.position && withLoss(),
       happened: () => {
@@ -38,7 +38,7 @@ export function lessonOf(find, model, state, now) {
     {
       see: "The redder a token, the less the model expected it: its color is the loss of the prediction before it.",
       act: "Choose the reddest token.",
-      at: () => find("tokens"),
+      at: () => find("tokens").closest(".strip"),
       start: starts,
       done: () => state.position > 0 && state.position - 1 === worst(now().losses),
       happened: () => {
@@ -48,18 +48,18 @@ export function lessonOf(find, model, state, now) {
       },
     },
     {
-      see: "Written text is drawn from the prediction. With <dfn data-term=\"temperature\">temperature</dfn> 0 it is always the most " +
+      see: "Tokens that the model writes are sampled from its prediction. With <dfn data-term=\"temperature\">temperature</dfn> 0 it is always the most " +
         "probable token.",
       act: "Set the temperature to 0 and write a few tokens.",
-      at: () => find("writing"),
+      at: () => find(state.temperature === 0 ? "writing" : "settings"),
       start: starts,
       done: () => state.temperature === 0 && state.written >= 3,
-      happened: () => `It wrote ${state.written} tokens, the most probable one each time. Write on, and it often repeats itself.`,
+      happened: () => `It wrote ${state.written} tokens, the most probable one each time. Press “Write on”: it often repeats itself.`,
     },
     {
-      see: "With temperature 1 tokens are drawn with the probabilities that the model predicts.",
+      see: "With temperature 1, tokens are sampled with the probabilities that the model predicts.",
       act: "Undo, set the temperature to 1 and write a few tokens.",
-      at: () => find("writing"),
+      at: () => find(state.temperature === 1 ? "writing" : "settings"),
       start: starts,
       done: () => state.temperature === 1 && state.written >= 3,
       happened: () => `It wrote ${state.written} tokens with the <dfn data-term="seed">seed</dfn> ${state.seed}. Undo and write again: they ` +
@@ -68,8 +68,9 @@ export function lessonOf(find, model, state, now) {
     {
       see: "Each square is an <dfn data-term=\"attention head\">attention head</dfn>: row by row, to which earlier tokens each one attends. " +
         "A dark diagonal is a head that attends to the token itself; one beside it, to the previous one.",
+      ofHeads: true,
       act: `Choose the head that attends most to the previous token${previousHead() ? "" : ", if there is one"}.`,
-      at: () => find("heads"),
+      at: () => find("heads").closest(".looking"),
       start: starts,
       done: () => (previousHead() ? state.head === previousHead().i : state.head !== initial.head),
       happened: () => {
@@ -122,7 +123,7 @@ export function lessonOf(find, model, state, now) {
       start: starts,
       done: () => state.checkpoint === 0,
       happened: () => `At step ${checkpoints[0].step.toLocaleString("en")} the text's loss was ${number(now().loss)} nats per token` +
-        (Number.isFinite(initial.loss) && initial.checkpoint !== 0 ? `; where you started it is ${number(initial.loss)}.` : ".") +
+        (Number.isFinite(initial.loss) && initial.checkpoint !== 0 ? `; at the checkpoint before, it is ${number(initial.loss)}.` : ".") +
         ` A guess among all tokens has ${number(Math.log(vocab))}.`,
     });
   }
@@ -133,7 +134,7 @@ export function lessonOf(find, model, state, now) {
       at: () => find("back"),
       start: starts,
       done: () => state.step > (initial.step || 1),
-      happened: () => `Step ${state.step}: the gradient has reached a lower layer. Its bars show at which positions the loss can be changed there.`,
+      happened: () => `Step ${state.step}: the gradient has reached a lower layer. The bars show how strongly the loss depends on the vector at each position.`,
     },
     {
       see: "A head can be switched off: its output becomes 0, and everything after it is computed again.",
@@ -145,12 +146,12 @@ export function lessonOf(find, model, state, now) {
         const { loss, lossWithout } = now();
         if (!Number.isFinite(loss)) return "The prediction changed. With a longer text there is a loss to compare, too.";
         const more = loss - lossWithout;
-        return `The text's loss ${more < 0 ? "fell" : "rose"} from ${number(lossWithout)} to ${number(loss)} nats: without it the model is ` +
+        return `The text's loss ${more < 0 ? "fell" : "rose"} from ${number(lossWithout)} to ${number(loss)} nats per token: without it the model is ` +
           `${more < 0 ? "better on this text, by chance" : "worse"}.`;
       },
     },
   );
-  return steps;
+  return steps.filter(({ ofHeads }) => !ofHeads || heads.length > 1);
 
   // The head that attends most to the previous token, where one has that habit.
   function previousHead() {

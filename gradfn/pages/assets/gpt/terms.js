@@ -45,8 +45,8 @@ export function termsOf(model, now, state) {
         "values of this and all earlier tokens; the weights, its attention, add up to 100 %.",
       formula: () => `here: ${config.n_layers} blocks with ${config.n_heads} heads each; 1.2 is head 2 of block 1, counted from 0`,
     },
-    MLP: {
-      meaning: "The feed-forward layer of a block. It works at each position on its own and moves nothing between positions.",
+    "feed-forward layer": {
+      meaning: "The second part of a block (MLP). It works at each position on its own and moves nothing between positions.",
     },
     "residual stream": {
       meaning: "The vector at each position that all blocks read from and add to. It starts as the embedding of the token, and the " +

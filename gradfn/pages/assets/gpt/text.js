@@ -87,7 +87,7 @@ export function attentionOf(pattern, n, position, direction) {
 function said({ names, losses }, { position, direction }, weights, head) {
   const loss = position ? losses[position - 1] : NaN;
   const surprise = Number.isNaN(loss)
-    ? position ? "was not to be predicted" : "is the first token: nothing predicted it"
+    ? position ? "has no loss" : "is the first token: nothing predicted it"
     : `had a probability of ${percent(Math.exp(-loss))}: loss ${number(loss)} nats`;
   const most = weights.indexOf(Math.max(...weights));
   const looks = direction === "to"
@@ -101,13 +101,18 @@ function said({ names, losses }, { position, direction }, weights, head) {
 function noteOf(model, { text, unknown, total, start }, n) {
   const notes = [];
   if (start) notes.push(`The text is empty: the model reads ${quoted(start)} instead.`);
-  if (total > n) notes.push(`The model reads the last ${n.toLocaleString("en")} of ${total.toLocaleString("en")} tokens: its context.`);
+  if (total > n) notes.push(`The model reads the last ${n.toLocaleString("en")} of ${total.toLocaleString("en")} tokens: ${whyNotAll(model, n)}.`);
   if (unknown.length) {
     const named = [...new Set(unknown)];
     const more = named.length > 12 ? ` and ${named.length - 12} more` : "";
     notes.push(`Left out, as the model does not have them: ${named.slice(0, 12).map(quoted).join(" ")}${more}.`);
   }
   return notes.join(" ");
+}
+
+function whyNotAll({ lines, context }, n) {
+  if (lines && n < context) return "each line is a text of its own";
+  return n < context ? `when its context of ${context} is full, writing drops the earlier half` : "its context";
 }
 
 // Scroll within the strip alone, and never the page.

@@ -43,8 +43,8 @@ export function makeTime(find, model, change, lossAt) {
     at = state.checkpoint;
     slider.value = at;
     const { step, loss } = kept[at];
-    const ofSamples = Number.isFinite(loss) ? ` The texts to start from ${number(loss)} nats per token.` : "";
-    const own = Number.isFinite(now.loss) ? ` This text ${number(now.loss)} nats per token.` : "";
+    const ofSamples = Number.isFinite(loss) ? ` Loss of the sample texts: ${number(loss)} nats per token.` : "";
+    const own = Number.isFinite(now.loss) ? ` Of this text: ${number(now.loss)}.` : "";
     const said = `Step ${step.toLocaleString("en")} of ${kept[last].step.toLocaleString("en")}.${ofSamples}${own}`;
     find("checkpoint-said").textContent = said;
     slider.setAttribute("aria-valuetext", said);

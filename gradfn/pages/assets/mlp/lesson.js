@@ -67,7 +67,7 @@ export function makeDenseLesson(section, find, page) {
       at: () => section.querySelector(".stepper"),
     }),
     step({
-      see: "One pass back gives the derivative of the loss with respect to every weight, bias and input.",
+      see: "One backward pass gives the derivative of the loss with respect to every weight, bias and input.",
       act: "Press “All steps”.",
       done: () => page.shown() === page.now().steps.length,
       happened: () => {

@@ -47,7 +47,7 @@ export function makeBackward(find, net, revealed) {
     const [formula, meaning] = explained(step, i === 0);
     const equation = element("p", { class: "formula" });
     equation.innerHTML = formula;
-    const hint = element("p", { class: "hint" }, `${meaning} Largest: ${number(largest)}.`);
+    const hint = element("p", { class: "hint" }, `${meaning} Largest magnitude: ${number(largest)}.`);
     return element("li", {}, title, element("div", { class: "view" }, picture(step, largest)), equation, hint, numbers(step));
   }
 

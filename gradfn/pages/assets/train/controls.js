@@ -24,14 +24,14 @@ export function settingsOf(content) {
   };
 }
 
-// What breaks a training, by the text of its button; "As it was" undoes it.
+// What breaks a training, by the text of its button; "As in the run" undoes it.
 export const PRESETS = {
   "Ten sigmoid layers": { depth: 10, activation: "sigmoid" },
   "Learning rate 100": { rate: 100 },
   "Learning rate 0.0001": { rate: 0.0001 },
   "ReLU, SGD, rate 10: dead units": { depth: 2, activation: "relu", optimizer: "sgd", rate: 10 },
   "Overflow: linear, SGD, rate 100": { depth: 3, activation: "identity", optimizer: "sgd", rate: 100, scale: 3 },
-  "As it was": {},
+  "As in the run": {},
 };
 
 // The settings of a preset, given those of the run; and whether settings are these.

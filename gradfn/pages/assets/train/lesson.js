@@ -29,7 +29,7 @@ export function lessonSteps(find, { state, data, trainer, records, tests, last, 
       act: "Press Start.",
       done: () => step() >= 100,
       happened: () =>
-        `After ${step()} steps the training loss fell from ${plain(first().loss)} to ${plain(last().loss)} nats, and ` +
+        `In ${step()} steps the training loss fell from ${plain(first().loss)} to ${plain(last().loss)} nats, and ` +
         `the ${dfn("test accuracy")} is ${accuracy()}.`,
       at: screen,
     },
@@ -60,7 +60,7 @@ export function lessonSteps(find, { state, data, trainer, records, tests, last, 
       at: board,
     },
     {
-      see: "A sigmoid multiplies the gradient by at most 0.25 in each layer. Others multiply it by up to 1.",
+      see: "A sigmoid multiplies the gradient by at most 0.25 in each layer. tanh multiplies it by up to 1.",
       act: "Keep the ten layers, set Activation to tanh, and press Start.",
       done: () => state.settings.depth === 10 && state.settings.activation === "tanh" && step() >= 50,
       happened: () =>
@@ -68,7 +68,7 @@ export function lessonSteps(find, { state, data, trainer, records, tests, last, 
       at: part("setup"),
     },
     {
-      see: `The ${dfn("update")} divided by the weights says how much one step changes a layer. Usual is 0.001 to 0.1.`,
+      see: `The ${dfn("update")} divided by the weights says how much one step changes a layer. Typical are 0.001 to 0.1.`,
       act: "Press “Learning rate 100”.",
       done: preset("Learning rate 100", 5),
       happened: sinceStart,
@@ -94,7 +94,8 @@ export function lessonSteps(find, { state, data, trainer, records, tests, last, 
       at: () => find("units").parentElement,
     },
     {
-      see: `Numbers above 3.4 × 10³⁸ do not fit: ${dfn("overflow")}. The training stops before it would destroy the weights.`,
+      see: `Numbers above 3.4 × 10³⁸ do not fit into 32 bits: ${dfn("overflow")}. The training stops before they get into ` +
+        "the weights.",
       act: "Press “Overflow: linear, SGD, rate 100”.",
       done: () => Boolean(trainer().fault),
       happened: () => `Step ${signs().at(-1).step}: ${signs().at(-1).text}`,
@@ -102,7 +103,7 @@ export function lessonSteps(find, { state, data, trainer, records, tests, last, 
     },
     {
       see: `With a small ${dfn("batch")} each step sees few examples, so its gradient is noisy.`,
-      act: "Press “As it was”, set Batch to 8, and press Start.",
+      act: "Press “As in the run”, set Batch to 8, and press Start.",
       done: () => state.settings.batch === 8 && step() >= 100,
       happened: () => {
         const losses = records().slice(-50).map(({ loss }) => loss);

@@ -133,7 +133,7 @@ export function start(section, content) {
   function choose(name) {
     state.settings = presetSettings(name, defaults);
     restart();
-    if (name !== "As it was") run();
+    if (name !== "As in the run") run();
   }
 
   // --- what is shown
