@@ -1,5 +1,5 @@
 // The lesson of the convolutional network.
-import { number } from "gradfn/core/dom.js";
+import { number, sub } from "gradfn/core/dom.js";
 import { makeLesson } from "gradfn/core/lesson.js";
 import { largest } from "gradfn/cnn/pictures.js";
 import { percent } from "gradfn/cnn/outputs.js";
@@ -97,7 +97,7 @@ export function makeCnnLesson(section, find, page) {
       at: () => find("off"),
     },
     {
-      see: "Filters share their work: often one is missed less than one would think.",
+      see: "Filters share their work: without one of them the loss often changes less than you would expect.",
       act: "Switch all filters on again.",
       start: remember,
       done: () => !state.off.size,
@@ -116,20 +116,19 @@ export function makeCnnLesson(section, find, page) {
       at: () => section.querySelector(".correct"),
     },
     {
-      see: `The first gradient is P − y: what the network said minus what is correct. Each step takes it one layer
-          further back.`,
+      see: `The first gradient is P − y: the probabilities minus the target. Each step takes it one layer further back.`,
       act: "Continue until the gradient has gone through a pooling: it reaches the largest pixel of each 2 × 2.",
       start: remember,
       done: () => page.shown() > page.now().steps.findIndex(({ name }) => name === `a${n}`),
-      happened: () => `∂L/∂a${n} is 0 at three of four pixels: they were not the largest, so they did not matter.`,
+      happened: () => `∂L/∂a${sub(n)} is 0 at three of four pixels: they were not the largest, so they did not matter.`,
       at: () => section.querySelector(".stepper"),
     },
     {
-      see: "A filter is used at every pixel. So its weights get the sum of what all pixels of its map ask for.",
+      see: "A filter is used at every pixel. So the gradient at its weights is a sum over all pixels of its map.",
       act: "Show all steps.",
       start: remember,
       done: () => page.shown() === nSteps(),
-      happened: () => `The last picture is the gradient at the pixels, ${number(largest(page.now().gradients.x))} at most. ${
+      happened: () => `The last picture is the gradient at the pixels; its largest magnitude is ${number(largest(page.now().gradients.x))}. ${
         draws ? "More ink on" : "A larger value of"} a <b class="more">red</b> pixel increases the loss, ${draws ? "on" : "of"} a <b class="less">blue</b> one decreases it.`,
       at: () => section.querySelector(".stepper"),
     },
