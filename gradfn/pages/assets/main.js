@@ -36,7 +36,8 @@ for (const each of document.querySelectorAll(".scroll")) scrolled.observe(each);
 
 liveCurves();
 
-// The running networks. For tests, and for use in the browser's console: `gradfn` is the first, `gradfnAll` are all of them.
+// The running networks. For tests, and for use in the browser's console: `gradfn` is the first, `gradfnAll` are all of
+// them.
 window.gradfnAll = [];
 for (const section of document.querySelectorAll("section.live")) {
   const { start } = await import(`gradfn/${section.dataset.kind}/page.js`);

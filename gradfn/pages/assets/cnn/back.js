@@ -47,7 +47,8 @@ export function makeBack(find, net, isInk, labeled, revealed) {
   // The formula of a step, as HTML, and its explanation.
   function explained({ name, kind, layer: l, dense, values }) {
     const own = gradientOf(name), ofZ = gradientOf(`z${l}`), ofNext = gradientOf(`z${l + 1}`);
-    if (kind === "z" && l === last) return [`${own} = P − y`, "Probability minus target: y is 1 for the correct label, else 0."];
+    if (kind === "z" && l === last) return [`${own} = P − y`,
+      "Probability minus target: y is 1 for the correct label, else 0."];
     if (kind === "z") {
       const formula = `${own} = ${gradientOf(`a${l}`)} ⊙ ${net.activation}′(z${sub(l)})`;
       return [formula, net.activation === "relu"
@@ -64,7 +65,8 @@ export function makeBack(find, net, isInk, labeled, revealed) {
     if (kind === "W") {
       const input = l > 1 ? `p${sub(l - 1)}` : "x";
       return [`${own} = Σ ${ofZ} · ${input}, &ensp; ${gradientOf(`b${l}`)} = Σ ${ofZ}`,
-        `A filter is used at every pixel. So each of ${count} weights adds up, over all pixels of the map, their gradient times ` +
+        `A filter is used at every pixel. So each of ${count} weights adds up, over all pixels of the map, their ` +
+        `gradient times ` +
           "what the weight saw there."];
     }
     if (kind === "a" && !dense)
@@ -76,8 +78,10 @@ export function makeBack(find, net, isInk, labeled, revealed) {
       const formula = `${own} = Σ W${sub(l + 1)} · ${ofNext}`;
       return [formula, kind === "x"
         ? `To the pixels. Each adds up the gradients of all sums whose window saw it. ${
-          isInk ? "More ink on" : "A larger value of"} a red pixel increases the loss, ${isInk ? "on" : "of"} a blue one decreases it.`
-        : "Back through the convolution: each pixel adds up the gradients of all sums whose window saw it, times the weights."];
+          isInk ? "More ink on" : "A larger value of"} a red pixel increases the loss, ${isInk ? "on" : "of"} a blue ` +
+            `one decreases it.`
+        : "Back through the convolution: each pixel adds up the gradients of all sums whose window saw it, times the " +
+          "weights."];
     }
     return [`${own} = W${sub(l + 1)}ᵀ ${ofNext}`, "Through the weights: the sum over all nodes that a node feeds."];
   }

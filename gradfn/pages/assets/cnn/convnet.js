@@ -1,8 +1,9 @@
 // A convolutional network on plain arrays: forward, loss and backward; sums are in double precision.
 //
-// Values have the names and the order of computation that they have in Python: z1 (convolution), a1 (activation), p1 (pooling),
-// ..., then the dense layers' z3, a3, z4. Images and maps lie channel after channel, [channels, height, width], so that a
-// map is one piece of its array; in Python the channels are last. The first dense layer reads them in Python's order.
+// Values have the names and the order of computation that they have in Python: z1 (convolution), a1 (activation), p1
+// (pooling), ..., then the dense layers' z3, a3, z4. Images and maps lie channel after channel, [channels, height,
+// width], so that a map is one piece of its array; in Python the channels are last. The first dense layer reads them in
+// Python's order.
 import { activations } from "gradfn/core/activations.js";
 import { decodeAll } from "gradfn/core/arrays.js";
 
@@ -26,13 +27,15 @@ export function build(content) {
   return { net, arrays };
 }
 
-// Where the window at each place of the output reads: rows or columns from `first` to `end` of the output, for a shift of
-// `offset` pixels. Images are padded with zeros, so that the output is as large as the input.
+// Where the window at each place of the output reads: rows or columns from `first` to `end` of the output, for a shift
+// of `offset` pixels. Images are padded with zeros, so that the output is as large as the input.
 const span = (offset, length) => [Math.max(0, -offset), Math.min(length, length - offset)];
-// The pixels of the window above and to the left of its place; a window of even size has one more below and to the right.
+// The pixels of the window above and to the left of its place; a window of even size has one more below and to the
+// right.
 export const before = (window) => Math.floor((window - 1) / 2);
 
-// Call act(w, o, i, offset, ranges) for each weight: W[w] takes channel i of the input, shifted by (dy, dx), to channel o.
+// Call act(w, o, i, offset, ranges) for each weight: W[w] takes channel i of the input, shifted by (dy, dx), to channel
+// o.
 function eachWeight({ nIn, nOut, window, height, width }, act) {
   const low = before(window);
   let w = 0;
@@ -143,8 +146,8 @@ function multiplyBack({ nIn, nOut, W }, x, dz) {
   return { dW, db: dz, dx };
 }
 
-// The forward pass. `off` are filters that are switched off, as "layer.filter" from 0: their activation is 0 everywhere.
-// Returns the values by name; and `flat`, the input of the first dense layer.
+// The forward pass. `off` are filters that are switched off, as "layer.filter" from 0: their activation is 0
+// everywhere. Returns the values by name; and `flat`, the input of the first dense layer.
 export function forward(net, x, off = new Set()) {
   const squash = activations[net.activation].of, values = { x };
   net.convs.forEach((layer, l) => {
@@ -230,7 +233,8 @@ export function compute(net, x, label, off = new Set()) {
 // weights, their products and the sum of these; then z = sums + bias, and a.
 export function explain(net, pass, l, filter, y, x) {
   const { nIn, window, W, b, height, width } = net.convs[l];
-  const input = l ? pass.values[`p${l}`] : pass.values.x, low = before(window), n = window * window, area = height * width;
+  const input = l ? pass.values[`p${l}`] : pass.values.x, low = before(window), n = window * window,
+    area = height * width;
   const channels = Array.from({ length: nIn }, (_, i) => {
     const weights = W.subarray((filter * nIn + i) * n, (filter * nIn + i + 1) * n);
     const inputs = Float64Array.from({ length: n }, (_, k) => {

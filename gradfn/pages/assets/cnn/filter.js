@@ -9,8 +9,8 @@ const COLORS = ["red", "green", "blue"];
 const plus = (value) => `${value < 0 ? "−" : "+"} ${number(Math.abs(value))}`;
 const percent = (share) => `${100 * share}%`;
 
-// `act` has pixel(y, x), channel(i) and toggle(), which are called when the user points at another pixel, chooses another
-// input channel, or switches the filter.
+// `act` has pixel(y, x), channel(i) and toggle(), which are called when the user points at another pixel, chooses
+// another input channel, or switches the filter.
 export function makeFilter(find, net, painter, act) {
   const button = find("z"), z = button.querySelector("canvas");
   let open = { layer: 0, at: [0, 0] };
@@ -120,9 +120,11 @@ export function makeFilter(find, net, painter, act) {
     const { layer: l, filter, at: [y, x], channel } = state, n = l + 1, { nIn, window } = net.convs[l];
     const found = explain(net, now.pass, l, filter, y, x), isOff = state.off.has(`${l}.${filter}`);
     find("place").textContent = `Row ${y}, column ${x} of z${n}[${filter}]`;
-    const total = `${nIn > 1 ? `Sum of ${nIn} inputs` : "Sum of weights × window"} ${number(found.sum)}, bias ${plus(found.bias)}`;
+    const total = `${nIn > 1 ? `Sum of ${nIn} inputs` : "Sum of weights × window"} ${number(found.sum)}, bias ` +
+      `${plus(found.bias)}`;
     const bold = (value) => element("b", {}, number(value));
-    const after = isOff ? ["a = ", bold(found.a), ", as the filter is switched off"] : [`a = ${net.activation}(z) = `, bold(found.a)];
+    const after = isOff ? ["a = ", bold(found.a), ", as the filter is switched off"]
+      : [`a = ${net.activation}(z) = `, bold(found.a)];
     find("sum").replaceChildren(`${total}: z = `, bold(found.z), "; ", ...after);
 
     const { inputs, weights, products, sum } = found.channels[channel];
@@ -141,7 +143,8 @@ export function makeFilter(find, net, painter, act) {
     const ofInput = nIn > 1 ? ` on ${inputName(l, channel)}` : "";
     const written = cells.hidden ? "" : " Each cell: weight × input, and above it their product.";
     const outside = "Outside of the image the input is 0.";
-    find("cells-caption").textContent = `The window${ofInput}: its products add up to ${number(sum)}.${written} ${outside}`;
+    find("cells-caption").textContent = `The window${ofInput}: its products add up to ${number(sum)}.${written} ` +
+      `${outside}`;
     contributions(found, l, channel);
   }
 
@@ -169,7 +172,8 @@ export function makeFilter(find, net, painter, act) {
       find("filter-title").textContent = `Filter ${filter} of convolution ${l + 1}${isOff ? ", switched off" : ""}`;
       find("off").textContent = isOff ? "Switch this filter on" : "Switch this filter off";
       find("off").setAttribute("aria-pressed", isOff);
-      button.setAttribute("aria-label", `Map z${l + 1} of filter ${filter}: row ${at[0]}, column ${at[1]}. Arrow keys move`);
+      button.setAttribute("aria-label", `Map z${l + 1} of filter ${filter}: row ${at[0]}, column ${at[1]}. Arrow ` +
+        `keys move`);
       pictures(now, state);
       this.point(now, state);
     },
@@ -177,7 +181,8 @@ export function makeFilter(find, net, painter, act) {
     point(now, state) {
       open = state;
       const { layer: l, filter, at } = state;
-      button.setAttribute("aria-label", `Map z${l + 1} of filter ${filter}: row ${at[0]}, column ${at[1]}. Arrow keys move`);
+      button.setAttribute("aria-label", `Map z${l + 1} of filter ${filter}: row ${at[0]}, column ${at[1]}. Arrow ` +
+        `keys move`);
       places(now, state);
       sums(now, state);
     },

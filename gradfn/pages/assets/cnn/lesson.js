@@ -38,7 +38,8 @@ export function makeCnnLesson(section, find, page) {
       start: remember,
       done: () => state.layer === 0 && state.filter !== before.filter,
       happened: () => `This is ${filter()}. Its largest activation here is ${
-        number(largest(mapOf("a")))}. Its weights are below: it is most active where red ones meet large pixels and blue ones small pixels.`,
+        number(largest(mapOf("a")))}. Its weights are below: it is most active where red ones meet large pixels and ` +
+          `blue ones small pixels.`,
       at: () => section.querySelector(".maps-row"),
     },
     {
@@ -56,7 +57,8 @@ export function makeCnnLesson(section, find, page) {
     },
     {
       see: `The <dfn data-term="activation">activation</dfn> ${net.activation} follows${
-        net.activation === "relu" ? ": negative sums become 0" : ""}. Then <dfn data-term="pooling">pooling</dfn> keeps the largest of each 2 × 2 pixels.`,
+        net.activation === "relu" ? ": negative sums become 0" : ""}. Then <dfn data-term="pooling">pooling</dfn> ` +
+          `keeps the largest of each 2 × 2 pixels.`,
       act: "Show all maps after pooling.",
       start: remember,
       done: () => state.kind === "p",
@@ -88,7 +90,8 @@ export function makeCnnLesson(section, find, page) {
         at: () => find("z"),
       },
     {
-      see: "Which filters does the prediction need? Switching one off makes its map 0, and everything after it is computed again.",
+      see: "Which filters does the prediction need? Switching one off makes its map 0, and everything after it is " +
+        "computed again.",
       act: "Switch the open filter off.",
       start: remember,
       done: () => state.off.size > before.off,
@@ -116,7 +119,8 @@ export function makeCnnLesson(section, find, page) {
       at: () => section.querySelector(".correct"),
     },
     {
-      see: `The first gradient is P − y: the probabilities minus the target. Each step takes it one layer further back.`,
+      see: `The first gradient is P − y: the probabilities minus the target. Each step takes it one layer further ` +
+        `back.`,
       act: "Continue until the gradient has gone through a pooling: it reaches the largest pixel of each 2 × 2.",
       start: remember,
       done: () => page.shown() > page.now().steps.findIndex(({ name }) => name === `a${n}`),
@@ -128,8 +132,10 @@ export function makeCnnLesson(section, find, page) {
       act: "Show all steps.",
       start: remember,
       done: () => page.shown() === nSteps(),
-      happened: () => `The last picture is the gradient at the pixels; its largest magnitude is ${number(largest(page.now().gradients.x))}. ${
-        draws ? "More ink on" : "A larger value of"} a <b class="more">red</b> pixel increases the loss, ${draws ? "on" : "of"} a <b class="less">blue</b> one decreases it.`,
+      happened: () => `The last picture is the gradient at the pixels; its largest magnitude is ` +
+        `${number(largest(page.now().gradients.x))}. ${
+        draws ? "More ink on" : "A larger value of"} a <b class="more">red</b> pixel increases the loss, ` +
+          `${draws ? "on" : "of"} a <b class="less">blue</b> one decreases it.`,
       at: () => section.querySelector(".stepper"),
     },
   ]);

@@ -1,4 +1,5 @@
-// The running convolutional network: the maps of every filter for an image, and the gradient of the loss back to its pixels.
+// The running convolutional network: the maps of every filter for an image, and the gradient of the loss back to its
+// pixels.
 import { filterFrom, filterTo, index, offFrom, offTo } from "gradfn/cnn/address.js";
 import { makeBack } from "gradfn/cnn/back.js";
 import { build, compute, explain } from "gradfn/cnn/convnet.js";
@@ -24,12 +25,15 @@ export function start(section, content) {
   const samples = content.labels.map((_, i) => planar(arrays.samples.values.subarray(size * i, size * (i + 1))));
   const painter = imagePainter(net, Boolean(find("pad")), samples);
   // Images that are not samples, by name.
-  const made = find("pad") ? {} : { noise: noise(), blank: new Float64Array(size).fill(Math.max(painter.low, Math.min(painter.high, 0))) };
+  const made = find("pad") ? {} : { noise: noise(),
+    blank: new Float64Array(size).fill(Math.max(painter.low, Math.min(painter.high, 0))) };
   const images = { ...samples, ...made };
   const first = samples.length ? 0 : "noise";
   // `sample` is an index, the name of an image, or null for a drawing. `asked` is false while no label was chosen: then
-  // the label is the network's own prediction. `kind` says which maps are shown, `at` is the row and column of the open pixel.
-  const state = { x: null, sample: null, label: 0, asked: false, layer: 0, filter: 0, channel: 0, at: [0, 0], kind: "a", off: new Set() };
+  // the label is the network's own prediction. `kind` says which maps are shown, `at` is the row and column of the open
+  // pixel.
+  const state = { x: null, sample: null, label: 0, asked: false, layer: 0, filter: 0, channel: 0, at: [0, 0],
+    kind: "a", off: new Set() };
   let now = null, without = null; // what is computed; and the same with all filters on, where some are off
   let changed = () => {}; // tells the address and the lesson, once they are there
 
@@ -47,7 +51,8 @@ export function start(section, content) {
     });
   }
 
-  // In single precision, as JAX gets it: pixels that are equal there stay equal, which decides which of them pooling takes.
+  // In single precision, as JAX gets it: pixels that are equal there stay equal, which decides which of them pooling
+  // takes.
   const drawn = (ink, side) => {
     const x = Float64Array.from(new Float32Array(prepare(ink, side, spline) || size));
     change({ x, sample: null, asked: false });
@@ -67,11 +72,14 @@ export function start(section, content) {
   });
   const back = makeBack(find, net, Boolean(pad), (label) => change({ label, asked: true }), () => changed());
 
-  const names = (key) => (key in made ? { noise: "Noise", blank: "Blank" }[key] : `Test image, class ${content.labels[key]}`);
+  const names = (key) => (key in made ? { noise: "Noise", blank: "Blank" }[key]
+    : `Test image, class ${content.labels[key]}`);
   const buttons = Object.keys(images).map((key) => {
     const canvas = element("canvas", { class: "pixels" });
-    const about = key in made ? names(key) : names(key) + (spline && key >= 10 ? ", which the network misclassifies" : "");
-    return { key, made: element("button", { type: "button", "aria-label": about, title: about, onclick: () => pick(key) }, canvas) };
+    const about = key in made ? names(key) : names(key)
+      + (spline && key >= 10 ? ", which the network misclassifies" : "");
+    return { key, made: element("button",
+      { type: "button", "aria-label": about, title: about, onclick: () => pick(key) }, canvas) };
   });
   find("samples").append(...buttons.map((each) => each.made));
   find("restore").addEventListener("click", () => change({ off: new Set() }));
@@ -99,7 +107,8 @@ export function start(section, content) {
 
   // That pixel, and the input channel that contributes most to it.
   function where(layer, i) {
-    const at = brightest(layer, i), sums = explain(net, now.pass, layer, i, ...at).channels.map(({ sum }) => Math.abs(sum));
+    const at = brightest(layer, i);
+    const sums = explain(net, now.pass, layer, i, ...at).channels.map(({ sum }) => Math.abs(sum));
     return { at, channel: sums.indexOf(Math.max(...sums)) };
   }
 
@@ -148,9 +157,9 @@ export function start(section, content) {
   function effect() {
     if (!without) return `Loss for label ${state.label}: ${number(now.loss)} nats`;
     const n = state.off.size, { label } = state;
-    return `${n} filter${n > 1 ? "s are" : " is"} off: the probability of ${label} goes from ${percent(without.probabilities[label])} ` +
-      `to ${percent(now.probabilities[label])}, the loss from ${number(without.loss)} to ${number(now.loss)} nats. ` +
-      `Lines mark what it was.`;
+    return `${n} filter${n > 1 ? "s are" : " is"} off: the probability of ${label} goes from ` +
+      `${percent(without.probabilities[label])} to ${percent(now.probabilities[label])}, the loss from ` +
+      `${number(without.loss)} to ${number(now.loss)} nats. Lines mark what it was.`;
   }
 
   function paintAll() {
@@ -193,7 +202,8 @@ export function start(section, content) {
   // At the start the filter of the first convolution is open that is most active.
   function mostActive() {
     const { nOut } = net.convs[0], a = now.pass.values.a1, n = a.length / nOut;
-    const sums = Array.from({ length: nOut }, (_, i) => a.subarray(i * n, (i + 1) * n).reduce((sum, value) => sum + Math.abs(value), 0));
+    const sums = Array.from({ length: nOut },
+      (_, i) => a.subarray(i * n, (i + 1) * n).reduce((sum, value) => sum + Math.abs(value), 0));
     return sums.indexOf(Math.max(...sums));
   }
 
@@ -204,7 +214,8 @@ export function start(section, content) {
   document.documentElement.addEventListener("theme", paintAll);
   paintAll();
   const explained = () => explain(net, now.pass, state.layer, state.filter, ...state.at);
-  const page = { net, state, now: () => now, without: () => without, explained, shown: back.shown, labels: content.labels, first };
+  const page = { net, state, now: () => now, without: () => without, explained, shown: back.shown,
+    labels: content.labels, first };
   defineTerms(section, page);
   const lesson = makeCnnLesson(section, find, page);
   const keep = keepInAddress(section, restore);

@@ -1,8 +1,8 @@
 // Images and maps as pixels: of one channel as ink or as gray, of three in color.
 import { paint, paintTiles, scaleOf } from "gradfn/core/paint.js";
 
-// How the images of a network are shown. Digits are ink from 0 to 1; other images are from the smallest value (black) to the
-// largest (white) of all of them, or from 0 to 1 where they are in this range.
+// How the images of a network are shown. Digits are ink from 0 to 1; other images are from the smallest value (black)
+// to the largest (white) of all of them, or from 0 to 1 where they are in this range.
 export function imagePainter(net, isInk, samples) {
   const { height, width, channels } = net, area = height * width;
   let low = 0, high = 1;
@@ -48,8 +48,8 @@ export function paintMap(canvas, values, columns, scale, signed) {
   else paint(canvas, values.map((value) => Math.min(scale ? value / scale : 0, 1)), columns, null);
 }
 
-// How a layer's maps of one kind are shown: all on the same scale. The signs are those of `before`: pooled maps are shown as
-// those that they were made of, also where their negative values are gone.
+// How a layer's maps of one kind are shown: all on the same scale. The signs are those of `before`: pooled maps are
+// shown as those that they were made of, also where their negative values are gone.
 export function scaleOfMaps(values, before = values) {
   return { scale: scaleOf(values), signed: before.some((value) => value < 0) };
 }
@@ -61,8 +61,8 @@ export function paintWeights(canvas, weights, nIn, window, scale) {
   paintTiles(canvas, tiles, window, scale, perRowOf(nIn), 1);
 }
 
-// A matrix [rows, columns] of at most `most` in each direction: where it is larger, each cell is that of the largest size in
-// its block.
+// A matrix [rows, columns] of at most `most` in each direction: where it is larger, each cell is that of the largest
+// size in its block.
 export function shrunk(values, columns, most) {
   const rows = values.length / columns, wide = Math.min(columns, most), high = Math.min(rows, most);
   const found = new Float64Array(wide * high);

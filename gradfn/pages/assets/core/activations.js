@@ -9,7 +9,8 @@ const normal = (z) => 0.5 * (1 + erf(z * Math.SQRT1_2));
 // Numerical Recipes, section 6.2: a Chebyshev fit, whose relative error is below 1.2e-7.
 function erf(x) {
   const t = 1 / (1 + 0.5 * Math.abs(x));
-  const fit = [0.17087277, -0.82215223, 1.48851587, -1.13520398, 0.27886807, -0.18628806, 0.09678418, 0.37409196, 1.00002368];
+  const fit = [0.17087277, -0.82215223, 1.48851587, -1.13520398, 0.27886807, -0.18628806, 0.09678418, 0.37409196,
+    1.00002368];
   const power = fit.reduce((sum, part) => sum * t + part, 0);
   const rest = t * Math.exp(-x * x - 1.26551223 + power * t);
   return x >= 0 ? 1 - rest : rest - 1;

@@ -1,6 +1,7 @@
 // Arrays of numbers, as gradfn/pages/live/arrays.py encodes them.
 
-// Decode { dtype, shape, data } to { shape, values }; values is a Float32Array, row after row, or of integers as they are.
+// Decode { dtype, shape, data } to { shape, values }; values is a Float32Array, row after row, or of integers as they
+// are.
 export function decode({ dtype, shape, data }) {
   const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
   return { shape, values: kinds[dtype](bytes) };

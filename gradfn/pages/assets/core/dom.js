@@ -1,7 +1,7 @@
 // Elements, pointers and words: what every part of the page needs.
 
-// Return a function that finds the elements of a section, whose ids start with the section's own: two networks on one page
-// have the same parts.
+// Return a function that finds the elements of a section, whose ids start with the section's own: two networks on one
+// page have the same parts.
 export const within = (section) => (name) => document.getElementById(`${section.id}-${name}`);
 
 // Make an element; attributes that start with "on" are listeners.
@@ -15,8 +15,8 @@ export function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-// Call `started`, then `moved`, with the positions of a pointer pressed on an element: [x, y] as fractions of its width and
-// height, for a mouse, a pen or a finger.
+// Call `started`, then `moved`, with the positions of a pointer pressed on an element: [x, y] as fractions of its width
+// and height, for a mouse, a pen or a finger.
 export function follow(target, started, moved) {
   const place = (event) => {
     const box = target.getBoundingClientRect();

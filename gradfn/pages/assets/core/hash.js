@@ -1,9 +1,10 @@
 // The state of the page in its address, so that a finding is a link: #live-0/text=a%20b&head=3
 
-const PAUSE = 300; // milliseconds between two changes of the address at least: browsers refuse more than some per second
+// Milliseconds between two changes of the address at least: browsers refuse more than some per second.
+const PAUSE = 300;
 
-// Keep the state of a section in the address. `set(state)` is called with texts by name: at the start where the address has a
-// state, and when the address changes by a link. Call the returned function with a state after each change.
+// Keep the state of a section in the address. `set(state)` is called with texts by name: at the start where the address
+// has a state, and when the address changes by a link. Call the returned function with a state after each change.
 export function keepInAddress(section, set) {
   const prefix = `#${section.id}/`;
   let own = null; // the last one written here

@@ -47,7 +47,8 @@ export function makePad(find, pen, drawn) {
 
   return {
     draw,
-    // The drawing as a text for the address: two base-36 digits a coordinate, "." between strokes; "" where it is too long.
+    // The drawing as a text for the address: two base-36 digits a coordinate, "." between strokes; "" where it is too
+    // long.
     text() {
       if (strokes.flat().length > POINTS) return "";
       const written = (at) => at.toString(36).padStart(2, "0");

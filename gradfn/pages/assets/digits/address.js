@@ -15,7 +15,8 @@ export function changesToText({ net, trained, regions }) {
   return { bias: biases.join(","), region: areas.join(",") };
 }
 
-// What such texts say, without what is not of this network: { biases: [[layer, node, value]], regions: [[node, region]] }.
+// What such texts say, without what is not of this network: { biases: [[layer, node, value]], regions: [[node, region]]
+// }.
 export function changesFromText({ bias = "", region = "" }, { net }, side) {
   const numbers = (text, pattern) => text.split(",").map((each) => each.match(pattern)).filter(Boolean)
     .map((found) => found.slice(1).map(Number));

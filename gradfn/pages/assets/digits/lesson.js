@@ -36,7 +36,8 @@ export function makeDigitsLesson(section, find, page) {
       act: page.labels.length > 1 ? "Draw a 3. Without a pointer, pick a test digit." : "Draw a 3.",
       start: remember,
       done: () => state.x !== before.x && state.x.some((value) => value > 0),
-      happened: () => `The prediction is ${best()}. Keep drawing, and watch the bars: the network runs again at each stroke.`,
+      happened: () => `The prediction is ${best()}. Keep drawing, and watch the bars: the network runs again at each ` +
+        `stroke.`,
       at: () => section.querySelector(".drawing"),
     },
     {
@@ -140,8 +141,8 @@ export function makeDigitsLesson(section, find, page) {
       happened: () => {
         const { name, values } = page.steps()[Math.max(page.shown() - 1, 0)];
         const named = `∂L/∂${name[0]}${sub(name.slice(1))}`;
-        return `Step ${page.shown()} is ${named}: ${values.length.toLocaleString("en")} numbers, the largest magnitude is ` +
-          `${largest(values)}.`;
+        return `Step ${page.shown()} is ${named}: ${values.length.toLocaleString("en")} numbers, the largest ` +
+          `magnitude is ${largest(values)}.`;
       },
       at: () => section.querySelector(".stepper"),
     },

@@ -1,4 +1,5 @@
-// Attention: the pattern of every head, and what every head attends to from the chosen token, or from where it is attended to.
+// Attention: the pattern of every head, and what every head attends to from the chosen token, or from where it is
+// attended to.
 import { element } from "gradfn/core/dom.js";
 import { paint } from "gradfn/core/paint.js";
 import { headsOf, nameOf, patternOf, percent, quoted } from "gradfn/gpt/names.js";
@@ -13,7 +14,8 @@ export function makeAttention(find, model, change) {
   const grid = find("heads"), rows = find("rows");
   const buttons = heads.map((head, i) => {
     const button = element("button", { type: "button", class: "head", onclick: () => change({ head: i }) });
-    button.append(element("canvas", { class: "pixels" }), element("span", {}, element("b", {}, nameOf(head)), element("small")));
+    button.append(element("canvas", { class: "pixels" }),
+      element("span", {}, element("b", {}, nameOf(head)), element("small")));
     return button;
   });
   grid.style.setProperty("--heads", Math.min(perBlock, 8));
@@ -22,7 +24,8 @@ export function makeAttention(find, model, change) {
   rove(grid, () => buttons, () => arrows, (i) => change({ head: i }));
 
   const lines = heads.map((head, i) => {
-    const button = element("button", { type: "button", class: "head-row", tabindex: "-1", onclick: () => change({ head: i }) });
+    const button = element("button", { type: "button", class: "head-row", tabindex: "-1",
+      onclick: () => change({ head: i }) });
     button.append(element("b", {}, nameOf(head)), element("canvas", { class: "pixels" }), element("small"));
     return button;
   });
@@ -60,7 +63,8 @@ export function makeAttention(find, model, change) {
     lines.forEach((line, i) => {
       const weights = attentionOf(patternOf(model, now.pass, heads[i]), n, position, direction);
       const largest = weights.indexOf(Math.max(...weights));
-      const said = `most ${from ? "to" : "from"} ${quoted(now.names[largest])} at ${largest}, ${percent(weights[largest])}`;
+      const said = `most ${from ? "to" : "from"} ${quoted(now.names[largest])} at ${largest}, ` +
+        `${percent(weights[largest])}`;
       paint(line.children[1], weights.map(Math.sqrt), n, null);
       line.lastChild.textContent = said;
       line.setAttribute("aria-label", `Head ${heads[i].head} of block ${heads[i].block}: ${said}`);

@@ -8,8 +8,9 @@ import { headPath, layerOf, siteOf } from "gradfn/gpt/model.js";
 
 // The gradient of the sum over t of weights[t] times the loss at t; positions with the target -1 do not count.
 //
-// Returns { sites: { name: { shape, values } }, params: { path: { shape, values } } or null, loss }. Edits of the pass are
-// differentiated through, as gf.inspect of a function of gf.patch does it: the gradient at a site is that at the edited value.
+// Returns { sites: { name: { shape, values } }, params: { path: { shape, values } } or null, loss }. Edits of the pass
+// are differentiated through, as gf.inspect of a function of gf.patch does it: the gradient at a site is that at the
+// edited value.
 export function backward(model, pass, targets, weights, { params: withParams = false } = {}) {
   const { config, params } = model, { tokens, edits } = pass, T = tokens.length;
   const back = { config, params, pass, T, sites: {}, grads: withParams ? {} : null };

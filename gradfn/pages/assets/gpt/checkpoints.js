@@ -1,13 +1,14 @@
 // The parameters at earlier steps of training: gradfn/pages/live/_gpt_checkpoints.py says how they are encoded.
 import { decode, decodeAll } from "gradfn/core/arrays.js";
 
-// Returns [{ step, loss }] in the order of training; the last is the trained model. The arrays of the others stay encoded
-// until paramsAt needs them.
+// Returns [{ step, loss }] in the order of training; the last is the trained model. The arrays of the others stay
+// encoded until paramsAt needs them.
 export function checkpointsOf(content) {
   return content.checkpoints.map(({ step, loss, arrays }) => ({ step, loss, arrays }));
 }
 
-// The parameters of checkpoint i; the last is the trained model. They are decoded once, from the end of training backwards.
+// The parameters of checkpoint i; the last is the trained model. They are decoded once, from the end of training
+// backwards.
 export function paramsAt(model, i) {
   const { checkpoints } = model, last = checkpoints.length - 1;
   checkpoints[last].params ??= model.params;

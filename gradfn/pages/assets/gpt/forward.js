@@ -4,7 +4,8 @@ import { checkEdit, edited } from "gradfn/gpt/edits.js";
 import { addToHead, headOf, product, sum, transposed } from "gradfn/gpt/matrix.js";
 import { headPath, layerOf, shapeOf, siteOf } from "gradfn/gpt/model.js";
 
-// Returns { tokens, edits, sites: { name: { shape, values } }, logits, kept }: kept is what only the backward pass needs.
+// Returns { tokens, edits, sites: { name: { shape, values } }, logits, kept }: kept is what only the backward pass
+// needs.
 export function forward(model, tokens, edits = []) {
   const { config, params } = model;
   const T = tokens.length;
@@ -109,7 +110,8 @@ export function moments(config, x, at) {
   return { mean, scale: 1 / Math.sqrt(square / width + config.norm_epsilon) };
 }
 
-// Rotate pairs of features (i and i + size / 2) by angles proportional to the position, in place; backwards with sign -1.
+// Rotate pairs of features (i and i + size / 2) by angles proportional to the position, in place; backwards with sign
+// -1.
 export function rotate(config, x, heads, T, sign = 1) {
   const size = config.head_size, half = size / 2;
   for (let k = 0; k < half; k++) {

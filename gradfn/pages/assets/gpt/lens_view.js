@@ -11,7 +11,8 @@ export function makeLens(find, model) {
   const body = find("lens"), heading = find("lens-target");
 
   function show(now, { position }) {
-    const layers = logitLens(model, now.pass, position).filter(({ site }) => model.config.n_layers <= ALL || !site.endsWith("_mid"));
+    const layers = logitLens(model, now.pass, position)
+      .filter(({ site }) => model.config.n_layers <= ALL || !site.endsWith("_mid"));
     const follows = now.targets[position];
     const end = layers[layers.length - 1].probabilities;
     const target = follows >= 0 ? follows : most(end, 1)[0];
@@ -25,7 +26,8 @@ export function makeLens(find, model) {
           cell.append(element("b", {}, visible(token)), " ", element("small", {}, percent(probabilities[top[i]])));
           return cell;
         });
-        const share = element("td", { class: "reached" }, element("span", { class: "share" }, element("i")), percent(probabilities[target]));
+        const share = element("td", { class: "reached" }, element("span", { class: "share" }, element("i")),
+          percent(probabilities[target]));
         share.firstChild.style.setProperty("--share", probabilities[target]);
         return element("tr", {}, element("th", { scope: "row" }, layerOf(model, site)), ...cells, share);
       }),

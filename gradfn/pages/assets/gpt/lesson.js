@@ -23,8 +23,8 @@ export function lessonOf(find, model, state, now) {
 
   const steps = [
     {
-      see: "The model reads the text as <dfn data-term=\"token\">tokens</dfn>. After each one it predicts the next: a probability for " +
-        "every token that it knows. The bars show the ten largest.",
+      see: "The model reads the text as <dfn data-term=\"token\">tokens</dfn>. After each one it predicts the next: " +
+        "a probability for every token that it knows. The bars show the ten largest.",
       act: "Choose a token in the middle of the text.",
       at: () => find("tokens").closest(".strip"),
       start: starts,
@@ -32,7 +32,8 @@ export function lessonOf(find, model, state, now) {
       happened: () => {
         const all = probabilities(), [first] = most(all, 1), follows = now().targets[state.position];
         return `After ${here()} the model expects ${called(first)} most, with ${percent(all[first])}. ` +
-          `${called(follows)} follows, with ${percent(all[follows])}: the loss is −log of it, ${number(now().losses[state.position])} nats.`;
+          `${called(follows)} follows, with ${percent(all[follows])}: the loss is −log of it, ` +
+          `${number(now().losses[state.position])} nats.`;
       },
     },
     {
@@ -43,18 +44,20 @@ export function lessonOf(find, model, state, now) {
       done: () => state.position > 0 && state.position - 1 === worst(now().losses),
       happened: () => {
         const loss = now().losses[state.position - 1];
-        return `${here()} had a probability of ${percent(Math.exp(-loss))}: ${number(loss)} nats. Averaged over the text, the loss is ` +
-          `${number(now().loss)} nats; guessing among all ${vocab} tokens gives ${number(Math.log(vocab))}.`;
+        return `${here()} had a probability of ${percent(Math.exp(-loss))}: ${number(loss)} nats. Averaged over the ` +
+          `text, the loss is ${number(now().loss)} nats; guessing among all ${vocab} tokens gives ` +
+          `${number(Math.log(vocab))}.`;
       },
     },
     {
-      see: "Tokens that the model writes are sampled from its prediction. With <dfn data-term=\"temperature\">temperature</dfn> 0 it is always the most " +
-        "probable token.",
+      see: "Tokens that the model writes are sampled from its prediction. With <dfn " +
+        "data-term=\"temperature\">temperature</dfn> 0 it is always the most probable token.",
       act: "Set the temperature to 0 and write a few tokens.",
       at: () => find(state.temperature === 0 ? "writing" : "settings"),
       start: starts,
       done: () => state.temperature === 0 && state.written >= 3,
-      happened: () => `It wrote ${state.written} tokens, the most probable one each time. Press “Write on”: it often repeats itself.`,
+      happened: () => `It wrote ${state.written} tokens, the most probable one each time. Press “Write on”: it often ` +
+        `repeats itself.`,
     },
     {
       see: "With temperature 1, tokens are sampled with the probabilities that the model predicts.",
@@ -62,12 +65,14 @@ export function lessonOf(find, model, state, now) {
       at: () => find(state.temperature === 1 ? "writing" : "settings"),
       start: starts,
       done: () => state.temperature === 1 && state.written >= 3,
-      happened: () => `It wrote ${state.written} tokens with the <dfn data-term="seed">seed</dfn> ${state.seed}. Undo and write again: they ` +
+      happened: () => `It wrote ${state.written} tokens with the <dfn data-term="seed">seed</dfn> ${state.seed}. ` +
+        `Undo and write again: they ` +
         "are the same. Another seed gives others.",
     },
     {
-      see: "Each square is an <dfn data-term=\"attention head\">attention head</dfn>: row by row, to which earlier tokens each one attends. " +
-        "A dark diagonal is a head that attends to the token itself; one beside it, to the previous one.",
+      see: "Each square is an <dfn data-term=\"attention head\">attention head</dfn>: row by row, to which earlier " +
+        "tokens each one attends. A dark diagonal is a head that attends to the token itself; one beside it, to the " +
+        "previous one.",
       ofHeads: true,
       act: `Choose the head that attends most to the previous token${previousHead() ? "" : ", if there is one"}.`,
       at: () => find("heads").closest(".looking"),
@@ -77,7 +82,8 @@ export function lessonOf(find, model, state, now) {
         const found = previousHead();
         const share = previousShare(patternOf(model, now().pass, heads[state.head]), state.tokens.length);
         return `Head ${nameOf(heads[state.head])} gives ${percent(share)} of its attention to the previous token` +
-          (found && found.i === state.head ? ", more than any other head." : ". No head of this model has a clear habit of it.");
+          (found && found.i === state.head ? ", more than any other head."
+            : ". No head of this model has a clear habit of it.");
       },
     },
     {
@@ -96,12 +102,13 @@ export function lessonOf(find, model, state, now) {
         });
         const [top] = most(taken, 1);
         if (p === n - 1) return "This is the last token: no later one can attend to it. Choose an earlier one.";
-        return `Head ${nameOf(heads[top])} uses ${here()} most: ${percent(taken[top] / (n - 1 - p))} of the attention of all later tokens.`;
+        return `Head ${nameOf(heads[top])} uses ${here()} most: ${percent(taken[top] / (n - 1 - p))} of the ` +
+          `attention of all later tokens.`;
       },
     },
     {
-      see: "The <dfn data-term=\"logit lens\">logit lens</dfn> asks each layer for its prediction: the <dfn data-term=\"residual stream\">" +
-        "residual stream</dfn> goes straight to the output.",
+      see: "The <dfn data-term=\"logit lens\">logit lens</dfn> asks each layer for its prediction: the <dfn " +
+        "data-term=\"residual stream\">residual stream</dfn> goes straight to the output.",
       act: "Choose another token, and read down the table.",
       at: () => find("lens-table"),
       start: starts,
@@ -110,8 +117,9 @@ export function lessonOf(find, model, state, now) {
         const layers = logitLens(model, now().pass, state.position), end = layers[layers.length - 1];
         const [top] = most(end.probabilities, 1);
         const at = layers.findIndex((_, i) => layers.slice(i).every(({ probabilities: p }) => most(p, 1)[0] === top));
-        return `The model's prediction is ${called(top)}, ${percent(end.probabilities[top])}. It is the first choice from “after ` +
-          `${layerOf(model, layers[at].site)}” on; after the embedding it had ${percent(layers[0].probabilities[top])}.`;
+        return `The model's prediction is ${called(top)}, ${percent(end.probabilities[top])}. It is the first choice ` +
+          `from “after ${layerOf(model, layers[at].site)}” on; after the embedding it had ` +
+          `${percent(layers[0].probabilities[top])}.`;
       },
     },
   ];
@@ -122,19 +130,23 @@ export function lessonOf(find, model, state, now) {
       at: () => find("time"),
       start: starts,
       done: () => state.checkpoint === 0,
-      happened: () => `At step ${checkpoints[0].step.toLocaleString("en")} the text's loss was ${number(now().loss)} nats per token` +
-        (Number.isFinite(initial.loss) && initial.checkpoint !== 0 ? `; at the checkpoint before, it is ${number(initial.loss)}.` : ".") +
+      happened: () => `At step ${checkpoints[0].step.toLocaleString("en")} the text's loss was ${number(now().loss)} ` +
+        `nats per token` +
+        (Number.isFinite(initial.loss) && initial.checkpoint !== 0
+          ? `; at the checkpoint before, it is ${number(initial.loss)}.` : ".") +
         ` A guess among all tokens has ${number(Math.log(vocab))}.`,
     });
   }
   steps.push(
     {
-      see: "The backward pass: how the loss changes if a value increases slightly, from the predictions back to the text.",
+      see: "The backward pass: how the loss changes if a value increases slightly, from the predictions back to the " +
+        "text.",
       act: "Press “Next step” a few times.",
       at: () => find("back"),
       start: starts,
       done: () => state.step > (initial.step || 1),
-      happened: () => `Step ${state.step}: the gradient has reached a lower layer. The bars show how strongly the loss depends on the vector at each position.`,
+      happened: () => `Step ${state.step}: the gradient has reached a lower layer. The bars show how strongly the ` +
+        `loss depends on the vector at each position.`,
     },
     {
       see: "A head can be switched off: its output becomes 0, and everything after it is computed again.",
@@ -144,10 +156,11 @@ export function lessonOf(find, model, state, now) {
       done: () => state.edits.length > 0,
       happened: () => {
         const { loss, lossWithout } = now();
-        if (!Number.isFinite(loss)) return "The prediction changed. With a longer text there is a loss to compare, too.";
+        if (!Number.isFinite(loss)) return "The prediction changed. With a longer text there is a loss to compare, " +
+          "too.";
         const more = loss - lossWithout;
-        return `The text's loss ${more < 0 ? "fell" : "rose"} from ${number(lossWithout)} to ${number(loss)} nats per token: without it the model is ` +
-          `${more < 0 ? "better on this text, by chance" : "worse"}.`;
+        return `The text's loss ${more < 0 ? "fell" : "rose"} from ${number(lossWithout)} to ${number(loss)} nats ` +
+          `per token: without it the model is ${more < 0 ? "better on this text, by chance" : "worse"}.`;
       },
     },
   );

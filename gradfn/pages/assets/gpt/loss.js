@@ -1,7 +1,7 @@
 // The loss of each position: minus the log of the probability that the model gives the next token, in nats.
 
-// The token that each position should predict: the next one; -1 where there is none, or where the model was not trained to
-// predict (quiet: { until: token }, before that token; { repeats: true }, before a repetition).
+// The token that each position should predict: the next one; -1 where there is none, or where the model was not trained
+// to predict (quiet: { until: token }, before that token; { repeats: true }, before a repetition).
 export function targets(model, tokens) {
   const out = new Int32Array(tokens.length).fill(-1);
   const first = firstPredicted(model.quiet, tokens);

@@ -1,12 +1,14 @@
 // Products of matrices in typed arrays, row after row. Four outputs of two rows are computed at a time: each number
 // that is loaded is then used more than once, which is what a plain loop spends its time on.
 
-// out[i, j] = sum over l of a[i, l] b[j, l], plus bias[j]: a is [m, k], b is [n, k], out is [m, n]. Sums are in double precision.
+// out[i, j] = sum over l of a[i, l] b[j, l], plus bias[j]: a is [m, k], b is [n, k], out is [m, n]. Sums are in double
+// precision.
 export function product(a, b, m, n, k, bias = null, out = new Float32Array(m * n)) {
   let j = 0;
   for (; j + 4 <= n; j += 4) {
     const b0 = j * k, b1 = b0 + k, b2 = b1 + k, b3 = b2 + k;
-    const c0 = bias ? bias[j] : 0, c1 = bias ? bias[j + 1] : 0, c2 = bias ? bias[j + 2] : 0, c3 = bias ? bias[j + 3] : 0;
+    const c0 = bias ? bias[j] : 0, c1 = bias ? bias[j + 1] : 0, c2 = bias ? bias[j + 2] : 0,
+      c3 = bias ? bias[j + 3] : 0;
     let i = 0;
     for (; i + 2 <= m; i += 2) {
       const a0 = i * k, a1 = a0 + k;

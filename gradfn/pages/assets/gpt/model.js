@@ -5,17 +5,20 @@ import { checkpointsOf } from "gradfn/gpt/checkpoints.js";
 // The values that gf.gpt names in each block, in the order of computation.
 const ATTENTION = ["queries", "keys", "values", "probabilities", "mixed"];
 
-// Returns { config, params: { path: { shape, values } }, tokenizer, lines, quiet, checkpoints: [{ step, loss }], samples,
-// context, sites }. config has the names of gf.GPTConfig; feed is null where blocks have no feed-forward layers.
+// Returns { config, params: { path: { shape, values } }, tokenizer, lines, quiet, checkpoints: [{ step, loss }],
+// samples, context, sites }. config has the names of gf.GPTConfig; feed is null where blocks have no feed-forward
+// layers.
 export function build(content) {
   const { config, tokenizer, lines, quiet, samples } = content;
-  const model = { config, params: decodeAll(content.params), tokenizer, lines, quiet, samples, context: config.context };
+  const model = { config, params: decodeAll(content.params), tokenizer, lines, quiet, samples,
+    context: config.context };
   model.sites = siteNames(config);
   model.checkpoints = checkpointsOf(content);
   return model;
 }
 
-// The name of a value of a block as gf.sites gives it: siteOf(config, 2, "mixed"). A name that occurs once has no scope.
+// The name of a value of a block as gf.sites gives it: siteOf(config, 2, "mixed"). A name that occurs once has no
+// scope.
 export function siteOf(config, block, name) {
   const scope = `blocks/${block}`;
   if (name.endsWith("_norm")) return `${scope}/${name}`;
@@ -31,7 +34,8 @@ export function partsOf(config) {
 }
 
 function siteNames(config) {
-  const blocks = Array.from({ length: config.n_layers }, (_, i) => partsOf(config).map((part) => siteOf(config, i, part)));
+  const blocks = Array.from({ length: config.n_layers },
+    (_, i) => partsOf(config).map((part) => siteOf(config, i, part)));
   return ["embedded", ...blocks.flat(), "final_norm", "logits"];
 }
 

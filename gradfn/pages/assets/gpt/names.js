@@ -2,7 +2,8 @@
 import { siteOf } from "gradfn/gpt/model.js";
 
 const MARKS = { " ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥" };
-const SPOKEN = { " ": "space", "\n": "line break", "\r": "carriage return", "\t": "tab", "↵": "line break", "␍": "carriage return", "⇥": "tab" };
+const SPOKEN = { " ": "space", "\n": "line break", "\r": "carriage return", "\t": "tab", "↵": "line break",
+  "␍": "carriage return", "⇥": "tab" };
 
 // A token as it is shown: white space and control characters have marks.
 export function visible(text) {

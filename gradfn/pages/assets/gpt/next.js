@@ -40,7 +40,8 @@ export function makeNext(find, model, append) {
       const follows = token === target ? ", follows in the text" : "";
       button.setAttribute("aria-label", `${spoken(named[i])}, ${percent(share)}${follows}. Continue with it`);
     });
-    find("next-title").replaceChildren("Next token after ", element("b", { class: "glyph" }, visible(now.names[position])));
+    find("next-title").replaceChildren("Next token after ",
+      element("b", { class: "glyph" }, visible(now.names[position])));
     find("next-note").textContent = note(now, state, listed.length < vocab, probabilities);
   }
 
@@ -51,10 +52,12 @@ export function makeNext(find, model, append) {
       const only = topK && topK < model.config.vocab ? `, of the ${topK} most probable tokens` : "";
       parts.push(`Probabilities at temperature ${temperature.toFixed(1)}${only}.`);
     }
-    if (model.lines && position && now.names[position] === "↵") parts.push("The line ends here: no training text went further.");
+    if (model.lines && position && now.names[position] === "↵") parts.push("The line ends here: no training text " +
+      "went further.");
     if (follows) {
       const [name] = names(model, now.targets.subarray(position, position + 1));
-      parts.push(`${quoted(name)} follows: loss ${number(now.losses[position])} nats. Click another token to continue with it instead.`);
+      parts.push(`${quoted(name)} follows: loss ${number(now.losses[position])} nats. Click another token to ` +
+        `continue with it instead.`);
     } else parts.push("Click a token to continue with it.");
     return parts.join(" ");
   }

@@ -4,8 +4,8 @@ import { losses, targets } from "gradfn/gpt/loss.js";
 import { applicable } from "gradfn/gpt/parts.js";
 import { names } from "gradfn/gpt/tokenizer.js";
 
-// Compute { pass, targets, losses, loss, names, without, lossesWithout, lossWithout }: `loss` is averaged over the text, NaN
-// where nothing is predicted; `without` is the pass without edits, computed only when a view reads it.
+// Compute { pass, targets, losses, loss, names, without, lossesWithout, lossWithout }: `loss` is averaged over the
+// text, NaN where nothing is predicted; `without` is the pass without edits, computed only when a view reads it.
 export function compute(model, { tokens, edits }) {
   const applied = applicable(edits, tokens.length);
   const pass = applied.length ? forward(model, tokens, applied) : unedited(model, tokens);
@@ -35,5 +35,6 @@ export function mean(own) {
 
 function later(target, name, make) {
   let found;
-  Object.defineProperty(target, name, { get: () => (found === undefined ? (found = make()) : found), enumerable: false });
+  Object.defineProperty(target, name, { get: () => (found === undefined ? (found = make()) : found),
+    enumerable: false });
 }

@@ -32,8 +32,9 @@ export function start(section, content) {
   const model = build(content);
   const checkpoints = model.checkpoints || [];
   const before = []; // texts to go back to
-  // `position` is a token's index: the model's prediction after it is shown. `total` counts the tokens of the whole text,
-  // `written` those that the model wrote. `whole` says which loss is differentiated: of the text, or of the position.
+  // `position` is a token's index: the model's prediction after it is shown. `total` counts the tokens of the whole
+  // text, `written` those that the model wrote. `whole` says which loss is differentiated: of the text, or of the
+  // position.
   const state = {
     ...read((model.samples || [])[0] ?? ""),
     checkpoint: Math.max(checkpoints.length - 1, 0),
@@ -58,8 +59,8 @@ export function start(section, content) {
   views.push(makeIntervene(find, model, change), makeBack(find, model, change));
   const lesson = makeLesson(section, lessonOf(find, model, state, () => now));
 
-  // Return what of the state a text decides: the tokens that are read, and the position of the last one. Of an empty text
-  // the model reads a line break, or its first token without one.
+  // Return what of the state a text decides: the tokens that are read, and the position of the last one. Of an empty
+  // text the model reads a line break, or its first token without one.
   function read(typed) {
     const { tokens: all, unknown } = encode(model, typed);
     const tokens = all.length ? readBy(model, all) : Int32Array.of(Math.max(newLine(model), 0));
@@ -116,7 +117,8 @@ export function start(section, content) {
     if (!model.tokenizer) return `${typed.trim()} ${token}`;
     for (let n = Math.min(BYTES - 1, before.length); n > 0; n--) {
       const last = before.slice(-n), end = decode(model, last);
-      if (typed.endsWith(end)) return typed.slice(0, typed.length - end.length) + decode(model, Int32Array.of(...last, token));
+      if (typed.endsWith(end))
+        return typed.slice(0, typed.length - end.length) + decode(model, Int32Array.of(...last, token));
     }
     return typed + decode(model, Int32Array.of(token));
   }
@@ -171,7 +173,8 @@ export function start(section, content) {
     const probabilities = distribution(row, state), [first] = most(probabilities, 1);
     const loss = Number.isNaN(now.losses[position]) ? "" : ` Loss ${number(now.losses[position])} nats.`;
     const after = `After ${quoted(now.names[position])} at position ${position}`;
-    find("status").textContent = `${after}: ${quoted(decode(model, Int32Array.of(first)))} ${percent(probabilities[first])}.${loss}`;
+    find("status").textContent = `${after}: ${quoted(decode(model, Int32Array.of(first)))} ` +
+      `${percent(probabilities[first])}.${loss}`;
   });
 
   const keep = keepInAddress(section, (texts) => {

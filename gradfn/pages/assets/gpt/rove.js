@@ -1,6 +1,7 @@
 // Many buttons, of which one is in the order of the tab key: the arrow keys move among them.
 
-// Let keys move the focus in a container: `step` maps a key to a change of the index, `pick(i)` is called with the new one.
+// Let keys move the focus in a container: `step` maps a key to a change of the index, `pick(i)` is called with the new
+// one.
 export function rove(container, buttons, steps, pick) {
   container.addEventListener("keydown", (event) => {
     const all = buttons(), at = all.indexOf(event.target.closest("button"));

@@ -1,8 +1,8 @@
 // The distribution of the next token, and a token of it.
 import { logTotal } from "gradfn/gpt/loss.js";
 
-// The probabilities of a row of logits. A temperature below 1 makes the likely likelier, 0 leaves only the likeliest; topK
-// keeps the topK likeliest tokens. As in gf.generate, ties go to the smaller token.
+// The probabilities of a row of logits. A temperature below 1 makes the likely likelier, 0 leaves only the likeliest;
+// topK keeps the topK likeliest tokens. As in gf.generate, ties go to the smaller token.
 export function distribution(logits, { temperature = 1, topK = null } = {}) {
   const out = new Float32Array(logits.length);
   const order = Array.from(logits.keys()).sort((i, j) => logits[j] - logits[i] || i - j);

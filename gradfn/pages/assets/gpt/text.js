@@ -95,13 +95,15 @@ function said({ names, losses }, { position, direction }, weights, head) {
     : `Bars: attention of head ${head} from it; most to ${quoted(names[most])}`;
   const back = Math.abs(position - most);
   const where = back === 0 ? "itself" : `${back} ${direction === "to" ? "later" : "back"}`;
-  return `${quoted(names[position])} at position ${position} ${surprise}. ${looks} (${where}), ${percent(weights[most])}.`;
+  return `${quoted(names[position])} at position ${position} ${surprise}. ${looks} (${where}), ` +
+    `${percent(weights[most])}.`;
 }
 
 function noteOf(model, { text, unknown, total, start }, n) {
   const notes = [];
   if (start) notes.push(`The text is empty: the model reads ${quoted(start)} instead.`);
-  if (total > n) notes.push(`The model reads the last ${n.toLocaleString("en")} of ${total.toLocaleString("en")} tokens: ${whyNotAll(model, n)}.`);
+  if (total > n) notes.push(`The model reads the last ${n.toLocaleString("en")} of ${total.toLocaleString("en")} ` +
+    `tokens: ${whyNotAll(model, n)}.`);
   if (unknown.length) {
     const named = [...new Set(unknown)];
     const more = named.length > 12 ? ` and ${named.length - 12} more` : "";

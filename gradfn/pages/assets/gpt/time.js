@@ -76,9 +76,11 @@ export function makeTime(find, model, change, lossAt) {
     const known = [...losses].sort((a, b) => a[0] - b[0]);
     const points = known.map(([i, loss]) => `${x(i).toFixed(1)},${y(loss).toFixed(1)}`);
     const parts = [shape("polyline", { points: points.join(" "), class: "line c0" })];
-    for (const [i, loss] of known) parts.push(shape("circle", { cx: x(i), cy: y(loss), r: i === at ? 5 : 2.5, class: "dot" }));
+    for (const [i, loss] of known) parts.push(shape("circle",
+      { cx: x(i), cy: y(loss), r: i === at ? 5 : 2.5, class: "dot" }));
     find("time-line").replaceChildren(...parts);
-    const to = known.length ? `: 0 (bottom) to ${number(largest)} nats per token` : " is unknown: it predicts nothing yet";
+    const to = known.length ? `: 0 (bottom) to ${number(largest)} nats per token`
+      : " is unknown: it predicts nothing yet";
     find("time-caption").textContent = `Loss of this text at each checkpoint${to}`;
   }
 

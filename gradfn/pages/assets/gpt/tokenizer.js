@@ -29,7 +29,8 @@ const encoders = {
 // The exact text of tokens; bytes that are not UTF-8 become U+FFFD. Integers are separated by spaces.
 export function decode(model, tokens) {
   if (!model.tokenizer) return Array.from(tokens).join(" ");
-  if (model.tokenizer.name === "bytes") return new TextDecoder("utf-8", { ignoreBOM: true }).decode(Uint8Array.from(tokens));
+  if (model.tokenizer.name === "bytes") return new TextDecoder("utf-8", { ignoreBOM: true })
+    .decode(Uint8Array.from(tokens));
   const symbols = symbolsOf(model);
   return Array.from(tokens, (token) => symbols[token]).join("");
 }

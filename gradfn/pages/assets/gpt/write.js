@@ -7,17 +7,20 @@ export const LARGEST_SEED = 0xffffffff;
 // A number in [0, 1) for a seed and the number of tokens so far: the same text is continued in the same way.
 export function uniform(seed, i) {
   let bits = (seed ^ Math.imul(i + 1, 0x9e3779b1)) >>> 0;
-  for (const [shift, factor] of [[16, 0x85ebca6b], [13, 0xc2b2ae35]]) bits = Math.imul(bits ^ (bits >>> shift), factor) >>> 0;
+  for (const [shift, factor] of [[16, 0x85ebca6b], [13, 0xc2b2ae35]])
+    bits = Math.imul(bits ^ (bits >>> shift), factor) >>> 0;
   return ((bits ^ (bits >>> 16)) >>> 0) / 2 ** 32;
 }
 
-// The tokens that the model reads after one more: all of them, or, where its context is full, the later half, as gf.generate.
+// The tokens that the model reads after one more: all of them, or, where its context is full, the later half, as
+// gf.generate.
 export function extended(tokens, token, context) {
   const all = Int32Array.of(...tokens, token);
   return all.length > context ? all.slice(-Math.max(Math.floor(context / 2), 1)) : all;
 }
 
-// The tokens of a text that the model reads: the last ones; where each line is a text of its own, those of the last line.
+// The tokens of a text that the model reads: the last ones; where each line is a text of its own, those of the last
+// line.
 export function readBy(model, tokens) {
   const last = tokens.slice(-model.context);
   const start = model.lines && last.length > 1 ? last.lastIndexOf(newLine(model), last.length - 2) : 0;
@@ -74,7 +77,8 @@ export function makeWriting(find, model, state, now, change, append) {
 
   function show() {
     temperature.value = state.temperature;
-    temperature.setAttribute("aria-valuetext", state.temperature ? `${state.temperature}` : "0, always the most probable token");
+    temperature.setAttribute("aria-valuetext",
+      state.temperature ? `${state.temperature}` : "0, always the most probable token");
     find("temperature-value").textContent = state.temperature.toFixed(1);
     if (document.activeElement !== topK) topK.value = state.topK === null ? "" : state.topK;
     if (document.activeElement !== seed) seed.value = state.seed;

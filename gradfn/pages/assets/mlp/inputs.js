@@ -22,10 +22,12 @@ export function makeInputs(find, net, examples, targets, moved, placed) {
   const nIn = net.layers[0].nIn, ranges = rangesOf(examples, nIn);
   const rows = Array.from({ length: Math.min(nIn, SHOWN) }, (_, j) => {
     const name = `Input ${j}`, [low, high] = ranges[j];
-    const slider = element("input", { type: "range", min: low, max: high, step: "any", "aria-label": `${name}, slider` });
+    const slider = element("input", { type: "range", min: low, max: high, step: "any",
+      "aria-label": `${name}, slider` });
     const field = element("input", { type: "number", step: "any", "aria-label": name });
     slider.addEventListener("input", () => moved(j, Number(Number(slider.value).toPrecision(4))));
-    field.addEventListener("input", () => field.value !== "" && Number.isFinite(field.valueAsNumber) && moved(j, field.valueAsNumber));
+    field.addEventListener("input", () => field.value !== "" && Number.isFinite(field.valueAsNumber)
+      && moved(j, field.valueAsNumber));
     const label = element("span");
     label.innerHTML = `x${sub(j)}`;
     find("inputs").append(element("p", { class: "input-row" }, label, slider, field));
@@ -57,7 +59,8 @@ function makePlane(find, net, examples, targets, ranges, placed) {
 
   const toPlane = ([u, v]) => [left + u * (right - left), top - v * (top - bottom)];
   const toCanvas = ([x, y]) => [(side * (x - left)) / (right - left), (side * (top - y)) / (top - bottom)];
-  const at = (place) => placed(toPlane(place.map((share) => Math.min(Math.max(share, 0), 1))).map((value) => Number(value.toPrecision(4))));
+  const at = (place) => placed(toPlane(place.map((share) => Math.min(Math.max(share, 0), 1)))
+    .map((value) => Number(value.toPrecision(4))));
   follow(canvas, at, at);
 
   // The output at the middle of each cell: its probability from -1 (none) to 1, or its value.

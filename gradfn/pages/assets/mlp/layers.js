@@ -16,13 +16,15 @@ export function makeNodes(find, net, clicked, reached) {
     }),
   );
   buttons.forEach((of, l) => {
-    const group = element("div", { class: l < last ? "cells-of-nodes" : isClassifier(net) ? "values shares" : "values", role: "group", "aria-label": names[l] }, ...of);
+    const classes = l < last ? "cells-of-nodes" : isClassifier(net) ? "values shares" : "values";
+    const group = element("div", { class: classes, role: "group", "aria-label": names[l] }, ...of);
     group.style.setProperty("--per-row", columns(l));
     group.addEventListener("keydown", (event) => move(event, l));
     const { nOut, squash } = net.layers[l];
     const kind = l < last ? `${squash}, ${nOut} nodes` : isClassifier(net) ? "probabilities" : "values";
     const made = element("div", { class: "column" }, element("h3", {}, names[l], element("small", {}, kind)), group);
-    if (nOut > SHOWN) made.append(element("p", { class: "hint" }, `… and ${(nOut - SHOWN).toLocaleString("en")} nodes more.`));
+    if (nOut > SHOWN) made.append(element("p", { class: "hint" },
+      `… and ${(nOut - SHOWN).toLocaleString("en")} nodes more.`));
     find("nodes").append(made);
   });
 
@@ -45,7 +47,8 @@ export function makeNodes(find, net, clicked, reached) {
     show(now, chosen) {
       net.layers.forEach((_, l) => {
         const values = l === last ? now.shown : now.pass.a[l];
-        const top = l === last && isClassifier(net) ? 1 : values.reduce((most, value) => Math.max(most, Math.abs(value)), 0) || 1;
+        const top = l === last && isClassifier(net) ? 1
+          : values.reduce((most, value) => Math.max(most, Math.abs(value)), 0) || 1;
         buttons[l].forEach((button, i) => {
           const isChosen = chosen.layer === l && chosen.node === i, share = Math.abs(values[i]) / top;
           button.setAttribute("aria-pressed", isChosen);

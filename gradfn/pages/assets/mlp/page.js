@@ -18,7 +18,8 @@ export function start(section, content) {
   const { net, x: examples, y: targets } = build(content);
   const nIn = net.layers[0].nIn, last = net.layers.length - 1, n = nOutputs(net);
   // `asked` is false while no target was chosen: then a label is the network's own prediction.
-  const blank = () => ({ x: new Float64Array(nIn), example: null, target: net.labels ? 0 : new Float64Array(n), asked: !net.labels });
+  const blank = () => ({ x: new Float64Array(nIn), example: null, target: net.labels ? 0 : new Float64Array(n),
+    asked: !net.labels });
   const ofExample = (i) => ({ x: examples[i], example: i, target: targets[i], asked: true });
   const first = () => (examples.length ? ofExample(0) : blank());
   const state = { ...first(), layer: 0, node: 0, output: n - 1 };
@@ -26,7 +27,8 @@ export function start(section, content) {
   let changed = () => {}; // tells the address and the lesson, once they are there
 
   const moved = (j, value) => change({ x: state.x.map((old, i) => (i === j ? value : old)), example: null });
-  const inputs = makeInputs(find, net, examples, targets, moved, (x) => change({ x: Float64Array.from(x), example: null }));
+  const inputs = makeInputs(find, net, examples, targets, moved,
+    (x) => change({ x: Float64Array.from(x), example: null }));
   const select = (layer, node) => change({ layer, node, ...(layer === last ? { output: node } : {}) });
   const nodes = makeNodes(find, net, select, select);
   const table = makeNodeTable(find, net);
@@ -61,7 +63,8 @@ export function start(section, content) {
     const input = layer ? now.pass.a[layer - 1] : state.x;
     const sum = weights.reduce((total, weight, j) => total + weight * input[j], 0);
     const z = now.pass.z[layer][node], a = now.pass.a[layer][node];
-    return { layer, node, weights, input, bias: b[node], sum, z, a, squash, slope: activations[squash].slope(z, a), grads: gradients(now.steps) };
+    return { layer, node, weights, input, bias: b[node], sum, z, a, squash, slope: activations[squash].slope(z, a),
+      grads: gradients(now.steps) };
   }
 
   function show() {
@@ -117,7 +120,8 @@ export function start(section, content) {
   newPalette();
   change({});
   defineTerms(section, net, opened, () => now, () => state.target);
-  const lesson = makeDenseLesson(section, find, { net, state, examples, now: () => now, open: opened, shown: steps.shown });
+  const lesson = makeDenseLesson(section, find,
+    { net, state, examples, now: () => now, open: opened, shown: steps.shown });
   const keep = keepInAddress(section, restore);
   changed = () => {
     keep(address());
@@ -125,5 +129,6 @@ export function start(section, content) {
   };
 
   // For tests, and for use in the browser's console.
-  return { compute, gradients, net, examples, state, change, pick, select, setTarget, lesson, address, step: steps.next, now: () => now };
+  return { compute, gradients, net, examples, state, change, pick, select, setTarget, lesson, address,
+    step: steps.next, now: () => now };
 }

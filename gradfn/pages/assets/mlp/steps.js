@@ -25,18 +25,23 @@ export function makeBackward(find, net, revealed) {
     const l = layer + 1, own = gradientOf(name);
     if (first) {
       const output = `${name[0]}${sub(l)}`;
-      if (isClassifier(net)) return [`${own} = softmax(${output}) − y`, "Probability minus target: y is 1 for the correct label, else 0."];
+      if (isClassifier(net)) return [`${own} = softmax(${output}) − y`,
+        "Probability minus target: y is 1 for the correct label, else 0."];
       if (net.loss === "regression_loss")
         return [`${own} = (2 / ${values.length}) (${output} − y)`, "Twice the error, averaged over the outputs."];
       return [`${own} = ${output} − y`, "Output minus target."];
     }
     if (kind === "W") {
-      const text = `Each weight: the gradient of its node times its input. ${values.length.toLocaleString("en")} weights.`;
-      return [`${own} = ${gradientOf(`z${l}`)} ${layer ? `a${sub(layer)}` : "x"}ᵀ<br>${gradientOf(`b${l}`)} = ${gradientOf(`z${l}`)}`, text];
+      const text = `Each weight: the gradient of its node times its input. ${values.length.toLocaleString("en")} ` +
+        `weights.`;
+      return [`${own} = ${gradientOf(`z${l}`)} ${layer ? `a${sub(layer)}` : "x"}ᵀ<br>${gradientOf(`b${l}`)} = ` +
+        `${gradientOf(`z${l}`)}`, text];
     }
-    if (kind === "z") return [`${own} = ${gradientOf(`a${l}`)} ⊙ ${net.layers[layer].squash}′(z${sub(l)})`, "Through the activation: times its slope."];
+    if (kind === "z") return [`${own} = ${gradientOf(`a${l}`)} ⊙ ${net.layers[layer].squash}′(z${sub(l)})`,
+      "Through the activation: times its slope."];
     const formula = `${own} = W${sub(l + 1)}ᵀ ${gradientOf(`z${l + 1}`)}`;
-    return [formula, kind === "x" ? "To the inputs: increasing a red one increases the loss." : "Through the weights: the sum over all nodes that a node feeds."];
+    return [formula, kind === "x" ? "To the inputs: increasing a red one increases the loss."
+      : "Through the weights: the sum over all nodes that a node feeds."];
   }
 
   function card(step, i) {
@@ -48,7 +53,8 @@ export function makeBackward(find, net, revealed) {
     const equation = element("p", { class: "formula" });
     equation.innerHTML = formula;
     const hint = element("p", { class: "hint" }, `${meaning} Largest magnitude: ${number(largest)}.`);
-    return element("li", {}, title, element("div", { class: "view" }, picture(step, largest)), equation, hint, numbers(step));
+    return element("li", {}, title, element("div", { class: "view" }, picture(step, largest)), equation, hint,
+      numbers(step));
   }
 
   function picture({ name, kind, layer, values }, largest) {
@@ -61,19 +67,23 @@ export function makeBackward(find, net, revealed) {
   // All numbers: a row per node. The table is made when it is opened.
   function numbers({ name, kind, layer, values, bias }) {
     const columns = kind === "W" ? net.layers[layer].nIn : 1, rows = values.length / columns;
-    const made = element("details", {}, element("summary", {}, `All ${(values.length + (bias ? rows : 0)).toLocaleString("en")} numbers`));
+    const made = element("details", {}, element("summary", {}, `All ` +
+      `${(values.length + (bias ? rows : 0)).toLocaleString("en")} numbers`));
     made.addEventListener("toggle", () => {
       if (!made.open || made.children.length > 1) return;
       const shownRows = Math.max(Math.min(rows, Math.floor(NUMBERS / columns)), 1);
-      const table = element("table", { class: "numbers" }, element("caption", {}, `Gradient of ${name}: a row per ${kind === "x" ? "input" : "node"}${
+      const table = element("table", { class: "numbers" },
+        element("caption", {}, `Gradient of ${name}: a row per ${kind === "x" ? "input" : "node"}${
         bias ? ", a column per input, its bias last" : ""}`));
       for (let i = 0; i < shownRows; i++) {
         const row = Array.from(values.slice(i * columns, (i + 1) * columns));
         if (bias) row.push(bias[i]);
-        table.append(element("tr", {}, element("th", { scope: "row" }, `${i}`), ...row.map((value) => element("td", {}, number(value)))));
+        table.append(element("tr", {}, element("th", { scope: "row" }, `${i}`),
+          ...row.map((value) => element("td", {}, number(value)))));
       }
       made.append(element("div", { class: "scroll", tabindex: "0" }, table));
-      if (shownRows < rows) made.append(element("p", { class: "hint" }, `… and ${(rows - shownRows).toLocaleString("en")} rows more.`));
+      if (shownRows < rows) made.append(element("p", { class: "hint" },
+        `… and ${(rows - shownRows).toLocaleString("en")} rows more.`));
     });
     return made;
   }

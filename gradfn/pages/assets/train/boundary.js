@@ -45,7 +45,8 @@ function makeBoundary(canvas, data) {
     for (let k = 0; k < n; k++) {
       // 2p - 1; white where the output is not a number.
       const t = Number.isNaN(margin[k]) ? 0 : Math.tanh(margin[k] / 2), end = t < 0 ? colors.c0 : colors.c1;
-      for (let i = 0; i < 3; i++) image.data[4 * k + i] = colors.raised[i] + 0.62 * Math.abs(t) * (end[i] - colors.raised[i]);
+      for (let i = 0; i < 3; i++)
+        image.data[4 * k + i] = colors.raised[i] + 0.62 * Math.abs(t) * (end[i] - colors.raised[i]);
       image.data[4 * k + 3] = 255;
     }
     ofGrid.putImageData(image, 0, 0);

@@ -97,7 +97,8 @@ export function makeControls(find, content, defaults, changed, chosen) {
     for (const name of ["depth", "width", "activation", "optimizer", "rate", "batch", "scale", "seed"]) {
       const field = find(name);
       // Not while someone types, "1e-" for example.
-      if (field === document.activeElement && field.type === "number" && Number(field.value) === settings[name]) continue;
+      if (field === document.activeElement && field.type === "number"
+        && Number(field.value) === settings[name]) continue;
       if (field === document.activeElement && field.getAttribute("aria-invalid") === "true") continue;
       field.value = settings[name];
       field.setAttribute("aria-invalid", false);

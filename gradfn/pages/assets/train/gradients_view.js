@@ -1,4 +1,5 @@
-// What reaches each layer, and what it does there: the gradient's norm, the length of the update, dead and saturated units.
+// What reaches each layer, and what it does there: the gradient's norm, the length of the update, dead and saturated
+// units.
 import { term } from "gradfn/core/terms.js";
 import { layerColor, makeLines } from "gradfn/train/lines.js";
 import { countedFor } from "gradfn/train/units.js";

@@ -32,8 +32,8 @@ export function drawn(sizes, seed) {
   });
 }
 
-// The batches of a training as lists of examples: each epoch is shuffled anew (Fisher and Yates), and its last partial batch
-// is dropped. A batch of all examples keeps their order.
+// The batches of a training as lists of examples: each epoch is shuffled anew (Fisher and Yates), and its last partial
+// batch is dropped. A batch of all examples keeps their order.
 export function makeOrder(n, seed) {
   let order = null, epoch = -1, at = n;
   const shuffle = () => {

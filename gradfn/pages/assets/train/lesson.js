@@ -34,16 +34,16 @@ export function lessonSteps(find, { state, data, trainer, records, tests, last, 
       at: screen,
     },
     {
-      see: `This is the ${dfn("loss")}: solid on the training examples of a step, dashed on test examples, which it never ` +
-        "trains on.",
+      see: `This is the ${dfn("loss")}: solid on the training examples of a step, dashed on test examples, which it ` +
+        "never trains on.",
       act: "Press Restart, then Step a few times: each is one update of all weights.",
       done: () => step() >= 3 && step() < 100,
       happened: () => `${step()} steps took the loss from ${plain(first().loss)} to ${plain(last().loss)} nats.`,
       at: part("loss"),
     },
     {
-      see: `The ${dfn("gradient norm")} says how strongly the loss pulls at each layer. It passes backwards, from the last ` +
-        "layer to the first.",
+      see: `The ${dfn("gradient norm")} says how strongly the loss pulls at each layer. It passes backwards, from ` +
+        "the last layer to the first.",
       act: "Press “Ten sigmoid layers”.",
       done: preset("Ten sigmoid layers", 5),
       happened: () =>
@@ -64,11 +64,13 @@ export function lessonSteps(find, { state, data, trainer, records, tests, last, 
       act: "Keep the ten layers, set Activation to tanh, and press Start.",
       done: () => state.settings.depth === 10 && state.settings.activation === "tanh" && step() >= 50,
       happened: () =>
-        `Now the gradient at layer 1 is ${plain(ratio())} times the last layer's, and the test accuracy is ${accuracy()}.`,
+        `Now the gradient at layer 1 is ${plain(ratio())} times the last layer's, and the test accuracy is ` +
+        `${accuracy()}.`,
       at: part("setup"),
     },
     {
-      see: `The ${dfn("update")} divided by the weights says how much one step changes a layer. Typical are 0.001 to 0.1.`,
+      see: `The ${dfn("update")} divided by the weights says how much one step changes a layer. Typical are 0.001 to ` +
+        `0.1.`,
       act: "Press “Learning rate 100”.",
       done: preset("Learning rate 100", 5),
       happened: sinceStart,
@@ -82,20 +84,21 @@ export function lessonSteps(find, { state, data, trainer, records, tests, last, 
       at: part("ratios"),
     },
     {
-      see: `A relu unit that is 0 for every example is ${dfn("dead unit", "dead")}: it gets no gradient, so it does not ` +
-        "learn any more.",
+      see: `A relu unit that is 0 for every example is ${dfn("dead unit", "dead")}: it gets no gradient, so it does ` +
+        "not learn any more.",
       act: "Press “ReLU, SGD, rate 10: dead units”.",
       done: preset("ReLU, SGD, rate 10: dead units", 20),
       happened: () =>
         last().units && last().units.length
           ? `At step ${last().step} ${percent(last().units[0], 0)} of the units of layer 1 are dead and ` +
-            `${percent(last().units.at(-1), 0)} of those of layer ${last().units.length}; the test accuracy is ${accuracy()}.`
+            `${percent(last().units.at(-1), 0)} of those of layer ${last().units.length}; the test accuracy is ` +
+            `${accuracy()}.`
           : "Without hidden layers, or with fewer than 8 examples in a batch, no units are counted.",
       at: () => find("units").parentElement,
     },
     {
-      see: `Numbers above 3.4 × 10³⁸ do not fit into 32 bits: ${dfn("overflow")}. The training stops before they get into ` +
-        "the weights.",
+      see: `Numbers above 3.4 × 10³⁸ do not fit into 32 bits: ${dfn("overflow")}. The training stops before they get ` +
+        "into the weights.",
       act: "Press “Overflow: linear, SGD, rate 100”.",
       done: () => Boolean(trainer().fault),
       happened: () => `Step ${signs().at(-1).step}: ${signs().at(-1).text}`,
@@ -108,7 +111,8 @@ export function lessonSteps(find, { state, data, trainer, records, tests, last, 
       happened: () => {
         const losses = records().slice(-50).map(({ loss }) => loss);
         return `The losses of the last ${losses.length} steps lie between ${plain(Math.min(...losses))} and ` +
-          `${plain(Math.max(...losses))} nats. The address of this page has your settings: it is a link to this training.`;
+          `${plain(Math.max(...losses))} nats. The address of this page has your settings: it is a link to this ` +
+          `training.`;
       },
       at: part("loss"),
     },

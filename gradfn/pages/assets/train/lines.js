@@ -58,8 +58,8 @@ function thinned(points) {
   return every < 2 ? points : points.filter((_, i) => i % every === 0 || i === points.length - 1);
 }
 
-// `caption` is text, or parts with terms. `show(lines, last, { log, top })`: lines are [{ name, color, dashed, points }], their
-// points [[step, value], ...]; `last` is the last step.
+// `caption` is text, or parts with terms. `show(lines, last, { log, top })`: lines are [{ name, color, dashed, points
+// }], their points [[step, value], ...]; `last` is the last step.
 export function makeLines(figure, caption, describe = number) {
   const drawing = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img" });
   const head = element("figcaption", {}, ...[caption].flat());

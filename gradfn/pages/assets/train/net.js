@@ -1,8 +1,8 @@
 // A multilayer perceptron on a batch: forward, loss and backward; each value is stored in single precision, as in JAX.
 //
 // A network is { layers: [{ nIn, nOut, W, b }], activation }, W a Float32Array [nOut * nIn], row after row. Values are
-// [n * nOut], one example after the other, with the names that they have in Python: z1 = W1 a0 + b1, a1 = activation(z1), ...;
-// a0 is the input x.
+// [n * nOut], one example after the other, with the names that they have in Python: z1 = W1 a0 + b1, a1 =
+// activation(z1), ...; a0 is the input x.
 import { activations } from "gradfn/core/activations.js";
 
 // Arrays for the values and gradients of batches of up to n examples, made once and used at each step.
@@ -54,7 +54,8 @@ export function lossOf(logits, labels, n, classes) {
   return { loss: loss / n, accuracy: right / n };
 }
 
-// The logit of the second class minus that of the first, for each of n rows of two: its sigmoid is the second's probability.
+// The logit of the second class minus that of the first, for each of n rows of two: its sigmoid is the second's
+// probability.
 export function margins(logits, n) {
   return Float32Array.from({ length: n }, (_, k) => logits[2 * k + 1] - logits[2 * k]);
 }
@@ -114,7 +115,8 @@ export function norm(values, length = values.length) {
   return Math.sqrt(sum);
 }
 
-// The first number that is not finite, in the order of computation: { name, layer, value, of: what it is }; null where all are.
+// The first number that is not finite, in the order of computation: { name, layer, value, of: what it is }; null where
+// all are.
 export function firstNonFinite({ layers }, n, space) {
   const kinds = [
     ...layers.flatMap((each, l) => [

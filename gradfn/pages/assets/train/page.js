@@ -4,7 +4,8 @@ import { keepInAddress } from "gradfn/core/hash.js";
 import { makeLesson } from "gradfn/core/lesson.js";
 import { newPalette } from "gradfn/core/paint.js";
 import { makePicture } from "gradfn/train/boundary.js";
-import { isPreset, makeControls, presetSettings, RESTARTING, settingsOf, validSettings } from "gradfn/train/controls.js";
+import { isPreset, makeControls, presetSettings, RESTARTING, settingsOf,
+  validSettings } from "gradfn/train/controls.js";
 import { makeGradientsView } from "gradfn/train/gradients_view.js";
 import { lessonSteps } from "gradfn/train/lesson.js";
 import { makeLossView } from "gradfn/train/loss_view.js";
@@ -182,8 +183,8 @@ export function start(section, content) {
     const sizes = sizesFor(data, settings.depth, settings.width).join("-");
     find("origin").textContent = startsAsRun(data, settings)
       ? `${sizes}. It starts from the run's own initial parameters.`
-      : `${sizes}. Its initial weights have the distribution of gf.mlp (a truncated normal of variance 1 ÷ inputs), but the ` +
-        "page draws them.";
+      : `${sizes}. Its initial weights have the distribution of gf.mlp (a truncated normal of variance 1 ÷ inputs), ` +
+        "but the page draws them.";
     const { activation } = settings;
     const without = activation === "identity" ? "Without an activation" : `With the activation ${activation}`;
     find("no-units").textContent = settings.depth
@@ -234,5 +235,6 @@ export function start(section, content) {
   writes = true;
 
   // For tests, and for use in the browser's console.
-  return { ...tools, last, signs: () => signs.found, change, choose, restart, steps, run, pause, makeTrainer, build, lesson };
+  return { ...tools, last, signs: () => signs.found, change, choose, restart, steps, run, pause, makeTrainer, build,
+    lesson };
 }

@@ -27,8 +27,8 @@ function worst(values, limit, larger) {
   return values.length && sign * values[layer] > sign * limit ? { layer, value: values[layer] } : null;
 }
 
-// Each sign returns a sentence where it shows in a record; `about` is { first: the first record, activation, guessing: the loss
-// where each class has the same probability }.
+// Each sign returns a sentence where it shows in a record; `about` is { first: the first record, activation, guessing:
+// the loss where each class has the same probability }.
 const signs = {
   loss: ({ loss }, { first, guessing }) =>
     loss > RISEN * Math.max(first.loss, guessing) &&
@@ -56,8 +56,8 @@ const signs = {
   },
   large: ({ ratios }) => {
     const found = ratios && worst(ratios, TOO_LONG, true);
-    return found && `The update is too large: that of layer ${found.layer + 1} is ${plain(found.value)} times as long as ` +
-      "its weights.";
+    return found && `The update is too large: that of layer ${found.layer + 1} is ${plain(found.value)} times as ` +
+      "long as its weights.";
   },
   small: ({ step, ratios }) => {
     if (step !== EARLY || !ratios || Math.max(...ratios) >= TOO_SHORT) return null;
@@ -75,8 +75,8 @@ const fault = ({ first, loss }) =>
       `${first.layer + 1}, is ${first.value}. It was the first one. Press Restart to train again.`
     : `The loss is not finite (${loss}), and the training has stopped. Press Restart to train again.`;
 
-// Collect signs over the records of a training, each once: `look(record)`, then `found` is [{ kind, step, text, harmless }];
-// harmless where the loss fell well until then.
+// Collect signs over the records of a training, each once: `look(record)`, then `found` is [{ kind, step, text,
+// harmless }]; harmless where the loss fell well until then.
 export function makeSigns(activation, classes) {
   const found = [], guessing = Math.log(classes);
   let first = null;

@@ -11,7 +11,8 @@ export function defineTerms(section, { state, data, last, trainer }) {
     "hidden layer": {
       meaning: "A row of units between the inputs and the outputs. Without one, the boundary is a straight line.",
     },
-    unit: { meaning: "A node of the network: it adds up its weighted inputs and its bias, and applies the activation." },
+    unit: { meaning: "A node of the network: it adds up its weighted inputs and its bias, and applies the " +
+      "activation." },
     activation: {
       meaning: "The function that a unit applies to its weighted sum: sigmoid and tanh are flat at both ends, relu " +
         "is 0 below 0, gelu is a smooth relu. Without one, all layers together are a single linear function.",
@@ -83,7 +84,8 @@ export function defineTerms(section, { state, data, last, trainer }) {
     const { units } = last() || {};
     const { activation } = state.settings;
     const counted = activation === "relu" ? "dead" : "saturated";
-    return units && units.length && counted === kind ? ofLayers(units, (value) => `${(100 * value).toFixed(1)} %`) : null;
+    return units && units.length && counted === kind ? ofLayers(units, (value) => `${(100 * value).toFixed(1)} %`)
+      : null;
   };
   define(terms, section);
 }

@@ -44,8 +44,8 @@ function initial(data, settings) {
   return layers.map(({ nIn, nOut, W, b }) => ({ nIn, nOut, W: W.map((w) => scale * w), b: b.slice() }));
 }
 
-// A training: settings are { depth, width, activation, optimizer, rate, batch (0 for all), scale, seed }. Optimizer, rate and
-// batch may be changed between two steps.
+// A training: settings are { depth, width, activation, optimizer, rate, batch (0 for all), scale, seed }. Optimizer,
+// rate and batch may be changed between two steps.
 export function makeTrainer(data, settings) {
   const net = { layers: initial(data, settings), activation: settings.activation };
   const { train, test } = data;
@@ -71,7 +71,8 @@ export function makeTrainer(data, settings) {
     return { ...picked, n };
   }
 
-  // One step; what it measured, at the parameters before their update. Where a number is not finite, the parameters stay.
+  // One step; what it measured, at the parameters before their update. Where a number is not finite, the parameters
+  // stay.
   function advance() {
     if (fault) return null;
     const { x, y, n } = batch();

@@ -12,8 +12,8 @@ export function countedFor(activation) {
   return activation in slopeAt ? "saturated" : activation === "relu" ? "dead" : null;
 }
 
-// For each hidden layer after `forward` on n examples, the share that is saturated (of values) or dead (of units), from 0 to 1;
-// null where the activation can be neither, or there are too few examples.
+// For each hidden layer after `forward` on n examples, the share that is saturated (of values) or dead (of units), from
+// 0 to 1; null where the activation can be neither, or there are too few examples.
 export function unitsOf({ layers, activation }, n, space) {
   const counted = countedFor(activation);
   if (!counted || (counted === "dead" && n < DEAD_ROWS)) return null;
