@@ -210,6 +210,9 @@ def test_the_lesson_of_a_net_can_be_done_to_its_end(tmp_path):
                 page.locator(".lesson-panel button", has_text="Back").click()
                 page.locator(".lesson-panel button", has_text="Next").click()
             assert page.locator(".lesson-panel.done").count() == 0
+            if "target" in text_of(page, ".lesson-see"):
+                loss = text_of(page, "#live-0-loss").split("=")[-1].split()[0]
+                assert f"It is {loss} nats" in text_of(page, ".lesson-see")
             page.evaluate(act)
             assert page.locator(".lesson-panel.done").count() == 1
             assert text_of(page, ".lesson-happened")

@@ -49,6 +49,12 @@ export function number(value) {
 }
 
 // Formulas, as HTML.
+// A probability or a share, in percent.
+export const percent = (share) => {
+  if (share >= 0.9995 || share === 0) return `${Math.round(100 * share)} %`;
+  return share < 0.001 ? "< 0.1 %" : `${(100 * share).toFixed(1)} %`;
+};
+
 export const sub = (text) => `<sub>${text}</sub>`;
 export const gradientOf = (name) => `<span class="whole">∂L/∂${name[0]}${name[1] ? sub(name.slice(1)) : ""}</span>`;
 

@@ -110,10 +110,10 @@ export function makeBack(find, model, change) {
 
   function drawChoice() {
     const count = now.targets.filter((target) => target >= 0).length;
-    const options = [element("option", { value: "" }, `of the whole text: mean of ${count} predictions`)];
+    const options = [element("option", { value: "" }, `whole text: mean of ${count} predictions`)];
     now.targets.forEach((target, t) => {
       if (target < 0) return;
-      options.push(element("option", { value: t }, `at position ${t}: ${quoted(names[t])}, then ${nameOf(target)}`));
+      options.push(element("option", { value: t }, `position ${t}: ${quoted(names[t])}, then ${nameOf(target)}`));
     });
     const position = positionOfLoss();
     find("back-loss").replaceChildren(...options);

@@ -20,10 +20,7 @@ export const spoken = (text) => SPOKEN[text] || (text.trim() ? text.replaceAll("
 
 export const quoted = (text) => `‘${visible(text)}’`;
 
-export const percent = (share) => {
-  if (share >= 0.9995 || share === 0) return `${Math.round(100 * share)} %`;
-  return share < 0.001 ? "< 0.1 %" : `${(100 * share).toFixed(1)} %`;
-};
+export { percent } from "gradfn/core/dom.js";
 
 // The heads of a model: { block, head } of each, block after block.
 export function headsOf(model) {

@@ -1,5 +1,5 @@
 // The layers: a button for each node; hidden nodes are colored by their activation, outputs have a bar and a number.
-import { element, number, perRow } from "gradfn/core/dom.js";
+import { element, number, percent, perRow } from "gradfn/core/dom.js";
 import { isClassifier } from "gradfn/mlp/network.js";
 
 export const SHOWN = 256; // nodes of a layer that have a button
@@ -53,7 +53,7 @@ export function makeNodes(find, net, clicked, reached) {
           const isChosen = chosen.layer === l && chosen.node === i, share = Math.abs(values[i]) / top;
           button.setAttribute("aria-pressed", isChosen);
           button.tabIndex = isChosen || (chosen.layer !== l && i === 0) ? 0 : -1;
-          const text = l === last && isClassifier(net) ? `${(100 * values[i]).toPrecision(3)} %` : number(values[i]);
+          const text = l === last && isClassifier(net) ? percent(values[i]) : number(values[i]);
           button.setAttribute("aria-label", `${names[l]}, node ${i}: ${text}`);
           button.title = `${i}: ${text}`;
           button.classList.toggle("negative", values[i] < 0);

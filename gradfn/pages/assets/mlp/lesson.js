@@ -1,5 +1,5 @@
 // The lesson of a multilayer perceptron.
-import { number, sub } from "gradfn/core/dom.js";
+import { number, percent, sub } from "gradfn/core/dom.js";
 import { makeLesson } from "gradfn/core/lesson.js";
 import { isClassifier } from "gradfn/mlp/network.js";
 
@@ -10,7 +10,7 @@ export function makeDenseLesson(section, find, page) {
   const feeding = () => section.querySelector(".feeding"), nodes = () => find("nodes"),
     node = () => section.querySelector(".open-node");
   const outputs = () => Array.from(page.now().shown.slice(0, 3), (value, i) =>
-    `output ${i} is <b>${isClassifier(net) ? `${(100 * value).toPrecision(3)} %` : number(value)}</b>`).join(", ");
+    `output ${i} is <b>${isClassifier(net) ? percent(value).replace("<", "&lt;") : number(value)}</b>`).join(", ");
   const loss = () => `<b>${number(page.now().loss)}</b>${unit}`;
   let before = {};
   const remember = () => {
@@ -21,8 +21,9 @@ export function makeDenseLesson(section, find, page) {
 
   const steps = [
     step({
-      see: `On the left are the ${net.layers[0].nIn} inputs, on the right the outputs. Between them are ${
-        net.layers.slice(0, -1).map(({ nOut }) => nOut).join(" and ") || "no"} hidden nodes.`,
+      see: `This network has ${net.layers[0].nIn} inputs, ${
+        net.layers.slice(0, -1).map(({ nOut }) => nOut).join(" and ") || "no"} hidden nodes and ` +
+        `${net.layers[last].nOut} output${net.layers[last].nOut > 1 ? "s" : ""}.`,
       act: plane ? "Click somewhere in the plane, or change a field." : "Move the slider of an input.",
       done: () => state.x !== before.x,
       happened: () => `Now ${outputs()}. All nodes were computed again.`,
@@ -32,7 +33,7 @@ export function makeDenseLesson(section, find, page) {
       see: "Red nodes are positive, blue ones negative; the stronger the color, the larger.",
       act: "Click another node.",
       done: () => state.layer !== before.layer || state.node !== before.node,
-      happened: () => `Its z is <b>${number(page.open().z)}</b>, and what it passes on is ` +
+      happened: () => `Its z, the weighted sum plus the bias, is <b>${number(page.open().z)}</b>. Its output is ` +
         `<b>${number(page.open().a)}</b>.`,
       at: nodes,
     }),
@@ -54,7 +55,7 @@ export function makeDenseLesson(section, find, page) {
       at: nodes,
     }),
     step({
-      see: `The <dfn data-term="loss">loss</dfn> compares the output with a target. It is ` +
+      see: () => `The <dfn data-term="loss">loss</dfn> compares the output with a target. It is ` +
         `${number(page.now().loss)}${unit}.`,
       act: net.labels ? "Choose another label." : "Change the target.",
       done: () => state.target !== before.target && state.asked,
@@ -82,7 +83,7 @@ export function makeDenseLesson(section, find, page) {
         const ofInputs = page.now().steps[page.now().steps.length - 1].values;
         const largest = ofInputs.reduce((top, value, i) => (Math.abs(value) > Math.abs(ofInputs[top]) ? i : top), 0);
         return `${all.toLocaleString("en")} derivatives of parameters. Of the inputs, x${sub(largest)} matters most: ` +
-          `∂L/∂x is <b>${number(ofInputs[largest])}</b>.`;
+          `∂L/∂x${sub(largest)} is <b>${number(ofInputs[largest])}</b>.`;
       },
       at: () => section.querySelector(".stepper"),
     }),

@@ -72,7 +72,8 @@ const signs = {
 const fault = ({ first, loss }) =>
   first
     ? `A number is not finite, and the training has stopped: ${first.name}${first.layer + 1}, ${first.of} of layer ` +
-      `${first.layer + 1}, is ${first.value}. It was the first one. Press Restart to train again.`
+      `${first.layer + 1}, is ${String(first.value).replace("-", "−")}. ` +
+      "It was the first one. Press Restart to train again."
     : `The loss is not finite (${loss}), and the training has stopped. Press Restart to train again.`;
 
 // Collect signs over the records of a training, each once: `look(record)`, then `found` is [{ kind, step, text,
