@@ -133,7 +133,8 @@ export function lessonOf(find, model, state, now) {
       happened: () => `At step ${checkpoints[0].step.toLocaleString("en")} the text's loss was ${number(now().loss)} ` +
         `nats per token` +
         (Number.isFinite(initial.loss) && initial.checkpoint !== 0
-          ? `; at the checkpoint before, it is ${number(initial.loss)}.` : ".") +
+          ? `; at step ${checkpoints[initial.checkpoint].step.toLocaleString("en")} it is ${number(initial.loss)}.`
+          : ".") +
         ` A guess among all tokens has ${number(Math.log(vocab))}.`,
     });
   }
