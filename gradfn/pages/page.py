@@ -367,7 +367,7 @@ def _loss_unit(kept: Sequence[Kept]) -> str:
 
 def _loss(run: Kept) -> str:
     """Return the name of the loss that the networks of a run's page have; "" where there are none."""
-    if run.training_set:
+    if run.training_set or run.cnn:
         return "classification_loss"
     return run.net.about["loss"] if run.net else ""
 

@@ -433,6 +433,9 @@ def test_charts_have_units_and_say_why_losses_differ(tmp_path):
     [chart] = charts([other])
     assert '<span class="unit">' not in chart
     assert "dropout" not in chart
+    unnamed = run._replace(parts={"": run.parts[""]._replace(loss="")})
+    assert '<span class="unit">' not in charts([unnamed])[0]
+    assert "(nats)" in charts([unnamed._replace(cnn=object())])[0]
     noisy = run._replace(parts={"": run.parts[""]._replace(noise=Curve([(0, 20.0), (1, 30.0)]))})
     scale = charts([noisy])[-1]
     assert 'Noise scale of the gradient <span class="unit">(examples)</span>' in scale

@@ -1,10 +1,10 @@
 // The probability of each class, and beside it the one before filters were switched off.
-import { element, number } from "gradfn/core/dom.js";
+import { element, number, percent as plainPercent } from "gradfn/core/dom.js";
 
 const ALL = 12; // classes that are shown in their order; of more, the most probable ones are
 const MOST = 10;
 
-export const percent = (share) => `${(100 * share).toFixed(1)}\u00a0%`;
+export const percent = (share) => plainPercent(share).replaceAll(" ", "\u00a0");
 // A probability in a formula: where it is almost 1, what it lacks says more.
 export const probability = (p) => (p > 0.99 && p < 1 ? `(1 − ${number(1 - p)})` : p.toPrecision(3));
 
