@@ -66,8 +66,7 @@ export function makeBack(find, net, isInk, labeled, revealed) {
       const input = l > 1 ? `p${sub(l - 1)}` : "x";
       return [`${own} = Σ ${ofZ} · ${input}, &ensp; ${gradientOf(`b${l}`)} = Σ ${ofZ}`,
         `A filter is used at every pixel. So each of ${count} weights adds up, over all pixels of the map, their ` +
-        `gradient times ` +
-          "what the weight saw there."];
+          "gradient times what the weight saw there."];
     }
     if (kind === "a" && !dense)
       return [`${own} = ${gradientOf(`p${l}`)} at the maximum, else 0`,

@@ -1,5 +1,5 @@
 // The layers: a button for each node, with its weights as an image and its activation as a bar.
-import { element, number, perRow } from "gradfn/core/dom.js";
+import { element, number, percent, perRow } from "gradfn/core/dom.js";
 import { paint, scaleOf } from "gradfn/core/paint.js";
 import { term } from "gradfn/core/terms.js";
 import { PIXELS } from "gradfn/digits/network.js";
@@ -66,8 +66,8 @@ export function makeLayers(find, model, clicked, reached) {
       level.classList.toggle("negative", values[i] < 0);
       if (l === last) {
         button.classList.toggle("best", i === best);
-        button.querySelector("small").textContent = `${(100 * values[i]).toFixed(values[i] > 0.0995 ? 0 : 1)} %`;
-        button.setAttribute("aria-label", `Output ${i}, ${(100 * values[i]).toFixed(1)} %`);
+        button.querySelector("small").textContent = percent(values[i]);
+        button.setAttribute("aria-label", `Output ${i}, ${percent(values[i])}`);
       } else button.setAttribute("aria-label", `${names[l]}, node ${i}, activation ${number(values[i])}`);
     });
   }

@@ -1,5 +1,5 @@
 // The lesson of the digit network.
-import { number, sub } from "gradfn/core/dom.js";
+import { number, percent, sub } from "gradfn/core/dom.js";
 import { makeLesson } from "gradfn/core/lesson.js";
 import { gradients } from "gradfn/digits/mlp.js";
 
@@ -11,7 +11,6 @@ export function makeDigitsLesson(section, find, page) {
   const { net, trained } = model;
   const deep = net.layers.length > 1, last = net.layers.length - 1;
   const entropy = net.loss === "cross-entropy", unit = entropy ? " nats" : "";
-  const percent = (share) => `${(100 * share).toPrecision(3)} %`;
   const predicted = () => page.now().probabilities.indexOf(Math.max(...page.now().probabilities));
   const best = () => `${predicted()} with ${percent(page.now().probabilities[predicted()])}`;
   const loss = () => `${number(page.now().loss)}${unit}`;

@@ -1,5 +1,5 @@
 // The terms of the digit network, with the numbers of the node that is open.
-import { number, sub } from "gradfn/core/dom.js";
+import { number, percent, sub } from "gradfn/core/dom.js";
 import { define } from "gradfn/core/terms.js";
 import { gradients } from "gradfn/digits/mlp.js";
 
@@ -17,7 +17,6 @@ export function stateOf(squash, slope) {
 export function defineTerms(section, net, open, now, label) {
   const entropy = net.loss === "cross-entropy";
   const own = ({ layer, node }) => `${sub(layer + 1)}[${node}]`;
-  const percent = (share) => `${(100 * share).toPrecision(3)} %`;
 
   function weightedSum() {
     const { layer, weights, input, sum } = open();
