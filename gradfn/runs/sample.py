@@ -106,7 +106,8 @@ def save_model(
         if {name: found[name] for name in content} not in (content, of_fit):
             raise RunError(f"{file} belongs to another model or text. Use another folder")
     of_page = {"samples": list(samples)} | ({"quiet": quiet} if quiet else {})
-    write_json(file, {**found, **content, **of_page})
+    # Texts that are there stay: the run may be one that refuses to resume, on another text of the same characters.
+    write_json(file, {**of_page, **found, **content})
 
 
 def load_model(run: str | Path) -> Model:

@@ -125,7 +125,8 @@ def close(actual, expected, name, tolerance=1e-4):
     """Assert that an array is another one, to a part of its scale."""
     expected = np.asarray(expected)
     assert np.size(actual) == expected.size, name
-    scale = max(np.abs(expected).max(initial=0), 1e-3)
+    # What is zero in exact arithmetic, as the gradient of the keys' biases, consists of rounding errors.
+    scale = max(np.abs(expected).max(initial=0), 1e-2)
     error = np.abs(np.reshape(actual, expected.shape) - expected).max(initial=0) / scale
     assert error < tolerance, f"{name}: {error:.2g}"
 
