@@ -38,6 +38,8 @@ class ModelFile(TypedDict):
     settings: dict[str, Any]  # fields of GPTConfig, or of RNNSettings
     tokenizer: TokenizerFile | None  # None in a file of `gf.fit`, which does not know it
     lines: bool
+    samples: NotRequired[list[str]]  # of the page, as is `quiet`: see `save_model`
+    quiet: NotRequired[Quiet | None]
 
 
 class RNNSettings(TypedDict):
