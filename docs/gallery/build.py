@@ -126,7 +126,8 @@ def index(out: Path) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Gallery · gradfn</title>
-<style>{style}</style>
+<style>{style}
+header {{ padding-top: 2.75rem }}</style>
 </head>
 <body>
 <header>
@@ -151,7 +152,8 @@ def _entry(out: Path, name: str, example: Example) -> str:
     return f"""<section>
 <h2><a href="{name}.html">{escape(example.title)}</a></h2>
 <p class="lead">{escape(example.text)}</p>
-<p>{escape(reached)}. <code>gradfn run {escape(" ".join(example.words))}</code></p>
+<p>{escape(reached)}</p>
+<p><code>gradfn run {escape(" ".join(example.words))}</code></p>
 <p class="note">{escape(made)}; {size}, {day}</p>
 </section>
 """

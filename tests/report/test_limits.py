@@ -124,7 +124,7 @@ def test_maps_have_fewer_columns_where_there_is_little_room_and_go_last(tmp_path
         return rows[0].count("<i ") if rows else 0
 
     found = [
-        [columns(flow) for flow in flows([made], room)[0]] for room in (10**7, 400_000, 250_000, 100_000, 0)
+        [columns(flow) for flow in flows([made], room)[0]] for room in (10**7, 500_000, 250_000, 100_000, 0)
     ]
     assert found[0] == [100, 100, 100]
     assert 0 < found[1][0] < 100

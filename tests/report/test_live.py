@@ -295,7 +295,7 @@ def test_every_details_opens_on_something_and_the_rows_of_heat_maps_are_in_depth
       });
       return { folded, maps: maps(), text: document.body.innerText }; };"""
     result = in_page(tmp_path, [run], script)
-    assert len(result["folded"]) == 2
+    assert len(result["folded"]) == 3
     assert all(each["grown"] > 100 and each["inside"] > 20 for each in result["folded"])
     assert result["maps"] == [GPT_DEPTH, sites]
     assert "method" not in result["text"]
