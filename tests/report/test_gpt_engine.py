@@ -52,7 +52,7 @@ SYMBOLS = "\n abcde"
 TOKENIZER = {"name": "characters", "symbols": SYMBOLS}
 MODULES = (
     *("model", "forward", "backward", "edits", "loss", "sampling", "lens", "tokenizer", "checkpoints"),
-    *("activations", "matrix"),
+    *("activations", "matrix", "write"),
 )
 HELPERS = """
 const plain = (value) =>
@@ -307,8 +307,8 @@ def test_tokens_are_those_of_the_tokenizers_of_gradfn(compute):
     model.config = { ...model.config, vocab: inputs.vocab };
     return plain(inputs.texts.map((text) => {
       const { tokens, unknown } = g.encode(model, text);
-      const fitting = g.fitting(model, tokens);
-      return { tokens, unknown, text: g.decode(model, tokens), names: g.names(model, tokens), fitting };
+      const read = g.readBy(model, tokens);
+      return { tokens, unknown, text: g.decode(model, tokens), names: g.names(model, tokens), read };
     }));"""
 
     def of(tokenizer, texts, lines=False, vocab=256):
@@ -320,7 +320,7 @@ def test_tokens_are_those_of_the_tokenizers_of_gradfn(compute):
         assert result["tokens"] == (letters.encode(known).tolist() if known else [])
         assert result["text"] == known == "".join(result["names"]).replace("↵", "\n")
         assert result["unknown"] == list(dict.fromkeys(symbol for symbol in text if symbol not in known))
-        assert result["fitting"] == result["tokens"][-6:]
+        assert result["read"] == result["tokens"][-6:]
     utf8 = gf.data.utf8_bytes()
     for text, result in zip(TEXTS, of(utf8.to_dict(), TEXTS), strict=True):
         assert (result["tokens"], result["text"], result["unknown"]) == (utf8.encode(text).tolist(), text, [])
@@ -330,7 +330,7 @@ def test_tokens_are_those_of_the_tokenizers_of_gradfn(compute):
     # A line starts with the end of the line before.
     results = of(letters.to_dict(), ["ab", "\nab", "ab\nc", ""], lines=True)
     assert [result["text"] for result in results] == ["\nab", "\nab", "\nab\nc", "\n"]
-    assert letters.decode(results[2]["fitting"]) == "\nc"
+    assert letters.decode(results[2]["read"]) == "\nc"
 
     [result] = of(None, ["3, 14\n x 7 1e3 -1 7.5 99999999999"], vocab=14)
     assert (result["tokens"], result["text"], result["names"]) == ([3, 7], "3 7", ["3", "7"])
@@ -384,7 +384,7 @@ def test_earlier_checkpoints_and_half_precision_keep_the_loss(tmp_path, compute)
     const model = g.build(JSON.parse(inputs.content));
     const mean = (params) => {
       const all = model.samples.flatMap((text) => {
-        const pass = g.forward({ ...model, params }, g.fitting(model, g.encode(model, text).tokens));
+        const pass = g.forward({ ...model, params }, g.readBy(model, g.encode(model, text).tokens));
         return Array.from(g.losses(pass, g.targets(model, pass.tokens))).filter((loss) => !Number.isNaN(loss));
       });
       return all.reduce((sum, loss) => sum + loss, 0) / all.length;

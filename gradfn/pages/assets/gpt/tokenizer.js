@@ -50,13 +50,6 @@ export function names(model, tokens) {
   });
 }
 
-// The last tokens, as many as the model can take; of a model of lines, only those of the last line.
-export function fitting(model, tokens) {
-  let from = Math.max(tokens.length - model.context, 0);
-  if (startsLines(model)) from = Math.max(from, tokens.lastIndexOf(newLine(model)), 0);
-  return tokens.slice(from);
-}
-
 // The token that ends a line; -1 where the model lacks it.
 export function newLine(model) {
   if (!model.tokenizer) return -1;
