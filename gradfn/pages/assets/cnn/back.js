@@ -1,6 +1,7 @@
 // The backward pass, one step at a time, each with its equation and its picture.
 import { bars, element, gradientOf, number, perRow, sub } from "gradfn/core/dom.js";
 import { paint, paintTiles, scaleOf } from "gradfn/core/paint.js";
+import { makeStepper } from "gradfn/core/stepper.js";
 import { probability } from "gradfn/cnn/outputs.js";
 import { largest, paintWeights, shrunk } from "gradfn/cnn/pictures.js";
 
@@ -12,7 +13,7 @@ const BARS = 40; // values that are drawn as bars; more are pixels
 // Call `labeled(label)` when another correct label is chosen, `revealed()` when another number of steps is shown.
 export function makeBack(find, net, isInk, labeled, revealed) {
   const n = net.convs.length, last = n + net.denses.length;
-  let steps = [], shown = 1, now = null;
+  let steps = [], now = null;
 
   const name = find("labels").id;
   const setChecked = net.classes <= RADIOS ? radios() : list();
@@ -32,17 +33,7 @@ export function makeBack(find, net, isInk, labeled, revealed) {
     return (label) => (select.value = label);
   }
 
-  function reveal(count) {
-    shown = Math.min(Math.max(count, 0), steps.length);
-    draw();
-  }
-  const clicked = (act) => () => {
-    act();
-    revealed();
-  };
-  find("next").addEventListener("click", clicked(() => reveal(shown + 1)));
-  find("previous").addEventListener("click", clicked(() => reveal(shown - 1)));
-  find("every").addEventListener("click", clicked(() => reveal(steps.length)));
+  const stepper = makeStepper(find, () => steps.length, draw, revealed);
 
   // The formula of a step, as HTML, and its explanation.
   function explained({ name, kind, layer: l, dense, values }) {
@@ -88,7 +79,7 @@ export function makeBack(find, net, isInk, labeled, revealed) {
   function card(step, i) {
     const title = element("h3");
     title.innerHTML = `${i + 1} &ensp; ${gradientOf(step.name)}`;
-    if (i >= shown) return element("li", { class: "unknown" }, title);
+    if (i >= stepper.shown()) return element("li", { class: "unknown" }, title);
     const [formula, meaning] = explained(step);
     const equation = element("p", { class: "formula" });
     equation.innerHTML = formula;
@@ -127,17 +118,14 @@ export function makeBack(find, net, isInk, labeled, revealed) {
 
   function draw() {
     find("steps").replaceChildren(...steps.map(card));
-    find("next").disabled = find("every").disabled = shown === steps.length;
-    find("previous").disabled = shown === 0;
+    stepper.update();
   }
 
   return {
-    reveal,
-    shown: () => shown,
+    ...stepper,
     show(found, label) {
       now = found;
       steps = now.steps;
-      shown = Math.min(shown, steps.length);
       setChecked(label);
       const p = now.probabilities[label];
       const formula = `Loss L = −log P(${label}) = −log ${probability(p)} = <b>${number(now.loss)}</b> `;

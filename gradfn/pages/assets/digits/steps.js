@@ -2,13 +2,13 @@
 import { bars, element, gradientOf, number, perRow, sub } from "gradfn/core/dom.js";
 import { PIXELS } from "gradfn/digits/network.js";
 import { paint, paintTiles } from "gradfn/core/paint.js";
+import { makeStepper } from "gradfn/core/stepper.js";
 
 // Call `chosen(label)` when another correct label is chosen, `revealed()` when more or fewer steps are shown.
 export function makeSteps(find, net, chosen, revealed) {
   const last = net.layers.length - 1;
   const entropy = net.loss === "cross-entropy";
   let steps = [];
-  let shown = 1;
 
   const labels = Array.from({ length: net.layers[last].nOut }, (_, label) => {
     const name = find("labels").id;
@@ -17,14 +17,7 @@ export function makeSteps(find, net, chosen, revealed) {
     return input;
   });
 
-  function reveal(n) {
-    shown = Math.min(Math.max(n, 0), steps.length);
-    draw();
-    revealed();
-  }
-  find("next").addEventListener("click", () => reveal(shown + 1));
-  find("previous").addEventListener("click", () => reveal(shown - 1));
-  find("every").addEventListener("click", () => reveal(steps.length));
+  const stepper = makeStepper(find, () => steps.length, draw, revealed);
 
   // The formula of a step, as HTML, and its explanation.
   function explained({ name, kind, layer, values }, first) {
@@ -53,7 +46,7 @@ export function makeSteps(find, net, chosen, revealed) {
   function card(step, i) {
     const title = element("h3");
     title.innerHTML = `${i + 1} &ensp; ${gradientOf(step.name)}`;
-    if (i >= shown) return element("li", { class: "unknown" }, title);
+    if (i >= stepper.shown()) return element("li", { class: "unknown" }, title);
     const largest = step.values.reduce((top, value) => Math.max(top, Math.abs(value)), 0);
     const [formula, meaning] = explained(step, i === 0);
     const equation = element("p", { class: "formula" });
@@ -77,17 +70,15 @@ export function makeSteps(find, net, chosen, revealed) {
 
   function draw() {
     find("steps").replaceChildren(...steps.map(card));
-    const focused = document.activeElement, buttons = ["next", "every", "previous"].map(find);
-    find("next").disabled = find("every").disabled = shown === steps.length;
-    find("previous").disabled = shown === 0;
-    // A button that can no longer be pressed passes the keyboard's focus on.
-    if (buttons.includes(focused) && focused.disabled) buttons.find((each) => !each.disabled).focus();
+    stepper.update();
   }
 
   return {
-    next: () => reveal(shown + 1),
-    reveal,
-    shown: () => shown,
+    ...stepper,
+    reveal(n) {
+      stepper.reveal(n);
+      revealed();
+    },
     show(now, label) {
       steps = now.steps;
       labels[label].checked = true;

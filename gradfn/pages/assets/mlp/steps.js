@@ -1,6 +1,7 @@
 // The backward pass, one step at a time, each with its equation, its picture and all of its numbers.
 import { bars, element, gradientOf, number, perRow, sub } from "gradfn/core/dom.js";
 import { paint } from "gradfn/core/paint.js";
+import { makeStepper } from "gradfn/core/stepper.js";
 import { isClassifier } from "gradfn/mlp/network.js";
 
 const BARS = 40; // values that are bars; more are a picture
@@ -9,16 +10,9 @@ const NUMBERS = 2000; // that a table has at most
 // Call `revealed()` when more or fewer steps are shown.
 export function makeBackward(find, net, revealed) {
   const last = net.layers.length - 1;
-  let steps = [], shown = 1;
+  let steps = [];
 
-  function reveal(n) {
-    shown = Math.min(Math.max(n, 0), steps.length);
-    draw();
-    revealed();
-  }
-  find("next").addEventListener("click", () => reveal(shown + 1));
-  find("previous").addEventListener("click", () => reveal(shown - 1));
-  find("every").addEventListener("click", () => reveal(steps.length));
+  const stepper = makeStepper(find, () => steps.length, draw, revealed);
 
   // The formula of a step, as HTML, and its explanation.
   function explained({ name, kind, layer, values }, first) {
@@ -47,7 +41,7 @@ export function makeBackward(find, net, revealed) {
   function card(step, i) {
     const title = element("h3");
     title.innerHTML = `${i + 1} &ensp; ${gradientOf(step.name)}`;
-    if (i >= shown) return element("li", { class: "unknown" }, title);
+    if (i >= stepper.shown()) return element("li", { class: "unknown" }, title);
     const largest = step.values.reduce((top, value) => Math.max(top, Math.abs(value)), 0);
     const [formula, meaning] = explained(step, i === 0);
     const equation = element("p", { class: "formula" });
@@ -90,16 +84,15 @@ export function makeBackward(find, net, revealed) {
 
   function draw() {
     find("steps").replaceChildren(...steps.map(card));
-    const focused = document.activeElement, buttons = ["next", "every", "previous"].map(find);
-    find("next").disabled = find("every").disabled = shown === steps.length;
-    find("previous").disabled = shown === 0;
-    if (buttons.includes(focused) && focused.disabled) buttons.find((each) => !each.disabled).focus();
+    stepper.update();
   }
 
   return {
-    next: () => reveal(shown + 1),
-    reveal,
-    shown: () => shown,
+    ...stepper,
+    reveal(n) {
+      stepper.reveal(n);
+      revealed();
+    },
     last,
     show(now) {
       steps = now.steps;
