@@ -64,7 +64,7 @@ def times(html: str, rounds: int) -> list[list[float]]:
     """Return the milliseconds of each run of each pass, in a page in Chromium.
 
     Raises:
-        ImportError: playwright is not installed, or there is no Chromium.
+        ImportError: playwright is not installed, or Chromium is not on the PATH.
     """
     from playwright.sync_api import sync_playwright
 
