@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
     from gradfn.inspection import Inspection
 
-BAR_WIDTH = 72  # of a progress bar, with its times
+# Columns of a progress line beside its text and its bar: the time elapsed and the time left.
+TIMES_WIDTH = 23
 
 
 class Log:
@@ -185,18 +187,17 @@ class Log:
         if self._bar is None:
             return
         bar, task = self._bar
-        text = f"step {step:,} loss {loss:.4f}"
-        if self.history:
-            skip = ("loss", *NOT_METRICS)
-            text += "".join(
-                f" {name} {value:.4g}" for name, value in self.history[-1].items() if name not in skip
-            )
+        last = self.history[-1] if self.history else {}
+        skip = ("loss", *NOT_METRICS)
         rate = totals.examples_per_second
-        per_second = f"{self.tokens * rate:,.0f} tokens/s" if self.tokens else f"{rate:,.0f} examples/s"
-        text += f" {per_second}"
-        measures = _measures(self.history[-1]) if self.history else ""
-        if bar.console.width >= len(text) + len(measures) + BAR_WIDTH:
-            text += measures
+        parts = [
+            f"step {step:,} loss {loss:.4f}",
+            *(f" {name} {value:.4g}" for name, value in last.items() if name not in skip),
+            f" {self.tokens * rate:,.0f} tokens/s" if self.tokens else f" {rate:,.0f} examples/s",
+            _measures(last),
+        ]
+        width = bar.console.width
+        text = _fitting(parts, width - _bar_width(width) - TIMES_WIDTH)
         bar.update(task, completed=step, description=text, left=_clock(self.left(step)))
 
 
@@ -204,14 +205,35 @@ def _progress_bar() -> Progress | None:
     """Return a progress bar; None where the output is not a terminal that can redraw a line."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Column
 
     console = Console(file=cast(IO[str], Output(sys.stdout)))
-    if not console.is_terminal or console.is_dumb_terminal:
+    # FORCE_COLOR makes rich take a pipe for a terminal.
+    redraws = sys.stdout.isatty() or os.environ.get("TTY_COMPATIBLE") == "1"
+    if not redraws or not console.is_terminal or console.is_dumb_terminal:
         return None
-    text = TextColumn("{task.description}")
-    remaining = TextColumn("{task.fields[left]}", style="progress.remaining")
-    left = (TimeElapsedColumn(), TextColumn("of which left"), remaining)
-    return Progress(text, BarColumn(), *left, console=console)
+    text = TextColumn("{task.description}", table_column=Column(no_wrap=True))
+    bar = BarColumn(_bar_width(console.width))
+    left = TextColumn("{task.fields[left]} left", style="progress.remaining")
+    return Progress(text, bar, TimeElapsedColumn(), left, console=console)
+
+
+def _bar_width(columns: int) -> int:
+    """Return the width of the bar itself in a terminal: 10 of 80 columns."""
+    return max(columns // 8, 4)
+
+
+def _fitting(parts: Sequence[str], room: int) -> str:
+    """Return the first part of a text, and each other part that there is room for.
+
+    >>> _fitting(["step 3", " accuracy 0.96", " 8/s"], 12)
+    'step 3 8/s'
+    """
+    text = parts[0]
+    for part in parts[1:]:
+        if len(text) + len(part) <= room:
+            text += part
+    return text
 
 
 def _between(rows: list[Row], start: int, stop: int) -> list[Row]:

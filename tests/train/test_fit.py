@@ -407,6 +407,7 @@ def test_the_time_left_is_estimated_from_this_process_alone(monkeypatch):
 def test_a_bar_in_a_terminal(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "100")
     train(20, progress=True, eval_every=10, evaluate=lambda params: {"accuracy": 0.5})
     text = capsys.readouterr().out
     assert "examples/s" in text

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import sys
 
 import jax
@@ -211,15 +212,37 @@ def test_a_line_has_the_measures_in_short(capsys):
         assert word in line
 
 
-@pytest.mark.parametrize(("columns", "shown"), [(160, True), (80, False)])
-def test_a_bar_has_them_where_there_is_room(monkeypatch, capsys, columns, shown):
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (160, [" accuracy 0.5", " another_metric 1.25", "examples/s", " gradient "]),
+        (80, [" accuracy 0.5"]),
+        (50, []),
+    ],
+)
+def test_a_bar_is_one_line_and_has_them_where_there_is_room(monkeypatch, capsys, columns, shown):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("COLUMNS", str(columns))
-    train(6, progress=True)
+    train(6, progress=True, evaluate=lambda params: {"accuracy": 0.5, "another_metric": 1.25})
     text = capsys.readouterr().out
-    assert "examples/s" in text
-    assert (" gradient " in text) == shown
+    assert "step 6 loss " in text
+    words = [" accuracy 0.5", " another_metric 1.25", "examples/s", " gradient "]
+    # The width of the rate varies, so at 80 columns there may be room for it or not.
+    assert [word for word in words if word in text and (columns != 80 or "/s" not in word)] == shown
+    assert "left" in text
+    # A bar that is wrapped goes back up by a line for each redraw.
+    assert "\x1b[1A" not in text
+    lines = re.split(r"[\r\n]", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text))
+    assert max(map(len, lines)) <= columns
+
+
+def test_forced_colors_draw_no_bar_into_a_pipe(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("TTY_COMPATIBLE", raising=False)
+    train(3, progress=True)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("step 3/3 loss ")
 
 
 def test_measures_have_no_curves_on_a_page(tmp_path):
