@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import jax
@@ -52,6 +54,22 @@ class GPTConfig:
             of less than 512 tokens.
         remat: recompute the insides of blocks in the backward pass: less memory, more time.
         compute: the dtype to compute in, such as `"bfloat16"`; None for that of the parameters.
+        attention_bias: whether attention's projections have biases, or only those of queries, keys and values
+            (`"qkv"`); None for `bias`.
+        qk_norm: normalize each head's queries and keys (`gf.layers.rms_norm`) before RoPE.
+        rope_scaling: how RoPE's frequencies change for sequences longer than those of training; None for no change.
+        rope_fraction: the fraction of each head's features that RoPE rotates, the first ones.
+        rope_base_local: the base of RoPE in layers with a window, where `rope_scaling` does not apply; None for
+            the frequencies of the other layers.
+        window: the number of keys that a query attends to, its own position and those before it; None for all.
+        global_layers: indices of the layers that have no window. Those from `n_layers` up are ignored.
+        score_cap: attention scores pass through `cap * tanh(score / cap)` before the mask; None for no cap.
+        logit_cap: the same for the logits.
+        attention_scale: multiplies the products of queries and keys; None for `head_size**-0.5`.
+        embed_scale: multiplies the embedding's output; None for 1.
+        norms_after: normalize the outputs of attention and of feed-forward layers, too, before they are added to the
+            residual stream (Gemma).
+        parallel: both read the same residual stream, and their outputs are added together (GPT-NeoX).
 
     >>> import gradfn as gf
     >>> gf.count(gf.gpt(gf.GPTConfig()).spec)  # GPT-2 small
@@ -77,6 +95,19 @@ class GPTConfig:
     scan: bool = False
     remat: bool = False
     compute: str | None = None
+    attention_bias: bool | Literal["qkv"] | None = None
+    qk_norm: bool = False
+    rope_scaling: Any = None
+    rope_fraction: float = 1.0
+    rope_base_local: float | None = None
+    window: int | None = None
+    global_layers: tuple[int, ...] = ()
+    score_cap: float | None = None
+    logit_cap: float | None = None
+    attention_scale: float | None = None
+    embed_scale: float | None = None
+    norms_after: bool = False
+    parallel: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab", "context", "n_layers", "n_heads", "width"):
@@ -87,6 +118,41 @@ class GPTConfig:
                 raise ValueError(
                     f"GPTConfig: {name} must be one of {', '.join(known)}; got {getattr(self, name)!r}"
                 )
+        for name in ("rope_base_local", "score_cap", "logit_cap", "attention_scale", "embed_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"GPTConfig: {name} must be a number above 0 or None, got {value!r}")
+        if self.attention_bias not in (None, False, True, "qkv"):
+            raise ValueError(
+                f"GPTConfig: attention_bias must be True, False, 'qkv' or None, got {self.attention_bias!r}"
+            )
+        if not 0 < self.rope_fraction <= 1:
+            raise ValueError(f"GPTConfig: rope_fraction must be in (0, 1], got {self.rope_fraction!r}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"GPTConfig: window must be an integer >= 1 or None, got {self.window!r}")
+        # From JSON it comes as a list.
+        object.__setattr__(self, "global_layers", tuple(self.global_layers))
+        if not all(isinstance(i, int) and i >= 0 for i in self.global_layers):
+            raise ValueError(f"GPTConfig: global_layers must be integers >= 0, got {self.global_layers}")
+        for name, needed, fits in (
+            ("rope_scaling", 'positions="rope"', self.positions == "rope"),
+            ("rope_fraction", 'positions="rope"', self.positions == "rope"),
+            ("rope_base_local", 'positions="rope" and a window', self.positions == "rope" and self.window),
+            ("global_layers", "a window", self.window),
+            ("norms_after", "parallel=False", not self.parallel),
+        ):
+            if getattr(self, name) != _DEFAULTS[name] and not fits:
+                raise ValueError(f"GPTConfig: {name}={getattr(self, name)!r} needs {needed}")
+        for name in _NOT_YET:
+            if getattr(self, name) != _DEFAULTS[name]:
+                raise ValueError(f"GPTConfig: {name} is not supported yet, got {getattr(self, name)!r}")
+
+
+_DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(GPTConfig)}
+_NOT_YET = (
+    *("attention_bias", "qk_norm", "rope_scaling", "rope_fraction", "rope_base_local", "window"),
+    *("global_layers", "score_cap", "logit_cap", "attention_scale", "embed_scale", "norms_after", "parallel"),
+)
 
 
 def gpt(config: GPTConfig) -> LanguageModel:
