@@ -1,6 +1,6 @@
 """The correctness and the speed of gradfn on an accelerator.
 
-    python -m benchmarks.accelerator                     # all sections, in under eight minutes on one GPU
+    python -m benchmarks.accelerator                     # all sections that end within eight minutes
     python -m benchmarks.accelerator --only gpt pytorch
     python -m benchmarks.accelerator --reduced           # small shapes, to try the script itself on a CPU
 
