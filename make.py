@@ -3,8 +3,9 @@
     python3 make.py digits    create .venv and train the digit network; options are passed to `gradfn run digits`
     python3 make.py test      create .venv-test and run all checks: ruff, mypy, all tests, all examples
     python3 make.py quick     use the same environment and run only the fast tests
-    python3 make.py matrix    run the tests with each of Python 3.11, 3.12 and 3.13 that is on the PATH, each with the
-                              newest jax available for it, and once more with jax's next `jax.checkpoint`
+    python3 make.py matrix    run the tests with the oldest packages that pyproject.toml allows on Python 3.11, with the
+                              newest ones on 3.12 and 3.13 (as far as they are on the PATH), and once more with jax's
+                              next `jax.checkpoint`; --quick runs only the fast tests of what depends on jax
     python3 make.py gallery   create .venv, train the networks of docs/gallery and write their pages
     python3 make.py remat     run the fast tests of traced programs with the latter, on Python 3.12 or newer
 
@@ -12,6 +13,7 @@ It needs no packages; each command creates its environment at first use.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,8 +36,24 @@ CHECKS = {
 }
 # A later jax will use other primitives for jax.checkpoint and checkpoint_name; jax 0.12 has them behind this flag.
 NEXT_REMAT = {"JAX_REMAT3": "1"}
+FAST = "not slow and not optimized and not accelerator and not attack"
 TRACED_PROGRAMS = ["tests/jaxpr", "tests/flatten", "tests/nets/test_gpt.py"]
 TRACED_PROGRAMS += [f"tests/inspection/test_{name}.py" for name in ("inspect", "backprop", "origin", "patch")]
+# What depends on jax and on other packages, and takes minutes.
+QUICK_TESTS = [
+    "tests/core",
+    "tests/layers",
+    "tests/data",
+    "tests/inspection",
+    "tests/train",
+    "tests/test_cli.py",
+]
+INSTALLED = """
+gradfn is installed in .venv. To use its command:
+
+  {activate}
+  gradfn list
+"""
 
 
 def main():
@@ -43,7 +61,10 @@ def main():
     command, options = (sys.argv[1:2] or ["help"])[0], sys.argv[2:]
     if command == "digits":
         python = environment(".venv", "run")
-        return run([python, "-m", "gradfn", "run", "digits", *options])
+        failed = run([python, "-m", "gradfn", "run", "digits", *options])
+        if not failed:
+            print(INSTALLED.format(activate=activation(python)))
+        return failed
     if command == "gallery":
         python = environment(".venv", "run")
         return run([python, os.path.join("docs", "gallery", "build.py"), *options])
@@ -54,27 +75,34 @@ def main():
             print("FAILED: " + " ".join(check[1:]))
         return len(failed)
     if command == "matrix":
-        return matrix()
+        return matrix(options)
     if command == "remat":
         return remat()
     print(__doc__.strip())
     return 0 if command in ("help", "-h", "--help") else 2
 
 
-def matrix():
+def matrix(options):
     """Run the tests with each Python; return the number of failures."""
+    unknown = [option for option in options if option != "--quick"]
+    if unknown:
+        sys.exit(f"make.py: matrix: expected --quick or nothing, got {unknown[0]}")
+    tests = [*PYTEST, "-m", FAST, *QUICK_TESTS] if options else PYTEST
     outcome, newest = {}, None
-    for name in PYTHONS:
+    for name, packages in zip(PYTHONS, ("oldest", "newest", "newest"), strict=True):
+        kind = f"{name}, {packages} packages"
         found = usable(name)
         if found:
-            python = environment(".venv-" + name, "test,frameworks", found)
-            outcome[name] = "FAILED" if run([python, *PYTEST]) else "passed"
-            newest = name, python
+            oldest = packages == "oldest"
+            folder = f".venv-{name}-oldest" if oldest else f".venv-{name}"
+            python = environment(folder, "test,frameworks", found, oldest)
+            outcome[kind] = "FAILED" if run([python, *tests]) else "passed"
+            newest = None if oldest else (name, python)
         else:
-            outcome[name] = "not on the PATH"
+            outcome[kind] = "not on the PATH"
     if newest:
         name, python = newest
-        outcome[f"{name} with the next remat"] = "FAILED" if run([python, *PYTEST], NEXT_REMAT) else "passed"
+        outcome[f"{name} with the next remat"] = "FAILED" if run([python, *tests], NEXT_REMAT) else "passed"
     for name, text in outcome.items():
         print(f"{name}: {text}")
     return list(outcome.values()).count("FAILED")
@@ -88,7 +116,12 @@ def remat():
         print("Python 3.12 or newer not found: skipping the tests with jax's next remat")
         return 0
     python = environment(".venv-" + name, "test,frameworks", found[name])
-    return run([python, *PYTEST, "-m", "not slow and not optimized", *TRACED_PROGRAMS], NEXT_REMAT)
+    return run([python, *PYTEST, "-m", FAST, *TRACED_PROGRAMS], NEXT_REMAT)
+
+
+def lower_bounds(project):
+    """Return the oldest version of each package that a pyproject.toml allows, as constraints for pip."""
+    return sorted(set(re.findall(r'^ *"([A-Za-z0-9_.-]+)(?:\[.*\])?>=([0-9.]+)', project, re.MULTILINE)))
 
 
 def usable(name):
@@ -97,8 +130,23 @@ def usable(name):
     return found if found and subprocess.call([found, "-c", ""], stderr=subprocess.DEVNULL) == 0 else None
 
 
-def environment(name, extras, base=sys.executable):
-    """Create an environment unless it exists for the current pyproject.toml; return its Python."""
+def activation(python):
+    """Return the command that activates the environment of a Python."""
+    folder = os.path.relpath(os.path.dirname(python))
+    return (
+        os.path.join(folder, "activate") if os.name == "nt" else "source " + os.path.join(folder, "activate")
+    )
+
+
+def environment(name, extras, base=sys.executable, oldest=False):
+    """Create an environment, unless it exists for the current pyproject.toml; return its Python.
+
+    Args:
+        name: of its folder.
+        extras: of gradfn, separated by commas.
+        base: the Python that creates it.
+        oldest: whether to install the oldest packages that pyproject.toml allows.
+    """
     folder = os.path.join(HERE, name)
     python = os.path.join(folder, "Scripts" if os.name == "nt" else "bin", "python")
     with open(os.path.join(HERE, "pyproject.toml"), encoding="utf-8") as file:
@@ -112,7 +160,13 @@ def environment(name, extras, base=sys.executable):
     shutil.rmtree(folder, ignore_errors=True)
     if run([base, "-m", "venv", folder]):
         sys.exit("make.py: could not create an environment. On Debian and Ubuntu: apt install python3-venv")
-    if run([python, "-m", "pip", "install", "--quiet", "--editable", HERE + "[" + extras + "]"]):
+    bounds = []
+    if oldest:
+        file = os.path.join(folder, "oldest.txt")
+        with open(file, "w", encoding="utf-8") as stream:
+            stream.writelines(f"{package}=={version}\n" for package, version in lower_bounds(current))
+        bounds = ["--constraint", file]
+    if run([python, "-m", "pip", "install", "--quiet", *bounds, "--editable", HERE + "[" + extras + "]"]):
         sys.exit("make.py: the installation failed; see pip's messages above")
     with open(stamp, "w", encoding="utf-8") as file:
         file.write(current)

@@ -1,4 +1,4 @@
-"""The command line: `gradfn run digits --hidden 30`, `gradfn report digits`, `gradfn list`.
+"""The command line: `gradfn run digits --hidden 30`, `gradfn report digits`, `gradfn list`; `usage.py` lists it all.
 
 An experiment is a module in `experiments/` with a line that says what it does, `EXPECTED` (its expectations), `Config`
 (a dataclass of options) and `run(config)`. A mistake of the user gets one line and exit code 2.
@@ -10,8 +10,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import keyword
+import os
 import re
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,23 +34,13 @@ from gradfn.console import (
     optional,
     stop,
     stop_at_once,
+    styled,
 )
 from gradfn.options import near, read_options
+from gradfn.usage import COMMANDS, SHELLS, help_of, usage
 
 if TYPE_CHECKING:
     from gradfn.runs.about import About
-
-USAGE = """\
-gradfn: networks as pure functions over plain dicts of arrays, with every gradient visible
-
-  gradfn run NAME [options]   run an experiment; gradfn run NAME --help shows its options, --timings what took how long
-  gradfn report RUN [B]       write one HTML page that shows a run (or a folder of gf.fit), or two side by side;
-                              --open opens it in the browser, --out FILE writes it there
-  gradfn sample RUN [options] write with the language model of a run; gradfn sample --help shows the options
-  gradfn list                 say which experiments there are, and what to expect of them
-  gradfn table 784 16 10      show the parameters of a network with N nodes per layer
-  gradfn --version            say which version this is
-"""
 
 
 class UserError(Exception):
@@ -119,31 +112,51 @@ def _replace_unknown_characters() -> None:
 
 def _command(words: list[str], own_process: bool) -> int:
     match words:
-        case [] | ["-h" | "--help"] | ["run" | "list" | "table" | "report", "-h" | "--help"]:
-            print(USAGE, end="")
-        case ["--version"]:
+        case [] | ["-h" | "--help" | "help"]:
+            print(usage(), end="")
+        case ["help", name] if name in COMMANDS:
+            print(help_of(name), end="")
+        case [name, "-h" | "--help"] if name in COMMANDS and name != "sample":
+            print(help_of(name), end="")
+        case ["-V" | "--version"]:
             import gradfn
 
             print(f"gradfn {gradfn.__version__}")
-        case ["list"]:
-            _list()
-        case ["list", extra, *_]:
-            raise UserError(f"list does not take arguments, got {extra}")
+        case ["help", name, *_]:
+            raise UserError(f"no command {name!r}{near(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
+        case ["list", *options]:
+            _list(options)
         case ["table", *sizes]:
             _table(sizes)
         case ["run"]:
             raise UserError(f"run needs the name of an experiment: {', '.join(experiments())}")
         case ["run", name, *options]:
-            found = experiments()
-            if name not in found:
-                raise UserError(f"no experiment {name!r}{near(name, found)}; there are {', '.join(found)}")
-            return _run(found[name], options, f"gradfn run {name}", own_process)
+            file = _file_of(name)
+            if own_process and name.endswith(".py"):
+                # As `python FILE` has it, for modules beside the file.
+                sys.path.insert(0, str(file.resolve().parent))
+            return _run(file, options, f"gradfn run {shlex.quote(name)}", own_process)
+        case ["runs", *options]:
+            _runs(options)
         case ["report", *rest]:
             return _report(rest)
         case ["sample", *rest]:
             return _sample(rest, own_process)
+        case ["new", *names]:
+            _new(names)
+        case ["completion", *shell]:
+            from gradfn.completion import SCRIPTS
+
+            if len(shell) != 1 or shell[0] not in SHELLS:
+                raise UserError(f"completion: expected one of {', '.join(SHELLS)}, got {_got(shell)}")
+            print(SCRIPTS[shell[0]], end="")
+        case ["complete", "--", *typed]:
+            from gradfn.completion import completions
+
+            for word, what in completions(typed, experiments()):
+                print(f"{word}\t{what}")
         case [name, *_]:
-            commands = ("run", "report", "sample", "list", "table", "--help", "--version")
+            commands = (*COMMANDS, "--help", "--version")
             raise UserError(f"no command {name!r}{near(name, commands)}; there are {', '.join(commands)}")
     sys.stdout.flush()  # Here, a failed write is still reported.
     return 0
@@ -159,16 +172,110 @@ def experiments() -> dict[str, Path]:
     return {file.stem: file for file in files}
 
 
-def _list() -> None:
+def _file_of(name: str) -> Path:
+    """Return the file of an experiment, given by its name or as a file."""
+    if name.endswith(".py"):
+        if not Path(name).is_file():
+            raise UserError(f"no file {name}; gradfn new {Path(name).stem} writes one to start from")
+        return Path(name)
+    found = experiments()
+    if name not in found:
+        own = f"{name}.py"
+        hint = f" (did you mean {own}?)" if Path(own).is_file() else near(name, found)
+        raise UserError(f"no experiment {name!r}{hint}; there are {', '.join(found)}")
+    return found[name]
+
+
+def _got(words: Sequence[str]) -> str:
+    return " ".join(words) or "nothing"
+
+
+def _list(options: list[str]) -> None:
+    if options not in ([], ["--long"]):
+        extra = next(word for word in options if word != "--long" or options.count(word) > 1)
+        raise UserError(f"list: expected --long or nothing, got {extra}")
+    from gradfn.experiments._order import ORDER
+
+    found = experiments()
+    ordered = {name for group in ORDER.values() for name in group}
+    # Files that were added to the folder come last.
+    groups = {**ORDER, "More": {name: "" for name in found if name not in ordered}}
+    lines: list[str] = []
+    for title, group in groups.items():
+        if here := {name: idea for name, idea in group.items() if name in found}:
+            lines += ["", styled(title, "bold")]
+            for name, idea in here.items():
+                lines += (
+                    _described(found[name]) if options else [f"  {name:11}  {idea or _what(found[name])}"]
+                )
+    print("\n".join(lines[1:]))
+
+
+def _what(file: Path) -> str:
+    from gradfn.runs.about import read_about
+
+    return read_about(file).what
+
+
+def _described(file: Path) -> list[str]:
     from gradfn.runs import listed
     from gradfn.runs.about import read_about
 
-    found = experiments()
-    width = max(map(len, found))
-    for name, file in found.items():
-        about = read_about(file)
-        print(f"{name:{width}}  {about.what}")
-        print(f"{'':{width}}  Expected: {listed(about.expected)}.")
+    about = read_about(file)
+    return [f"  {file.stem:11}  {about.what}", f"{'':15}Expected: {listed(about.expected)}."]
+
+
+def _runs(words: list[str]) -> None:
+    from gradfn.runs.overview import overview, table
+
+    names = [word for word in words if word != "--json"]
+    for word in names:
+        if word.startswith("-"):
+            raise UserError(f"no option {word!r}{near(word, ['--json'])}; there is --json")
+    lines = overview(names)
+    if "--json" in words:
+        from gradfn.display import to_json
+
+        shown = [
+            line._asdict() | {"started": line.started.isoformat(), "folder": str(line.folder)}
+            for line in lines
+        ]
+        print(to_json(shown, indent=2))
+        return
+    if not lines:
+        what = f" of {' or '.join(names)}" if names else ""
+        print(f"no runs{what} in runs/; gradfn run digits makes one", file=sys.stderr)
+        return
+    head, *rows = table(lines, shutil.get_terminal_size().columns)
+    print(styled(head, "bold"))
+    for line, row in zip(lines, rows, strict=True):
+        print(styled(row, "red") if line.state in ("failed", "damaged") else row)
+
+
+def _new(names: list[str]) -> None:
+    if len(names) != 1:
+        raise UserError(f"new needs the name of the experiment, such as my_experiment, got {_got(names)}")
+    name = names[0].removesuffix(".py")
+    if not (name.isascii() and name.isidentifier()) or keyword.iskeyword(name) or name.startswith("_"):
+        raise UserError(
+            f"new: expected a name of letters, digits and underscores, such as my_experiment, got {names[0]}"
+        )
+    if name in experiments():
+        raise UserError(
+            f"new: {name} is an experiment of gradfn, whose runs would mix with yours; take another name"
+        )
+    from gradfn.experiments import __path__ as folders
+    from gradfn.files import write_new
+
+    file = Path(f"{name}.py")
+    text = (Path(folders[0]) / "_template.py").read_text(encoding="utf-8").replace("my_experiment", name)
+    try:
+        write_new(file, text)
+    except FileExistsError:
+        raise UserError(f"new: {file} exists already, and is left as it is; take another name") from None
+    print(
+        f"wrote {file}. Next:\n  python {file}\n  {_program()} run {file} --help\n  {_program()} report {name}"
+    )
 
 
 def _table(words: list[str]) -> None:
@@ -176,9 +283,8 @@ def _table(words: list[str]) -> None:
 
     sizes = [int(word) for word in words if word.isascii() and word.isdigit() and int(word) > 0]
     if len(sizes) != len(words) or len(sizes) < 2:
-        got = " ".join(words) or "nothing"
         raise UserError(
-            f"table needs two or more integers >= 1, nodes per layer, inputs first (784 16 10), got {got}"
+            f"table needs two or more integers >= 1, nodes per layer, inputs first (784 16 10), got {_got(words)}"
         )
     # As in `gf.mlp`, without the time that jax takes to be imported.
     shapes: dict[str, list[int]] = {}
@@ -322,33 +428,68 @@ def _run_file(file: Path, words: list[str], command: str, own_process: bool) -> 
             if own_process:
                 keep_programs()
             module = _load(file)
+            if missing := [name for name in ("Config", "run") if not hasattr(module, name)]:
+                raise UserError(
+                    f"{file} is not an experiment: expected a dataclass Config of options and a function "
+                    f"run(config), got no {' and no '.join(missing)}; gradfn new NAME writes one to start from"
+                )
             with handling(stop):
                 config = _config(module, words, command, description)
                 with _together(config), _timed(config, started):
                     config = runs.settle(file.stem, config)
                     module.run(config)
+                    _say_next(config)
         except (UserError, FileError, ImportError) as error:
             return _fail(f"{command}: {error}", 2)
         except ValueError as error:
             if has_started():
+                runs.end(config.folder, "failed", f"ValueError: {error}")
                 raise
             return _fail(f"{command}: {error}", 2)  # conflicting options
         except (FloatingPointError, OSError) as error:  # the loss became nan; the disk is full
+            if has_started():
+                runs.end(config.folder, "failed", _message(error))
             return _fail(f"{command}: {_message(error)}", 1)
         except (KeyboardInterrupt, SystemExit) as end:
             code = exit_code(end)
             if code not in ENDED:  # --help
                 return code
+            if has_started():
+                runs.end(config.folder, "interrupted")
             if not has_started():
                 return _fail(f"{command}: {ENDED[code]} before the run started", code)
             if not _is_first():
                 return code
             folder = shlex.quote(str(config.folder))
             return _fail(f"{ENDED[code]}; to resume: {command} --resume --folder {folder}", code)
+        except Exception as error:
+            if has_started():
+                runs.end(config.folder, "failed", f"{type(error).__name__}: {error}")
+            raise
         finally:
             if config and config.folder:
                 runs.disown(config.folder)
     return 0
+
+
+def _say_next(config: Any) -> None:
+    """Say how to see a run that has finished."""
+    from gradfn import runs
+
+    if config.folder and (Path(config.folder) / runs.RESULT).exists():
+        print(f"next: {_program()} report {shlex.quote(str(config.folder))} --open")
+
+
+def _program() -> str:
+    """Return how to call this gradfn: its name if that is on the PATH, or else where it is."""
+    script = Path(sys.executable).with_name("gradfn.exe" if os.name == "nt" else "gradfn")
+    found = shutil.which("gradfn")
+    if found and (not script.exists() or os.path.samefile(found, script)):
+        return "gradfn"
+    if not script.exists():
+        return f"{shlex.quote(sys.executable)} -m gradfn"
+    near_here = os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)
+    return shlex.quote(near_here)
 
 
 def _is_first() -> bool:

@@ -137,6 +137,27 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
+STYLES = {"bold": "1", "red": "31"}
+
+
+def styled(text: str, style: str) -> str:
+    """Return a text for the standard output in bold or red, if that shows colors: see https://no-color.org."""
+    return f"\x1b[{STYLES[style]}m{text}\x1b[0m" if shows_colors(sys.stdout) else text
+
+
+def shows_colors(stream: Any) -> bool:
+    """Return whether to color what is written to a stream.
+
+    `NO_COLOR` forbids colors and `FORCE_COLOR` demands them, also in a pipe; otherwise terminals that are not dumb
+    show them.
+    """
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return os.environ.get("TERM") != "dumb" and bool(getattr(stream, "isatty", lambda: False)())
+
+
 class Output:
     """A stream of text that replaces what it cannot encode, and drops what it cannot write.
 

@@ -88,6 +88,16 @@ def replace_file(file: str | os.PathLike[str], data: bytes) -> None:
         out.write(data)
 
 
+def write_new(file: str | os.PathLike[str], text: str) -> None:
+    """Write a text into a file that does not exist yet.
+
+    Raises:
+        FileExistsError: it exists; it stays as it is.
+    """
+    with open(file, "x", encoding="utf-8") as stream:
+        stream.write(text)
+
+
 def remove_parts(folder: Path, name: str, idle: float = 0.0) -> None:
     """Remove the unfinished files of processes that were killed while they replaced a file.
 
@@ -346,8 +356,9 @@ def owned(folder: Path) -> Iterator[None]:
 
     if (folder / LOCK).is_symlink():
         raise FileError(f"{folder / LOCK}: is a link, where a file is expected; remove it")
-    # By its real path: the meaning of a relative path changes with the working directory.
-    lock = filelock.FileLock(Path(os.path.realpath(folder)) / LOCK, timeout=0, is_singleton=True)
+    # By its real path: the meaning of a relative path changes with the working directory. `gradfn runs` holds the
+    # lock for a moment, to tell whether a run is in progress.
+    lock = filelock.FileLock(Path(os.path.realpath(folder)) / LOCK, timeout=0.2, is_singleton=True)
     try:
         lock.acquire()
     except filelock.Timeout as error:

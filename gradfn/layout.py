@@ -1,5 +1,7 @@
 """What the files in a run's folder are called. This imports nothing, so a page of a run is made without jax."""
 
+RUNS = "runs"  # the folder of all runs: runs/<experiment>/<time>
+CONFIG, VERSIONS, RESULT, ENDED = "config.json", "versions.json", "result.json", "ended.json"
 METRICS, INSPECTIONS, NOISE = "metrics.jsonl", "inspections.jsonl", "noise.jsonl"
 SPIKES = "spikes.jsonl"
 LOGS = (METRICS, INSPECTIONS, NOISE, SPIKES)  # of rows, each a line of JSON

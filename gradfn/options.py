@@ -49,7 +49,7 @@ def read_options(default: C, words: Sequence[str], command: str, description: st
         (field.name for field in dataclasses.fields(kind)), key=lambda n: n not in kind.__annotations__
     )
     for name in names:
-        value, hint = getattr(default, name), _without_none(hints[name])
+        value, hint = getattr(default, name), without_none(hints[name])
         shown = "" if value is None or value is False else f" (default: {value})"
         text = f"{texts[name]}{shown}"
         settings: dict[str, Any] = {
@@ -63,11 +63,11 @@ def read_options(default: C, words: Sequence[str], command: str, description: st
             settings |= {"nargs": "*", "metavar": _metavar(get_args(hint)[0])}
         else:
             settings["metavar"] = _metavar(hint)
-        parser.add_argument(_flag(name), **settings)
+        parser.add_argument(flag(name), **settings)
     given, unknown = parser.parse_known_args(words)
     if unknown:
         word = unknown[0].partition("=")[0]
-        known = [*map(_flag, names)]
+        known = [*map(flag, names)]
         raise ValueError(f"no option {word!r}{near(word, known)}; there are {', '.join(known)}")
     values = {name: _value(name, text, hints[name]) for name, text in vars(given).items()}
     return dataclasses.replace(default, **values)  # type: ignore[type-var]
@@ -83,11 +83,12 @@ def near(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {found[0]}?)" if found else ""
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """Return the option of a field, as it is typed."""
     return f"--{name.replace('_', '-')}"
 
 
-def _without_none(hint: Any) -> Any:
+def without_none(hint: Any) -> Any:
     """Return the type of an option that may be None."""
     if get_origin(hint) in (Union, types.UnionType):
         return next(kind for kind in get_args(hint) if kind is not type(None))
@@ -100,17 +101,17 @@ def _metavar(hint: Any) -> str:
 
 def _value(name: str, text: Any, hint: Any) -> Any:
     """Return the value of an option, given as text or a list of texts."""
-    kind = _without_none(hint)
+    kind = without_none(hint)
     if kind is not hint and text == "None":
         return None
     if get_origin(kind) is tuple:
         return tuple(_value(name, each, get_args(kind)[0]) for each in text)
     if get_origin(kind) is Literal:
         if text not in get_args(kind):
-            raise ValueError(f"{_flag(name)}: expected one of {', '.join(get_args(kind))}, got {text}")
+            raise ValueError(f"{flag(name)}: expected one of {', '.join(get_args(kind))}, got {text}")
         return text
     try:
         return kind(text)
     except ValueError:
         expected = "an integer" if kind is int else "a number"
-        raise ValueError(f"{_flag(name)}: expected {expected}, got {text}") from None
+        raise ValueError(f"{flag(name)}: expected {expected}, got {text}") from None

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from gradfn.experiments._order import ORDER
 
 import gradfn as gf
 from gradfn import cli
 from gradfn.cli import main
 from gradfn.options import read_options
 from gradfn.runs.about import read_about
+from gradfn.usage import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,18 +78,27 @@ def run_cli(capsys, *words):
     return code, captured.out, captured.err
 
 
-def test_help_names_every_command(capsys):
-    for words in ([], ["--help"], ["run", "--help"], ["table", "-h"]):
-        code, out, err = run_cli(capsys, *words)
-        assert (code, err) == (0, "")
-        assert all(
-            f"gradfn {command}" in out
-            for command in ("run", "report", "sample", "list", "table", "--version")
-        )
+@pytest.mark.parametrize("words", ["", "--help", "help"])
+def test_the_usage_names_every_command_in_80_columns(capsys, words):
+    code, out, err = run_cli(capsys, *words.split())
+    assert (code, err) == (0, "")
+    assert all(f"gradfn {command}" in out for command in (*COMMANDS, "--version"))
+    assert max(map(len, out.splitlines())) <= 80
 
 
-def test_version(capsys):
-    assert re.fullmatch(r"gradfn \d+\.\d+\.\d+\n", run_cli(capsys, "--version")[1])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(capsys, name):
+    code, out, _ = run_cli(capsys, "help", name)
+    assert (code, out.splitlines()[0]) == (0, f"gradfn {COMMANDS[name].form}: {COMMANDS[name].what}")
+    assert all(option in out for option in COMMANDS[name].options)
+    if name != "sample":  # which has options of its own
+        assert run_cli(capsys, name, "--help")[1] == out
+    assert run_cli(capsys, "help", name.upper())[0] == 2
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert run_cli(capsys, "--version") == run_cli(capsys, "-V") == (0, f"gradfn {gf.__version__}\n", "")
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", gf.__version__)
 
 
 @pytest.mark.parametrize(
@@ -109,8 +120,8 @@ def test_table_counts(capsys, sizes, caption):
     [
         (
             "rnu",
-            "gradfn: no command 'rnu' (did you mean run?); there are run, report, sample, list, table, "
-            "--help, --version",
+            "gradfn: no command 'rnu' (did you mean run?); there are list, run, runs, report, sample, new, table, "
+            "completion, help, --help, --version",
         ),
         ("run", "gradfn: run needs the name of an experiment: echo"),
         ("run ecko", "gradfn: no experiment 'ecko' (did you mean echo?); there are echo"),
@@ -124,7 +135,19 @@ def test_table_counts(capsys, sizes, caption):
         ("run echo --data cifar", "--data: expected one of digits, mnist, got cifar"),
         ("run echo --hidden 0", "gradfn run echo: hidden must be an integer >= 1, got 0"),
         ("run echo --folder experiments/echo.py", "experiments/echo.py: cannot become a run's folder"),
-        ("list all", "gradfn: list does not take arguments, got all"),
+        ("run ecko.py", "gradfn: no file ecko.py; gradfn new ecko writes one to start from"),
+        ("list all", "gradfn: list: expected --long or nothing, got all"),
+        ("runs --jsn", "gradfn: no option '--jsn' (did you mean --json?); there is --json"),
+        ("completion", "gradfn: completion: expected one of bash, zsh, fish, got nothing"),
+        ("completion tcsh", "expected one of bash, zsh, fish, got tcsh"),
+        ("help rnu", "gradfn: no command 'rnu' (did you mean run?); there are list, run"),
+        ("new", "gradfn: new needs the name of the experiment, such as my_experiment, got nothing"),
+        ("new 3d", "new: expected a name of letters, digits and underscores, such as my_experiment, got 3d"),
+        ("new ../a", "such as my_experiment, got ../a"),
+        (
+            "new echo",
+            "new: echo is an experiment of gradfn, whose runs would mix with yours; take another name",
+        ),
         (
             "table",
             "gradfn: table needs two or more integers >= 1, nodes per layer, inputs first (784 16 10), got nothing",
@@ -147,7 +170,9 @@ def test_a_mistake_gets_one_line_and_exit_code_2(capsys, words, message):
 def test_options_reach_the_experiment(capsys):
     code, out, _ = run_cli(capsys, "run", "echo", "--hidden", "30", "--rate=0.5", "--data", "mnist")
     assert code == 0
-    assert out.splitlines()[-1] == "hidden=30 rate=0.5 data=mnist"
+    *_, line, following = out.splitlines()
+    assert line == "hidden=30 rate=0.5 data=mnist"
+    assert re.fullmatch(r"next: .*gradfn report runs/echo/\S+ --open", following)
 
 
 @pytest.mark.usefixtures("echo")
@@ -162,23 +187,32 @@ def test_help_of_an_experiment_shows_its_options_and_what_to_expect(capsys):
 def test_list_says_what_there_is_without_running_any_of_it(tmp_path, monkeypatch, capsys):
     (tmp_path / "echo.py").write_text(EXPERIMENT + "\nraise AssertionError('imported')\n")
     monkeypatch.setattr(cli, "experiments", lambda: {"echo": tmp_path / "echo.py"})
-    code, out, _ = run_cli(capsys, "list")
-    assert (code, out) == (0, "echo  Print the options it gets.\n      Expected: depth at least 3 m.\n")
+    code, out, _ = run_cli(capsys, "list", "--long")
+    first, indent = "More\n  echo         Print the options it gets.\n", " " * 15
+    assert (code, out) == (0, f"{first}{indent}Expected: depth at least 3 m.\n")
+    assert run_cli(capsys, "list")[1] == first
+
+
+def test_the_list_has_every_experiment_once_in_80_columns(capsys):
+    names = [name for group in ORDER.values() for name in group]
+    assert sorted(names) == sorted(cli.experiments())
+    lines = run_cli(capsys, "list")[1].splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("  ")] == names
+    assert [line for line in lines if line and not line.startswith("  ")] == [*ORDER]
+    assert max(map(len, lines)) <= 80
 
 
 def test_every_experiment_says_what_it_does_and_what_to_expect(capsys):
-    _, out, _ = run_cli(capsys, "list")
-    lines = out.splitlines()
-    assert len(lines) == 2 * len(cli.experiments())
-    assert {"digits", "mnist"} <= set(cli.experiments())
-    assert all(len(line.split()) > 4 for line in lines)
+    lines = run_cli(capsys, "list", "--long")[1].splitlines()
+    assert sum("Expected: " in line for line in lines) == len(cli.experiments())
+    assert all(len(line.split()) > 4 for line in lines if line.startswith("  "))
 
 
 @pytest.mark.usefixtures("echo")
 def test_resume_takes_the_stored_options_and_refuses_others(capsys):
     run_cli(capsys, "run", "echo", "--hidden", "30")
     code, out, _ = run_cli(capsys, "run", "echo", "--resume")
-    assert (code, out.splitlines()[-1]) == (0, "hidden=30 rate=None data=digits")
+    assert (code, out.splitlines()[-2]) == (0, "hidden=30 rate=None data=digits")
     assert "has finished: computing" in out
     assert run_cli(capsys, "run", "echo", "--resume", "--hidden", "30")[0] == 0
     # 16 is the experiment's default, but it was given explicitly and differs from the run's.
@@ -196,7 +230,7 @@ def test_resume_with_nothing_there_starts_a_new_run_and_says_so(capsys):
     code, out, _ = run_cli(capsys, "run", "echo", "--resume", "--hidden", "3")
     assert code == 0
     assert "no run to resume in runs/echo: starting a new one\nrunning in runs/echo/" in out
-    assert out.splitlines()[-1] == "hidden=3 rate=None data=digits"
+    assert out.splitlines()[-2] == "hidden=3 rate=None data=digits"
 
 
 @pytest.mark.usefixtures("echo")
@@ -242,6 +276,9 @@ def test_the_table_is_that_of_the_net(capsys, sizes):
         "--help",
         "--version",
         "list",
+        "runs",
+        "completion bash",
+        "complete -- run gpt --shard f",
         "table 784 16 10",
         "rnu",
         "run digit",

@@ -71,7 +71,7 @@ def _parsed(file: Path) -> ast.Module:
     """Return what stands above the first function below `Config`: parsing all would take most of `gradfn list`."""
     text = file.read_text(encoding="utf-8")
     function = re.compile(r"^(?:@.*\n)*def ", re.MULTILINE).search(text, max(text.find("\nclass Config"), 0))
-    return ast.parse(text[: function.start()] if function else text)
+    return ast.parse(text[: function.start()] if function else text, str(file))
 
 
 def _dataclass(name: str, classes: Mapping[str, ast.ClassDef]) -> type[Any]:

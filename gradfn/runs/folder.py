@@ -9,28 +9,31 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, TypedDict, TypeVar
+from typing import Annotated, Any, Literal, TypedDict, TypeVar
 
 from msgspec import Meta
 
+from gradfn import layout
 from gradfn.display import to_json
 from gradfn.files import FileError, inside, owned, parse_json, read_json, replace_file
-from gradfn.layout import CHECKPOINT, METRICS
+from gradfn.layout import CHECKPOINT, CONFIG, ENDED, METRICS, RESULT, VERSIONS
 from gradfn.runs.config import RunConfig, options
 from gradfn.versions import versions
 
 T = TypeVar("T")
-RUNS = Path("runs")
-CONFIG, VERSIONS, RESULT = "config.json", "versions.json", "result.json"
+RUNS = Path(layout.RUNS)
 # Bytes of the first two files.
 CONFIG_LIMIT = 1 << 20
 # The key of the starting time in versions.json.
 STARTED = "started"
 # The folders that this process owns, by their real paths.
 _OWNED: dict[str, contextlib.ExitStack] = {}
+# By the same paths: when this process started or resumed the run, as `time.monotonic` has it, and the seconds before.
+_SINCE: dict[str, tuple[float, float | None]] = {}
 
 
 # What these files may contain. Numbers are bounded so that arithmetic with them stays finite.
@@ -48,6 +51,20 @@ class ConfigFile(TypedDict):
 
 # versions.json: versions of the packages, the platform, the seed, and STARTED.
 VersionsFile = dict[str, bool | Integer | Number | str | None]
+
+
+class EndedFile(TypedDict):
+    """`ended.json`: how a run ended; a process that is killed does not write it.
+
+    Attributes:
+        state: whether the run has a result, was stopped by a signal, or failed.
+        seconds: from start to end, of all processes that continued the run; None where one of them was killed.
+        error: what failed, in one line; "" where nothing did.
+    """
+
+    state: Literal["finished", "interrupted", "failed"]
+    seconds: Annotated[float, Meta(ge=0, le=1e300)] | None
+    error: str
 
 
 class RunError(FileError):
@@ -98,6 +115,9 @@ def _start(experiment: str, config: RunConfig) -> Path:
     folder = Path(config.folder or "")
     if config.resume:
         _own(folder)
+        ended = read_ended(folder)
+        (folder / ENDED).unlink(missing_ok=True)
+        _SINCE[os.path.realpath(folder)] = time.monotonic(), ended["seconds"] if ended else None
         finished = (folder / RESULT).exists()
         print(f"{folder} has finished: computing its result again" if finished else f"resuming in {folder}")
         return folder
@@ -117,6 +137,7 @@ def _start(experiment: str, config: RunConfig) -> Path:
             raise
     except OSError as error:
         raise RunError(f"{folder}: cannot become a run's folder ({error.strerror})") from error
+    _SINCE[os.path.realpath(folder)] = time.monotonic(), 0.0
     print(f"running in {folder}")
     return folder
 
@@ -140,6 +161,18 @@ def disown(folder: str | Path) -> None:
     """Give up the ownership of a folder, if this process has it."""
     if stack := _OWNED.pop(os.path.realpath(folder), None):
         stack.close()
+
+
+def end(folder: str | Path, state: Literal["finished", "interrupted", "failed"], error: str = "") -> None:
+    """Write how a run ended and how long it took, where this process owns its folder and the disk has room."""
+    path = os.path.realpath(folder)
+    if path not in _OWNED or path not in _SINCE:
+        return
+    since, before = _SINCE.pop(path)
+    seconds = None if before is None else before + time.monotonic() - since
+    content: EndedFile = {"state": state, "seconds": seconds, "error": " ".join(error.split())[:1000]}
+    with contextlib.suppress(OSError):
+        write_json(Path(folder) / ENDED, content)
 
 
 def keep_training(folder: Path, history: Sequence[Mapping[str, Any]], params: Any) -> None:
@@ -169,6 +202,12 @@ def read_versions(folder: Path) -> VersionsFile:
     """Read the versions that a run used; {} where they are not stored. Errors are those of `read_config`."""
     file = inside(folder, VERSIONS)
     return read_json(file, VersionsFile, CONFIG_LIMIT) if os.path.lexists(file) else {}
+
+
+def read_ended(folder: Path) -> EndedFile | None:
+    """Read how a run ended; None where that is not known. Errors are those of `read_config`."""
+    file = inside(folder, ENDED)
+    return read_json(file, EndedFile, CONFIG_LIMIT) if os.path.lexists(file) else None
 
 
 def latest(experiment: str | Path, holding: str = CONFIG) -> Path | None:

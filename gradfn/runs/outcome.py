@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from gradfn.files import FileError, inside, read_json
-from gradfn.runs.folder import RESULT, Number, disown, write_json
+from gradfn.runs.folder import RESULT, Number, disown, end, write_json
 from gradfn.timings import so_far
 
 State = Literal["reached", "missed", "open"]
@@ -132,6 +132,7 @@ def finish(folder: Path, outcome: Outcome, **measured: Any) -> None:
     if seconds := so_far():
         measured["seconds"] = seconds
     write_json(folder / RESULT, {"outcome": dataclasses.asdict(outcome)} | measured)
+    end(folder, "finished")
     disown(folder)
 
 
