@@ -41,6 +41,7 @@ from .inspection import nan_guard as nan_guard
 from .inspection import nan_origin as nan_origin
 from .inspection import patch as patch
 from .inspection import sites as sites
+from .layers._rope import RopeScaling as RopeScaling
 from .losses import accuracy as accuracy
 from .losses import classification_loss as classification_loss
 from .losses import next_token_loss as next_token_loss

@@ -31,6 +31,7 @@ FLAT = [
         "tap",
     ),
     *("mlp", "hidden_width", "cnn", "rnn", "gpt", "GPTConfig", "vit", "ViTConfig", "LanguageModel"),
+    "RopeScaling",
     *("generate", "stream", "stack_blocks", "unstack_blocks", "load_pretrained", "save_pretrained"),
     *(
         "classification_loss",

@@ -13,8 +13,9 @@ from gradfn.layers._attention import attend, attention, kv_cache
 from gradfn.layers._conv import avg_pool, conv, max_pool
 from gradfn.layers._dense import affine, dense
 from gradfn.layers._dropout import dropout
-from gradfn.layers._embed import embed, rope, sinusoidal
+from gradfn.layers._embed import embed, sinusoidal
 from gradfn.layers._feed_forward import feed_forward, swiglu
+from gradfn.layers._rope import rope
 from gradfn.layers.norms import group_norm, layer_norm, rms_norm
 from gradfn.layers.recurrent import gru, lstm, recurrent_state, vanilla_rnn
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -13,7 +15,8 @@ from gradfn.core.net import Net
 from gradfn.core.params import Params
 from gradfn.layers._attend import mix
 from gradfn.layers._dense import dense
-from gradfn.layers._embed import rope
+from gradfn.layers._rope import RopeScaling, rope
+from gradfn.layers.norms import rms_norm
 
 Cache = dict[str, jax.Array]  # "key" and "value", each [context, kv_heads, size]
 
@@ -66,8 +69,10 @@ def attention(
     n_kv_heads: int | None = None,
     head_size: int | None = None,
     causal: bool = False,
-    bias: bool = True,
+    bias: bool | Literal["qkv"] = True,
     rope_base: float | None = None,
+    rope_scaling: RopeScaling | None = None,
+    qk_norm: float | None = None,
 ) -> Net:
     """Return multi-head attention: self-attention, or cross-attention over a second sequence.
 
@@ -80,11 +85,15 @@ def attention(
         n_kv_heads: heads of keys and values; `n_heads` by default. Fewer are shared by groups of query heads.
         head_size: features per head; `width / n_heads` by default.
         causal: whether a position attends only to itself and earlier positions.
-        bias: whether the four projections have biases.
+        bias: whether the four projections have biases; `"qkv"` for all but the output projection.
         rope_base: rotate queries and keys by their positions (`gf.layers.rope`) with this base; None for no rotation.
+        rope_scaling: how the frequencies of the rotation change for long sequences (`gf.RopeScaling`).
+        qk_norm: normalize each head's queries and keys (`gf.layers.rms_norm`) before they are rotated, with this epsilon;
+            None for no norm. Dehghani et al., *Scaling Vision Transformers to 22 Billion Parameters*, 2023, section 2.
 
     Returns:
-        A net `[T, width] -> [T, width]` with `query`, `key`, `value` and `out`, each `{"W", "b"}`. Called
+        A net `[T, width] -> [T, width]` with `query`, `key`, `value` and `out`, each `{"W", "b"}`, and with `qk_norm`
+        `query_norm` and `key_norm`, each `{"gain"}` of one head's features. Called
 
         - `apply(params, x)`: `x` attends to itself;
         - `apply(params, x, memory)`: `x` attends to `memory` `[S, width]` (never with `causal`);
@@ -92,7 +101,7 @@ def attention(
           cache (`kv_cache`); returns `(y, cache)`, where the cache includes the new positions.
 
     Raises:
-        ValueError: `n_heads` does not divide `width`, or `n_kv_heads` does not divide `n_heads`.
+        ValueError: `n_heads` does not divide `width`, `n_kv_heads` does not divide `n_heads`, or another `bias`.
         ParameterError: an input of another size.
 
     >>> import jax, jax.numpy as jnp, gradfn as gf
@@ -107,15 +116,22 @@ def attention(
         raise ValueError(
             f"attention: n_kv_heads must divide n_heads, got n_kv_heads {n_kv_heads}, n_heads {n_heads}"
         )
+    if bias not in (True, False, "qkv"):
+        raise ValueError(f"attention: bias must be True, False or 'qkv', got {bias!r}")
     size = head_size or width // n_heads
     to_heads = {"query": n_heads, "key": n_kv_heads, "value": n_kv_heads}
-    layers = {name: dense(width, n * size, bias) for name, n in to_heads.items()}
-    out = dense(n_heads * size, width, bias)
+    layers = {name: dense(width, n * size, bool(bias)) for name, n in to_heads.items()}
+    out = dense(n_heads * size, width, bias is True)
+    norm = None if qk_norm is None else rms_norm(size, qk_norm)
 
     def heads(params: Params, name: str, x: jax.Array) -> jax.Array:
         with scope(name):
             z = layers[name].apply(params[name], x)
-            return z.reshape(len(x), to_heads[name], size)  # [T, heads * size] -> [T, heads, size]
+            z = z.reshape(len(x), to_heads[name], size)  # [T, heads * size] -> [T, heads, size]
+        if norm is None or name == "value":
+            return z
+        with scope(f"{name}_norm"):
+            return norm.apply(params[f"{name}_norm"], z)
 
     def apply(
         params: Params,
@@ -135,7 +151,9 @@ def attention(
         )
         if rope_base is not None:
             positions = start + jnp.arange(len(x))  # [T]
-            query, key = rope(query, positions, rope_base), rope(key, positions, rope_base)
+            query, key = (
+                rope(z, positions, rope_base, rope_scaling, start + len(x)) for z in (query, key)
+            )
         query, key, value = tap(query, "queries"), tap(key, "keys"), tap(value, "values")
         if cache is not None:
             cache = {
@@ -151,7 +169,10 @@ def attention(
 
     rows = {"query": ("heads", n_heads), "key": ("kv_heads", n_kv_heads), "value": ("kv_heads", n_kv_heads)}
     spec = {name: with_axes(layer.spec, rows[name], "embed") for name, layer in layers.items()}
-    return Net(spec | {"out": with_axes(out.spec, "embed", ("heads", n_heads))}, apply)
+    spec["out"] = with_axes(out.spec, "embed", ("heads", n_heads))
+    if norm is not None:
+        spec |= {f"{name}_norm": with_axes(norm.spec, None) for name in ("query", "key")}
+    return Net(spec, apply)
 
 
 def kv_cache(context: int, n_kv_heads: int, head_size: int, dtype: DTypeLike = jnp.float32) -> Cache:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +10,7 @@ from gradfn.core.devices import rows_sharding
 from gradfn.core.names import ParameterError
 from gradfn.core.net import Net
 from gradfn.core.params import Param, Params
-from gradfn.core.precision import wide
+from gradfn.layers._rope import frequencies_of
 
 
 def embed(n: int, width: int) -> Net:
@@ -78,41 +76,5 @@ def sinusoidal(n: int, width: int, base: float = 10_000.0) -> jax.Array:
     """
     if width % 2:
         raise ValueError(f"sinusoidal: width must be even, got {width}")
-    angles = np.arange(n)[:, None] * _frequencies(width, base)  # [n, width / 2]
+    angles = np.arange(n)[:, None] * frequencies_of(width, base)  # [n, width / 2]
     return jnp.asarray(np.stack([np.sin(angles), np.cos(angles)], -1).reshape(n, width), jnp.float32)
-
-
-def rope(x: jax.Array, positions: jax.Array, base: float = 10_000.0) -> jax.Array:
-    """Rotate pairs of features by an angle proportional to position (RoPE), so that products depend on distances.
-
-    Su et al., *RoFormer*, 2021. Feature `i` is paired with feature `i + size / 2`, as in Llama's code. The paper
-    pairs adjacent features; the two differ by a permutation of the rows of the query and key matrices.
-
-    Args:
-        x: `[T, heads, size]` queries or keys; `size` is even.
-        positions: `[T]` integers.
-        base: the longest wavelength is close to `2 pi base`.
-
-    Returns:
-        `[T, heads, size]`; the norm of each pair is unchanged.
-
-    Raises:
-        ValueError: an odd size.
-
-    >>> import jax.numpy as jnp, gradfn as gf
-    >>> gf.layers.rope(jnp.array([[[1.0, 0.0]]]), jnp.array([1]))  # one radian
-    Array([[[0.5403023 , 0.84147096]]], dtype=float32)
-    """
-    size = x.shape[-1]
-    if size % 2:
-        raise ValueError(f"rope: the head size must be even, got {size}")
-    dtype = wide(x.dtype)  # bfloat16 is too coarse for angles
-    frequencies = jnp.asarray(_frequencies(size, base), dtype)
-    angles = positions.astype(dtype)[:, None, None] * frequencies[None, None]  # [T, 1, size / 2]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(dtype), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
-
-
-def _frequencies(width: int, base: float) -> np.ndarray:
-    return np.exp(np.arange(0, width, 2) * (-math.log(base) / width))  # [width / 2]
