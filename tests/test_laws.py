@@ -39,6 +39,12 @@ LLAMA = {
     "hidden": 6,
     "bias": False,
 }
+QWEN = {
+    "head_size": 4,
+    "attention_bias": "qkv",
+    "qk_norm": True,
+    "rope_scaling": gf.RopeScaling("yarn", 2.0, 4),
+}
 # name: (net, shape of one example)
 CASES = {
     "dense": (gf.layers.dense(3, 2), (3,)),
@@ -74,6 +80,10 @@ CASES = {
     "gpt": (on_tokens(gf.gpt(gf.GPTConfig(**GPT)), 7), (5, 7)),
     "gpt scanned, with remat": (on_tokens(gf.gpt(gf.GPTConfig(**GPT, scan=True, remat=True)), 7), (5, 7)),
     "llama": (on_tokens(gf.gpt(gf.GPTConfig(**LLAMA, tied=False)), 7), (5, 7)),
+    "llama with biases and norms of queries and keys, rotated as in YaRN": (
+        on_tokens(gf.gpt(gf.GPTConfig(**LLAMA, **QWEN)), 7),
+        (5, 7),
+    ),
     "cnn": (gf.cnn([4, 6, 1], [2, 3], [4], 3, activation="tanh"), (24,)),
     "rnn": (on_tokens(gf.rnn(7, 4, "lstm", 2), 7), (5, 7)),
     "vit": (gf.vit(gf.ViTConfig((4, 6, 1), 2, 3, n_layers=1, n_heads=2, width=4, pool="class")), (4, 6)),

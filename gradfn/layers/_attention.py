@@ -88,8 +88,9 @@ def attention(
         bias: whether the four projections have biases; `"qkv"` for all but the output projection.
         rope_base: rotate queries and keys by their positions (`gf.layers.rope`) with this base; None for no rotation.
         rope_scaling: how the frequencies of the rotation change for long sequences (`gf.RopeScaling`).
-        qk_norm: normalize each head's queries and keys (`gf.layers.rms_norm`) before they are rotated, with this epsilon;
-            None for no norm. Dehghani et al., *Scaling Vision Transformers to 22 Billion Parameters*, 2023, section 2.
+        qk_norm: normalize each head's queries and keys (`gf.layers.rms_norm`) before they are rotated, with this
+            epsilon; None for no norm. Dehghani et al., *Scaling Vision Transformers to 22 Billion
+            Parameters*, 2023, section 2.
 
     Returns:
         A net `[T, width] -> [T, width]` with `query`, `key`, `value` and `out`, each `{"W", "b"}`, and with `qk_norm`
@@ -151,9 +152,7 @@ def attention(
         )
         if rope_base is not None:
             positions = start + jnp.arange(len(x))  # [T]
-            query, key = (
-                rope(z, positions, rope_base, rope_scaling, start + len(x)) for z in (query, key)
-            )
+            query, key = (rope(z, positions, rope_base, rope_scaling, start + len(x)) for z in (query, key))
         query, key, value = tap(query, "queries"), tap(key, "keys"), tap(value, "values")
         if cache is not None:
             cache = {

@@ -27,8 +27,8 @@ class RopeScaling:
       `transformers`: the logits differ from those of one call with all tokens.
     - `"yarn"`: fast ones stay, slow ones are divided by `factor`, those between are interpolated, and queries and
       keys are multiplied by a factor (Peng et al., *YaRN*, 2023, section 3.4).
-    - `"llama3"`: fast ones stay, slow ones are divided by `factor`, those between are interpolated over their wavelengths
-      (Grattafiori et al., *The Llama 3 Herd of Models*, 2024, and its code).
+    - `"llama3"`: the same without that factor, and with other weights between (Grattafiori et al., *The Llama 3 Herd of
+      Models*, 2024, and its code).
 
     Attributes:
         kind: one of the four.
@@ -140,7 +140,7 @@ def scaled_frequencies(size: int, base: float, scaling: RopeScaling | None) -> n
     if scaling.kind == "linear":
         return slow
     if scaling.kind == "llama3":
-        rotations = scaling.original_context * frequencies / (2 * math.pi)  # over the original context
+        rotations = _original(scaling) * frequencies / (2 * math.pi)  # over the original context
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         kept = np.clip((rotations - low) / (high - low), 0, 1)
     else:
@@ -152,8 +152,8 @@ def _yarn_ramp(size: int, base: float, scaling: RopeScaling) -> np.ndarray:
     """Return 0 for the frequencies that are kept, 1 for those that are divided, and what lies between."""
 
     def index(rotations: float) -> float:
-        """Return the index of the frequency with so many rotations over the original context."""
-        return size * math.log(scaling.original_context / (rotations * 2 * math.pi)) / (2 * math.log(base))
+        """Return the index of the frequency with N rotations over the original context, between two integers."""
+        return size * math.log(_original(scaling) / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
     low, high = index(scaling.beta_fast), index(scaling.beta_slow)
     if scaling.truncate:
@@ -167,10 +167,16 @@ def dynamic_frequencies(size: int, base: float, scaling: RopeScaling, length: ja
     """Return the frequencies `[size / 2]` of a sequence of some length, under dynamic scaling."""
     if size < 4:
         raise ValueError(f"rope: dynamic scaling needs a head size of at least 4, got {size}")
-    longer = jnp.maximum(length / scaling.original_context, 1)
+    longer = jnp.maximum(length / _original(scaling), 1)
     growth = scaling.factor * longer - (scaling.factor - 1)
     log_base = math.log(base) + size / (size - 2) * jnp.log(growth)
     return jnp.exp(-log_base * jnp.asarray(np.arange(0, size, 2) / size, log_base.dtype))
+
+
+def _original(scaling: RopeScaling) -> int:
+    """Return the context of training, which all kinds but `"linear"` have."""
+    assert scaling.original_context is not None
+    return scaling.original_context
 
 
 def attention_factor(scaling: RopeScaling | None) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,9 +37,11 @@ def _is_function(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Return a setting as JSON: sequences as lists, dtypes by name."""
+    """Return a setting as JSON: sequences as lists, dataclasses as dicts, dtypes by name."""
     if value is None or isinstance(value, (bool, str)):
         return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Sequence):
         return [_plain(item) for item in value]
     if isinstance(value, np.ndarray):

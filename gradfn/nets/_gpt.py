@@ -20,6 +20,7 @@ from gradfn.layers._dense import dense
 from gradfn.layers._dropout import dropout
 from gradfn.layers._embed import embed, sinusoidal
 from gradfn.layers._feed_forward import feed_forward, swiglu
+from gradfn.layers._rope import RopeScaling
 from gradfn.layers.norms import layer_norm, rms_norm
 from gradfn.nets._description import described
 from gradfn.nets._generate import LanguageModel
@@ -57,7 +58,8 @@ class GPTConfig:
         attention_bias: whether attention's projections have biases, or only those of queries, keys and values
             (`"qkv"`); None for `bias`.
         qk_norm: normalize each head's queries and keys (`gf.layers.rms_norm`) before RoPE.
-        rope_scaling: how RoPE's frequencies change for sequences longer than those of training; None for no change.
+        rope_scaling: how RoPE's frequencies change for sequences longer than those of training (`gf.RopeScaling`);
+            None for no change.
         rope_fraction: the fraction of each head's features that RoPE rotates, the first ones.
         rope_base_local: the base of RoPE in layers with a window, where `rope_scaling` does not apply; None for
             the frequencies of the other layers.
@@ -97,7 +99,7 @@ class GPTConfig:
     compute: str | None = None
     attention_bias: bool | Literal["qkv"] | None = None
     qk_norm: bool = False
-    rope_scaling: Any = None
+    rope_scaling: RopeScaling | None = None
     rope_fraction: float = 1.0
     rope_base_local: float | None = None
     window: int | None = None
@@ -130,8 +132,10 @@ class GPTConfig:
             raise ValueError(f"GPTConfig: rope_fraction must be in (0, 1], got {self.rope_fraction!r}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"GPTConfig: window must be an integer >= 1 or None, got {self.window!r}")
-        # From JSON it comes as a list.
+        # From JSON they come as a list and a dict.
         object.__setattr__(self, "global_layers", tuple(self.global_layers))
+        if isinstance(self.rope_scaling, Mapping):
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         if not all(isinstance(i, int) and i >= 0 for i in self.global_layers):
             raise ValueError(f"GPTConfig: global_layers must be integers >= 0, got {self.global_layers}")
         for name, needed, fits in (
@@ -150,7 +154,7 @@ class GPTConfig:
 
 _DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(GPTConfig)}
 _NOT_YET = (
-    *("attention_bias", "qk_norm", "rope_scaling", "rope_fraction", "rope_base_local", "window"),
+    *("rope_fraction", "rope_base_local", "window"),
     *("global_layers", "score_cap", "logit_cap", "attention_scale", "embed_scale", "norms_after", "parallel"),
 )
 
@@ -258,8 +262,10 @@ def _attention(config: GPTConfig) -> Net:
         config.n_kv_heads,
         config.head_size,
         causal=True,
-        bias=config.bias,
+        bias=config.bias if config.attention_bias is None else config.attention_bias,
         rope_base=config.rope_base if config.positions == "rope" else None,
+        rope_scaling=config.rope_scaling,
+        qk_norm=config.norm_epsilon if config.qk_norm else None,
     )
 
 
