@@ -7,6 +7,8 @@
                               newest ones on 3.12 and 3.13 (as far as they are on the PATH), and once more with jax's
                               next `jax.checkpoint`; --quick runs only the fast tests of what depends on jax
     python3 make.py gallery   create .venv, train the networks of docs/gallery and write their pages
+    python3 make.py docs      create .venv-docs and build the documentation site into site/; names of examples of the
+                              gallery are trained before, by default those that take half a minute
     python3 make.py remat     run the fast tests of traced programs with the latter, on Python 3.12 or newer
 
 It needs no packages; each command creates its environment at first use.
@@ -34,6 +36,8 @@ CHECKS = {
         [*PYTEST, "-m", "optimized and not slow", "tests"],
     ],
 }
+# Live pages of the site that take seconds to train; those that `make.py gallery` has written are on it too.
+QUICK_PAGES = ["digits", "moons"]
 # A later jax will use other primitives for jax.checkpoint and checkpoint_name; jax 0.12 has them behind this flag.
 NEXT_REMAT = {"JAX_REMAT3": "1"}
 FAST = "not slow and not optimized and not accelerator and not attack"
@@ -68,6 +72,8 @@ def main():
     if command == "gallery":
         python = environment(".venv", "run")
         return run([python, os.path.join("docs", "gallery", "build.py"), *options])
+    if command == "docs":
+        return docs(options)
     if command in CHECKS:
         python = environment(".venv-test", "test,frameworks")
         failed = [check for check in CHECKS[command] if run([python, *check])]
@@ -80,6 +86,17 @@ def main():
         return remat()
     print(__doc__.strip())
     return 0 if command in ("help", "-h", "--help") else 2
+
+
+def docs(examples):
+    """Build the documentation site; return the exit code. A broken link or a missing reference is an error."""
+    python = environment(".venv-docs", "docs")
+    if run([python, os.path.join("docs", "gallery", "build.py"), *(examples or QUICK_PAGES)]):
+        return 1
+    if run([python, "-m", "mkdocs", "build", "--strict", "--quiet"], {"NO_MKDOCS_2_WARNING": "1"}):
+        return 1
+    print("Open in a browser: " + os.path.join(HERE, "site", "index.html"))
+    return 0
 
 
 def matrix(options):

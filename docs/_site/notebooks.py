@@ -1,0 +1,55 @@
+"""Notebooks as pages: the text of jupytext is executed, and what it shows becomes part of the page."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+from pathlib import Path
+
+import jupytext
+import nbconvert
+from nbclient import NotebookClient
+
+
+def pages(root: Path) -> dict[str, str | bytes]:
+    """Execute every notebook of `docs/notebooks`; return its page and its pictures by path on the site.
+
+    Raises:
+        CellExecutionError: a cell fails.
+    """
+    out: dict[str, str | bytes] = {}
+    for file in sorted((root / "docs" / "notebooks").glob("*.py")):
+        print(f"executing {file.relative_to(root)} ...", flush=True)
+        out |= _page(file, root)
+    return out
+
+
+def _page(file: Path, root: Path) -> dict[str, str | bytes]:
+    notebook = jupytext.read(file)
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook.metadata["kernelspec"] = kernel
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), before]))
+    try:
+        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(file.parent)}}).execute()
+    finally:
+        os.environ["PYTHONPATH"] = before or ""
+    text, resources = nbconvert.MarkdownExporter(exclude_input_prompt=True).from_notebook_node(
+        notebook, resources={"output_files_dir": f"{file.stem}_files"}
+    )
+    made: dict[str, str | bytes] = {
+        f"notebooks/{name}": content if isinstance(content, bytes) else base64.b64decode(content)
+        for name, content in resources["outputs"].items()
+    }
+    source = f"../source/docs/notebooks/{file.name}.html"
+    link = f"\n\n[This notebook as a text file]({source}); `jupytext` opens it in Jupyter.\n"
+    return {f"notebooks/{file.stem}.md": _tidy(text) + link, **made}
+
+
+def _tidy(text: str) -> str:
+    """Remove terminal colors, and wrap HTML output in a box that scrolls."""
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
+    return re.sub(
+        r"(<table.*?</table>(?:<p>.*?</p>)*)", r'<div class="gf-output">\1</div>', text, flags=re.DOTALL
+    )
