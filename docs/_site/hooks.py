@@ -43,6 +43,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are not files of docs/."""
     for source, page in OUTSIDE.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    for picture in (ROOT / "benchmarks" / "results").glob("*.png"):
+        files.append(File.generated(config, f"benchmarks/results/{picture.name}", abs_src_path=str(picture)))
     for page, text in reference.pages().items():
         files.append(File.generated(config, page, content=text))
     for page, text in sources.pages(ROOT).items():
@@ -98,7 +100,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     def rewritten(match: re.Match[str]) -> str:
         if any(start <= match.start() < stop for start, stop in code):
             return match[0]
-        return match[1] + _link(match[2], source, page, files) + match[3]
+        target = _link(match[2], source, page, files)
+        return match[1] + target + match[3] if target else match[1].strip("[](")
 
     return LINK.sub(rewritten, markdown)
 
@@ -112,17 +115,17 @@ def _in_repository(file: File) -> PurePosixPath | None:
 
 
 def _link(target: str, source: PurePosixPath, page: Page, files: Files) -> str:
-    """Return the link on the site for a link that a file of the repository has to another one."""
+    """Return the link on the site for a link that a file of the repository has to another one; of a folder, nothing."""
     path, _, anchor = target.partition("#")
     if not path or re.match(r"[a-z]+:|/", path):
         return target
-    # Of pages in docs/ that are on the site under their own name, mkdocs checks the links itself.
     found = os.path.normpath((source.parent / path).as_posix()).replace(os.sep, "/")
-    inside = MOVED.get(found, found.removeprefix("docs/") if found.startswith("docs/") else None)
-    if inside is None or files.get_file_from_path(inside) is None:
-        inside = sources.page_of(found)
-    if files.get_file_from_path(inside) is None:
-        return target
+    if (ROOT / found).is_dir():
+        return ""
+    names = (MOVED.get(found), re.sub(r"\.py$", ".md", found.removeprefix("docs/")), sources.page_of(found))
+    inside = next((name for name in names if name and files.get_file_from_path(name)), None)
+    if inside is None:
+        return target  # mkdocs reports it
     moved = os.path.relpath(inside, PurePosixPath(page.file.src_uri).parent.as_posix() or ".")
     return moved.replace(os.sep, "/") + (f"#{anchor}" if anchor else "")
 
