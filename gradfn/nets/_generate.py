@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
@@ -15,15 +15,17 @@ from jaxtyping import PyTree
 
 from gradfn.core.net import Net
 from gradfn.core.params import Params, check
-from gradfn.core.precision import widen
 from gradfn.inspection import Capture
 from gradfn.inspection import capture as record
+from gradfn.nets._sampling import Form, Numbers, Rule, sample, sampling_rule
 
 Transform = Callable[[Callable], Callable[..., Capture]]
 # A function of the step, its further arguments, and its keyword arguments: `functools.partial` does not compare.
 _Applied = tuple[Callable, tuple[Hashable, ...], tuple[tuple[str, Hashable], ...]]
 
-_EACH = "Continue each one on its own: [gf.generate(net, params, prompt, n) for prompt in prompts]"
+Prompt = Sequence[int] | np.ndarray | jax.Array
+
+READ = 8  # several prompts are read in pieces of 1, 8, 64, ... tokens, so that few programs are compiled
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +55,14 @@ class LanguageModel(Net):
 def generate(
     net: LanguageModel,
     params: Params,
-    prompt: Sequence[int] | np.ndarray | jax.Array,
+    prompt: Prompt,
     n: int,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    stop: int | Collection[int] = (),
     seed: int = 0,
     capture: None = None,
 ) -> np.ndarray: ...
@@ -67,11 +72,31 @@ def generate(
 def generate(
     net: LanguageModel,
     params: Params,
-    prompt: Sequence[int] | np.ndarray | jax.Array,
+    prompt: Sequence[Prompt],
     n: int,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    stop: int | Collection[int] = (),
+    seed: int = 0,
+    capture: None = None,
+) -> list[np.ndarray]: ...
+
+
+@overload
+def generate(
+    net: LanguageModel,
+    params: Params,
+    prompt: Prompt,
+    n: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    stop: int | Collection[int] = (),
     seed: int = 0,
     capture: str | Sequence[str] | Transform,
 ) -> tuple[np.ndarray, list[Capture]]: ...
@@ -80,37 +105,80 @@ def generate(
 def generate(
     net: LanguageModel,
     params: Params,
-    prompt: Sequence[int] | np.ndarray | jax.Array,
+    prompt: Prompt | Sequence[Prompt],
     n: int,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    stop: int | Collection[int] = (),
     seed: int = 0,
     capture: str | Sequence[str] | Transform | None = None,
-) -> np.ndarray | tuple[np.ndarray, list[Capture]]:
-    """Return `n` tokens that continue a prompt: see `gf.stream`. With `capture`, also a list of `n` captures.
+) -> np.ndarray | list[np.ndarray] | tuple[np.ndarray, list[Capture]]:
+    """Return up to `n` tokens that continue a prompt, or one array of them for each of several prompts.
+
+    Several prompts, which may differ in length, are continued together: each step computes the next token of all of
+    them. Up to rounding, continuation `i` is that of `generate(net, params, prompts[i], n, seed=seed + i)`.
+
+    Args:
+        net: as in `gf.stream`.
+        params: as in `gf.stream`.
+        prompt: integers `[T]`, or a list of such prompts.
+        n: the number of tokens to generate, for each prompt.
+        temperature: as in `gf.stream`, like `top_k`, `top_p` and `min_p`.
+        top_k: of the most likely tokens.
+        top_p: of the probability.
+        min_p: of the probability of the most likely token.
+        stop: tokens that end a continuation, which includes them. One prompt's end does not end those of the others.
+        seed: of the first prompt; the next one has `seed + 1`, and so on.
+        capture: as in `gf.stream`, for one prompt.
+
+    Returns:
+        int32 `[N]`, where N < n only if the last token is one of `stop`; for several prompts a list of these; with
+        `capture` also a list of `N` captures.
+
+    Raises:
+        ParameterError: as in `gf.stream`, like the others.
+        ValueError: also several prompts with `capture`.
+        TypeError: a prompt that is text or not integers.
+        FloatingPointError: the largest logit is not finite.
 
     >>> import jax, gradfn as gf
     >>> net = gf.gpt(gf.GPTConfig(vocab=65, context=8, n_layers=1, n_heads=2, width=4))
-    >>> gf.generate(net, net.init(jax.random.key(0)), [1, 2, 3], 4, top_k=1).shape
+    >>> params = net.init(jax.random.key(0))
+    >>> gf.generate(net, params, [1, 2, 3], 4, top_k=1).shape
     (4,)
+    >>> [tokens.shape for tokens in gf.generate(net, params, [[1, 2, 3], [4]], 6, top_p=0.9)]
+    [(6,), (6,)]
     """
-    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "seed": seed}
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    options |= {"stop": stop, "seed": seed}
+    if _is_several(prompt):
+        if capture is not None:
+            raise ValueError(
+                f"generate: capture records one prompt, got {len(prompt)}. Pass them one at a time: "
+                "[gf.generate(net, params, prompt, n, capture=...) for prompt in prompts]"
+            )
+        return _together(net, params, [*prompt], n, **options)
     if capture is None:
-        return np.fromiter(stream(net, params, prompt, n, **options), np.int32, n)
+        return np.fromiter(stream(net, params, prompt, n, **options), np.int32)
     pairs = list(stream(net, params, prompt, n, **options, capture=capture))
-    return np.fromiter((token for token, _ in pairs), np.int32, n), [captured for _, captured in pairs]
+    return np.array([token for token, _ in pairs], np.int32), [captured for _, captured in pairs]
 
 
 @overload
 def stream(
     net: LanguageModel,
     params: Params,
-    prompt: Sequence[int] | np.ndarray | jax.Array,
+    prompt: Prompt,
     n: int,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    stop: int | Collection[int] = (),
     seed: int = 0,
     capture: None = None,
 ) -> Iterator[int]: ...
@@ -120,11 +188,14 @@ def stream(
 def stream(
     net: LanguageModel,
     params: Params,
-    prompt: Sequence[int] | np.ndarray | jax.Array,
+    prompt: Prompt,
     n: int,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    stop: int | Collection[int] = (),
     seed: int = 0,
     capture: str | Sequence[str] | Transform,
 ) -> Iterator[tuple[int, Capture]]: ...
@@ -133,26 +204,38 @@ def stream(
 def stream(
     net: LanguageModel,
     params: Params,
-    prompt: Sequence[int] | np.ndarray | jax.Array,
+    prompt: Prompt,
     n: int,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    stop: int | Collection[int] = (),
     seed: int = 0,
     capture: str | Sequence[str] | Transform | None = None,
 ) -> Iterator[int] | Iterator[tuple[int, Capture]]:
-    """Yield `n` tokens that continue a prompt, one at a time.
+    """Yield up to `n` tokens that continue a prompt, one at a time.
 
     Earlier tokens are cached, so each step computes one token only. When the context is full, generation continues
     from the later half of it.
 
+    The logits are divided by the temperature, then `top_k`, `top_p` and `min_p` remove tokens, in this order, and the
+    next token is sampled from the softmax of what is left, as in `transformers`. The most likely token always stays.
+
     Args:
         net: from `gf.gpt` or `gf.rnn`.
         params: its parameters.
-        prompt: integers `[T]`, T >= 1. Several prompts need one call each.
+        prompt: integers `[T]`, T >= 1. For several prompts see `gf.generate`.
         n: the number of tokens to generate.
         temperature: divides the logits, in float32 or wider; 0 always takes the most likely token.
-        top_k: sample from the `top_k` most likely tokens only; ties go to the smaller index.
+        top_k: keep the `top_k` most likely tokens; ties go to the smaller index.
+        top_p: keep the most likely tokens until their probabilities add up to `top_p`: a token stays if those that are
+            more likely have less than that together (Holtzman et al., *The Curious Case of Neural Text
+            Degeneration*, 2020, section 3.1).
+        min_p: keep the tokens at least `min_p` times as likely as the most likely one (Nguyen et al., *Turning Up the
+            Heat: Min-p Sampling*, 2025).
+        stop: a token or tokens that end the continuation; the one that does is its last.
         seed: the same seed gives the same tokens.
         capture: what to record of each step: the names or globs of sites of `gf.sites(net.apply)`, whose values are
             kept, or a transform such as `functools.partial(gf.capture, stats=("rms",))`. The stream then yields
@@ -164,9 +247,10 @@ def stream(
     Raises:
         ParameterError: parameters of other shapes.
         ValueError: an empty prompt, several prompts, a token outside the vocabulary, a temperature that is
-            negative or not finite, a `top_k` outside [1, vocab_size], a site that the step does not have.
-        TypeError: a prompt that is text or not integers, or a transform that returns no `Capture`.
-        FloatingPointError: a logit is NaN.
+            negative or not finite, a `top_k` outside [1, vocab_size], a `top_p` outside (0, 1], a `min_p` outside
+            [0, 1], a site that the step does not have.
+        TypeError: a prompt or `stop` that is text or not integers, or a transform that returns no `Capture`.
+        FloatingPointError: the largest logit is not finite.
 
     >>> import jax, gradfn as gf
     >>> net = gf.gpt(gf.GPTConfig(vocab=65, context=8, n_layers=1, n_heads=2, width=4))
@@ -178,19 +262,44 @@ def stream(
     (2, 3, 8)
     (2, 1, 8)
     """
-    check(net.spec, params)
+    if _is_several(prompt):
+        raise ValueError(
+            f"stream: expected one prompt [T], got {len(prompt)}. gf.generate continues several together"
+        )
     tokens = _tokens_of(prompt)
-    vocab_size = jax.eval_shape(net.apply, net.spec, jax.ShapeDtypeStruct((1,), jnp.int32)).shape[-1]
-    if not tokens or min(tokens) < 0 or max(tokens) >= vocab_size:
-        raise ValueError(f"generate: expected one or more tokens in [0, {vocab_size}), got {tokens[:20]}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"generate: temperature must be finite and >= 0, got {temperature}")
-    if top_k is not None and not 1 <= top_k <= vocab_size:
-        raise ValueError(f"generate: top_k must be in [1, {vocab_size}], got {top_k}")
-    if (n := operator.index(n)) < 0:
-        raise ValueError(f"generate: n must be an integer >= 0, got {n}")
+    vocab_size = _checked(net, params, [tokens], n)
+    rule = sampling_rule(vocab_size, temperature, top_k, top_p, min_p)
+    stops = _stops(stop, vocab_size)
     applied = None if capture is None else _applied(net, params, tokens, capture)
-    return _stream(net, params, tokens, n, float(temperature), top_k, applied, jax.random.key(seed))
+    return _stream(net, params, tokens, operator.index(n), rule, stops, applied, jax.random.key(seed))
+
+
+def _checked(net: LanguageModel, params: Params, prompts: list[list[int]], n: int) -> int:
+    """Return the vocabulary size, after checking parameters, prompts and the number of tokens."""
+    check(net.spec, params)
+    vocab_size = jax.eval_shape(net.apply, net.spec, jax.ShapeDtypeStruct((1,), jnp.int32)).shape[-1]
+    for i, tokens in enumerate(prompts):
+        which = f" in prompt {i}" if len(prompts) > 1 else ""
+        if not tokens:
+            raise ValueError(f"generate: expected one or more tokens{which}, got none")
+        wrong = next((token for token in tokens if not 0 <= token < vocab_size), None)
+        if wrong is not None:
+            raise ValueError(f"generate: expected tokens in [0, {vocab_size}){which}, got {wrong}")
+    if operator.index(n) < 0:
+        raise ValueError(f"generate: n must be an integer >= 0, got {n}")
+    return vocab_size
+
+
+def _stops(stop: Any, vocab_size: int) -> frozenset[int]:
+    if np.asarray(stop).dtype.kind in "US":
+        raise TypeError(
+            "generate: stop must be tokens, got text. For stop strings: gf.data.stop_at(tokenizer.stream(tokens), stop)"
+        )
+    stops = frozenset(_tokens_of([*stop] if isinstance(stop, Collection) else stop, "stop: "))
+    wrong = next((token for token in stops if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        raise ValueError(f"generate: stop: expected tokens in [0, {vocab_size}), got {wrong}")
+    return stops
 
 
 def _applied(
@@ -231,22 +340,24 @@ def _recording(applied: _Applied, step: Callable) -> Callable:
     return transform(step, *args, **dict(keywords))
 
 
-def _tokens_of(prompt: PyTree) -> list[int]:
+def _is_several(prompt: Any) -> bool:
+    return isinstance(prompt, (list, tuple)) and any(np.ndim(part) for part in prompt)
+
+
+def _tokens_of(prompt: PyTree, name: str = "") -> list[int]:
     """Return the tokens of a prompt, or raise an error if it is not a sequence of integers."""
-    lengths = [np.size(part) for part in prompt if np.ndim(part)] if isinstance(prompt, (list, tuple)) else []
-    if len(set(lengths)) > 1:
-        raise ValueError(
-            f"generate: expected one prompt [T], got {len(lengths):,} of different lengths. {_EACH}"
-        )
     tokens = np.asarray(prompt)
     if tokens.dtype.kind in "US":
-        raise TypeError("generate: expected tokens, got text. Pass tokenizer.encode(text)")
+        raise TypeError(f"generate: {name}expected tokens, got text. Pass tokenizer.encode(text)")
     if tokens.size and not np.issubdtype(tokens.dtype, np.integer):
         raise TypeError(
-            f"generate: tokens must be integers, got {tokens.dtype}. Cast them: tokens.astype(int)"
+            f"generate: {name}tokens must be integers, got {tokens.dtype}. Cast them: tokens.astype(int)"
         )
-    if tokens.ndim > 1 and tokens.size != tokens.shape[-1]:
-        raise ValueError(f"generate: expected one prompt [T], got shape {list(tokens.shape)}. {_EACH}")
+    if tokens.ndim > 1:
+        raise ValueError(
+            f"generate: {name}expected a prompt [T] or a list of prompts, got shape {list(tokens.shape)}. "
+            "Pass the rows of an array as a list: list(prompts)"
+        )
     return [int(token) for token in tokens.reshape(-1)]
 
 
@@ -255,8 +366,8 @@ def _stream(
     params: Params,
     tokens: list[int],
     n: int,
-    temperature: float,
-    top_k: int | None,
+    rule: Rule,
+    stop: frozenset[int],
     applied: _Applied | None,
     key: jax.Array,
 ) -> Iterator[Any]:
@@ -264,32 +375,104 @@ def _stream(
     new, state, cached = tokens[-context:], net.start(params), 0
     for i in range(n):
         if cached + len(new) > context:
-            new, state, cached = tokens[-max(context // 2, 1) :], net.start(params), 0
+            new, state, cached = tokens[-_half(context) :], net.start(params), 0
         key_i = jax.random.fold_in(key, i)
         read = np.asarray(new, np.int32)
-        token, state, captured = _next(net.step, top_k, applied, params, read, state, temperature, key_i)
+        token, state, captured = _next(net.step, rule.form, applied, params, read, state, rule.numbers, key_i)
         cached += len(new)
-        new = [int(token)]
-        if new[0] < 0:
-            raise FloatingPointError(
-                f"generate: the logits after {len(tokens):,} tokens contain NaN. gf.nan_origin finds its origin"
-            )
+        new = [_finite(int(token), len(tokens))]
         tokens.append(new[0])
         yield new[0] if applied is None else (new[0], captured)
+        if new[0] in stop:
+            return
+
+
+def _together(
+    net: LanguageModel,
+    params: Params,
+    prompts: Sequence[Any],
+    n: int,
+    stop: int | Collection[int],
+    seed: int,
+    **options: Any,
+) -> list[np.ndarray]:
+    """Return the continuation of each prompt, computed for all of them in each step."""
+    texts = [_tokens_of(prompt, f"prompt {i}: ") for i, prompt in enumerate(prompts)]
+    vocab_size = _checked(net, params, texts, n)
+    rule = sampling_rule(vocab_size, **options)
+    stops = _stops(stop, vocab_size)
+    lengths = [len(text) for text in texts]
+    context = net.context or max(lengths) + n
+    keys = jnp.stack([jax.random.key(seed + i) for i in range(len(texts))])
+    states = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(texts)), net.start(params))
+    cached = [0] * len(texts)
+
+    def read(i: int, tokens: list[int]) -> None:
+        """Start the state of a prompt again, with all tokens but the last, which the next step reads."""
+        nonlocal states
+        state = net.start(params)
+        for part in _pieces(tokens[:-1]):
+            state = _read(net.step, params, part, state)
+        states, cached[i] = _replaced(states, state, np.int32(i)), len(tokens) - 1
+
+    for i, text in enumerate(texts):
+        read(i, text[-context:])
+    going = set(range(len(texts))) if n else set()
+    step = 0
+    while going:
+        for i in going:
+            if cached[i] == context:
+                read(i, texts[i][-_half(context) :])
+            cached[i] += 1
+        last = np.array([text[-1] for text in texts], np.int32)
+        tokens, states = _next_of_all(
+            net.step, rule.form, params, last, states, rule.numbers, keys, np.uint32(step)
+        )
+        step += 1
+        for i, token in enumerate(np.asarray(tokens).tolist()):
+            if i in going:
+                texts[i].append(_finite(token, len(texts[i]), f" of prompt {i}"))
+                if token in stops or step == n:
+                    going.discard(i)
+    return [np.array(text[length:], np.int32) for text, length in zip(texts, lengths, strict=True)]
+
+
+def _half(context: int) -> int:
+    return max(context // 2, 1)
+
+
+def _pieces(tokens: list[int]) -> Iterator[np.ndarray]:
+    """Yield tokens in pieces whose lengths are powers of `READ`, the longest first."""
+    at = 0
+    while at < len(tokens):
+        size = 1
+        while size * READ <= len(tokens) - at:
+            size *= READ
+        yield np.asarray(tokens[at : at + size], np.int32)
+        at += size
+
+
+def _finite(token: int, length: int, which: str = "") -> int:
+    if token < 0:
+        raise FloatingPointError(
+            f"generate: the largest of the logits after {length:,} tokens{which} is not finite. gf.nan_origin finds "
+            "the origin of a NaN or an infinity"
+        )
+    return token
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5,))
 def _next(
     step: Callable,
-    top_k: int | None,
+    form: Form,
     applied: _Applied | None,
     params: Params,
     tokens: jax.Array,
     state: PyTree,
-    temperature: jax.Array,
+    numbers: Numbers,
     key: jax.Array,
 ) -> tuple[jax.Array, PyTree, Capture | None]:
-    """Read tokens and sample the next one, -1 if a logit is NaN; also return what is recorded of the step."""
+    """Read tokens and sample the next one; also return what is recorded of the step."""
     captured = None
     if applied is None:
         logits, state = step(params, tokens, state)
@@ -298,13 +481,35 @@ def _next(
         logits, state = captured.output
         # The state is donated to the next step.
         captured = replace(captured, output=logits)
-    # Gumbel noise in bfloat16 is too coarse: of 2,000 equal logits the first would win.
-    last = widen(logits[-1])  # [vocab_size]
-    if top_k is not None:
-        # By index, because several tokens may have equal logits.
-        kept = jnp.zeros(last.shape, bool).at[jax.lax.top_k(last, top_k)[1]].set(True)
-        last = jnp.where(kept, last, -jnp.inf)
-    # Subtract the maximum, so that a small temperature can overflow to -inf only.
-    scaled = (last - last.max()) / jnp.where(temperature > 0, temperature, 1).astype(last.dtype)
-    token = jnp.where(temperature > 0, jax.random.categorical(key, scaled), last.argmax())
-    return jnp.where(jnp.isnan(logits[-1]).any(), -1, token), state, captured
+    return sample(logits[-1], form, numbers, key), state, captured
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4,))
+def _next_of_all(
+    step: Callable,
+    form: Form,
+    params: Params,
+    tokens: jax.Array,
+    states: PyTree,
+    numbers: Numbers,
+    keys: jax.Array,
+    i: jax.Array,
+) -> tuple[jax.Array, PyTree]:
+    """Read one token `[B]` of each sequence, and sample each one's next token."""
+
+    def one(token: jax.Array, state: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:
+        logits, state = step(params, token[None], state)
+        return sample(logits[-1], form, numbers, jax.random.fold_in(key, i)), state
+
+    return jax.vmap(one)(tokens, states, keys)
+
+
+@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(3,))
+def _read(step: Callable, params: Params, tokens: jax.Array, state: PyTree) -> PyTree:
+    return step(params, tokens, state)[1]
+
+
+@functools.partial(jax.jit, donate_argnums=(0,))
+def _replaced(states: PyTree, state: PyTree, i: jax.Array) -> PyTree:
+    """Return the states of several sequences with that of one replaced."""
+    return jax.tree.map(lambda several, one: several.at[i].set(one), states, state)
