@@ -84,7 +84,7 @@ def language_figures(
         The figures curves, probabilities, and attention where the network has any, by name.
     """
     tokens, targets = map(np.asarray, examples)
-    vocabulary = [tokenizer.decode([token]) for token in range(tokenizer.size)]
+    vocabulary = tokenizer.vocabulary()
     read, actual, probabilities = expectations(net, params, tokens, targets)
     # The longest first: it is drawn.
     n_counted = (targets[:ATTENTION_SEQUENCES] >= 0).sum(1)

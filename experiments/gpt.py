@@ -69,7 +69,7 @@ class Config(DistributedOptions):
         None,
         "a text in UTF-8, or the .npy of tokens that gf.data.tokenize wrote (default: the texts of Python's help())",
     )
-    tokens: str = runs.option("characters", "characters, bytes, or tiktoken:<encoding>")
+    tokens: str = runs.option("characters", "characters, bytes, tiktoken:<encoding>, or huggingface:<folder>")
     lines: bool = runs.option(False, "each line is a text of its own (names): none is in both parts")
     steps: int = runs.option(2000, "updates", at_least=1)
     batch: int = runs.option(12, "sequences per step", at_least=1)

@@ -136,7 +136,7 @@ def run(config: Config) -> Result:
     print(effects)
     outcome = judge(config, losses, effects)
     with phase("pictures"):
-        vocabulary = [data.tokenizer.decode([token]) for token in range(data.tokenizer.size)]
+        vocabulary = data.tokenizer.vocabulary()
         read, follow = [vocabulary[t] for t in tokens], targets.tolist()
         before = "".join(visible(vocabulary[t]) for t in tokens[max(0, at - 11) : at + 1])
         figures = {

@@ -96,12 +96,13 @@ def text(
             so are characters of more than 256 MB of tokens, which are decoded on demand; tiktoken's tokens are in
             memory, so use `tokenize` for large texts. A mapped file must not change. Text is read in Python's text
             mode: line ends become `\\n`, and a byte order mark is dropped.
-        tokens: `"characters"`, `"bytes"` or `"tiktoken:<encoding>"`; an `.npy` file has its own tokenizer.
+        tokens: `"characters"`, `"bytes"`, `"tiktoken:<encoding>"` or `"huggingface:<folder>"`; an `.npy` file has its
+            own tokenizer.
         validation: the fraction of the tokens for validation, taken from the end.
 
     Raises:
         DataError: a file that is missing, empty, not in UTF-8, or without its tokenizer; an unknown tokenizer.
-        ImportError: tiktoken is requested and not installed.
+        ImportError: a tokenizer is requested whose library is not installed.
 
     >>> import gradfn as gf
     >>> data = gf.data.text(tokens="bytes")

@@ -1,16 +1,17 @@
-"""Tokenizers: text to integers and back, by characters, by bytes, or by tiktoken's byte pairs."""
+"""Tokenizers: text to integers and back, by characters, by bytes, by tiktoken's byte pairs or as Hugging Face does."""
 
 from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
 from gradfn.data.dataset import DataError
 
+HUGGING_FACE = "huggingface"  # the start of names, before a colon and a path
 PART = 1 << 20  # characters per look-up, to bound memory
 
 
@@ -19,6 +20,8 @@ class TokenizerFile(TypedDict):
 
     name: str
     symbols: NotRequired[str]
+    file_sha256: NotRequired[str]  # of Hugging Face's file
+    special_tokens: NotRequired[bool]  # whether encoding adds those that the file asks for
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +29,14 @@ class Tokenizer:
     """A pair of pure functions between text and tokens in [0, size).
 
     Attributes:
-        name: `"characters"`, `"bytes"` or `"tiktoken:<encoding>"`.
+        name: `"characters"`, `"bytes"`, `"tiktoken:<encoding>"` or `"huggingface:<path>"`.
         size: the vocabulary size, `vocab` of a language model.
         encode: text -> tokens `[N]`, in the smallest unsigned dtype for the vocabulary.
-        piece: one token -> its bytes in UTF-8; in `bytes` and `tiktoken` a token may be a part of a character.
+        piece: one token -> its bytes in UTF-8; in `bytes` and byte pairs a token may be a part of a character.
         symbols: for `characters`, the characters in the order of their tokens; empty otherwise.
+        special: the tokens that are not part of a text, such as the one at its end.
+        texts: tokens -> texts that add up to theirs; None where that is the text of their pieces' bytes.
+        file: what identifies the file of a tokenizer that is read from one.
     """
 
     name: str
@@ -38,29 +44,66 @@ class Tokenizer:
     encode: Callable[[str], np.ndarray]
     piece: Callable[[int], bytes]
     symbols: str = ""
+    special: frozenset[int] = frozenset()
+    texts: Callable[[Iterable[int]], Iterator[str]] | None = None
+    file: Mapping[str, Any] = field(default_factory=dict)
 
-    def decode(self, tokens: Iterable[int]) -> str:
-        """Return the text of tokens; invalid UTF-8 becomes U+FFFD."""
-        return b"".join(self.piece(int(token)) for token in tokens).decode("utf-8", "replace")
+    def decode(self, tokens: Iterable[int], after: Iterable[int] = ()) -> str:
+        """Return the text of tokens, or what they add to the text of others; invalid UTF-8 becomes U+FFFD."""
+        return "".join(self.stream(tokens, after))
 
-    def stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Yield the text of tokens as they arrive; incomplete characters are held back until they are complete."""
+    def stream(self, tokens: Iterable[int], after: Iterable[int] = ()) -> Iterator[str]:
+        """Yield the text of tokens as they arrive; incomplete characters are held back until they are complete.
+
+        Args:
+            tokens: they may still be generated.
+            after: the tokens before them, whose text is left out. Some tokenizers write a token at the start of a text
+                without the space that it has elsewhere.
+        """
+        new = False
+
+        def all_tokens() -> Iterator[int]:
+            nonlocal new
+            yield from after
+            new = True
+            yield from tokens
+
+        # No text is yielded after the next token is read, unless it needs that token.
+        yield from (text for text in (self.texts or self._pieces)(all_tokens()) if new)
+
+    def _pieces(self, tokens: Iterable[int]) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for token in tokens:
             yield decoder.decode(self.piece(int(token)))
         yield decoder.decode(b"", final=True)
 
+    def vocabulary(self) -> list[str]:
+        """Return the text of each token on its own; an empty one for an integer that is not a token.
+
+        >>> import gradfn as gf
+        >>> gf.data.characters("hello").vocabulary()
+        ['e', 'h', 'l', 'o']
+        """
+        texts = []
+        for token in range(self.size):
+            try:
+                texts.append(self.piece(token).decode("utf-8", "replace"))
+            except DataError:
+                texts.append("")
+        return texts
+
     def to_dict(self) -> TokenizerFile:
         """Return a JSON form, from which `tokenizer_from` restores the tokenizer."""
-        return {"name": self.name, "symbols": self.symbols} if self.symbols else {"name": self.name}
+        content: Any = {"name": self.name, **self.file}
+        return content | ({"symbols": self.symbols} if self.symbols else {})
 
 
 def tokenizer_from(content: Mapping[str, Any]) -> Tokenizer:
     """Restore a tokenizer from the result of `Tokenizer.to_dict`.
 
     Raises:
-        DataError: content that does not describe a tokenizer.
-        ImportError: a tokenizer of tiktoken, which is not installed.
+        DataError: content that does not describe a tokenizer, or one whose file was moved or replaced.
+        ImportError: a tokenizer of a library that is not installed.
 
     >>> import gradfn as gf
     >>> content = gf.data.characters("hello").to_dict()
@@ -73,7 +116,10 @@ def tokenizer_from(content: Mapping[str, Any]) -> Tokenizer:
         checked = msgspec.convert(content, TokenizerFile)
     except msgspec.ValidationError as error:
         raise DataError(f"tokenizer: {error}") from error
-    if checked["name"] != "characters":
+    kind, _, path = checked["name"].partition(":")
+    if kind == HUGGING_FACE:
+        return _of_file(path, checked.get("special_tokens", False), checked.get("file_sha256"))
+    if kind != "characters":
         return tokenizer(checked["name"])
     symbols = checked.get("symbols", "")
     found = characters(symbols)
@@ -86,12 +132,13 @@ def tokenizer(name: str, texts: Iterable[str] = ()) -> Tokenizer:
     """Return a tokenizer by its name.
 
     Args:
-        name: `"characters"`, `"bytes"`, or `"tiktoken:<encoding>"` such as `"tiktoken:gpt2"`.
+        name: `"characters"`, `"bytes"`, `"tiktoken:<encoding>"` such as `"tiktoken:gpt2"`, or `"huggingface:<path>"` of
+            a `tokenizer.json` or its folder: `huggingface` without special tokens, for texts to train on.
         texts: for `characters`, the texts to collect them from.
 
     Raises:
-        DataError: an unknown name.
-        ImportError: tiktoken is requested and not installed.
+        DataError: an unknown name, or a file that cannot be used.
+        ImportError: a library is requested that is not installed.
 
     >>> import gradfn as gf
     >>> gf.data.tokenizer("bytes").encode("é").tolist()
@@ -104,8 +151,11 @@ def tokenizer(name: str, texts: Iterable[str] = ()) -> Tokenizer:
         return utf8_bytes()
     if kind == "tiktoken":
         return tiktoken(encoding or "gpt2")
+    if kind == HUGGING_FACE and encoding:
+        return _of_file(encoding, special_tokens=False)
     raise DataError(
-        f"tokens must be characters, bytes or tiktoken:<encoding> (tiktoken:gpt2), got {name!r:.100}"
+        "tokens must be characters, bytes, tiktoken:<encoding> (tiktoken:gpt2) or huggingface:<folder>, got "
+        f"{name!r:.100}"
     )
 
 
@@ -134,7 +184,7 @@ def characters(*texts: str) -> Tokenizer:
     table[points] = np.arange(len(points))
 
     def encode(text: str) -> np.ndarray:
-        tokens = np.empty(len(text), _dtype(len(points)))
+        tokens = np.empty(len(text), smallest_dtype(len(points)))
         for at in range(0, len(text), PART):
             part = text[at : at + PART]
             tokens[at : at + PART] = encode_part(part)
@@ -187,14 +237,21 @@ def tiktoken(encoding: str = "gpt2") -> Tokenizer:
         raise DataError(f"tiktoken:{encoding}: {error}") from error
 
     def encode(text: str) -> np.ndarray:
-        return np.array(coder.encode_ordinary(text), _dtype(coder.n_vocab))
+        return np.array(coder.encode_ordinary(text), smallest_dtype(coder.n_vocab))
 
     return Tokenizer(f"tiktoken:{encoding}", coder.n_vocab, encode, coder.decode_single_token_bytes)
+
+
+def _of_file(path: str, special_tokens: bool, sha256: str | None = None) -> Tokenizer:
+    from gradfn.data._huggingface import huggingface
+
+    return huggingface(path, special_tokens, sha256)
 
 
 def _points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)  # the code points, [N]
 
 
-def _dtype(size: int) -> np.dtype:
+def smallest_dtype(size: int) -> np.dtype:
+    """Return the smallest unsigned dtype for tokens in [0, size)."""
     return np.min_scalar_type(size - 1)
