@@ -358,7 +358,9 @@ def _sample(words: list[str], own_process: bool) -> int:
     command = f"gradfn sample {run}".strip()
     try:
         if not run:
-            raise UserError("expected a run's folder, or an experiment's name for its latest run")
+            raise UserError(
+                "expected a run's folder, an experiment's name for its latest run, or a Hugging Face folder"
+            )
         about = read_about(Path(runs.__file__).with_name("sample.py"))
         _check_options(about, options, command, about.what)
         found = experiments()
@@ -376,7 +378,7 @@ def _sample(words: list[str], own_process: bool) -> int:
             keep_programs()
         config = read_options(sample.Config(), options, command, about.what)
         with handling(stop):
-            sample.run(sample.load_model(run), config)
+            sample.run(sample.load_model(run, config.dtype), config)
     except (UserError, ImportError, OSError, ValueError, MemoryError) as error:
         if isinstance(error, OSError) and error.filename is None:  # of the output
             raise

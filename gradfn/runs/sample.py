@@ -1,4 +1,4 @@
-"""Generate text with a trained language model, token by token: `gradfn sample RUN`."""
+"""Generate text with the language model of a run or a Hugging Face folder: `gradfn sample RUN`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 import jax
 import jax.numpy as jnp
 import msgspec
+import numpy as np
 
 from gradfn.core.params import Params
-from gradfn.data import DataError, Tokenizer, tokenizer_from
+from gradfn.data import DataError, Tokenizer, stop_at, tokenizer_from
 from gradfn.data._tokenizer import TokenizerFile
-from gradfn.files import FileError, inside, read_json
+from gradfn.files import FileError, inside, read_json, read_text
 from gradfn.layout import CHECKPOINT, MODEL
-from gradfn.nets import GPTConfig, LanguageModel, gpt, rnn, stream
+from gradfn.nets import GPTConfig, LanguageModel, generate, gpt, rnn, stream
+from gradfn.runs import hugging_face
 from gradfn.runs.config import check, option
 from gradfn.runs.folder import RUNS, RunError, latest, write_json
 from gradfn.runs.language_net import Quiet
 from gradfn.stored import model_file, newest, parameter_shapes
 from gradfn.train import load_params
 
+PROMPTS_LIMIT = 1 << 24  # bytes of a file of prompts
+DASHES = f"{'-' * 8}\n"  # between texts
 CACHE_LIMIT = 1 << 30  # values that a GPT keeps of a whole context while it writes
 
 
@@ -55,25 +59,50 @@ class RNNSettings(TypedDict):
 class Config:
     """Options of `gradfn sample RUN`."""
 
-    prompt: str = option("", "what the text continues from (default: the start of a line)")
-    n: int = option(500, "how many tokens to write", at_least=1)
+    prompt: str = option("", "what the text continues from (default: the start of a line, or of a text)")
+    prompts: str | None = option(None, "a file with one prompt per line, which are continued together")
+    n: int = option(500, "how many tokens to write at most, for each prompt", at_least=1)
     temperature: float = option(
         0.8, "below 1 the likely becomes likelier; 0 always takes the likeliest token", at_least=0
     )
     top_k: int | None = option(None, "sample from the N most likely tokens only", at_least=1)
+    top_p: float | None = option(
+        None, "sample from the most likely tokens that have this probability together", at_least=0, at_most=1
+    )
+    min_p: float | None = option(
+        None, "sample from tokens at least this many times as likely as the likeliest", at_least=0, at_most=1
+    )
+    stop: tuple[str, ...] = option((), "end the text before any of these strings")
     seed: int = option(0, "the same seed writes the same text", at_least=0, at_most=0xFFFF_FFFF)
+    dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        None, "of the parameters (default: that of the run; float32 for a Hugging Face folder)"
+    )
 
     def __post_init__(self) -> None:
         check(self)
+        if "" in self.stop:
+            raise ValueError("stop must be strings of at least one character, got an empty one")
+        if self.prompt and self.prompts is not None:
+            raise ValueError("prompt and prompts cannot be used together")
 
 
 class Model(NamedTuple):
-    """A language model and all that is needed to generate text with it."""
+    """A language model and all that is needed to generate text with it.
+
+    Attributes:
+        lines: whether it was trained on lines that are texts of their own.
+        start: the tokens that a text without a prompt continues; None for those of a new line.
+        stop: the tokens that end a text.
+        config: of a GPT whose context may be shortened.
+    """
 
     net: LanguageModel
     params: Params
     tokenizer: Tokenizer
-    lines: bool  # whether it was trained on lines that are texts of their own
+    lines: bool
+    start: list[int] | None = None
+    stop: frozenset[int] = frozenset()
+    config: GPTConfig | None = None
 
 
 def save_model(
@@ -112,17 +141,23 @@ def save_model(
     write_json(file, {**of_page, **found, **content})
 
 
-def load_model(run: str | Path) -> Model:
-    """Return the language model that a run has trained so far.
+def load_model(run: str | Path, dtype: str | None = None) -> Model:
+    """Return the language model that a run has trained so far, or that of a Hugging Face folder.
 
     Args:
-        run: its folder, or an experiment's name for its latest run.
+        run: its folder, or an experiment's name for its latest run; or a Hugging Face folder.
+        dtype: of the parameters; None for that of the run, and for float32 from a Hugging Face folder.
 
     Raises:
         RunError: there is no such run, or it did not train a language model.
         FileError: a file of it is missing or cannot be read, or leads out of the folder.
+        ImportError: its tokenizer needs a library that is not installed.
     """
     folder = Path(run)
+    if hugging_face.is_pretrained(folder):
+        found = hugging_face.load(folder, dtype)
+        config = found.config
+        return Model(gpt(config), found.params, found.tokenizer, False, found.start, found.stop, config)
     if not folder.exists():
         found = latest(run, holding=MODEL)
         if found is None:
@@ -156,6 +191,8 @@ def load_model(run: str | Path) -> Model:
         jax.eval_shape(net.apply, params, jnp.zeros([1], jnp.int32))
     except Exception as error:  # a layer may raise anything for settings that it does not support
         raise FileError(f"{file}: not a model that can be computed with ({error})") from error
+    if dtype:
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     return Model(net, params, tokenizer, content["lines"])
 
 
@@ -215,12 +252,12 @@ def write(model: Model, config: Config) -> Iterator[int]:
         ValueError: options that the model cannot take.
         DataError: a prompt with a character that it does not know.
     """
-    options: dict[str, Any] = {"temperature": config.temperature, "top_k": config.top_k}
     if not model.lines:
-        new_line = "\n" if "\n" in (model.tokenizer.symbols or "\n") else model.tokenizer.symbols[0]
-        prompt = model.tokenizer.encode(config.prompt or new_line)
-        yield from stream(model.net, model.params, prompt, config.n, seed=config.seed, **options)
+        prompt = _tokens_of(model, config.prompt)
+        yield from stream(model.net, model.params, prompt, config.n, **_options(model, config))
         return
+    options = _options(model, config)
+    seed = options.pop("seed")
     start = config.prompt.strip("\n")
     prompt = model.tokenizer.encode(f"\n{start}")
     end = int(prompt[0])
@@ -230,7 +267,7 @@ def write(model: Model, config: Config) -> Iterator[int]:
     left, line = config.n, 0
     while left:
         n = min(room, left)
-        for token in stream(model.net, model.params, prompt, n, seed=config.seed + line, **options):
+        for token in stream(model.net, model.params, prompt, n, seed=seed + line, **options):
             yield token
             left -= 1
             if token == end:
@@ -243,17 +280,59 @@ def write(model: Model, config: Config) -> Iterator[int]:
         line += 1
 
 
+def _options(model: Model, config: Config) -> dict[str, Any]:
+    """Return the options of `gf.stream`."""
+    names = ("temperature", "top_k", "top_p", "min_p", "seed")
+    return {name: getattr(config, name) for name in names} | {"stop": model.stop}
+
+
+def _tokens_of(model: Model, prompt: str) -> np.ndarray:
+    """Return the tokens that a text continues: those of a prompt, or those that a text starts with.
+
+    Raises:
+        DataError: there are none.
+    """
+    if prompt or model.start is None:
+        new_line = "\n" if "\n" in (model.tokenizer.symbols or "\n") else model.tokenizer.symbols[0]
+        tokens = model.tokenizer.encode(prompt or new_line)
+    else:
+        tokens = np.array(model.start, np.int32)
+    if not len(tokens):
+        raise DataError(
+            "a prompt with at least one token is needed: the folder names no token that starts a text"
+        )
+    return tokens
+
+
 def run(model: Model, config: Config) -> None:
-    """Print the tokens as they are generated, and their rate on stderr."""
-    print(config.prompt.strip("\n") if model.lines else config.prompt, end="", flush=True)
+    """Print the texts of one prompt as it is generated, or those of several prompts; and the rate on stderr.
+
+    Raises:
+        ValueError: options that the model cannot take.
+        FileError: the file of prompts cannot be read.
+        DataError: a prompt with a character that the model does not know.
+    """
+    if config.prompts is not None:
+        _run_several(model, config)
+        return
+    prompt = config.prompt
+    if model.lines:
+        prompt = prompt.strip("\n")
+        before: Sequence[int] = []
+    else:
+        before = _tokens_of(model, prompt).tolist()
+        model = _with_context(model, len(before) + config.n)
+    print(prompt, end="", flush=True)
     times: list[float] = [time.monotonic()]
 
     def timed() -> Iterator[int]:
         for token in write(model, config):
             times.append(time.monotonic())
-            yield token
+            # Not all tokenizers know that such a token is not part of a text.
+            if token not in model.stop:
+                yield token
 
-    for text in model.tokenizer.stream(timed()):
+    for text in stop_at(model.tokenizer.stream(timed(), after=before), config.stop):
         print(text, end="", flush=True)
     print()
     n = len(times) - 1
@@ -262,3 +341,40 @@ def run(model: Model, config: Config) -> None:
     if n > first:
         content += f", then {(n - first) / max(times[-1] - times[first], 1e-9):,.0f} tokens/s"
     print(content, file=sys.stderr)
+
+
+def _run_several(model: Model, config: Config) -> None:
+    """Print the texts of the prompts in a file, one per line, with a line of dashes between them."""
+    if model.lines:
+        raise RunError(
+            "a model that was trained on lines continues one prompt: use --prompt instead of --prompts"
+        )
+    prompts = [line for line in read_text(Path(config.prompts or ""), PROMPTS_LIMIT).splitlines() if line]
+    if not prompts:
+        raise RunError(f"{config.prompts}: expected one prompt per line, got an empty file")
+    before = [_tokens_of(model, prompt).tolist() for prompt in prompts]
+    model = _with_context(model, max(map(len, before)) + config.n)
+    start = time.monotonic()
+    found = generate(model.net, model.params, before, config.n, **_options(model, config))
+    seconds = time.monotonic() - start
+    for i, (prompt, tokens, new) in enumerate(zip(prompts, before, found, strict=True)):
+        shown = [token for token in new.tolist() if token not in model.stop]
+        text = "".join(stop_at(model.tokenizer.stream(shown, after=tokens), config.stop))
+        print(f"{DASHES if i else ''}{prompt}{text}")
+    n = sum(map(len, found))
+    print(f"{n:,} tokens in {seconds:.1f} s, with compilation", file=sys.stderr)
+
+
+def _with_context(model: Model, n_tokens: int) -> Model:
+    """Return a model with a shorter context where that is enough for a text, and its parameters stay the same.
+
+    A state takes memory and time for the whole context, which may be 100 times as long as the text.
+    """
+    config = model.config
+    # Learned positions are parameters, and dynamic frequencies depend on the context.
+    scaling = None if config is None else getattr(config.rope_scaling, "kind", None)
+    if config is None or config.positions != "rope" or scaling == "dynamic":
+        return model
+    # A power of two, so that texts of similar lengths share their compiled programs.
+    context = min(config.context, 1 << max(n_tokens - 1, 63).bit_length())
+    return model._replace(net=gpt(dataclasses.replace(config, context=context)))
