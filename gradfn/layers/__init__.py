@@ -14,7 +14,7 @@ from gradfn.layers._conv import avg_pool, conv, max_pool
 from gradfn.layers._dense import affine, dense
 from gradfn.layers._dropout import dropout
 from gradfn.layers._embed import embed, sinusoidal
-from gradfn.layers._feed_forward import feed_forward, swiglu
+from gradfn.layers._feed_forward import feed_forward, geglu, swiglu
 from gradfn.layers._rope import rope
 from gradfn.layers.norms import group_norm, layer_norm, rms_norm
 from gradfn.layers.recurrent import gru, lstm, recurrent_state, vanilla_rnn
@@ -33,6 +33,7 @@ __all__ = [
     "embed",
     "feed_forward",
     "group_norm",
+    "geglu",
     "gru",
     "kv_cache",
     "layer_norm",

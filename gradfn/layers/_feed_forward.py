@@ -61,11 +61,36 @@ def swiglu(width: int, hidden: int, bias: bool = False) -> Net:
     >>> gf.shapes(gf.layers.swiglu(2, 6).spec)
     {'down': {'W': [2, 6]}, 'gate': {'W': [6, 2]}, 'up': {'W': [6, 2]}}
     """
+    return _gated(width, hidden, jax.nn.silu, bias)
+
+
+def geglu(width: int, hidden: int, bias: bool = False) -> Net:
+    """Return a feed-forward layer whose hidden nodes are gated: `down(gelu(gate(x)) * up(x))`.
+
+    Shazeer, *GLU Variants Improve Transformer*, 2020. The gated nodes are tapped as `hidden`. GELU is its tanh form, as
+    in Gemma.
+
+    Args:
+        width: features of a position.
+        hidden: hidden nodes.
+        bias: whether the three dense layers have biases.
+
+    Returns:
+        A net `[..., width] -> [..., width]` with `gate`, `up` and `down`.
+
+    >>> import gradfn as gf
+    >>> gf.shapes(gf.layers.geglu(2, 6).spec)
+    {'down': {'W': [2, 6]}, 'gate': {'W': [6, 2]}, 'up': {'W': [6, 2]}}
+    """
+    return _gated(width, hidden, activation("gelu"), bias)
+
+
+def _gated(width: int, hidden: int, squash: Activation, bias: bool) -> Net:
     gate, up, down = dense(width, hidden, bias), dense(width, hidden, bias), dense(hidden, width, bias)
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
         with scope("gate"):
-            gated = jax.nn.silu(gate.apply(params["gate"], x))
+            gated = squash(gate.apply(params["gate"], x))
         with scope("up"):
             z = up.apply(params["up"], x)
         a = tap(gated * z, "hidden")

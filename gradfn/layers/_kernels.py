@@ -19,11 +19,16 @@ Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def kernel_for(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, first: PyTree
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    first: PyTree,
+    scale: float | None = None,
 ) -> Kernel | None:
     """Return a kernel for arrays like these, a function of query, key and value; None if there is none.
 
-    The arguments are those of `mix`. A kernel is for the default device, because it cannot be traced where its library
+    The arguments are those of `mix`, without windows and caps, which no kernel computes here. A kernel is for the default device, because it cannot be traced where its library
     is missing.
     """
     causal = isinstance(first, int) and first == 0
@@ -32,17 +37,21 @@ def kernel_for(
     device = getattr(jax.config, "jax_default_device", None)
     platform = getattr(device, "platform", device) or jax.default_backend()
     if platform in ("gpu", "cuda"):
-        return _cudnn(query, key, value, causal)
-    return _splash(query, key, causal) if platform == "tpu" else None
+        return _cudnn(query, key, value, causal, scale)
+    return _splash(query, key, causal, scale) if platform == "tpu" else None
 
 
-def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, causal: bool) -> Kernel | None:
+def _cudnn(
+    query: jax.Array, key: jax.Array, value: jax.Array, causal: bool, scale: float | None
+) -> Kernel | None:
     # Under vmap it needs a batch axis of all three arrays, which they have where a sequence attends to itself.
     if query.dtype not in (jnp.float16, jnp.bfloat16) or len(query) != len(key):
         return None
 
     def kernel(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return jax.nn.dot_product_attention(query, key, value, is_causal=causal, implementation="cudnn")
+        return jax.nn.dot_product_attention(
+            query, key, value, scale=scale, is_causal=causal, implementation="cudnn"
+        )
 
     def total(*arrays: jax.Array) -> jax.Array:
         return kernel(*arrays).astype(jnp.float32).sum()
@@ -55,9 +64,12 @@ def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, causal: bool) -> 
     return kernel
 
 
-def _splash(query: jax.Array, key: jax.Array, causal: bool, **options: Any) -> Kernel | None:
+def _splash(
+    query: jax.Array, key: jax.Array, causal: bool, scale: float | None = None, **options: Any
+) -> Kernel | None:
     """Return the TPU's kernel; its blocks are multiples of 128 queries and keys."""
     (n_queries, heads, size), n_keys = query.shape, len(key)
+    scale = size**-0.5 if scale is None else scale
     if n_queries % 128 or n_keys % 128 or not _is_on_one_device():
         return None
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
@@ -72,7 +84,7 @@ def _splash(query: jax.Array, key: jax.Array, causal: bool, **options: Any) -> K
     )
 
     def kernel(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        by_head = [x.transpose(1, 0, 2) for x in (query * size**-0.5, key, value)]  # [heads, T, size]
+        by_head = [x.transpose(1, 0, 2) for x in (query * scale, key, value)]  # [heads, T, size]
         return attend(*by_head).transpose(1, 0, 2)
 
     return kernel

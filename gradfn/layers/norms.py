@@ -45,7 +45,7 @@ def layer_norm(n: int, bias: bool = True, epsilon: float = 1e-5) -> Net:
     return Net(spec, apply)
 
 
-def rms_norm(n: int, epsilon: float = 1e-6) -> Net:
+def rms_norm(n: int, epsilon: float = 1e-6, unit_offset: bool = False) -> Net:
     """Return a layer that normalizes each vector to root mean square 1, times a gain.
 
     Zhang and Sennrich, *Root Mean Square Layer Normalization*, 2019.
@@ -53,9 +53,11 @@ def rms_norm(n: int, epsilon: float = 1e-6) -> Net:
     Args:
         n: features.
         epsilon: added to the mean square.
+        unit_offset: whether the parameter is the gain minus 1, as in Gemma. So half precision has its full accuracy
+            near a gain of 1, and weight decay pulls the gain to 1. The product is taken in single precision.
 
     Returns:
-        A net `[..., n] -> [..., n]` with `gain` `[n]` (ones).
+        A net `[..., n] -> [..., n]` with `gain` `[n]` (ones), or `gain_offset` `[n]` (zeros).
 
     Raises:
         ParameterError: an input of another size.
@@ -66,12 +68,21 @@ def rms_norm(n: int, epsilon: float = 1e-6) -> Net:
     Array([ 0.99999994, -0.99999994], dtype=float32)
     """
 
+    def normalized(x: jax.Array) -> jax.Array:
+        wide = widen(x)
+        return wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + epsilon)
+
     def apply(params: Params, x: jax.Array) -> jax.Array:
         gain = _aligned(params["gain"], x)
-        wide = widen(x)
-        y = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + epsilon)
-        return y.astype(x.dtype) * gain
+        return normalized(x).astype(x.dtype) * gain
 
+    def apply_with_offset(params: Params, x: jax.Array) -> jax.Array:
+        offset = _aligned(params["gain_offset"], x, "gain_offset")
+        y = normalized(x)
+        return (y * (1 + offset.astype(y.dtype))).astype(x.dtype)
+
+    if unit_offset:
+        return Net({"gain_offset": Param((n,), axes=("embed",))}, apply_with_offset)
     return Net(_gain_and_bias(n, "embed", bias=False), apply)
 
 
@@ -120,8 +131,8 @@ def _gain_and_bias(n: int, axis: str, bias: bool) -> Spec:
     return spec | ({"b": Param((n,), axes=(axis,))} if bias else {})
 
 
-def _aligned(gain: jax.Array, x: jax.Array) -> jax.Array:
+def _aligned(gain: jax.Array, x: jax.Array, name: str = "gain") -> jax.Array:
     if x.ndim == 0 or x.shape[-1] != gain.shape[0]:
-        expected = f"gain is {list(gain.shape)}, expected an input of [..., {gain.shape[0]}]"
-        raise ParameterError("gain", f"{expected}, got {list(x.shape)}")
+        expected = f"{name} is {list(gain.shape)}, expected an input of [..., {gain.shape[0]}]"
+        raise ParameterError(name, f"{expected}, got {list(x.shape)}")
     return gain.reshape((1,) * (x.ndim - 1) + gain.shape)  # [n] -> [1, ..., n]

@@ -97,7 +97,7 @@ def vit(config: ViTConfig) -> Net:
     head, final_norm = dense(config.width, config.classes), layer_norm(config.width)
     drop = dropout(config.dropout)
     feed = feed_forward(config.width, config.hidden or 4 * config.width, config.feed)
-    norms = (layer_norm(config.width), layer_norm(config.width))
+    norms = {name: layer_norm(config.width) for name in ("attention_norm", "feed_norm")}
     block_spec, run_block = block(attention(config.width, config.n_heads), feed, norms, config.dropout)
     block_spec = gpt2_init(block_spec, config.n_layers)
     blocks_spec, run_blocks = stack_of(block_spec, run_block, config.n_layers, config.scan, config.remat)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,44 +18,66 @@ from gradfn.core.net import Net, fold, repeat
 from gradfn.core.params import Param, Params, Spec
 from gradfn.layers._dropout import dropout
 
-Run = Callable  # (params, x, key, cache, start) -> (y, cache)
+Run = Callable  # (params, x, key, cache, start, local=True) -> (y, cache)
 # The loop over so few stacked blocks is unrolled when it is compiled, which takes no longer than to compile the loop.
 # Long sequences keep the loop: jax would keep the `[T, T]` mask of each unrolled block for the backward pass.
 UNROLLED = 4
 
 
-def block(attention: Net, feed: Net, norms: tuple[Net, Net], rate: float) -> tuple[Spec, Run]:
+def block(
+    attention: Net, feed: Net, norms: Mapping[str, Net], rate: float, parallel: bool = False
+) -> tuple[Spec, Run]:
     """Return a pre-norm block: attention, then a feed-forward layer, each added to the residual stream.
 
     The stream is tapped as `residual_mid` and `residual`, the two summands as `attention_out` and `feed_out`.
 
+    Args:
+        attention: `[T, width] -> [T, width]`, as `gf.layers.attention`.
+        feed: `[T, width] -> [T, width]`.
+        norms: `attention_norm` and `feed_norm`, of what the two layers read; and `attention_out_norm` and
+            `feed_out_norm`, of what they add to the stream, or neither.
+        rate: the fraction of their outputs that training drops.
+        parallel: both layers read the stream as it enters the block, and there is no `residual_mid` (Wang and
+            Komatsuzaki, *GPT-J-6B*, 2021).
+
     Returns:
-        The spec, and `(params, x, key, cache, start) -> (y, cache)`; key and cache may be None.
+        The spec, and `(params, x, key, cache, start, local=True) -> (y, cache)`; key and cache may be None; `local`
+        is that of `gf.layers.attention`.
     """
     drop = dropout(rate)
 
-    def run(params: Params, x: jax.Array, key: Any, cache: PyTree, start: PyTree) -> tuple[jax.Array, PyTree]:
-        with scope("attention_norm"):
-            normed = norms[0].apply(params["attention_norm"], x)
-        with scope("attention"):
-            if cache is None:
-                added = attention.apply(params["attention"], normed)
-            else:
-                added, cache = attention.apply(params["attention"], normed, cache=cache, start=start)
-        added = tap(drop.apply({}, added, key=fold(key, 0)), "attention_out")
-        x = tap(x + added, "residual_mid")
-        with scope("feed_norm"):
-            normed = norms[1].apply(params["feed_norm"], x)
-        with scope("feed"):
-            added = feed.apply(params["feed"], normed)
-        added = tap(drop.apply({}, added, key=fold(key, 1)), "feed_out")
-        return tap(x + added, "residual"), cache
+    def apply(name: str, net: Net, params: Params, x: jax.Array, **options: PyTree) -> PyTree:
+        with scope(name):
+            return net.apply(params[name], x, **options)
 
-    parts = {"attention_norm": norms[0], "attention": attention, "feed_norm": norms[1], "feed": feed}
-    return {name: net.spec for name, net in parts.items()}, run
+    def added(name: str, params: Params, y: jax.Array, key: Any) -> jax.Array:
+        if f"{name}_norm" in norms:
+            y = apply(f"{name}_norm", norms[f"{name}_norm"], params, y)
+        return tap(drop.apply({}, y, key=key), name)
+
+    def run(
+        params: Params, x: jax.Array, key: Any, cache: PyTree, start: PyTree, local: PyTree = True
+    ) -> tuple[jax.Array, PyTree]:
+        options = {} if local is True else {"local": local}
+        normed = apply("attention_norm", norms["attention_norm"], params, x)
+        if cache is None:
+            y = apply("attention", attention, params, normed, **options)
+        else:
+            y, cache = apply("attention", attention, params, normed, cache=cache, start=start, **options)
+        attended = x + added("attention_out", params, y, fold(key, 0))
+        if not parallel:
+            x = attended = tap(attended, "residual_mid")
+        y = apply("feed", feed, params, apply("feed_norm", norms["feed_norm"], params, x))
+        return tap(attended + added("feed_out", params, y, fold(key, 1)), "residual"), cache
+
+    order = ("attention_norm", "attention", "attention_out_norm", "feed_norm", "feed", "feed_out_norm")
+    parts = {"attention": attention, "feed": feed, **norms}
+    return {name: parts[name].spec for name in order if name in parts}, run
 
 
-def stack_of(spec: Spec, run: Run, n: int, scan: bool, remat: bool) -> tuple[Spec, Run]:
+def stack_of(
+    spec: Spec, run: Run, n: int, scan: bool, remat: bool, local: Sequence[bool] | None = None
+) -> tuple[Spec, Run]:
     """Return `n` blocks in sequence.
 
     Args:
@@ -65,17 +88,30 @@ def stack_of(spec: Spec, run: Run, n: int, scan: bool, remat: bool) -> tuple[Spe
             depth. Otherwise blocks `"0"`, `"1"`, ... have their own arrays, and more than `UNROLLED` of them run
             faster than the loop.
         remat: recompute the insides of a block in the backward pass instead of storing them.
+        local: for each block, whether its attention is local (`gf.layers.attention`); None for all.
 
     Returns:
         The spec, and `(params, x, key, cache, start) -> (y, cache)`; the caches form a tree with the parameters'
         structure.
     """
+    kinds = [True] * n if local is None else list(local)
+
     # In a compiled loop the backward pass cannot be merged with the forward pass, and remat needs no barriers.
-    each = jax.checkpoint(run, prevent_cse=not scan) if remat else run
     # Saving only matrix products takes a third less time on CPUs than stacking every value of a block. Those with
     # batch axes are the `[heads, T, T]` of attention: it takes no longer to compute them again.
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    in_loop = each if remat else jax.checkpoint(run, prevent_cse=False, policy=policy)
+    def in_loop(run: Run) -> Run:
+        policy = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return jax.checkpoint(run, prevent_cse=False, policy=policy)
+
+    def straight(run: Run) -> Run:
+        return jax.checkpoint(run, prevent_cse=not scan) if remat else run
+
+    # What is the same for all blocks is known when they are traced.
+    of_kind = {True: run, False: functools.partial(run, local=False)}
+    mixed = len(set(kinds)) > 1
+    one = run if mixed else of_kind[kinds[0]]
+    loop, unrolled_loop = in_loop(one), straight(one)
+    each = {kind: straight(of_kind[kind]) for kind in of_kind}
 
     def keys_of(key: Any) -> PyTree:
         return None if key is None else jax.random.split(key, n)
@@ -84,23 +120,24 @@ def stack_of(spec: Spec, run: Run, n: int, scan: bool, remat: bool) -> tuple[Spe
         params: Params, x: jax.Array, key: Any, cache: PyTree, start: PyTree
     ) -> tuple[jax.Array, PyTree]:
         looped = remat or n > UNROLLED or len(x) >= LONG
-        of_one = in_loop if looped else each
+        of_one = loop if looped else unrolled_loop
 
         def step(x: jax.Array, xs: Any) -> tuple[jax.Array, PyTree]:
-            block_params, block_key, block_cache = xs
-            return of_one(block_params, x, block_key, block_cache, start)
+            block_params, block_key, block_cache, *kind = xs
+            return of_one(block_params, x, block_key, block_cache, start, *kind)
 
-        return jax.lax.scan(step, x, (params, keys_of(key), cache), length=n, unroll=not looped)
+        of_blocks = (params, keys_of(key), cache, *([jnp.array(kinds)] if mixed else []))
+        return jax.lax.scan(step, x, of_blocks, length=n, unroll=not looped)
 
     def unrolled(
         params: Params, x: jax.Array, key: Any, cache: PyTree, start: PyTree
     ) -> tuple[jax.Array, PyTree]:
         keys, caches = keys_of(key), {}
-        for i in range(n):
+        for i, kind in enumerate(kinds):
             block_key = None if keys is None else keys[i]
             block_cache = None if cache is None else cache[str(i)]
             with scope(str(i)):
-                x, caches[str(i)] = each(params[str(i)], x, block_key, block_cache, start)
+                x, caches[str(i)] = each[kind](params[str(i)], x, block_key, block_cache, start)
         return x, None if cache is None else caches
 
     if scan:
