@@ -101,8 +101,8 @@ def attention(
         bias: whether the four projections have biases; `"qkv"` for all but the output projection.
         rope_base: rotate queries and keys by their positions (`gf.layers.rope`) with this base; None for no rotation.
         rope_scaling: how the frequencies of the rotation change for long sequences (`gf.RopeScaling`).
-        qk_norm: a net of one head's features (`gf.layers.rms_norm(head_size)`) for its queries and keys, before they are
-            rotated (Dehghani et al., *Scaling Vision Transformers to 22 Billion Parameters*, 2023, section 2).
+        qk_norm: a net of one head's features (`gf.layers.rms_norm(head_size)`) for its queries and keys before they
+            are rotated (Dehghani et al., *Scaling Vision Transformers to 22 Billion Parameters*, 2023, section 2).
         rope_fraction: the fraction of each head's features that is rotated, the first ones.
         rope_base_local: the base where a window applies; `rope_base` by default.
         window: the number of keys that a position attends to, as in `gf.layers.attend`.

@@ -28,8 +28,8 @@ def kernel_for(
 ) -> Kernel | None:
     """Return a kernel for arrays like these, a function of query, key and value; None if there is none.
 
-    The arguments are those of `mix`, without windows and caps, which no kernel computes here. A kernel is for the default device, because it cannot be traced where its library
-    is missing.
+    The arguments are those of `mix`, without windows and caps, which are left to blocks. A kernel is for the default
+    device, because it cannot be traced where its library is missing.
     """
     causal = isinstance(first, int) and first == 0
     if mask is not None or not (causal or first is None):

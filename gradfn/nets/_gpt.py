@@ -19,7 +19,7 @@ from gradfn.layers._attention import attention, kv_cache
 from gradfn.layers._dense import dense
 from gradfn.layers._dropout import dropout
 from gradfn.layers._embed import embed, sinusoidal
-from gradfn.layers._feed_forward import feed_forward, swiglu
+from gradfn.layers._feed_forward import feed_forward, geglu, swiglu
 from gradfn.layers._rope import RopeScaling
 from gradfn.layers.norms import layer_norm, rms_norm
 from gradfn.nets._description import described
@@ -43,8 +43,9 @@ class GPTConfig:
         head_size: features per head; None for `width / n_heads`.
         hidden: hidden nodes of the feed-forward layers (`d_ff`); None for `4 * width`.
         positions: `"learned"` vectors, fixed `"sinusoidal"` vectors, or `"rope"` in each attention layer.
-        norm: `"layer"` or `"rms"`.
-        feed: `"swiglu"`, or the activation of plain feed-forward layers: `"gelu"` (GPT-2's tanh form), `"gelu_exact"`.
+        norm: `"layer"`, `"rms"`, or `"rms_unit_offset"`, whose parameters are the gains minus 1 (Gemma).
+        feed: `"swiglu"`, `"geglu"`, or the activation of plain feed-forward layers: `"gelu"` (GPT-2's tanh form),
+            `"gelu_exact"`.
         bias: whether dense layers and layer norms have biases.
         tied: whether the head shares the embedding's matrix.
         dropout: the fraction of the embedding's and the blocks' outputs that training drops.
@@ -87,7 +88,7 @@ class GPTConfig:
     head_size: int | None = None
     hidden: int | None = None
     positions: Literal["learned", "sinusoidal", "rope"] = "learned"
-    norm: Literal["layer", "rms"] = "layer"
+    norm: Literal["layer", "rms", "rms_unit_offset"] = "layer"
     feed: str = "gelu"
     bias: bool = True
     tied: bool = True
@@ -115,7 +116,10 @@ class GPTConfig:
         for name in ("vocab", "context", "n_layers", "n_heads", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"GPTConfig: {name} must be an integer >= 1, got {getattr(self, name)}")
-        for name, known in (("positions", ("learned", "sinusoidal", "rope")), ("norm", ("layer", "rms"))):
+        for name, known in (
+            ("positions", ("learned", "sinusoidal", "rope")),
+            ("norm", ("layer", "rms", "rms_unit_offset")),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"GPTConfig: {name} must be one of {', '.join(known)}; got {getattr(self, name)!r}"
@@ -147,16 +151,9 @@ class GPTConfig:
         ):
             if getattr(self, name) != _DEFAULTS[name] and not fits:
                 raise ValueError(f"GPTConfig: {name}={getattr(self, name)!r} needs {needed}")
-        for name in _NOT_YET:
-            if getattr(self, name) != _DEFAULTS[name]:
-                raise ValueError(f"GPTConfig: {name} is not supported yet, got {getattr(self, name)!r}")
 
 
 _DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(GPTConfig)}
-_NOT_YET = (
-    *("rope_fraction", "rope_base_local", "window"),
-    *("global_layers", "score_cap", "logit_cap", "attention_scale", "embed_scale", "norms_after", "parallel"),
-)
 
 
 def gpt(config: GPTConfig) -> LanguageModel:
@@ -164,8 +161,8 @@ def gpt(config: GPTConfig) -> LanguageModel:
 
     Radford et al., *Language Models are Unsupervised Multitask Learners*, 2019; Touvron et al., *LLaMA*, 2023.
     Its values are named: `embedded`; in each block `attention_norm`, `queries`, `keys`, `values`, `probabilities`,
-    `mixed`, `attention_out`, `residual_mid`, `feed_norm`, `hidden`, `feed_out`, `residual`; at the end
-    `final_norm` and `logits`. With several unrolled blocks the names start with the scope:
+    `mixed`, `attention_out`, `residual_mid` (not in parallel blocks), `feed_norm`, `hidden`, `feed_out`,
+    `residual`; at the end `final_norm` and `logits`. With several unrolled blocks the names start with the scope:
     `blocks/0/residual`.
 
     Args:
@@ -188,10 +185,16 @@ def gpt(config: GPTConfig) -> LanguageModel:
     embedding, head = embed(config.vocab, config.width), dense(config.width, config.vocab, bias=False)
     learned = embed(config.context, config.width)
     final_norm, drop = _norm(config), dropout(config.dropout)
-    norms = (_norm(config), _norm(config))
-    block_spec, run_block = block(_attention(config), _feed(config), norms, config.dropout)
+    names = ("attention_norm", "feed_norm") + (
+        ("attention_out_norm", "feed_out_norm") if config.norms_after else ()
+    )
+    norms = {name: _norm(config) for name in names}
+    block_spec, run_block = block(_attention(config), _feed(config), norms, config.dropout, config.parallel)
     block_spec = gpt2_init(block_spec, config.n_layers)
-    blocks_spec, run_blocks = stack_of(block_spec, run_block, config.n_layers, config.scan, config.remat)
+    local = None if config.window is None else [i not in config.global_layers for i in range(config.n_layers)]
+    blocks_spec, run_blocks = stack_of(
+        block_spec, run_block, config.n_layers, config.scan, config.remat, local
+    )
 
     spec: Spec = {"embed": _bare(embedding), "blocks": blocks_spec, "final_norm": final_norm.spec}
     if config.positions == "learned":
@@ -209,6 +212,7 @@ def gpt(config: GPTConfig) -> LanguageModel:
         params = cast(params, dtype)
         with scope("embed"):
             x = embedding.apply(params["embed"], tokens)  # [T, width]
+            x = x if config.embed_scale is None else x * config.embed_scale
         positions = start + jnp.arange(len(tokens))
         if config.positions == "learned":
             with scope("positions"):
@@ -225,7 +229,10 @@ def gpt(config: GPTConfig) -> LanguageModel:
         output_dtype = params["embed"]["W"].dtype
         with scope("head"):
             z = head.apply(cast(params["embed" if config.tied else "head"], dtype), x)
-        return tap(z.astype(output_dtype), "logits")
+        z = z.astype(output_dtype)
+        if config.logit_cap is not None:
+            z = config.logit_cap * jnp.tanh(z / config.logit_cap)
+        return tap(z, "logits")
 
     def hidden(params: Params, tokens: jax.Array, key: jax.Array | None = None) -> jax.Array:
         return read(params, tokens, key, None, 0)[0]
@@ -265,21 +272,33 @@ def _attention(config: GPTConfig) -> Net:
         bias=config.bias if config.attention_bias is None else config.attention_bias,
         rope_base=config.rope_base if config.positions == "rope" else None,
         rope_scaling=config.rope_scaling,
-        qk_norm=config.norm_epsilon if config.qk_norm else None,
+        qk_norm=_rms_norm(config, config.head_size or config.width // config.n_heads)
+        if config.qk_norm
+        else None,
+        rope_fraction=config.rope_fraction,
+        rope_base_local=config.rope_base_local,
+        window=config.window,
+        score_cap=config.score_cap,
+        scale=config.attention_scale,
     )
 
 
 def _feed(config: GPTConfig) -> Net:
     hidden = config.hidden or 4 * config.width
-    if config.feed == "swiglu":
-        return swiglu(config.width, hidden, config.bias)
+    if config.feed in ("swiglu", "geglu"):
+        gated = swiglu if config.feed == "swiglu" else geglu
+        return gated(config.width, hidden, config.bias)
     return feed_forward(config.width, hidden, config.feed, config.bias)
 
 
 def _norm(config: GPTConfig) -> Net:
-    if config.norm == "rms":
-        return rms_norm(config.width, config.norm_epsilon)
-    return layer_norm(config.width, config.bias, config.norm_epsilon)
+    if config.norm == "layer":
+        return layer_norm(config.width, config.bias, config.norm_epsilon)
+    return _rms_norm(config, config.width)
+
+
+def _rms_norm(config: GPTConfig, n: int) -> Net:
+    return rms_norm(n, config.norm_epsilon, config.norm == "rms_unit_offset")
 
 
 def _bare(layer: Net) -> Spec:

@@ -232,3 +232,109 @@ def test_memory_grows_with_the_length_not_its_square(scan):
     assert long < 4.5 * short
     # A third of what one layer's probabilities take: float32 [heads, T, T].
     assert long < CONFIG.n_heads * 4096**2 * 4 / 3
+
+
+def dense_formula(query, key, value, window=None, cap=None, scale=None, mask=None):
+    """Return causal attention by loops over heads and queries, in float64."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    group = query.shape[1] // key.shape[1]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    mixed = np.zeros_like(query)
+    for head in range(query.shape[1]):
+        for t in range(len(query)):
+            seen = [s for s in range(len(key)) if s <= t and (window is None or s > t - window)]
+            seen = [s for s in seen if mask is None or mask[t, s]]
+            scores = scale * key[seen, head // group] @ query[t, head]
+            scores = scores if cap is None else cap * np.tanh(scores / cap)
+            weights = np.exp(scores - scores.max())
+            mixed[t, head] = (weights / weights.sum()) @ value[seen, head // group]
+    return mixed
+
+
+RULES = [
+    {"window": 1},
+    {"window": 5, "cap": 2.0, "scale": 0.9},
+    {"window": 40},
+    {"cap": 0.5},
+    {"scale": 1.3},
+    {"window": 1000, "cap": 30.0},
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_windows_caps_and_scales_are_those_of_the_formula(rule, kv_heads):
+    qkv = arrays(70, 70, kv_heads=kv_heads)
+    expected = dense_formula(*qkv, **rule)
+    of = _attend.Rule(rule.get("window"), rule.get("cap"), rule.get("scale"))
+    found = gf.layers.attend(*qkv, causal=True, window=of.window, score_cap=of.cap, scale=of.scale)
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(ALL["blocks"](*qkv, None, 0, rule=of), expected, rtol=2e-5, atol=2e-6)
+    if of.window:  # as only the compiled program knows it
+        blocks = jax.jit(lambda window: ALL["blocks"](*qkv, None, 0, rule=of._replace(window=window)))
+        np.testing.assert_allclose(blocks(of.window), expected, rtol=2e-5, atol=2e-6)
+
+
+def test_a_window_and_a_mask_both_apply():
+    qkv, mask = arrays(70, 70), np.array(masks(70, 70)["each"])
+    mask[np.arange(70), np.arange(70)] = True
+    expected = dense_formula(*qkv, window=7, mask=mask)
+    rule = _attend.Rule(window=7)
+    for form in ALL.values():
+        np.testing.assert_allclose(
+            form(*qkv, jnp.asarray(mask), 0, rule=rule), expected, rtol=2e-5, atol=2e-6
+        )
+
+
+@pytest.mark.parametrize("first", [0, 80, "traced"])
+def test_gradients_of_windows_in_blocks_are_those_of_the_plain_form(first):
+    qkv, rule = arrays(70, 150), _attend.Rule(9, 1.5, 0.7)
+
+    def gradients(form, first):
+        return jax.grad(lambda qkv: (ALL[form](*qkv, None, first, rule=rule) ** 3).sum())(qkv)
+
+    if first == "traced":
+        agree(jax.jit(functools.partial(gradients, "blocks"))(80), gradients("plain", 80), 1e-4)
+    else:
+        agree(gradients("blocks", first), gradients("plain", first), 1e-4)
+
+
+def test_gradients_of_capped_scores_in_a_window_against_finite_differences():
+    with jax.enable_x64(True):
+        qkv = [np.asarray(x, np.float64) for x in arrays(6, 6, size=2)]
+        options = {"window": 3, "cap": 0.8, "scale": 1.1}
+
+        def f(*qkv):
+            return (gf.layers.attend(*qkv, causal=True, window=3, score_cap=0.8, scale=1.1) ** 3).sum()
+
+        found = jax.grad(f, (0, 1, 2))(*map(jnp.asarray, qkv))
+        for i, gradient in enumerate(found):
+            for index in [(0, 0, 0), (2, 1, 1), (5, 0, 1)]:
+                ends = []
+                for step in (1e-6, -1e-6):
+                    moved = [x.copy() for x in qkv]
+                    moved[i][index] += step
+                    ends.append((dense_formula(*moved, **options) ** 3).sum())
+                np.testing.assert_allclose(gradient[index], (ends[0] - ends[1]) / 2e-6, rtol=1e-6, atol=1e-8)
+
+
+def test_blocks_do_not_compute_scores_outside_of_their_windows():
+    qkv = arrays(512, 512)
+    run = functools.partial(_attend.in_blocks, block=64)
+    text = str(jax.make_jaxpr(lambda: run(*qkv, None, 0, rule=_attend.Rule(window=33)))())
+    assert "f32[2,64,96]" in text
+    assert "f32[2,64,512]" not in text
+
+
+def test_windows_and_caps_that_make_no_sense_are_refused():
+    qkv = arrays(3, 3)
+    with pytest.raises(
+        ValueError, match="window must be an integer >= 1 with causal=True, got 2, causal=False"
+    ):
+        gf.layers.attend(*qkv, window=2)
+    with pytest.raises(ValueError, match="window must be an integer >= 1"):
+        gf.layers.attention(4, 2, causal=True, window=0)
+    with pytest.raises(ValueError, match="score_cap must be above 0, got -1"):
+        gf.layers.attend(*qkv, score_cap=-1)
+    with pytest.raises(ValueError, match="must be an even number, got 3"):
+        gf.layers.attention(8, 2, rope_base=10.0, rope_fraction=0.75)
