@@ -27,7 +27,7 @@ from jaxtyping import PyTree
 from gradfn.core.params import Params, check, path_name
 from gradfn.files import IDLE, FileError, beside, read_json, remove_parts, replacing
 from gradfn.nets._gpt import GPTConfig, gpt
-from gradfn.nets.families import FAMILIES, Family
+from gradfn.nets.families import FAMILIES, REFUSED, Family
 from gradfn.nets.families.family import Entry, choose, normalized
 from gradfn.nets.families.fields import Fields, shown
 from gradfn.tensors import NAMES, Tensor, is_stored, open_tensors, write_tensors
@@ -83,6 +83,8 @@ def load_pretrained(
     folder = Path(folder)
     file = folder / "config.json"
     fields = Fields(file)
+    if (refused := REFUSED.get(str(fields.left.get("model_type")))) is not None:
+        raise FileError(f"{file}: model_type: {fields.left['model_type']} is {refused}")
     family = FAMILIES[fields.choice("model_type", FAMILIES)]
     config = family.read(fields)
     fields.end()
@@ -247,19 +249,17 @@ def _without_buffers(
 ) -> dict[str, Stored]:
     """Drop what older files hold beside the parameters, and give all names their usual prefix."""
     if not any(name.startswith(family.prefix) for name in tensors):  # the bare model, without its head
-        tensors = {
-            name if name == "lm_head.weight" else family.prefix + name: t for name, t in tensors.items()
-        }
+        tensors = {name if name == family.head else family.prefix + name: t for name, t in tensors.items()}
     tensors = {name: t for name, t in tensors.items() if not re.search(family.buffers, name)}
-    head, embedded = tensors.get("lm_head.weight"), tensors.get(family.embedding)
+    head, embedded = tensors.get(family.head), tensors.get(family.embedding)
     if config.tied and head is not None and embedded is not None:
         same = head[1:3] == embedded[1:3] and head.dtype in FLOATS
         if not same or not np.array_equal(head.load(), embedded.load()):
             raise FileError(
-                f"{head.file}: lm_head.weight: differs from {family.embedding}, though {file.name} ties them "
+                f"{head.file}: {family.head}: differs from {family.embedding}, though {file.name} ties them "
                 "(tie_word_embeddings)"
             )
-        del tensors["lm_head.weight"]
+        del tensors[family.head]
     return tensors
 
 

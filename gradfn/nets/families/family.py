@@ -64,6 +64,7 @@ class Family:
         read: the config that a `config.json` describes.
         write: the inverse of `read`; it raises a ValueError for what the family does not have.
         entries: which tensor is which parameter.
+        head: the name of the head's tensor.
         always_biased: whether its files contain biases, zeros if need be, also where `config.bias` is false.
     """
 
@@ -77,6 +78,7 @@ class Family:
     read: Callable[[Fields], GPTConfig]
     write: Callable[[GPTConfig], dict[str, Any]]
     entries: Callable[[GPTConfig], list[Entry]]
+    head: str = "lm_head.weight"
     always_biased: bool = False
 
     def fields(self, config: GPTConfig) -> dict[str, Any]:

@@ -33,6 +33,10 @@ class Fields:
     def __init__(self, file: Path) -> None:
         self.file, self.left = file, _read_json(file)
 
+    def default(self, **values: PyTree) -> None:
+        """Say what absent fields stand for in this family."""
+        self.left = values | self.left
+
     def choice(self, name: str, choices: Collection[str], default: str | None = None) -> str:
         """Take a string that is one of some."""
         value = self.left.pop(name, default)
@@ -110,7 +114,16 @@ WITHOUT_EFFECT = {
     ),
     *("initializer_range", "use_cache", "return_dict", "output_attentions", "output_hidden_states"),
     *("gradient_checkpointing", "problem_type", "num_labels", "finetuning_task", "task_specific_params"),
-    *("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "chunk_size_feed_forward", "n_ctx"),
+    *(
+        "hidden_dropout",
+        "classifier_dropout",
+        "resid_pdrop",
+        "embd_pdrop",
+        "attn_pdrop",
+        "attention_dropout",
+        "chunk_size_feed_forward",
+        "n_ctx",
+    ),
     *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"),
     *("summary_first_dropout", "pretraining_tp", "attn_implementation", "_attn_implementation"),
     *("_attn_implementation_autoset", "_commit_hash", "_num_labels", "n_special", "predict_special_tokens"),

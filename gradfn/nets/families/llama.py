@@ -73,17 +73,24 @@ def write_sizes(config: GPTConfig) -> dict[str, Any]:
 
 def entries_of(config: GPTConfig) -> list[Entry]:
     """Return which tensor is which parameter, under the names that Llama and its descendants share."""
+    gain = "gain_offset" if config.norm == "rms_unit_offset" else "gain"
     entries = [
         Entry("model.embed_tokens.weight", ("embed/W",)),
-        Entry("model.norm.weight", ("final_norm/gain",)),
+        Entry("model.norm.weight", (f"final_norm/{gain}",)),
     ]
     products = {f"self_attn.{part[0]}_proj": f"attention/{part}" for part in ("query", "key", "value", "out")}
     products |= {f"mlp.{part}_proj": f"feed/{part}" for part in ("gate", "up", "down")}
     norms = {"input_layernorm": "attention_norm", "post_attention_layernorm": "feed_norm"}
+    if config.norms_after:
+        norms |= {
+            "post_attention_layernorm": "attention_out_norm",
+            "pre_feedforward_layernorm": "feed_norm",
+            "post_feedforward_layernorm": "feed_out_norm",
+        }
     for i in range(config.n_layers):
         theirs, ours = f"model.layers.{i}", f"blocks/{i}"
         entries += [
-            Entry(f"{theirs}.{name}.weight", (f"{ours}/{path}/gain",)) for name, path in norms.items()
+            Entry(f"{theirs}.{name}.weight", (f"{ours}/{path}/{gain}",)) for name, path in norms.items()
         ]
         for name, path in products.items():
             entries.append(Entry(f"{theirs}.{name}.weight", (f"{ours}/{path}/W",)))
