@@ -54,7 +54,7 @@ def rms_norm(n: int, epsilon: float = 1e-6, unit_offset: bool = False) -> Net:
         n: features.
         epsilon: added to the mean square.
         unit_offset: whether the parameter is the gain minus 1, as in Gemma. So half precision has its full accuracy
-            near a gain of 1, and weight decay pulls the gain to 1. The product is taken in single precision.
+            near a gain of 1, and weight decay pulls the gain to 1. The product is computed in single precision.
 
     Returns:
         A net `[..., n] -> [..., n]` with `gain` `[n]` (ones), or `gain_offset` `[n]` (zeros).

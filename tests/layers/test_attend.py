@@ -242,12 +242,12 @@ def dense_formula(query, key, value, window=None, cap=None, scale=None, mask=Non
     mixed = np.zeros_like(query)
     for head in range(query.shape[1]):
         for t in range(len(query)):
-            seen = [s for s in range(len(key)) if s <= t and (window is None or s > t - window)]
-            seen = [s for s in seen if mask is None or mask[t, s]]
-            scores = scale * key[seen, head // group] @ query[t, head]
+            allowed = [s for s in range(len(key)) if s <= t and (window is None or s > t - window)]
+            allowed = [s for s in allowed if mask is None or mask[t, s]]
+            scores = scale * key[allowed, head // group] @ query[t, head]
             scores = scores if cap is None else cap * np.tanh(scores / cap)
             weights = np.exp(scores - scores.max())
-            mixed[t, head] = (weights / weights.sum()) @ value[seen, head // group]
+            mixed[t, head] = (weights / weights.sum()) @ value[allowed, head // group]
     return mixed
 
 
