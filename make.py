@@ -6,6 +6,7 @@
     python3 make.py matrix    run the tests with the oldest packages that pyproject.toml allows on Python 3.11, with the
                               newest ones on 3.12 and 3.13 (as far as they are on the PATH), and once more with jax's
                               next `jax.checkpoint`; --quick runs only the fast tests of what depends on jax
+    python3 make.py package   build the sdist and the wheel into dist/, and use the wheel in an environment of its own
     python3 make.py gallery   create .venv, train the networks of docs/gallery and write their pages
     python3 make.py docs      create .venv-docs and build the documentation site into site/; names of examples of the
                               gallery are trained before, by default those that take half a minute
@@ -19,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 
 PYTHONS = ("python3.11", "python3.12", "python3.13")
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -52,6 +54,15 @@ QUICK_TESTS = [
     "tests/train",
     "tests/test_cli.py",
 ]
+# What `make.py package` does with the installed wheel, with its declared dependencies only.
+USE = """
+import pathlib, sys, jax, gradfn as gf
+net = gf.mlp([3, 4, 2])
+loss = gf.batch_mean(gf.classification_loss(net))
+x = jax.random.normal(jax.random.key(0), [8, 3])
+print(gf.inspect(loss)(net.init(jax.random.key(1)), (x, (x[:, 0] > 0).astype(int))))
+assert pathlib.Path(gf.__file__).is_relative_to(sys.prefix), gf.__file__
+"""
 INSTALLED = """
 gradfn is installed in .venv. To use its command:
 
@@ -84,6 +95,8 @@ def main():
         return matrix(options)
     if command == "remat":
         return remat()
+    if command == "package":
+        return package()
     print(__doc__.strip())
     return 0 if command in ("help", "-h", "--help") else 2
 
@@ -136,6 +149,34 @@ def remat():
     return run([python, *PYTEST, "-m", FAST, *TRACED_PROGRAMS], NEXT_REMAT)
 
 
+def package():
+    """Build the sdist, and the wheel from it, as users get them; use the wheel; return the exit code."""
+    dist = os.path.join(HERE, "dist")
+    shutil.rmtree(dist, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as folder:
+        python, gradfn = new_environment(os.path.join(folder, "env"))
+        pip = [python, "-m", "pip"]
+        build = [python, "-m", "hatchling", "build", "-t", "sdist", "-d", dist]
+        if run([*pip, "install", "--quiet", "hatchling"]) or run(build):
+            return 1
+        (sdist,) = os.listdir(dist)
+        if run([*pip, "wheel", "--quiet", "--no-deps", "-w", dist, os.path.join(dist, sdist)]):
+            return 1
+        (wheel,) = (name for name in os.listdir(dist) if name.endswith(".whl"))
+        if run([*pip, "uninstall", "--quiet", "--yes", "hatchling"]):
+            return 1
+        steps = [[*pip, "install", "--quiet", os.path.join(dist, wheel)], [*pip, "check"]]
+        steps += [[gradfn, "--version"], [gradfn, "list"], [gradfn, "table", "784", "16", "10"]]
+        steps += [[gradfn, "run", "digits", "--help"], [python, "-c", USE]]
+        # Not in this folder, where Python would find the checkout.
+        for step in steps:
+            if run(step, folder=folder):
+                print("FAILED: " + " ".join(step))
+                return 1
+    print(f"dist/{sdist}, dist/{wheel}: built and used")
+    return 0
+
+
 def lower_bounds(project):
     """Return the oldest version of each package that a pyproject.toml allows, as constraints for pip."""
     return sorted(set(re.findall(r'^ *"([A-Za-z0-9_.-]+)(?:\[.*\])?>=([0-9.]+)', project, re.MULTILINE)))
@@ -175,8 +216,7 @@ def environment(name, extras, base=sys.executable, oldest=False):
                 return python
     print(f"Setting up {name} (a minute or more: it installs jax and other packages) ...", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
-    if run([base, "-m", "venv", folder]):
-        sys.exit("make.py: could not create an environment. On Debian and Ubuntu: apt install python3-venv")
+    python, _ = new_environment(folder, base)
     bounds = []
     if oldest:
         file = os.path.join(folder, "oldest.txt")
@@ -190,9 +230,17 @@ def environment(name, extras, base=sys.executable, oldest=False):
     return python
 
 
-def run(command, settings=None):
-    """Run a command in this folder, with extra environment variables; return its exit code."""
-    return subprocess.call(command, cwd=HERE, env={**os.environ, **(settings or {})})
+def new_environment(folder, base=sys.executable):
+    """Create an environment; return its Python and the path of its `gradfn`, which is not installed yet."""
+    if run([base, "-m", "venv", folder]):
+        sys.exit("make.py: could not create an environment. On Debian and Ubuntu: apt install python3-venv")
+    scripts = os.path.join(folder, "Scripts" if os.name == "nt" else "bin")
+    return os.path.join(scripts, "python"), os.path.join(scripts, "gradfn")
+
+
+def run(command, settings=None, folder=HERE):
+    """Run a command in a folder, with extra environment variables; return its exit code."""
+    return subprocess.call(command, cwd=folder, env={**os.environ, **(settings or {})})
 
 
 def newer_python():

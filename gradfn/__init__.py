@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import lazy_loader
 
+# The version is stated here alone: pyproject.toml reads it, and it is that of a checkout also where an older one is
+# installed.
 __version__ = "0.1.0"
 
 _import, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
