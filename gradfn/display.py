@@ -24,7 +24,7 @@ import json
 import math
 import shutil
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 ROWS = 30
 # Names and source lines are shortened to READABLE characters before a column is dropped, to SHORTEST after that.
 READABLE, SHORTEST = 20, 8
+# How HTML aligns a column. Notebooks align every cell to the right and wrap it, unless its style says otherwise; the
+# attribute survives where styles are removed.
+NUMBER = {"th": 'align="right"', "td": 'align="right" style="white-space:nowrap"'}
+TEXT = {"th": 'style="text-align:left"', "td": 'style="text-align:left;white-space:nowrap"'}
 
 
 @dataclass(frozen=True)
@@ -126,11 +130,10 @@ class TextTable:
         table = Table(box=box.SIMPLE, show_footer=any(column.footer for column in self.columns))
         for k, size in widths.items():
             column = self.columns[k]
-            cells = [cell for cell in self._cells(k) if cell is not None]
             table.add_column(
                 Text(column.header),
                 Text(column.footer),
-                justify="right" if cells and all(map(_is_number, cells)) else "left",
+                justify="right" if self._is_numeric(k) else "left",
                 no_wrap=True,
                 min_width=size,
             )
@@ -148,6 +151,10 @@ class TextTable:
 
     def _cells(self, k: int) -> list[Any]:
         return [row[k] for row in self.rows]
+
+    def _is_numeric(self, k: int) -> bool:
+        cells = [cell for cell in self._cells(k) if cell is not None]
+        return bool(cells) and all(map(_is_number, cells))
 
     def _texts(self, k: int) -> list[str]:
         column = self.columns[k]
@@ -184,35 +191,42 @@ class TextTable:
         from rich.console import Console
 
         width = shutil.get_terminal_size((80, 24)).columns
-        # With soft_wrap, a table that cannot be made to fit is not cut.
-        console = Console(width=width, color_system=None, soft_wrap=True)
+        # With soft_wrap, a table that cannot be made to fit is not cut. In a notebook, rich would display what it
+        # captures as an empty output.
+        console = Console(width=width, color_system=None, soft_wrap=True, force_jupyter=False)
         with console.capture() as capture:
             console.print(self)
         lines = [line.rstrip() for line in capture.get().splitlines()]
         return "\n".join(line for line in lines if line)
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def _repr_mimebundle_(self, *args: Any, **kwargs: Any) -> dict[str, str]:
         return {"text/plain": str(self), "text/html": self.to_html()}
 
     def to_html(self) -> str:
-        """Return the table as HTML, all columns."""
+        """Return the table as HTML, with all columns that are not empty.
 
-        def line(kind: str, texts: list[str]) -> str:
-            return "<tr>" + "".join(f"<{kind}>{html.escape(text)}</{kind}>" for text in texts) + "</tr>"
+        Colors and fonts are those of the page around it: a notebook, light or dark, or a site.
+        """
+        columns = [k for k in range(len(self.columns)) if not self.rows or any(self._texts(k))]
+        form = {k: NUMBER if self._is_numeric(k) else TEXT for k in columns}
 
-        head = line("th", [column.header for column in self.columns])
-        body = [
-            line("td", [_text(c, column.form) for c, column in zip(row, self.columns, strict=True)])
-            for row in self.rows
-        ]
-        foot = (
-            line("th", [column.footer for column in self.columns])
-            if any(c.footer for c in self.columns)
-            else ""
+        def line(kind: str, texts: Mapping[int, str]) -> str:
+            cells = (f"<{kind} {form[k][kind]}>{html.escape(texts[k])}</{kind}>" for k in columns)
+            return f"<tr>{''.join(cells)}</tr>"
+
+        head = line("th", {k: self.columns[k].header for k in columns})
+        body = "".join(
+            line("td", {k: _text(row[k], self.columns[k].form) for k in columns}) for row in self.rows
         )
-        title = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
+        foot = line("th", {k: self.columns[k].footer for k in columns})
+        foot = f"<tfoot>{foot}</tfoot>" if any(column.footer for column in self.columns) else ""
+        title = f'<caption style="text-align:left">{html.escape(self.title)}</caption>' if self.title else ""
+        table = f"<table>{title}<thead>{head}</thead><tbody>{body}</tbody>{foot}</table>"
         below = "".join(f"<p>{html.escape(text)}</p>" for text in self.caption.splitlines())
-        return f"<table>{title}<thead>{head}</thead><tbody>{''.join(body)}{foot}</tbody></table>{below}"
+        return f'<div style="overflow-x:auto;font-variant-numeric:tabular-nums">{table}{below}</div>'
 
 
 class ShowsTable:

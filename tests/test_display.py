@@ -102,13 +102,26 @@ def test_notebooks_show_every_column_as_html():
     shown = Result()._repr_mimebundle_()
     assert shown["text/plain"] == str(Result())
     assert shown["text/html"].count("<tr>") == ROWS + 1
-    assert "<th>line</th>" in shown["text/html"]
+    assert ">line</th>" in shown["text/html"]
     escaped = TextTable("<b>")
     escaped.add_column("a<b")
     escaped.add_row("[red]x & y")
-    assert "<td>[red]x &amp; y</td>" in escaped.to_html()
+    assert ">[red]x &amp; y</td>" in escaped.to_html()
     assert "<b>" not in escaped.to_html()
     assert "[red]x & y" in str(escaped)
+
+
+def test_html_aligns_numbers_and_leaves_out_empty_columns():
+    table = TextTable()
+    for header in ("name", "size", "flags"):
+        table.add_column(header)
+    table.add_row("W1", 12, None)
+    table.add_row("b1", None, "")
+    shown = table.to_html()
+    assert '<td style="text-align:left;white-space:nowrap">W1</td>' in shown
+    assert '<td align="right" style="white-space:nowrap">12</td>' in shown
+    assert '<th align="right">size</th>' in shown
+    assert "flags" not in shown
 
 
 def test_rich_prints_results():
