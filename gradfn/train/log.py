@@ -20,6 +20,7 @@ from gradfn.layout import EVENTS, INSPECTIONS, LOGS, MEASURES, METRICS, NOISE, N
 from gradfn.train.checkpoint import CheckpointError
 from gradfn.train.events import Events
 from gradfn.train.lazy_rows import LazyRows
+from gradfn.train.notebook_bar import NotebookBar, in_notebook
 from gradfn.train.notes import Totals
 from gradfn.train.rows import Extent, Row, Rows
 
@@ -58,7 +59,7 @@ class Log:
         self.inspections = LazyRows() if folder is None else Rows(folder / INSPECTIONS)
         self._steps, self._progress = steps, progress
         self._events: Events | None = None
-        self._bar: tuple[Progress, TaskID] | None = None
+        self._bar: tuple[Progress | NotebookBar, TaskID] | None = None
         # When this process started training, and at which step.
         self._started: tuple[float, int] | None = None
 
@@ -112,6 +113,8 @@ class Log:
         if self._bar is None and self._progress:
             line = _line(row, self._steps, self.left(row["step"]))
             print(line, file=Output(sys.stdout), flush=True)
+        elif self._bar and isinstance(self._bar[0], NotebookBar):
+            self._bar[0].last = _line(row, self._steps, math.nan)
 
     def _row_events(self, row: Row) -> None:
         if self._events:
@@ -201,8 +204,10 @@ class Log:
         bar.update(task, completed=step, description=text, left=_clock(self.left(step)))
 
 
-def _progress_bar() -> Progress | None:
-    """Return a progress bar; None where the output is not a terminal that can redraw a line."""
+def _progress_bar() -> Progress | NotebookBar | None:
+    """Return a progress bar; None where the output is neither a notebook nor a terminal that can redraw a line."""
+    if in_notebook():
+        return NotebookBar()
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Column
@@ -297,7 +302,7 @@ def _line(row: Row, steps: int, left: float) -> str:
     rates = {"tokens/s": row.get("tokens_per_second"), "examples/s": row["examples_per_second"]}
     rate = next(f"{rate:,.0f} {unit}" for unit, rate in rates.items() if rate)
     text = f"step {row['step']:,}/{steps:,} {named}{_measures(row)} {rate}"
-    return f"{text}, {row['seconds']:.1f} s, {left:.1f} s left"
+    return f"{text}, {row['seconds']:.1f} s" + ("" if math.isnan(left) else f", {left:.1f} s left")
 
 
 def _measures(row: Row) -> str:
