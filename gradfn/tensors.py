@@ -26,6 +26,7 @@ NAMES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
     "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
 }  # fmt: skip
+DTYPES = {stored: name for name, stored in NAMES.items()}
 CHECKSUM = "/checksum"  # no array has this name: paths in a tree do not start with a slash
 BLOCK = 1 << 20  # bytes that are read at a time
 HEADER_LIMIT = 100_000_000  # bytes, the limit of the format
@@ -127,6 +128,32 @@ def open_tensors(file: str | os.PathLike[str]) -> Iterator[Any]:
         OverflowError,
     ) as error:
         raise FileError(f"{file}: not a readable safetensors file ({error})") from error
+
+
+@contextlib.contextmanager
+def open_rows(file: str | os.PathLike[str]) -> Iterator[Callable[[str, int, int], np.ndarray]]:
+    """Open a file that `open_tensors` accepts, to read parts of its arrays without mapping it into memory.
+
+    Yields:
+        `(name, start, stop)` -> the rows from `start` to `stop` of an array.
+
+    Raises:
+        FileError: the file is missing, not a regular file, or ends before its arrays do.
+    """
+    with open_regular(file) as content:
+        (length,) = struct.unpack("<Q", content.read(8))
+        header = json.loads(content.read(length))
+
+        def rows(name: str, start: int, stop: int) -> np.ndarray:
+            shape = header[name]["shape"]
+            array = np.empty((stop - start, *shape[1:]), DTYPES[header[name]["dtype"]])
+            row = array.itemsize * int(np.prod(shape[1:], dtype=np.int64))
+            content.seek(8 + length + header[name]["data_offsets"][0] + start * row)
+            if content.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:  # type: ignore[attr-defined]
+                raise FileError(f"{file}: {name}: the file ends before it does")
+            return array
+
+        yield rows
 
 
 def is_stored(dtype: Any) -> bool:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypedDict
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from gradfn.core.params import Params, check, path_name
@@ -30,19 +31,25 @@ from gradfn.nets._gpt import GPTConfig, gpt
 from gradfn.nets.families import FAMILIES, REFUSED, Family
 from gradfn.nets.families.family import Entry, choose, normalized
 from gradfn.nets.families.fields import Fields, shown
-from gradfn.tensors import NAMES, Tensor, is_stored, open_tensors, write_tensors
+from gradfn.tensors import NAMES, Tensor, is_stored, open_rows, open_tensors, write_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {NAMES[name]: name for name in ("float16", "bfloat16", "float32", "float64")}
 
+PART = 1 << 24  # bytes that are read at a time
+
 
 class Stored(NamedTuple):
-    """A tensor in a file: what the file's header says of it, and a function that loads it."""
+    """A tensor in a file: what the file's header says of it, and a function that reads some of its rows."""
 
     file: Path
     dtype: str  # as the format calls it
     shape: tuple[int, ...]
-    load: Callable[[], np.ndarray]
+    rows: Callable[[int, int], np.ndarray]
+
+    def load(self) -> np.ndarray:
+        """Return the whole tensor."""
+        return self.rows(0, self.shape[0]) if self.shape else self.rows(0, 1)[0]
 
 
 class Index(TypedDict):
@@ -104,10 +111,29 @@ def load_pretrained(
             _check_tensor(entry, tensors[entry.name], shapes)
         leaves: dict[str, jax.Array] = {}
         for entry in entries:
-            parts = entry.split(tensors[entry.name].load(), [shapes[path] for path in entry.paths])
-            for path, part in zip(entry.paths, parts, strict=True):
-                leaves[path] = jnp.asarray(part, dtype and jnp.dtype(dtype))
+            leaves |= _load(entry, tensors[entry.name], shapes, dtype and jnp.dtype(dtype))
     return config, jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], spec)
+
+
+def _load(
+    entry: Entry, tensor: Stored, shapes: Mapping[str, tuple[int, ...]], dtype: DTypeLike | None
+) -> dict[str, jax.Array]:
+    """Return the leaves of a tensor, by path. A large one is read in parts, so that it is in memory only once."""
+    row = tensor.rows(0, 1).nbytes
+    if len(entry.paths) > 1 or entry.transposed or row * tensor.shape[0] <= PART:
+        parts = entry.split(tensor.load(), [shapes[path] for path in entry.paths])
+        return {path: jnp.asarray(part, dtype) for path, part in zip(entry.paths, parts, strict=True)}
+    whole = jnp.zeros(tensor.shape, dtype or jax.dtypes.canonicalize_dtype(FLOATS[tensor.dtype]))
+    n, end = max(PART // row, 1), tensor.shape[0]
+    for start in range(0, end, n):
+        whole = _put(whole, tensor.rows(start, min(start + n, end)), start)
+    return {entry.paths[0]: whole}
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(whole: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
+    """Write some rows into an array in place."""
+    return jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), start, 0)
 
 
 def save_pretrained(
@@ -204,7 +230,7 @@ def _opened(folder: Path) -> Iterator[dict[str, Stored]]:
         tensors: dict[str, Stored] = {}
         for file, names in _files(folder).items():
             content = files.enter_context(open_tensors(file))
-            stored = _stored(content, file)
+            stored = _stored(content, files.enter_context(open_rows(file)), file)
             absent = sorted(names - stored.keys())
             if absent:
                 raise FileError(f"{file}: {shown(absent[0])}: missing, though {INDEX} says it is here")
@@ -234,13 +260,12 @@ def _files(folder: Path) -> dict[Path, set[str]]:
     raise FileNotFoundError(f"{folder}: expected {single.name} or {index.name}{hint}")
 
 
-def _stored(content: PyTree, file: Path) -> dict[str, Stored]:
+def _stored(content: PyTree, rows: Callable[[str, int, int], np.ndarray], file: Path) -> dict[str, Stored]:
     """Return what an open file's header says of its tensors."""
     stored = {}
     for name in content.keys():  # noqa: SIM118
         header = content.get_slice(name)
-        load = partial(content.get_tensor, name)
-        stored[name] = Stored(file, header.get_dtype(), tuple(header.get_shape()), load)
+        stored[name] = Stored(file, header.get_dtype(), tuple(header.get_shape()), partial(rows, name))
     return stored
 
 

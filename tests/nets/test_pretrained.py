@@ -22,6 +22,7 @@ GPT2 = gf.GPTConfig(vocab=13, context=16, n_layers=2, n_heads=2, width=8)
 LLAMA = gf.GPTConfig(
     13, 16, 2, 4, 16, 2, None, 24, positions="rope", norm="rms", feed="swiglu", bias=False, tied=False
 )
+QWEN2 = dataclasses.replace(LLAMA, attention_bias="qkv")
 
 
 @pytest.fixture(scope="module")
@@ -261,19 +262,20 @@ def test_pickled_weights_are_not_read(tmp_path):
         (GPT2, "n_layer", True, "expected int, got True"),
         (GPT2, "model_type", "bert", "expected one of 'gpt2', 'llama'.*; got 'bert'"),
         (LLAMA, "hidden_act", "gelu", "gf.gpt does 'silu' only, got 'gelu'"),
-        (
-            LLAMA,
-            "attention_bias",
-            True,
-            "gf.gpt has biases in attention and feed-forward layers or in neither",
-        ),
+        (LLAMA, "rope_parameters", {"type": "linear"}, "linear needs factor"),
+        (LLAMA, "rope_parameters", {"type": "linear", "factor": 0.5}, "RopeScaling: factor must be"),
+        (LLAMA, "rope_parameters", {"type": "linear", "factor": "2"}, "factor: expected a number above 0"),
+        (LLAMA, "rope_parameters", {"rope_type": "llama3", "factor": 8}, "llama3 needs high_freq_factor"),
         (
             LLAMA,
             "rope_parameters",
-            {"rope_type": "llama3", "factor": 8},
-            "gf.gpt does rope_type 'default' only",
+            {"rope_type": "longrope", "factor": 8},
+            "gf.gpt does rope_type 'default',",
         ),
-        (LLAMA, "rope_scaling", {"type": "linear"}, "gf.gpt does None only"),
+        (LLAMA, "rope_parameters", {"rope_type": "linear", "factor": 8, "alpha": 2}, "gf.gpt does rope_type"),
+        (LLAMA, "rope_scaling", {"type": "linear", "factor": 2}, "differs from rope_parameters"),
+        (QWEN2, "layer_types", ["full_attention"], "expected 2 of 'sliding_attention' or 'full_attention'"),
+        (QWEN2, "layer_types", ["sliding_attention"] * 2, "'sliding_attention' needs use_sliding_window"),
         (LLAMA, "quantization_config", {"bits": 4}, "not supported, got {'bits': 4}"),
     ],
 )

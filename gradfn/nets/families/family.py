@@ -98,13 +98,16 @@ class Family:
 
 
 def normalized(config: GPTConfig) -> GPTConfig:
-    """Return a config with None for each size that equals its default."""
+    """Return a config with None for each size, and for attention's biases, where they equal their defaults."""
     defaults = {
         "n_kv_heads": config.n_heads,
         "head_size": config.width // config.n_heads,
         "hidden": 4 * config.width,
+        "attention_bias": config.bias,
     }
-    same = {name: None for name, default in defaults.items() if getattr(config, name) == default}
+    same: dict[str, Any] = {
+        name: None for name, default in defaults.items() if getattr(config, name) == default
+    }
     return dataclasses.replace(config, **same)
 
 

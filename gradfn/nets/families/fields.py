@@ -32,6 +32,7 @@ class Fields:
 
     def __init__(self, file: Path) -> None:
         self.file, self.left = file, _read_json(file)
+        self.taken: dict[str, Any] = {}
 
     def default(self, **values: PyTree) -> None:
         """Say what absent fields stand for in this family."""
@@ -47,7 +48,7 @@ class Fields:
 
     def take(self, name: str, default: Any = None, kind: type | tuple[type, ...] = object) -> PyTree:
         """Take a value of some type. Where the default is False, null stands for it too."""
-        value = self.left.pop(name, default)
+        value = self.taken[name] = self.left.pop(name, default)
         if value is None and default is False:
             value = False
         kinds = kind if isinstance(kind, tuple) else (kind,)
@@ -55,6 +56,10 @@ class Fields:
             names = " or ".join(k.__name__ for k in kinds)
             raise FileError(f"{self.file}: {name}: expected {names}, got {reprlib.repr(value)}")
         return value
+
+    def known(self, name: str) -> PyTree:
+        """Return a value, whether it has been taken or not."""
+        return self.taken.get(name, self.left.get(name))
 
     def size(self, name: str, default: int | None) -> PyTree:
         """Take an integer that counts something; it may be null where the default is None."""

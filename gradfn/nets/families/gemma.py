@@ -15,7 +15,8 @@ from gradfn.files import FileError
 from gradfn.nets._gpt import GPTConfig
 from gradfn.nets.families.family import Family
 from gradfn.nets.families.fields import Fields
-from gradfn.nets.families.llama import entries_of, read_rope, read_sizes, write_rope, write_sizes
+from gradfn.nets.families.llama import entries_of, read_sizes, write_sizes
+from gradfn.nets.families.rope import read_rope, write_rope
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 

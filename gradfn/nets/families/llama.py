@@ -2,41 +2,12 @@
 
 from __future__ import annotations
 
-import reprlib
 from typing import Any
 
-from gradfn.files import FileError
 from gradfn.nets._gpt import GPTConfig
 from gradfn.nets.families.family import Entry, Family
 from gradfn.nets.families.fields import Fields
-
-
-def read_rope(fields: Fields, base: float = 10_000.0) -> dict[str, Any]:
-    """Return the fields of a config that say how positions rotate, from where any version of transformers has them."""
-    rope: dict[str, Any] = {}
-    for name, does in (("rope_scaling", "None only, or "), ("rope_parameters", "")):
-        given = fields.take(name, None, (dict, type(None))) or {}
-        kind = given.get("rope_type", given.get("type", "default"))
-        rest = {
-            key
-            for key, value in given.items()
-            if key not in ("rope_type", "type", "rope_theta") and value != 1
-        }
-        if kind != "default" or rest:
-            raise FileError(
-                f"{fields.file}: {name}: gf.gpt does {does}rope_type 'default' only, got {reprlib.repr(given)}"
-            )
-        rope |= given
-    base = fields.take("rope_theta", base)
-    return {"rope_base": fields.positive("rope_theta", rope.get("rope_theta", base))}
-
-
-def write_rope(config: GPTConfig) -> dict[str, Any]:
-    """Return the inverse of `read_rope`, for old and new versions of transformers."""
-    return {
-        "rope_theta": config.rope_base,  # where older versions look
-        "rope_parameters": {"rope_theta": config.rope_base, "rope_type": "default"},
-    }
+from gradfn.nets.families.rope import read_rope, write_rope
 
 
 def read_sizes(fields: Fields) -> dict[str, Any]:
@@ -80,6 +51,9 @@ def entries_of(config: GPTConfig) -> list[Entry]:
     ]
     products = {f"self_attn.{part[0]}_proj": f"attention/{part}" for part in ("query", "key", "value", "out")}
     products |= {f"mlp.{part}_proj": f"feed/{part}" for part in ("gate", "up", "down")}
+    bias = config.bias if config.attention_bias is None else config.attention_bias
+    biased = {path for path in products.values() if (bias if path.startswith("attention") else config.bias)}
+    biased -= {"attention/out"} if bias == "qkv" else set()
     norms = {"input_layernorm": "attention_norm", "post_attention_layernorm": "feed_norm"}
     if config.norms_after:
         norms |= {
@@ -92,34 +66,43 @@ def entries_of(config: GPTConfig) -> list[Entry]:
         entries += [
             Entry(f"{theirs}.{name}.weight", (f"{ours}/{path}/{gain}",)) for name, path in norms.items()
         ]
+        if config.qk_norm:
+            for part in ("query", "key"):
+                name = f"{theirs}.self_attn.{part[0]}_norm.weight"
+                entries.append(Entry(name, (f"{ours}/attention/{part}_norm/{gain}",)))
         for name, path in products.items():
             entries.append(Entry(f"{theirs}.{name}.weight", (f"{ours}/{path}/W",)))
-            if config.bias:
+            if path in biased:
                 entries.append(Entry(f"{theirs}.{name}.bias", (f"{ours}/{path}/b",)))
     return entries if config.tied else [*entries, Entry("lm_head.weight", ("head/W",))]
 
 
 def _read(fields: Fields) -> GPTConfig:
     fields.expect(hidden_act="silu", is_encoder_decoder=False, rope_interleaved=False)
+    fields.default(max_position_embeddings=2048)
     rope = read_rope(fields)
-    bias, feed_bias = fields.take("attention_bias", False, bool), fields.take("mlp_bias", False, bool)
-    if bias != feed_bias:
-        raise FileError(
-            f"{fields.file}: attention_bias: gf.gpt has biases in attention and feed-forward layers or in "
-            f"neither, got {bias} with mlp_bias {feed_bias}"
-        )
+    attention_bias, bias = (fields.take(f"{part}_bias", False, bool) for part in ("attention", "mlp"))
     tied = fields.take("tie_word_embeddings", False, bool)
     return GPTConfig(
-        positions="rope", norm="rms", feed="swiglu", bias=bias, tied=tied, **rope, **read_sizes(fields)
+        positions="rope",
+        norm="rms",
+        feed="swiglu",
+        bias=bias,
+        tied=tied,
+        attention_bias=None if attention_bias == bias else attention_bias,
+        **rope,
+        **read_sizes(fields),
     )
 
 
 def _write(config: GPTConfig) -> dict[str, Any]:
+    if config.attention_bias == "qkv":
+        raise ValueError("llama has attention_bias True or False, got 'qkv'")
     return {
         **write_sizes(config),
         **write_rope(config),
         "hidden_act": "silu",
-        "attention_bias": config.bias,
+        "attention_bias": config.bias if config.attention_bias is None else config.attention_bias,
         "mlp_bias": config.bias,
         "tie_word_embeddings": config.tied,
     }
@@ -132,7 +115,7 @@ LLAMA = Family(
     embedding="model.embed_tokens.weight",
     buffers=r"\.rotary_emb\.inv_freq$",
     fixed={"positions": "rope", "norm": "rms", "feed": "swiglu"},
-    free=("n_kv_heads", "head_size", "rope_base"),
+    free=("n_kv_heads", "head_size", "attention_bias", "rope_base", "rope_scaling"),
     read=_read,
     write=_write,
     entries=entries_of,

@@ -8,7 +8,7 @@ from gradfn.nets._gpt import GPTConfig
 from gradfn.nets.families.activations import ACTIVATIONS, activation_name
 from gradfn.nets.families.family import Entry, Family
 from gradfn.nets.families.fields import Fields
-from gradfn.nets.families.llama import read_rope, write_rope
+from gradfn.nets.families.rope import read_rope, write_rope
 
 
 def _read(fields: Fields) -> GPTConfig:
