@@ -14,15 +14,13 @@ from pathlib import Path, PurePosixPath
 
 import public
 
-import gradfn as gf
-
 OUTPUT = "<!-- output -->"
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 def files(root: Path, nav: list) -> dict[str, str]:
     """Return the texts by name, for a navigation as `mkdocs.yml` has it."""
-    return {"llms.txt": index(nav), "llms-reference.txt": compact(root)}
+    return {"llms.txt": index(root, nav), "llms-reference.txt": compact(root)}
 
 
 def compact(root: Path) -> str:
@@ -45,17 +43,10 @@ def _plain(entry: public.Entry) -> str:
     return entry.summary + also
 
 
-def index(nav: list) -> str:
+def index(root: Path, nav: list) -> str:
     """Return llms.txt: what gradfn is, and a link to each page of the navigation."""
-    first, rest = (gf.__doc__ or "").strip().split("\n\n", 1)
-    lines = [
-        "# gradfn",
-        "",
-        f"> {first.removeprefix('gradfn: ').capitalize()}",
-        "",
-        " ".join(rest.split()),
-        "",
-    ]
+    about = (root / "README.md").read_text(encoding="utf-8").split("\n\n")[1]
+    lines = ["# gradfn", "", f"> {' '.join(about.split())}", ""]
     lines += ["- [Every public name, with the rules](llms-reference.txt)"]
 
     def add(items: list, depth: int = 0) -> None:
@@ -94,10 +85,10 @@ def with_output(markdown: str, source: PurePosixPath) -> str:
 
 def _run(code: str, source: PurePosixPath, names: dict[str, object]) -> str:
     before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "96"
+    os.environ["COLUMNS"] = "84"
     try:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(compile(code, source.name, "exec"), names)
+            exec(compile(code, "example.py", "exec"), names)
     finally:
         if before is None:
             del os.environ["COLUMNS"]

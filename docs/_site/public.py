@@ -71,7 +71,7 @@ def namespaces() -> dict[str, types.ModuleType]:
 
 
 def entries() -> list[Entry]:
-    """Return every public object but the namespaces, in the order of the pages and, on a page, of the public lists."""
+    """Return every public object but the namespaces, by page; on a page, functions before classes."""
     # Constants may be equal or even identical (small integers); only functions and classes are one object.
     found: dict[object, tuple[list[str], str, Any]] = {}
     for name, page, value in _names():
@@ -81,7 +81,8 @@ def entries() -> list[Entry]:
         Entry(names[0], tuple(names), names[0].replace("gf.", "gradfn.", 1), page, value)
         for names, page, value in found.values()
     ]
-    return sorted(made, key=lambda entry: list(TITLES).index(entry.page))
+    # What is called comes before what is returned.
+    return sorted(made, key=lambda entry: (list(TITLES).index(entry.page), isinstance(entry.value, type)))
 
 
 def public_names() -> set[str]:

@@ -47,7 +47,10 @@ def _entry(entry: public.Entry) -> str:
 
 
 def _table(entries: list[public.Entry]) -> str:
-    rows = [f"| [`{entry.name}`](#{entry.name}) | {_cell(entry.summary)} |" for entry in entries]
+    rows = [
+        f"| [`{entry.name.rpartition('.')[2]}`](#{entry.name}) | {_cell(entry.summary)} |"
+        for entry in entries
+    ]
     return "\n".join(["| name | |", "|---|---|", *rows])
 
 
@@ -61,9 +64,8 @@ def _index() -> str:
     count = len(public.public_names())
     return (
         f"# Reference\n\nAll {count} public names: those of `gradfn/__init__.pyi` and of each namespace's `__all__`. "
-        "Everything else is private to gradfn. In the examples, gradfn is imported as `gf`.\n\n"
-        + "\n\n".join(parts)
-        + "\n"
+        "Everything else is private to gradfn. In the examples, gradfn is imported as `gf`. "
+        "Results print as tables, and have `to_dataframe()`.\n\n" + "\n\n".join(parts) + "\n"
     )
 
 
