@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import re
+import tempfile
 from pathlib import Path
 
 import jupytext
@@ -32,7 +33,9 @@ def _page(file: Path, root: Path) -> dict[str, str | bytes]:
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), before]))
     try:
-        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(file.parent)}}).execute()
+        # A notebook may write files where it runs.
+        with tempfile.TemporaryDirectory() as folder:
+            NotebookClient(notebook, timeout=600, resources={"metadata": {"path": folder}}).execute()
     finally:
         os.environ["PYTHONPATH"] = before or ""
     text, resources = nbconvert.MarkdownExporter(exclude_input_prompt=True).from_notebook_node(
