@@ -62,7 +62,7 @@ def _notebooks() -> dict[str, str | bytes]:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leave out what has not landed yet."""
+    """Leave out pages that `mkdocs.yml` lists before they are written; a link to one is an error all the same."""
     there = {*(f"notebooks/{file.stem}.md" for file in (ROOT / "docs" / "notebooks").glob("*.py"))}
     there |= {*OUTSIDE.values(), *reference.pages()}
 
