@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, cast
 
 import jax
 
-from gradfn.console import Output
+from gradfn.console import Output, is_terminal
 from gradfn.files import FileError, inner_folder
 from gradfn.layout import EVENTS, INSPECTIONS, LOGS, MEASURES, METRICS, NOISE, NOT_METRICS, SPIKES
 from gradfn.train.checkpoint import CheckpointError
@@ -214,7 +214,7 @@ def _progress_bar() -> Progress | NotebookBar | None:
 
     console = Console(file=cast(IO[str], Output(sys.stdout)))
     # FORCE_COLOR makes rich take a pipe for a terminal.
-    redraws = sys.stdout.isatty() or os.environ.get("TTY_COMPATIBLE") == "1"
+    redraws = is_terminal(sys.stdout) or os.environ.get("TTY_COMPATIBLE") == "1"
     if not redraws or not console.is_terminal or console.is_dumb_terminal:
         return None
     text = TextColumn("{task.description}", table_column=Column(no_wrap=True))
