@@ -84,3 +84,13 @@ def test_the_progress_of_a_run_that_fails_shows_where_it_ended(tmp_path, monkeyp
     found = cell(guarded, tmp_path, monkeypatch)
     assert [output.output_type for output in found] == ["display_data"]
     assert "<progress" not in found[0].data["text/html"]
+
+
+def test_a_line_of_a_notebook_is_named_by_its_cell(tmp_path, monkeypatch):
+    source = """import jax, jax.numpy as jnp, gradfn as gf
+def norm(x):
+    return jnp.sqrt(jnp.sum(x**2))
+print(gf.nan_origin(norm)(jnp.zeros(3)).nan.line, gf.backprop(norm)(jnp.ones(3))[0].line)
+"""
+    (found,) = cell(source, tmp_path, monkeypatch)
+    assert found.text.split() == ["In[1]:3", "(norm)"] * 2

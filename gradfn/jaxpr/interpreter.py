@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, cached_property
@@ -69,7 +70,8 @@ class Equation:
     def line(self) -> str:
         """Where the equation was written, as `file:line (function)`: the innermost line outside of libraries.
 
-        Where only libraries (gradfn, Flax) have a line, it is the innermost one outside of jax.
+        In a notebook, the file is the cell, such as `In[3]`. Where only libraries (gradfn, Flax) have a line, it is the
+        innermost one outside of jax.
         """
         traceback = self.eqn.source_info.traceback
         frames: Sequence[Any] = traceback.frames if traceback else ()
@@ -79,7 +81,7 @@ class Equation:
             if not frame.file_name.startswith(_LIBRARIES) and not any(
                 p in frame.file_name for p in _PACKAGES
             ):
-                return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+                return f"{_shown(frame.file_name)}:{frame.line_num} ({frame.function_name})"
         return re.sub(r"(:\d+):\d+", r"\1", source_info_util.summarize(self.eqn.source_info))
 
     @property
@@ -101,6 +103,13 @@ class Equation:
 
     def __repr__(self) -> str:
         return f"Equation({self.path}, {self.eqn.primitive.name}, scope={self.scope!r}, line={self.line!r})"
+
+
+def _shown(file_name: str) -> str:
+    """Return the name of a source file; of the cell of a notebook, `In[3]` instead of that of a temporary file."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    label = shell.compile.format_code_name(file_name) if shell else None
+    return label[1] if label else file_name
 
 
 def scope_of(eqn: Any, outer: str = "") -> str:
