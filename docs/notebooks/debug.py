@@ -11,7 +11,7 @@
 # %% [markdown]
 # # Debug a network that does not learn
 #
-# A loss that stays where it is tells you nothing about the reason. Here are six faults that everyone meets.
+# A loss that stays where it is tells you nothing about the reason. Here are seven faults that everyone meets.
 # Each is introduced on purpose, each shows the same symptom, and each is found in a table. The order of
 # questions is always the same:
 #

@@ -174,6 +174,6 @@ gf.nan_origin(norm)(jnp.zeros(3))
 # %% [markdown]
 # ## Next
 #
-# - *Debug a network that does not learn*: six faults, each found in one of these tables.
+# - *Debug a network that does not learn*: seven faults, each found in one of these tables.
 # - *Inside a GPT*: attention, lenses and patching.
 # - [Your own model](../start/researcher.md): all of this on a function, an Equinox model or a Flax model.
