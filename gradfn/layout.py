@@ -4,6 +4,7 @@ RUNS = "runs"  # the folder of all runs: runs/<experiment>/<time>
 CONFIG, VERSIONS, RESULT, ENDED = "config.json", "versions.json", "result.json", "ended.json"
 METRICS, INSPECTIONS, NOISE = "metrics.jsonl", "inspections.jsonl", "noise.jsonl"
 SPIKES = "spikes.jsonl"
+LOGGED = "logged.json"  # which later rows were logged before the run was interrupted
 LOGS = (METRICS, INSPECTIONS, NOISE, SPIKES)  # of rows, each a line of JSON
 MODEL = "model.json"  # what the network was made with
 CHECKPOINT = "checkpoint.safetensors"

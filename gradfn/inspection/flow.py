@@ -249,7 +249,9 @@ def _of_stats(stats: Stats) -> list[dict[str, Any]]:
 
 def summarized(inspection: "Inspection") -> "Inspection":
     """Return what `to_dict` needs of an inspection: statistics of the gradients instead of the gradients."""
-    grads = jax.tree.map(lambda grad: summarize(grad, OF_GRADIENT), inspection.grads)
+    histogram = any(stats.histogram is not None for stats in inspection.stats.values())
+    of_gradient = (*OF_GRADIENT, "histogram") if histogram else OF_GRADIENT
+    grads = jax.tree.map(lambda grad: summarize(grad, of_gradient), inspection.grads)
     return replace(inspection, aux=None, grads=grads, input_grads=(), values={}, value_grads={}, logs={})
 
 
@@ -263,7 +265,7 @@ def _of_gradients(grads: np.ndarray | Stats) -> list[dict[str, Any]]:
     if not isinstance(grads, Stats):
         return [_of_array(grad) for grad in grads]
     found = grads.to_dict()
-    columns = {name: found[name] for name in OF_GRADIENT}
+    columns = {name: found[name] for name in (*OF_GRADIENT, "histogram") if name in found}
     columns["nonfinite"] = list(map(int, found["nonfinite"]))
     return _rows(columns, len(found["rms"]))
 

@@ -15,12 +15,14 @@ from gradfn.train._shardings import (
 from gradfn.train.bands import Spike
 from gradfn.train.checkpoint import CheckpointError
 from gradfn.train.decay import weight_decay_mask, weight_decay_table
+from gradfn.train.logged import LogFunction, row_scalars
 from gradfn.train.memory import keep_freed_memory
 from gradfn.train.optimizer import adamw_warmup_cosine
 from gradfn.train.processes import gathered, initialize, is_first
 from gradfn.train.restore import kept, load_params
 from gradfn.train.source import Source, from_host
 from gradfn.train.step import TrainState, train_state, train_step
+from gradfn.train.trackers import mlflow_log, wandb_log
 
 # Sorted as `dir` sorts.
 __all__ = [  # noqa: RUF022
@@ -29,6 +31,7 @@ __all__ = [  # noqa: RUF022
     "FSDP",
     "FSDP_TENSOR_PARALLEL",
     "Fit",
+    "LogFunction",
     "Source",
     "Spike",
     "TENSOR_PARALLEL",
@@ -42,11 +45,14 @@ __all__ = [  # noqa: RUF022
     "keep_freed_memory",
     "kept",
     "load_params",
+    "mlflow_log",
+    "row_scalars",
     "sharding_table",
     "shardings",
     "stalled",
     "train_state",
     "train_step",
+    "wandb_log",
     "weight_decay_mask",
     "weight_decay_table",
 ]

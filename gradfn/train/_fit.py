@@ -32,9 +32,11 @@ from gradfn.train import restore, sharded
 from gradfn.train.bands import Bands, Spike
 from gradfn.train.chunk import CAPACITY, chunks, finished, owned
 from gradfn.train.fault import fault, state_before
+from gradfn.train.figures import closing, split_figures
 from gradfn.train.folder import own, prepare
 from gradfn.train.identity import Identity, identity
 from gradfn.train.log import Log, refuse_names
+from gradfn.train.logged import LogFunction, log_functions
 from gradfn.train.memory import keep_blocks_of_steps
 from gradfn.train.model_file import check_model_file, write_model_file
 from gradfn.train.notes import Notes, Settings, Totals, check_same_run, of_another_run
@@ -122,12 +124,14 @@ def fit(
     eval_every: int | None = None,
     inspect_every: int | None = None,
     inspect_when: Literal["spike"] | Spike | None = None,
+    inspect_stats: Sequence[str] | None = None,
     noise_every: int | None = None,
     stop: Callable[[Sequence[Row]], bool] | None = None,
     folder: str | Path | None = None,
     checkpoint_seconds: float = 1.0,
     keep_every: int | None = None,
     resume: bool = False,
+    log: LogFunction | Sequence[LogFunction] | None = None,
     mesh: Mesh | None = None,
     progress: bool = True,
     profile_steps: Sequence[int] | None = None,
@@ -151,8 +155,9 @@ def fit(
             reshuffling changes which examples it holds.
         seed: decides the order of the examples and the keys of noise.
         evaluate: `(params) -> {name: scalar}`, called every `eval_every` steps and at the end; with `state`, `(params,
-            state) -> {name: scalar}`. To keep the parameters longer than the call, copy them (`jax.tree.map(jnp.copy,
-            params)`): training reuses the memory of large ones.
+            state) -> {name: scalar}`. Matplotlib figures among the scalars go to `log` and TensorBoard, and are closed.
+            To keep the parameters longer than the call, copy them (`jax.tree.map(jnp.copy, params)`): training reuses
+            the memory of large ones.
         eval_every: in steps; by default an epoch (a tenth of all steps where `data` is a function).
         inspect_every: inspect all gradients and activations every N steps, with `gf.inspect`. The update of an
             inspected step uses the gradients of the inspection.
@@ -161,6 +166,8 @@ def fit(
             left their bands first, the norm of each example's gradient (of a `gf.batch_mean`), the optimizer's
             moments before the step, and the inspection. The state is held twice: at the start of a chunk of steps
             and at its end.
+        inspect_stats: the statistics that inspections take, as `gf.inspect(stats=)`; with `"histogram"`, TensorBoard
+            and Weights & Biases get histograms of activations and gradients. `gf.inspect`'s own by default.
         noise_every: measure the gradient's noise scale every N steps, with `gf.per_example.noise_scale`,
             on the step's own batch; the loss must be a `gf.batch_mean`. The running scale averages over about fifty
             measurements.
@@ -180,6 +187,12 @@ def fit(
             are compared); nothing is written before that is checked. `steps` may be larger, unless `stop` ended the
             run; the row of the step where it ended before stays in the history. A learning rate schedule belongs to
             the optimizer: give it the total number of steps from the start.
+        log: `(kind, row) -> None`, or several such functions, which get every row as soon as there is one: `kind` is
+            `"metrics"`, `"inspection"`, `"noise"`, `"spike"` or `"figure"`, and `row["step"]` is the step. A figure's
+            row is `{"step", "name", "figure"}`. See `gf.train.wandb_log`, `gf.train.mlflow_log` and
+            `docs/trackers.md`. They are called on the host, in order, and only by the first of several processes. An
+            error that one raises ends the run, whose last checkpoint is kept. A run that resumes does not repeat rows
+            that are in the folder.
         mesh: the devices for parameters that are not on any mesh: each device then holds all of them. Parameters that
             are on a mesh stay as they are split (`docs/scaling.md`), and need no `mesh`.
         progress: show a progress bar (in a terminal) or a line per evaluation (elsewhere).
@@ -209,8 +222,9 @@ def fit(
             loss (labels outside the classes, NaN); a batch larger than the data, or one that cannot be split evenly
             over the devices; parameters on two meshes; a mesh without an axis `data`; numbers below 1; `noise_every`
             with a loss that is not a `gf.batch_mean`, or with a state that is carried; a scalar of aux or of `evaluate`
-            with a name that the row has already.
-        TypeError: a loss of one example; labels that are not integers; an optimizer that is not one; an iterable of
+            with a name that the row has already; `inspect_stats` without inspections, or an unknown statistic.
+        TypeError: `evaluate` returned something other than scalars and figures; `log` is not a function `(kind, row)`;
+            a loss of one example; labels that are not integers; an optimizer that is not one; an iterable of
             batches; nothing in `params` can be trained, or it holds state that must not be (it says what to write); a
             loss that does not return the state that it takes.
         FileError: another run trains in the folder; or something in it is a link, which is not followed; or its
@@ -244,6 +258,9 @@ def fit(
         raise ValueError("fit: noise_every needs the loss of one example as well. Pass gf.batch_mean(loss)")
     if keep_every and folder is None:
         raise ValueError("fit: keep_every needs a folder to keep the parameters in")
+    functions = log_functions(log)
+    if inspect_stats is not None:
+        inspect_stats = _stats_of(inspect_stats, inspect_every, inspect_when)
     keep_blocks_of_steps()
     profile = Profile(profile_steps, steps, None if folder is None else Path(folder))
     several = jax.process_count() > 1
@@ -279,25 +296,30 @@ def fit(
             if sharded.is_split(run.state):
                 sharded.require()
         root = None if folder is None else Path(folder)
-        log = Log(
-            root if is_first() else None, steps, source.tokens, progress and is_first(), spike is not None
+        record = Log(
+            root if is_first() else None,
+            steps,
+            source.tokens,
+            progress and is_first(),
+            spike is not None,
+            functions if is_first() else (),
         )
-        stack.enter_context(own(log.folder))
+        stack.enter_context(own(record.folder))
         if root:
             check_model_file(root, loss)
             stored = restore.find(root) if resume else None
             if stored:
-                run.resume(log, root, stored)
+                run.resume(record, root, stored)
             if run.finished:
-                return run.result(log)
-            if log.folder:
-                prepare(log.folder, resume=stored is not None, keep=keep_every is not None)
-                write_model_file(log.folder, loss)
+                return run.result(record)
+            if record.folder:
+                prepare(record.folder, resume=stored is not None, keep=keep_every is not None)
+                write_model_file(record.folder, loss)
         eval_every = settings["eval_every"] or min(source.epoch_steps or max(steps // 10, 1), steps)
         settings["eval_every"] = eval_every
         periods = [every for every in (eval_every, noise_every, keep_every, source.order_steps) if every]
         source = source.placed(None) if split is None else source.placed(split.mesh, split.axis)
-        programs = chunks(loss, optimizer, source, run.state, inspect_every, spike)
+        programs = chunks(loss, optimizer, source, run.state, inspect_every, spike, inspect_stats)
         names = [name or "params" for name, _ in named_leaves(run.state.params)]
         most = peak_of(run.state.step)
         flops = programs.flops(run.state, source.order(source.epoch(run.step))) if most else 0.0
@@ -305,13 +327,13 @@ def fit(
             run.state = owned(run.state)
 
         with (
-            log.open(run.step),
-            Saver(log, checkpoint_seconds, copies=programs.donated, folder=root) as saver,
+            record.open(run.step),
+            Saver(record, checkpoint_seconds, copies=programs.donated, folder=root) as saver,
             profile.stopped(),
         ):
             if not stopping.agree():
                 programs.compile(run.state, source.order(source.epoch(run.step)))
-            log.start(run.step)
+            record.start(run.step)
             length = 1  # the first chunk is one step, to learn how long a step takes
             room = 1  # for inspections of a chunk
             ended = stopping.agree()
@@ -321,7 +343,7 @@ def fit(
                 here = run.state, source.order(source.epoch(step)), source.row(step)
                 if noise_every and step % noise_every == 0:
                     run.totals, noise = run.totals.after_noise(programs.measure(*here))
-                    log.noise_scale(step, noise)
+                    record.noise_scale(step, noise)
                 began = time.monotonic()
                 ends = *((step // every + 1) * every for every in periods), *profile.edges_after(step)
                 end = min(step + length, steps, *ends, *programs.due(step, steps)[room : room + 1])
@@ -341,51 +363,54 @@ def fit(
                 # The step that broke is inspected too, but none after it.
                 inspected = programs.due(step, end if broken is None else min(int(broken.step) + 1, end))
                 if inspected:
-                    log.inspect(inspected, inspections.tree(len(inspected)))
+                    record.inspect(inspected, inspections.tree(len(inspected)))
                 if spike is not None:
                     n = end - step if broken is None else int(broken.step) - step
                     rows = {name: column[:n] for name, column in watched.items()}
                     for one in find(spike, run.bands, rows, metrics["loss"][:n], names, step):
-                        log.spike(examined(programs, source, here, one))
+                        record.spike(examined(programs, source, here, one))
                 if broken is not None:
                     raise fault(loss, programs, broken, *here[1:], metrics["loss"], step)
                 run.totals = run.totals.after_steps(metrics, source.batch_size, took)
                 run.state, run.step = after, end
-                log.advance(end, float(metrics["loss"][-1]), run.totals)
+                record.advance(end, float(metrics["loss"][-1]), run.totals)
                 # A chunk that was cut short does not have a representative time.
                 if end - step == length:
                     aim = length * CHUNK_SECONDS / max(took, 1e-9)
                     length = int(np.clip(aim, max(length // 2, 1), min(length * 8, CAPACITY)))
                 if end % eval_every == 0 or end == steps:
-                    evaluated = {}
+                    returned: dict[str, Any] = {}
                     if evaluate is not None:
                         outside = run.outside
                         carried = [] if state is None else [outside.model_state]
                         with contextlib.nullcontext() if home is None else mesh_context(home):
-                            evaluated = evaluate(outside.model, *carried)
-                    refuse_names(evaluated, "evaluate", run.totals.sums)
+                            returned = evaluate(outside.model, *carried)
+                    refuse_names(returned, "evaluate", run.totals.sums)
+                    evaluated, figures = split_figures(returned)
                     epoch = end / source.epoch_steps if source.epoch_steps else None
-                    evaluated = {name: agreed(float(value)) for name, value in evaluated.items()}
+                    evaluated = {name: agreed(value) for name, value in evaluated.items()}
                     measures = {name: float(value) for name, value in measures.items()}
                     if most:
                         rate = run.totals.examples_per_second / source.batch_size
                         measures["mfu"] = flops * rate / most
-                    log.row(run.totals.row(end, epoch, source.tokens, evaluated, measures))
+                    with closing(figures):
+                        record.figures(end, figures)
+                    record.row(run.totals.row(end, epoch, source.tokens, evaluated, measures))
                     run.totals = run.totals.after_row()
-                    run.finished = end == steps or bool(agreed(stop is not None and stop(log.history)))
+                    run.finished = end == steps or bool(agreed(stop is not None and stop(record.history)))
                 if root and keep_every and (end % keep_every == 0 or run.finished):
                     restore.keep(root, end, run.state.params, run.state.model_state)
                 del here, after  # the state that the checkpoint being written does not need
                 saver.wait()
                 if saver.due() or run.finished:
-                    saver.save(end, run.state, run.notes(log))
+                    saver.save(end, run.state, run.notes(record))
                 ended = stopping.agree()
             if ended and saver.step != run.step:
-                saver.save(run.step, run.state, run.notes(log))
-        if log.folder:
-            file = log.folder / (CHECKPOINTS if sharded.is_split(run.state) else CHECKPOINT)
+                saver.save(run.step, run.state, run.notes(record))
+        if record.folder:
+            file = record.folder / (CHECKPOINTS if sharded.is_split(run.state) else CHECKPOINT)
             stopping.message = f"stopped at step {run.step:,} of {steps:,}; resume=True continues from {file}"
-        return run.result(log)
+        return run.result(record)
 
 
 @dataclass
@@ -508,6 +533,15 @@ def stalled(
         return functools.reduce(better, since, before[0]) == before[0]
 
     return stop
+
+
+def _stats_of(stats: Sequence[str], every: int | None, when: object) -> tuple[str, ...]:
+    """Return the statistics that inspections take; a ValueError for unknown ones, or where nothing is inspected."""
+    from gradfn.inspection.observe import checked_stats
+
+    if every is None and when is None:
+        raise ValueError("fit: inspect_stats needs inspections: pass inspect_every, or inspect_when, too")
+    return checked_stats(stats, "fit")
 
 
 def _check_positive(**numbers: int | None) -> None:

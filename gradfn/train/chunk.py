@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -120,6 +120,7 @@ def chunks(
     state: TrainState,
     inspect_every: int | None = None,
     spike: Spike | None = None,
+    stats: Sequence[str] | None = None,
 ) -> Chunks:
     """Return the compiled functions of a training run; one program serves chunks of every length.
 
@@ -132,6 +133,7 @@ def chunks(
         inspect_every: every how many steps one is inspected; None for none.
         spike: what each step is watched for; None for nothing. The state is then never donated, because steps are
             repeated from it.
+        stats: which statistics an inspection takes; None for those of `gf.inspect`.
     """
     from gradfn.per_example import noise_scale
 
@@ -139,7 +141,7 @@ def chunks(
     donated = bytes_per_device(state) >= DONATED and spike is None
     # Compiled on their own, they are traced once, though their shapes are needed before the loop.
     step = jax.jit(one_step(loss, optimizer, split, guard=donated))
-    inspected_step = jax.jit(one_inspected_step(loss, optimizer, split, guard=donated))
+    inspected_step = jax.jit(one_inspected_step(loss, optimizer, split, donated, stats))
     stays = everywhere = None  # no mesh: jax decides
     if split is not None:
         stays, everywhere = jax.tree.map(lambda leaf: leaf.sharding, state), replicated(split.mesh)
@@ -208,10 +210,12 @@ def chunks(
         jax.jit, donate_argnums=donate, out_shardings=(stays, everywhere), static_argnames="inspects"
     )
     def careful(arrays: PyTree, state: TrainState, order: Any, row: jax.Array, inspects: bool) -> PyTree:
-        one = one_inspected_step if inspects else one_step
-        after, metrics, change, *found = one(loss, optimizer, split)(
-            state, batch_of(arrays, state, order, row)
+        one = (
+            one_inspected_step(loss, optimizer, split, stats=stats)
+            if inspects
+            else one_step(loss, optimizer, split)
         )
+        after, metrics, change, *found = one(state, batch_of(arrays, state, order, row))
         measures = measures_of(change, after)
         good, after = guarded(state, after, metrics["loss"])
         columns = {name: value[None] for name, value in metrics.items()}
@@ -307,7 +311,11 @@ class Progress(NamedTuple):
 
 
 def one_inspected_step(
-    loss: Loss, optimizer: optax.GradientTransformation, split: Split | None, guard: bool = False
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    split: Split | None,
+    guard: bool = False,
+    stats: Sequence[str] | None = None,
 ) -> Callable[[TrainState, PyTree], tuple[TrainState, dict[str, jax.Array], Change, Inspection]]:
     """Return the function that takes one step as `one_step` does, with the gradients of an inspection.
 
@@ -315,11 +323,14 @@ def one_inspected_step(
     """
     from gradfn.inspection import inspect
     from gradfn.inspection.flow import summarized
+    from gradfn.inspection.summaries import DEFAULT_STATS
+
+    stats = DEFAULT_STATS if stats is None else stats
 
     def step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, jax.Array], Change, Inspection]:
         keywords = step_keywords(loss, state)
         f = gather_where_used(batch_loss(loss, state.rest), split, again=False)
-        found = inspect(f, input_grads=False)(state.params, batch, **keywords)
+        found = inspect(f, stats=stats, input_grads=False)(state.params, batch, **keywords)
         value_fn = lambda params: value_and_aux(f(params, batch, **keywords))[0]  # noqa: E731
         after, metrics, change = apply_gradients(
             optimizer, state, found.value, found.aux, found.grads, value_fn, split, guard

@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard, written at once.
+"""Scalars, histograms and images for TensorBoard, written at once.
 
 The writer of tensorboardX has a queue and a thread, which end in tracebacks, and in a program that hangs, when the disk
 is full. So only its format of events is used here: https://www.tensorflow.org/tensorboard.
@@ -11,10 +11,14 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from jaxtyping import PyTree
+
+from gradfn.train.logged import histogram_edges
 
 
 class Events:
@@ -33,17 +37,33 @@ class Events:
             self.close()
             raise
 
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Append a scalar for each name.
+    def add(
+        self,
+        step: int,
+        scalars: Mapping[str, float],
+        histograms: Mapping[str, np.ndarray] | None = None,
+        images: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Append what there is of a step.
+
+        Args:
+            step: the number of the step.
+            scalars: by name.
+            histograms: by name, as `row_histograms` returns them.
+            images: by name, as PNG.
 
         Raises:
             OSError: they cannot be written; the error names the file.
         """
         from tensorboardX.proto.summary_pb2 import Summary
-        from tensorboardX.summary import scalar
 
-        summary = Summary(value=[one for name, value in values.items() for one in scalar(name, value).value])
-        self._append(_record(step=step, summary=summary))
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        values += [
+            Summary.Value(tag=name, histo=_histogram(counts)) for name, counts in (histograms or {}).items()
+        ]
+        values += [Summary.Value(tag=name, image=_image(data)) for name, data in (images or {}).items()]
+        if values:
+            self._append(_record(step=step, summary=Summary(value=values)))
 
     def close(self) -> None:
         """Close the file; all events are in it already."""
@@ -56,6 +76,32 @@ class Events:
             self._out.flush()
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.file)) from error
+
+
+def _histogram(counts: Sequence[float] | np.ndarray) -> Any:
+    """Return the histogram of binary logarithms of magnitudes; a bin counts as its center in the sums."""
+    from tensorboardX.proto.summary_pb2 import HistogramProto
+
+    edges, n = histogram_edges(), np.asarray(counts, np.float64)
+    centers, used = (edges[:-1] + edges[1:]) / 2, np.flatnonzero(n)
+    low, high = (edges[used[0]], edges[used[-1] + 1]) if len(used) else (0.0, 0.0)
+    return HistogramProto(
+        min=low,
+        max=high,
+        num=n.sum(),
+        sum=n @ centers,
+        sum_squares=n @ np.square(centers),
+        # TensorBoard takes the first bound to be that of an open bin.
+        bucket_limit=edges.tolist(),
+        bucket=[0.0, *n.tolist()],
+    )
+
+
+def _image(data: bytes) -> Any:
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    width, height = struct.unpack(">II", data[16:24])  # in a PNG's header
+    return Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=data)
 
 
 def _record(**content: PyTree) -> bytes:

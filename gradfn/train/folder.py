@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gradfn.files import inner_folder, owned, remove_parts
-from gradfn.layout import CHECKPOINT, CHECKPOINTS, DIGITS, EVENTS, KEPT, LOGS, PROFILE
+from gradfn.layout import CHECKPOINT, CHECKPOINTS, DIGITS, EVENTS, KEPT, LOGGED, LOGS, PROFILE
 from gradfn.train import sharded
 
 
@@ -51,7 +51,7 @@ def clear(folder: Path) -> None:
     (folder / CHECKPOINT).unlink(missing_ok=True)
     for inner in (CHECKPOINTS, KEPT):
         sharded.tidy(folder / inner, keep=0)
-    for name in LOGS:
+    for name in (*LOGS, LOGGED):
         (folder / name).unlink(missing_ok=True)
     patterns = {EVENTS: "events.out.tfevents.*", KEPT: f"{'[0-9]' * DIGITS}.safetensors"}
     for inner, pattern in patterns.items():

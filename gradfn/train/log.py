@@ -10,16 +10,29 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import jax
 
 from gradfn.console import Output, is_terminal
-from gradfn.files import FileError, inner_folder
-from gradfn.layout import EVENTS, INSPECTIONS, LOGS, MEASURES, METRICS, NOISE, NOT_METRICS, SPIKES
+from gradfn.display import to_json
+from gradfn.files import FileError, inner_folder, read_json, replace_file
+from gradfn.layout import (
+    EVENTS,
+    INSPECTIONS,
+    LOGGED,
+    LOGS,
+    MEASURES,
+    METRICS,
+    NOISE,
+    NOT_METRICS,
+    SPIKES,
+)
 from gradfn.train.checkpoint import CheckpointError
 from gradfn.train.events import Events
+from gradfn.train.figures import png
 from gradfn.train.lazy_rows import LazyRows
+from gradfn.train.logged import LogFunction, row_histograms, row_scalars
 from gradfn.train.notebook_bar import NotebookBar, in_notebook
 from gradfn.train.notes import Totals
 from gradfn.train.rows import Extent, Row, Rows
@@ -31,6 +44,8 @@ if TYPE_CHECKING:
 
 # Columns of a progress line beside its text and its bar: the time elapsed and the time left.
 TIMES_WIDTH = 23
+# What the rows of each file are called.
+KIND = {METRICS: "metrics", INSPECTIONS: "inspection", NOISE: "noise", SPIKES: "spike"}
 
 
 class Log:
@@ -42,6 +57,8 @@ class Log:
         tokens: per example, where examples are sequences of tokens.
         progress: whether to show a progress bar, or lines where there is no terminal.
         watches: whether there may be spikes.
+        functions: called with the kind of each row and the row, before it is in a file. A row that an interrupted run
+            left in a file is not logged again.
 
     Attributes:
         history: one row per evaluation.
@@ -51,13 +68,21 @@ class Log:
     """
 
     def __init__(
-        self, folder: Path | None, steps: int, tokens: int | None, progress: bool, watches: bool = False
+        self,
+        folder: Path | None,
+        steps: int,
+        tokens: int | None,
+        progress: bool,
+        watches: bool = False,
+        functions: Sequence[LogFunction] = (),
     ) -> None:
         self.folder, self.tokens = folder, tokens
         self.history, self.noise = _rows(folder, METRICS), _rows(folder, NOISE)
         self.spikes = _rows(folder if watches else None, SPIKES)
         self.inspections = LazyRows() if folder is None else Rows(folder / INSPECTIONS)
-        self._steps, self._progress = steps, progress
+        self._steps, self._progress, self._functions = steps, progress, functions
+        # The steps of the rows that a run before this one logged after the checkpoint, by kind.
+        self._logged: dict[str, set[int]] = {}
         self._events: Events | None = None
         self._bar: tuple[Progress | NotebookBar, TaskID] | None = None
         # When this process started training, and at which step.
@@ -92,8 +117,13 @@ class Log:
                     rows.extend(found)
                 elif isinstance(rows, LazyRows):
                     rows.extend(len(found), functools.partial(_between, list(found)))
+                if self._functions and isinstance(rows, Rows):
+                    self._logged[KIND[name]] = set(rows.later_steps())
             except FileError as error:
                 raise CheckpointError(str(error)) from error
+        if self._functions and (folder / LOGGED).exists():
+            for kind, steps in read_json(folder / LOGGED, dict[str, list[int]]).items():
+                self._logged[kind] = self._logged.get(kind, set()).union(steps)
 
     def start(self, step: int) -> None:
         """Start the clock that estimates the time left: everything is compiled, and training starts at `step`."""
@@ -108,6 +138,7 @@ class Log:
 
     def row(self, row: Row) -> None:
         """Append a row of metrics, and print it where there is no progress bar."""
+        self._call("metrics", row)
         self.history.append(row)
         self._row_events(row)
         if self._bar is None and self._progress:
@@ -116,35 +147,51 @@ class Log:
         elif self._bar and isinstance(self._bar[0], NotebookBar):
             self._bar[0].last = _line(row, self._steps, math.nan)
 
+    def _call(self, kind: str, row: Row, of: str = "") -> None:
+        """Call the functions with a row, unless they were called with it before, or with the row `of` its step."""
+        if row["step"] not in self._logged.get(of or kind, ()):
+            for function in self._functions:
+                function(kind, dict(row))
+
     def _row_events(self, row: Row) -> None:
         if self._events:
-            self._events.add(row["step"], {name: value for name, value in row.items() if name != "step"})
+            self._events.add(row["step"], row_scalars("metrics", row))
+
+    def figures(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Show the figures of an evaluation; they precede its row."""
+        for name, figure in figures.items():
+            self._call("figure", {"step": step, "name": name, "figure": figure}, of="metrics")
+        if self._events and figures:
+            self._events.add(step, {}, images={name: png(figure) for name, figure in figures.items()})
 
     def inspect(self, steps: Sequence[int], inspections: Inspection) -> None:
         """Append the stacked inspections of the steps that follow each of `steps`."""
         if isinstance(self.inspections, LazyRows):
             self.inspections.extend(len(steps), functools.partial(_rows_of, steps, inspections))
-            return
+            if not self._functions:
+                return
         for row in _rows_of(steps, inspections, 0, len(steps)):
             self.inspection(row)
 
     def inspection(self, row: Row) -> None:
-        """Append the row of an inspection."""
-        assert isinstance(self.inspections, Rows)
-        self.inspections.append(row)
+        """Append the row of an inspection, where rows are in a file."""
+        self._call("inspection", row)
+        if isinstance(self.inspections, Rows):
+            self.inspections.append(row)
         if self._events:
-            self._events.add(
-                row["step"], {f"gradient rms/{name}": stats["rms"] for name, stats in row["grads"].items()}
-            )
+            self._events.add(row["step"], row_scalars("inspection", row), row_histograms(row))
 
     def noise_scale(self, step: int, noise: Row) -> None:
         """Append the noise scale of the step that follows `step`, with the running one."""
-        self.noise.append({"step": step} | noise)
-        if self._events and noise["running_scale"] is not None:
-            self._events.add(step, {"noise scale": noise["running_scale"]})
+        row = {"step": step} | noise
+        self._call("noise", row)
+        self.noise.append(row)
+        if self._events:
+            self._events.add(step, row_scalars("noise", row))
 
     def spike(self, row: Row) -> None:
         """Append the row of a spike, and print it in short."""
+        self._call("spike", row)
         self.spikes.append(row)
         if self._progress:
             if self._bar is None:
@@ -173,6 +220,9 @@ class Log:
                 self._bar = None
 
     def _open_files(self, stack: contextlib.ExitStack, folder: Path, step: int) -> None:
+        if any(self._logged.values()):  # this run may be interrupted before it has written these rows again
+            logged = {kind: sorted(steps) for kind, steps in self._logged.items()}
+            replace_file(folder / LOGGED, to_json(logged).encode())
         # Rows that an interrupted run wrote after its last checkpoint are written again.
         for rows in self.files:
             rows.open()

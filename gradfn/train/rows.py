@@ -141,6 +141,19 @@ class Rows(RowSequence):
         if self._crc != extent["crc"]:
             raise FileError(f"{self.file}: damaged: its rows do not match the checksum in the checkpoint")
 
+    def later_steps(self) -> list[int]:
+        """Return the steps of the rows in the file after those that were restored, which `open` removes."""
+        steps: list[int] = []
+        # What a killed run left there may be of any form.
+        with contextlib.suppress(OSError, FileError, KeyError), open_regular(self.file) as content:
+            content.seek(self._ends[-1])
+            while (line := content.readline(JSON_LIMIT)).endswith(b"\n"):
+                step = _parsed(line, str(self.file))["step"]
+                if type(step) is not int:
+                    break
+                steps.append(step)
+        return steps
+
     def open(self) -> None:
         """Open the file for appending, truncated to the rows that there are."""
         self._out = open_to_append(self.file, self._ends[-1])
