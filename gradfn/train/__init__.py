@@ -15,7 +15,7 @@ from gradfn.train._shardings import (
 from gradfn.train.bands import Spike
 from gradfn.train.checkpoint import CheckpointError
 from gradfn.train.decay import weight_decay_mask, weight_decay_table
-from gradfn.train.logged import LogFunction, row_scalars
+from gradfn.train.logged import row_scalars
 from gradfn.train.memory import keep_freed_memory
 from gradfn.train.optimizer import adamw_warmup_cosine
 from gradfn.train.processes import gathered, initialize, is_first
@@ -31,7 +31,6 @@ __all__ = [  # noqa: RUF022
     "FSDP",
     "FSDP_TENSOR_PARALLEL",
     "Fit",
-    "LogFunction",
     "Source",
     "Spike",
     "TENSOR_PARALLEL",
