@@ -342,26 +342,37 @@ def to_json(content: Any, indent: int | None = None) -> str:
     return json.dumps(finite(content), indent=indent, allow_nan=False)
 
 
-def parameter_table(arrays: Iterable[tuple[str, Sequence[int], str, int]]) -> TextTable:
+def parameter_table(
+    arrays: Iterable[tuple[str, Sequence[int], str, int]],
+    state: Sequence[tuple[str, Sequence[int], str, int, str]] = (),
+) -> TextTable:
     """Return the table that `gf.table` documents.
 
     Args:
         arrays: the name, shape, dtype and bytes per value of each.
+        state: the same of arrays that are not parameters, with the kind of each.
     """
     rows = sorted(arrays, key=lambda row: reading_order(row[0]))
     sizes = [math.prod(shape) for _, shape, _, _ in rows]
     size_bytes = [size * itemsize for size, (_, _, _, itemsize) in zip(sizes, rows, strict=True)]
     weights = sum(size for size, (_, shape, _, _) in zip(sizes, rows, strict=True) if len(shape) > 1)
-    out = TextTable(
-        caption=f"{weights:,} weights + {sum(sizes) - weights:,} biases = {sum(sizes):,} parameters"
-    )
-    out.add_column("path", footer="total", shorten=True)
+    caption = f"{weights:,} weights + {sum(sizes) - weights:,} biases = {sum(sizes):,} parameters"
+    if state:
+        n = sum(math.prod(shape) for _, shape, *_ in state)
+        caption += f"; state, which is not counted: {n:,} values in {len(state)} arrays"
+    out = TextTable(caption=caption)
+    out.add_column("path", footer="parameters" if state else "total", shorten=True)
     out.add_column("shape")
     out.add_column("dtype", footer=f"{len(rows)} arrays", drop=1)
     out.add_column("count", footer=f"{sum(sizes):,}")
     out.add_column("bytes", footer=f"{sum(size_bytes):,}", drop=2)
+    if state:
+        out.add_column("state")
     for (name, shape, dtype, _), size, n_bytes in zip(rows, sizes, size_bytes, strict=True):
-        out.add_row(name, shape, dtype, size, n_bytes)
+        out.add_row(name, shape, dtype, size, n_bytes, *([""] if state else []))
+    for name, shape, dtype, itemsize, kind in sorted(state, key=lambda row: reading_order(row[0])):
+        size = math.prod(shape)
+        out.add_row(name, shape, dtype, size, size * itemsize, kind)
     return out
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from gradfn.core.models import Leaf, model_leaves
 from gradfn.core.names import ParameterError
 from gradfn.core.precision import wide
 from gradfn.display import TextTable, parameter_table
@@ -208,7 +209,8 @@ def _one_each(shardings: PyTree, spec: Spec) -> PyTree:
 def count(tree: PyTree) -> int:
     """Return the number of values in parameters, a spec, a net, or a model of another framework.
 
-    Leaves that are not arrays (functions, Python numbers) are configuration and not counted.
+    Leaves that are not arrays (functions, Python numbers) are configuration and not counted. Nor is state, which
+    `gf.table` lists apart.
 
     Raises:
         TypeError: an argument without any parameters.
@@ -217,13 +219,13 @@ def count(tree: PyTree) -> int:
     >>> gf.count(gf.mlp([784, 16, 10]))
     12730
     """
-    return sum(math.prod(leaf.shape) for _, leaf in _arrays(tree, "count"))
+    return sum(math.prod(leaf.value.shape) for leaf in _arrays(tree, "count") if not leaf.state)
 
 
-def _arrays(tree: PyTree, function: str) -> list[tuple[str, PyTree]]:
-    """Return the leaves of parameters, a net or a model that have a shape and a dtype, with their paths."""
-    leaves = named_leaves(_spec_of(tree))
-    arrays = [(name, leaf) for name, leaf in leaves if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+def _arrays(tree: PyTree, function: str) -> list[Leaf]:
+    """Return the leaves of parameters, a net or a model that have a shape and a dtype."""
+    leaves = model_leaves(tree, function)
+    arrays = [leaf for leaf in leaves if hasattr(leaf.value, "shape") and hasattr(leaf.value, "dtype")]
     if leaves and not arrays:
         raise TypeError(f"{function}: expected parameters, a spec, a net or a model, got {describe(tree)}")
     return arrays
@@ -234,20 +236,22 @@ def _spec_of(tree: PyTree) -> PyTree:
 
 
 def shapes(tree: PyTree) -> PyTree:
-    """Return a tree (of a net, its spec) with each leaf replaced by its shape, as a list.
+    """Return a tree (of a net, its spec) with each array replaced by its shape, as a list.
 
     >>> import gradfn as gf
     >>> gf.shapes(gf.mlp([784, 16, 10]).spec)
     {'W1': [16, 784], 'W2': [10, 16], 'b1': [16], 'b2': [10]}
     """
-    return jax.tree.map(lambda leaf: list(leaf.shape), _spec_of(tree))
+    return jax.tree.map(lambda leaf: list(leaf.shape) if hasattr(leaf, "shape") else leaf, _spec_of(tree))
 
 
 def table(tree: PyTree) -> TextTable:
     """Return a table of parameters, a spec, a net or a model: path, shape, dtype, count, bytes, and the total.
 
     Arrays with two or more axes count as weights, all others (biases and gains) as biases. Leaves that are not
-    arrays are left out.
+    arrays are left out. The last rows are those of state, which is not trained, if there is any: the variables of a
+    Flax NNX module that are not `nnx.Param`s, Linen's collections beside `params` (`batch_stats`, `cache`), Equinox's
+    `State`.
 
     Returns:
         A `rich` table; `print` shows it as text.
@@ -262,10 +266,11 @@ def table(tree: PyTree) -> TextTable:
       total            2 arrays       8      32
     6 weights + 2 biases = 8 parameters
     """
-    arrays = _arrays(tree, "table")
-    return parameter_table(
-        [(name, leaf.shape, str(leaf.dtype), leaf.dtype.itemsize) for name, leaf in arrays]
-    )
+    rows = [
+        (name, array.shape, str(array.dtype), array.dtype.itemsize, state)
+        for name, array, state in _arrays(tree, "table")
+    ]
+    return parameter_table([row[:4] for row in rows if not row[4]], [row for row in rows if row[4]])
 
 
 def describe(value: PyTree) -> str:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 import jax
 from jaxtyping import PyTree
 
+from gradfn.core.models import function_of
 from gradfn.core.signature import transform_of
 from gradfn.display import ROWS, ShowsTable, TextTable
 from gradfn.inspection import flow
@@ -73,7 +74,7 @@ def capture(
     the iterations in front.
 
     Args:
-        f: any JAX function; its first argument counts as the parameters.
+        f: any JAX function; its first argument counts as the parameters. Or a model, as in `gf.sites`.
         sites: which values to record: names or globs of `gf.sites(f)(*args)`, or a function of a site; None is
             all.
         keep: which of those to return themselves, not only their statistics, selected in the same way.
@@ -105,13 +106,17 @@ def capture(
     """
     stats = checked_stats(stats, "capture")
 
-    @transform_of(f, "capture", own=0)
+    function, first = function_of(f)
+
+    @transform_of(f if first else function, "capture", own=0)
     def captured(*args: PyTree, **kwargs: PyTree) -> Capture:
         """Return the output of the function, and the values at its sites."""
-        traced = trace_sites(f, args, kwargs, sites)
+        args = (*first, *args)
+        traced = trace_sites(function, args, kwargs, sites)
         program, want = traced.program, wanted(traced, sites, keep, stats)
         if along is not None:
-            dual = with_tangents(traced, want, args, along)
+            directions = (*(None for _ in first), *along) if isinstance(along, tuple) else along
+            dual = with_tangents(traced, want, args, directions)
             values, tangents = (want.by_name(found, dual.same) for found in (dual.recorded, dual.tangents))
             output = program.rebuild(dual.outs)
             return Capture(output, *values, tuple(want.sites), dual.output_tangent, *tangents)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from gradfn.core.models import function_of
 from gradfn.inspection.observe import trace_sites
 from gradfn.jaxpr import Equation, Site, interpret, select
 from gradfn.jaxpr.interpreter import Evaluate, Path, operation, within_scope_of
@@ -110,10 +111,13 @@ def patch(f: Callable, edits: Mapping[str, Any] = _NONE, *, backward: Mapping[st
                 'Pass {"a1": 0.0}, for instance.'
             )
 
-    @functools.wraps(f)
+    function, first = function_of(f)
+
+    @functools.wraps(f if first else function, updated=())
     def patched(*args: PyTree, **kwargs: PyTree) -> PyTree:
+        args = (*first, *args)
         wanted = [*edits, *backward, *(e.site for e in _values(edits, backward) if isinstance(e, Using))]
-        program, offered, _ = trace_sites(f, args, kwargs, wanted, "patch")
+        program, offered, _ = trace_sites(function, args, kwargs, wanted, "patch")
         pairs = [
             *_resolved(edits, offered, backward=False),
             # The cotangent passes the last of them first.

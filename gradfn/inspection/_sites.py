@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 
 from jaxtyping import PyTree
 
+from gradfn.core.models import function_of
 from gradfn.core.signature import transform_of
 from gradfn.display import ShowsTable, TextTable
 from gradfn.inspection._inspect import Inspection
@@ -128,7 +129,9 @@ def sites(f: Callable) -> Callable[..., SiteList]:
     """Return a function that lists the values inside `f` that can be inspected and patched by name.
 
     Args:
-        f: any JAX function; its first argument counts as the parameters.
+        f: any JAX function; its first argument counts as the parameters. Or a model: of one that holds its parameters
+            (an Equinox or NNX module, a bound Linen module) the arguments are those of a call; a `gf.Net`, a Linen
+            module and what `hk.transform` returns take the parameters first, as their `apply` does.
 
     Returns:
         A function of the same arguments (arrays, or anything that has a shape and dtype) that returns the
@@ -150,10 +153,12 @@ def sites(f: Callable) -> Callable[..., SiteList]:
         ((5, 2), 'parameter')
     """
 
-    @transform_of(f, "sites", own=0)
+    function, first = function_of(f)
+
+    @transform_of(f if first else function, "sites", own=0)
     def listed(*args: PyTree, **kwargs: PyTree) -> SiteList:
         """Return the sites of the function for these arguments."""
-        program = trace_as_written(f, *args, **kwargs)
+        program = trace_as_written(function, *first, *args, **kwargs)
         found = SiteList(find_sites(program))
         found.notes, found._program = tuple(_notes(found, program)), program
         return found

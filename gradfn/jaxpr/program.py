@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 from jax.tree_util import SequenceKey
@@ -84,11 +85,29 @@ def traced_leaves(tree: PyTree) -> list[bool]:
     Arrays of jax and numpy are traced everywhere. A Python float is traced where `jax.grad` would differentiate it:
     as an argument, in dicts, lists and tuples, and in the boxes of Flax NNX that declare it a parameter. In any other
     object, such as an Equinox module, it is configuration that code branches on and checks: `eqx.nn.Dropout.p`.
-    Python integers, booleans, strings and functions are configuration everywhere.
+    Python integers, booleans, strings and functions are configuration everywhere. So are floating variables of NNX that
+    are not an `nnx.Param`: the gradient with respect to a running mean is not one of the parameters.
     """
     leaves, structure = jax.tree.flatten(tree)
-    pairs = zip(leaves, _in_objects(structure), strict=True)
-    return [is_array(leaf) and (hasattr(leaf, "dtype") or not in_object) for leaf, in_object in pairs]
+    pairs = zip(leaves, _in_objects(structure), _in_state(structure), strict=True)
+    return [
+        is_array(leaf) and (hasattr(leaf, "dtype") or not in_object) and not (in_state and _is_float(leaf))
+        for leaf, in_object, in_state in pairs
+    ]
+
+
+def _is_float(leaf: PyTree) -> bool:
+    return isinstance(leaf, float) or jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _in_state(structure: Any) -> list[bool]:
+    """Tell which leaves of a structure are in a variable of NNX that is not a parameter."""
+    kind, _ = structure.node_data() or (None, None)
+    if kind is None:
+        return [False] * structure.num_leaves
+    if _is_nnx_variable(kind):
+        return [not any(base.__name__ == "Param" for base in kind.__mro__)] * structure.num_leaves
+    return [in_state for child in structure.children() for in_state in _in_state(child)]
 
 
 def _in_objects(structure: Any) -> list[bool]:
