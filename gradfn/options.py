@@ -50,7 +50,7 @@ def read_options(default: C, words: Sequence[str], command: str, description: st
     )
     for name in names:
         value, hint = getattr(default, name), without_none(hints[name])
-        shown = "" if value is None or value is False else f" (default: {value})"
+        shown = "" if value is None or value is False or value in ("", ()) else f" (default: {value})"
         text = f"{texts[name]}{shown}"
         settings: dict[str, Any] = {
             "dest": name,

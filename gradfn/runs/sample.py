@@ -155,9 +155,8 @@ def load_model(run: str | Path, dtype: str | None = None) -> Model:
     """
     folder = Path(run)
     if hugging_face.is_pretrained(folder):
-        found = hugging_face.load(folder, dtype)
-        config = found.config
-        return Model(gpt(config), found.params, found.tokenizer, False, found.start, found.stop, config)
+        config, params, tokenizer, start, stop = hugging_face.load(folder, dtype)
+        return Model(gpt(config), params, tokenizer, False, start, stop, config)
     if not folder.exists():
         found = latest(run, holding=MODEL)
         if found is None:

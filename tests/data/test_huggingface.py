@@ -138,7 +138,7 @@ def made(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.sampled_from([*WORDS.split(), " ", "  ", "\n", "<s>", "dé jà"]) | st.text(), max_size=6).map(
         "".join
@@ -157,7 +157,7 @@ def test_tokens_and_texts_are_those_of_the_library(made, kind, text):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_streams_of_any_tokens_add_up_to_the_text_of_the_library(made, kind, data):
     library, coder, _ = made[kind]

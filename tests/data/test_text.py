@@ -167,7 +167,7 @@ def test_a_file_of_tokens_is_mapped_and_the_same(tmp_path, tokens, piece, monkey
         (b"", "a.txt", "characters", "the file is empty"),
         (b"", "a.txt", "bytes", "the file is empty"),
         (b"a\xff", "a.txt", "characters", "not in UTF-8 .* at byte 1.; try tokens=bytes"),
-        (b"abc", "a.txt", "words", "tokens must be characters, bytes or tiktoken:<encoding> .*, got 'words'"),
+        (b"abc", "a.txt", "words", "tokens must be characters, bytes, tiktoken:<encoding> .*, got 'words'"),
         (
             b"abc",
             "a.npy",
