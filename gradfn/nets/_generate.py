@@ -161,9 +161,10 @@ def generate(
                 "[gf.generate(net, params, prompt, n, capture=...) for prompt in prompts]"
             )
         return _together(net, params, [*prompt], n, **options)
+    one: Any = prompt
     if capture is None:
-        return np.fromiter(stream(net, params, prompt, n, **options), np.int32)
-    pairs = list(stream(net, params, prompt, n, **options, capture=capture))
+        return np.fromiter(stream(net, params, one, n, **options), np.int32)
+    pairs = list(stream(net, params, one, n, **options, capture=capture))
     return np.array([token for token, _ in pairs], np.int32), [captured for _, captured in pairs]
 
 
