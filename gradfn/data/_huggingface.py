@@ -95,6 +95,8 @@ def huggingface(
 
     def encode(text: str) -> np.ndarray:
         try:
+            # Older versions of the library replace lone surrogates.
+            text.encode()
             return np.array(library.encode(text, add_special_tokens=special_tokens).ids, dtype)
         except BaseException as error:
             if not _of_library(error):
