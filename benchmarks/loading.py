@@ -1,9 +1,10 @@
 """The memory that loading pretrained weights takes: the peak of a process above its start, relative to the parameters.
 
-    python benchmarks/loading.py [MB] > loading.json
+    python benchmarks/loading.py > loading.json
 
-A random Llama of about 400 MB is written in float32 and in bfloat16, in one file and in shards. Each is loaded by a
-process of its own. The peak counts pages of mapped files, as `VmHWM` of Linux does.
+A random Llama of 99 million parameters is written in float32 and in bfloat16, in one file and in shards. Each is loaded
+by a process of its own, after a small model. The peak counts pages of mapped files, as `VmHWM` of Linux does. What
+loading takes once in a process, whatever the size (the compiler's code, compiled programs), is `once_mb`.
 """
 
 from __future__ import annotations
@@ -21,31 +22,36 @@ import jax, jax.numpy as jnp, gradfn as gf
 def memory(name):
     return 1024 * int(re.search(name + r":\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
 
+def load(folder):
+    before = memory("VmRSS")
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
+    _, params = gf.load_pretrained(folder, None if dtype == "None" else dtype)
+    jax.block_until_ready(params)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    return size, memory("VmHWM") - before
+
 folder, small, dtype = sys.argv[1:]
-dtype = None if dtype == "None" else dtype
-gf.load_pretrained(small, dtype)  # imports and compiles what is needed
-before = memory("VmRSS")
-pathlib.Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
-_, params = gf.load_pretrained(folder, dtype)
-jax.block_until_ready(params)
-size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-print(json.dumps({"size": size, "ratio": (memory("VmHWM") - before) / size}))
+(jnp.zeros([3]) + 1).block_until_ready()
+size, peak = load(small)
+once = peak - size
+size, peak = load(folder)
+print(json.dumps({"parameters_mb": size / 1e6, "peak_ratio": peak / size, "once_mb": once / 1e6}))
 """
 
 
-def write(folder: Path, megabytes: float, dtype: str, shards: int) -> None:
-    """Write a random Llama of a size."""
+def write(folder: Path, width: int, n_layers: int, vocab: int, dtype: str, shards: int = 1) -> None:
+    """Write a random Llama."""
+    import jax
     import jax.numpy as jnp
     import numpy as np
     from safetensors.numpy import load_file, save_file
 
     import gradfn as gf
 
-    width = max(8, int(64 * (megabytes / 400) ** 0.5)) * 8
     config = gf.GPTConfig(
-        vocab=32 * width,
+        vocab=vocab,
         context=128,
-        n_layers=14,
+        n_layers=n_layers,
         n_heads=8,
         width=width,
         hidden=3 * width,
@@ -55,11 +61,8 @@ def write(folder: Path, megabytes: float, dtype: str, shards: int) -> None:
         bias=False,
         tied=False,
     )
-    import jax
-
     rng = np.random.default_rng(0)
-    spec = gf.gpt(config).spec
-    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), dtype), spec)
+    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), dtype), gf.gpt(config).spec)
     gf.save_pretrained(folder, config, params)
     if shards > 1:
         tensors = load_file(folder / "model.safetensors")
@@ -72,22 +75,26 @@ def write(folder: Path, megabytes: float, dtype: str, shards: int) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
 
 
-def measure(megabytes: float) -> dict[str, dict[str, float]]:
-    """Return the size and the ratio of each way of loading."""
+def measure() -> dict[str, dict[str, float]]:
+    """Return the memory of each way of loading."""
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder) / "small", 1, "float32", 1)
-        for stored, shards in (("float32", 1), ("float32", 4), ("bfloat16", 1)):
+        # Its embedding is large enough to be read in parts, so that all that is compiled is compiled for it.
+        small = Path(folder) / "small"
+        write(small, 64, 1, 32768, "float32")
+        for stored, shards, dtypes in (
+            ("float32", 1, ["float32"]),
+            ("float32", 4, ["float32"]),
+            ("bfloat16", 1, ["float32", "None"]),
+        ):
             target = Path(folder) / f"{stored}-{shards}"
-            write(target, megabytes, stored, shards)
-            for dtype in ("float32", "None"):
-                if (stored, dtype) == ("float32", "None"):
-                    continue
-                command = [sys.executable, "-c", CHILD, str(target), str(Path(folder) / "small"), dtype]
+            write(target, 512, 24, 16384, stored, shards)
+            for dtype in dtypes:
+                command = [sys.executable, "-c", CHILD, str(target), str(small), dtype]
                 output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                results[f"{stored} in {shards} file(s), loaded as {dtype}"] = json.loads(output)
+                results[f"{stored}, files: {shards}, loaded as {dtype}"] = json.loads(output)
     return results
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(float(sys.argv[1]) if len(sys.argv) > 1 else 400), indent=2))
+    print(json.dumps(measure(), indent=2))

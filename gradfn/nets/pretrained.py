@@ -36,7 +36,7 @@ from gradfn.tensors import NAMES, Tensor, is_stored, open_rows, open_tensors, wr
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {NAMES[name]: name for name in ("float16", "bfloat16", "float32", "float64")}
 
-PART = 1 << 24  # bytes that are read at a time
+PART = 1 << 22  # bytes that are read at a time
 
 
 class Stored(NamedTuple):
@@ -61,7 +61,11 @@ class Index(TypedDict):
 def load_pretrained(
     folder: str | os.PathLike[str], dtype: str | None = "float32"
 ) -> tuple[GPTConfig, Params]:
-    """Load a GPT-2 or Llama model from a Hugging Face folder; `model_type` in its `config.json` says which.
+    """Load a language model from a Hugging Face folder: GPT-2, Llama, Qwen 2 and 3, Mistral, Gemma, GPT-NeoX.
+
+    `model_type` in `config.json` selects the family; `docs/pretrained.md` lists them, and what is not supported. The
+    files are read tensor by tensor, and large tensors in parts: the peak of memory is little above the size of the
+    parameters.
 
     Args:
         folder: contains `config.json` and safetensors files, in one piece or in shards.
@@ -111,7 +115,9 @@ def load_pretrained(
             _check_tensor(entry, tensors[entry.name], shapes)
         leaves: dict[str, jax.Array] = {}
         for entry in entries:
-            leaves |= _load(entry, tensors[entry.name], shapes, dtype and jnp.dtype(dtype))
+            loaded = _load(entry, tensors[entry.name], shapes, dtype and jnp.dtype(dtype))
+            # Otherwise the arrays of a file wait in memory until a slower device has copied them.
+            leaves |= jax.block_until_ready(loaded)
     return config, jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], spec)
 
 
@@ -126,7 +132,7 @@ def _load(
     whole = jnp.zeros(tensor.shape, dtype or jax.dtypes.canonicalize_dtype(FLOATS[tensor.dtype]))
     n, end = max(PART // row, 1), tensor.shape[0]
     for start in range(0, end, n):
-        whole = _put(whole, tensor.rows(start, min(start + n, end)), start)
+        whole = jax.block_until_ready(_put(whole, tensor.rows(start, min(start + n, end)), start))
     return {entry.paths[0]: whole}
 
 

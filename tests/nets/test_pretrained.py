@@ -152,6 +152,15 @@ def test_saving_and_loading_round_trips(config, dtype, tmp_path):
     assert {leaf.dtype for leaf in jax.tree.leaves(gf.load_pretrained(tmp_path)[1])} == {jnp.dtype("float32")}
 
 
+@pytest.mark.parametrize("dtype", ["float32", None])
+@pytest.mark.parametrize("config", [GPT2, LLAMA])
+def test_reading_in_parts_changes_nothing(config, dtype, tmp_path, monkeypatch):
+    params = saved(tmp_path, config, "bfloat16")
+    monkeypatch.setattr("gradfn.nets.pretrained.PART", 100)
+    _, again = gf.load_pretrained(tmp_path, dtype)
+    chex.assert_trees_all_equal(again, jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype), params))
+
+
 def split(folder):
     """Split the file of a folder into two shards."""
     tensors = load_file(folder / "model.safetensors")
