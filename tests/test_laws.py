@@ -45,6 +45,16 @@ QWEN = {
     "qk_norm": True,
     "rope_scaling": gf.RopeScaling("yarn", 2.0, 4),
 }
+# Layers with and without a window, norms after the layers, bounds of scores and logits.
+GEMMA = LLAMA | {
+    "n_layers": 3, "norm": "rms_unit_offset", "feed": "geglu", "norms_after": True, "qk_norm": True, "window": 2,
+    "global_layers": (1,), "rope_base_local": 20.0, "score_cap": 1.5, "logit_cap": 2.0, "attention_scale": 0.8,
+    "embed_scale": 2.0,
+}  # fmt: skip
+PYTHIA = {
+    **GPT, "head_size": 4, "positions": "rope", "rope_fraction": 0.5, "parallel": True, "tied": False,
+    "feed": "gelu_exact",
+}  # fmt: skip
 # name: (net, shape of one example)
 CASES = {
     "dense": (gf.layers.dense(3, 2), (3,)),
@@ -72,7 +82,23 @@ CASES = {
         (5, 8),
     ),
     "feed_forward": (gf.layers.feed_forward(3, 5), (3,)),
+    "rms_norm with an offset, over time": (gf.layers.rms_norm(4, unit_offset=True), (5, 4)),
+    "attention in a window, capped, partly rotated": (
+        gf.layers.attention(
+            8,
+            2,
+            head_size=4,
+            causal=True,
+            rope_base=9.0,
+            rope_fraction=0.5,
+            window=2,
+            score_cap=1.0,
+            scale=0.9,
+        ),
+        (5, 8),
+    ),
     "swiglu over time": (gf.layers.swiglu(3, 4), (2, 3)),
+    "geglu over time": (gf.layers.geglu(3, 4), (2, 3)),
     "mlp": (gf.mlp([3, 4, 2]), (3,)),
     "mlp of columns": (gf.mlp([3, 4, 2], "tanh"), (3, 1)),
     "deep mlp with output activation": (gf.mlp([3, 5, 4, 2], "gelu", output="sigmoid"), (3,)),
@@ -84,6 +110,10 @@ CASES = {
         on_tokens(gf.gpt(gf.GPTConfig(**LLAMA, **QWEN)), 7),
         (5, 7),
     ),
+    "gpt like mistral": (on_tokens(gf.gpt(gf.GPTConfig(**LLAMA, window=2)), 7), (5, 7)),
+    "gpt like gemma": (on_tokens(gf.gpt(gf.GPTConfig(**GEMMA)), 7), (5, 7)),
+    "gpt like gemma, scanned": (on_tokens(gf.gpt(gf.GPTConfig(**GEMMA, scan=True)), 7), (5, 7)),
+    "gpt like pythia": (on_tokens(gf.gpt(gf.GPTConfig(**PYTHIA)), 7), (5, 7)),
     "cnn": (gf.cnn([4, 6, 1], [2, 3], [4], 3, activation="tanh"), (24,)),
     "rnn": (on_tokens(gf.rnn(7, 4, "lstm", 2), 7), (5, 7)),
     "vit": (gf.vit(gf.ViTConfig((4, 6, 1), 2, 3, n_layers=1, n_heads=2, width=4, pool="class")), (4, 6)),

@@ -44,7 +44,8 @@ def head_weights(params: Params, n_heads: int) -> HeadWeights:
         One array per matrix, of all layers and heads.
 
     Raises:
-        ValueError: no attention is in the parameters, layers differ in shape, or `n_heads` does not fit.
+        ValueError: no attention is in the parameters, layers differ in shape, `n_heads` does not fit, or a norm is
+            between the matrices (of queries and keys, or of the output of attention).
 
     Example:
         >>> import jax, gradfn as gf
@@ -80,7 +81,19 @@ def _blocks_with_attention(params: PyTree) -> list[Mapping]:
 def _of_block(block: Mapping, n_heads: int) -> list[HeadWeights]:
     """Return the matrices of a block with leading axes `[layer, head]`; stacked blocks are several layers."""
     attention = block["attention"]
-    gain = block.get("attention_norm", {}).get("gain")
+    for name in ("query_norm", "key_norm"):
+        if name in attention:
+            raise ValueError(
+                f"head_weights: attention/{name} normalizes what a head compares, so that no matrix does. Make a "
+                "gf.circuits.HeadWeights of your arrays."
+            )
+    if "attention_out_norm" in block:
+        raise ValueError(
+            "head_weights: attention_out_norm normalizes what the heads write together, so that no matrix of one head "
+            "says what it writes. Make a gf.circuits.HeadWeights of your arrays."
+        )
+    norm = block.get("attention_norm", {})
+    gain = 1 + norm["gain_offset"] if "gain_offset" in norm else norm.get("gain")
     out = attention["out"]["W"]  # [width, heads * size], or [layer, width, heads * size]
     size = out.shape[-1] // n_heads
     if out.shape[-1] % n_heads:

@@ -22,6 +22,17 @@ LIMIT = 64 << 20  # bytes of the parameters in float32, of which a page holds fe
 MAX_CHECKPOINTS = 10_000
 PREFIX = "params/"
 FEEDS = (*ACTIVATIONS, "softmax", "swiglu")
+# Settings of `gf.GPTConfig` that change what a network computes and that the page does not have, with the value that
+# changes nothing.
+NOT_IN_PAGE: Mapping[str, Any] = {
+    **dict.fromkeys(
+        ("attention_bias", "rope_scaling", "rope_base_local", "window", "score_cap", "logit_cap")
+    ),
+    **dict.fromkeys(("attention_scale", "embed_scale")),
+    **dict.fromkeys(("qk_norm", "norms_after", "parallel"), False),
+    "rope_fraction": 1.0,
+    "global_layers": [],
+}
 LARGEST, MAX_LAYERS, MAX_HEADS = 1 << 24, 1000, 256  # of a size in the settings
 
 
@@ -137,6 +148,8 @@ def load_language_net(folder: Path) -> LanguageNet | str | None:
     size = sum(math.prod(shape) for shape in parameter_shapes(stored).values())
     if 4 * size > LIMIT:
         return too_large(size)
+    if reason := _not_in_page(file, content):
+        return reason
     architecture = _architecture(file, content)
     _check_vocab(file, architecture, tokenizer)
     quiet = content.get("quiet")
@@ -219,6 +232,20 @@ def expected_shapes(of: Architecture) -> dict[str, tuple[int, ...]]:
     shapes |= norm("final_norm")
     # The head of a net of attention layers has biases, that of a GPT never.
     return shapes | ({} if of.tied else dense("head", of.width, of.vocab, bias=of.feed is None))
+
+
+def _not_in_page(file: Path, content: ModelFile) -> str | None:
+    """Return the sentence for a network that the page cannot compute, because of one of its settings."""
+    settings = content.get("settings", {})
+    if not isinstance(settings, dict):
+        raise FileError(f"{file}: settings: expected an object, got {settings!r:.100}")
+    for name, default in NOT_IN_PAGE.items():
+        if (value := settings.get(name, default)) != default:
+            return f"The GPT does not run in the page: the page does not compute {name}, which is {value!r:.100}."
+    for name, value in (("norm", "rms_unit_offset"), ("feed", "geglu")):
+        if settings.get(name) == value:
+            return f"The GPT does not run in the page: the page does not compute {name}, which is {value!r}."
+    return None
 
 
 def _architecture(file: Path, content: ModelFile) -> Architecture:

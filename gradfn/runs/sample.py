@@ -212,6 +212,8 @@ def _net(kind: str, settings: dict[str, Any], vocab: int, shapes: list[tuple[int
         most = len(shapes) if name == "n_layers" and not sizes.get("scan") else n_values
         # A context has no parameters, but generation needs memory proportional to it.
         most = CACHE_LIMIT // (sizes["n_layers"] * sizes["width"]) if name == "context" else most
+        # Nothing has the size of a window, which may be longer than any sequence.
+        most = sys.maxsize if name == "window" else most
         if type(size) is int and not 1 <= size <= most:
             raise ValueError(
                 f"settings: expected {name} from 1 to {most:,}, as in {CHECKPOINT}, got {size:,}"

@@ -1,5 +1,6 @@
 """Damaged and hostile files of a GPT: reading them for the page ends in one line, which names the file."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,6 +11,7 @@ from safetensors.numpy import save
 import gradfn as gf
 from gradfn import cli
 from gradfn.pages.live._gpt import gpt
+from gradfn.runs import language_net
 from gradfn.runs.kept import read_run
 from gradfn.runs.language_net import load_language_net
 from gradfn.train import checkpoint
@@ -132,3 +134,34 @@ def test_parameters_that_overflow_leave_a_page(folder):
         content = json.loads(gpt(read_run("fit"), 10**7).content, parse_constant=pytest.fail)
         assert content["dtype"] == "float32"
         assert content["checkpoints"][-1] == {"step": 0, "loss": None}
+
+
+def test_a_net_that_the_page_does_not_compute_is_named(folder):
+    """Every field of the config is one that the page has, one that changes nothing there, or refused."""
+    changed = {
+        "attention_bias": "qkv", "qk_norm": True, "rope_fraction": 0.5, "rope_base_local": 5.0, "window": 2,
+        "rope_scaling": {"kind": "linear", "factor": 2.0}, "global_layers": [1], "score_cap": 2.0, "logit_cap": 2.0,
+        "attention_scale": 0.3, "embed_scale": 2.0, "norms_after": True, "parallel": True,
+    }  # fmt: skip
+    fields = {field.name: field.default for field in dataclasses.fields(gf.GPTConfig)}
+    assert fields.keys() == {
+        *language_net.Architecture._fields,
+        *changed,
+        "dropout",
+        "compute",
+        "scan",
+        "remat",
+    }
+    assert {name: default for name, default in fields.items() if name in changed} == {
+        name: tuple(default) if isinstance(default, list) else default
+        for name, default in language_net.NOT_IN_PAGE.items()
+    }
+    for name, value in {**changed, "norm": "rms_unit_offset", "feed": "geglu"}.items():
+        model = MODEL | {"settings": GPT | {name: value}}
+        (folder / "model.json").write_text(json.dumps(model), encoding="utf-8")
+        assert load_language_net(folder).startswith(
+            f"The GPT does not run in the page: the page does not compute {name}, which is "
+        )
+    defaults = {name: default for name, default in fields.items() if name in changed}
+    (folder / "model.json").write_text(json.dumps(MODEL | {"settings": GPT | defaults}), encoding="utf-8")
+    assert load_language_net(folder).step == 9
