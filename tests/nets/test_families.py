@@ -4,6 +4,8 @@ A row of `ROWS` is a name, a configuration class of `transformers`, and its fiel
 """
 
 import dataclasses
+import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +59,43 @@ ROWS = {
     ),
 }
 
+# Sequences are longer than the window; every other layer has none.
+LAYERS = {
+    **{"num_hidden_layers": 3, "head_dim": 6, "sliding_window": 3, "query_pre_attn_scalar": 10},
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+# Its heads share no keys. What is None is left out.
+NEOX = {"num_key_value_heads": None, "rotary_pct": 0.5, "rotary_emb_base": 50}
+ROWS |= {
+    "mistral": ("MistralConfig", {"sliding_window": 3, "head_dim": 6}),
+    "mistral without a window": ("MistralConfig", {"sliding_window": 32, **scaled("linear")}),
+    "gemma": ("GemmaConfig", {"head_dim": 6, "num_key_value_heads": 1}),
+    "gemma 2": ("Gemma2Config", {**LAYERS, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}),
+    "gemma 2 without caps": (
+        "Gemma2Config",
+        {"sliding_window": 2, "attn_logit_softcapping": None, "final_logit_softcapping": None, "head_dim": 4},
+    ),
+    "gemma 3": (
+        "Gemma3TextConfig",
+        {
+            **LAYERS,
+            "attention_bias": True,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 50.0, "factor": 4.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+            },
+        },
+    ),
+    "pythia": ("GPTNeoXConfig", NEOX),
+    "gpt-neox, in sequence": (
+        "GPTNeoXConfig",
+        {**NEOX, "use_parallel_residual": False, "tie_word_embeddings": True, "hidden_act": "gelu_new"},
+    ),
+    "gpt-neox without biases of attention": (
+        "GPTNeoXConfig", {**NEOX, "attention_bias": False, "intermediate_size": 64}
+    ),
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def transformers():
@@ -69,7 +108,8 @@ def their_model(transformers, name):
 
     torch.manual_seed(0)
     config_class, fields = ROWS[name]
-    config = getattr(transformers, config_class)(**SIZES | fields)
+    sizes = {key: value for key, value in (SIZES | fields).items() if (value is not None or key not in SIZES)}
+    config = getattr(transformers, config_class)(**sizes)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     for parameter in model.parameters():  # not the symmetric initial values
         parameter.data += 0.2 * torch.randn_like(parameter)
@@ -150,3 +190,72 @@ def test_family_equals_transformers(name, transformers, tmp_path):
     _, narrow = loaded(tmp_path / "narrow", dtype=None)
     assert {leaf.dtype for leaf in jax.tree.leaves(narrow)} == {jnp.dtype("bfloat16")}
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), narrow, their_grads)
+
+
+GEMMA = gf.GPTConfig(
+    vocab=13, context=8, n_layers=2, n_heads=2, width=4, positions="rope", norm="rms_unit_offset", feed="geglu",
+    bias=False, window=3, global_layers=(1,), attention_scale=0.5, embed_scale=2.0, norms_after=True, qk_norm=True,
+    rope_base_local=20.0,
+)  # fmt: skip
+
+
+def test_fields_of_layers_with_windows_are_read_or_refused(tmp_path):
+    gf.save_pretrained(tmp_path, GEMMA, gf.gpt(GEMMA).init(jax.random.key(0)))
+    assert gf.load_pretrained(tmp_path)[0] == GEMMA
+    file = tmp_path / "config.json"
+    described = json.loads(file.read_text())
+    assert described["model_type"] == "gemma3_text"
+
+    def read(**changes):
+        file.write_text(json.dumps({k: v for k, v in (described | changes).items() if v != "absent"}))
+        return gf.load_pretrained(tmp_path)[0]
+
+    # As versions of transformers before layer_types and nested rope_parameters wrote it.
+    old = {
+        "rope_theta": 1e6,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "rope_local_base_freq": 1e4,
+    }
+    config = read(
+        layer_types="absent", rope_parameters="absent", sliding_window_pattern=2, hidden_act="gelu", **old
+    )
+    assert config == dataclasses.replace(
+        GEMMA, rope_base=1e6, rope_base_local=1e4, rope_scaling=gf.RopeScaling("linear", 8.0)
+    )
+    full = read(layer_types=["full_attention"] * 2)
+    assert (full.window, full.global_layers, full.rope_base_local) == (None, (), None)
+    local = read(layer_types=["sliding_attention"] * 2)
+    assert (local.window, local.rope_base, local.rope_base_local) == (3, 20.0, None)
+    for changes, message in (
+        ({"model_type": "gemma3"}, "model_type: gemma3 is a model of texts and images"),
+        ({"layer_types": ["full_attention"]}, "layer_types: expected 2 of 'sliding_attention'"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types: expected 2 of"),
+        (
+            {"use_bidirectional_attention": True},
+            "use_bidirectional_attention: gf.gpt does False only, got True",
+        ),
+        ({"hidden_activation": "gelu"}, "hidden_activation: expected one of 'gelu_pytorch_tanh'; got 'gelu'"),
+        ({"attn_logit_softcapping": -1.0}, "attn_logit_softcapping: expected a number above 0, got -1.0"),
+        ({"sliding_window": None}, "sliding_window: expected int, got None"),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "rope_type 'default' in layers with a window only",
+        ),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            read(**changes)
+
+
+def test_what_a_family_cannot_express_is_named(tmp_path):
+    for changes, message in (
+        ({"embed_scale": 3.0}, "gemma3_text has embed_scale 2.0, got 3.0"),
+        (
+            {"attention_scale": 0.3},
+            "gemma3_text has an attention_scale that is 1 / sqrt(n) of an integer n, got 0.3",
+        ),
+        ({"attention_bias": "qkv"}, "gemma3_text has attention_bias True or False, got 'qkv'"),
+        ({"parallel": True, "norms_after": False}, "gpt_neox has norm 'layer', got 'rms_unit_offset'"),
+    ):
+        config = dataclasses.replace(GEMMA, **changes)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            gf.save_pretrained(tmp_path, config, gf.gpt(config).init(jax.random.key(0)))

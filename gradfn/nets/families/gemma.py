@@ -24,7 +24,7 @@ LOCAL, GLOBAL = "sliding_attention", "full_attention"
 def _read_common(fields: Fields) -> dict[str, Any]:
     """Return what all versions have."""
     # Attention in both directions is for embeddings of texts, not for their next tokens.
-    fields.expect(is_encoder_decoder=False, attention_bias=False, use_bidirectional_attention=False)
+    fields.expect(is_encoder_decoder=False, use_bidirectional_attention=False)
     # Older files of Gemma 1 say "gelu" in hidden_act, which was computed as its tanh form all the same.
     if fields.left.get("hidden_activation") is None:
         fields.left.pop("hidden_activation", None)
@@ -38,6 +38,7 @@ def _read_common(fields: Fields) -> dict[str, Any]:
         "norm": "rms_unit_offset",
         "feed": "geglu",
         "bias": False,
+        "attention_bias": fields.take("attention_bias", False, bool) or None,
         "tied": fields.take("tie_word_embeddings", True, bool),
         "embed_scale": sizes["width"] ** 0.5,
         **sizes,
@@ -133,7 +134,10 @@ def _write_3(config: GPTConfig) -> dict[str, Any]:
 def _write_common(family: str, config: GPTConfig) -> dict[str, Any]:
     if config.embed_scale != config.width**0.5:
         raise ValueError(f"{family} has embed_scale {config.width**0.5}, got {config.embed_scale}")
-    return {**write_sizes(config), "attention_bias": False, "tie_word_embeddings": config.tied}
+    if config.attention_bias == "qkv":
+        raise ValueError(f"{family} has attention_bias True or False, got 'qkv'")
+    biased = {"attention_bias": bool(config.attention_bias)}
+    return {**write_sizes(config), **biased, "tie_word_embeddings": config.tied}
 
 
 def _write_layers(family: str, config: GPTConfig) -> dict[str, Any]:
@@ -161,7 +165,7 @@ _COMMON: dict[str, Any] = {
     "entries": entries_of,
 }
 _FIXED = {"positions": "rope", "norm": "rms_unit_offset", "feed": "geglu", "bias": False}
-_FREE = ("n_kv_heads", "head_size", "rope_base", "embed_scale")
+_FREE = ("n_kv_heads", "head_size", "attention_bias", "rope_base", "rope_scaling", "embed_scale")
 _FREE_LAYERS = (*_FREE, "window", "global_layers", "score_cap", "logit_cap", "attention_scale")
 
 GEMMA = Family(
@@ -186,7 +190,7 @@ GEMMA3 = Family(
     name="gemma3_text",
     architecture="Gemma3ForCausalLM",
     fixed=_FIXED | {"norms_after": True, "qk_norm": True},
-    free=(*_FREE_LAYERS, "rope_base_local", "rope_scaling"),
+    free=(*_FREE_LAYERS, "rope_base_local"),
     read=_read_3,
     write=_write_3,
     **_COMMON,

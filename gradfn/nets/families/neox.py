@@ -12,7 +12,8 @@ from gradfn.nets.families.rope import read_rope, write_rope
 
 
 def _read(fields: Fields) -> GPTConfig:
-    fields.expect(is_encoder_decoder=False, attention_bias=True)
+    fields.expect(is_encoder_decoder=False)
+    fields.default(max_position_embeddings=2048)
     # Where versions of transformers keep what they call rotary_pct and rotary_emb_base.
     base, fraction = fields.take("rotary_emb_base", 10_000.0), fields.take("rotary_pct", 0.25)
     given = fields.left.get("rope_parameters")
@@ -33,12 +34,15 @@ def _read(fields: Fields) -> GPTConfig:
         tied=fields.take("tie_word_embeddings", False, bool),
         norm_epsilon=fields.positive("layer_norm_eps", fields.take("layer_norm_eps", 1e-5)),
         rope_fraction=fields.positive("partial_rotary_factor", fraction),
+        attention_bias=None if fields.take("attention_bias", True, bool) else False,
         parallel=fields.take("use_parallel_residual", True, bool),
         **rope,
     )
 
 
 def _write(config: GPTConfig) -> dict[str, Any]:
+    if config.attention_bias == "qkv":
+        raise ValueError("gpt_neox has attention_bias True or False, got 'qkv'")
     rope = write_rope(config)
     rope["rope_parameters"]["partial_rotary_factor"] = config.rope_fraction
     return {
@@ -53,6 +57,7 @@ def _write(config: GPTConfig) -> dict[str, Any]:
         "intermediate_size": config.hidden or 4 * config.width,
         "hidden_act": activation_name("gpt_neox", config.feed),
         "layer_norm_eps": config.norm_epsilon,
+        "attention_bias": config.attention_bias is not False,
         "use_parallel_residual": config.parallel,
         "tie_word_embeddings": config.tied,
     }
@@ -61,17 +66,18 @@ def _write(config: GPTConfig) -> dict[str, Any]:
 def _entries(config: GPTConfig) -> list[Entry]:
     entries = [Entry("gpt_neox.embed_in.weight", ("embed/W",))]
 
-    def both(name: str, *paths: str, weight: str = "W", heads: int = 1) -> None:
-        for theirs, ours in (("weight", weight), ("bias", "b")):
+    def both(name: str, *paths: str, weight: str = "W", heads: int = 1, bias: bool = True) -> None:
+        for theirs, ours in (("weight", weight), ("bias", "b"))[: 1 + bias]:
             entries.append(Entry(f"{name}.{theirs}", tuple(f"{path}/{ours}" for path in paths), heads=heads))
 
+    biased = config.attention_bias is not False
     for i in range(config.n_layers):
         theirs, ours = f"gpt_neox.layers.{i}", f"blocks/{i}"
         both(f"{theirs}.input_layernorm", f"{ours}/attention_norm", weight="gain")
         both(f"{theirs}.post_attention_layernorm", f"{ours}/feed_norm", weight="gain")
         qkv = [f"{ours}/attention/{part}" for part in ("query", "key", "value")]
-        both(f"{theirs}.attention.query_key_value", *qkv, heads=config.n_heads)
-        both(f"{theirs}.attention.dense", f"{ours}/attention/out")
+        both(f"{theirs}.attention.query_key_value", *qkv, heads=config.n_heads, bias=biased)
+        both(f"{theirs}.attention.dense", f"{ours}/attention/out", bias=biased)
         both(f"{theirs}.mlp.dense_h_to_4h", f"{ours}/feed/up")
         both(f"{theirs}.mlp.dense_4h_to_h", f"{ours}/feed/down")
     both("gpt_neox.final_layer_norm", "final_norm", weight="gain")
@@ -87,7 +93,7 @@ GPT_NEOX = Family(
     # The causal mask, which older files contain, its fill value, and the frequencies of RoPE.
     buffers=r"\.attention\.(masked_)?bias$|\.rotary_emb\.inv_freq$",
     fixed={"positions": "rope", "norm": "layer"},
-    free=("feed", "rope_base", "rope_fraction", "parallel"),
+    free=("feed", "attention_bias", "rope_base", "rope_scaling", "rope_fraction", "parallel"),
     read=_read,
     write=_write,
     entries=_entries,
