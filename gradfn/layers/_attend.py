@@ -180,7 +180,7 @@ def _compiled(
     def of_block(block: PyTree, key: jax.Array, value: jax.Array, window: PyTree) -> jax.Array:
         query, start, mask = block
         of_window = rule if window is None else rule._replace(window=window)
-        position = None if first is None else first + start
+        position: PyTree = None if first is None else first + start
         if span < len(key):
             begin = jnp.clip(position + len(query) - span, 0, len(key) - span)
             key, value = (jax.lax.dynamic_slice_in_dim(x, begin, span) for x in (key, value))

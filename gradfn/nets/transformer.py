@@ -107,7 +107,7 @@ def stack_of(
         return jax.checkpoint(run, prevent_cse=not scan) if remat else run
 
     # What is the same for all blocks is known when they are traced.
-    of_kind = {True: run, False: functools.partial(run, local=False)}
+    of_kind: dict[bool, Run] = {True: run, False: functools.partial(run, local=False)}
     mixed = len(set(kinds)) > 1
     one = run if mixed else of_kind[kinds[0]]
     loop, unrolled_loop = in_loop(one), straight(one)

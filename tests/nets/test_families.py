@@ -59,7 +59,7 @@ ROWS = {
     ),
 }
 
-# Sequences are longer than the window; every other layer has none.
+# Sequences are longer than the window, which the layer in the middle does not have.
 LAYERS = {
     **{"num_hidden_layers": 3, "head_dim": 6, "sliding_window": 3, "query_pre_attn_scalar": 10},
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
