@@ -280,9 +280,16 @@ def check_targets(loss: Loss, batch: PyTree) -> None:
         ValueError: targets that do not fit the loss; it names their range and shape.
         TypeError: labels that are not integers.
     """
-    one = loss_of_example(loss)
-    if isinstance(one, NetLoss):
+    one = of_net(loss_of_example(loss))
+    if one is not None:
         one.check(batch)
+
+
+def of_net(loss: Loss) -> NetLoss | None:
+    """Return the loss of a net that a loss of one example is, or was made from; None for any other."""
+    if isinstance(loss, jax.tree_util.Partial):  # such as that of `gf.train.lora`
+        loss = getattr(loss.func, "__wrapped__", loss)
+    return loss if isinstance(loss, NetLoss) else None
 
 
 def description_of(loss: Loss) -> Mapping[str, Any] | None:

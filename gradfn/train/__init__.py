@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 from gradfn._missing import namespace
 from gradfn.train._fit import Fit, fit, stalled
+from gradfn.train._lora import Lora, lora
+from gradfn.train._lr_range import RateRange, lr_range
 from gradfn.train._shardings import (
     DATA_PARALLEL,
     FSDP,
@@ -15,9 +17,11 @@ from gradfn.train._shardings import (
 from gradfn.train.bands import Spike
 from gradfn.train.checkpoint import CheckpointError
 from gradfn.train.decay import weight_decay_mask, weight_decay_table
+from gradfn.train.ema import EmaWeights, averaged_weights, ema_weights
 from gradfn.train.logged import row_scalars
 from gradfn.train.memory import keep_freed_memory
 from gradfn.train.optimizer import adamw_warmup_cosine
+from gradfn.train.paths import path_mask
 from gradfn.train.processes import gathered, initialize, is_first
 from gradfn.train.restore import kept, load_params
 from gradfn.train.source import Source, from_host
@@ -28,14 +32,19 @@ from gradfn.train.trackers import mlflow_log, wandb_log
 __all__ = [  # noqa: RUF022
     "CheckpointError",
     "DATA_PARALLEL",
+    "EmaWeights",
     "FSDP",
     "FSDP_TENSOR_PARALLEL",
     "Fit",
+    "Lora",
+    "RateRange",
     "Source",
     "Spike",
     "TENSOR_PARALLEL",
     "TrainState",
     "adamw_warmup_cosine",
+    "averaged_weights",
+    "ema_weights",
     "fit",
     "from_host",
     "gathered",
@@ -44,7 +53,10 @@ __all__ = [  # noqa: RUF022
     "keep_freed_memory",
     "kept",
     "load_params",
+    "lora",
+    "lr_range",
     "mlflow_log",
+    "path_mask",
     "row_scalars",
     "sharding_table",
     "shardings",

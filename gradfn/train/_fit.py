@@ -121,6 +121,7 @@ def fit(
     batch_size: int = 32,
     seed: int = 0,
     evaluate: Callable[..., dict[str, Any]] | None = None,
+    eval_params: Callable[[PyTree, PyTree], PyTree] | None = None,
     eval_every: int | None = None,
     inspect_every: int | None = None,
     inspect_when: Literal["spike"] | Spike | None = None,
@@ -142,6 +143,8 @@ def fit(
         loss: of a batch, `(params, batch) -> scalar` or `(scalar, aux)`, with `key=` where it has noise in it; for a
             loss of one example, such as `gf.classification_loss(net)`, pass `gf.batch_mean(loss)`. With `state`,
             `(params, batch, state) -> (scalar, {"state": new_state, ...})`. `docs/losses.md` compares both kinds.
+            Large arrays of its own, such as a teacher's, belong into a `jax.tree_util.Partial`: those of a closure
+            are compiled into the program.
         params: any pytree; it is not modified. Its floating arrays are trained, the rest is configuration, so an
             Equinox model works. Of a Flax NNX module the `nnx.Param`s are trained, and its other variables (running
             means, counters of random numbers) are carried from step to step.
@@ -158,6 +161,9 @@ def fit(
             state) -> {name: scalar}`. Matplotlib figures among the scalars go to `log` and TensorBoard, and are closed.
             To keep the parameters longer than the call, copy them (`jax.tree.map(jnp.copy, params)`): training reuses
             the memory of large ones.
+        eval_params: `(opt_state, params) -> params`, for optimizers that evaluate other parameters than they train:
+            `gf.train.averaged_weights`, `optax.contrib.schedule_free_eval_params`. What it returns is what `evaluate`
+            gets; `fitted.params` are those that were trained.
         eval_every: in steps; by default an epoch (a tenth of all steps where `data` is a function).
         inspect_every: inspect all gradients and activations every N steps, with `gf.inspect`. The update of an
             inspected step uses the gradients of the inspection.
@@ -382,6 +388,9 @@ def fit(
                     returned: dict[str, Any] = {}
                     if evaluate is not None:
                         outside = run.outside
+                        if eval_params is not None:
+                            of_average = eval_params(outside.opt_state, outside.params)
+                            outside = outside._replace(params=of_average)
                         carried = [] if state is None else [outside.model_state]
                         with contextlib.nullcontext() if home is None else mesh_context(home):
                             returned = evaluate(outside.model, *carried)

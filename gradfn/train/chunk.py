@@ -19,11 +19,12 @@ from gradfn.jaxpr.call import value_and_aux
 from gradfn.jaxpr.varying import zeros
 from gradfn.train.bands import Spike
 from gradfn.train.gathering import gather_where_used
+from gradfn.train.held import held
 from gradfn.train.log import refuse_names
 from gradfn.train.measures import learning_rate, norm
 from gradfn.train.model import batch_loss
 from gradfn.train.peak import step_flops
-from gradfn.train.placing import replicated
+from gradfn.train.placing import place, replicated
 from gradfn.train.source import Source
 from gradfn.train.spikes import Examined, examiner, watched
 from gradfn.train.split import Split, split_of
@@ -83,6 +84,18 @@ class Recorded(NamedTuple):
         return Recorded(metrics, later.measures, later.finite, inspections)
 
 
+class Arrays(NamedTuple):
+    """The arrays that the compiled functions get, but the state.
+
+    Attributes:
+        data: of the source of batches.
+        loss: that the loss holds.
+    """
+
+    data: PyTree
+    loss: list[jax.Array]
+
+
 class Chunks(NamedTuple):
     """The compiled functions. Each takes the state, the epoch's order, and the row of the order for the next batch.
 
@@ -139,26 +152,35 @@ def chunks(
 
     split = split_of(state.params)
     donated = bytes_per_device(state) >= DONATED and spike is None
+    own, loss_of = held(loss)
+    own = jax.tree.map(jnp.asarray, own) if split is None else place(own, split.mesh)
+
     # Compiled on their own, they are traced once, though their shapes are needed before the loop.
-    step = jax.jit(one_step(loss, optimizer, split, guard=donated))
-    inspected_step = jax.jit(one_inspected_step(loss, optimizer, split, donated, stats))
+    @jax.jit
+    def step(own: list[jax.Array], state: TrainState, batch: PyTree) -> PyTree:
+        return one_step(loss_of(own), optimizer, split, guard=donated)(state, batch)
+
+    @jax.jit
+    def inspected_step(own: list[jax.Array], state: TrainState, batch: PyTree) -> PyTree:
+        return one_inspected_step(loss_of(own), optimizer, split, donated, stats)(state, batch)
+
     stays = everywhere = None  # no mesh: jax decides
     if split is not None:
         stays, everywhere = jax.tree.map(lambda leaf: leaf.sharding, state), replicated(split.mesh)
     donate = 1 if donated else ()
 
-    def batch_of(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> PyTree:
+    def batch_of(arrays: Arrays, state: TrainState, order: Any, row: jax.Array) -> PyTree:
         # One more fold separates the key of the batch from the key of the loss's noise in the same step.
-        batch = source.batch(arrays, order, row, jax.random.fold_in(step_key(state), 1))
+        batch = source.batch(arrays.data, order, row, jax.random.fold_in(step_key(state), 1))
         return batch if split is None else split.share(batch)
 
     @functools.partial(jax.jit, donate_argnums=donate, out_shardings=(stays, everywhere))
-    def advance(arrays: PyTree, state: TrainState, order: Any, row: jax.Array, n: jax.Array) -> PyTree:
+    def advance(arrays: Arrays, state: TrainState, order: Any, row: jax.Array, n: jax.Array) -> PyTree:
         def taken(state: TrainState, i: jax.Array) -> PyTree:
-            return step(state, batch_of(arrays, state, order, row + i))
+            return step(arrays.loss, state, batch_of(arrays, state, order, row + i))
 
         def taken_and_inspected(state: TrainState, i: jax.Array) -> PyTree:
-            return inspected_step(state, batch_of(arrays, state, order, row + i))
+            return inspected_step(arrays.loss, state, batch_of(arrays, state, order, row + i))
 
         def next_one(carry: Progress, after: TrainState, metrics: PyTree, change: Change) -> Progress:
             columns = jax.tree.map(
@@ -209,11 +231,12 @@ def chunks(
     @functools.partial(
         jax.jit, donate_argnums=donate, out_shardings=(stays, everywhere), static_argnames="inspects"
     )
-    def careful(arrays: PyTree, state: TrainState, order: Any, row: jax.Array, inspects: bool) -> PyTree:
+    def careful(arrays: Arrays, state: TrainState, order: Any, row: jax.Array, inspects: bool) -> PyTree:
+        own_loss = loss_of(arrays.loss)
         one = (
-            one_inspected_step(loss, optimizer, split, stats=stats)
+            one_inspected_step(own_loss, optimizer, split, stats=stats)
             if inspects
-            else one_step(loss, optimizer, split)
+            else one_step(own_loss, optimizer, split)
         )
         after, metrics, change, *found = one(state, batch_of(arrays, state, order, row))
         measures = measures_of(change, after)
@@ -223,30 +246,32 @@ def chunks(
         return after, Recorded(columns, measures, good, inspections)
 
     @jax.jit
-    def measure(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> NoiseScale:
+    def measure(arrays: Arrays, state: TrainState, order: Any, row: jax.Array) -> NoiseScale:
         batch = batch_of(arrays, state, order, row)
         params = state.params if split is None else split.gather(state.params)
-        of_one, keys = of_examples(loss, state, source.batch_size)
+        of_one, keys = of_examples(loss_of(arrays.loss), state, source.batch_size)
         return noise_scale(of_one)(params, batch, *keys)
 
     @jax.jit
-    def examine(arrays: PyTree, state: TrainState, order: Any, row: jax.Array) -> Examined:
-        return examiner(loss, inspected_step, source.batch_size)(state, batch_of(arrays, state, order, row))
+    def examine(arrays: Arrays, state: TrainState, order: Any, row: jax.Array) -> Examined:
+        one = functools.partial(inspected_step, arrays.loss)
+        examined = examiner(loss_of(arrays.loss), one, source.batch_size)
+        return examined(state, batch_of(arrays, state, order, row))
 
     @jax.jit
     def arguments(
-        arrays: PyTree, state: TrainState, order: Any, row: jax.Array
+        arrays: Arrays, state: TrainState, order: Any, row: jax.Array
     ) -> tuple[Any, dict[str, Any]]:
         return batch_of(arrays, state, order, row), step_keywords(loss, state)
 
-    def flops(arrays: PyTree, state: TrainState, order: Any) -> float:
-        def forward(arrays: PyTree, state: TrainState, order: Any) -> PyTree:
+    def flops(arrays: Arrays, state: TrainState, order: Any) -> float:
+        def forward(arrays: Arrays, state: TrainState, order: Any) -> PyTree:
             batch, keywords = batch_of(arrays, state, order, jnp.int32(0)), step_keywords(loss, state)
-            return batch_loss(loss, state.rest)(state.params, batch, **keywords)
+            return batch_loss(loss_of(arrays.loss), state.rest)(state.params, batch, **keywords)
 
         return step_flops(forward, arrays, state, order)
 
-    def compile(arrays: PyTree, state: TrainState, order: Any) -> None:
+    def compile(arrays: Arrays, state: TrainState, order: Any) -> None:
         advance.lower(arrays, state, order, 0, 0).compile()
 
     def due(start: int, end: int) -> range:
@@ -257,7 +282,7 @@ def chunks(
         )
 
     functions: tuple[Callable, ...] = (advance, careful, measure, arguments, flops, compile, examine)
-    bound = (functools.partial(function, source.arrays) for function in functions)
+    bound = (functools.partial(function, Arrays(source.arrays, own)) for function in functions)
     return Chunks(*bound, due=due, donated=donated)  # type: ignore[misc, arg-type]
 
 

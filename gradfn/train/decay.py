@@ -71,6 +71,15 @@ def weight_decay_table(params: PyTree) -> TextTable:
     return table
 
 
+def stacked_axes(params: PyTree) -> list[tuple[int, bool]]:
+    """Return for each array how many of its leading axes are axes of layers, and whether it is a vector beside them.
+
+    >>> stacked_axes({"W": jnp.ones([24, 8, 8]), "b": jnp.ones([24, 8])})
+    [(1, False), (1, True)]
+    """
+    return [(leaf.stacked, leaf.vector) for leaf in _leaves(params)]
+
+
 def _leaves(params: PyTree) -> list[_Leaf]:
     other = jax.ShapeDtypeStruct((), jnp.int32)  # stands for a Python number or a function
     pairs = [

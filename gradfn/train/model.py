@@ -21,7 +21,7 @@ from gradfn.core.params import named_leaves
 from gradfn.flatten import BatchMean, Loss, batch_mean, flat_products
 from gradfn.jaxpr.call import MEAN, scalar_and_aux, value_and_aux, with_hint
 from gradfn.jaxpr.program import traced_leaves
-from gradfn.losses import NetLoss
+from gradfn.losses import of_net
 
 SPLIT = (
     "Write graphdef, params, rest = nnx.split(model, nnx.Param, ...), train params, and pass rest as state: "
@@ -156,10 +156,8 @@ def batch_loss(loss: Loss, rest: Rest | Graph | None) -> Loss:
     Raises:
         TypeError: the loss is of one example; the returned loss raises it too, where that shows only in a call.
     """
-    if isinstance(loss, NetLoss):
-        raise TypeError(
-            f"training takes the loss of a batch, got gf.{loss.name}(net), of one example. {MEAN}"
-        )
+    if not isinstance(loss, BatchMean) and (one := of_net(loss)):
+        raise TypeError(f"training takes the loss of a batch, got gf.{one.name}(net), of one example. {MEAN}")
     if isinstance(loss, BatchMean):
         if rest is None:
             return loss

@@ -20,6 +20,7 @@ from gradfn.flatten import Loss, loss_of_example
 from gradfn.jaxpr.call import value_and_aux
 from gradfn.jaxpr.varying import zeros
 from gradfn.train.gathering import gather_where_used
+from gradfn.train.held import held
 from gradfn.train.memory import keep_blocks_of_steps
 from gradfn.train.model import Graph, Rest, batch_loss, carry, strong, take_apart
 from gradfn.train.placing import automatic, automatic_axes, mesh_context, mesh_of, place
@@ -154,21 +155,22 @@ def train_step(
     2.0 5.0
     """
     keep_blocks_of_steps()
+    own, loss_of = held(loss)
     compiled = jax.jit(
-        lambda state, batch, split: one_step(loss, optimizer, split)(state, batch)[:2], static_argnums=2
+        lambda arrays, state, batch, split: one_step(loss_of(arrays), optimizer, split)(state, batch)[:2],
+        static_argnums=3,
     )
 
-    def arguments(state: TrainState, batch: PyTree) -> tuple[TrainState, PyTree, Split | None]:
+    def arguments(state: TrainState, batch: PyTree) -> tuple[PyTree, TrainState, PyTree, Split | None]:
         split = split_of(state.params)
         if split is None:
-            return state, batch, None
-        state, batch = automatic_axes(state, split.mesh), automatic_axes(batch, split.mesh)
-        return state, batch, split
+            return own, state, batch, None
+        return *automatic_axes((own, state, batch), split.mesh), split
 
     def step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, jax.Array]]:
-        state, batch, split = arguments(state, batch)
+        *args, split = arguments(state, batch)
         with contextlib.nullcontext() if split is None else mesh_context(split.mesh):
-            return compiled(state, batch, split)
+            return compiled(*args, split)
 
     # As functions that jax.jit returns have it.
     setattr(step, "lower", lambda state, batch: compiled.lower(*arguments(state, batch)))  # noqa: B010
