@@ -61,6 +61,7 @@ RUNS = {
     "commands": Run("benchmarks.commands", "", 0.3),
     "experiments": Run("benchmarks.experiments", "--only digits moons rnn", 0.7),
     "attention": Run("benchmarks.attention", "--rounds 3 --lengths 512 1024 2048", 0.5),
+    "prefetch": Run("benchmarks.prefetch", "--rounds 1 --steps 40", 0.3),
     "saving": Run("benchmarks.saving", "--gigabytes 0.2", 0.2),
     "scaling": Run("benchmarks.scaling", "--devices 1 8 --rules FSDP", 0.5),
     "page": Run("benchmarks.page", "", 0.3),

@@ -59,7 +59,7 @@ def test_an_iterable_of_batches_as_data(kind):
         "set": lambda: {1.0, 2.0},
         "DataLoader": DataLoader,
     }
-    with pytest.raises(TypeError, match=rf"got a {kind}, .*joined into arrays, or gf.train.from_host"):
+    with pytest.raises(TypeError, match=rf"got a {kind}, .*Pass gf.train.from_loader"):
         fit(made[kind]())
 
 

@@ -22,6 +22,7 @@ from benchmarks import (
     gpt_step,
     harness,
     picture,
+    prefetch,
     readme,
     saving,
     scaling,
@@ -399,6 +400,18 @@ def test_forms_of_attention_are_compared(tmp_path, capsys):
     assert ("plain", "CPU ms") not in figures
     assert 0 < figures["blocks", "temporary MB"] < figures["plain", "temporary MB"]
     assert figures["blocks", "CPU ms"] > 0
+
+
+def test_a_slow_loader_is_measured(tmp_path, monkeypatch):
+    file = tmp_path / "out.json"
+    monkeypatch.setattr(prefetch, "WAITS", (0.0, 2.0))
+    prefetch.main(
+        ["--sizes", "4", "2", "--batch-size", "3", "--steps", "4", "--rounds", "1", "--json", str(file)]
+    )
+    (table,) = json.loads(file.read_text())["tables"]
+    figures = {(row["name"], row["column"]): row["value"] for row in table["figures"]}
+    assert figures["load, then step", "loads in 2 ms"] >= 2
+    assert all(figures[name, "loads in 0 ms"] > 0 for name in ("gf.fit", "gf.fit, no loader"))
 
 
 TINY = """

@@ -24,7 +24,7 @@ from gradfn.train.optimizer import adamw_warmup_cosine
 from gradfn.train.paths import path_mask
 from gradfn.train.processes import gathered, initialize, is_first
 from gradfn.train.restore import kept, load_params
-from gradfn.train.source import Source, from_host
+from gradfn.train.source import Source, from_host, from_loader
 from gradfn.train.step import TrainState, train_state, train_step
 from gradfn.train.trackers import mlflow_log, wandb_log
 
@@ -47,6 +47,7 @@ __all__ = [  # noqa: RUF022
     "ema_weights",
     "fit",
     "from_host",
+    "from_loader",
     "gathered",
     "initialize",
     "is_first",

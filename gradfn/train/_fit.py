@@ -35,6 +35,7 @@ from gradfn.train.fault import fault, state_before
 from gradfn.train.figures import closing, split_figures
 from gradfn.train.folder import own, prepare
 from gradfn.train.identity import Identity, identity
+from gradfn.train.loading import Position
 from gradfn.train.log import Log, refuse_names
 from gradfn.train.logged import LogFunction, log_functions
 from gradfn.train.memory import keep_blocks_of_steps
@@ -149,7 +150,8 @@ def fit(
             Equinox model works. Of a Flax NNX module the `nnx.Param`s are trained, and its other variables (running
             means, counters of random numbers) are carried from step to step.
         data: a pytree of arrays with one leading axis of examples, which is shuffled each epoch; or a function
-            `(key) -> batch` that can be compiled; or batches made on the host, see `gf.train.from_host`.
+            `(key) -> batch` that can be compiled; or batches made on the host, see `gf.train.from_host`
+            and, for data loaders, `gf.train.from_loader`.
         optimizer: from optax.
         steps: the total number of steps.
         state: a pytree of arrays that the loss gets, and returns changed, at each step: Linen's `batch_stats`,
@@ -321,6 +323,7 @@ def fit(
             if record.folder:
                 prepare(record.folder, resume=stored is not None, keep=keep_every is not None)
                 write_model_file(record.folder, loss)
+        source = source.started(steps, run.loader)
         eval_every = settings["eval_every"] or min(source.epoch_steps or max(steps // 10, 1), steps)
         settings["eval_every"] = eval_every
         periods = [every for every in (eval_every, noise_every, keep_every, source.order_steps) if every]
@@ -352,9 +355,12 @@ def fit(
                     record.noise_scale(step, noise)
                 began = time.monotonic()
                 ends = *((step // every + 1) * every for every in periods), *profile.edges_after(step)
+                if source.end is not None:  # the data end before the last step
+                    ends = *ends, source.end
                 end = min(step + length, steps, *ends, *programs.due(step, steps)[room : room + 1])
                 after, recorded = programs.advance(*here, end - step)
-                source.order(source.epoch(end))  # the order of a new epoch is shuffled while the device works
+                if end < steps:
+                    source.order(source.epoch(end))  # of a new epoch; it is shuffled while the device works
                 on_host: Any = jax.device_get(recorded)
                 if programs.donated and not on_host.finite:
                     after, on_host = finished(programs, after, on_host, *here[1:], end - step, step)
@@ -412,10 +418,15 @@ def fit(
                 del here, after  # the state that the checkpoint being written does not need
                 saver.wait()
                 if saver.due() or run.finished:
-                    saver.save(end, run.state, run.notes(record))
-                ended = stopping.agree()
+                    saver.save(end, run.state, run.notes(record, source))
+                ended = stopping.agree() or end == source.end
             if ended and saver.step != run.step:
-                saver.save(run.step, run.state, run.notes(record))
+                saver.save(run.step, run.state, run.notes(record, source))
+        if run.step == source.end and run.step < steps and not run.finished:
+            raise ValueError(
+                f"fit: the data ended after {run.step:,} batches, but steps is {steps:,}. Pass a loader that can be "
+                "iterated over again, or fewer steps"
+            )
         if record.folder:
             file = record.folder / (CHECKPOINTS if sharded.is_split(run.state) else CHECKPOINT)
             stopping.message = f"stopped at step {run.step:,} of {steps:,}; resume=True continues from {file}"
@@ -435,6 +446,7 @@ class _Run:
         identity: what distinguishes it from other runs; None where there is no folder.
         home: the caller's mesh; None where the state is not on one.
         bands: what is known of the numbers that are watched for spikes.
+        loader: the last known position of the loader that the batches come from; None where there is none.
     """
 
     settings: Settings
@@ -445,6 +457,7 @@ class _Run:
     identity: Identity | None = None
     home: Mesh | None = None
     bands: Bands = field(default_factory=Bands)
+    loader: Position | None = None
 
     def resume(self, log: Log, folder: Path, stored: Stored) -> None:
         """Continue from the checkpoint that was found in a folder, with the rows up to there; nothing is written.
@@ -463,12 +476,13 @@ class _Run:
             raise of_another_run(folder, f"is of step {self.step:,}, but counts {found}; it is damaged")
         self.totals = notes.totals
         self.bands = notes.bands or Bands()
+        self.loader = notes.loader
         # A run that took all its steps may take more; one that `stop` ended has ended.
         longer = last == notes.settings["steps"] < self.settings["steps"]
         self.finished = notes.finished and not longer
         self.settings["eval_every"] = self.settings["eval_every"] or notes.settings["eval_every"]
 
-    def notes(self, log: Log) -> Notes:
+    def notes(self, log: Log, source: Source) -> Notes:
         """Return what a checkpoint holds beside the state."""
         return Notes(
             **vars(self.totals),
@@ -478,6 +492,7 @@ class _Run:
             identity=self.identity,
             versions=versions(),
             bands=self.bands if self.bands.steps else None,
+            loader=source.position(self.step),
         )
 
     @property
@@ -571,5 +586,5 @@ def _check_arguments(data: PyTree, optimizer: Any) -> None:
     ):
         raise TypeError(
             f"fit: data must be arrays or a function, got a {type(data).__name__}, whose batches cannot be looked up "
-            "by step. Pass them joined into arrays, or gf.train.from_host(lambda step: batch)"
+            "by step. Pass gf.train.from_loader(data), or arrays with all examples"
         )

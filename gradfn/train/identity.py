@@ -61,7 +61,7 @@ class Identity(TypedDict):
 
 def identity(state: TrainState, source: Source, loss: Loss) -> Identity:
     """Return the identity of a run that starts from a state."""
-    order = source.order(0)
+    order = source.sample
     row, key = np.int32(0), jax.random.key(0)
     batch = jax.eval_shape(source.batch, source.arrays, order, row, key)
     return {

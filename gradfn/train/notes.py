@@ -12,6 +12,7 @@ import numpy as np
 from gradfn.train.bands import Bands
 from gradfn.train.checkpoint import CheckpointError, Number
 from gradfn.train.identity import Identity, difference
+from gradfn.train.loading import Position
 from gradfn.train.rows import Extent, Row
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class Notes(Totals):
         identity: the identity of the run; None in checkpoints of earlier versions.
         versions: of the software that wrote it.
         bands: what is known of the numbers that are watched for spikes; None where none are.
+        loader: the last known position of the loader that the batches come from; None where there is none.
     """
 
     settings: Settings
@@ -134,6 +136,7 @@ class Notes(Totals):
     identity: Identity | None = None
     versions: dict[str, Any] = field(default_factory=dict)
     bands: Bands | None = None
+    loader: Position | None = None
 
     @property
     def totals(self) -> Totals:

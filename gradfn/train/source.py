@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,12 @@ from jaxtyping import PyTree
 
 from gradfn.data._arrays import as_arrays, checked
 from gradfn.data._batches import epoch_order, n_examples
+from gradfn.train.loading import Batches, EachStep, Groups, Loader, Position, Reader, steps_per_group
 from gradfn.train.placing import place
 from gradfn.train.split import examples_of
 
-# How many steps, and bytes, of batches the host makes at a time at most.
-HOST_STEPS, HOST_BYTES = 64, 1 << 24
+# A first batch that took longer than this, in seconds, may have had to start something.
+WARM = 0.005
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Source:
         first: the batch of step 0, if the host makes the batches.
         indexed: the same as `batch`, for arrays on a mesh; None if `batch` is for those too.
         local: whether the host makes, in each of several processes, that process's rows of a batch alone.
+        reader: makes a reader of the batches, from the position that a checkpoint holds; None if the host makes none.
+        groups: of batches that the host makes, once the run has started.
     """
 
     batch_size: int
@@ -50,6 +54,13 @@ class Source:
     first: Any = None
     indexed: Callable[[PyTree, PyTree, jax.Array, jax.Array], Any] | None = None
     local: bool = False
+    reader: Callable[[Position | None], Reader] | None = None
+    groups: Groups | None = None
+
+    @property
+    def sample(self) -> PyTree:
+        """An order for tracing, for which the host does not make further batches."""
+        return self.order(0) if self.first is None else jax.tree.map(lambda leaf: leaf[None], self.first)
 
     @property
     def content(self) -> PyTree:
@@ -66,9 +77,27 @@ class Source:
 
     def examples(self) -> int | None:
         """Return the number of examples per batch; None where no array of a batch has axes."""
-        arguments = self.arrays, self.order(0), np.int32(0), jax.random.key(0)
+        arguments = self.arrays, self.sample, np.int32(0), jax.random.key(0)
         found = examples_of(jax.eval_shape(self.batch, *arguments))
         return self.batch_size if self.local and found is not None else found
+
+    def started(self, steps: int, position: Position | None) -> Source:
+        """Return the source for a run of `steps` steps, from the position that its checkpoint holds."""
+        if self.reader is None:
+            return self
+        assert self.order_steps
+        n = self.order_steps if position is None else position["group"]
+        groups = Groups(self.reader(position), n, self.first, steps)
+        return dataclasses.replace(self, order_steps=n, order=groups, groups=groups)
+
+    @property
+    def end(self) -> int | None:
+        """The number of steps that there are batches for, as far as is known; None where there is no end."""
+        return None if self.groups is None else self.groups.end
+
+    def position(self, step: int) -> Position | None:
+        """Return what a checkpoint at a step holds, so that the batches can continue from there."""
+        return None if self.groups is None else self.groups.position(step)
 
     def placed(self, mesh: Mesh | None, axis: str | None = None) -> Source:
         """Return the source with its arrays on the device, or on the devices of a mesh, so that no chunk copies them.
@@ -116,7 +145,7 @@ def source_of(data: PyTree, batch_size: int, seed: int) -> Source:
 def from_host(batch: Callable[[int], Any], local: bool = False) -> Source:
     """Return data for `fit` that the host makes, for data that do not fit on the device.
 
-    Several batches at a time go to the device, and the next ones are made while the device works.
+    Several batches at a time go to the device, and the next ones are made in a thread while the device works.
 
     Args:
         batch: `step -> batch`, a pytree of numpy arrays with a leading axis of examples; a pure function of the
@@ -135,22 +164,88 @@ def from_host(batch: Callable[[int], Any], local: bool = False) -> Source:
     >>> print(fitted.params.round(0))
     3.0
     """
-    shapes = as_arrays(batch(0), "batch", scalars=True)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(shapes))
-    n = max(1, min(HOST_STEPS, HOST_BYTES // max(size, 1)))
+    first, seconds = timed(lambda: batch(0))
+    if seconds > WARM:  # the first call may have to open a file
+        first, seconds = timed(lambda: batch(0))
+    return _from_reader(lambda position: EachStep(batch), first, seconds, None, local)
 
-    @functools.lru_cache(maxsize=2)  # the batches in use, and the next ones
-    def order(epoch: int) -> PyTree:
-        batches = [
-            as_arrays(batch(step), "batch", scalars=True) for step in range(epoch * n, (epoch + 1) * n)
-        ]
-        return checked(jax.tree.map(lambda *leaves: np.stack(leaves), *batches), "batch")  # [n, batch, ...]
+
+def from_loader(batches: Batches, local: bool = False) -> Source:
+    """Return data for `fit` from a data loader: an iterable of batches, which each epoch iterates over again.
+
+    The next batches are read in a thread while the device works. All batches must have the same shapes. A loader whose
+    iterators have a state (grain's do) continues where a checkpoint was written; any other is read again up to there
+    by a run that resumes, and must then return the same batches again.
+
+    Args:
+        batches: PyTorch's `DataLoader`, grain's loaders and datasets, or anything else that `iter` takes and whose
+            batches are pytrees of arrays with a leading axis of examples; or a function of the epoch's number (from 0)
+            that returns such an iterable, for instance one that is shuffled with that number as its seed.
+        local: whether each of several processes has a loader of the rows of its own devices alone: process 0 the
+            first rows of the batch, and so on, equally many each. Its state is not stored.
+
+    Returns:
+        The `data` argument of `fit`. Where the loader has a length, that is an epoch.
+
+    Raises:
+        ValueError: an iterator, which could be iterated over only once; a loader without batches. `fit` raises it for
+            batches that differ in shape or dtype, and, after a checkpoint, where the data end before the last step.
+
+    >>> import jax.numpy as jnp, numpy as np, optax, gradfn as gf
+    >>> loader = [np.full([8], value, "float32") for value in (2.0, 4.0)]
+    >>> loss = lambda params, x: jnp.square(params - x).mean()
+    >>> data = gf.train.from_loader(loader)
+    >>> fitted = gf.fit(loss, jnp.array(0.0), data, optax.sgd(0.05), 200, progress=False)
+    >>> print(fitted.params.round(0))
+    3.0
+    """
+    if isinstance(batches, Iterator):
+        raise ValueError(
+            "from_loader: expected an iterable that each epoch can iterate over again, got an iterator "
+            f"({type(batches).__name__}). Pass a function that makes it: from_loader(lambda epoch: make_batches())"
+        )
+    probed = [Loader(batches, resumes=not local)]  # a first run reads on where it stopped
+    found, seconds = timed(lambda: probed[0].first(1))
+    if not found:
+        raise ValueError(
+            f"from_loader: expected an iterable of batches, got an empty {type(batches).__name__}"
+        )
+    _, again = timed(lambda: probed[0].first(2))
+    length = probed[0].length
+
+    def reader(position: Position | None) -> Loader:
+        return (probed.pop() if probed else Loader(batches, not local)).known(position)
+
+    return _from_reader(reader, found[0], min(seconds, again), length, local)
+
+
+def _from_reader(
+    reader: Callable[[Position | None], Reader],
+    batch: PyTree,
+    seconds: float,
+    epoch_steps: int | None,
+    local: bool,
+) -> Source:
+    """Return the source of batches that a reader makes, from the first one and the time that one takes."""
+    first = as_arrays(batch, "batch", scalars=True)
 
     def row_of(arrays: PyTree, order: Any, row: jax.Array, key: jax.Array) -> PyTree:
         return jax.tree.map(lambda leaf: leaf[row], order)
 
-    size = _batch_size(shapes) * (jax.process_count() if local else 1)
-    return Source(size, None, n, None, order, row_of, _tokens(shapes), first=shapes, local=local)
+    def not_started(epoch: int) -> PyTree:
+        raise AssertionError("the run has not started")
+
+    size = _batch_size(first) * (jax.process_count() if local else 1)
+    n = steps_per_group(first, seconds)
+    return Source(
+        size, epoch_steps, n, None, not_started, row_of, _tokens(first), first, local=local, reader=reader
+    )
+
+
+def timed(make: Callable[[], PyTree]) -> tuple[PyTree, float]:
+    """Return what a function returns, and the seconds that it took."""
+    began = time.monotonic()
+    return make(), time.monotonic() - began
 
 
 def _from_function(make: Callable[[jax.Array], Any]) -> Source:
