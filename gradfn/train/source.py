@@ -54,8 +54,8 @@ class Source:
     first: Any = None
     indexed: Callable[[PyTree, PyTree, jax.Array, jax.Array], Any] | None = None
     local: bool = False
-    reader: Callable[[Position | None], Reader] | None = None
-    groups: Groups | None = None
+    reader: Callable[..., Any] | None = None
+    groups: Any = None
 
     @property
     def sample(self) -> PyTree:
@@ -81,7 +81,7 @@ class Source:
         found = examples_of(jax.eval_shape(self.batch, *arguments))
         return self.batch_size if self.local and found is not None else found
 
-    def started(self, steps: int, position: Position | None) -> Source:
+    def started(self, steps: int, position: Any) -> Source:
         """Return the source for a run of `steps` steps, from the position that its checkpoint holds."""
         if self.reader is None:
             return self
@@ -95,7 +95,7 @@ class Source:
         """The number of steps that there are batches for, as far as is known; None where there is no end."""
         return None if self.groups is None else self.groups.end
 
-    def position(self, step: int) -> Position | None:
+    def position(self, step: int) -> Any:
         """Return what a checkpoint at a step holds, so that the batches can continue from there."""
         return None if self.groups is None else self.groups.position(step)
 
