@@ -193,8 +193,9 @@ def test_family_equals_transformers(name, transformers, tmp_path):
 
 
 GEMMA = gf.GPTConfig(
-    vocab=13, context=8, n_layers=2, n_heads=2, width=4, positions="rope", norm="rms_unit_offset", feed="geglu",
-    bias=False, window=3, global_layers=(1,), attention_scale=0.5, embed_scale=2.0, norms_after=True, qk_norm=True,
+    vocab=13, context=8, n_layers=2, n_heads=2, width=4, n_kv_heads=1, hidden=6, positions="rope",
+    norm="rms_unit_offset", feed="geglu", bias=False, window=3, global_layers=(1,), attention_scale=0.5,
+    embed_scale=2.0, norms_after=True, qk_norm=True,
     rope_base_local=20.0,
 )  # fmt: skip
 
@@ -254,7 +255,7 @@ def test_what_a_family_cannot_express_is_named(tmp_path):
             "gemma3_text has an attention_scale that is 1 / sqrt(n) of an integer n, got 0.3",
         ),
         ({"attention_bias": "qkv"}, "gemma3_text has attention_bias True or False, got 'qkv'"),
-        ({"parallel": True, "norms_after": False}, "gpt_neox has norm 'layer', got 'rms_unit_offset'"),
+        ({"parallel": True, "norms_after": False}, "gemma3_text has norms_after True, got False"),
     ):
         config = dataclasses.replace(GEMMA, **changes)
         with pytest.raises(ValueError, match=re.escape(message)):
