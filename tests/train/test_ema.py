@@ -71,6 +71,7 @@ def test_wrong_averages_are_refused():
         optimizer.update(start(), optimizer.init(start()))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_the_average_of_an_equinox_model_is_evaluated():
     pytest.importorskip("equinox")

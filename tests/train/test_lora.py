@@ -156,6 +156,7 @@ def test_what_cannot_be_adapted_is_refused_by_name():
         lora.split(params | {"dense": params["dense"] | {"b": jnp.zeros(4)}})
 
 
+@pytest.mark.slow
 def test_fit_trains_and_saves_the_adapters_alone(tmp_path):
     params = NET.init(jax.random.key(0))
     lora = gf.train.lora(params, 2, where="W*")
@@ -236,6 +237,7 @@ def test_narrow_weights_are_rounded_once():
     assert_close(jax.grad(lora.loss(loss))(small, jnp.ones(4))["W"]["lora_B"], jnp.full([4, 1], 4.0))
 
 
+@pytest.mark.slow
 def test_the_wrapped_loss_keeps_its_kind_and_arguments():
     lora = gf.train.lora(NET.init(jax.random.key(0)), 2, where="W1")
     options = {"batch_size": 4, "progress": False}
@@ -296,6 +298,7 @@ def haiku_model():
     return params, (lambda params, batch: jnp.square(model.apply(params, batch[0]) - batch[1]).mean()), "*/w"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("make", [equinox_model, nnx_model, linen_model, haiku_model])
 def test_models_of_other_frameworks(make):

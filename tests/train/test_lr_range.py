@@ -56,6 +56,7 @@ def test_a_loss_that_is_not_finite_ends_the_test():
     assert "diverged" in text
 
 
+@pytest.mark.slow
 def test_a_batch_of_the_test_is_that_of_fit_and_adapters_can_be_tested():
     net = gf.mlp([4, 5, 3])
     lora = gf.train.lora(net.init(jax.random.key(0)), 1, where="W1")
