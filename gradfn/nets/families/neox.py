@@ -46,7 +46,6 @@ def _write(config: GPTConfig) -> dict[str, Any]:
     rope = write_rope(config)
     rope["rope_parameters"]["partial_rotary_factor"] = config.rope_fraction
     return {
-        **rope,
         "rotary_pct": config.rope_fraction,
         "rotary_emb_base": config.rope_base,
         "vocab_size": config.vocab,
@@ -60,6 +59,8 @@ def _write(config: GPTConfig) -> dict[str, Any]:
         "attention_bias": config.attention_bias is not False,
         "use_parallel_residual": config.parallel,
         "tie_word_embeddings": config.tied,
+        # Last: with dynamic scaling it has max_position_embeddings, too.
+        **rope,
     }
 
 
