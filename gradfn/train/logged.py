@@ -68,7 +68,7 @@ def row_histograms(row: Row) -> dict[str, np.ndarray]:
     {'gradient_log2/W': array([0., 3., 1.])}
     """
     groups = {"activation": "sites", "activation_gradient": "site_grads", "gradient": "grads"}
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for group, part in groups.items():
         for name, stats in row[part].items():
             if "histogram" in stats:
