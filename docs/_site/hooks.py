@@ -61,25 +61,6 @@ def _notebooks() -> dict[str, str | bytes]:
     return notebooks.pages(ROOT)
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leave out pages that `mkdocs.yml` lists before they are written; a link to one is an error all the same."""
-    there = {*(f"notebooks/{file.stem}.md" for file in (ROOT / "docs" / "notebooks").glob("*.py"))}
-    there |= {*OUTSIDE.values(), *reference.pages()}
-
-    def kept(items: list) -> list:
-        out = []
-        for item in items:
-            target = next(iter(item.values())) if isinstance(item, dict) else item
-            if isinstance(target, list):
-                out.append({next(iter(item)): kept(target)})
-            elif target in there or (ROOT / "docs" / target).exists():
-                out.append(item)
-        return out
-
-    config.nav = kept(config.nav)
-    return config
-
-
 def on_nav(nav: Navigation, config: MkDocsConfig, files: Files) -> Navigation:
     """Check that the reference in the navigation is complete: `mkdocs.yml` lists its pages by hand."""
     listed = {page.file.src_uri for page in nav.pages}

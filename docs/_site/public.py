@@ -12,6 +12,7 @@ import re
 import textwrap
 import types
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,10 +55,9 @@ class Entry(NamedTuple):
 
     @property
     def summary(self) -> str:
-        """The first sentence or line of its docstring; of a constant, its value."""
-        if not callable(self.value):
-            return f"A constant, a {type(self.value).__name__}."
-        return (inspect.getdoc(self.value) or "").split("\n\n")[0].replace("\n", " ")
+        """The first paragraph of its docstring; of a constant, that of the string below it."""
+        text = (inspect.getdoc(self.value) if callable(self.value) else _below(self.name)) or ""
+        return text.split("\n\n")[0].replace("\n", " ")
 
     @property
     def signature(self) -> str:
@@ -116,6 +116,20 @@ def _flat() -> dict[str, str]:
         name: module.split(".")[0] or name
         for module, name in re.findall(r"^from \.([\w.]*) import (\w+) as \2$", stub, re.MULTILINE)
     }
+
+
+def _below(name: str) -> str:
+    """Return the string below the assignment of a constant, in the modules of its namespace."""
+    *_, space, constant = name.split(".")
+    folder = Path(gf.__file__).parent
+    for file in sorted((folder / space if space in namespaces() else folder).glob("*.py")):
+        body = ast.parse(file.read_text(encoding="utf-8")).body
+        for node, after in pairwise(body):
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            is_it = any(isinstance(target, ast.Name) and target.id == constant for target in targets)
+            if is_it and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                return inspect.cleandoc(str(after.value.value))
+    return ""
 
 
 def _written(value: Callable) -> str:

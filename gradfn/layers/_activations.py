@@ -30,6 +30,7 @@ activations: dict[str, Activation] = {
     "softmax": jax.nn.softmax,
     "identity": lambda x: x,
 }
+"""The activation functions by name, as layers and networks take them: `activations["relu"]`."""
 
 
 def activation(name: str | Activation) -> Activation:
