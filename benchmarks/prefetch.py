@@ -72,9 +72,9 @@ def contenders(
 
 def main(arguments: list[str] | None = None) -> None:
     parser = harness.arguments((__doc__ or "").partition("\n")[0], rounds=5)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[784, 512, 512, 10], help="of the network")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[784, 256, 10], help="of the network")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=192, help="3 groups of 64")
     options = parser.parse_args(arguments)
     figures: dict[str, dict[str, float]] = {PLAIN: {}, FIT: {}, NONE: {}}
     for wait in WAITS:
