@@ -45,24 +45,24 @@ class BatchMean:
 
     example: ExampleLoss
 
-    def __call__(self, params: PyTree, batch: PyTree, /, **keywords: PyTree) -> PyTree:
+    def __call__(self, params: PyTree, batch: PyTree, /, *more: PyTree, **keywords: PyTree) -> PyTree:
         """Return the mean of the values, and of aux, over the batch."""
-        return flat_products(self._mean)(params, batch, **keywords)
+        return flat_products(self._mean)(params, batch, *more, **keywords)
 
     @property
     def __wrapped__(self) -> ExampleLoss:
         """What `inspect.signature` looks up: the parameters are those of the loss of one example."""
         return self.example
 
-    def _mean(self, params: PyTree, batch: PyTree, /, **keywords: PyTree) -> PyTree:
+    def _mean(self, params: PyTree, /, *batch: PyTree, **keywords: PyTree) -> PyTree:
         # Only a random key is split; any other value under that name is the loss's own, None as well.
         if _is_random_key(keywords.get("key")):
             keys = jax.random.split(keywords.pop("key"), jax.tree.leaves(batch)[0].shape[0])
             values = jax.vmap(
-                lambda example, key: hide_objects(self.example(params, example, key=key, **keywords))
-            )(batch, keys)
+                lambda key, *example: hide_objects(self.example(params, *example, key=key, **keywords))
+            )(keys, *batch)
         else:
-            values = jax.vmap(lambda example: hide_objects(self.example(params, example, **keywords)))(batch)
+            values = jax.vmap(lambda *example: hide_objects(self.example(params, *example, **keywords)))(*batch)
         return show_objects(jax.tree.map(lambda value: value.mean(0), values))
 
 
@@ -70,7 +70,8 @@ def batch_mean(loss: ExampleLoss) -> BatchMean:
     """Turn the loss of one example into the mean over a batch.
 
     Args:
-        loss: `(params, example) -> scalar` or `(scalar, aux)`, with `key=` where it has noise in it.
+        loss: `(params, example) -> scalar` or `(scalar, aux)`, with `key=` where it has noise in it. An example may
+            be several arguments: the mean of `loss(params, image, label)` takes `(params, images, labels)`.
 
     Returns:
         The loss of a batch, whose arrays have a leading batch axis; aux is averaged too. A random key passed

@@ -37,6 +37,21 @@ def test_it_is_the_mean_and_splits_a_key():
     np.testing.assert_allclose(mean(W, X, key=key), ((X @ W + noise) ** 2).mean(), rtol=1e-6)
 
 
+def test_an_example_of_several_arguments():
+    def of_one(params, x, y, key=None):
+        return squared(params, x, key) * y
+
+    mean = gf.batch_mean(of_one)
+    y = jnp.array([1.0, 0.5, 2.0])
+    np.testing.assert_allclose(mean(W, X, y), (1 + 2 + 8) / 3)
+    key = jax.random.key(3)
+    noise = np.array([float(jax.random.normal(one)) for one in jax.random.split(key, 3)])
+    np.testing.assert_allclose(mean(W, X, y, key=key), ((X @ W + noise) ** 2 * y).mean(), rtol=1e-6)
+    grads = jax.grad(mean)(W, X, y)
+    np.testing.assert_allclose(gf.inspect(mean)(W, X, y).grads, grads, rtol=1e-6)
+    np.testing.assert_allclose(gf.per_example.norms(mean)(W, X, y).grads, grads, rtol=1e-6)
+
+
 @pytest.mark.parametrize("through", [jax.jit, jax.grad, lambda f: jax.jit(jax.value_and_grad(f))])
 def test_transforms_of_jax_take_it(through):
     expected = through(lambda params, x: jnp.square(x @ params).mean())(W, X)
