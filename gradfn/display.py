@@ -342,6 +342,15 @@ def to_json(content: Any, indent: int | None = None) -> str:
     return json.dumps(finite(content), indent=indent, allow_nan=False)
 
 
+def is_weight(path: str, shape: Sequence[int]) -> bool:
+    """Tell whether an array counts as weights: it has two or more axes and its name is not `bias`.
+
+    >>> is_weight("conv/weight", [6, 1, 3, 3]), is_weight("conv/bias", [6, 1, 1]), is_weight("b1", [16])
+    (True, False, False)
+    """
+    return len(shape) > 1 and path.rpartition("/")[2] != "bias"
+
+
 def parameter_table(
     arrays: Iterable[tuple[str, Sequence[int], str, int]],
     state: Sequence[tuple[str, Sequence[int], str, int, str]] = (),
@@ -355,7 +364,9 @@ def parameter_table(
     rows = sorted(arrays, key=lambda row: reading_order(row[0]))
     sizes = [math.prod(shape) for _, shape, _, _ in rows]
     size_bytes = [size * itemsize for size, (_, _, _, itemsize) in zip(sizes, rows, strict=True)]
-    weights = sum(size for size, (_, shape, _, _) in zip(sizes, rows, strict=True) if len(shape) > 1)
+    weights = sum(
+        size for size, (name, shape, _, _) in zip(sizes, rows, strict=True) if is_weight(name, shape)
+    )
     caption = f"{weights:,} weights + {sum(sizes) - weights:,} biases = {sum(sizes):,} parameters"
     if state:
         n = sum(math.prod(shape) for _, shape, *_ in state)

@@ -93,6 +93,8 @@ def test_a_model_of_equinox_is_counted_by_its_arrays():
     model = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))  # an activation function among its leaves
     assert gf.count(model) == 3 * 4 + 4 + 4 * 2 + 2
     assert "20 weights + 6 biases = 26 parameters" in str(gf.table(model))
+    conv = eqx.nn.Conv2d(1, 6, 3, key=jax.random.key(0))  # its bias is [6, 1, 1]
+    assert "54 weights + 6 biases = 60 parameters" in str(gf.table(conv))
     assert gf.count(eqx.nn.Sequential([eqx.nn.Linear(3, 2, key=jax.random.key(0)), eqx.nn.Dropout(0.5)])) == 8
 
 

@@ -248,10 +248,10 @@ def shapes(tree: PyTree) -> PyTree:
 def table(tree: PyTree) -> TextTable:
     """Return a table of parameters, a spec, a net or a model: path, shape, dtype, count, bytes, and the total.
 
-    Arrays with two or more axes count as weights, all others (biases and gains) as biases. Leaves that are not
-    arrays are left out. The last rows are those of state, which is not trained, if there is any: the variables of a
-    Flax NNX module that are not `nnx.Param`s, Linen's collections beside `params` (`batch_stats`, `cache`), Equinox's
-    `State`.
+    Arrays with two or more axes count as weights, all others (biases and gains) as biases, and so do those named
+    `bias`, whatever their shape. Leaves that are not arrays are left out. The last rows are those of state, which is
+    not trained, if there is any: the variables of a Flax NNX module that are not `nnx.Param`s, Linen's collections
+    beside `params` (`batch_stats`, `cache`), Equinox's `State`.
 
     Returns:
         A `rich` table; `print` shows it as text.

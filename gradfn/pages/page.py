@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from gradfn.display import is_weight
 from gradfn.files import open_regular, replace_file
 from gradfn.pages.charts import MAX_COLUMNS, Line, heat_map, line_chart, log_bounds, short
 from gradfn.pages.live import live_parts
@@ -604,7 +605,9 @@ def _shared_shapes(kept: Sequence[Kept]) -> tuple[list[dict[str, Any]], int]:
     found, room = [], SHAPES_ROOM
     for shapes, names in tables.items():
         sizes = [math.prod(shape) for _, shape in shapes]
-        weights = sum(size for size, (_, shape) in zip(sizes, shapes, strict=True) if len(shape) > 1)
+        weights = sum(
+            size for size, (name, shape) in zip(sizes, shapes, strict=True) if is_weight(name, shape)
+        )
         cut = [
             (short(name), short(str(list(shape))), size)
             for (name, shape), size in zip(shapes, sizes, strict=True)
