@@ -27,7 +27,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import pandas
@@ -51,14 +51,15 @@ class Column:
         header: its title, also in a data frame.
         form: how numbers are written, as in `format(number, form)`.
         drop: 0 for a column that is always shown; where a table is too wide, the highest go first.
-        shorten: whether its texts (names, source lines) may lose their middle: `blocks/0/…/gain`.
+        shorten: whether its texts may lose their middle: `blocks/0/…/gain`. Those of `"line"` are source lines, such
+            as `model.py:18 (Net.__call__)`, which lose the function first and keep the number.
         footer: what stands below its cells.
     """
 
     header: str
     form: str = ""
     drop: int = 0
-    shorten: bool = False
+    shorten: bool | Literal["line"] = False
     footer: str = ""
 
 
@@ -81,7 +82,13 @@ class TextTable:
         self.weights: list[float] = []
 
     def add_column(
-        self, header: str, form: str = "", *, drop: int = 0, shorten: bool = False, footer: str = ""
+        self,
+        header: str,
+        form: str = "",
+        *,
+        drop: int = 0,
+        shorten: bool | Literal["line"] = False,
+        footer: str = "",
     ) -> None:
         """Add a column: see `Column`."""
         self.columns.append(Column(header, form, drop, shorten, footer))
@@ -139,7 +146,8 @@ class TextTable:
             )
         for row in self.rows:
             texts = {k: _text(row[k], self.columns[k].form) for k in widths}
-            table.add_row(*[Text(_shortened(texts[k], size)) for k, size in widths.items()])
+            cells = [_shortened(texts[k], size, self.columns[k].shorten) for k, size in widths.items()]
+            table.add_row(*map(Text, cells))
         if self.title:
             yield Text(self.title)
         yield table
@@ -317,8 +325,14 @@ def _text(value: Any, form: str) -> str:
     return str(list(value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _shortened(text: str, size: int) -> str:
-    """Return a text of at most that many characters; its middle goes, for both ends tell names apart."""
+def _shortened(text: str, size: int, how: bool | Literal["line"] = True) -> str:
+    """Return a text of at most that many characters; its middle goes, for both ends tell names apart.
+
+    >>> _shortened("model.py:18 (Net.__call__)", 20, "line"), _shortened("model.py:18", 8, "line")
+    ('model.py:18', 'mod…y:18')
+    """
+    if how == "line" and len(text) > size:
+        text = text.partition(" (")[0]
     if len(text) <= size:
         return text
     head = (size - 1) // 2

@@ -62,7 +62,9 @@ class BatchMean:
                 lambda key, *example: hide_objects(self.example(params, *example, key=key, **keywords))
             )(keys, *batch)
         else:
-            values = jax.vmap(lambda *example: hide_objects(self.example(params, *example, **keywords)))(*batch)
+            values = jax.vmap(lambda *example: hide_objects(self.example(params, *example, **keywords)))(
+                *batch
+            )
         return show_objects(jax.tree.map(lambda value: value.mean(0), values))
 
 

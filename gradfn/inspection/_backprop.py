@@ -117,7 +117,7 @@ class StepList(ShowsTable, list[Step]):
         out.add_column("norm out", drop=1)
         out.add_column("gradient of")
         out.add_column("scope", drop=5, shorten=True)
-        out.add_column("line", drop=2, shorten=True)
+        out.add_column("line", drop=2, shorten="line")
         for group in groups:
             first, last = group[0], group[-1]
             axes = [max(values) for values in zip(*[step.iteration for step in group], strict=True)]

@@ -90,7 +90,7 @@ class SiteList(ShowsTable, list[Site]):
         out.add_column("source", drop=4)
         out.add_column("FLOPs", drop=2)
         out.add_column("saved", drop=1)
-        out.add_column("line", shorten=True)
+        out.add_column("line", shorten="line")
         for s in self:
             flops, saved = (
                 si(cost[s.name], unit) if s.name in cost else ""
