@@ -48,17 +48,24 @@ def _entry(entry: public.Entry) -> str:
 
 def _table(entries: list[public.Entry]) -> str:
     rows = [
-        f"| [`{entry.name.rpartition('.')[2]}`](#{entry.name}) | {_cell(entry.summary)} |"
+        f"| [{_code(entry.name.rpartition('.')[2])}](#{entry.name}) | {_cell(entry.summary)} |"
         for entry in entries
     ]
     return "\n".join(["| name | |", "|---|---|", *rows])
+
+
+def _code(name: str) -> str:
+    """Return a name as code that a narrow screen breaks after dots and underscores only."""
+    return "<code>" + name.replace(".", ".<wbr>").replace("_", "_<wbr>") + "</code>"
 
 
 def _index() -> str:
     """Return the page that lists every public name."""
     parts = []
     for page, entries in public.pages().items():
-        rows = [f"| [`{entry.name}`]({page}.md#{entry.name}) | {_cell(entry.summary)} |" for entry in entries]
+        rows = [
+            f"| [{_code(entry.name)}]({page}.md#{entry.name}) | {_cell(entry.summary)} |" for entry in entries
+        ]
         table = "\n".join(["| name | |", "|---|---|", *rows])
         parts.append(f"## [{public.TITLES[page]}]({page}.md)\n\n{table}")
     count = len(public.public_names())
