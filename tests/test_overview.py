@@ -59,7 +59,7 @@ def test_every_end_of_a_run_is_told(capsys):
     with pytest.raises(RuntimeError, match="a bug"):
         do("bug")
     expected = {
-        "finish": ("finished", "depth 2 m (NOT as expected)"),
+        "finish": ("finished", "NOT as expected: depth 2 m"),
         "stop": ("interrupted", ""),
         "fail": ("failed", "the loss became nan at step 3"),
         "bug": ("failed", "RuntimeError: a bug"),

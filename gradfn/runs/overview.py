@@ -68,7 +68,8 @@ def _result(result: dict[str, object]) -> str:
     outcome = result.get("outcome")
     if not isinstance(outcome, Outcome):
         return _plain(str(result.get("verdict", "")))
-    return _plain(outcome.reached) + (" (NOT as expected)" if outcome.state == "missed" else "")
+    # In front, because the end of a line is cut in a narrow terminal.
+    return ("NOT as expected: " if outcome.state == "missed" else "") + _plain(outcome.reached)
 
 
 def _plain(text: str) -> str:
