@@ -106,7 +106,7 @@ class Loader:
         found: list[PyTree] = []
         while len(found) < n:
             try:
-                found.append(self.read(len(found)))
+                found.append(copied(as_arrays(self.read(len(found)), "batch", scalars=True)))
             except EndedError:
                 break
         self._returned, self._step = found[::-1], 0
@@ -177,6 +177,11 @@ class Loader:
         return _encoded(self._iterator.get_state()) if has_state else None  # type: ignore[attr-defined]
 
 
+def copied(batch: PyTree) -> PyTree:
+    """Return a batch that stays as it is where its reader writes the next one into the same memory."""
+    return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, batch)
+
+
 def _as_tuple(batch: PyTree) -> PyTree:
     """Return a list of tensors, which PyTorch's loaders make of examples that are tuples, as a tuple."""
     tensors = isinstance(batch, list) and all(type(part).__module__ == "torch" for part in batch)
@@ -204,7 +209,7 @@ class Group(NamedTuple):
     """The batches of some steps.
 
     Attributes:
-        batches: `[n, batch, ...]`; where the data ended before, the last one is repeated.
+        batches: `[n, batch, ...]`; where the data ended before, the first one of the run is in the rest.
         position: of the reader before the first of them.
         end: the number of steps that there are batches for; None if there is no end.
     """
@@ -264,26 +269,29 @@ class Groups:
         self._made[number] = made
 
     def _make(self, number: int) -> Group:
-        start = number * self._n
-        batches: list[PyTree] = []
+        start, read = number * self._n, 0
+        # A batch is copied before the next one is read: a reader may write all of them into the same memory.
+        batches = jax.tree.map(lambda leaf: np.stack([leaf] * self._n), self._like)
         end = position = None
         try:
             self._reader.go(start)
             position = self._reader.position(self._n)
             for step in range(start, min(start + self._n, self._steps)):
                 batch = as_arrays(self._reader.read(step), "batch", scalars=True)
-                batches.append(same_form(batch, self._like, step))
+                check_form(batch, self._like, step)
+                for rows, row in zip(jax.tree.leaves(batches), jax.tree.leaves(batch), strict=True):
+                    rows[read] = row
+                read += 1
         except EndedError:
-            end = start + len(batches)
-        filled = batches + [batches[-1] if batches else self._like] * (self._n - len(batches))
-        return Group(checked(jax.tree.map(lambda *leaves: np.stack(leaves), *filled), "batch"), position, end)
+            end = start + read
+        return Group(checked(batches, "batch"), position, end)
 
 
-def same_form(batch: PyTree, like: PyTree, step: int) -> PyTree:
-    """Return a batch that has the structure, shapes and dtypes of the first one.
+def check_form(batch: PyTree, like: PyTree, step: int) -> None:
+    """Check that a batch has the structure, shapes and dtypes of the first one.
 
     Raises:
-        ValueError: it has not; the message names the array.
+        ValueError: it does not; the message names the array.
     """
     actual: Any = jax.tree.structure(batch)
     expected: Any = jax.tree.structure(like)
@@ -298,7 +306,6 @@ def same_form(batch: PyTree, like: PyTree, step: int) -> PyTree:
                 f"fit: the batch of step {step:,}: {name or 'array'}: expected {list(first.shape)} {first.dtype} as "
                 f"in the first batch, got {list(leaf.shape)} {leaf.dtype}. {hint}"
             )
-    return batch
 
 
 def steps_per_group(batch: PyTree, seconds: float) -> int:

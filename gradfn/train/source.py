@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 from gradfn.data._arrays import as_arrays, checked
 from gradfn.data._batches import epoch_order, n_examples
-from gradfn.train.loading import Batches, EachStep, Groups, Loader, Position, Reader, steps_per_group
+from gradfn.train.loading import Batches, EachStep, Groups, Loader, Position, Reader, copied, steps_per_group
 from gradfn.train.placing import place
 from gradfn.train.split import examples_of
 
@@ -227,7 +227,7 @@ def _from_reader(
     local: bool,
 ) -> Source:
     """Return the source of batches that a reader makes, from the first one and the time that one takes."""
-    first = as_arrays(batch, "batch", scalars=True)
+    first = copied(as_arrays(batch, "batch", scalars=True))
 
     def row_of(arrays: PyTree, order: Any, row: jax.Array, key: jax.Array) -> PyTree:
         return jax.tree.map(lambda leaf: leaf[row], order)

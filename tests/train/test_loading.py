@@ -114,6 +114,20 @@ def test_an_error_of_the_loader_is_the_users_own():
         fit(gf.train.from_host(broken), 100)
 
 
+def test_a_loader_may_write_all_batches_into_the_same_memory():
+    memory = np.zeros([4], np.float32)
+
+    def filled(value):
+        memory[:] = value
+        return memory
+
+    expected = by_hand([np.float32([step % 6]) for step in range(14)])
+    loader = gf.train.from_loader(lambda epoch: map(filled, range(6)))
+    assert float(fit(loader, 14).params) == pytest.approx(expected, rel=1e-5)
+    host = gf.train.from_host(lambda step: filled(step % 6))
+    assert float(fit(host, 14).params) == pytest.approx(expected, rel=1e-5)
+
+
 def test_an_iterable_is_iterated_over_again_in_each_epoch():
     batches = [X[i : i + 8] for i in range(0, 40, 8)]
     fitted = fit(gf.train.from_loader(batches), 13)
