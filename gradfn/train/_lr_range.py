@@ -154,7 +154,7 @@ def lr_range(
         loss: of a batch, as for `gf.fit`, as are `params` (which are not modified), `data`, `state`, `batch_size` and
             `seed`.
         params: the parameters to start from: those that training will start from.
-        data: arrays, a function of a key, or `gf.train.from_host`.
+        data: arrays, a function of a key, `gf.train.from_host` or `gf.train.from_loader`.
         optimizer: from a learning rate schedule to an optimizer: `optax.adam`, or `lambda rate: optax.adamw(rate,
             weight_decay=0.1)`.
         low: the first rate.
@@ -196,7 +196,7 @@ def lr_range(
     source = source_of(data, batch_size, seed)
     if not callable(source.content):
         check_targets(loss, source.content)
-    source = source.placed(None)
+    source = source.started(steps, None).placed(None)
     start = train_state(params, chosen, jax.random.key(seed), state)
     number = lambda value: jnp.asarray(value, jnp.float32)  # noqa: E731
     losses = jnp.full([steps], jnp.nan, jnp.float32)
@@ -220,6 +220,11 @@ def lr_range(
     while at < steps and progress.going:
         end = min(steps, (at // source.order_steps + 1) * source.order_steps) if source.order_steps else steps
         order, row = source.order(source.epoch(at)), source.row(at)
+        if source.end is not None and source.end < end:
+            raise ValueError(
+                f"lr_range: the data ended after {source.end:,} batches, but steps is {steps:,}. Pass a loader that "
+                "can be iterated over again, or fewer steps"
+            )
         progress = advance(source.arrays, own, progress, order, row, end)
         at = end
     n = int(progress.state.step)

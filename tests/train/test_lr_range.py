@@ -68,6 +68,28 @@ def test_a_batch_of_the_test_is_that_of_fit_and_adapters_can_be_tested():
     np.testing.assert_allclose(found.losses[[0, 5]], expected, rtol=1e-3)
 
 
+def test_batches_may_come_from_the_host():
+    def rows(step):
+        return X[32 * step % 256 :][:32]
+
+    options = {"low": 1e-4, "high": 0.1, "steps": 70}
+    expected = [rows(step) for step in range(8)]
+    made = [
+        gf.train.lr_range(loss, jnp.zeros(4), data, optax.sgd, **options)
+        for data in (gf.train.from_host(rows), gf.train.from_loader(expected))
+    ]
+    assert len(made[0].losses) == 70  # more than one group
+    np.testing.assert_array_equal(made[0].losses, made[1].losses)
+    weights = jnp.zeros(4)
+    for i in range(70):
+        value, grad = jax.value_and_grad(loss)(weights, rows(i))
+        np.testing.assert_allclose(made[0].losses[i], value, rtol=1e-4)
+        weights = weights - made[0].rates[i] * grad
+    once = gf.train.from_loader(lambda epoch: [] if epoch else expected)
+    with pytest.raises(ValueError, match="the data ended after 8 batches, but steps is 70"):
+        gf.train.lr_range(loss, jnp.zeros(4), once, optax.sgd, **options)
+
+
 def test_wrong_arguments_are_refused():
     test = gf.train.lr_range
     with pytest.raises(TypeError, match="must be a function of the learning rate, got an optimizer"):
