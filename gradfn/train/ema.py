@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -61,7 +62,8 @@ def ema_weights(decay: float) -> optax.GradientTransformation:
         count = optax.safe_increment(state.count)
         # The sum of decay^i (1 - decay) over the updates before is 1 - decay^count.
         t = count.astype(jnp.float32)
-        rate = (1 - decay) / -jnp.expm1(t * jnp.log(jnp.float32(decay))) if decay else jnp.float32(1)
+        # The logarithm in double precision: a decay of 0.9999999 is not a float32.
+        rate = (1 - decay) / -jnp.expm1(t * math.log(decay)) if decay else jnp.float32(1)
 
         def average(mean: jax.Array, param: jax.Array, step: jax.Array) -> jax.Array:
             new = _widened(param + step.astype(param.dtype))  # as it will be stored

@@ -52,6 +52,16 @@ def test_the_average_is_that_of_the_weights_after_each_step(decay):
     np.testing.assert_array_equal(averaged["w"], evaluated[-1])
 
 
+@pytest.mark.parametrize("decay", [0.9999, 0.9999999, 1 - 1e-9])
+def test_a_decay_close_to_1_averages_the_first_weights_alike(decay):
+    transformation, params = gf.train.ema_weights(decay), jnp.float32(8.0)
+    state = transformation.init(params)
+    # The means of 6, of 6 and 4, and of 6, 4 and 2.
+    for step, expected in ((-2.0, 6.0), (-4.0, 5.0), (-6.0, 4.0)):
+        _, state = transformation.update(jnp.float32(step), state, params)
+        np.testing.assert_allclose(gf.train.averaged_weights(state, params), expected, rtol=1e-4)
+
+
 def test_an_average_of_narrow_weights_is_wide():
     optimizer = gf.train.ema_weights(0.999)
     params = {"w": jnp.ones(2, jnp.bfloat16)}
