@@ -37,6 +37,8 @@ class Leaf(NamedTuple):
 def model_leaves(model: PyTree, function: str) -> list[Leaf]:
     """Return the leaves of parameters, of a net's spec or of a model, in order.
 
+    A variable that several NNX modules share has one leaf, under its first path.
+
     Args:
         model: any pytree; of a `gf.Net` the spec is taken, of a bound Linen module its variables.
         function: the caller, for errors.
@@ -45,8 +47,12 @@ def model_leaves(model: PyTree, function: str) -> list[Leaf]:
         TypeError: a module without parameters, with what to pass instead.
         ParameterError: two leaves have the same path.
     """
-    leaves = []
+    leaves, variables = [], set()
     for path, node in jax.tree_util.tree_leaves_with_path(_tree_of(model, function), is_leaf=_is_node):
+        if _is(node, "flax.nnx", "Variable"):
+            if id(node) in variables:
+                continue
+            variables.add(id(node))
         inner = jax.tree_util.tree_leaves_with_path(node)
         # nnx keeps each array in a box.
         boxed = _is(node, "flax.nnx", "Variable") and len(inner) == 1

@@ -82,6 +82,20 @@ def test_state_is_listed_apart_and_not_counted():
     assert gf.count(state) == 0
 
 
+def test_a_variable_that_modules_of_nnx_share_is_counted_once():
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(5, 3, rngs=rngs)
+            self.head = nnx.Linear(3, 5, rngs=rngs)
+            self.again = self.head
+            self.tied = self.embed.embedding
+
+    assert gf.count(Net(nnx.Rngs(0))) == 5 * 3 + 3 * 5 + 5
+    assert "30 weights + 5 biases = 35 parameters" in str(gf.table(Net(nnx.Rngs(0))))
+
+
 def test_only_parameters_of_nnx_are_differentiated():
     net = nnx_net()
     inspection = jax.jit(gf.inspect(lambda net, x: jnp.square(net(x)).mean()))(net, X)
