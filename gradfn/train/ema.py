@@ -83,7 +83,7 @@ def averaged_weights(opt_state: PyTree, params: PyTree) -> PyTree:
     Args:
         opt_state: the state of an optimizer with `ema_weights` in it, `fitted.state.opt_state`.
         params: the parameters that it was trained with; of an Equinox model, the model. Their dtypes, and all that is
-            not trained, are those of the result.
+            not trained or not averaged (`optax.masked`, `optax.partition`), are those of the result.
 
     Raises:
         ValueError: none or several in the state.
@@ -100,11 +100,13 @@ def averaged_weights(opt_state: PyTree, params: PyTree) -> PyTree:
             f"averaged_weights: expected one gf.train.ema_weights in the optimizer, got {len(found)}. Write "
             "optax.chain(optimizer, gf.train.ema_weights(decay))"
         )
+    # What is not trained, and what optax.masked and optax.partition leave out, has no average.
+    is_absent = lambda node: node is None or isinstance(node, optax.MaskedNode)  # noqa: E731
     return jax.tree.map(
-        lambda mean, param: param if mean is None else mean.astype(param.dtype),
+        lambda mean, param: param if is_absent(mean) else mean.astype(param.dtype),
         found[0].average,
         params,
-        is_leaf=lambda leaf: leaf is None,
+        is_leaf=is_absent,
     )
 
 

@@ -62,6 +62,17 @@ def test_a_decay_close_to_1_averages_the_first_weights_alike(decay):
         np.testing.assert_allclose(gf.train.averaged_weights(state, params), expected, rtol=1e-4)
 
 
+def test_parameters_without_an_average_stay_as_they_are():
+    params = {"body": jnp.array(8.0), "head": jnp.array(8.0)}
+    averaged = optax.chain(optax.sgd(1.0), gf.train.ema_weights(0.5))
+    optimizer = optax.partition(
+        {"train": averaged, "freeze": optax.set_to_zero()}, {"body": "freeze", "head": "train"}
+    )
+    state = optimizer.init(params)
+    _, state = optimizer.update({"body": jnp.array(4.0), "head": jnp.array(4.0)}, state, params)
+    assert gf.train.averaged_weights(state, params) == {"body": 8.0, "head": 4.0}
+
+
 def test_an_average_of_narrow_weights_is_wide():
     optimizer = gf.train.ema_weights(0.999)
     params = {"w": jnp.ones(2, jnp.bfloat16)}
