@@ -141,12 +141,6 @@ def parameters_of(f: Callable) -> list[inspect.Parameter]:
         return []
 
 
-def takes_keyword(f: Callable, name: str) -> bool:
-    """Tell whether a function has a parameter of that name that can be passed by keyword."""
-    by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return any(p.name == name and p.kind in by_keyword for p in parameters_of(f))
-
-
 def params_first(
     f: Callable, args: tuple[PyTree, ...], kwargs: Mapping[str, Any], what: str
 ) -> tuple[tuple[PyTree, ...], dict[str, Any]]:
