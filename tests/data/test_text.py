@@ -352,7 +352,7 @@ def test_fit_counts_tokens_and_keeps_the_text_out_of_the_program():
 
 @pytest.mark.slow
 def test_host_batches_depend_on_the_step_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["gradfn.train.source"], "HOST_STEPS", 7)
+    monkeypatch.setattr(sys.modules["gradfn.train.loading"], "HOST_STEPS", 7)
     draw = gf.data.host_windows(np.arange(200) % 32, 8, batch=4, seed=1)
     optimizer = optax.sgd(1.0)
 
