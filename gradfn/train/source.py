@@ -232,13 +232,14 @@ def _from_reader(
     def row_of(arrays: PyTree, order: Any, row: jax.Array, key: jax.Array) -> PyTree:
         return jax.tree.map(lambda leaf: leaf[row], order)
 
-    def not_started(epoch: int) -> PyTree:
-        raise AssertionError("the run has not started")
-
     size = _batch_size(first) * (jax.process_count() if local else 1)
     n = steps_per_group(first, seconds)
+
+    def group(number: int) -> PyTree:  # one alone: a run that has started makes the next one ahead
+        return Groups(reader(None), n, first, (number + 1) * n)(number)
+
     return Source(
-        size, epoch_steps, n, None, not_started, row_of, _tokens(first), first, local=local, reader=reader
+        size, epoch_steps, n, None, group, row_of, _tokens(first), first, local=local, reader=reader
     )
 
 
