@@ -115,8 +115,7 @@ def _start(experiment: str, config: RunConfig) -> Path:
     folder = Path(config.folder or "")
     if config.resume:
         _own(folder)
-        ended = read_ended(folder)
-        (folder / ENDED).unlink(missing_ok=True)
+        ended = read_ended(folder)  # `gf.fit` removes the file once it has accepted the checkpoint
         _SINCE[os.path.realpath(folder)] = time.monotonic(), ended["seconds"] if ended else None
         finished = (folder / RESULT).exists()
         print(f"{folder} has finished: computing its result again" if finished else f"resuming in {folder}")

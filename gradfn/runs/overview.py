@@ -60,7 +60,7 @@ def _line(folder: Path) -> RunLine:
         return RunLine(experiment, started(folder), "failed", seconds, _plain(ended["error"]), folder)
     if result is not None:
         return RunLine(experiment, started(folder), "finished", seconds, _result(result), folder)
-    state: State = "running" if ended is None and _running(folder) else "interrupted"
+    state: State = "running" if _running(folder) else "interrupted"
     return RunLine(experiment, started(folder), state, seconds, "", folder)
 
 

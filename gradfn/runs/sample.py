@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import sys
@@ -130,6 +131,7 @@ def save_model(
         FileError: it contains one that cannot be read.
     """
     content = {"net": net, "settings": settings, "tokenizer": tokenizer.to_dict(), "lines": lines}
+    content = json.loads(json.dumps(content))  # as in a file, where tuples are lists
     file = inside(folder, MODEL)
     found: Any = read_json(file, ModelFile) if os.path.lexists(file) else {}
     if found:

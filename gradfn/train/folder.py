@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gradfn.files import inner_folder, owned, remove_parts
-from gradfn.layout import CHECKPOINT, CHECKPOINTS, DIGITS, EVENTS, KEPT, LOGGED, LOGS, PROFILE
+from gradfn.layout import CHECKPOINT, CHECKPOINTS, DIGITS, ENDED, EVENTS, KEPT, LOGGED, LOGS, PROFILE
 from gradfn.train import sharded
 
 
@@ -35,6 +35,7 @@ def prepare(folder: Path, resume: bool, keep: bool) -> None:
         FileError: a folder in it is a link.
     """
     inner_folder(folder, EVENTS)
+    (folder / ENDED).unlink(missing_ok=True)  # of the process before
     if keep:
         inner_folder(folder, KEPT)
     if not resume:
