@@ -24,6 +24,7 @@ def blocks(page, language):
     [page for page in PAGES if page not in WITHOUT_CODE],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
+@pytest.mark.filterwarnings("ignore:.*loader strategy is deprecated:DeprecationWarning")  # of mlflow
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = blocks(page, "python")
