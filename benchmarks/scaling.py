@@ -122,7 +122,7 @@ def compile_case(model: str, devices: int, rules: str) -> Case:
     source = Source(batch, None, None, None, lambda epoch: None, lambda arrays, order, row, key: order)
     advance: Any = fit_programs(loss, optimizer, source, state).advance
     start = time.perf_counter()
-    compiled = advance.func.lower(None, state, (tokens, tokens), 0, 0).compile()
+    compiled = advance.func.lower(*advance.args, state, (tokens, tokens), 0, 0).compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     return Case(

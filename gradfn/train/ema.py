@@ -47,7 +47,7 @@ def ema_weights(decay: float) -> optax.GradientTransformation:
     >>> state = optimizer.init(jnp.array(8.0))
     >>> for params in (8.0, 4.0):  # steps to 4 and to 0
     ...     updates, state = optimizer.update(jnp.array(4.0), state, jnp.array(params))
-    >>> print(gf.train.averaged_weights(state, jnp.array(0.0)).round(3))  # (4 / 4 + 0 / 2) / (1 / 4 + 1 / 2)
+    >>> print(f"{gf.train.averaged_weights(state, jnp.array(0.0)):.3f}")  # (4 / 4 + 0 / 2) / (1 / 4 + 1 / 2)
     1.333
     """
     if not 0 <= decay < 1:
