@@ -142,7 +142,9 @@ def test_the_version_is_stated_once():
 def test_every_package_has_a_lower_bound():
     extras = PROJECT["optional-dependencies"].values()
     for package in [*PROJECT["dependencies"], *(each for extra in extras for each in extra)]:
-        assert re.fullmatch(r"gradfn\[[a-z,]+\]|[A-Za-z0-9_.-]+(\[[a-z,]+\])?>=[0-9.]+", package), package
+        assert re.fullmatch(
+            r"gradfn\[[a-z,]+\]|[A-Za-z0-9_.-]+(\[[a-z,]+\])?>=[0-9.]+(,<[0-9.]+)?", package
+        ), package
 
 
 KINDS = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
