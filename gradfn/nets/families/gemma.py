@@ -15,7 +15,7 @@ from gradfn.files import FileError
 from gradfn.nets._gpt import GPTConfig
 from gradfn.nets.families.family import Family
 from gradfn.nets.families.fields import Fields
-from gradfn.nets.families.llama import entries_of, read_sizes, write_sizes
+from gradfn.nets.families.llama import FILES, read_sizes, write_sizes
 from gradfn.nets.families.rope import read_rope, write_rope
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
@@ -158,12 +158,6 @@ def _write_layers(family: str, config: GPTConfig) -> dict[str, Any]:
     }
 
 
-_COMMON: dict[str, Any] = {
-    "prefix": "model.",
-    "embedding": "model.embed_tokens.weight",
-    "buffers": r"\.rotary_emb\.inv_freq$",
-    "entries": entries_of,
-}
 _FIXED = {"positions": "rope", "norm": "rms_unit_offset", "feed": "geglu", "bias": False}
 _FREE = ("n_kv_heads", "head_size", "attention_bias", "rope_base", "rope_scaling", "embed_scale")
 _FREE_LAYERS = (*_FREE, "window", "global_layers", "score_cap", "logit_cap", "attention_scale")
@@ -175,7 +169,7 @@ GEMMA = Family(
     free=_FREE,
     read=_read,
     write=_write,
-    **_COMMON,
+    **FILES,
 )
 GEMMA2 = Family(
     name="gemma2",
@@ -184,7 +178,7 @@ GEMMA2 = Family(
     free=_FREE_LAYERS,
     read=_read_2,
     write=_write_2,
-    **_COMMON,
+    **FILES,
 )
 GEMMA3 = Family(
     name="gemma3_text",
@@ -193,5 +187,5 @@ GEMMA3 = Family(
     free=(*_FREE_LAYERS, "rope_base_local"),
     read=_read_3,
     write=_write_3,
-    **_COMMON,
+    **FILES,
 )

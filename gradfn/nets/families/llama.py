@@ -108,15 +108,19 @@ def _write(config: GPTConfig) -> dict[str, Any]:
     }
 
 
+# How the files of Llama, and of the families that follow it, name their tensors.
+FILES: dict[str, Any] = {
+    "prefix": "model.",
+    "embedding": "model.embed_tokens.weight",
+    "buffers": r"\.rotary_emb\.inv_freq$",
+    "entries": entries_of,
+}
 LLAMA = Family(
     name="llama",
     architecture="LlamaForCausalLM",
-    prefix="model.",
-    embedding="model.embed_tokens.weight",
-    buffers=r"\.rotary_emb\.inv_freq$",
     fixed={"positions": "rope", "norm": "rms", "feed": "swiglu"},
     free=("n_kv_heads", "head_size", "attention_bias", "rope_base", "rope_scaling"),
     read=_read,
     write=_write,
-    entries=entries_of,
+    **FILES,
 )

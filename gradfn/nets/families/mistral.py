@@ -7,7 +7,7 @@ from typing import Any
 from gradfn.nets._gpt import GPTConfig
 from gradfn.nets.families.family import Family
 from gradfn.nets.families.fields import Fields
-from gradfn.nets.families.llama import entries_of, read_sizes, write_sizes
+from gradfn.nets.families.llama import FILES, read_sizes, write_sizes
 from gradfn.nets.families.rope import read_rope, write_rope
 
 
@@ -41,12 +41,9 @@ def _write(config: GPTConfig) -> dict[str, Any]:
 MISTRAL = Family(
     name="mistral",
     architecture="MistralForCausalLM",
-    prefix="model.",
-    embedding="model.embed_tokens.weight",
-    buffers=r"\.rotary_emb\.inv_freq$",
     fixed={"positions": "rope", "norm": "rms", "feed": "swiglu", "bias": False},
     free=("n_kv_heads", "head_size", "rope_base", "rope_scaling", "window"),
     read=_read,
     write=_write,
-    entries=entries_of,
+    **FILES,
 )

@@ -9,7 +9,7 @@ from gradfn.files import FileError
 from gradfn.nets._gpt import GPTConfig
 from gradfn.nets.families.family import Family
 from gradfn.nets.families.fields import Fields
-from gradfn.nets.families.llama import entries_of, read_rope, read_sizes, write_rope, write_sizes
+from gradfn.nets.families.llama import FILES, read_rope, read_sizes, write_rope, write_sizes
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
@@ -84,24 +84,18 @@ _FREE = ("n_kv_heads", "head_size", "rope_base", "rope_scaling", "window", "glob
 QWEN2 = Family(
     name="qwen2",
     architecture="Qwen2ForCausalLM",
-    prefix="model.",
-    embedding="model.embed_tokens.weight",
-    buffers=r"\.rotary_emb\.inv_freq$",
     fixed={**_FIXED, "attention_bias": "qkv"},
     free=_FREE,
     read=_read_2,
     write=_write_common,
-    entries=entries_of,
+    **FILES,
 )
 QWEN3 = Family(
     name="qwen3",
     architecture="Qwen3ForCausalLM",
-    prefix="model.",
-    embedding="model.embed_tokens.weight",
-    buffers=r"\.rotary_emb\.inv_freq$",
     fixed={**_FIXED, "qk_norm": True},
     free=(*_FREE, "attention_bias"),
     read=_read_3,
     write=_write_3,
-    entries=entries_of,
+    **FILES,
 )
