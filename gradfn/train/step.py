@@ -172,9 +172,27 @@ def train_step(
         with contextlib.nullcontext() if split is None else mesh_context(split.mesh):
             return compiled(*args, split)
 
-    # As functions that jax.jit returns have it.
-    setattr(step, "lower", lambda state, batch: compiled.lower(*arguments(state, batch)))  # noqa: B010
+    def lower(state: TrainState, batch: PyTree) -> _Stage:
+        return _Stage(compiled.lower(*arguments(state, batch)), lambda *args: arguments(*args)[:-1])
+
+    setattr(step, "lower", lower)  # noqa: B010 (as functions that jax.jit returns have it)
     return step
+
+
+class _Stage:
+    """A `jax.stages` object of a step that takes what the step takes, without the arrays that its loss holds."""
+
+    def __init__(self, stage: Any, arguments: Callable[[TrainState, PyTree], tuple]):
+        self._stage, self._arguments = stage, arguments
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stage, name)
+
+    def compile(self, *args: Any, **kwargs: Any) -> _Stage:
+        return _Stage(self._stage.compile(*args, **kwargs), self._arguments)
+
+    def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, jax.Array]]:
+        return self._stage(*self._arguments(state, batch))
 
 
 def one_step(

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -205,6 +206,15 @@ def test_frozen_weights_are_arguments_and_are_not_differentiated():
     assert "f32[4,300] = dot_general" not in program
     jitted = jax.jit(lambda loss, adapters: gf.inspect(gf.batch_mean(loss))(adapters, batch))
     assert len(jitted.lower(loss.example, lora.adapters).as_text()) < 200_000
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_step_compiled_ahead_takes_what_the_step_takes(adapted):
+    lora = gf.train.lora(NET.init(jax.random.key(0)), 2, where="W1")
+    loss, params = (lora.loss(LOSS), lora.adapters) if adapted else (LOSS, NET.init(jax.random.key(0)))
+    state = gf.train_state(params, optax.sgd(0.1), jax.random.key(0))
+    step = gf.train_step(loss, optax.sgd(0.1))
+    chex.assert_trees_all_equal(step.lower(state, DATA).compile()(state, DATA), step(state, DATA))
 
 
 def test_gradients_of_adapters_are_inspected_by_name():
