@@ -153,7 +153,9 @@ class Wanted(NamedTuple):
 
     def of(self, site: Site, x: jax.Array, kind: str = "") -> dict[str, Any]:
         """Return what is recorded of a site's value or gradient; `kind` is as in `summarize`."""
-        return {"stats": summarize(x, self.stats, kind)} | ({"raw": x} if site.name in self.raw else {})
+        return {"stats": summarize(x, self.stats, kind, site.units)} | (
+            {"raw": x} if site.name in self.raw else {}
+        )
 
     def by_name(
         self, recorded: Mapping[Path, Mapping[str, Any]], same: Mapping[str, str]

@@ -9,6 +9,7 @@ from jaxtyping import PyTree
 
 from gradfn.jaxpr import Program, Site
 from gradfn.jaxpr.backward_rules import NamedValue, named_values
+from gradfn.jaxpr.sites import last_axis
 
 
 class RuleSite(NamedTuple):
@@ -61,6 +62,7 @@ def _site(name: str, value: NamedValue) -> Site:
         line=inside.line,
         scope=call.scope,
         kind="",
+        units=last_axis(aval.ndim),
         differentiable=False,
         reaches="result",
     )

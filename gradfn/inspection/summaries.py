@@ -63,7 +63,8 @@ class Stats:
         max: largest magnitude.
         zeros: share that is exactly zero, in [0, 1].
         saturated: of a sigmoid or tanh: share whose slope is below a tenth of the largest slope.
-        dead: of a relu: share of units (last axis) that are zero for every row, given at least 8 rows.
+        dead: of a relu: share of units that are zero for every row, given at least 8 rows. Units are the axes that the
+            weights give a product (the channels of a convolution), else the last one.
         nonfinite: number of NaN and infinite elements.
         histogram: `[48]` counts of magnitudes by powers of two from 2^-32 up, on at most 1024 sampled
             elements.
@@ -87,9 +88,16 @@ class Stats:
         return out if self.histogram is None else out | {"histogram": np.asarray(self.histogram).tolist()}
 
 
-@partial(jax.jit, static_argnames=("stats", "kind"))
-def summarize(x: jax.Array, stats: tuple[str, ...], kind: str = "") -> Stats:
-    """Return statistics of an array; `kind` is the activation function that computed it, if any."""
+@partial(jax.jit, static_argnames=("stats", "kind", "units"))
+def summarize(x: jax.Array, stats: tuple[str, ...], kind: str = "", units: tuple[int, ...] = (-1,)) -> Stats:
+    """Return statistics of an array.
+
+    Args:
+        x: the array.
+        stats: names of statistics.
+        kind: the activation function that computed it, if any.
+        units: its axes that are units.
+    """
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         x = x.astype(jnp.float32)
     is_real = not jnp.iscomplexobj(x)
@@ -97,14 +105,15 @@ def summarize(x: jax.Array, stats: tuple[str, ...], kind: str = "") -> Stats:
     # Of real values, only squares and signs are used.
     magnitudes = values if is_real else jnp.abs(values)
     accumulate = magnitudes.dtype
-    n_units = x.shape[-1] if x.ndim else 1
-    n_rows = x.size // max(n_units, 1)
+    others = tuple(axis for axis in range(x.ndim) if axis not in units and axis - x.ndim not in units)
+    n_rows = math.prod(x.shape[axis] for axis in others)
     n = max(x.size, 1)
     out = {"count": jnp.full((), x.size, accumulate)}
     if "dead" in stats and kind in ("relu", "relu6") and n_rows >= DEAD_ROWS:
-        # Axes that are split over devices in the type cannot be merged.
-        rows = x if explicit_spec(x) else x.reshape(n_rows, n_units)
-        of_units = jnp.max(jnp.abs(rows), axis=tuple(range(rows.ndim - 1)))  # [units]
+        # XLA reduces merged axes faster, but those that are split over devices in the type cannot be merged.
+        merge = others == tuple(range(x.ndim - 1)) and not explicit_spec(x)
+        rows = x.reshape(n_rows, x.shape[-1]) if merge else x
+        of_units = jnp.max(jnp.abs(rows), axis=0 if merge else others)  # [units...]
         out["dead"] = jnp.mean((of_units == 0).astype(accumulate))
         if "max" in stats:
             out["max"] = jnp.max(of_units, initial=0).astype(accumulate)

@@ -58,6 +58,7 @@ from gradfn.jaxpr.dataflow import Dataflow, Role
 from gradfn.jaxpr.interpreter import Equation, Path, bodies, operation, params_of, scope_of
 from gradfn.jaxpr.program import Program
 from gradfn.jaxpr.reach import Reach, reaching
+from gradfn.jaxpr.units import units_of
 from gradfn.jaxpr.users import RESULT, Users
 
 _IDENTITIES = {
@@ -92,6 +93,7 @@ class Site:
         line: the source line, `file:line (function)`.
         scope: its `jax.named_scope` stack.
         kind: the activation function that computes it, or empty.
+        units: its axes that are units, where a product with a parameter gave it such; else the last one.
         differentiable: false for integers and for values inside a while loop, which have no gradient.
         reaches: what is computed from it: `result`, only `aux` (the gradient is then zero), or `nothing`.
     """
@@ -107,6 +109,7 @@ class Site:
     line: str
     scope: str
     kind: str
+    units: tuple[int, ...]
     differentiable: bool
     reaches: str
 
@@ -135,7 +138,7 @@ class _Value(NamedTuple):
 
     With both `leaves` and `data` it is a *choice*: parameters selected by an index or updated along a gradient, by the
     equations `chosen_at`. `main` is the parameter that most of its elements are from, `size` the number of elements
-    that determine it. `cotangent` marks data of a backward pass.
+    that determine it. `cotangent` marks data of a backward pass. `units` are its axes that are units, if that is known.
     """
 
     leaves: frozenset[int] = frozenset()
@@ -147,6 +150,7 @@ class _Value(NamedTuple):
     origin: Origin | None = None
     kind: str = ""
     sample: Sample | None = None
+    units: tuple[int, ...] | None = None
 
     @property
     def parametric(self) -> bool:
@@ -164,7 +168,7 @@ class _Value(NamedTuple):
     @property
     def lasting(self) -> "_Value":
         """What remains known from one iteration of a loop to the next."""
-        return self._replace(origin=None, kind="", sample=None)
+        return self._replace(origin=None, kind="", sample=None, units=None)
 
 
 def _either(values: Sequence[_Value]) -> _Value:
@@ -195,6 +199,7 @@ class _Found(NamedTuple):
     kind: str
     origin: Origin
     anchor: Origin | None = None
+    units: tuple[int, ...] | None = None
 
 
 class _Analysis(Dataflow[_Value]):
@@ -238,7 +243,7 @@ class _Analysis(Dataflow[_Value]):
             return value
         origin = value.origin or (at, output)
         kind = kind or recognize(value.sample, var.aval)
-        self.records.append(_Found(at, output, scope, "scope", kind, origin))
+        self.records.append(_Found(at, output, scope, "scope", kind, origin, units=value.units))
         return value._replace(sample=fresh((at, output), var.aval, origin))
 
     def enters(self, path: Path, kind: str, eqn: Any, operands: list[_Value]) -> bool:
@@ -276,24 +281,28 @@ class _Analysis(Dataflow[_Value]):
         name, aval = operation(eqn), eqn.outvars[0].aval
         live, backward, origin = path in self.reach.outputs, self._is_backward(path, eqn), (path, 0)
         value = _computed(eqn, operands, backward)
+        weights = [bool(v.leaves) for v in operands]
+        value = value._replace(units=units_of(eqn, [v.units for v in operands], weights))
         if self.calls.get(path):
             return [self._called(path, eqn, operands, value, live)] * len(eqn.outvars)
         sample, kind = _sampled(eqn, operands, path)
         # Of random keys there are no statistics.
         if name == "name" and not jnp.issubdtype(aval.dtype, jax.dtypes.extended):
             origin = operands[0].origin or origin
-            self.records.append(_Found(path, 0, params_of(eqn)["name"], "name", kind, origin))
+            found = _Found(path, 0, params_of(eqn)["name"], "name", kind, origin, units=value.units)
+            self.records.append(found)
             sample = fresh(origin, aval, origin)
         parameters = [(k, v) for k, v in enumerate(operands) if v.parametric] if value.data else []
         self.records += [Use(path, k, v.leaves) for k, v in parameters]
         meeting = [v for _, v in parameters] or self._choices(eqn, operands, value, backward)
         if meeting and live and _is_inexact(eqn.outvars[0]) and not _adds_a_penalty(eqn):
-            self.records.append(_Found(path, 0, self._label(eqn, meeting), "parameter", kind, origin))
+            label = self._label(eqn, meeting)
+            self.records.append(_Found(path, 0, label, "parameter", kind, origin, units=value.units))
             sample = fresh(origin, aval, origin)
             if value.choice:
                 value = value._replace(chosen_at=value.chosen_at | {origin})
         elif live and kind and name not in _IDENTITIES and kind == recognize(sample, eqn.outvars[0].aval):
-            self._activation(operands, sample, path, kind)
+            self._activation(operands, sample, path, kind, value.units)
         return [
             value._replace(origin=(path, k) if k else origin, kind=kind, sample=None if k else sample)
             for k in range(len(eqn.outvars))
@@ -304,7 +313,8 @@ class _Analysis(Dataflow[_Value]):
         kind = self.calls[path]
         (sample,) = simulate_body(*bodies(eqn)[1][0], [v.sample for v in operands])[:1]
         if live:
-            self._activation(operands, next((v.sample for v in operands if v.anchor), None), path, kind)
+            anchored = next((v.sample for v in operands if v.anchor), None)
+            self._activation(operands, anchored, path, kind, value.units)
         return value._replace(kind=kind, origin=(path, 0), sample=sample)
 
     def _choices(self, eqn: Any, operands: list[_Value], value: _Value, backward: bool) -> list[_Value]:
@@ -329,10 +339,18 @@ class _Analysis(Dataflow[_Value]):
             or ("+".join(tops) if len(tops) <= 3 else "params")
         )
 
-    def _activation(self, operands: Sequence[_Value], sample: Sample | None, path: Path, kind: str) -> None:
+    def _activation(
+        self,
+        operands: Sequence[_Value],
+        sample: Sample | None,
+        path: Path,
+        kind: str,
+        units: tuple[int, ...] | None,
+    ) -> None:
         repeated = any(v.kind == kind for v in operands)
         if kind and not repeated and sample is not None and sample.anchor:
-            self.records.append(_Found(path, 0, f":{kind}", "parameter", kind, (path, 0), sample.anchor))
+            found = _Found(path, 0, f":{kind}", "parameter", kind, (path, 0), sample.anchor, units)
+            self.records.append(found)
 
 
 def _computed(eqn: Any, operands: Sequence[_Value], backward: bool) -> _Value:
@@ -577,9 +595,15 @@ def _site(found: _Found, name: str, equation: Equation, reaches: str) -> Site:
         line=equation.line,
         scope=equation.scope,
         kind=found.kind,
+        units=last_axis(aval.ndim) if found.units is None else found.units,
         differentiable=jnp.issubdtype(aval.dtype, jnp.inexact) and not equation.in_while,
         reaches=reaches,
     )
+
+
+def last_axis(ndim: int) -> tuple[int, ...]:
+    """Return the axis of the units of a value where no product tells: the last one."""
+    return (ndim - 1,) if ndim else ()
 
 
 def _batch_first(found: _Found, users_in: Users) -> _Found:
@@ -596,8 +620,11 @@ def _batch_first(found: _Found, users_in: Users) -> _Found:
     if operation(user) != "transpose" or "vmap(" not in str(user.source_info.name_stack):
         return found
     # A user's own transpose changes the order of the other axes.
-    others = user.params["permutation"][1:]
-    return found._replace(path=(*found.path[:-1], at)) if list(others) == sorted(others) else found
+    order = user.params["permutation"]
+    if list(order[1:]) != sorted(order[1:]):
+        return found
+    units = None if found.units is None else tuple(sorted(order.index(axis) for axis in found.units))
+    return found._replace(path=(*found.path[:-1], at), units=units)
 
 
 def _parents(found: Sequence[_Found], everything: Sequence[_Found]) -> list[str]:

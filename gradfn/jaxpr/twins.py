@@ -29,13 +29,14 @@ def same_values(program: Program, sites: Sequence[Site]) -> dict[str, str]:
     for site in sorted(sites, key=lambda site: site.path):
         origin = _origin(users, (site.path, site.index))
         first = found.setdefault(origin, site)
-        # Some statistics of an activation function depend on its kind, and on the last axis.
-        if first is not site and (first.kind, first.kind and first.shape) == (
-            site.kind,
-            site.kind and site.shape,
-        ):
+        # Some statistics of an activation function depend on its kind, and on its units.
+        if first is not site and (not (first.kind or site.kind) or _activation(first) == _activation(site)):
             twins[site.name] = first.name
     return twins
+
+
+def _activation(site: Site) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    return site.kind, site.shape, site.units
 
 
 def same_gradients(program: Program, sites: Sequence[Site]) -> dict[str, str]:
