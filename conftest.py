@@ -6,16 +6,16 @@ import signal
 import tempfile
 from pathlib import Path
 
-# Eight devices on one CPU, for the sharding tests; jax reads this once, when it starts.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-
 import jax
 import pytest
 
 import gradfn
 
-# jax has read its settings: this is for the commands that tests start, which would write into the user's cache.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+DEVICES = " --xla_force_host_platform_device_count=8"  # on one CPU, for the sharding tests
+# XLA compiles twice as fast with one thread, and without the code for fused operations that later versions always use.
+QUICK = " --xla_cpu_parallel_codegen_split_count=1"
+if jax.__version_info__ < (0, 11):
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
 
 # Import all of gradfn before pytest imports single files for their doctests, which would create second copies.
 for name in gradfn.__all__:
@@ -30,22 +30,32 @@ def pytest_configure(config):
 
     All tests run on the CPU, except those marked `accelerator`, which run only where they are requested.
 
-    Most programs run once, so they are compiled without XLA's expensive optimizations, and programs that several tests
-    compile are cached in a temporary folder. Tests marked `optimized` check the optimized program. Both kinds do
-    not mix in one process, because compiled operations are kept between tests.
+    Most programs run once, so they are compiled without XLA's expensive optimizations. Tests marked `optimized` check
+    the optimized program. Both kinds do not mix in one process, because compiled operations are kept between tests.
+    Programs are cached in a temporary folder, which the processes of pytest-xdist share with the commands that tests
+    start: those would write into the user's cache.
     """
     expression = config.option.markexpr
     if "accelerator" not in expression or "not accelerator" in expression:
         jax.config.update("jax_platforms", "cpu")
-    if "not optimized" in config.option.markexpr:
-        jax.config.update("jax_disable_most_optimizations", True)
+    if not hasattr(config, "workerinput"):
         folder = tempfile.TemporaryDirectory(prefix="gradfn-compiled-")
         config.add_cleanup(folder.cleanup)
-        jax.config.update("jax_enable_compilation_cache", True)
-        jax.config.update("jax_compilation_cache_dir", folder.name)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    optimized = "not optimized" not in expression
+    jax.config.update("jax_enable_compilation_cache", not optimized)
+    if not optimized:
+        jax.config.update("jax_disable_most_optimizations", True)
+        jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
         gc.set_threshold(200_000, 20, 100)  # jax keeps many objects, in which searching for cycles is slow
+    with pytest.MonkeyPatch.context() as patch:
+        # Only for this process: the commands that tests start have one device, which starts in half the time.
+        patch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + DEVICES + ("" if optimized else QUICK))
+        jax.devices()
 
 
 def pytest_collection_modifyitems(items):
@@ -94,9 +104,16 @@ SUMMARIES = {"attack": "attacks: withstood of attempts", "menagerie": "menagerie
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print the number of attempts of each attack, and how many were withstood; the same of the menagerie."""
+    """Print the number of attempts of each attack, and how many were withstood; the same of the menagerie.
+
+    Append the names of skipped tests to the file GRADFN_SKIPPED, a line each, for another session: `pytest @FILE`.
+    """
     reports = [report for each in ("passed", "failed") for report in terminalreporter.stats.get(each, ())]
     recorded = [pair for report in reports if report.when == "call" for pair in report.user_properties]
+    if file := os.environ.get("GRADFN_SKIPPED"):
+        skipped = {report.nodeid for report in terminalreporter.stats.get("skipped", ())}
+        with open(file, "a") as stream:
+            stream.writelines(f"{name}\n" for name in sorted(skipped))
     for kind, title in SUMMARIES.items():
         totals = {}
         for name, tries, held in [value for key, value in recorded if key == kind]:
