@@ -17,7 +17,8 @@ from gradfn.jaxpr.program import hide_objects, show_objects
 class ExampleLoss(Protocol):
     """The loss of one example: `(params, example) -> scalar`, or `(scalar, aux)` with any pytree of arrays as aux.
 
-    A loss with noise in it has a parameter `key`. `gf.batch_mean` and the transforms of `gf.per_example` take it.
+    A loss with noise in it has a parameter `key`. What `gf.batch_mean` returns, and the transforms of `gf.per_example`,
+    take one key and split it, one for each example.
     """
 
     def __call__(self, params: PyTree, /, *example: PyTree, **keywords: PyTree) -> PyTree:

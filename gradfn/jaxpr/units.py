@@ -62,11 +62,11 @@ def _sizes(shape: Sequence[int], axes: Sequence[int]) -> list[int]:
 
 def _reshaped(before: Sequence[int], after: Sequence[int], axes: Sequence[int]) -> Axes:
     """Return where axes are after a reshape, if it keeps each of them."""
-    places = []
+    kept = []
     for axis in axes:
         ahead = math.prod(before[:axis])
         found = [i for i, n in enumerate(after) if n == before[axis] and math.prod(after[:i]) == ahead]
         if not found:
             return None
-        places.append(found[-1])
-    return tuple(places)
+        kept.append(found[-1])
+    return tuple(kept)

@@ -129,10 +129,10 @@ def grad_cosines(loss: Callable, groups: int | None = None) -> Callable[..., Cos
         groups: the number of groups that `by` distinguishes; needed inside `jit`, else the largest of `by` plus one.
 
     Returns:
-        `(params, *batch, by=None) -> Cosines`. `by` is integers `[B]`, the group of each example (its class, its
-        task): the mean gradients of the groups are compared, which takes one backward pass per group. Groups
+        `(params, *batch, by=None, key=None) -> Cosines`. `by` is integers `[B]`, the group of each example (its class,
+        its task): the mean gradients of the groups are compared, which takes one backward pass per group. Groups
         without examples have NaN. Without `by`, single examples are compared, whose gradients are all in memory at
-        once.
+        once. `key` is as in `gf.per_example.grads`.
 
     Raises:
         ValueError: `by` is not one integer per example in [0, groups), or is traced and `groups` is not given.
@@ -152,9 +152,15 @@ def grad_cosines(loss: Callable, groups: int | None = None) -> Callable[..., Cos
     """
 
     @transform_of(loss, "grad_cosines")
-    def compare(params: PyTree, /, *batch: PyTree, by: Int[Array, " B"] | ArrayLike | None = None) -> Cosines:
+    def compare(
+        params: PyTree,
+        /,
+        *batch: PyTree,
+        by: Int[Array, " B"] | ArrayLike | None = None,
+        key: PyTree = None,
+    ) -> Cosines:
         """Return the cosines between the gradients of the examples, or of the groups that `by` gives."""
-        call = TracedLoss("grad_cosines", loss, params, batch)
+        call = TracedLoss("grad_cosines", loss, params, batch, key)
 
         def of_one(example: list[PyTree]) -> list[PyTree]:
             return jax.grad(lambda floating: call.run(floating, example)[0])(call.floating)

@@ -141,8 +141,9 @@ def grads(loss: Callable, chunk: int | None = None) -> Callable[..., PyTree]:
         chunk: the number of examples to differentiate at a time; None for all at once.
 
     Returns:
-        `(params, *batch) -> grads`: in the tree of the parameters, arrays `[B, *shape]` of their dtypes, None where a
-        leaf has no gradient. Each array of the batch has the examples along its first axis.
+        `(params, *batch, key=None) -> grads`: in the tree of the parameters, arrays `[B, *shape]` of their dtypes, None
+        where a leaf has no gradient. Each array of the batch has the examples along its first axis. A random `key`, for
+        a loss with noise in it, is split: each example gets the key that it has in `gf.batch_mean`.
 
     Raises:
         ValueError: a batch whose arrays differ in their first axis, or without arrays; a chunk below 1.
@@ -157,9 +158,9 @@ def grads(loss: Callable, chunk: int | None = None) -> Callable[..., PyTree]:
     _check_chunk(chunk, "per_example.grads")
 
     @transform_of(loss, "grads")
-    def grads_of(params: PyTree, /, *batch: PyTree) -> PyTree:
+    def grads_of(params: PyTree, /, *batch: PyTree, key: PyTree = None) -> PyTree:
         """Return the gradient of each example of the batch."""
-        call = TracedLoss("per_example.grads", loss, params, batch)
+        call = TracedLoss("per_example.grads", loss, params, batch, key)
 
         def grads_of_one(leaves: list[PyTree]) -> list[PyTree]:
             grads = jax.grad(lambda some: call.run(some, leaves)[0])(call.floating)
@@ -196,9 +197,9 @@ def norms(loss: Callable, chunk: int = CHUNK) -> Callable[..., ExampleNorms]:
         chunk: the number of examples at a time for parameters that fall back.
 
     Returns:
-        `(params, *batch) -> ExampleNorms`; fast inside `jit`. Each array of the batch has the examples along its
-        first axis. The results can be differentiated, at the cost of `vmap(grad)`. Inside a `jax.shard_map` they
-        are those of each device's own examples.
+        `(params, *batch, key=None) -> ExampleNorms`; fast inside `jit`. Each array of the batch has the examples along
+        its first axis; `key` is as in `gf.per_example.grads`. The results can be differentiated, at the cost of
+        `vmap(grad)`. Inside a `jax.shard_map` they are those of each device's own examples.
 
     Raises:
         ValueError: a batch whose arrays differ in their first axis, or without arrays; a chunk below 1.
@@ -217,9 +218,9 @@ def norms(loss: Callable, chunk: int = CHUNK) -> Callable[..., ExampleNorms]:
     _check_chunk(chunk, "per_example.norms")
 
     @transform_of(loss, "norms")
-    def norms_of(params: PyTree, /, *batch: PyTree) -> ExampleNorms:
+    def norms_of(params: PyTree, /, *batch: PyTree, key: PyTree = None) -> ExampleNorms:
         """Return the norm of the gradient of each example, and the gradient of the batch."""
-        call = TracedLoss("per_example.norms", loss, params, batch)
+        call = TracedLoss("per_example.norms", loss, params, batch, key)
         plan = Plan(call)
         methods = tuple(zip(call.names, [s.method for s in plan.strategies], strict=True))
 
@@ -309,8 +310,8 @@ def clipped_grads(loss: Callable, max_norm: Any, chunk: int = CHUNK) -> Callable
         chunk: as in `gf.per_example.norms`.
 
     Returns:
-        `(params, *batch) -> ClippedGrads`; fast inside `jit`. An example whose gradient is not finite makes the mean
-        NaN.
+        `(params, *batch, key=None) -> ClippedGrads`; fast inside `jit`. `key` is as in `gf.per_example.grads`. An
+        example whose gradient is not finite makes the mean NaN.
 
     Raises:
         ValueError: `max_norm` not above 0; and as `gf.per_example.norms`.
@@ -329,9 +330,9 @@ def clipped_grads(loss: Callable, max_norm: Any, chunk: int = CHUNK) -> Callable
         raise ValueError(f"clipped_grads: max_norm must be > 0, got {max_norm}")
 
     @transform_of(loss, "clipped_grads")
-    def clipped(params: PyTree, /, *batch: PyTree) -> ClippedGrads:
+    def clipped(params: PyTree, /, *batch: PyTree, key: PyTree = None) -> ClippedGrads:
         """Return the mean of the clipped gradients of the examples of the batch."""
-        call = TracedLoss("clipped_grads", loss, params, batch)
+        call = TracedLoss("clipped_grads", loss, params, batch, key)
         plan = Plan(call)
         second_pass = tuple(call.names[i] for i in plan.not_kept)
         if not second_pass:

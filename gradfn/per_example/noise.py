@@ -141,8 +141,8 @@ def noise_scale(loss: Callable) -> Callable[..., NoiseScale]:
         loss: `(params, *example) -> scalar` or `(scalar, aux)`, of one example.
 
     Returns:
-        `(params, *batch) -> NoiseScale`, where the batch's arrays have a leading axis of at least two examples.
-        Add the estimates of several batches: `a + b`.
+        `(params, *batch, key=None) -> NoiseScale`, where the batch's arrays have a leading axis of at least two
+        examples; `key` is as in `gf.per_example.grads`. Add the estimates of several batches: `a + b`.
 
     Raises:
         ValueError: a batch of one example; and as `gf.per_example.norms`.
@@ -157,9 +157,9 @@ def noise_scale(loss: Callable) -> Callable[..., NoiseScale]:
     """
 
     @transform_of(loss, "noise_scale")
-    def measure(params: PyTree, /, *batch: PyTree) -> NoiseScale:
+    def measure(params: PyTree, /, *batch: PyTree, key: PyTree = None) -> NoiseScale:
         """Return the estimated noise scale from one batch of at least two examples."""
-        return noise_of(example_norms(loss)(params, *batch))
+        return noise_of(example_norms(loss)(params, *batch, key=key))
 
     return measure
 
@@ -220,7 +220,7 @@ def norm_test(loss: Callable, theta: float = 0.9) -> Callable[..., NormTest]:
         theta: above 0; a smaller one requires more examples.
 
     Returns:
-        `(params, *batch) -> NormTest`.
+        `(params, *batch, key=None) -> NormTest`; `key` is as in `gf.per_example.grads`.
 
     Raises:
         ValueError: theta not above zero, or a batch of one example.
@@ -236,9 +236,9 @@ def norm_test(loss: Callable, theta: float = 0.9) -> Callable[..., NormTest]:
         raise ValueError(f"norm_test: theta must be > 0, got {theta}")
 
     @transform_of(loss, "norm_test")
-    def test(params: PyTree, /, *batch: PyTree) -> NormTest:
+    def test(params: PyTree, /, *batch: PyTree, key: PyTree = None) -> NormTest:
         """Return whether the batch passes the norm test."""
-        measured = example_norms(loss)(params, *batch)
+        measured = example_norms(loss)(params, *batch, key=key)
         # The test does not depend on the gradients' unit, but their squares may overflow or underflow in any other.
         unit = unit_of(measured.total.max())
         norms, grads = jax.tree.map(lambda x: divided(widen(x), unit), (measured.norms, measured.grads))

@@ -26,8 +26,12 @@ Arrays = tuple[list[PyTree], list[PyTree], list[PyTree], list[PyTree]]
 class TracedLoss:
     """A loss of one example, its `floating` parameters and a `batch`, both flat."""
 
-    def __init__(self, what: str, loss: Callable, params: PyTree, batch: tuple[PyTree, ...]) -> None:
+    def __init__(
+        self, what: str, loss: Callable, params: PyTree, batch: tuple[PyTree, ...], key: PyTree = None
+    ) -> None:
         self.size = _size(what, batch)
+        if key is not None:
+            loss, batch = _noisy(loss), (*batch, jax.random.split(key, self.size))
         batch = jax.tree.map(jnp.asarray, batch)
         # Inside a shard_map each device has its own examples, gradients and norms, also of replicated parameters.
         arrays = [leaf for leaf in jax.tree.leaves((params, batch)) if is_array(leaf)]
@@ -116,6 +120,12 @@ class TracedLoss:
         """Return one value per floating parameter in the tree of the parameters."""
         by_number = dict(zip(self.numbers, values, strict=True))
         return self.program.like_arguments([by_number.get(i) for i in range(len(self.program.inputs))])[0]
+
+
+def _noisy(loss: Callable) -> Callable:
+    """Return the loss of one example with its random key as the last argument."""
+    of_one = loss_of_example(loss)
+    return lambda params, *example: of_one(params, *example[:-1], key=example[-1])
 
 
 def _example(x: PyTree) -> PyTree:
