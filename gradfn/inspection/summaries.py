@@ -64,7 +64,7 @@ class Stats:
         zeros: share that is exactly zero, in [0, 1].
         saturated: of a sigmoid or tanh: share whose slope is below a tenth of the largest slope.
         dead: of a relu: share of units that are zero for every row, given at least 8 rows. Units are the axes that the
-            weights give a product (the channels of a convolution), else the last one.
+            weights give a product (the channels of a convolution), else the last one. None where they are not known.
         nonfinite: number of NaN and infinite elements.
         histogram: `[48]` counts of magnitudes by powers of two from 2^-32 up, on at most 1024 sampled
             elements.
@@ -96,7 +96,7 @@ def summarize(x: jax.Array, stats: tuple[str, ...], kind: str = "", units: tuple
         x: the array.
         stats: names of statistics.
         kind: the activation function that computed it, if any.
-        units: its axes that are units.
+        units: its axes that are units; empty where they are not known, and none are counted as dead.
     """
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         x = x.astype(jnp.float32)
@@ -109,7 +109,7 @@ def summarize(x: jax.Array, stats: tuple[str, ...], kind: str = "", units: tuple
     n_rows = math.prod(x.shape[axis] for axis in others)
     n = max(x.size, 1)
     out = {"count": jnp.full((), x.size, accumulate)}
-    if "dead" in stats and kind in ("relu", "relu6") and n_rows >= DEAD_ROWS:
+    if "dead" in stats and kind in ("relu", "relu6") and units and n_rows >= DEAD_ROWS:
         # XLA reduces merged axes faster, but those that are split over devices in the type cannot be merged.
         merge = others == tuple(range(x.ndim - 1)) and not explicit_spec(x)
         rows = x.reshape(n_rows, x.shape[-1]) if merge else x

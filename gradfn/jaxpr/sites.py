@@ -58,7 +58,7 @@ from gradfn.jaxpr.dataflow import Dataflow, Role
 from gradfn.jaxpr.interpreter import Equation, Path, bodies, operation, params_of, scope_of
 from gradfn.jaxpr.program import Program
 from gradfn.jaxpr.reach import Reach, reaching
-from gradfn.jaxpr.units import units_of
+from gradfn.jaxpr.units import Operand, axis_of_parameter, units_of
 from gradfn.jaxpr.users import RESULT, Users
 
 _IDENTITIES = {
@@ -93,7 +93,8 @@ class Site:
         line: the source line, `file:line (function)`.
         scope: its `jax.named_scope` stack.
         kind: the activation function that computes it, or empty.
-        units: its axes that are units, where a product with a parameter gave it such; else the last one.
+        units: its axes that are units: those that the parameters of a product or a sum gave it, the last one where none
+            did; empty where they were mixed with others since.
         differentiable: false for integers and for values inside a while loop, which have no gradient.
         reaches: what is computed from it: `result`, only `aux` (the gradient is then zero), or `nothing`.
     """
@@ -281,8 +282,8 @@ class _Analysis(Dataflow[_Value]):
         name, aval = operation(eqn), eqn.outvars[0].aval
         live, backward, origin = path in self.reach.outputs, self._is_backward(path, eqn), (path, 0)
         value = _computed(eqn, operands, backward)
-        weights = [bool(v.leaves) for v in operands]
-        value = value._replace(units=units_of(eqn, [v.units for v in operands], weights))
+        units = units_of(eqn, [Operand(v.units, bool(v.leaves), v.choice) for v in operands])
+        value = value._replace(units=units)
         if self.calls.get(path):
             return [self._called(path, eqn, operands, value, live)] * len(eqn.outvars)
         sample, kind = _sampled(eqn, operands, path)
@@ -467,7 +468,7 @@ def _kind_of_call(
 def _analyze(program: Program, reach: Reach) -> _Analysis:
     has_data = any(owner != 0 for owner in program.owners)
     inputs = [
-        _Value(frozenset([i]), main=i, size=math.prod(aval.shape))
+        _Value(frozenset([i]), main=i, size=math.prod(aval.shape), units=axis_of_parameter(aval.shape))
         if owner == 0 and jnp.issubdtype(aval.dtype, jnp.inexact)
         else _Value(data=owner != 0)
         for i, (owner, aval) in enumerate(zip(program.owners, program.jaxpr.in_avals, strict=True))

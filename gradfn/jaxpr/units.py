@@ -1,72 +1,134 @@
 """The axes of a value that are its units: those that the weights of a product give it.
 
 The units of `W x` are the rows of `W`, wherever the batch is: `jax.vmap` puts it last in `W @ x`, and first in `x @ W`.
-Those of a convolution are its channels. Operations that keep these axes are followed.
+Those of a convolution are its channels, and those of a sum with a bias are the axis of the bias. Operations that keep
+these axes are followed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from gradfn.jaxpr.interpreter import operation
 
 Axes = tuple[int, ...] | None
+"""The axes that are units; empty where they were mixed with others, None where nothing tells."""
 
+_ELEMENTWISE = {
+    "add",
+    "add_any",
+    "sub",
+    "mul",
+    "div",
+    "max",
+    "min",
+    "pow",
+    "select_n",
+    "clamp",
+    "atan2",
+    "rem",
+}
+_PRODUCTS = {"dot_general", "conv_general_dilated"}
 _WINDOWS = {"reduce_window", "reduce_window_max", "reduce_window_sum", "pad", "slice", "rev", "concatenate"}
 
 
-def units_of(eqn: Any, operands: Sequence[Axes], weights: Sequence[bool]) -> Axes:
-    """Return the axes of an equation's first output that are units, or None where no product tells.
+class Operand(NamedTuple):
+    """An operand of an equation.
 
-    Args:
-        eqn: the equation.
-        operands: the axes of each operand that are units.
-        weights: which operands are made from parameters.
+    Attributes:
+        units: its axes that are units.
+        weight: whether it is made from parameters.
+        chosen: whether data chose it, or a gradient changed it: the axes that it shares with data are then no units.
     """
-    name, params, out = operation(eqn), eqn.params, eqn.outvars[0].aval
-    shape = getattr(out, "shape", ())
+
+    units: Axes
+    weight: bool
+    chosen: bool
+
+
+def axis_of_parameter(shape: Sequence[int]) -> Axes:
+    """Return the axis of a bias or a gain, which are the units of what it is added to or multiplied with."""
+    long = [axis for axis, n in enumerate(shape) if n > 1]
+    return tuple(long) if len(long) == 1 else None
+
+
+def units_of(eqn: Any, operands: Sequence[Operand]) -> Axes:
+    """Return the axes of an equation's first output that are units."""
+    name, shape = operation(eqn), getattr(eqn.outvars[0].aval, "shape", ())
+    weights = [operand.weight for operand in operands]
     if name == "dot_general" and sum(weights) == 1:
-        return _of_product(eqn, weights.index(True))
-    if name == "conv_general_dilated" and list(weights) == [False, True]:
-        return (params["dimension_numbers"].out_spec[1],)
-    if name == "transpose" and operands[0] is not None:
-        return tuple(sorted(params["permutation"].index(axis) for axis in operands[0]))
-    if name == "broadcast_in_dim" and operands[0] is not None:
-        axes = tuple(params["broadcast_dimensions"][axis] for axis in operands[0])
-        return axes if _sizes(shape, axes) == _sizes(eqn.invars[0].aval.shape, operands[0]) else None
-    if name in ("reshape", "squeeze") and operands[0] is not None:
-        return _reshaped(eqn.invars[0].aval.shape, shape, operands[0])
-    known = set()
-    for atom, axes in zip(eqn.invars, operands, strict=True):
-        before = getattr(atom.aval, "shape", ())
-        follows = len(before) == len(shape) if name in _WINDOWS else before == shape
-        if axes is not None and follows and _sizes(before, axes) == _sizes(shape, axes):
-            known.add(axes)
-    return known.pop() if len(known) == 1 else None
+        return _of_product(eqn, weights.index(True), operands)
+    if name == "conv_general_dilated" and weights == [False, True]:
+        return (eqn.params["dimension_numbers"].out_spec[1],)
+    found = [
+        None if operand.units is None else _followed(name, eqn.params, atom.aval, shape, operand.units)
+        for atom, operand in zip(eqn.invars, operands, strict=True)
+    ]
+    # A bias tells only what the value that it is added to does not.
+    of_data = {axes for axes, weight in zip(found, weights, strict=True) if axes and not weight}
+    known = of_data or {axes for axes in found if axes}
+    if len(known) == 1:
+        return known.pop()
+    return None if all(axes is None for axes in found) else ()
 
 
-def _of_product(eqn: Any, k: int) -> Axes:
+def _of_product(eqn: Any, k: int, operands: Sequence[Operand]) -> Axes:
     """Return the axes of a product that its operand `k` has: those over which the product is batched come first."""
-    (contracted, batched) = eqn.params["dimension_numbers"]
+    contracted, batched = eqn.params["dimension_numbers"]
     n_batched = len(batched[k])
     free = [a.aval.ndim - len(c) - n_batched for a, c in zip(eqn.invars, contracted, strict=True)]
     first = n_batched + (free[0] if k else 0)
-    return (*range(n_batched), *range(first, first + free[k])) if free[k] else None
+    shared = () if operands[k].chosen else range(n_batched)
+    return (*shared, *range(first, first + free[k])) if free[k] else None
 
 
-def _sizes(shape: Sequence[int], axes: Sequence[int]) -> list[int]:
-    return [shape[axis] for axis in axes]
+def _followed(
+    name: str, params: Any, before: Any, after: Sequence[int], units: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Return where units are after an operation; empty if it may have mixed them with other axes."""
+    shape = before.shape
+    if name == "transpose":
+        return tuple(sorted(params["permutation"].index(axis) for axis in units))
+    if name == "broadcast_in_dim":
+        moved = tuple(params["broadcast_dimensions"][axis] for axis in units)
+    elif name in ("reshape", "squeeze"):
+        return _reshaped(shape, after, units)
+    elif name.startswith("reduce_") and "axes" in params:
+        reduced = params["axes"]
+        if any(axis in reduced for axis in units):
+            return ()
+        return tuple(axis - sum(other < axis for other in reduced) for axis in units)
+    elif name not in _PRODUCTS and (
+        shape == after or (name in _ELEMENTWISE | _WINDOWS and len(shape) == len(after))
+    ):
+        moved = units
+    else:
+        return ()
+    return moved if [shape[axis] for axis in units] == [after[axis] for axis in moved] else ()
 
 
-def _reshaped(before: Sequence[int], after: Sequence[int], axes: Sequence[int]) -> Axes:
-    """Return where axes are after a reshape, if it keeps each of them."""
-    kept = []
-    for axis in axes:
-        ahead = math.prod(before[:axis])
-        found = [i for i, n in enumerate(after) if n == before[axis] and math.prod(after[:i]) == ahead]
-        if not found:
-            return None
-        kept.append(found[-1])
-    return tuple(kept)
+def _reshaped(before: Sequence[int], after: Sequence[int], units: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the axes that a reshape makes of units: neighbors may be merged, and one may be split."""
+    out: list[int] = []
+    for run in _neighbors(units):
+        start = math.prod(before[: run[0]])
+        end = start * math.prod(before[axis] for axis in run)
+        starts = [math.prod(after[:i]) for i in range(len(after) + 1)]
+        axes = [i for i, n in enumerate(after) if n > 1 and start <= starts[i] and starts[i + 1] <= end]
+        if math.prod(after[i] for i in axes) * start != end:
+            return ()
+        out += axes
+    return tuple(out)
+
+
+def _neighbors(axes: Sequence[int]) -> list[list[int]]:
+    """Return axes in order, those that follow each other together."""
+    runs: list[list[int]] = []
+    for axis in sorted(axes):
+        if runs and runs[-1][-1] == axis - 1:
+            runs[-1].append(axis)
+        else:
+            runs.append([axis])
+    return runs

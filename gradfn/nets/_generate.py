@@ -41,6 +41,8 @@ class LanguageModel(Net):
         context: the number of tokens that a state can hold; None for no limit.
         hidden: `(params, tokens) -> [T, width]`, with `key=` like `apply`: what the head reads; None without a head.
         head: `(params, hidden [T, width]) -> logits [T, vocab_size]`, the rest of `apply`.
+        in_parts: whether `step` gives the same for tokens in several parts as for all at once, up to rounding. Dynamic
+            RoPE does not: it rotates by the length so far.
         description: as in `gf.Net`.
     """
 
@@ -49,6 +51,7 @@ class LanguageModel(Net):
     context: int | None = None
     hidden: Callable | None = None
     head: Callable | None = None
+    in_parts: bool = True
 
 
 @overload
@@ -160,6 +163,11 @@ def generate(
                 f"generate: capture records one prompt, got {len(prompt)}. Pass them one at a time: "
                 "[gf.generate(net, params, prompt, n, capture=...) for prompt in prompts]"
             )
+        if not net.in_parts:
+            options.pop("seed")
+            return [
+                generate(net, params, tokens, n, seed=seed + i, **options) for i, tokens in enumerate(prompt)
+            ]
         return _together(net, params, [*prompt], n, **options)
     one: Any = prompt
     if capture is None:

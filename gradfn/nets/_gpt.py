@@ -257,8 +257,9 @@ def gpt(config: GPTConfig) -> LanguageModel:
 
     forward = apply_with_dropout if config.dropout else apply
     description = described("gpt", vars(config))
+    in_parts = config.rope_scaling is None or config.rope_scaling.kind != "dynamic"
     return LanguageModel(
-        spec, forward, start, step, config.context, hidden, logits_of, description=description
+        spec, forward, start, step, config.context, hidden, logits_of, in_parts, description=description
     )
 
 

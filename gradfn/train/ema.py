@@ -66,7 +66,8 @@ def ema_weights(decay: float) -> optax.GradientTransformation:
         rate = (1 - decay) / -jnp.expm1(t * math.log(decay)) if decay else jnp.float32(1)
 
         def average(mean: jax.Array, param: jax.Array, step: jax.Array) -> jax.Array:
-            new = _widened(param + step.astype(param.dtype))  # as it will be stored
+            with jax.numpy_dtype_promotion("standard"):
+                new = _widened((param + step).astype(param.dtype))  # as optax.apply_updates will store it
             return mean + rate.astype(mean.real.dtype) * (new - mean)
 
         return updates, EmaWeights(count, jax.tree.map(average, state.average, params, updates))

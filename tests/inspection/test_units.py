@@ -122,6 +122,108 @@ def test_members_of_an_ensemble_have_units_of_their_own():
     np.testing.assert_allclose(inspection.stats[relu.name].dead, np.mean((values == 0).all(-1)), rtol=1e-6)
 
 
+def relu_of(f, params, *data):
+    inspection = gf.inspect(f)(params, *data)
+    (relu,) = [site for site in inspection.sites if site.kind == "relu"]
+    return relu, inspection.stats[relu.name].dead
+
+
+def test_the_axis_of_examples_that_choose_their_weights_is_not_a_unit():
+    experts = {"W": np.stack([np.ones([6, 8]), -np.ones([6, 8]), -np.ones([6, 8])]).astype("float32")}
+    x, chosen = np.ones([4, 16, 8], "float32"), np.array([0, 1, 2, 1])
+
+    def of_examples(params, x, chosen):
+        return jnp.sum(jax.vmap(lambda x, i: jax.nn.relu(x @ params["W"][i].T))(x, chosen))
+
+    # Every unit is positive for the first example.
+    assert relu_of(of_examples, experts, x, chosen)[1] == 0
+
+    def of_tokens(params, x, chosen):
+        return jnp.sum(jax.vmap(lambda x, i: jax.nn.relu(params["W"][i] @ x))(x, chosen))
+
+    relu, dead = relu_of(of_tokens, experts, np.ones([32, 8], "float32"), np.full([32], 1))
+    assert (relu.units, dead) == ((1,), 1)
+
+
+def test_the_axis_of_tasks_whose_inner_step_changes_the_weights_is_not_a_unit():
+    weights = {"W": np.concatenate([np.ones([3, 8]), -np.ones([3, 8])]).astype("float32")}
+    tasks = np.ones([4, 16, 8], "float32") * np.array([1, -1, -1, -1], "float32")[:, None, None]
+
+    def task(params, x):
+        inner = jax.grad(lambda W: jnp.sum((x @ W.T) ** 2))(params["W"])
+        return jnp.sum(jax.nn.relu(x @ (params["W"] - 0.0 * inner).T))
+
+    _, dead = relu_of(lambda params, x: jnp.sum(jax.vmap(task, (None, 0))(params, x)), weights, tasks)
+    assert dead == 0
+
+
+def grouped(x, groups):
+    """Normalize groups of channels: x is [batch, channels, height, width]."""
+    split = x.reshape(len(x), groups, -1)  # [batch, groups, rest]
+    split = (split - split.mean(2, keepdims=True)) / (split.std(2, keepdims=True) + 1)
+    return split.reshape(x.shape)  # [batch, channels, height, width]
+
+
+AFTERWARD = {
+    "an axis split": lambda params, x: (x @ params["W"].T).reshape(len(x), 2, 8),
+    "axes merged again": lambda params, x: (x @ params["W"].T).reshape(len(x), 2, 8).reshape(len(x), 16),
+    "a reduction over time": lambda params, x: jnp.max((jnp.stack([x, x], 1) @ params["W"].T), axis=1),
+    "a bias with axes of size one": lambda params, x: params["W"][None] @ x[..., None] + params["c"],
+}
+
+
+@pytest.mark.parametrize("name", AFTERWARD)
+def test_units_are_followed_through(name):
+    params = {"W": W, "c": np.zeros([1, 16, 1], "float32")}
+    loss = lambda params, x: jnp.sum(jax.nn.relu(gf.tap(AFTERWARD[name](params, x), "z")))  # noqa: E731
+    _, dead = relu_of(loss, params, X)
+    np.testing.assert_allclose(dead, DEAD, rtol=1e-6)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_the_channels_of_a_convolution_after_a_norm_or_a_pooling_by_hand(pooled):
+    params = {
+        "K": np.ones([8, 3, 3, 3], "float32"),
+        "b": np.where(np.arange(8) < 4, -99, 9).astype("float32"),
+    }
+    images = DATA.normal(size=[10, 3, 8, 8]).astype("float32")
+
+    def loss(params, x):
+        z = jax.lax.conv_general_dilated(x, params["K"], (1, 1), "SAME")  # [10, 8, 8, 8]
+        if pooled:
+            z = jnp.tanh(z).reshape(10, 8, 4, 2, 4, 2).max((3, 5))  # [10, 8, 4, 4]
+        else:
+            z = grouped(z, 2)
+        return jnp.sum(jax.nn.relu(z + params["b"][:, None, None][None]))
+
+    relu, dead = relu_of(loss, params, images)
+    assert (relu.units, dead) == ((1,), 0.5)
+
+
+def test_convolutions_of_an_ensemble():
+    kernels = np.stack([np.ones([3, 3, 3, 4]), -np.ones([3, 3, 3, 4])]).astype("float32")
+
+    def member(kernel, x):
+        return jax.nn.relu(
+            jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        )
+
+    loss = lambda params, x: jnp.sum(jax.vmap(member, (0, None))(params["K"], x))  # noqa: E731
+    _, dead = relu_of(loss, {"K": kernels}, np.ones([10, 8, 8, 3], "float32"))
+    assert dead == 0.5
+
+
+def test_units_that_were_mixed_are_not_counted():
+    def loss(params, x):
+        z = x @ params["W"].T  # [32, 16]
+        return jnp.sum(jax.nn.relu(gf.tap(z.reshape(16, 32), "z")))
+
+    relu, dead = relu_of(loss, PARAMS, X)
+    assert (relu.units, dead) == ((), None)
+
+
 def test_without_a_product_units_are_on_the_last_axis():
     loss = gf.batch_mean(lambda params, x: jnp.sum(jax.nn.relu(x + params["b"])))
     inspection = gf.inspect(loss)({"b": np.where(np.arange(8) < 2, -99, 99).astype("float32")}, X)

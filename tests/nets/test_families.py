@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 import gradfn as gf
+from gradfn.nets import families
+from gradfn.nets.families import fields
 
 TOKENS = np.array([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
 INPUTS, TARGETS = TOKENS[:, :-1], TOKENS[:, 1:]
@@ -245,6 +247,64 @@ def test_fields_of_layers_with_windows_are_read_or_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             read(**changes)
+
+
+# As published, with the fields that newer versions of transformers no longer write.
+PUBLISHED = {
+    "gemma-2-2b": (
+        {
+            **{"architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0},
+            **{"attn_logit_softcapping": 50.0, "bos_token_id": 2, "cache_implementation": "hybrid"},
+            **{"eos_token_id": 1, "final_logit_softcapping": 30.0, "head_dim": 256},
+            **{"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"},
+            **{"hidden_size": 2304, "initializer_range": 0.02, "intermediate_size": 9216},
+            **{"max_position_embeddings": 8192, "model_type": "gemma2", "num_attention_heads": 8},
+            **{"num_hidden_layers": 26, "num_key_value_heads": 4, "pad_token_id": 0},
+            **{"query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_theta": 10000.0},
+            **{"sliding_window": 4096, "torch_dtype": "float32", "transformers_version": "4.42.4"},
+            **{"use_cache": True, "vocab_size": 256000},
+        },
+        {"window": 4096, "global_layers": tuple(range(1, 26, 2)), "score_cap": 50.0, "feed": "geglu"},
+    ),
+    "gemma-3-1b-it": (
+        {
+            **{"architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0},
+            **{"attn_logit_softcapping": None, "bos_token_id": 2, "cache_implementation": "hybrid"},
+            **{"eos_token_id": [1, 106], "final_logit_softcapping": None, "head_dim": 256},
+            **{"hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "initializer_range": 0.02},
+            **{"intermediate_size": 6912, "max_position_embeddings": 32768, "model_type": "gemma3_text"},
+            **{"num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1},
+            **{"pad_token_id": 0, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06},
+            **{"rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000},
+            **{"sliding_window": 512, "sliding_window_pattern": 6, "torch_dtype": "bfloat16"},
+            **{"transformers_version": "4.50.0.dev0", "use_cache": True, "vocab_size": 262144},
+        },
+        {"window": 512, "global_layers": (5, 11, 17, 23), "rope_base": 1e6, "rope_base_local": 1e4},
+    ),
+    "gpt-neox-20b": (
+        {
+            **{"architectures": ["GPTNeoXForCausalLM"], "attention_probs_dropout_prob": 0},
+            **{"bos_token_id": 0, "eos_token_id": 0, "hidden_act": "gelu_fast", "hidden_dropout_prob": 0},
+            **{"hidden_size": 6144, "initializer_range": 0.02, "intermediate_size": 24576},
+            **{"layer_norm_eps": 1e-05, "max_position_embeddings": 2048, "model_type": "gpt_neox"},
+            **{"num_attention_heads": 64, "num_hidden_layers": 44, "rotary_emb_base": 10000},
+            **{"rotary_pct": 0.25, "tie_word_embeddings": False, "torch_dtype": "float16"},
+            **{"transformers_version": "4.19.0.dev0", "use_cache": True, "vocab_size": 50432},
+        },
+        {"feed": "gelu", "parallel": True, "rope_fraction": 0.25, "width": 6144, "tied": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_are_read(name, tmp_path):
+    published, expected = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    described = fields.Fields(tmp_path / "config.json")
+    kind = described.choice("model_type", families.FAMILIES)
+    config = families.FAMILIES[kind].read(described)
+    described.end()
+    assert {key: getattr(config, key) for key in expected} == expected
 
 
 def test_what_a_family_cannot_express_is_named(tmp_path):

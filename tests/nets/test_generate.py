@@ -204,6 +204,8 @@ CONFIG = gf.GPTConfig(vocab=17, context=12, n_layers=2, n_heads=2, width=8, posi
 MODELS = {
     "gpt": gf.gpt(CONFIG),
     "scanned": gf.gpt(dataclasses.replace(CONFIG, scan=True, positions="learned")),
+    # Its rotations depend on the length so far, so that parts of a prompt do not give the values of the whole.
+    "dynamic": gf.gpt(dataclasses.replace(CONFIG, rope_scaling=gf.RopeScaling("dynamic", 4.0, 2))),
     "rnn": gf.rnn(17, 8, "lstm", 2),
 }
 PROMPTS = [[3, 1, 4], [1], np.arange(16)]

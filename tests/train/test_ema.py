@@ -122,3 +122,15 @@ def test_accumulated_gradients_are_those_of_a_large_batch():
     large = gf.fit(loss, start(), X, optax.sgd(0.1), 2, batch_size=16, **options)
     np.testing.assert_allclose(small.params["w"], large.params["w"], rtol=1e-5)
     assert not np.array_equal(small.params["w"], start()["w"])
+
+
+def test_the_average_is_of_parameters_as_they_are_stored():
+    params = {"w": jnp.full([3], 256.0, jnp.bfloat16)}
+    wide = optax.stateless(lambda updates, params: {"w": jnp.full([3], 1.003, jnp.float32)})
+    optimizer = optax.chain(wide, gf.train.ema_weights(0.5))
+    updates, state = optimizer.update(params, optimizer.init(params), params)
+    with jax.numpy_dtype_promotion("standard"):
+        stored = optax.apply_updates(params, updates)
+    # Added in float32 and rounded once: 257.003 is 258 in bfloat16, but 256 + bfloat16(1.003) is 256.
+    assert float(stored["w"][0]) == 258
+    np.testing.assert_array_equal(gf.train.averaged_weights(state, params)["w"], stored["w"])

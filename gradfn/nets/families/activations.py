@@ -8,6 +8,7 @@ from collections.abc import Mapping
 ACTIVATIONS: Mapping[str, str] = {
     "gelu_new": "gelu",
     "gelu_pytorch_tanh": "gelu",
+    "gelu_fast": "gelu",
     "gelu": "gelu_exact",
     "relu": "relu",
     "silu": "silu",

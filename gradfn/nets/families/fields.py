@@ -126,6 +126,8 @@ WITHOUT_EFFECT = {
         "embd_pdrop",
         "attn_pdrop",
         "attention_dropout",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
         "chunk_size_feed_forward",
         "n_ctx",
     ),
@@ -140,5 +142,5 @@ WITHOUT_EFFECT = {
     *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences"),
     *("output_scores", "return_dict_in_generate", "remove_invalid_values", "suppress_tokens"),
     *("begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "max_new_tokens"),
-    "exponential_decay_length_penalty",
+    *("exponential_decay_length_penalty", "cache_implementation"),
 }
