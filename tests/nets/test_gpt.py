@@ -190,11 +190,14 @@ def test_a_few_scanned_blocks_compile_without_a_loop():
     def products(text):
         return text.count(" dot(")
 
+    def loops(text):
+        return text.count(" while(")
+
     unrolled, scanned = (compiled(dataclasses.replace(SMALL, scan=scan)) for scan in (False, True))
-    assert " while(" not in scanned
+    assert loops(scanned) == loops(unrolled)  # XLA may make loops of other operations
     assert products(scanned) == products(unrolled)
-    assert " while(" in compiled(dataclasses.replace(SMALL, scan=True, n_layers=UNROLLED + 1))
-    assert " while(" in compiled(dataclasses.replace(SMALL, scan=True, remat=True))
+    assert loops(compiled(dataclasses.replace(SMALL, scan=True, n_layers=UNROLLED + 1))) > loops(unrolled)
+    assert loops(compiled(dataclasses.replace(SMALL, scan=True, remat=True))) > loops(unrolled)
 
 
 def test_inspection_names_all_values_of_all_blocks():
