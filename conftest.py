@@ -110,7 +110,8 @@ def pytest_terminal_summary(terminalreporter):
     """
     reports = [report for each in ("passed", "failed") for report in terminalreporter.stats.get(each, ())]
     recorded = [pair for report in reports if report.when == "call" for pair in report.user_properties]
-    if file := os.environ.get("GRADFN_SKIPPED"):
+    is_worker = hasattr(terminalreporter.config, "workerinput")
+    if (file := os.environ.get("GRADFN_SKIPPED")) and not is_worker:
         skipped = {report.nodeid for report in terminalreporter.stats.get("skipped", ())}
         with open(file, "a") as stream:
             stream.writelines(f"{name}\n" for name in sorted(skipped))

@@ -24,6 +24,7 @@ SAME = "(params, x, label, *, weight=1.0, key=None)"
 ESTIMATE = "(params, /, x, label, *, key=None, weight=1.0)"
 PRODUCT = "(params, vector, /, x, label, *, weight=1.0, key=None)"
 MAP, DRAWN_MAP = "(params, x, label, /)", "(params, x, label, /, *, key)"
+NOISY = "(params, x, label, /, *, key=None)"
 OUTER = {
     "backprop": (SAME, {}),
     "capture": (SAME, {}),
@@ -67,12 +68,12 @@ OUTER = {
     "curvature.loss_landscape": ("(params, /, x, label, *, directions=None, key=None, weight=1.0)", {}),
     "curvature.product": (SAME, {}),
     "curvature.sharpness": (ESTIMATE, {"learning_rate": 0.1}),
-    "per_example.clipped_grads": (MAP, {"max_norm": 1.0}),
-    "per_example.grad_cosines": ("(params, x, label, /, *, by=None)", {}),
-    "per_example.grads": (MAP, {}),
-    "per_example.noise_scale": (MAP, {}),
-    "per_example.norm_test": (MAP, {}),
-    "per_example.norms": (MAP, {}),
+    "per_example.clipped_grads": (NOISY, {"max_norm": 1.0}),
+    "per_example.grad_cosines": ("(params, x, label, /, *, by=None, key=None)", {}),
+    "per_example.grads": (NOISY, {}),
+    "per_example.noise_scale": (NOISY, {}),
+    "per_example.norm_test": (NOISY, {}),
+    "per_example.norms": (NOISY, {}),
 }
 NOT_OF_A_FUNCTION = {
     *("accuracy", "stalled", "train_step"),

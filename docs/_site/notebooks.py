@@ -10,11 +10,12 @@ from pathlib import Path
 
 import jupytext
 import nbconvert
+import nbformat
 from nbclient import NotebookClient
 
 
 def pages(root: Path) -> dict[str, str | bytes]:
-    """Execute every notebook of `docs/notebooks`; return its page and its pictures by path on the site.
+    """Execute every notebook of `docs/notebooks`; return its page, its pictures and itself by path on the site.
 
     Raises:
         CellExecutionError: a cell fails.
@@ -30,14 +31,13 @@ def _page(file: Path, root: Path) -> dict[str, str | bytes]:
     notebook = jupytext.read(file)
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook.metadata["kernelspec"] = kernel
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), before]))
-    try:
-        # A notebook may write files where it runs.
-        with tempfile.TemporaryDirectory() as folder:
-            NotebookClient(notebook, timeout=600, resources={"metadata": {"path": folder}}).execute()
-    finally:
-        os.environ["PYTHONPATH"] = before or ""
+    # The kernel imports this copy of gradfn, whose warnings are errors.
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    settings = {"PYTHONPATH": path, "PYTHONWARNINGS": "error::UserWarning:gradfn"}
+    # A notebook may write files where it runs.
+    with tempfile.TemporaryDirectory() as folder:
+        client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": folder}})
+        client.execute(env=os.environ | settings)
     text, resources = nbconvert.MarkdownExporter(exclude_input_prompt=True).from_notebook_node(
         notebook, resources={"output_files_dir": f"{file.stem}_files"}
     )
@@ -45,9 +45,12 @@ def _page(file: Path, root: Path) -> dict[str, str | bytes]:
         f"notebooks/{name}": content if isinstance(content, bytes) else base64.b64decode(content)
         for name, content in resources["outputs"].items()
     }
+    made[f"notebooks/{file.stem}.ipynb"] = nbformat.writes(notebook).encode()
     source = f"../source/docs/notebooks/{file.name}.html"
-    link = f"\n\n[This notebook as a text file]({source}); `jupytext` opens it in Jupyter.\n"
-    return {f"notebooks/{file.stem}.md": _tidy(text) + link, **made}
+    link = (
+        f"[This notebook with its output]({file.stem}.ipynb), and [as text]({source}), which jupytext opens."
+    )
+    return {f"notebooks/{file.stem}.md": f"{_tidy(text)}\n\n{link}\n", **made}
 
 
 def _tidy(text: str) -> str:
