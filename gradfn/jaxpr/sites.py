@@ -58,7 +58,7 @@ from gradfn.jaxpr.dataflow import Dataflow, Role
 from gradfn.jaxpr.interpreter import Equation, Path, bodies, operation, params_of, scope_of
 from gradfn.jaxpr.program import Program
 from gradfn.jaxpr.reach import Reach, reaching
-from gradfn.jaxpr.units import Operand, axis_of_parameter, units_of
+from gradfn.jaxpr.units import Operand, axis_of_parameter, transposed, units_of
 from gradfn.jaxpr.users import RESULT, Users
 
 _IDENTITIES = {
@@ -624,7 +624,7 @@ def _batch_first(found: _Found, users_in: Users) -> _Found:
     order = user.params["permutation"]
     if list(order[1:]) != sorted(order[1:]):
         return found
-    units = None if found.units is None else tuple(sorted(order.index(axis) for axis in found.units))
+    units = None if found.units is None else transposed(found.units, order)
     return found._replace(path=(*found.path[:-1], at), units=units)
 
 

@@ -90,7 +90,7 @@ def _followed(
     """Return where units are after an operation; empty if it may have mixed them with other axes."""
     shape = before.shape
     if name == "transpose":
-        return tuple(sorted(params["permutation"].index(axis) for axis in units))
+        return transposed(units, params["permutation"])
     if name == "broadcast_in_dim":
         moved = tuple(params["broadcast_dimensions"][axis] for axis in units)
     elif name in ("reshape", "squeeze"):
@@ -107,6 +107,11 @@ def _followed(
     else:
         return ()
     return moved if [shape[axis] for axis in units] == [after[axis] for axis in moved] else ()
+
+
+def transposed(units: tuple[int, ...], permutation: Sequence[int]) -> tuple[int, ...]:
+    """Return where units are after a transpose."""
+    return tuple(sorted(permutation.index(axis) for axis in units))
 
 
 def _reshaped(before: Sequence[int], after: Sequence[int], units: tuple[int, ...]) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ from gradfn.train.step import (
     Change,
     TrainState,
     apply_gradients,
-    of_examples,
+    of_example,
     one_step,
     step_key,
     step_keywords,
@@ -249,13 +249,13 @@ def chunks(
     def measure(arrays: Arrays, state: TrainState, order: Any, row: jax.Array) -> NoiseScale:
         batch = batch_of(arrays, state, order, row)
         params = state.params if split is None else split.gather(state.params)
-        of_one, keys = of_examples(loss_of(arrays.loss), state, source.batch_size)
-        return noise_scale(of_one)(params, batch, *keys)
+        of_one, key = of_example(loss_of(arrays.loss), state)
+        return noise_scale(of_one)(params, batch, key=key)
 
     @jax.jit
     def examine(arrays: Arrays, state: TrainState, order: Any, row: jax.Array) -> Examined:
         one = functools.partial(inspected_step, arrays.loss)
-        examined = examiner(loss_of(arrays.loss), one, source.batch_size)
+        examined = examiner(loss_of(arrays.loss), one)
         return examined(state, batch_of(arrays, state, order, row))
 
     @jax.jit

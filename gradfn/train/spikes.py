@@ -22,7 +22,7 @@ from gradfn.flatten import BatchMean, Loss
 from gradfn.train.bands import Bands, Spike, series
 from gradfn.train.measures import norm
 from gradfn.train.rows import Row
-from gradfn.train.step import Change, TrainState, of_examples
+from gradfn.train.step import Change, TrainState, of_example
 
 if TYPE_CHECKING:
     from gradfn.inspection import Inspection
@@ -110,32 +110,30 @@ class Examined(NamedTuple):
 def examiner(
     loss: Loss,
     inspected_step: Callable[[TrainState, PyTree], tuple[Any, Any, Any, Inspection]],
-    batch_size: int,
 ) -> Callable[[TrainState, PyTree], Examined]:
     """Return the function that examines the next step of a state, on its batch; the step is not taken.
 
     Args:
         loss: of a batch.
         inspected_step: see `gradfn.train.chunk.one_inspected_step`.
-        batch_size: examples per batch.
     """
 
     def examine(state: TrainState, batch: PyTree) -> Examined:
         *_, inspection = inspected_step(state, batch)
         parts = moments(state.opt_state, state.params)
         rms = {name: jax.tree.map(_rms, part) for name, part in parts.items()}
-        return Examined(inspection, _example_norms(loss, state, batch, batch_size), rms)
+        return Examined(inspection, _example_norms(loss, state, batch), rms)
 
     return examine
 
 
-def _example_norms(loss: Loss, state: TrainState, batch: PyTree, batch_size: int) -> jax.Array | None:
+def _example_norms(loss: Loss, state: TrainState, batch: PyTree) -> jax.Array | None:
     from gradfn.per_example import norms
 
     if not isinstance(loss, BatchMean) or state.model_state is not None:
         return None
-    of_one, keys = of_examples(loss, state, batch_size)
-    return norms(of_one)(state.params, batch, *keys).total
+    of_one, key = of_example(loss, state)
+    return norms(of_one)(state.params, batch, key=key).total
 
 
 def _rms(x: jax.Array) -> jax.Array:

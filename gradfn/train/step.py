@@ -314,13 +314,10 @@ def step_keywords(loss: Loss, state: TrainState) -> dict[str, Any]:
     return keywords | ({"key": step_key(state)} if takes_key(loss) else {})
 
 
-def of_examples(loss: Loss, state: TrainState, n: int) -> tuple[Callable, tuple[jax.Array, ...]]:
-    """Return the loss of one example in the next step, and its keys if it takes any, one for each of `n` examples."""
+def of_example(loss: Loss, state: TrainState) -> tuple[Callable, jax.Array | None]:
+    """Return the loss of one example in the next step, and that step's key if it takes one."""
     of_one = loss_of_example(loss) if state.rest is None else state.rest.loss(loss_of_example(loss))
-    if not takes_key(of_one):
-        return of_one, ()
-    keys = jax.random.split(step_key(state), n)  # as batch_mean splits it
-    return lambda params, one, key: of_one(params, one, key=key), (keys,)
+    return of_one, step_key(state) if takes_key(of_one) else None
 
 
 def step_key(state: TrainState) -> jax.Array:
