@@ -71,6 +71,9 @@ def test_a_mark_is_replaced_by_what_the_code_above_it_prints(tools):
         tools.programs.with_output("```python\nx = 1\n```\n<!-- output -->", Path("page.md"))
 
 
+VERBATIM = ("code", "pre", "script", "style")
+
+
 class Links(HTMLParser):
     """The anchors of a page, and what it refers to: as a link, or as one of its parts."""
 
@@ -79,9 +82,12 @@ class Links(HTMLParser):
         self.anchors: set[str] = set()
         self.links: set[str] = set()
         self.parts: set[str] = set()
+        self.text: list[str] = []  # outside of code
+        self.verbatim = 0
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
+        self.verbatim += tag in VERBATIM
         values = dict(attrs)
         self.anchors |= {values[key] for key in ("id", "name") if values.get(key)}
         if tag in ("script", "img", "iframe", "source") and values.get("src"):
@@ -90,6 +96,13 @@ class Links(HTMLParser):
             (self.parts if tag == "link" and values.get("rel") != "canonical" else self.links).add(
                 values["href"]
             )
+
+    def handle_endtag(self, tag):
+        self.verbatim -= tag in VERBATIM
+
+    def handle_data(self, data):
+        if not self.verbatim:
+            self.text.append(data)
 
 
 @functools.cache
@@ -120,6 +133,14 @@ def test_no_link_of_the_site_is_broken():
             ):
                 broken.append(f"{file.relative_to(SITE)}: {link}")
     assert not broken, "\n".join(broken)
+
+
+@built
+def test_no_link_is_left_as_text():
+    """A line of a page that starts with `#1052](` becomes a heading, and the link around it is lost."""
+    for file in pages():
+        text = "".join(parsed(file).text)
+        assert not re.search(r"\]\([^)\s]+\)", text), file.relative_to(SITE)
 
 
 @built
